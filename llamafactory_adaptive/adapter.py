@@ -1,0 +1,155 @@
+"""The PEFT side: a plan becomes LoraConfig arguments; live and saved adapters are checked against the plan.
+
+What is saved obeys one rule: every module has the same alpha/r, and it equals ``lora_alpha / r`` of the config, where
+``r`` is the largest rank in use. A server that ignores ``rank_pattern`` and ``alpha_pattern`` is then right too.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
+from torch import nn
+
+from llamafactory_adaptive.config import GuardError
+from llamafactory_adaptive.gradients import full_shape
+from llamafactory_adaptive.plan import RankPlan
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_TENSOR_PREFIX = "base_model.model."
+
+
+def _number(value: float) -> int | float:
+    """An int where the value is whole: some servers declare ``lora_alpha`` as int."""
+    return int(value) if float(value).is_integer() else value
+
+
+def lora_config_arguments(plan: RankPlan) -> dict[str, Any]:
+    """The arguments of ``peft.LoraConfig`` that carry the plan; everything else stays the caller's."""
+    return {
+        "r": plan.largest_rank,
+        "lora_alpha": _number(plan.scale * plan.largest_rank),
+        "target_modules": [module.name for module in plan.active],
+        "rank_pattern": {module.name: module.rank for module in plan.active},
+        "alpha_pattern": {module.name: _number(plan.scale * module.rank) for module in plan.active},
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def live_layers(model: nn.Module) -> dict[str, tuple[LoraLayer, str]]:
+    """Base-model module name to (LoRA layer, adapter name), whatever wraps the model (DDP, DeepSpeed, value head)."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and "default" in getattr(module, "lora_A", {}):
+            found[_base_name(name)] = (module, "default")
+    return found
+
+
+def _base_name(name: str) -> str:
+    """Cut wrapper prefixes: PEFT puts ``base_model.model.`` before the base model's own names."""
+    return name.rpartition(_TENSOR_PREFIX)[2]
+
+
+def check_live(model: nn.Module, plan: RankPlan) -> int:
+    """Compare the adapter inside ``model`` with the plan: modules, ranks, tensor shapes and scale.
+
+    Returns:
+        The number of adapted modules.
+
+    Raises:
+        GuardError: with counts and the first differences.
+    """
+    layers = live_layers(model)
+    faults = _name_faults(layers, plan)
+    for module in plan.active:
+        if module.name not in layers:
+            continue
+        layer, adapter = layers[module.name]
+        shape_a, shape_b = full_shape(layer.lora_A[adapter].weight), full_shape(layer.lora_B[adapter].weight)
+        if shape_a != (module.rank, module.in_features) or shape_b != (module.out_features, module.rank):
+            faults.append(f"{module.name} has A {shape_a} and B {shape_b} for rank {module.rank}")
+        if not math.isclose(layer.scaling[adapter], plan.scale, rel_tol=1e-6):
+            faults.append(f"{module.name} is scaled by {layer.scaling[adapter]}, not {plan.scale}")
+    _raise(faults, f"the model's adapter does not match the plan ({len(layers)} adapted modules, "
+           f"{len(plan.active)} planned)")
+    return len(layers)
+
+
+def _name_faults(names: Iterable[str], plan: RankPlan) -> list[str]:
+    planned, present = {module.name for module in plan.active}, set(names)
+    return [f"{name} is planned but has no adapter" for name in sorted(planned - present)] + [
+        f"{name} has an adapter but is not planned" for name in sorted(present - planned)
+    ]
+
+
+def _raise(faults: list[str], headline: str) -> None:
+    if faults:
+        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+        raise GuardError(f"{headline}: " + "; ".join(faults[:3]) + more)
+
+
+def check_saved(folder: Path, plan: RankPlan) -> int:
+    """Check a saved adapter against the contract, clause by clause, from the files alone.
+
+    Returns:
+        Number of modules whose B factor is still exactly zero, that is, untrained.
+
+    Raises:
+        GuardError: naming what is wrong.
+    """
+    config_path, weights_path = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise GuardError(f"no adapter was saved: {path} is missing")
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    faults = _config_faults(config, plan)
+    tensor_faults, untrained = _tensor_faults(weights_path, plan)
+    _raise(faults + tensor_faults, f"the adapter saved in {folder} does not match the plan")
+    return untrained
+
+
+def _config_faults(config: dict[str, Any], plan: RankPlan) -> list[str]:
+    faults = []
+    if config.get("peft_type") != "LORA":
+        faults.append(f"peft_type is {config.get('peft_type')}, not LORA")
+    faults += [f"{key} is set" for key in ("use_rslora", "use_dora") if config.get(key)]
+    if config.get("r") != plan.largest_rank:
+        faults.append(f"r is {config.get('r')}, the largest rank in use is {plan.largest_rank}")
+    elif not math.isclose(config["lora_alpha"] / config["r"], plan.scale, rel_tol=1e-6):
+        faults.append(f"lora_alpha / r is {config['lora_alpha'] / config['r']}, not {plan.scale}")
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    faults += _name_faults(ranks, plan)
+    for module in plan.active:
+        key = get_pattern_key(list(ranks), module.name)
+        if key != module.name:
+            faults.append(f"the pattern {key} also hits {module.name}")
+        elif ranks.get(key) != module.rank:
+            faults.append(f"rank_pattern gives {module.name} {ranks.get(key)}, planned {module.rank}")
+        elif not math.isclose(alphas.get(key, math.nan) / module.rank, plan.scale, rel_tol=1e-6):
+            faults.append(f"alpha_pattern gives {module.name} {alphas.get(key)}")
+    return faults
+
+
+def _tensor_faults(path: Path, plan: RankPlan) -> tuple[list[str], int]:
+    """Shapes and finiteness of the saved factors; also counts modules whose B is all zero."""
+    faults, untrained = [], 0
+    with safe_open(path, framework="pt") as file:
+        found = {_base_name(key).rpartition(".lora_")[0] for key in file.keys() if ".lora_" in key}  # noqa: SIM118
+        faults += _name_faults(found, plan)
+        for module in (module for module in plan.active if module.name in found):
+            stem = f"{_TENSOR_PREFIX}{module.name}"
+            a = file.get_tensor(f"{stem}.lora_A.weight")
+            b = file.get_tensor(f"{stem}.lora_B.weight")
+            if tuple(a.shape) != (module.rank, module.in_features) or b.shape[1] != module.rank:
+                faults.append(f"{module.name} holds A {tuple(a.shape)} and B {tuple(b.shape)}, planned {module.rank}")
+            if not (bool(a.isfinite().all()) and bool(b.isfinite().all())):
+                faults.append(f"{module.name} holds NaN or infinity")
+            untrained += int(not bool(b.any()))
+    return faults, untrained

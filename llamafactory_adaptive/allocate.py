@@ -1,0 +1,170 @@
+"""Scores, costs and a budget in; integer ranks out. Pure: no torch, no input or output.
+
+Ranks are proportional to the scores within their bounds (water-filling: what a capped module cannot take goes to the
+rest by the same proportions), then rounded down and completed by the largest remainders. Deterministic: ties go by
+module order.
+"""
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llamafactory_adaptive.config import InfeasibleBudgetError
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Outcome of :func:`allocate`.
+
+    Attributes:
+        ranks: integer rank per module.
+        ideal: real-valued water-filled rank per module, before rounding.
+        spent: budget units used, ``sum(rank * cost)``.
+        budget: budget units asked for.
+    """
+
+    ranks: tuple[int, ...]
+    ideal: tuple[float, ...]
+    spent: int
+    budget: int
+
+
+def allocate(
+    scores: Sequence[float],
+    costs: Sequence[int],
+    budget: int,
+    lower: Sequence[int],
+    upper: Sequence[int],
+) -> Allocation:
+    """Distribute ``budget`` over modules in proportion to their scores.
+
+    Args:
+        scores: non-negative finite importance per module; a module's ideal rank is proportional to it.
+        costs: budget units one rank of the module costs (``d_in + d_out`` parameters, or 1).
+        budget: units available in total.
+        lower: smallest rank per module.
+        upper: largest rank per module.
+
+    Returns:
+        Ranks that never cost more than ``budget``; what is left is smaller than the cheapest unit that could still
+        be added under ``upper``.
+
+    Raises:
+        InfeasibleBudgetError: the bounds alone cost more than the budget, or cannot use it up.
+        ValueError: a score is negative, infinite or NaN.
+    """
+    _check(scores, costs, budget, lower, upper)
+    ideal = water_fill(scores, costs, budget, lower, upper)
+    # A share that lands on an integer up to rounding error is that integer.
+    ranks = [max(low, math.floor(value + 1e-9)) for value, low in zip(ideal, lower, strict=True)]
+    left = budget - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
+    left = _complete(ranks, ideal, costs, upper, left)
+    return Allocation(tuple(ranks), tuple(ideal), budget - left, budget)
+
+
+def _check(
+    scores: Sequence[float], costs: Sequence[int], budget: int, lower: Sequence[int], upper: Sequence[int]
+) -> None:
+    for index, score in enumerate(scores):
+        if not (math.isfinite(score) and score >= 0):
+            raise ValueError(f"score of module {index} is {score}; scores must be finite and not negative")
+    least = sum(low * cost for low, cost in zip(lower, costs, strict=True))
+    most = sum(high * cost for high, cost in zip(upper, costs, strict=True))
+    if least > budget:
+        raise InfeasibleBudgetError(
+            f"the lowest ranks alone cost {least:,}, the budget is {budget:,}; lower adaptive_min_rank or raise lora_rank"
+        )
+    if most < budget:
+        raise InfeasibleBudgetError(
+            f"the highest ranks together cost {most:,}, the budget is {budget:,}; raise adaptive_max_rank or lower "
+            "lora_rank (no rank exceeds the smaller side of its module)"
+        )
+
+
+def water_fill(
+    scores: Sequence[float],
+    costs: Sequence[int],
+    budget: float,
+    lower: Sequence[int],
+    upper: Sequence[int],
+) -> list[float]:
+    """Real-valued ranks ``clip(level * score, lower, upper)`` whose cost is exactly ``budget``.
+
+    The cost is piecewise linear in ``level``: each module joins the slope at ``lower/score`` and leaves it at
+    ``upper/score``. One sweep over the sorted break points finds the level, O(n log n).
+
+    Modules with score 0 stay at their lower bound unless all others are capped; what is then left is shared among
+    them equally.
+    """
+    top = max(scores, default=0.0)
+    if top <= 0.0:
+        return _fill_equally(costs, budget, lower, upper)
+    scaled = [score / top for score in scores]
+    cost = float(sum(low * unit for low, unit in zip(lower, costs, strict=True)))
+    events = sorted(
+        event
+        for score, unit, low, high in zip(scaled, costs, lower, upper, strict=True)
+        if score > 0 and high > low
+        for event in ((low / score, score * unit), (high / score, -score * unit))
+    )
+    level = slope = 0.0
+    for point, change in events:
+        if math.isfinite(point):
+            step = slope * (point - level)
+            if cost + step >= budget:
+                break
+            cost, level = cost + step, point
+        slope += change
+    if slope > 0:
+        level += (budget - cost) / slope
+    ranks = [
+        min(max(level * score, float(low)), float(high))
+        for score, low, high in zip(scaled, lower, upper, strict=True)
+    ]
+    return _spend_rest_on_unscored(ranks, scaled, costs, budget, lower, upper)
+
+
+def _spend_rest_on_unscored(
+    ranks: list[float],
+    scores: Sequence[float],
+    costs: Sequence[int],
+    budget: float,
+    lower: Sequence[int],
+    upper: Sequence[int],
+) -> list[float]:
+    unscored = [index for index, score in enumerate(scores) if score <= 0]
+    rest = budget - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
+    if not unscored or rest <= 1e-6 * max(budget, 1.0):
+        return ranks
+    share = rest + sum(lower[index] * costs[index] for index in unscored)
+    filled = _fill_equally(
+        [costs[i] for i in unscored], share, [lower[i] for i in unscored], [upper[i] for i in unscored]
+    )
+    for index, value in zip(unscored, filled, strict=True):
+        ranks[index] = value
+    return ranks
+
+
+def _fill_equally(
+    costs: Sequence[int], budget: float, lower: Sequence[int], upper: Sequence[int]
+) -> list[float]:
+    return water_fill([1.0] * len(costs), costs, budget, lower, upper) if costs else []
+
+
+def _complete(
+    ranks: list[int], ideal: Sequence[float], costs: Sequence[int], upper: Sequence[int], left: int
+) -> int:
+    """Add rank units by largest remainder while any still fits; returns what stays unspent."""
+    heap = [(ranks[i] - ideal[i], i) for i in range(len(ranks)) if ranks[i] < upper[i]]
+    heapq.heapify(heap)
+    cheapest = min(costs, default=1)
+    while heap and left >= cheapest:
+        gap, index = heapq.heappop(heap)
+        if costs[index] > left:  # what is left only shrinks, so this module is out for good
+            continue
+        ranks[index] += 1
+        left -= costs[index]
+        if ranks[index] < upper[index]:
+            heapq.heappush(heap, (gap + 1, index))
+    return left

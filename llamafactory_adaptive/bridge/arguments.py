@@ -1,0 +1,245 @@
+"""LLaMA-Factory's arguments with our keys: generated dataclass, flat mapping, validation in one go."""
+
+import dataclasses
+import os
+import re
+import sys
+import typing
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from llamafactory_adaptive.config import (
+    ADAPTIVE_FIELDS,
+    AdaptiveArguments,
+    AdaptiveConfig,
+    AdaptiveConfigError,
+    CalibrationConfig,
+    Problem,
+    check_budget,
+    check_conflicts,
+    check_fields,
+    unknown_key_problems,
+)
+from llamafactory_adaptive.registry import get_method, methods, nearest
+
+
+Args = dict[str, Any]
+
+
+def _generated_fields() -> list[tuple[str, Any, Any]]:
+    """Our keys as dataclass fields with plain help: argparse rejects other metadata."""
+    owners = [("", AdaptiveArguments)] + [(f"{name}_", get_method(name).Options) for name in methods()]
+    fields = []
+    for prefix, owner in owners:
+        hints = typing.get_type_hints(owner)
+        for entry in dataclasses.fields(owner):
+            metadata = {"help": entry.metadata["help"]}
+            fields.append((prefix + entry.name, hints[entry.name],
+                           dataclasses.field(default=entry.default, metadata=metadata)))
+    return fields
+
+
+@cache
+def adaptive_finetuning_arguments() -> type:
+    """FinetuningArguments that knows ``finetuning_type: adaptive`` and every key of ours.
+
+    ``adaptive`` is remembered and the type set to ``lora`` before upstream looks at it, so that all of its LoRA logic
+    (resume, quantisation, DPO reference, export) holds.
+    """
+    from llamafactory.hparams.finetuning_args import FinetuningArguments
+
+    def __post_init__(self: Any) -> None:  # noqa: N807
+        self.adaptive = self.finetuning_type == "adaptive"
+        if self.adaptive:
+            self.finetuning_type = "lora"
+        FinetuningArguments.__post_init__(self)
+
+    upstream = FinetuningArguments.__dataclass_fields__["finetuning_type"]
+    kind = (
+        "finetuning_type",
+        Literal["lora", "oft", "freeze", "full", "adaptive"],
+        dataclasses.field(default="lora", metadata=dict(upstream.metadata)),
+    )
+    return dataclasses.make_dataclass(
+        "FinetuningArguments",
+        [kind, *_generated_fields()],
+        bases=(FinetuningArguments,),
+        namespace={"__post_init__": __post_init__, "__module__": __name__},
+    )
+
+
+def to_mapping(args: Mapping[str, Any] | list[str]) -> Args:
+    """The settings the user gave, as one flat mapping, whether they came as YAML or as ``--key value``."""
+    if isinstance(args, Mapping):
+        return dict(args)
+    from transformers import HfArgumentParser
+
+    from llamafactory.hparams import parser as host
+
+    parser = HfArgumentParser(host._TRAIN_ARGS)
+    given, _ = parser.parse_known_args(args)
+    flags = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in args if word.startswith("--")}
+    return {key: value for key, value in vars(given).items() if key in flags}
+
+
+def asks_for_adaptive(args: Mapping[str, Any] | list[str]) -> bool:
+    """Whether the settings say ``finetuning_type: adaptive``; cheap, no parser needed."""
+    if isinstance(args, Mapping):
+        return args.get("finetuning_type") == "adaptive"
+    text = " ".join(args)
+    return re.search(r"--finetuning[_-]type[= ]adaptive\b", text) is not None
+
+
+def our_keys(args: Mapping[str, Any] | list[str]) -> list[str]:
+    """Keys of ours among the settings."""
+    words = list(args) if isinstance(args, Mapping) else [w.lstrip("-").partition("=")[0] for w in args]
+    prefixes = tuple(f"{name}_" for name in methods())
+    return [word for word in words if word in ADAPTIVE_FIELDS or word.startswith(("adaptive_", *prefixes))]
+
+
+def command_line_settings() -> Args:
+    """The settings of this process's command line, as the host reads them.
+
+    Raises:
+        AdaptiveConfigError: the file is missing or no YAML mapping.
+    """
+    from llamafactory.hparams import read_args
+
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    if path is not None and path.suffix in (".yaml", ".yml", ".json") and not path.is_file():
+        raise AdaptiveConfigError([Problem("config", str(path), "there is no such file", "the path of a YAML file")])
+    try:
+        return to_mapping(read_args())
+    except Exception as error:  # omegaconf raises many kinds for text that is no YAML mapping
+        raise AdaptiveConfigError(
+            [Problem("config", str(path), f"it cannot be read ({error})", "a YAML file of `key: value` lines")]
+        ) from error
+
+
+def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
+    """Validate everything that can be known before model or data are touched.
+
+    Raises:
+        AdaptiveConfigError: with every problem found.
+    """
+    problems = _unknown_keys(args)
+    common, faults = check_fields(AdaptiveArguments, "", args)
+    problems += faults
+    options: Mapping[str, Any] = {}
+    if common["adaptive_method"] not in methods():
+        name = common["adaptive_method"]
+        problems.append(Problem("adaptive_method", name, "it must be a registered method", nearest(name)))
+    else:
+        method = common["adaptive_method"]
+        options, faults = check_fields(get_method(method).Options, f"{method}_", args)
+        problems += faults + _foreign_options(args, method)
+    lora_rank, lora_alpha, max_rank, faults = check_budget(args, common)
+    problems += faults + check_conflicts(args) + _missing_files(args, common)
+    if problems:
+        raise AdaptiveConfigError(problems)
+    seed = common["adaptive_calibration_seed"]
+    return AdaptiveConfig(
+        method=common["adaptive_method"],
+        options=options,
+        budget_unit=common["adaptive_budget_unit"],
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        min_rank=common["adaptive_min_rank"],
+        max_rank=max_rank,
+        plan_path=common["adaptive_plan"],
+        calibration=CalibrationConfig(
+            dataset=common["adaptive_calibration_dataset"],
+            samples=common["adaptive_calibration_samples"],
+            batch_size=common["adaptive_calibration_batch_size"],
+            seed=int(args.get("seed") or 42) if seed is None else seed,
+        ),
+    )
+
+
+def _unknown_keys(args: Mapping[str, Any]) -> list[Problem]:
+    from llamafactory.extras.misc import is_env_enabled
+    from llamafactory.hparams import RayArguments
+    from llamafactory.hparams import parser as host
+
+    if is_env_enabled("ALLOW_EXTRA_ARGS"):
+        return unknown_key_problems([key for key in our_keys(args)], [entry[0] for entry in _generated_fields()])
+    owners = [*host._TRAIN_ARGS, RayArguments]
+    known = {entry.name for owner in owners for entry in dataclasses.fields(owner) if entry.init}
+    return unknown_key_problems(args, known)
+
+
+def _foreign_options(args: Mapping[str, Any], method: str) -> list[Problem]:
+    """Options of a method that is not the chosen one would do nothing: say so."""
+    return [
+        Problem(key, args[key], f"it belongs to adaptive_method: {other}, and this run uses {method}",
+                f"adaptive_method: {other}")
+        for other in methods()
+        if other != method
+        for key in args
+        if key in {f"{other}_{entry.name}" for entry in dataclasses.fields(get_method(other).Options)}
+    ]
+
+
+def _missing_files(args: Mapping[str, Any], common: Mapping[str, Any]) -> list[Problem]:
+    problems = []
+    plan = common["adaptive_plan"]
+    if plan and not Path(plan).is_file():
+        problems.append(Problem("adaptive_plan", plan, "there is no such file",
+                                "writing one with `llamafactory-adaptive plan`"))
+    if plan and common["adaptive_calibration_dataset"]:
+        problems.append(Problem("adaptive_calibration_dataset", common["adaptive_calibration_dataset"],
+                                "nothing is scored when adaptive_plan is given", "one of the two"))
+    for key in ("model_name_or_path", "output_dir"):
+        if not args.get(key):
+            problems.append(Problem(key, args.get(key), "it is required", f"{key}: <path>"))
+    if args.get("do_train") in (True, "true", "True") and not args.get("dataset"):
+        problems.append(Problem("dataset", None, "training needs one", "dataset: alpaca_en_demo"))
+    model = str(args.get("model_name_or_path") or "")
+    if model.startswith((".", "/", "~")) and not Path(model).expanduser().exists():
+        problems.append(Problem("model_name_or_path", model, "there is no such folder", "a folder or a hub name"))
+    return problems + _dataset_problems(args, common)
+
+
+def _dataset_problems(args: Mapping[str, Any], common: Mapping[str, Any]) -> list[Problem]:
+    """Calibration data must exist and must be a training split."""
+    import json
+
+    wanted = common["adaptive_calibration_dataset"]
+    if not wanted:
+        return []
+    names = split_names(wanted)
+    held_out = set(split_names(args.get("eval_dataset")))
+    problems = [
+        Problem("adaptive_calibration_dataset", name, "it is the eval_dataset; scores may use training data only",
+                "leaving it out")
+        for name in names
+        if name in held_out
+    ]
+    info_path = Path(str(args.get("dataset_dir") or "data")) / "dataset_info.json"
+    if not info_path.is_file():  # hub folders are judged when they are loaded
+        return problems
+    info = json.loads(info_path.read_text(encoding="utf-8"))
+    for name in names:
+        if name not in info:
+            near = ", ".join(sorted(info)[:5])
+            problems.append(Problem("adaptive_calibration_dataset", name, f"it is not in {info_path}", near))
+        elif info[name].get("split", "train") != "train":
+            problems.append(Problem("adaptive_calibration_dataset", name,
+                                    f"its split is {info[name]['split']!r}; scores may use training data only",
+                                    "an entry with split: train"))
+    return problems
+
+
+def split_names(value: Any) -> list[str]:
+    """A dataset setting as a list of names."""
+    if not value:
+        return []
+    names = value if isinstance(value, (list, tuple)) else str(value).split(",")
+    return [str(name).strip() for name in names]
+
+
+def local_rank() -> int:
+    """This process's place on its node, before any process group exists."""
+    return int(os.environ.get("LOCAL_RANK", "0"))

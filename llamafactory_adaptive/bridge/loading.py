@@ -1,0 +1,262 @@
+"""The host's model and data: target shapes without weights, and measurements in a process of their own."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from llamafactory_adaptive.bridge.arguments import Args, split_names
+from llamafactory_adaptive.calibration import Measurement, count_tokens, make_batches
+from llamafactory_adaptive.config import AdaptiveConfig, AdaptiveConfigError, CalibrationError, Problem
+from llamafactory_adaptive.pipeline import make_method
+from llamafactory_adaptive.plan import ModuleShape, digest_of
+
+
+# Settings of the model and data groups that change neither weights nor token rows.
+_NO_INFLUENCE = {
+    "preprocessing_num_workers", "preprocessing_batch_size", "overwrite_cache", "print_param_status", "cache_dir",
+    "data_shared_file_system", "eval_dataset", "eval_on_each_dataset", "eval_num_beams", "infer_backend",
+    "export_dir", "export_size", "export_device", "use_cache", "hf_hub_token", "ms_hub_token", "om_hub_token",
+    "adapter_name_or_path", "disable_gradient_checkpointing", "flash_attn", "tokenized_path",
+}  # fmt: skip
+_TRAINING_INFLUENCE = ("stage", "seed", "bf16", "fp16", "pure_bf16", "create_new_adapter", "lora_target",
+                       "additional_target", "freeze_vision_tower", "use_llama_pro", "freeze_trainable_layers")
+_HASHED_WHOLE = 64 * 2**20  # larger files are identified by size and time
+
+
+def target_shapes(args: Args) -> list[ModuleShape]:
+    """Name and size of every module that LoRA would adapt, from the model's config alone: no weights are read.
+
+    Raises:
+        AdaptiveConfigError: ``lora_target`` matches nothing, or something that is no linear layer.
+    """
+    import torch
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    model, targets, finetuning_args = _skeleton(args)
+    extra = finetuning_args.additional_target
+    matcher = LoraConfig(target_modules=targets, modules_to_save=extra)
+    shapes = []
+    for name, module in model.named_modules():
+        if check_target_module_exists(matcher, name) is not True:
+            continue
+        if not isinstance(module, torch.nn.Linear):
+            raise AdaptiveConfigError(
+                [Problem("lora_target", ",".join(targets), f"{name} is a {type(module).__name__}, not a linear layer",
+                         "lora_target: all (and additional_target for embeddings)")]
+            )
+        shapes.append(ModuleShape(name, module.in_features, module.out_features))
+    if not shapes:
+        names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        raise AdaptiveConfigError(
+            [Problem("lora_target", ",".join(targets), "no module of the model has such a name",
+                     "lora_target: all, or some of " + ",".join(names))]
+        )
+    return shapes
+
+
+def _skeleton(args: Args) -> tuple[Any, list[str], Any]:
+    """The model on the meta device and the target names, found by the host's own rules."""
+    import torch
+    import transformers
+    from transformers import HfArgumentParser
+
+    from llamafactory.hparams import ModelArguments
+    from llamafactory.hparams import parser as host
+    from llamafactory.model import load_config
+    from llamafactory.model.model_utils.misc import find_all_linear_modules, find_expanded_modules
+    from llamafactory.model.model_utils.visual import patch_target_modules
+
+    finetuning_class = next(c for c in host._TRAIN_ARGS if c.__name__ == "FinetuningArguments")
+    parser = HfArgumentParser([ModelArguments, finetuning_class])
+    model_args, finetuning_args = parser.parse_dict(args, allow_extra_keys=True)
+    config = load_config(model_args)
+    image_text = transformers.AutoModelForImageTextToText
+    loader = image_text if type(config) in image_text._model_mapping else transformers.AutoModelForCausalLM
+    with torch.device("meta"):
+        model = loader.from_config(config, trust_remote_code=model_args.trust_remote_code)
+    targets = finetuning_args.lora_target
+    if targets == ["all"]:
+        targets = find_all_linear_modules(model, finetuning_args.freeze_vision_tower)
+    if finetuning_args.use_llama_pro:
+        targets = find_expanded_modules(model, targets, finetuning_args.freeze_trainable_layers)
+    return model, sorted(patch_target_modules(model, finetuning_args, targets)), finetuning_args
+
+
+def identity(args: Args) -> dict[str, Any]:
+    """Everything that determines the statistics: weights, token rows, precision and versions, JSON-able."""
+    from importlib.metadata import version
+
+    from llamafactory.hparams import DataArguments, ModelArguments
+
+    groups = {f.name for owner in (ModelArguments, DataArguments) for f in dataclasses.fields(owner) if f.init}
+    keys = (groups - _NO_INFLUENCE) | set(_TRAINING_INFLUENCE)
+    settings = {key: args[key] for key in sorted(keys) if args.get(key) is not None}
+    if args.get("create_new_adapter"):  # merged into the base before scoring
+        settings["merged"] = [_fingerprint(Path(p)) for p in split_names(args.get("adapter_name_or_path"))]
+    return {
+        "settings": settings,
+        "model": _fingerprint(Path(str(args["model_name_or_path"])).expanduser()),
+        "data": _data_fingerprint(args),
+        "versions": {name: version(name) for name in ("torch", "transformers", "llamafactory")},
+    }
+
+
+def _fingerprint(path: Path) -> Any:
+    """Identify a local file or folder; a hub name stands for itself (with ``model_revision`` among the settings)."""
+    if path.is_dir():
+        return {file.name: _fingerprint(file) for file in sorted(path.iterdir()) if file.is_file()}
+    if not path.is_file():
+        return str(path)
+    facts = path.stat()
+    if facts.st_size <= _HASHED_WHOLE:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    return [facts.st_size, facts.st_mtime_ns]
+
+
+def _data_fingerprint(args: Args) -> Any:
+    if args.get("tokenized_path") and Path(args["tokenized_path"]).is_dir():
+        return _fingerprint(Path(args["tokenized_path"]))
+    folder = Path(str(args.get("dataset_dir") or "data"))
+    info_path = folder / "dataset_info.json"
+    if not info_path.is_file():
+        return None
+    info = json.loads(info_path.read_text(encoding="utf-8"))
+    names = split_names(args.get("adaptive_calibration_dataset")) or split_names(args.get("dataset"))
+    entries = {name: info.get(name) for name in names}
+    files = [folder / str(entry["file_name"]) for entry in entries.values() if entry and "file_name" in entry]
+    return {"entries": entries, "files": [_fingerprint(path) for path in files]}
+
+
+def provenance(args: Args) -> dict[str, Any]:
+    """What a reader of the plan wants to know about where it came from."""
+    names = split_names(args.get("adaptive_calibration_dataset")) or split_names(args.get("dataset"))
+    return {
+        "base_model": str(args["model_name_or_path"]),
+        "quantization_bit": args.get("quantization_bit"),
+        "calibration_dataset": names,
+        "seed": args.get("seed", 42),
+        "versions": identity(args)["versions"],
+    }
+
+
+# What a launcher tells its workers; the measuring process is none of them.
+_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK",
+                       "ROLE_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT",
+                       "FORCE_TORCHRUN", "USE_RAY", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # fmt: skip
+
+
+def measure_in_own_process(args: Args, measurement: Measurement, path: Path) -> None:
+    """Run a measurement in a fresh single process, which leaves no memory, random state or process group behind.
+
+    Raises:
+        CalibrationError: with the child's own message.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in _LAUNCHER_VARIABLES and not key.startswith("TORCHELASTIC_")
+    }
+    # One GPU: several visible ones without a launcher make the host refuse to start.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0] if visible is not None else "0"
+    with tempfile.TemporaryDirectory(prefix="adaptive-") as folder:
+        job, answer = Path(folder) / "job.json", Path(folder) / "answer.json"
+        job.write_text(json.dumps({"args": args, "measurement": measurement.key, "path": str(path)}))
+        command = [sys.executable, "-m", "llamafactory_adaptive.cli", "measure", str(job), str(answer)]
+        code = subprocess.run(command, env=environment, stdout=2, check=False).returncode
+        message = json.loads(answer.read_text())["error"] if answer.exists() else None
+    if code != 0:
+        raise CalibrationError(message or f"scoring failed with exit code {code}; its messages stand above")
+
+
+def run_measurement_job(job: Mapping[str, Any], config: AdaptiveConfig) -> None:
+    """Body of the measuring process: load, measure, write the statistics atomically."""
+    from safetensors.torch import save_file
+
+    args, path = job["args"], Path(job["path"])
+    measurement = make_method(config).measurement()
+    assert measurement is not None
+    assert measurement.key == job["measurement"]
+    shapes = target_shapes(args)
+    model, rows, pad_id = _load(args, config)
+    device = next(model.parameters()).device
+    batches = [batch.to(device) for batch in make_batches(rows, config.calibration.batch_size, pad_id)]
+    started = time.perf_counter()
+    tensors = measurement(model, {shape.name: model.get_submodule(shape.name) for shape in shapes}, batches)
+    facts = {
+        "seconds": f"{time.perf_counter() - started:.3f}",
+        "tokens": str(count_tokens(batches)),
+        "samples": str(len(rows)),
+        "rows_sha256": digest_of([list(row["input_ids"]) for row in rows]),
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=facts)
+    os.replace(temporary, path)
+
+
+def _load(args: Args, config: AdaptiveConfig) -> tuple[Any, list[dict[str, list[int]]], int]:
+    """Model ready for inference, calibration rows, padding id: as the host would load them for this run."""
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_model, load_tokenizer
+
+    with tempfile.TemporaryDirectory(prefix="adaptive-") as scratch:
+        model_args, data_args, training_args, finetuning_args, _ = get_train_args(_single_process(args, scratch))
+        modules = load_tokenizer(model_args)
+        tokenizer = modules["tokenizer"]
+        template = get_template_and_fix_tokenizer(tokenizer, data_args)
+        stage = "rm" if finetuning_args.stage == "dpo" else finetuning_args.stage
+        dataset = get_dataset(template, model_args, data_args, training_args, stage=stage, **modules)["train_dataset"]
+        rows = _draw_rows(dataset, config, data_args.streaming)
+        model = load_model(tokenizer, model_args, finetuning_args, is_trainable=False)
+    return model, rows, tokenizer.pad_token_id or 0
+
+
+_TRAINING_ONLY = ("deepspeed", "fsdp", "fsdp_config", "resume_from_checkpoint", "eval_dataset", "eval_strategy",
+                  "load_best_model_at_end", "metric_for_best_model", "push_to_hub", "do_eval", "do_predict",
+                  "predict_with_generate", "early_stopping_steps", "overwrite_output_dir", "ref_model",
+                  "ref_model_adapters", "use_swanlab", "plot_loss", "save_on_each_node", "eval_steps")  # fmt: skip
+
+
+def _single_process(args: Args, scratch: str) -> Args:
+    """The run's settings, reduced to loading the base model and the training split in one process."""
+    prefixes = tuple(key for key in args if key.startswith(("adaptive_", "sensitivity_")))
+    kept = {key: value for key, value in args.items() if key not in _TRAINING_ONLY and key not in prefixes}
+    if not args.get("create_new_adapter"):
+        kept.pop("adapter_name_or_path", None)
+    if args.get("adaptive_calibration_dataset"):
+        kept["dataset"] = args["adaptive_calibration_dataset"]
+        kept.pop("tokenized_path", None)
+    return kept | {"finetuning_type": "lora", "do_train": True, "output_dir": scratch, "report_to": "none"}
+
+
+def _draw_rows(dataset: Any, config: AdaptiveConfig, streaming: bool) -> list[dict[str, list[int]]]:
+    """A seeded draw of calibration rows as token ids and labels, whatever the stage calls them."""
+    seed, wanted = config.calibration.seed, config.calibration.samples
+    if streaming:
+        picked = islice(dataset.shuffle(seed=seed, buffer_size=max(1000, 4 * wanted)), wanted)
+    else:
+        indices = random.Random(seed).sample(range(len(dataset)), min(wanted, len(dataset)))
+        picked = (dataset[index] for index in sorted(indices))
+    rows = []
+    for sample in picked:
+        if any(sample.get(key) for key in ("images", "videos", "audios")):
+            raise CalibrationError(
+                "calibration rows hold images, video or audio; set adaptive_calibration_dataset to a text dataset"
+            )
+        key = "chosen_" if "chosen_input_ids" in sample else ""
+        ids = sample[f"{key}input_ids"]
+        rows.append({"input_ids": list(ids), "labels": list(sample.get(f"{key}labels") or ids)})
+    return rows

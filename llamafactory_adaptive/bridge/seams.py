@@ -1,0 +1,142 @@
+"""The seams: which attribute of which LLaMA-Factory module is replaced, and by what.
+
+A seam is applied right after its own module has been imported, once. One that does not fit is remembered and raised
+only when a run asks for ``finetuning_type: adaptive``: a plain LLaMA-Factory run must never break over this plugin.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from llamafactory_adaptive.config import SeamError
+
+
+TESTED_VERSIONS = ("0.9.5",)
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One attachment point.
+
+    Attributes:
+        module, attribute: what is replaced or edited.
+        fits: whether the attribute looks as expected.
+        patch: given the attribute, what to put in its place.
+    """
+
+    module: str
+    attribute: str
+    fits: Callable[[Any], bool]
+    patch: Callable[[Any], Any]
+
+    @property
+    def target(self) -> str:
+        """Dotted name, as shown to users."""
+        return f"{self.module}.{self.attribute}"
+
+
+def _argument_list_fits(arguments: Any) -> bool:
+    return isinstance(arguments, list) and [c.__name__ for c in arguments].count("FinetuningArguments") == 1
+
+
+def _with_adaptive_arguments(arguments: list[type]) -> list[type]:
+    from llamafactory_adaptive.bridge.arguments import adaptive_finetuning_arguments
+
+    return [adaptive_finetuning_arguments() if c.__name__ == "FinetuningArguments" else c for c in arguments]
+
+
+def _lora_config(original: Any) -> Any:
+    from llamafactory_adaptive.bridge.runs import inject_ranks
+
+    return inject_ranks(original)
+
+
+def _training_function(original: Any) -> Any:
+    from llamafactory_adaptive.bridge.runs import adaptive_training_function
+
+    return adaptive_training_function(original)
+
+
+def _run_exp(original: Any) -> Any:
+    from llamafactory_adaptive.bridge.runs import with_clean_exit
+
+    return with_clean_exit(original)
+
+
+def _launch(original: Any) -> Any:
+    from llamafactory_adaptive.bridge.runs import checked_launch
+
+    return checked_launch(original)
+
+
+SEAMS = (
+    Seam("llamafactory.hparams.parser", "_TRAIN_ARGS", _argument_list_fits, _with_adaptive_arguments),
+    Seam("llamafactory.hparams.parser", "_INFER_ARGS", _argument_list_fits, _with_adaptive_arguments),
+    Seam("llamafactory.hparams.parser", "_EVAL_ARGS", _argument_list_fits, _with_adaptive_arguments),
+    Seam("llamafactory.model.adapter", "LoraConfig", lambda found: found.__name__ == "LoraConfig", _lora_config),
+    Seam("llamafactory.train.tuner", "_training_function", callable, _training_function),
+    Seam("llamafactory.train.tuner", "run_exp", callable, _run_exp),
+    Seam("llamafactory.launcher", "launch", callable, _launch),
+)
+
+_applied: set[str] = set()
+_misfits: dict[str, str] = {}
+
+
+def seam_modules() -> set[str]:
+    """Modules to watch for."""
+    return {seam.module for seam in SEAMS}
+
+
+def apply_seams(module: ModuleType) -> None:
+    """Check all seams of a freshly imported module, then apply all of them or none."""
+    seams = [seam for seam in SEAMS if seam.module == module.__name__ and seam.target not in _applied]
+    patched = {}
+    for seam in seams:
+        try:
+            found = getattr(module, seam.attribute)
+            if seam.fits(found):
+                patched[seam] = seam.patch(found)
+            else:
+                _misfits[seam.target] = "looks different"
+        except AttributeError:
+            _misfits[seam.target] = "does not exist"
+        except Exception as error:  # a broken method package, say: raised when adaptive is asked for
+            _misfits[seam.target] = f"cannot be replaced ({type(error).__name__}: {error})"
+    if len(patched) == len(seams):
+        for seam, replacement in patched.items():
+            setattr(module, seam.attribute, replacement)
+            _applied.add(seam.target)
+
+
+def seam_states() -> dict[str, str]:
+    """Import every seam module and say for each seam ``fits`` or what is wrong."""
+    for name in sorted(seam_modules()):
+        module = importlib.import_module(name)
+        apply_seams(module)  # a no-op where the hook was faster
+    return {seam.target: _misfits.get(seam.target, "fits") for seam in SEAMS}
+
+
+def require_seams() -> None:
+    """Raise unless every seam is in place.
+
+    Raises:
+        SeamError: naming the attributes and the versions this release was tested with.
+    """
+    bad = {target: state for target, state in seam_states().items() if state != "fits"}
+    if bad:
+        from llamafactory.extras.env import VERSION
+
+        details = "; ".join(f"{target} {state}" for target, state in bad.items())
+        raise SeamError(
+            f"LLaMA-Factory {VERSION} does not fit this plugin: {details}; tested with {', '.join(TESTED_VERSIONS)}"
+        )
+
+
+def train_worker() -> None:
+    """What torchrun runs for ``llamafactory-adaptive train``: the same as LLaMA-Factory's own launcher file."""
+    from llamafactory.train.tuner import run_exp
+
+    run_exp()

@@ -1,0 +1,167 @@
+"""Command line: ``llamafactory-adaptive plan | train | doctor | init``.
+
+Exit codes: 0 done, 2 user error (one message on stderr, no traceback), 1 a bug.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from llamafactory_adaptive import __version__, _bootstrap
+from llamafactory_adaptive.config import AdaptiveConfigError, AdaptiveError, Problem, SeamError
+
+
+PACKAGES = ("llamafactory", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; CFG.yaml is a LLaMA-Factory training YAML, overrides are ``key=value`` as upstream."""
+    parser = argparse.ArgumentParser(prog="llamafactory-adaptive", description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    plan = commands.add_parser("plan", help="show and write the ranks a run would train; trains nothing")
+    plan.add_argument("--out", type=Path, help="folder for plan and heat-map (default: output_dir of the YAML)")
+    train = commands.add_parser("train", help="same as llamafactory-cli train, also where the start-up hook is missing")
+    for command in (plan, train):
+        command.add_argument("config", metavar="CFG.yaml")
+        command.add_argument("overrides", nargs="*", metavar="key=value")
+    commands.add_parser("doctor", help="say whether the hook is active, the versions, and whether each seam fits")
+    init = commands.add_parser("init", help="copy the example YAMLs")
+    init.add_argument("folder", type=Path, nargs="?", default=Path("adaptive_examples"))
+    measure = commands.add_parser("measure")  # internal: the process that `plan` and `train` score in
+    measure.add_argument("job", type=Path)
+    measure.add_argument("answer", type=Path)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    handler = {"plan": plan, "train": train, "doctor": doctor, "init": init, "measure": measure}[arguments.command]
+    try:
+        return handler(arguments)
+    except AdaptiveError as error:
+        print(f"llamafactory-adaptive: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _require_enabled() -> None:
+    if not _bootstrap.enabled():
+        raise SeamError("LLAMAFACTORY_ADAPTIVE=0 switches the plugin off; unset it")
+    _bootstrap.install()
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Plan ranks without training: table, heat-map, ``adaptive_rank_plan.json``."""
+    _require_enabled()
+    from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings, parse_config
+    from llamafactory_adaptive.bridge.runs import obtain_plan
+    from llamafactory_adaptive.bridge.seams import require_seams
+    from llamafactory_adaptive.plan import PLAN_FILE
+    from llamafactory_adaptive.report import HEATMAP_FILE, concentration_warning, rank_table, save_heatmap
+
+    require_seams()
+    sys.argv = ["llamafactory-adaptive", arguments.config, *arguments.overrides]
+    args = command_line_settings()
+    if not asks_for_adaptive(args):
+        kind = args.get("finetuning_type", "lora")
+        raise AdaptiveConfigError(
+            [Problem("finetuning_type", kind, "there are no ranks to plan", "finetuning_type: adaptive")]
+        )
+    config = parse_config(args)
+    started = time.perf_counter()
+    found, _ = obtain_plan(args, config)
+    folder = arguments.out or Path(args["output_dir"])
+    found.save(folder / PLAN_FILE)
+    save_heatmap(found, folder / HEATMAP_FILE)
+    print(rank_table(found))
+    warning = concentration_warning(found, config.max_rank)
+    if warning:
+        print(f"warning: {warning}")
+    print(f"plan and heat-map written to {folder} in {time.perf_counter() - started:.1f} s; nothing was trained")
+    return 0
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Hand over to LLaMA-Factory's launcher with the hook in place here and in every torchrun worker."""
+    _require_enabled()
+    sys.argv = ["llamafactory-cli", "train", arguments.config, *arguments.overrides]
+    from llamafactory import launcher
+
+    launcher.__file__ = str(Path(_bootstrap.__file__).resolve())  # the file torchrun is told to run
+    launcher.launch()
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Check the installation. Exit code 0 when adaptive runs will work through ``llamafactory-cli``."""
+    probe = "import sys; print(any(type(f).__name__ == '_SeamFinder' for f in sys.meta_path))"
+    answer = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+    hooked = answer.stdout.strip() == "True"
+    switch = os.environ.get(_bootstrap.ENV_SWITCH, "not set")
+    print(f"start-up hook   {'active' if hooked else 'NOT active'}  ({_bootstrap.ENV_SWITCH}: {switch})")
+    print(f"plugin          {__version__}  python {sys.version.split()[0]}")
+    for name in PACKAGES:
+        try:
+            print(f"{name:<15} {version(name)}")
+        except PackageNotFoundError:
+            print(f"{name:<15} not installed")
+    states = _seam_states()
+    for target, state in states.items():
+        print(f"seam            {state:<15} {target}")
+    if not hooked and _bootstrap.enabled():
+        print("hint            use `llamafactory-adaptive train` here, or reinstall the plugin as a wheel")
+    return 0 if hooked and all(state == "fits" for state in states.values()) else 2
+
+
+def _seam_states() -> dict[str, str]:
+    if not _bootstrap.enabled():
+        return {}
+    _bootstrap.install()
+    from llamafactory_adaptive.bridge.seams import seam_states
+
+    return seam_states()
+
+
+def init(arguments: argparse.Namespace) -> int:
+    """Copy the examples into a new folder."""
+    if arguments.folder.exists():
+        raise AdaptiveConfigError(
+            [Problem("folder", str(arguments.folder), "it exists already, nothing was overwritten", "a new name")]
+        )
+    shutil.copytree(examples_folder(), arguments.folder)
+    print(f"examples copied to {arguments.folder}; start with its README.md")
+    return 0
+
+
+def examples_folder() -> Path:
+    """Where the examples lie: beside the package in a checkout, in the data folder of an installed wheel."""
+    checkout = Path(__file__).resolve().parents[1] / "examples"
+    installed = Path(sysconfig.get_path("data")) / "share" / "llamafactory-adaptive" / "examples"
+    return checkout if checkout.is_dir() else installed
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    """Body of the measuring process; its answer file carries a user error back to the parent."""
+    _require_enabled()
+    from llamafactory_adaptive.bridge.arguments import parse_config
+    from llamafactory_adaptive.bridge.loading import run_measurement_job
+
+    job = json.loads(arguments.job.read_text(encoding="utf-8"))
+    try:
+        run_measurement_job(job, parse_config(job["args"]))
+    except AdaptiveError as error:
+        arguments.answer.write_text(json.dumps({"error": str(error)}), encoding="utf-8")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Watches an adaptive run through the Trainer: proves that what trains is the plan, keeps the files, guards the end."""
+
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from transformers import TrainerCallback
+
+from llamafactory_adaptive.adapter import check_live, check_saved, live_layers
+from llamafactory_adaptive.config import GuardError
+from llamafactory_adaptive.plan import PLAN_FILE, RankPlan
+from llamafactory_adaptive.report import HEATMAP_FILE, save_heatmap, update_card
+
+
+LOG_FILE = "adaptive_log.jsonl"
+
+logger = logging.getLogger("llamafactory.adaptive")  # a child of the host's logger: its format, its handlers
+
+
+@dataclass
+class Counters:
+    """What really happened, quoted by the guard when something did not."""
+
+    configs_injected: int = 0
+    modules_checked: int = 0
+    steps: int = 0
+    gradients_missing: int = 0
+    largest_learning_rate: float = 0.0
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in asdict(self).items())
+
+
+class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
+    """Drives one run on every rank; only the main process writes.
+
+    Args:
+        plan: the ranks to train.
+        overhead_seconds: what planning cost, for the log.
+    """
+
+    def __init__(self, plan: RankPlan, overhead_seconds: float) -> None:
+        self.plan = plan
+        self.counters = Counters()
+        self.overhead_seconds = overhead_seconds
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        """Refuse to train anything but the plan; then put plan, picture and log line into ``output_dir``."""
+        agree_across_ranks(self.plan.digest(), args.device)
+        self.counters.modules_checked = check_live(model, self.plan)
+        if state.is_world_process_zero:
+            output = Path(args.output_dir)
+            self.plan.save(output / PLAN_FILE)
+            save_heatmap(self.plan, output / HEATMAP_FILE)
+            self._log(output, state.global_step)
+            b = self.plan.budget()
+            logger.info(
+                f"adaptive ({self.plan.method}): {self.counters.modules_checked} modules, ranks up to "
+                f"{self.plan.largest_rank}, {b['used_parameters']:,} of {b['asked_parameters']:,} parameters"
+            )
+
+    def _log(self, output: Path, step: int) -> None:
+        line = {
+            "step": step,
+            "method": self.plan.method,
+            "budget": self.plan.budget(),
+            "ranks_changed": len(self.plan.active),
+            "counters": asdict(self.counters),
+            "overhead_seconds": round(self.overhead_seconds, 3),
+            "time": time.time(),
+        }
+        with open(output / LOG_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        """Every adapter factor must have a gradient at the first step (DeepSpeed keeps its own; judged at the end)."""
+        if self.counters.steps == 0 and not args.deepspeed:
+            factors = [
+                weights[adapter].weight
+                for layer, adapter in live_layers(model).values()
+                for weights in (layer.lora_A, layer.lora_B)
+            ]
+            self.counters.gradients_missing = sum(factor.grad is None for factor in factors)
+            if self.counters.gradients_missing:
+                raise GuardError(f"adapter factors without a gradient at the first step: {self.counters}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count optimizer steps."""
+        self.counters.steps += 1
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Remember whether the learning rate was ever above zero."""
+        rate = (logs or {}).get("learning_rate", 0.0)
+        self.counters.largest_learning_rate = max(self.counters.largest_learning_rate, float(rate))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A checkpoint carries the plan it was trained on; resuming checks it."""
+        if state.is_world_process_zero:
+            self.plan.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / PLAN_FILE)
+
+
+def agree_across_ranks(digest: str, device: torch.device) -> None:
+    """Stop unless every process holds the same plan."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    mine = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    different = [rank for rank, theirs in enumerate(everyone) if not torch.equal(theirs, everyone[0])]
+    if different:
+        raise GuardError(
+            f"ranks {different} hold another plan than rank 0 (nodes that score for themselves can differ in the last "
+            "bit): write one with `llamafactory-adaptive plan`, copy it to every node and set adaptive_plan"
+        )
+
+
+def finish(output: Path, callback: AdaptiveCallback, trained_before: bool) -> None:
+    """Last act of the main process: prove the saved adapter, then complete the model card.
+
+    Args:
+        output: the run's ``output_dir``.
+        callback: with plan and counters.
+        trained_before: the adapter came from a checkpoint or another run, so no new LoRA config was due.
+
+    Raises:
+        GuardError: no allocation reached the model, or what was saved is not the plan.
+    """
+    counters = callback.counters
+    if counters.modules_checked == 0 or (counters.configs_injected == 0 and not trained_before):
+        raise GuardError(f"the run asked for adaptive ranks but no allocation reached the model: {counters}")
+    untrained = check_saved(output, callback.plan)
+    if untrained == len(callback.plan.active) and counters.largest_learning_rate > 0:
+        raise GuardError(f"all {untrained} modules were saved untrained (B is zero), no gradient arrived: {counters}")
+    if untrained:
+        logger.warning(f"{untrained} of {len(callback.plan.active)} modules were saved untrained: B is still zero")
+    update_card(output / "README.md", callback.plan)
+    logger.info(
+        f"adaptive: adapter in {output} checked: {len(callback.plan.active)} modules, r={callback.plan.largest_rank}, "
+        f"alpha/r={callback.plan.scale:g} everywhere; plan, log and heat-map lie beside it"
+    )

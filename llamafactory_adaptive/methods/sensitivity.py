@@ -1,0 +1,125 @@
+"""Sensitivity-LoRA (arXiv 2509.09119): static ranks from the diagonal of each layer's Hessian.
+
+Signal (Eq. 2-7): a small change dw of a layer raises its reconstruction error by ``1/2 sum_i h_ii dw_i^2`` with
+``H ~ X X^T``, so ``lambda_j = mean_t x_tj^2`` over calibration tokens tells how sensitive input feature j is.
+Per module, with lambda sorted in falling order and N = d_in:
+
+    S_g = sum_j lambda_j                                        global
+    S_T = mean of the N/2 largest lambda_j                      local, top-k (Eq. 9)
+    S_E = min{k : sum_{j<=k} lambda_j >= 0.85 sum_j lambda_j}   local, effective rank (Eq. 10)
+    S_l   = (sigma_T/mu_T^2) S_T + (sigma_E/mu_E^2) S_E         sigma, mu over the modules (Eq. 11-14)
+    theta = (sigma_g/mu_g^2) S_g + (sigma_l/mu_l^2) S_l
+
+SRA (Eq. 15): rank proportional to theta. PRA (Section 4.4): modules sorted by theta and cut into c classes, class
+j = 1..c gets r + (c + 1)/2 - j.
+
+What differs: padding is left out of the mean; N is d_in, not d_in * d_out; ``transform`` and ``weighting`` are ours,
+against massive activations and against ties of modules that read one input. Cost: one forward pass (and a backward
+pass with ``weighting: gradient``); memory, one vector per module.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llamafactory_adaptive.calibration import InputSecondMoments
+from llamafactory_adaptive.config import option
+from llamafactory_adaptive.methods import Scores, ScoringContext
+from llamafactory_adaptive.stats import combine, effective_rank, log_compress, normalise_within, top_k_mean, weigh
+
+
+@dataclass(frozen=True)
+class SensitivityOptions:
+    """YAML keys ``sensitivity_*``."""
+
+    metric: str = option(
+        "both",
+        "Which sensitivity counts: global (trace), local (top-k and effective rank) or both.",
+        choices=("both", "global", "local"),
+    )
+    combination: str = option(
+        "dispersion",
+        "How metrics are weighed: by their spread over modules (sigma/mu^2, the paper) or equally.",
+        choices=("dispersion", "equal"),
+    )
+    top_fraction: float = option(0.5, "Share of the input features in the top-k mean.", low=1e-6, high=1.0)
+    energy: float = option(0.85, "Share of the total that the effective rank must hold.", low=1e-6, high=1.0)
+    transform: str = option(
+        "none",
+        "Against a few modules with massive activations: log compresses, per_type normalises within q_proj, "
+        "k_proj and so on before combining; none is the paper.",
+        choices=("none", "log", "per_type"),
+    )
+    weighting: str = option(
+        "none",
+        "Weight of a token: none is the paper; gradient takes the squared gradient norm at the module's output, "
+        "which needs a backward pass.",
+        choices=("none", "gradient"),
+    )
+    allocation: str = option(
+        "sra", "sra: ranks proportional to sensitivity; pra: ranks by class.", choices=("sra", "pra")
+    )
+    classes: int = option(3, "Number of classes of pra.", low=1, high=99, odd=True)
+
+
+class Sensitivity:
+    """The method registered as ``sensitivity``."""
+
+    Options: ClassVar[type[SensitivityOptions]] = SensitivityOptions
+
+    def __init__(self, options: SensitivityOptions) -> None:
+        self.options = options
+
+    def measurement(self) -> InputSecondMoments:
+        """One pass over the calibration data."""
+        return InputSecondMoments(weighting=self.options.weighting)
+
+    def score(self, statistics: Mapping[str, Tensor], context: ScoringContext) -> Scores:
+        """Theta per module (SRA), or the class rank (PRA), with every metric as a column.
+
+        Args:
+            statistics: module name to lambda, a vector of length ``in_features``.
+            context: shapes in model order and the budget.
+        """
+        names = [shape.name for shape in context.shapes]
+        lambdas = [statistics[name].double() for name in names]
+        raw = {
+            "trace": torch.stack([value.sum() for value in lambdas]),
+            "top_k": torch.stack([top_k_mean(value, self.options.top_fraction) for value in lambdas]),
+            "effective_rank": torch.stack([effective_rank(value, self.options.energy) for value in lambdas]).double(),
+        }
+        theta_M = self._theta(*(self._transform(metric_M, names) for metric_M in raw.values()))
+        score_M = theta_M if self.options.allocation == "sra" else self._class_ranks(theta_M, context.lora_rank)
+        columns = {**raw, "theta": theta_M}
+        return Scores(
+            values=dict(zip(names, score_M.tolist(), strict=True)),
+            metrics={column: dict(zip(names, value.tolist(), strict=True)) for column, value in columns.items()},
+        )
+
+    def _transform(self, metric_M: Tensor, names: list[str]) -> Tensor:
+        if self.options.transform == "log":
+            return log_compress(metric_M)
+        if self.options.transform == "per_type":
+            return normalise_within(metric_M, [name.rpartition(".")[2] for name in names])
+        return metric_M
+
+    def _theta(self, trace_M: Tensor, top_k_M: Tensor, rank_M: Tensor) -> Tensor:
+        equal = self.options.combination == "equal"
+        if self.options.metric == "global":
+            theta_M = weigh(trace_M, equal)
+        else:
+            local_M = combine(top_k_M, rank_M, equal)
+            theta_M = local_M if self.options.metric == "local" else combine(trace_M, local_M, equal)
+        # Every metric equal over all modules has no spread: nothing sets modules apart, so all weigh the same.
+        return theta_M if theta_M.sum() > 0 else torch.ones_like(theta_M)
+
+    def _class_ranks(self, theta_M: Tensor, lora_rank: int) -> Tensor:
+        """PRA: class 1 holds the most sensitive modules. Ranks below zero are zero; the bounds do the rest."""
+        order = theta_M.argsort(descending=True, stable=True)
+        ranks_M = torch.empty_like(theta_M)
+        for index, members in enumerate(order.tensor_split(self.options.classes)):
+            ranks_M[members] = max(0.0, lora_rank + (self.options.classes + 1) / 2 - (index + 1))
+        return ranks_M

@@ -1,0 +1,31 @@
+"""Control: plain LoRA at the budget, every module at ``lora_rank``. Costs nothing, needs neither model nor data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from llamafactory_adaptive.methods import Scores, ScoringContext
+
+
+@dataclass(frozen=True)
+class UniformOptions:
+    """No keys."""
+
+
+class Uniform:
+    """The method registered as ``uniform``."""
+
+    Options: ClassVar[type[UniformOptions]] = UniformOptions
+
+    def __init__(self, options: UniformOptions) -> None:
+        self.options = options
+
+    def measurement(self) -> None:
+        """Nothing to measure."""
+        return None
+
+    def score(self, statistics: Mapping[str, Tensor], context: ScoringContext) -> Scores:
+        """The same score for every module."""
+        return Scores({shape.name: 1.0 for shape in context.shapes})

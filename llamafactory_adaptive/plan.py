@@ -1,0 +1,265 @@
+"""RankPlan, the artefact: which module gets which rank, why, at what cost, and where that came from.
+
+JSON on disk, never pickle. A person may edit the ranks; everything derived from them is recomputed on load.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llamafactory_adaptive.allocate import Allocation
+from llamafactory_adaptive.config import PlanError
+
+
+SCHEMA_VERSION = 1
+PLAN_FILE = "adaptive_rank_plan.json"
+
+
+@dataclass(frozen=True)
+class ModuleShape:
+    """A target module: its full name in the base model and the sizes of its frozen linear map."""
+
+    name: str
+    in_features: int
+    out_features: int
+
+    @property
+    def parameters_per_rank(self) -> int:
+        """Trainable parameters one rank costs: a row of A and a column of B."""
+        return self.in_features + self.out_features
+
+    @property
+    def largest_rank(self) -> int:
+        """The rank beyond which the update cannot become richer."""
+        return min(self.in_features, self.out_features)
+
+    def cost(self, unit: str) -> int:
+        """Budget units of one rank: parameters, or 1 when the budget counts ranks."""
+        return self.parameters_per_rank if unit == "params" else 1
+
+
+@dataclass(frozen=True)
+class ModulePlan(ModuleShape):
+    """A target module with its rank, the score behind it and the method's own figures."""
+
+    rank: int = 0
+    score: float = 0.0
+    share: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters of the module's adapter."""
+        return self.rank * self.parameters_per_rank
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Ranks for every target module of one model.
+
+    Attributes:
+        method: registered name of the method that scored.
+        options: the method's options as used.
+        budget_unit: ``params`` or ``ranks``.
+        lora_rank: the budget, as the rank of a uniform LoRA.
+        lora_alpha: alpha of that uniform LoRA; alpha/r is the same for every module.
+        modules: in model order; rank 0 means the module gets no adapter.
+        provenance: base model, data, seed, package versions, digest of the request.
+    """
+
+    method: str
+    options: Mapping[str, Any]
+    budget_unit: str
+    lora_rank: int
+    lora_alpha: float
+    modules: tuple[ModulePlan, ...]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def scale(self) -> float:
+        """alpha/r of every module."""
+        return self.lora_alpha / self.lora_rank
+
+    @property
+    def active(self) -> tuple[ModulePlan, ...]:
+        """Modules that get an adapter."""
+        return tuple(module for module in self.modules if module.rank > 0)
+
+    @property
+    def largest_rank(self) -> int:
+        """Largest rank in use: ``r`` of the saved adapter."""
+        return max((module.rank for module in self.modules), default=0)
+
+    def ranks(self) -> dict[str, int]:
+        """Module name to rank."""
+        return {module.name: module.rank for module in self.modules}
+
+    def budget(self) -> dict[str, int]:
+        """Budget in parameters and in ranks: asked, used, left over."""
+        asked_parameters = sum(self.lora_rank * module.parameters_per_rank for module in self.modules)
+        used_parameters = sum(module.parameters for module in self.modules)
+        asked_ranks = self.lora_rank * len(self.modules)
+        used_ranks = sum(module.rank for module in self.modules)
+        return {
+            "asked_parameters": asked_parameters,
+            "used_parameters": used_parameters,
+            "left_parameters": asked_parameters - used_parameters,
+            "asked_ranks": asked_ranks,
+            "used_ranks": used_ranks,
+            "left_ranks": asked_ranks - used_ranks,
+        }
+
+    def digest(self) -> str:
+        """SHA-256 over what determines the adapter: names, shapes, ranks and scale."""
+        body = [[m.name, m.in_features, m.out_features, m.rank] for m in self.modules]
+        return digest_of({"modules": body, "scale": self.scale})
+
+    def to_json(self) -> dict[str, Any]:
+        """The document written to disk."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "method": self.method,
+            "options": dict(self.options),
+            "lora_rank": self.lora_rank,
+            "lora_alpha": self.lora_alpha,
+            "budget": {"unit": self.budget_unit, **self.budget()},
+            "modules": [{**asdict(module), "parameters": module.parameters} for module in self.modules],
+            "provenance": dict(self.provenance),
+            "digest": self.digest(),
+        }
+
+    def save(self, path: Path) -> None:
+        """Write atomically. A different plan already there is kept beside it under its own digest."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keep_previous(path, self.digest())
+        write_atomically(path, json.dumps(self.to_json(), indent=1) + "\n")
+
+    def differences(self, shapes: "tuple[ModuleShape, ...] | list[ModuleShape]") -> list[str]:
+        """Where the plan does not fit a model's target modules, in words; empty when it fits."""
+        mine = {module.name: (module.in_features, module.out_features) for module in self.modules}
+        live = {shape.name: (shape.in_features, shape.out_features) for shape in shapes}
+        return (
+            [f"{name} is in the plan but no target of this model" for name in mine if name not in live]
+            + [f"{name} is a target of this model but not in the plan" for name in live if name not in mine]
+            + [
+                f"{name} is {mine[name][0]}x{mine[name][1]} in the plan, {live[name][0]}x{live[name][1]} in the model"
+                for name in mine
+                if name in live and mine[name] != live[name]
+            ]
+            + [
+                f"{m.name} has rank {m.rank}, more than its smaller side {m.largest_rank}"
+                for m in self.modules
+                if m.rank > m.largest_rank
+            ]
+        )
+
+
+def plan_from_allocation(
+    shapes: "list[ModuleShape]",
+    scores: Mapping[str, float],
+    metrics: Mapping[str, Mapping[str, float]],
+    allocation: Allocation,
+    **header: Any,
+) -> RankPlan:
+    """Assemble a plan from what the method and the allocator returned; ``header`` holds RankPlan's other fields."""
+    total = sum(scores.values()) or 1.0
+    modules = tuple(
+        ModulePlan(
+            name=shape.name,
+            in_features=shape.in_features,
+            out_features=shape.out_features,
+            rank=rank,
+            score=scores[shape.name],
+            share=scores[shape.name] / total,
+            metrics={column: values[shape.name] for column, values in metrics.items()},
+        )
+        for shape, rank in zip(shapes, allocation.ranks, strict=True)
+    )
+    return RankPlan(modules=modules, **header)
+
+
+def load_plan(path: Path) -> RankPlan:
+    """Read and validate a plan.
+
+    Raises:
+        PlanError: the file is missing, is no JSON, has another schema version, or an entry is wrong.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(f"cannot read the plan {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise PlanError(f"the plan {path} is not valid JSON: {error}") from error
+    return parse_plan(document, str(path))
+
+
+def parse_plan(document: Any, source: str) -> RankPlan:
+    """Turn a plan document into a RankPlan; ``source`` names it in errors."""
+    if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
+        found = document.get("schema_version") if isinstance(document, dict) else None
+        raise PlanError(f"{source} has plan schema {found!r}; this version reads schema {SCHEMA_VERSION}")
+    try:
+        modules = tuple(_parse_module(entry, source) for entry in document["modules"])
+        plan = RankPlan(
+            method=str(document["method"]),
+            options=dict(document["options"]),
+            budget_unit=str(document["budget"]["unit"]),
+            lora_rank=int(document["lora_rank"]),
+            lora_alpha=float(document["lora_alpha"]),
+            modules=modules,
+            provenance=dict(document.get("provenance", {})),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PlanError(f"{source} is not a complete plan: {type(error).__name__}: {error}") from error
+    names = [module.name for module in modules]
+    if len(set(names)) != len(names):
+        raise PlanError(f"{source} lists {next(n for n in names if names.count(n) > 1)} twice")
+    if not plan.active:
+        raise PlanError(f"{source} gives every module rank 0: there is nothing to train")
+    return plan
+
+
+def _parse_module(entry: Mapping[str, Any], source: str) -> ModulePlan:
+    rank = entry["rank"]
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+        raise PlanError(f"{source}: {entry['name']} has rank {rank!r}; it must be a whole number of at least 0")
+    return ModulePlan(
+        name=str(entry["name"]),
+        in_features=int(entry["in_features"]),
+        out_features=int(entry["out_features"]),
+        rank=rank,
+        score=float(entry.get("score", 0.0)),
+        share=float(entry.get("share", 0.0)),
+        metrics={str(column): float(value) for column, value in entry.get("metrics", {}).items()},
+    )
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON-able value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside the target and rename into place, so that a reader or a crash never sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def keep_previous(path: Path, new_digest: str) -> None:
+    """Move a different plan out of the way, under a name that carries its digest, rather than overwrite it."""
+    if not path.exists():
+        return
+    try:
+        old_digest = load_plan(path).digest()
+    except PlanError:
+        old_digest = "unreadable-" + hashlib.sha256(path.read_bytes()).hexdigest()
+    if old_digest != new_digest:
+        path.rename(path.with_name(f"{path.stem}.{old_digest[:12]}{path.suffix}"))

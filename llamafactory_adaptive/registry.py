@@ -1,0 +1,64 @@
+"""Method names to classes: lazy, with suggestions for misspelt names, open to outside packages.
+
+An outside package adds a method with an entry point in the group ``llamafactory_adaptive.methods``::
+
+    [project.entry-points."llamafactory_adaptive.methods"]
+    mine = "my_package.my_method:MyMethod"
+"""
+
+import difflib
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from llamafactory_adaptive.config import AdaptiveError
+
+
+ENTRY_POINT_GROUP = "llamafactory_adaptive.methods"
+
+_BUILTIN = {
+    "sensitivity": "llamafactory_adaptive.methods.sensitivity:Sensitivity",
+    "uniform": "llamafactory_adaptive.methods.uniform:Uniform",
+    "random": "llamafactory_adaptive.methods.random:Random",
+}
+
+
+class UnknownMethodError(AdaptiveError, KeyError):
+    """No method of that name is registered."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@cache
+def methods() -> dict[str, str]:
+    """All registered names and their ``module:Class`` targets; nothing is imported.
+
+    Raises:
+        AdaptiveError: two packages register one name.
+    """
+    found = dict(_BUILTIN)
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        if entry.name in found:
+            raise AdaptiveError(f"the method name {entry.name!r} is registered twice: {found[entry.name]}, {entry.value}")
+        found[entry.name] = entry.value
+    return found
+
+
+def get_method(name: str) -> Any:
+    """Import and return the class registered under ``name``.
+
+    Raises:
+        UnknownMethodError: with the nearest registered name.
+    """
+    if name not in methods():
+        raise UnknownMethodError(f"unknown method {name!r}; {nearest(name)}")
+    module, _, attribute = methods()[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def nearest(name: str) -> str:
+    """Say which names exist, the likeliest first."""
+    close = difflib.get_close_matches(name, methods(), n=1)
+    return (f"did you mean {close[0]!r}? " if close else "") + "registered: " + ", ".join(sorted(methods()))

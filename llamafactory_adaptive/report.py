@@ -1,0 +1,137 @@
+"""Tables, heat-maps and the model-card section: what a person sees of a plan. No method is known here."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from llamafactory_adaptive.plan import ModulePlan, RankPlan
+
+
+HEATMAP_FILE = "adaptive_ranks.png"
+_CARD_START, _CARD_END = "<!-- llamafactory-adaptive: ranks -->", "<!-- /llamafactory-adaptive -->"
+_BYTES_PER_PARAMETER = 4  # LLaMA-Factory trains and saves LoRA factors in fp32
+
+
+def place(name: str) -> tuple[int | None, str]:
+    """Layer index and module type of a full module name: ``model.layers.3.mlp.up_proj`` is (3, ``up_proj``)."""
+    layer = re.search(r"\.(\d+)\.", name)
+    return (int(layer.group(1)) if layer else None), name.rpartition(".")[2]
+
+
+def _grid(plan: RankPlan) -> tuple[list[int | None], list[str], dict[tuple[int | None, str], float]]:
+    """Layers, types, and the mean rank of each cell (experts of one layer share a cell)."""
+    cells: dict[tuple[int | None, str], list[int]] = {}
+    for module in plan.modules:
+        cells.setdefault(place(module.name), []).append(module.rank)
+    layers = list(dict.fromkeys(layer for layer, _ in cells))
+    types = list(dict.fromkeys(kind for _, kind in cells))
+    return layers, types, {cell: sum(ranks) / len(ranks) for cell, ranks in cells.items()}
+
+
+def _align(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def rank_table(plan: RankPlan) -> str:
+    """The plan as text: rank per layer and module type, a summary per type, totals against uniform LoRA."""
+    layers, types, cells = _grid(plan)
+    grid = [["layer", *types]]
+    for layer in layers:
+        values = [cells.get((layer, kind)) for kind in types]
+        grid.append(["-" if layer is None else str(layer), *("" if v is None else f"{v:g}" for v in values)])
+    lines = [f"Ranks ({plan.method}, {len(plan.modules)} modules)", *_align(grid), "", *_align(_type_rows(plan)), ""]
+    return "\n".join(lines + totals(plan))
+
+
+def _type_rows(plan: RankPlan) -> list[list[str]]:
+    rows = [["module type", "modules", "mean rank", "range", "share", "parameters"]]
+    by_type: dict[str, list[ModulePlan]] = {}
+    for module in plan.modules:
+        by_type.setdefault(place(module.name)[1], []).append(module)
+    for kind, modules in by_type.items():
+        ranks = [module.rank for module in modules]
+        rows.append(
+            [
+                kind,
+                str(len(modules)),
+                f"{sum(ranks) / len(ranks):.1f}",
+                f"{min(ranks)}-{max(ranks)}",
+                f"{sum(module.share for module in modules):.1%}",
+                f"{sum(module.parameters for module in modules):,}",
+            ]
+        )
+    return rows
+
+
+def totals(plan: RankPlan) -> list[str]:
+    """What the plan costs against a uniform LoRA of ``lora_rank``, in parameters, ranks and megabytes."""
+    b = plan.budget()
+    ratio = b["used_parameters"] / b["asked_parameters"]
+    return [
+        f"trainable parameters  {b['used_parameters']:,} of {b['asked_parameters']:,} "
+        f"(uniform LoRA of rank {plan.lora_rank}): {ratio:.3%}",
+        f"sum of ranks          {b['used_ranks']:,} (uniform: {b['asked_ranks']:,}); budget counted in "
+        f"{plan.budget_unit}; largest rank {plan.largest_rank}",
+        f"adapter size          {b['used_parameters'] * _BYTES_PER_PARAMETER / 1e6:.1f} MB in fp32",
+    ]
+
+
+def concentration_warning(plan: RankPlan, upper: int) -> str | None:
+    """One line when few modules hold most of the score or sit at the cap; None when all is well."""
+    if plan.method in ("uniform", "random"):
+        return None
+    shares = sorted((module.share for module in plan.modules), reverse=True)
+    few = max(1, len(shares) // 20)
+    held = sum(shares[:few])
+    capped = sum(module.rank >= min(upper, module.largest_rank) for module in plan.modules)
+    if held <= 0.5 and capped <= len(shares) // 4:
+        return None
+    return (
+        f"{few} of {len(shares)} modules hold {held:.0%} of the score (massive activations), {capped} sit at their "
+        f"largest rank; sensitivity_transform: log or per_type spreads the budget more evenly"
+    )
+
+
+def save_heatmap(plan: RankPlan, path: Path) -> None:
+    """Draw ranks as layer x module type and write a PNG."""
+    from matplotlib.figure import Figure
+
+    layers, types, cells = _grid(plan)
+    values = [[cells.get((layer, kind), float("nan")) for layer in layers] for kind in types]
+    figure = Figure(figsize=(max(6.0, 1.5 + 0.3 * len(layers)), 1.4 + 0.42 * len(types)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0)
+    axes.set_yticks(range(len(types)), types)
+    step = max(1, len(layers) // 16)
+    axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    axes.set_xlabel("layer")
+    b = plan.budget()
+    axes.set_title(
+        f"{plan.method}: {b['used_parameters']:,} parameters, the cost of uniform rank {plan.lora_rank}", fontsize=10
+    )
+    figure.colorbar(image, ax=axes, label="rank")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def card_section(plan: RankPlan) -> str:
+    """Markdown for the model card, between markers so that a second run replaces it."""
+    rows = _type_rows(plan)
+    table = ["| " + " | ".join(row) + " |" for row in rows]
+    table.insert(1, "|" + " --- |" * len(rows[0]))
+    body = [f"## Adaptive ranks: {plan.method}", "", *table, "", *(f"- {line}" for line in totals(plan))]
+    note = f"A plain PEFT LoRA adapter; ranks per module are in `adapter_config.json`. ![ranks]({HEATMAP_FILE})"
+    return "\n".join([_CARD_START, *body, "", note, _CARD_END])
+
+
+def update_card(path: Path, plan: RankPlan) -> None:
+    """Append the section to a model card, or replace the one an earlier run left; other text stays."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    pattern = re.compile(re.escape(_CARD_START) + ".*?" + re.escape(_CARD_END), re.DOTALL)
+    section = card_section(plan)
+    if pattern.search(text):
+        text = pattern.sub(lambda _: section, text)
+    else:
+        text = text.rstrip() + "\n\n" + section + "\n"
+    path.write_text(text, encoding="utf-8")
