@@ -10,6 +10,7 @@ Run as a script it is the torchrun entry of ``llamafactory-adaptive train``, for
 import os
 import sys
 
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing itself is too slow to import in every interpreter
     from collections.abc import Sequence
@@ -68,7 +69,7 @@ def active() -> bool:
 def install() -> None:
     """Put the finder in place, once; a no-op when switched off."""
     if enabled() and not active():
-        sys.meta_path.insert(0, _SeamFinder())  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _SeamFinder())
 
 
 if __name__ == "__main__":

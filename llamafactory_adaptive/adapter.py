@@ -77,9 +77,22 @@ def check_live(model: nn.Module, plan: RankPlan) -> int:
             faults.append(f"{module.name} has A {shape_a} and B {shape_b} for rank {module.rank}")
         if not math.isclose(layer.scaling[adapter], plan.scale, rel_tol=1e-6):
             faults.append(f"{module.name} is scaled by {layer.scaling[adapter]}, not {plan.scale}")
-    _raise(faults, f"the model's adapter does not match the plan ({len(layers)} adapted modules, "
-           f"{len(plan.active)} planned)")
+    _raise(
+        faults,
+        f"the model's adapter does not match the plan ({len(layers)} adapted modules, {len(plan.active)} planned)",
+    )
     return len(layers)
+
+
+def keep_differentiable_on_cpu(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights at the first evaluation on a CPU with AVX512-BF16.
+
+    The packed form is for inference only: it stays when training goes on, and gradients no longer pass through the
+    base weights, with a warning but without an error (bitsandbytes 0.50.2, ``Linear4bit.forward``).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _name_faults(names: Iterable[str], plan: RankPlan) -> list[str]:

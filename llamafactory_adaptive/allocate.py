@@ -73,7 +73,8 @@ def _check(
     most = sum(high * cost for high, cost in zip(upper, costs, strict=True))
     if least > budget:
         raise InfeasibleBudgetError(
-            f"the lowest ranks alone cost {least:,}, the budget is {budget:,}; lower adaptive_min_rank or raise lora_rank"
+            f"the lowest ranks alone cost {least:,}, the budget is {budget:,}; lower adaptive_min_rank or "
+            "raise lora_rank"
         )
     if most < budget:
         raise InfeasibleBudgetError(
@@ -119,8 +120,7 @@ def water_fill(
     if slope > 0:
         level += (budget - cost) / slope
     ranks = [
-        min(max(level * score, float(low)), float(high))
-        for score, low, high in zip(scaled, lower, upper, strict=True)
+        min(max(level * score, float(low)), float(high)) for score, low, high in zip(scaled, lower, upper, strict=True)
     ]
     return _spend_rest_on_unscored(ranks, scaled, costs, budget, lower, upper)
 
@@ -146,15 +146,11 @@ def _spend_rest_on_unscored(
     return ranks
 
 
-def _fill_equally(
-    costs: Sequence[int], budget: float, lower: Sequence[int], upper: Sequence[int]
-) -> list[float]:
+def _fill_equally(costs: Sequence[int], budget: float, lower: Sequence[int], upper: Sequence[int]) -> list[float]:
     return water_fill([1.0] * len(costs), costs, budget, lower, upper) if costs else []
 
 
-def _complete(
-    ranks: list[int], ideal: Sequence[float], costs: Sequence[int], upper: Sequence[int], left: int
-) -> int:
+def _complete(ranks: list[int], ideal: Sequence[float], costs: Sequence[int], upper: Sequence[int], left: int) -> int:
     """Add rank units by largest remainder while any still fits; returns what stays unspent."""
     heap = [(ranks[i] - ideal[i], i) for i in range(len(ranks)) if ranks[i] < upper[i]]
     heapq.heapify(heap)

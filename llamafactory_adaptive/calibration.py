@@ -165,7 +165,7 @@ class _MomentCollector:
             weights_T = self._flat(name, gradient).float().square().sum(-1)
             self._add(name, second_moment_sum(self._flat(name, x), self._rows, weights_T))
 
-        output.register_hook(arrived)
+        output.register_hook(arrived)  # type: ignore[no-untyped-call]
 
     def _shared_sum(self, name: str, x: Tensor) -> Tensor:
         if self._last is None or self._last[0] is not x:
@@ -176,8 +176,8 @@ class _MomentCollector:
         flat = x.reshape(-1, x.shape[-1])
         if self._rows is not None and len(flat) != self._cells:
             raise CalibrationError(
-                f"{name} reads {len(flat)} rows where the batch has {self._cells} tokens (a routed expert?), so padding "
-                "cannot be told apart; set adaptive_calibration_batch_size: 1"
+                f"{name} reads {len(flat)} rows where the batch has {self._cells} tokens (a routed expert?), so "
+                "padding cannot be told apart; set adaptive_calibration_batch_size: 1"
             )
         return flat
 
@@ -189,15 +189,15 @@ class _MomentCollector:
         unseen = [name for name in self.modules if name not in self.sums]
         if unseen:
             raise CalibrationError(
-                f"{len(unseen)} of {len(self.modules)} target modules saw no calibration token, for example {unseen[0]}; "
-                "raise adaptive_calibration_samples or take the module out of lora_target"
+                f"{len(unseen)} of {len(self.modules)} target modules saw no calibration token, for example "
+                f"{unseen[0]}; raise adaptive_calibration_samples or take the module out of lora_target"
             )
         means = {name: (self.sums[name] / self.tokens).cpu() for name in self.modules}
         for name, value in means.items():
             if not bool(torch.isfinite(value).all()):
                 raise CalibrationError(
-                    f"the inputs of {name} contain NaN or infinity: check the base model and its dtype (bf16 instead of "
-                    "fp16)"
+                    f"the inputs of {name} contain NaN or infinity: check the base model and its dtype (bf16 "
+                    "instead of fp16)"
                 )
         return means
 

@@ -28,7 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser("plan", help="show and write the ranks a run would train; trains nothing")
     plan.add_argument("--out", type=Path, help="folder for plan and heat-map (default: output_dir of the YAML)")
-    train = commands.add_parser("train", help="same as llamafactory-cli train, also where the start-up hook is missing")
+    train = commands.add_parser(
+        "train", help="same as llamafactory-cli train, also where the start-up hook is missing"
+    )
     for command in (plan, train):
         command.add_argument("config", metavar="CFG.yaml")
         command.add_argument("overrides", nargs="*", metavar="key=value")
@@ -62,10 +64,10 @@ def plan(arguments: argparse.Namespace) -> int:
     """Plan ranks without training: table, heat-map, ``adaptive_rank_plan.json``."""
     _require_enabled()
     from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings, parse_config
-    from llamafactory_adaptive.bridge.runs import obtain_plan
+    from llamafactory_adaptive.bridge.runs import advice, obtain_plan
     from llamafactory_adaptive.bridge.seams import require_seams
     from llamafactory_adaptive.plan import PLAN_FILE
-    from llamafactory_adaptive.report import HEATMAP_FILE, concentration_warning, rank_table, save_heatmap
+    from llamafactory_adaptive.report import HEATMAP_FILE, rank_table, save_heatmap
 
     require_seams()
     sys.argv = ["llamafactory-adaptive", arguments.config, *arguments.overrides]
@@ -82,9 +84,8 @@ def plan(arguments: argparse.Namespace) -> int:
     found.save(folder / PLAN_FILE)
     save_heatmap(found, folder / HEATMAP_FILE)
     print(rank_table(found))
-    warning = concentration_warning(found, config.max_rank)
-    if warning:
-        print(f"warning: {warning}")
+    for line in advice(found, config):
+        print(f"warning: {line}")
     print(f"plan and heat-map written to {folder} in {time.perf_counter() - started:.1f} s; nothing was trained")
     return 0
 

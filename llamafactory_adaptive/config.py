@@ -66,7 +66,7 @@ class GuardError(AdaptiveError, RuntimeError):
 
 def option(
     default: Any,
-    help: str,  # noqa: A002 - the name argparse and the metadata of HfArgumentParser use
+    help: str,
     *,
     unit: str = "",
     low: float | None = None,
@@ -280,35 +280,61 @@ def _on(key: str) -> Callable[[Mapping[str, Any]], bool]:
 
 
 CONFLICTS = (
-    Conflict("use_rslora", _on("use_rslora"), "rsLoRA scales by sqrt(rank), so mixed ranks would be scaled unevenly",
-             "use_rslora: false"),
+    Conflict(
+        "use_rslora",
+        _on("use_rslora"),
+        "rsLoRA scales by sqrt(rank), so mixed ranks would be scaled unevenly",
+        "use_rslora: false",
+    ),
     Conflict("use_dora", _on("use_dora"), "DoRA magnitudes are not served right at mixed ranks", "use_dora: false"),
     Conflict("pissa_init", _on("pissa_init"), "PiSSA changes the base weights per rank", "pissa_init: false"),
     Conflict("use_unsloth", _on("use_unsloth"), "Unsloth takes one rank for all modules", "use_unsloth: false"),
     Conflict("use_kt", _on("use_kt"), "KTransformers takes one rank for all modules", "use_kt: false"),
-    Conflict("use_hyper_parallel", _on("use_hyper_parallel"), "HyperParallel trains full parameters only",
-             "use_hyper_parallel: false"),
-    Conflict("train_from_scratch", _on("train_from_scratch"), "random weights have no sensitivity to measure",
-             "train_from_scratch: false"),
-    Conflict("mixture_of_depths", lambda flat: flat.get("mixture_of_depths") is not None,
-             "Mixture-of-Depths wraps the layers that ranks are planned for", "leaving mixture_of_depths out"),
-    Conflict("stage", lambda flat: flat.get("stage") == "ppo", "ranks are planned for pt, sft, rm, dpo and kto",
-             "stage: dpo"),
-    Conflict("quantization_method",
-             lambda flat: flat.get("quantization_bit") is not None
-             and flat.get("quantization_method", "bnb") not in ("bnb", "BNB"),
-             "only bitsandbytes quantisation is supported", "quantization_method: bnb"),
-    Conflict("quantization_bit", lambda flat: flat.get("quantization_bit") not in (None, 4, 8, "4", "8"),
-             "bitsandbytes knows 4 and 8", "quantization_bit: 4"),
+    Conflict(
+        "use_hyper_parallel",
+        _on("use_hyper_parallel"),
+        "HyperParallel trains full parameters only",
+        "use_hyper_parallel: false",
+    ),
+    Conflict(
+        "train_from_scratch",
+        _on("train_from_scratch"),
+        "random weights have no sensitivity to measure",
+        "train_from_scratch: false",
+    ),
+    Conflict(
+        "mixture_of_depths",
+        lambda flat: flat.get("mixture_of_depths") is not None,
+        "Mixture-of-Depths wraps the layers that ranks are planned for",
+        "leaving mixture_of_depths out",
+    ),
+    Conflict(
+        "stage",
+        lambda flat: flat.get("stage") == "ppo",
+        "ranks are planned for pt, sft, rm, dpo and kto",
+        "stage: dpo",
+    ),
+    Conflict(
+        "quantization_method",
+        lambda flat: (
+            flat.get("quantization_bit") is not None and flat.get("quantization_method", "bnb") not in ("bnb", "BNB")
+        ),
+        "only bitsandbytes quantisation is supported",
+        "quantization_method: bnb",
+    ),
+    Conflict(
+        "quantization_bit",
+        lambda flat: flat.get("quantization_bit") not in (None, 4, 8, "4", "8"),
+        "bitsandbytes knows 4 and 8",
+        "quantization_bit: 4",
+    ),
 )
 
 
 def check_conflicts(flat: Mapping[str, Any]) -> list[Problem]:
     """Problems between upstream options and the adaptive run."""
     return [
-        Problem(rule.key, flat.get(rule.key), rule.reason, rule.suggestion)
-        for rule in CONFLICTS
-        if rule.clashes(flat)
+        Problem(rule.key, flat.get(rule.key), rule.reason, rule.suggestion) for rule in CONFLICTS if rule.clashes(flat)
     ]
 
 
@@ -318,16 +344,28 @@ def check_budget(flat: Mapping[str, Any], common: Mapping[str, Any]) -> tuple[in
     Returns:
         ``lora_rank``, ``lora_alpha`` (default 2 x rank, as upstream), the effective upper bound, the problems.
     """
-    problems = []
-    rank, alpha = _positive_int(flat, "lora_rank", 8, problems), 0
+    problems: list[Problem] = []
+    rank = _positive_int(flat, "lora_rank", 8, problems)
     alpha = _positive_int(flat, "lora_alpha", 2 * rank, problems)
     low, high = common["adaptive_min_rank"], common["adaptive_max_rank"] or 4 * rank
     if high < rank:
-        problems.append(Problem("adaptive_max_rank", high, f"it must be at least lora_rank ({rank}), or the budget "
-                                "cannot be spent", f"adaptive_max_rank: {4 * rank}"))
+        problems.append(
+            Problem(
+                "adaptive_max_rank",
+                high,
+                f"it must be at least lora_rank ({rank}), or the budget cannot be spent",
+                f"adaptive_max_rank: {4 * rank}",
+            )
+        )
     if low > rank:
-        problems.append(Problem("adaptive_min_rank", low, f"it must be at most lora_rank ({rank}), or the budget is "
-                                "overspent", "adaptive_min_rank: 1"))
+        problems.append(
+            Problem(
+                "adaptive_min_rank",
+                low,
+                f"it must be at most lora_rank ({rank}), or the budget is overspent",
+                "adaptive_min_rank: 1",
+            )
+        )
     return rank, float(alpha), high, problems
 
 

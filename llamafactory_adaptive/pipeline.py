@@ -186,8 +186,9 @@ def check_plan(plan: RankPlan, shapes: list[ModuleShape], config: AdaptiveConfig
     asked, used = budget[f"asked_{kind}"], budget[f"used_{kind}"]
     if used > asked:
         raise PlanError(
-            f"{source} costs {used:,} {kind}, the budget of lora_rank {config.lora_rank} is {asked:,}: {used - asked:,} too "
-            f"many; lower ranks in the plan or set lora_rank: {-(-used * config.lora_rank // asked)}"
+            f"{source} costs {used:,} {kind}, the budget of lora_rank {config.lora_rank} is {asked:,}: "
+            f"{used - asked:,} too many; lower ranks in the plan or set "
+            f"lora_rank: {-(-used * config.lora_rank // asked)}"
         )
     return plan
 
@@ -215,8 +216,9 @@ def check_same_run(plan: RankPlan, config: AdaptiveConfig, source: str) -> None:
     faults = [f"{key} is {found[key]} there and {value} here" for key, value in asked.items() if found[key] != value]
     if not faults and not config.plan_path and dict(plan.options) != dict(config.options):
         changed = sorted(k for k in config.options if plan.options.get(k) != config.options[k])
-        faults = [f"{config.method}_{key} is {plan.options.get(key)} there and {config.options[key]} here"
-                  for key in changed]
+        faults = [
+            f"{config.method}_{key} is {plan.options.get(key)} there and {config.options[key]} here" for key in changed
+        ]
     if faults:
         raise PlanError(
             f"{source} belongs to another run: " + "; ".join(faults) + "; change them back or use another output_dir"

@@ -41,7 +41,9 @@ def methods() -> dict[str, str]:
     found = dict(_BUILTIN)
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         if entry.name in found:
-            raise AdaptiveError(f"the method name {entry.name!r} is registered twice: {found[entry.name]}, {entry.value}")
+            raise AdaptiveError(
+                f"the method name {entry.name!r} is registered twice: {found[entry.name]}, {entry.value}"
+            )
         found[entry.name] = entry.value
     return found
 

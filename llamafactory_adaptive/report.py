@@ -78,19 +78,14 @@ def totals(plan: RankPlan) -> list[str]:
 
 
 def concentration_warning(plan: RankPlan, upper: int) -> str | None:
-    """One line when few modules hold most of the score or sit at the cap; None when all is well."""
-    if plan.method in ("uniform", "random"):
-        return None
+    """One line when few modules hold most of the score or many sit at the cap; None when all is well."""
     shares = sorted((module.share for module in plan.modules), reverse=True)
     few = max(1, len(shares) // 20)
     held = sum(shares[:few])
     capped = sum(module.rank >= min(upper, module.largest_rank) for module in plan.modules)
     if held <= 0.5 and capped <= len(shares) // 4:
         return None
-    return (
-        f"{few} of {len(shares)} modules hold {held:.0%} of the score (massive activations), {capped} sit at their "
-        f"largest rank; sensitivity_transform: log or per_type spreads the budget more evenly"
-    )
+    return f"{few} of {len(shares)} modules hold {held:.0%} of the score, {capped} sit at their largest rank"
 
 
 def save_heatmap(plan: RankPlan, path: Path) -> None:

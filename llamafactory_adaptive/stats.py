@@ -28,14 +28,19 @@ def second_moment_sum(x_TN: Tensor, rows: Tensor | None = None, weights_T: Tenso
     total_N = torch.zeros(features, dtype=torch.float64, device=x_TN.device)
     count = len(x_TN) if rows is None else len(rows)
     for start in range(0, count, chunk):
-        if rows is None:
-            piece, picked = x_TN[start : start + chunk], slice(start, start + chunk)
+        squared = _rows(x_TN, rows, start, chunk).to(torch.float32, copy=True).square_()
+        if weights_T is None:
+            total_N += squared.sum(0)
         else:
-            picked = rows[start : start + chunk]
-            piece = x_TN.index_select(0, picked)
-        squared = piece.to(torch.float32, copy=True).square_()
-        total_N += squared.sum(0) if weights_T is None else weights_T[picked].to(torch.float32) @ squared
+            total_N += _rows(weights_T, rows, start, chunk).to(torch.float32) @ squared
     return total_N
+
+
+def _rows(x_T: Tensor, rows: Tensor | None, start: int, count: int) -> Tensor:
+    """``count`` rows from ``start``: of the tensor itself, or of those that ``rows`` picks."""
+    if rows is None:
+        return x_T[start : start + count]
+    return x_T.index_select(0, rows[start : start + count])
 
 
 def top_k_mean(lambda_N: Tensor, fraction: float) -> Tensor:

@@ -19,8 +19,10 @@ def _shopping(draw: random.Random, name: str, thing: str) -> tuple[str, str, int
     count, price, paid = draw.randint(3, 12), draw.randint(2, 9), draw.choice((100, 120, 150))
     cost = count * price
     question = f"{name} buys {count} {thing} at ${price} each and pays with ${paid}. How much change does {name} get?"
-    return question, f"The {thing} cost {count} * {price} = ${cost}.\nThe change is {paid} - {cost} = ${paid - cost}.", (
-        paid - cost
+    return (
+        question,
+        f"The {thing} cost {count} * {price} = ${cost}.\nThe change is {paid} - {cost} = ${paid - cost}.",
+        (paid - cost),
     )
 
 
@@ -28,11 +30,15 @@ def _sharing(draw: random.Random, name: str, thing: str) -> tuple[str, str, int]
     friends, each, own = draw.randint(2, 9), draw.randint(2, 12), draw.randint(1, 15)
     total = friends * each + own
     question = (
-        f"{name} has {total} {thing}, keeps {own} and shares the rest equally among {friends} friends. How many {thing} "
-        "does each friend get?"
+        f"{name} has {total} {thing}, keeps {own} and shares the rest equally among {friends} friends. How many "
+        f"{thing} does each friend get?"
     )
-    return question, f"{name} shares {total} - {own} = {total - own} {thing}.\nEach friend gets {total - own} / " \
-        f"{friends} = {each}.", each
+    return (
+        question,
+        f"{name} shares {total} - {own} = {total - own} {thing}.\nEach friend gets {total - own} / "
+        f"{friends} = {each}.",
+        each,
+    )
 
 
 def _collecting(draw: random.Random, name: str, thing: str) -> tuple[str, str, int]:
@@ -40,11 +46,15 @@ def _collecting(draw: random.Random, name: str, thing: str) -> tuple[str, str, i
     second = first * factor
     total = first + second - lost
     question = (
-        f"{name} collects {first} {thing} on Monday and {factor} times as many on Tuesday, then loses {lost}. How many "
-        f"{thing} are left?"
+        f"{name} collects {first} {thing} on Monday and {factor} times as many on Tuesday, then loses {lost}. How "
+        f"many {thing} are left?"
     )
-    return question, f"On Tuesday {name} collects {first} * {factor} = {second}.\nTogether that is {first} + {second} = " \
-        f"{first + second}.\nAfter the loss {first + second} - {lost} = {total} are left.", total
+    return (
+        question,
+        f"On Tuesday {name} collects {first} * {factor} = {second}.\nTogether that is {first} + {second} = "
+        f"{first + second}.\nAfter the loss {first + second} - {lost} = {total} are left.",
+        total,
+    )
 
 
 KINDS: tuple[Callable[[random.Random, str, str], tuple[str, str, int]], ...] = (_shopping, _sharing, _collecting)

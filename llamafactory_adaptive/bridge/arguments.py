@@ -36,8 +36,9 @@ def _generated_fields() -> list[tuple[str, Any, Any]]:
         hints = typing.get_type_hints(owner)
         for entry in dataclasses.fields(owner):
             metadata = {"help": entry.metadata["help"]}
-            fields.append((prefix + entry.name, hints[entry.name],
-                           dataclasses.field(default=entry.default, metadata=metadata)))
+            fields.append(
+                (prefix + entry.name, hints[entry.name], dataclasses.field(default=entry.default, metadata=metadata))
+            )
     return fields
 
 
@@ -74,9 +75,8 @@ def to_mapping(args: Mapping[str, Any] | list[str]) -> Args:
     """The settings the user gave, as one flat mapping, whether they came as YAML or as ``--key value``."""
     if isinstance(args, Mapping):
         return dict(args)
-    from transformers import HfArgumentParser
-
     from llamafactory.hparams import parser as host
+    from transformers import HfArgumentParser
 
     parser = HfArgumentParser(host._TRAIN_ARGS)
     given, _ = parser.parse_known_args(args)
@@ -164,7 +164,7 @@ def _unknown_keys(args: Mapping[str, Any]) -> list[Problem]:
     from llamafactory.hparams import parser as host
 
     if is_env_enabled("ALLOW_EXTRA_ARGS"):
-        return unknown_key_problems([key for key in our_keys(args)], [entry[0] for entry in _generated_fields()])
+        return unknown_key_problems(our_keys(args), [entry[0] for entry in _generated_fields()])
     owners = [*host._TRAIN_ARGS, RayArguments]
     known = {entry.name for owner in owners for entry in dataclasses.fields(owner) if entry.init}
     return unknown_key_problems(args, known)
@@ -173,8 +173,12 @@ def _unknown_keys(args: Mapping[str, Any]) -> list[Problem]:
 def _foreign_options(args: Mapping[str, Any], method: str) -> list[Problem]:
     """Options of a method that is not the chosen one would do nothing: say so."""
     return [
-        Problem(key, args[key], f"it belongs to adaptive_method: {other}, and this run uses {method}",
-                f"adaptive_method: {other}")
+        Problem(
+            key,
+            args[key],
+            f"it belongs to adaptive_method: {other}, and this run uses {method}",
+            f"adaptive_method: {other}",
+        )
         for other in methods()
         if other != method
         for key in args
@@ -186,11 +190,18 @@ def _missing_files(args: Mapping[str, Any], common: Mapping[str, Any]) -> list[P
     problems = []
     plan = common["adaptive_plan"]
     if plan and not Path(plan).is_file():
-        problems.append(Problem("adaptive_plan", plan, "there is no such file",
-                                "writing one with `llamafactory-adaptive plan`"))
+        problems.append(
+            Problem("adaptive_plan", plan, "there is no such file", "writing one with `llamafactory-adaptive plan`")
+        )
     if plan and common["adaptive_calibration_dataset"]:
-        problems.append(Problem("adaptive_calibration_dataset", common["adaptive_calibration_dataset"],
-                                "nothing is scored when adaptive_plan is given", "one of the two"))
+        problems.append(
+            Problem(
+                "adaptive_calibration_dataset",
+                common["adaptive_calibration_dataset"],
+                "nothing is scored when adaptive_plan is given",
+                "one of the two",
+            )
+        )
     for key in ("model_name_or_path", "output_dir"):
         if not args.get(key):
             problems.append(Problem(key, args.get(key), "it is required", f"{key}: <path>"))
@@ -212,8 +223,12 @@ def _dataset_problems(args: Mapping[str, Any], common: Mapping[str, Any]) -> lis
     names = split_names(wanted)
     held_out = set(split_names(args.get("eval_dataset")))
     problems = [
-        Problem("adaptive_calibration_dataset", name, "it is the eval_dataset; scores may use training data only",
-                "leaving it out")
+        Problem(
+            "adaptive_calibration_dataset",
+            name,
+            "it is the eval_dataset; scores may use training data only",
+            "leaving it out",
+        )
         for name in names
         if name in held_out
     ]
@@ -226,9 +241,14 @@ def _dataset_problems(args: Mapping[str, Any], common: Mapping[str, Any]) -> lis
             near = ", ".join(sorted(info)[:5])
             problems.append(Problem("adaptive_calibration_dataset", name, f"it is not in {info_path}", near))
         elif info[name].get("split", "train") != "train":
-            problems.append(Problem("adaptive_calibration_dataset", name,
-                                    f"its split is {info[name]['split']!r}; scores may use training data only",
-                                    "an entry with split: train"))
+            problems.append(
+                Problem(
+                    "adaptive_calibration_dataset",
+                    name,
+                    f"its split is {info[name]['split']!r}; scores may use training data only",
+                    "an entry with split: train",
+                )
+            )
     return problems
 
 

@@ -9,12 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llamafactory_adaptive.bridge.arguments import Args, split_names
+from llamafactory_adaptive.bridge.arguments import Args, our_keys, split_names
 from llamafactory_adaptive.calibration import Measurement, count_tokens, make_batches
 from llamafactory_adaptive.config import AdaptiveConfig, AdaptiveConfigError, CalibrationError, Problem
 from llamafactory_adaptive.pipeline import make_method
@@ -28,8 +28,19 @@ _NO_INFLUENCE = {
     "export_dir", "export_size", "export_device", "use_cache", "hf_hub_token", "ms_hub_token", "om_hub_token",
     "adapter_name_or_path", "disable_gradient_checkpointing", "flash_attn", "tokenized_path",
 }  # fmt: skip
-_TRAINING_INFLUENCE = ("stage", "seed", "bf16", "fp16", "pure_bf16", "create_new_adapter", "lora_target",
-                       "additional_target", "freeze_vision_tower", "use_llama_pro", "freeze_trainable_layers")
+_TRAINING_INFLUENCE = (
+    "stage",
+    "seed",
+    "bf16",
+    "fp16",
+    "pure_bf16",
+    "create_new_adapter",
+    "lora_target",
+    "additional_target",
+    "freeze_vision_tower",
+    "use_llama_pro",
+    "freeze_trainable_layers",
+)
 _HASHED_WHOLE = 64 * 2**20  # larger files are identified by size and time
 
 
@@ -52,15 +63,27 @@ def target_shapes(args: Args) -> list[ModuleShape]:
             continue
         if not isinstance(module, torch.nn.Linear):
             raise AdaptiveConfigError(
-                [Problem("lora_target", ",".join(targets), f"{name} is a {type(module).__name__}, not a linear layer",
-                         "lora_target: all (and additional_target for embeddings)")]
+                [
+                    Problem(
+                        "lora_target",
+                        ",".join(targets),
+                        f"{name} is a {type(module).__name__}, not a linear layer",
+                        "lora_target: all (and additional_target for embeddings)",
+                    )
+                ]
             )
         shapes.append(ModuleShape(name, module.in_features, module.out_features))
     if not shapes:
         names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
         raise AdaptiveConfigError(
-            [Problem("lora_target", ",".join(targets), "no module of the model has such a name",
-                     "lora_target: all, or some of " + ",".join(names))]
+            [
+                Problem(
+                    "lora_target",
+                    ",".join(targets),
+                    "no module of the model has such a name",
+                    "lora_target: all, or some of " + ",".join(names),
+                )
+            ]
         )
     return shapes
 
@@ -69,13 +92,12 @@ def _skeleton(args: Args) -> tuple[Any, list[str], Any]:
     """The model on the meta device and the target names, found by the host's own rules."""
     import torch
     import transformers
-    from transformers import HfArgumentParser
-
     from llamafactory.hparams import ModelArguments
     from llamafactory.hparams import parser as host
     from llamafactory.model import load_config
     from llamafactory.model.model_utils.misc import find_all_linear_modules, find_expanded_modules
     from llamafactory.model.model_utils.visual import patch_target_modules
+    from transformers import HfArgumentParser
 
     finetuning_class = next(c for c in host._TRAIN_ARGS if c.__name__ == "FinetuningArguments")
     parser = HfArgumentParser([ModelArguments, finetuning_class])
@@ -232,8 +254,8 @@ _TRAINING_ONLY = ("deepspeed", "fsdp", "fsdp_config", "resume_from_checkpoint", 
 
 def _single_process(args: Args, scratch: str) -> Args:
     """The run's settings, reduced to loading the base model and the training split in one process."""
-    prefixes = tuple(key for key in args if key.startswith(("adaptive_", "sensitivity_")))
-    kept = {key: value for key, value in args.items() if key not in _TRAINING_ONLY and key not in prefixes}
+    dropped = {*_TRAINING_ONLY, *our_keys(args)}
+    kept = {key: value for key, value in args.items() if key not in dropped}
     if not args.get("create_new_adapter"):
         kept.pop("adapter_name_or_path", None)
     if args.get("adaptive_calibration_dataset"):
@@ -246,7 +268,7 @@ def _draw_rows(dataset: Any, config: AdaptiveConfig, streaming: bool) -> list[di
     """A seeded draw of calibration rows as token ids and labels, whatever the stage calls them."""
     seed, wanted = config.calibration.seed, config.calibration.samples
     if streaming:
-        picked = islice(dataset.shuffle(seed=seed, buffer_size=max(1000, 4 * wanted)), wanted)
+        picked: Iterable[Any] = islice(dataset.shuffle(seed=seed, buffer_size=max(1000, 4 * wanted)), wanted)
     else:
         indices = random.Random(seed).sample(range(len(dataset)), min(wanted, len(dataset)))
         picked = (dataset[index] for index in sorted(indices))

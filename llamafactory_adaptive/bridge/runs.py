@@ -1,5 +1,6 @@
 """One training run inside LLaMA-Factory: obtain the plan, hand over to the host, prove the result."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -22,7 +23,10 @@ from llamafactory_adaptive.bridge.arguments import (
 )
 from llamafactory_adaptive.config import AdaptiveConfig, AdaptiveConfigError, AdaptiveError, PlanError, Problem
 from llamafactory_adaptive.plan import PLAN_FILE, RankPlan, load_plan
+from llamafactory_adaptive.registry import get_method, methods
 
+
+logger = logging.getLogger("llamafactory.adaptive")
 
 # The callback (with plan and counters) of the run this process is in; read where upstream builds its LoraConfig.
 _current: ContextVar[Any] = ContextVar("adaptive_run", default=None)
@@ -72,6 +76,9 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], a
 
     started = time.perf_counter()
     plan, trained_before = obtain_plan(args, adaptive)
+    if local_rank() == 0:
+        for line in advice(plan, adaptive):
+            logger.warning(line)
     callback = AdaptiveCallback(plan, time.perf_counter() - started)
     if args.get("deepspeed") and _no_accelerator():
         init_deepspeed_on_cpu()
@@ -134,6 +141,15 @@ def compute_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
     return load_plan(path)
 
 
+def advice(plan: RankPlan, config: AdaptiveConfig) -> list[str]:
+    """Warnings a user should read before training on the plan."""
+    from llamafactory_adaptive.report import concentration_warning
+
+    remedy = get_method(plan.method).concentration_advice if plan.method in methods() else ""
+    warning = concentration_warning(plan, config.max_rank) if remedy else None
+    return [f"{warning} ({remedy})"] if warning else []
+
+
 def _checkpoint_to_resume(args: Args) -> Path | None:
     """The checkpoint the host would resume from, by its own rules."""
     from transformers.trainer_utils import get_last_checkpoint
@@ -154,8 +170,8 @@ def _checkpoint_to_resume(args: Args) -> Path | None:
 def _plan_beside(adapter: Path) -> RankPlan:
     if not (adapter / PLAN_FILE).is_file():
         raise PlanError(
-            f"{adapter} has no {PLAN_FILE}: it was not trained by this plugin; set create_new_adapter: true to merge it and "
-            "train a new adapter, or finetuning_type: lora to go on with it as it is"
+            f"{adapter} has no {PLAN_FILE}: it was not trained by this plugin; set create_new_adapter: true to merge "
+            "it and train a new adapter, or finetuning_type: lora to go on with it as it is"
         )
     return load_plan(adapter / PLAN_FILE)
 

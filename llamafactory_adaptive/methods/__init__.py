@@ -43,9 +43,16 @@ class Scores:
 
 
 class StaticMethod(Protocol):
-    """Ranks fixed before training."""
+    """Ranks fixed before training.
+
+    Attributes:
+        Options: a dataclass of options, made with :func:`~llamafactory_adaptive.config.option`.
+        concentration_advice: what a user can change when few modules hold most of the score; empty when that is no
+            fault of the method's.
+    """
 
     Options: ClassVar[type[Any]]
+    concentration_advice: ClassVar[str]
 
     def measurement(self) -> Measurement | None:
         """The pass over model and data it needs; None when it needs neither."""

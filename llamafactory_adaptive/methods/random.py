@@ -23,6 +23,7 @@ class Random:
     """The method registered as ``random``."""
 
     Options: ClassVar[type[RandomOptions]] = RandomOptions
+    concentration_advice: ClassVar[str] = ""
 
     def __init__(self, options: RandomOptions) -> None:
         self.options = options

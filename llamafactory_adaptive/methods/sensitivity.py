@@ -69,6 +69,7 @@ class Sensitivity:
     """The method registered as ``sensitivity``."""
 
     Options: ClassVar[type[SensitivityOptions]] = SensitivityOptions
+    concentration_advice: ClassVar[str] = "massive activations; sensitivity_transform: log or per_type spreads it"
 
     def __init__(self, options: SensitivityOptions) -> None:
         self.options = options

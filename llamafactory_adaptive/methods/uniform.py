@@ -18,6 +18,7 @@ class Uniform:
     """The method registered as ``uniform``."""
 
     Options: ClassVar[type[UniformOptions]] = UniformOptions
+    concentration_advice: ClassVar[str] = ""
 
     def __init__(self, options: UniformOptions) -> None:
         self.options = options

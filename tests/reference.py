@@ -1,0 +1,28 @@
+"""The formulas of Sensitivity-LoRA once more, in NumPy and as literally as they can be written: the tests' oracle."""
+
+import numpy as np
+
+
+def metrics(lam: np.ndarray, fraction: float = 0.5, energy: float = 0.85) -> tuple[float, float, int]:
+    lam = np.sort(lam)[::-1]
+    k = max(1, int(fraction * len(lam)))
+    rank = next(i + 1 for i in range(len(lam)) if lam[: i + 1].sum() >= energy * lam.sum())
+    return float(lam.sum()), float(lam[:k].mean()), rank
+
+
+def theta(lams: list[np.ndarray], **options: float) -> np.ndarray:
+    trace, top, rank = (
+        np.array(column, dtype=float) for column in zip(*(metrics(x, **options) for x in lams), strict=True)
+    )
+    local = top.std() / top.mean() ** 2 * top + rank.std() / rank.mean() ** 2 * rank
+    return trace.std() / trace.mean() ** 2 * trace + local.std() / local.mean() ** 2 * local
+
+
+def water_filled(share: np.ndarray, cost: np.ndarray, budget: float, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Bisection on the water level: slow, obvious."""
+    under, over = 0.0, 1e18
+    for _ in range(400):
+        level = (under + over) / 2
+        spent = (np.clip(level * share, low, high) * cost).sum()
+        under, over = (level, over) if spent < budget else (under, level)
+    return np.clip(under * share, low, high)

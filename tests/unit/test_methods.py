@@ -1,0 +1,246 @@
+"""Every static method of the registry under one contract; Sensitivity-LoRA against its NumPy reference."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import reference
+import torch
+from tiny import ARCHITECTURES, TARGETS, rows, tiny_model
+
+from llamafactory_adaptive.calibration import InputSecondMoments, make_batches
+from llamafactory_adaptive.config import CalibrationError
+from llamafactory_adaptive.methods import ScoringContext
+from llamafactory_adaptive.methods.sensitivity import Sensitivity, SensitivityOptions
+from llamafactory_adaptive.plan import ModuleShape
+from llamafactory_adaptive.registry import get_method, methods
+
+
+def targets(model):
+    return {n: m for n, m in model.named_modules() if n.rpartition(".")[2] in TARGETS}
+
+
+def context(model, seed=5):
+    shapes = tuple(ModuleShape(n, m.in_features, m.out_features) for n, m in targets(model).items())
+    return ScoringContext(shapes, lora_rank=8, seed=seed)
+
+
+def variants():
+    for name in methods():
+        yield pytest.param(name, {}, id=name)
+    yield pytest.param("sensitivity", {"weighting": "gradient"}, id="sensitivity-gradient")
+
+
+def score(name, options, model, data, batch_size=3, pad_id=0):
+    method = get_method(name)(get_method(name).Options(**options))
+    measurement = method.measurement()
+    statistics = measurement(model, targets(model), make_batches(data, batch_size, pad_id)) if measurement else {}
+    return method.score(statistics, context(model)).values
+
+
+class TestContract:
+    """What a new method gets for free."""
+
+    @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+    @pytest.mark.parametrize(("name", "options"), list(variants()))
+    def test_scores_are_finite_complete_and_deterministic(self, name, options, architecture):
+        model = tiny_model(architecture)
+        first, second = (score(name, options, model, rows(7)) for _ in range(2))
+        assert list(first) == list(targets(model))
+        assert all(np.isfinite(v) and v >= 0 for v in first.values())
+        assert sum(first.values()) > 0
+        assert first == second
+
+    @pytest.mark.parametrize(("name", "options"), list(variants()))
+    def test_padding_and_batch_split_do_not_matter(self, name, options):
+        model, data = tiny_model(), rows(9)
+        expected = score(name, options, model, data, batch_size=1)  # one row a batch: no padding at all
+        for batch_size, pad_id in ((4, 0), (9, 7), (9, 200)):
+            found = score(name, options, model, data, batch_size, pad_id)
+            assert found == pytest.approx(expected, rel=1e-5)
+
+    @pytest.mark.parametrize("failing", [False, True])
+    @pytest.mark.parametrize(("name", "options"), list(variants()))
+    def test_the_model_is_left_as_it_was(self, name, options, failing):
+        model = tiny_model()
+        model.train()
+        model.lm_head.eval()
+        model.model.embed_tokens.weight.requires_grad_(False)
+        flags = {n: m.training for n, m in model.named_modules()}
+        trainable = {n: p.requires_grad for n, p in model.named_parameters()}
+        data = rows(5)
+        if failing:
+            data[2]["input_ids"][0] = 10_000  # outside the vocabulary
+        try:
+            score(name, options, model, data)
+        except IndexError:
+            assert failing
+        assert {n: m.training for n, m in model.named_modules()} == flags
+        assert {n: p.requires_grad for n, p in model.named_parameters()} == trainable
+        assert all(p.grad is None for p in model.parameters())
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+        assert not any(getattr(m, kind) for m in model.modules() for kind in hooks)
+
+
+def captured_inputs(model, data):
+    """Inputs of every target row by row, without padding: the slow, obvious way."""
+    found = {name: [] for name in targets(model)}
+    handles = [
+        m.register_forward_pre_hook(lambda _, args, n=n: found[n].append(args[0][0].double().detach()))
+        for n, m in targets(model).items()
+    ]
+    with torch.no_grad():
+        for row in data:
+            model(input_ids=torch.tensor([row["input_ids"]]))
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def test_second_moments_match_inputs_captured_row_by_row():
+    model, data = tiny_model("qwen3"), rows(8)
+    measured = InputSecondMoments()(model, targets(model), make_batches(data, 4, 0))
+    for name, inputs in captured_inputs(model, data).items():
+        assert torch.allclose(measured[name], inputs.square().mean(0), rtol=1e-5), name
+
+
+def test_theta_matches_the_numpy_reference():
+    model, data = tiny_model(), rows(8)
+    lams = {n: x.square().mean(0).numpy() for n, x in captured_inputs(model, data).items()}
+    found = score("sensitivity", {}, model, data)
+    assert np.allclose(list(found.values()), reference.theta(list(lams.values())), rtol=1e-5)
+    found = score("sensitivity", {"top_fraction": 1 / 3, "energy": 0.8}, model, data)
+    assert np.allclose(
+        list(found.values()), reference.theta(list(lams.values()), fraction=1 / 3, energy=0.8), rtol=1e-5
+    )
+
+
+def test_gradient_weighting_matches_gradients_taken_row_by_row():
+    model, data = tiny_model(), rows(5)
+    found = InputSecondMoments("gradient")(model, targets(model), make_batches(data, 2, 0))
+    expected, tokens = dict.fromkeys(targets(model), 0.0), 0
+    for row in data:
+        kept = {}
+
+        def keep(module, args, output, kept=kept):
+            output.retain_grad()
+            kept[module] = (args[0], output)
+
+        handles = [m.register_forward_hook(keep) for m in targets(model).values()]
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        logits = model(input_ids=ids).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum").backward()
+        for name, module in targets(model).items():
+            x, output = kept[module]
+            expected[name] += (output.grad[0].square().sum(-1)[:, None] * x[0].square()).sum(0).detach()
+        tokens += len(row["input_ids"])
+        for handle in handles:
+            handle.remove()
+    for name in found:
+        assert torch.allclose(found[name].float(), expected[name] / tokens, rtol=1e-3, atol=1e-12), name
+
+
+def test_modules_that_read_one_input_tie_unless_gradients_weigh():
+    model, data = tiny_model(), rows(6)
+    plain = score("sensitivity", {}, model, data)
+    weighed = score("sensitivity", {"weighting": "gradient"}, model, data)
+    q, k = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
+    assert plain[q] == plain[k]
+    assert weighed[q] != weighed[k]
+
+
+def test_a_shared_input_is_reduced_once(monkeypatch):
+    from llamafactory_adaptive import calibration
+
+    calls = []
+    real = calibration.second_moment_sum
+    monkeypatch.setattr(calibration, "second_moment_sum", lambda *a: calls.append(1) or real(*a))
+    model = tiny_model()
+    InputSecondMoments()(model, targets(model), make_batches(rows(3), 3, 0))
+    assert len(calls) == 2 * 4  # per layer: q/k/v, o, gate/up, down
+
+
+LAMBDAS = {
+    f"m.layers.{i}.{t}": torch.rand(12, dtype=torch.float64) * (1 + i) for i in range(3) for t in ("q_proj", "up")
+}
+SHAPES = ScoringContext(tuple(ModuleShape(n, 12, 12) for n in LAMBDAS), lora_rank=8, seed=0)
+
+
+def from_lambdas(**options):
+    return Sensitivity(SensitivityOptions(**options)).score(LAMBDAS, SHAPES)
+
+
+def test_ablations_each_change_the_scores():
+    results = [
+        tuple(from_lambdas(**options).values.values())
+        for options in (
+            {},
+            {"metric": "global"},
+            {"metric": "local"},
+            {"combination": "equal"},
+            {"top_fraction": 1 / 3, "energy": 0.8},
+            {"transform": "log"},
+            {"transform": "per_type"},
+            {"allocation": "pra"},
+        )
+    ]
+    assert len(set(results)) == len(results)
+
+
+def test_global_alone_is_proportional_to_the_trace():
+    values = from_lambdas(metric="global")
+    trace = np.array([float(v.sum()) for v in LAMBDAS.values()])
+    assert np.allclose(np.array(list(values.values.values())) / trace, values.values[next(iter(LAMBDAS))] / trace[0])
+    assert list(values.metrics["trace"].values()) == pytest.approx(trace)
+
+
+def test_pra_gives_classes_above_at_and_below_the_budget():
+    scores = from_lambdas(allocation="pra", classes=3)
+    order = sorted(LAMBDAS, key=lambda name: -scores.metrics["theta"][name])
+    assert [scores.values[name] for name in order] == [9, 9, 8, 8, 7, 7]
+    assert sum(scores.values.values()) == 8 * len(LAMBDAS)
+
+
+def test_all_equal_metrics_weigh_all_modules_the_same():
+    same = {name: torch.ones(12, dtype=torch.float64) for name in LAMBDAS}
+    assert set(Sensitivity(SensitivityOptions()).score(same, SHAPES).values.values()) == {1.0}
+
+
+def test_a_module_without_tokens_and_nan_inputs_are_named():
+    model = tiny_model()
+    stray = torch.nn.Linear(4, 4)
+    with pytest.raises(CalibrationError, match="1 of 15 target modules saw no calibration token, for example ghost"):
+        InputSecondMoments()(model, {**targets(model), "ghost": stray}, make_batches(rows(2), 2, 0))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.fill_(float("nan"))
+    with pytest.raises(CalibrationError, match=r"layers\.1\.mlp\.down_proj contain NaN"):
+        InputSecondMoments()(model, targets(model), make_batches(rows(2), 2, 0))
+
+
+def test_a_routed_input_with_padding_is_refused():
+    class Routed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.expert = torch.nn.Embedding(300, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, input_ids, attention_mask, use_cache):
+            return self.expert(self.embed(input_ids).flatten(0, 1)[::2])
+
+    model = Routed()
+    with pytest.raises(CalibrationError, match="adaptive_calibration_batch_size: 1"):
+        InputSecondMoments()(model, {"expert": model.expert}, make_batches(rows(3), 3, 0))
+    assert InputSecondMoments()(model, {"expert": model.expert}, make_batches(rows(3), 1, 0))
+
+
+def test_random_draws_follow_the_seed():
+    method = get_method("random")(get_method("random").Options())
+    model = tiny_model()
+    assert method.score({}, context(model, 1)) == method.score({}, context(model, 1))
+    assert method.score({}, context(model, 1)) != method.score({}, context(model, 2))
+
+
+def test_every_option_has_help_and_a_default():
+    for name in methods():
+        for entry in dataclasses.fields(get_method(name).Options):
+            assert entry.metadata["help"]
+            assert entry.default is not dataclasses.MISSING
