@@ -84,11 +84,12 @@ def check_live(model: nn.Module, plan: RankPlan) -> int:
     return len(layers)
 
 
-def keep_differentiable_on_cpu(model: nn.Module) -> None:
+def keep_4bit_unpacked_on_cpu(model: nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights at the first evaluation on a CPU with AVX512-BF16.
 
     The packed form is for inference only: it stays when training goes on, and gradients no longer pass through the
-    base weights, with a warning but without an error (bitsandbytes 0.50.2, ``Linear4bit.forward``).
+    base weights, with a warning but without an error. It also fails on layers narrower than 128 (bitsandbytes 0.50.2,
+    ``Linear4bit.forward``).
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -253,15 +253,15 @@ def _suggest(key: str, value: Any, entry: "dataclasses.Field[Any]") -> str:
     return f"leaving {key} out" if entry.default is None else f"{key}: {entry.default}"
 
 
-def unknown_key_problems(given: Iterable[str], known: Iterable[str]) -> list[Problem]:
+def unknown_key_problems(given: Mapping[str, Any], known: Iterable[str]) -> list[Problem]:
     """One problem per key nobody reads, with the nearest known key."""
-    names = sorted(known)
+    names = set(known)
     problems = []
-    for key in given:
+    for key, value in given.items():
         if key not in names:
-            near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-            hint = f"{near[0]}" if near else "removing it"
-            problems.append(Problem(key, "(key)", "no such key in LLaMA-Factory or this plugin", hint))
+            near = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.6)
+            hint = near[0] if near else "leaving it out"
+            problems.append(Problem(key, value, "neither LLaMA-Factory nor this plugin has such a key", hint))
     return problems
 
 

@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 
-from llamafactory_adaptive.adapter import check_live, check_saved, keep_differentiable_on_cpu, live_layers
+from llamafactory_adaptive.adapter import check_live, check_saved, keep_4bit_unpacked_on_cpu, live_layers
 from llamafactory_adaptive.config import GuardError
 from llamafactory_adaptive.plan import PLAN_FILE, RankPlan
 from llamafactory_adaptive.report import HEATMAP_FILE, save_heatmap, update_card
@@ -53,7 +53,7 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Refuse to train anything but the plan; then put plan, picture and log line into ``output_dir``."""
         agree_across_ranks(self.plan.digest(), args.device)
-        keep_differentiable_on_cpu(model)
+        keep_4bit_unpacked_on_cpu(model)
         self.counters.modules_checked = check_live(model, self.plan)
         if state.is_world_process_zero:
             output = Path(args.output_dir)

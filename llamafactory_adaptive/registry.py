@@ -55,12 +55,12 @@ def get_method(name: str) -> Any:
         UnknownMethodError: with the nearest registered name.
     """
     if name not in methods():
-        raise UnknownMethodError(f"unknown method {name!r}; {nearest(name)}")
+        known = ", ".join(sorted(methods()))
+        raise UnknownMethodError(f"unknown method {name!r}: registered are {known}; try {nearest(name)}")
     module, _, attribute = methods()[name].partition(":")
     return getattr(import_module(module), attribute)
 
 
 def nearest(name: str) -> str:
-    """Say which names exist, the likeliest first."""
-    close = difflib.get_close_matches(name, methods(), n=1)
-    return (f"did you mean {close[0]!r}? " if close else "") + "registered: " + ", ".join(sorted(methods()))
+    """The registered name that is most like ``name``."""
+    return next(iter(difflib.get_close_matches(name, methods(), n=1, cutoff=0.0)))

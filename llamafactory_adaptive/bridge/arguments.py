@@ -130,7 +130,9 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
     options: Mapping[str, Any] = {}
     if common["adaptive_method"] not in methods():
         name = common["adaptive_method"]
-        problems.append(Problem("adaptive_method", name, "it must be a registered method", nearest(name)))
+        problems.append(
+            Problem("adaptive_method", name, f"it must be one of {', '.join(sorted(methods()))}", nearest(name))
+        )
     else:
         method = common["adaptive_method"]
         options, faults = check_fields(get_method(method).Options, f"{method}_", args)
@@ -164,10 +166,14 @@ def _unknown_keys(args: Mapping[str, Any]) -> list[Problem]:
     from llamafactory.hparams import parser as host
 
     if is_env_enabled("ALLOW_EXTRA_ARGS"):
-        return unknown_key_problems(our_keys(args), [entry[0] for entry in _generated_fields()])
+        return unknown_key_problems({key: args[key] for key in our_keys(args)}, _own_names())
     owners = [*host._TRAIN_ARGS, RayArguments]
     known = {entry.name for owner in owners for entry in dataclasses.fields(owner) if entry.init}
     return unknown_key_problems(args, known)
+
+
+def _own_names() -> list[str]:
+    return [name for name, _, _ in _generated_fields()]
 
 
 def _foreign_options(args: Mapping[str, Any], method: str) -> list[Problem]:

@@ -207,12 +207,15 @@ def run_measurement_job(job: Mapping[str, Any], config: AdaptiveConfig) -> None:
     """Body of the measuring process: load, measure, write the statistics atomically."""
     from safetensors.torch import save_file
 
+    from llamafactory_adaptive.adapter import keep_4bit_unpacked_on_cpu
+
     args, path = job["args"], Path(job["path"])
     measurement = make_method(config).measurement()
     assert measurement is not None
     assert measurement.key == job["measurement"]
     shapes = target_shapes(args)
     model, rows, pad_id = _load(args, config)
+    keep_4bit_unpacked_on_cpu(model)
     device = next(model.parameters()).device
     batches = [batch.to(device) for batch in make_batches(rows, config.calibration.batch_size, pad_id)]
     started = time.perf_counter()

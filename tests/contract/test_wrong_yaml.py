@@ -1,0 +1,125 @@
+"""Every kind of wrong setting: one clear message that names key, value, allowed range and a value to try."""
+
+import json
+
+import pytest
+from tiny import settings
+
+from llamafactory_adaptive import _bootstrap
+from llamafactory_adaptive.config import AdaptiveConfigError
+
+
+_bootstrap.install()
+from llamafactory_adaptive.bridge.arguments import parse_config, to_mapping  # noqa: E402
+
+
+WRONG = [
+    ({"adaptive_methd": "igu"}, "adaptive_methd: 'igu' is not possible: neither LLaMA-Factory nor this plugin has such a key; "
+     "try adaptive_method"),
+    ({"learning_rat": 1.0}, "learning_rat: 1.0 is not possible: neither LLaMA-Factory nor this plugin has such a key; try "
+     "learning_rate"),
+    ({"adaptive_method": "sensitvity"}, "adaptive_method: 'sensitvity' is not possible: it must be one of random, "
+     "sensitivity, uniform; try sensitivity"),
+    ({"adaptive_budget_unit": "parms"}, "adaptive_budget_unit: 'parms' is not possible: it must be one of params, ranks; "
+     "try adaptive_budget_unit: params"),
+    ({"adaptive_min_rank": -1}, "adaptive_min_rank: -1 is not possible: it must be at least 0; try adaptive_min_rank: 1"),
+    ({"adaptive_min_rank": 5}, "adaptive_min_rank: 5 is not possible: it must be at most lora_rank (4), or the budget is "
+     "overspent; try adaptive_min_rank: 1"),
+    ({"adaptive_max_rank": 3}, "adaptive_max_rank: 3 is not possible: it must be at least lora_rank (4), or the budget "
+     "cannot be spent; try adaptive_max_rank: 16"),
+    ({"adaptive_max_rank": "many"}, "adaptive_max_rank: 'many' is not possible: it must be a whole number, at least 1; "
+     "try leaving adaptive_max_rank out"),
+    ({"adaptive_calibration_samples": 2.5}, "adaptive_calibration_samples: 2.5 is not possible: it must be a whole "
+     "number, between 1 and 1e+06; try adaptive_calibration_samples: 128"),
+    ({"lora_rank": 0}, "lora_rank: 0 is not possible: it must be a whole number of at least 1; try lora_rank: 8"),
+    ({"lora_alpha": "big"}, "lora_alpha: 'big' is not possible: it must be a whole number of at least 1; try "
+     "lora_alpha: 8"),
+    ({"sensitivity_classes": 4, "sensitivity_allocation": "pra"}, "sensitivity_classes: 4 is not possible: it must be "
+     "between 1 and 99 and odd; try sensitivity_classes: 3"),
+    ({"sensitivity_energy": "nan"}, "sensitivity_energy: 'nan' is not possible: it must be a number, between 1e-06 and 1; "
+     "try sensitivity_energy: 0.85"),
+    ({"adaptive_method": "uniform", "sensitivity_energy": 0.9}, "sensitivity_energy: 0.9 is not possible: it belongs to "
+     "adaptive_method: sensitivity, and this run uses uniform; try adaptive_method: sensitivity"),
+    ({"adaptive_plan": "/no/such/plan.json"}, "adaptive_plan: '/no/such/plan.json' is not possible: there is no such "
+     "file; try writing one with `llamafactory-adaptive plan`"),
+    ({"adaptive_calibration_dataset": "nope"}, "adaptive_calibration_dataset: 'nope' is not possible: it is not in"),
+    ({"adaptive_calibration_dataset": "tiny_test_split"}, "its split is 'test'; scores may use training data only"),
+    ({"adaptive_calibration_dataset": "tiny_eval", "eval_dataset": "tiny_eval"}, "adaptive_calibration_dataset: "
+     "'tiny_eval' is not possible: it is the eval_dataset; scores may use training data only"),
+    ({"use_dora": True}, "use_dora: True is not possible: DoRA magnitudes are not served right at mixed ranks; try "
+     "use_dora: false"),
+    ({"use_rslora": True}, "use_rslora: True is not possible: rsLoRA scales by sqrt(rank)"),
+    ({"use_unsloth": True}, "use_unsloth: True is not possible: Unsloth takes one rank for all modules"),
+    ({"pissa_init": True}, "pissa_init: True is not possible: PiSSA changes the base weights per rank"),
+    ({"stage": "ppo"}, "stage: 'ppo' is not possible: ranks are planned for pt, sft, rm, dpo and kto; try stage: dpo"),
+    ({"quantization_bit": 3}, "quantization_bit: 3 is not possible: bitsandbytes knows 4 and 8; try quantization_bit: 4"),
+    ({"quantization_bit": 4, "quantization_method": "hqq"}, "quantization_method: 'hqq' is not possible: only "
+     "bitsandbytes quantisation is supported; try quantization_method: bnb"),
+    ({"model_name_or_path": "/no/such/model"}, "model_name_or_path: '/no/such/model' is not possible: there is no such "
+     "folder; try a folder or a hub name"),
+    ({"dataset": None}, "dataset: None is not possible: training needs one"),
+]  # fmt: skip
+
+
+def message(args):
+    with pytest.raises(AdaptiveConfigError) as caught:
+        parse_config(args)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("change", "expected"), WRONG, ids=[next(iter(change)) for change, _ in WRONG])
+def test_one_wrong_setting_is_one_clear_message(change, expected, tiny_llama, data_dir, tmp_path):
+    text = message(settings(tiny_llama, data_dir, tmp_path / "out", **change))
+    assert expected in text
+    assert "\n" not in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_problems_come_at_once_and_numbered(tiny_llama, data_dir, tmp_path):
+    text = message(settings(tiny_llama, data_dir, tmp_path, adaptive_min_rank=-1, use_dora=True, lora_rnk=3,
+                            sensitivity_metric="bth"))  # fmt: skip
+    assert text.startswith("4 problems in the configuration:\n  1. lora_rnk: ")
+    assert "try sensitivity_metric: both" in text
+    assert [line.strip()[:2] for line in text.splitlines()[1:]] == ["1.", "2.", "3.", "4."]
+
+
+def test_a_target_that_matches_nothing_names_what_would(tiny_llama, data_dir, tmp_path):
+    from llamafactory_adaptive.bridge.loading import target_shapes
+
+    args = settings(tiny_llama, data_dir, tmp_path, lora_target="W_pack")
+    with pytest.raises(AdaptiveConfigError, match=r"no module of the model has such a name; try lora_target: all, or "
+                                                  r"some of down_proj,gate_proj"):  # fmt: skip
+        target_shapes(args)
+    with pytest.raises(
+        AdaptiveConfigError, match=r"embed_tokens is a Embedding, not a linear layer.*additional_target"
+    ):
+        target_shapes({**args, "lora_target": "q_proj,embed_tokens"})
+
+
+def test_defaults_and_values_of_a_right_yaml(tiny_llama, data_dir, tmp_path):
+    config = parse_config(settings(tiny_llama, data_dir, tmp_path, seed=7, sensitivity_energy="0.9", lora_alpha=12))
+    assert (config.method, config.budget_unit, config.min_rank, config.max_rank) == ("sensitivity", "params", 1, 16)
+    assert config.options["energy"] == 0.9
+    assert config.options["top_fraction"] == 0.5
+    assert config.scale == 3.0
+    assert config.calibration.seed == 7
+
+
+def test_command_line_flags_mean_the_same_as_yaml():
+    words = ["--finetuning_type", "adaptive", "--lora_rank", "6", "--adaptive_min_rank=2", "--do_train", "True",
+             "--sensitivity_metric", "local", "--model_name_or_path", "x", "--output_dir", "y"]  # fmt: skip
+    found = to_mapping(words)
+    assert found["finetuning_type"] == "adaptive"
+    assert (found["lora_rank"], found["adaptive_min_rank"], found["sensitivity_metric"]) == (6, 2, "local")
+    assert "lora_alpha" not in found
+
+
+def test_help_names_unit_and_range():
+    import dataclasses
+
+    from llamafactory_adaptive.bridge.arguments import adaptive_finetuning_arguments
+
+    fields = {entry.name: entry for entry in dataclasses.fields(adaptive_finetuning_arguments())}
+    assert "Allowed: one of params, ranks." in fields["adaptive_budget_unit"].metadata["help"]
+    assert "Unit: samples." in fields["adaptive_calibration_samples"].metadata["help"]
+    assert json.dumps(fields["sensitivity_energy"].default) == "0.85"

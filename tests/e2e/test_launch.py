@@ -1,0 +1,137 @@
+"""The commands as users type them, each in processes of its own: launchers, engines, and life without the plugin."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny import settings
+
+from llamafactory_adaptive.plan import load_plan
+
+
+pytestmark = pytest.mark.slow
+BIN = Path(sys.executable).parent
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def run(*words, expect=0, **environment):
+    env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run([str(w) for w in words], env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-6000:]
+    return done
+
+
+@pytest.fixture
+def write(tmp_path, tiny_llama, data_dir):
+    def make(name="x.yaml", **more):
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(settings(tiny_llama, data_dir, tmp_path / "out", **more)))
+        return path
+
+    return make
+
+
+def ranks(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == {m.name: m.rank for m in load_plan(folder / "adaptive_rank_plan.json").active}
+    return config["rank_pattern"]
+
+
+def test_llamafactory_cli_trains_and_the_rest_needs_no_plugin(write, tmp_path, tiny_llama):
+    run(BIN / "llamafactory-cli", "train", write(), "lora_rank=6", f"output_dir={tmp_path / 'cli'}")
+    plan = load_plan(tmp_path / "cli" / "adaptive_rank_plan.json")
+    assert plan.lora_rank == 6
+    assert ranks(tmp_path / "cli")
+
+    merge = tmp_path / "merge.yaml"
+    common = {"model_name_or_path": str(tiny_llama), "adapter_name_or_path": str(tmp_path / "cli"),
+              "template": "default", "finetuning_type": "lora"}  # fmt: skip
+    merge.write_text(yaml.safe_dump({**common, "export_dir": str(tmp_path / "merged"), "infer_dtype": "float32"}))
+    run(BIN / "llamafactory-cli", "export", merge, LLAMAFACTORY_ADAPTIVE="0")
+    base, merged = (load_file(folder / "model.safetensors") for folder in (tiny_llama, tmp_path / "merged"))
+    saved = load_file(tmp_path / "cli" / "adapter_model.safetensors")
+    name = "model.layers.1.mlp.down_proj"
+    stem = f"base_model.model.{name}.lora_"
+    delta = 2.0 * saved[f"{stem}B.weight"] @ saved[f"{stem}A.weight"]
+    assert delta.abs().max() > 1e-4
+    assert torch.allclose(merged[f"{name}.weight"], base[f"{name}.weight"] + delta, atol=1e-6)
+
+    chat = (
+        "import sys, json\nfrom llamafactory.chat import ChatModel\n"
+        "m = ChatModel(json.loads(sys.argv[1]))\n"
+        "print('ANSWERED', len(m.chat([{'role': 'user', 'content': 'red'}], max_new_tokens=4)))\n"
+    )
+    done = run(sys.executable, "-c", chat, json.dumps({**common, "infer_backend": "huggingface"}),
+               LLAMAFACTORY_ADAPTIVE="0")  # fmt: skip
+    assert "ANSWERED 1" in done.stdout
+
+
+def test_launchers_agree(write, tmp_path):
+    """Two processes through each launcher; one plan for all, and the same adapter from both torchrun ways."""
+    two = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
+    run(BIN / "llamafactory-cli", "train", write(), f"output_dir={tmp_path / 'a'}", **two)
+    import llamafactory.launcher as launcher
+
+    original = Path(launcher.__file__).parent / "launcher.py"
+    run(BIN / "torchrun", "--nproc-per-node", "2", "--master-port", "29531", original, write(),
+        f"output_dir={tmp_path / 'b'}")  # fmt: skip
+    run(BIN / "llamafactory-adaptive", "train", write(), f"output_dir={tmp_path / 'c'}", **two)
+    assert ranks(tmp_path / "a") == ranks(tmp_path / "b") == ranks(tmp_path / "c")
+    a, b, c = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "abc")
+    assert all(torch.equal(a[k], b[k]) and torch.equal(a[k], c[k]) for k in a)
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [(2, {"quantization_bit": 4}), (2, {}), (3, {}), (3, {"adaptive_method": "random", "adaptive_min_rank": 0})],
+)
+def test_deepspeed_trains_the_plan_on_two_processes(stage, more, write, tmp_path):
+    config = EXAMPLES / "deepspeed" / f"ds_z{stage}_config.json"
+    yaml_file = write(deepspeed=str(config), bf16=True, save_strategy="steps", save_steps=1, **more)
+    run(BIN / "llamafactory-cli", "train", yaml_file, FORCE_TORCHRUN="1", NPROC_PER_NODE="2")
+    out = tmp_path / "out"
+    assert len(set(ranks(out).values())) > 1
+    tensors = load_file(out / "adapter_model.safetensors")
+    assert all(bool(t.any()) for name, t in tensors.items() if "lora_B" in name)
+    assert (out / "checkpoint-1" / "adaptive_rank_plan.json").is_file()
+
+
+def test_plan_prints_a_table_and_trains_nothing(write, tmp_path):
+    done = run(BIN / "llamafactory-adaptive", "plan", write(), "--out", tmp_path / "planned")
+    assert "layer  q_proj  k_proj" in done.stdout
+    assert "of 4,096 (uniform LoRA of rank 4)" in done.stdout
+    assert "nothing was trained" in done.stdout
+    assert sorted(p.name for p in (tmp_path / "planned").iterdir()) == [
+        "adaptive_rank_plan.json",
+        "adaptive_ranks.png",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("launcher", ["llamafactory-cli", "llamafactory-adaptive"])
+def test_wrong_yaml_is_one_message_and_exit_code_2(launcher, write):
+    done = run(BIN / launcher, "train", write(adaptive_min_rank=9, adaptve_method="x"), expect=2)
+    assert "2 problems in the configuration" in done.stderr
+    assert done.stderr.count("llamafactory-adaptive: error:") == 1
+    assert "Traceback" not in done.stderr
+    assert "Loading weights" not in done.stderr
+
+
+def test_wrong_yaml_stops_before_torchrun_starts(write):
+    done = run(BIN / "llamafactory-cli", "train", write(use_rslora=True), expect=2, FORCE_TORCHRUN="1",
+               NPROC_PER_NODE="2")  # fmt: skip
+    assert done.stderr.count("use_rslora: True is not possible") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_switched_off_the_plugin_is_not_there(write):
+    done = run(BIN / "llamafactory-cli", "train", write(), expect=1, LLAMAFACTORY_ADAPTIVE="0")
+    assert "Invalid fine-tuning method" in done.stderr  # upstream's own words: never silently plain LoRA
+    done = run(BIN / "llamafactory-adaptive", "plan", write(), expect=2, LLAMAFACTORY_ADAPTIVE="0")
+    assert "switches the plugin off" in done.stderr

@@ -1,0 +1,144 @@
+"""The artefact: it survives a round trip and a person's edits, and says where it does not fit."""
+
+import dataclasses
+import json
+
+import pytest
+
+from llamafactory_adaptive.config import AdaptiveConfig, CalibrationConfig, PlanError
+from llamafactory_adaptive.pipeline import check_plan, check_same_run, wait_for_plan
+from llamafactory_adaptive.plan import ModulePlan, ModuleShape, RankPlan, load_plan, write_atomically
+
+
+def make_plan(ranks=(3, 5), **more):
+    modules = tuple(
+        ModulePlan(f"model.layers.{i}.mlp.up_proj", 10, 20, rank, 0.5, 0.5, {"trace": 1.5})
+        for i, rank in enumerate(ranks)
+    )
+    fields = {"method": "sensitivity", "options": {"metric": "both"}, "budget_unit": "params", "lora_rank": 4,
+              "lora_alpha": 8.0, "modules": modules, "provenance": {"seed": 1}}  # fmt: skip
+    return RankPlan(**{**fields, **more})
+
+
+SHAPES = [ModuleShape(f"model.layers.{i}.mlp.up_proj", 10, 20) for i in range(2)]
+CONFIG = AdaptiveConfig("sensitivity", {"metric": "both"}, "params", 4, 8.0, 1, 16, None,
+                        CalibrationConfig(None, 8, 2, 0))  # fmt: skip
+
+
+def test_round_trip(tmp_path):
+    plan = make_plan()
+    plan.save(tmp_path / "deep" / "plan.json")
+    assert load_plan(tmp_path / "deep" / "plan.json") == plan
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["plan.json"]
+
+
+def test_document_states_the_budget_and_the_parameters(tmp_path):
+    document = make_plan().to_json()
+    assert document["budget"] == {
+        "unit": "params", "asked_parameters": 240, "used_parameters": 240, "left_parameters": 0,
+        "asked_ranks": 8, "used_ranks": 8, "left_ranks": 0,
+    }  # fmt: skip
+    assert [entry["parameters"] for entry in document["modules"]] == [90, 150]
+    assert len(document["digest"]) == 64
+
+
+def test_digest_follows_ranks_and_scale_only():
+    plan = make_plan()
+    assert plan.digest() == dataclasses.replace(plan, provenance={}, method="random").digest()
+    assert plan.digest() != make_plan((4, 4)).digest()
+    assert plan.digest() != dataclasses.replace(plan, lora_alpha=16.0).digest()
+
+
+def test_saving_over_a_different_plan_keeps_it(tmp_path):
+    path = tmp_path / "plan.json"
+    first = make_plan()
+    first.save(path)
+    first.save(path)
+    assert len(list(tmp_path.iterdir())) == 1
+    make_plan((4, 4)).save(path)
+    assert load_plan(tmp_path / f"plan.{first.digest()[:12]}.json") == first
+    path.write_text("not a plan")
+    first.save(path)
+    assert any(p.read_text() == "not a plan" for p in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda d: d.update(schema_version=9), "has plan schema 9; this version reads schema 1"),
+        (lambda d: d.pop("modules"), "is not a complete plan: KeyError: 'modules'"),
+        (lambda d: d["modules"][0].update(rank=2.5), r"up_proj has rank 2.5; it must be a whole number of at least 0"),
+        (lambda d: d["modules"][0].update(rank=-1), "has rank -1"),
+        (lambda d: d["modules"].append(d["modules"][0]), r"lists model.layers.0.mlp.up_proj twice"),
+        (lambda d: [m.update(rank=0) for m in d["modules"]], "gives every module rank 0"),
+    ],
+)
+def test_a_broken_plan_says_what_is_broken(edit, message, tmp_path):
+    document = make_plan().to_json()
+    edit(document)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(PlanError, match=message):
+        load_plan(path)
+
+
+def test_missing_and_unreadable_files(tmp_path):
+    with pytest.raises(PlanError, match="No such file"):
+        load_plan(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(PlanError, match="not valid JSON"):
+        load_plan(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (SHAPES[:1], "up_proj is in the plan but no target of this model"),
+        (
+            [*SHAPES, ModuleShape("model.layers.2.mlp.up_proj", 10, 20)],
+            "is a target of this model but not in the plan",
+        ),
+        ([SHAPES[0], ModuleShape(SHAPES[1].name, 10, 21)], "is 10x20 in the plan, 10x21 in the model"),
+    ],
+)
+def test_a_plan_for_another_model_is_refused_with_the_difference(shapes, message):
+    with pytest.raises(PlanError, match=message):
+        check_plan(make_plan(), shapes, CONFIG, "plan.json")
+
+
+def test_a_plan_over_the_budget_is_refused_in_the_unit_of_the_budget():
+    with pytest.raises(PlanError, match=r"costs 270 parameters, .* is 240: 30 too many; .* lora_rank: 5"):
+        check_plan(make_plan((4, 5)), SHAPES, CONFIG, "plan.json")
+    ranks = dataclasses.replace(CONFIG, budget_unit="ranks")
+    with pytest.raises(PlanError, match=r"costs 9 ranks, .* is 8: 1 too many"):
+        check_plan(make_plan((4, 5)), SHAPES, ranks, "plan.json")
+    with pytest.raises(PlanError, match="has rank 11, more than its smaller side 10"):
+        check_plan(make_plan((11, 1)), SHAPES, dataclasses.replace(CONFIG, lora_rank=9), "plan.json")
+
+
+def test_an_accepted_plan_takes_order_and_scale_of_the_run():
+    shuffled = dataclasses.replace(make_plan(), modules=make_plan().modules[::-1], lora_alpha=99.0)
+    found = check_plan(shuffled, SHAPES, CONFIG, "plan.json")
+    assert [m.name for m in found.modules] == [s.name for s in SHAPES]
+    assert found.scale == 2.0
+
+
+def test_resuming_asks_for_the_same_run():
+    check_same_run(make_plan(), CONFIG, "ckpt")
+    with pytest.raises(PlanError, match=r"lora_alpha is 8.0 there and 16.0 here"):
+        check_same_run(make_plan(), dataclasses.replace(CONFIG, lora_alpha=16.0), "ckpt")
+    check_same_run(make_plan(), dataclasses.replace(CONFIG, method="random", plan_path="p.json"), "ckpt")
+
+
+def test_waiting_for_a_plan_has_a_limit(tmp_path):
+    with pytest.raises(PlanError, match=r"no plan appeared within 0.3 s \(ddp_timeout\)"):
+        wait_for_plan(tmp_path / "never.json", 0.3)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_scraps(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "\ud800")
+    assert path.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
