@@ -93,7 +93,7 @@ def keep_4bit_unpacked_on_cpu(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _name_faults(names: Iterable[str], plan: RankPlan) -> list[str]:

@@ -5,6 +5,7 @@ Everything here works on any ``nn.Module`` and leaves it as it was found: no hoo
 share one reduction.
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from llamafactory_adaptive.config import CalibrationError
-from llamafactory_adaptive.stats import second_moment_sum
+from llamafactory_adaptive.stats import second_moment_sum, spans_of
 
 
 IGNORE_INDEX = -100
@@ -131,9 +132,10 @@ class _MomentCollector:
         self.weighted = weighted
         self.sums: dict[str, Tensor] = {}
         self.tokens = 0
-        self._rows: Tensor | None = None
+        self._spans: list[tuple[int, int]] | None = None
         self._cells = 0
-        self._last: tuple[Tensor, Tensor] | None = None
+        # A weak reference: holding the last input would keep its memory from being used again by the next layer.
+        self._last: tuple[weakref.ref[Tensor], Tensor] | None = None
 
     def attach(self) -> Iterator[Any]:
         """Hook every module; the caller removes the handles."""
@@ -142,10 +144,11 @@ class _MomentCollector:
 
     def start(self, batch: Batch) -> None:
         """Take over the padding mask of the batch about to be run."""
-        flat = batch.attention_mask.flatten() > 0
-        self._cells, self._last = flat.numel(), None
-        self._rows = None if bool(flat.all()) else flat.nonzero().flatten()
-        self.tokens += self._cells if self._rows is None else len(self._rows)
+        spans = spans_of(batch.attention_mask.flatten())
+        counted = sum(end - start for start, end in spans)
+        self._cells, self._last = batch.attention_mask.numel(), None
+        self._spans = None if counted == self._cells else spans
+        self.tokens += counted
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -163,18 +166,18 @@ class _MomentCollector:
 
         def arrived(gradient: Tensor) -> None:
             weights_T = self._flat(name, gradient).float().square().sum(-1)
-            self._add(name, second_moment_sum(self._flat(name, x), self._rows, weights_T))
+            self._add(name, second_moment_sum(self._flat(name, x), self._spans, weights_T))
 
         output.register_hook(arrived)  # type: ignore[no-untyped-call]
 
     def _shared_sum(self, name: str, x: Tensor) -> Tensor:
-        if self._last is None or self._last[0] is not x:
-            self._last = (x, second_moment_sum(self._flat(name, x), self._rows))
+        if self._last is None or self._last[0]() is not x:
+            self._last = (weakref.ref(x), second_moment_sum(self._flat(name, x), self._spans))
         return self._last[1]
 
     def _flat(self, name: str, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        if self._rows is not None and len(flat) != self._cells:
+        if self._spans is not None and len(flat) != self._cells:
             raise CalibrationError(
                 f"{name} reads {len(flat)} rows where the batch has {self._cells} tokens (a routed expert?), so "
                 "padding cannot be told apart; set adaptive_calibration_batch_size: 1"

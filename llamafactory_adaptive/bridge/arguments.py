@@ -131,7 +131,12 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
     if common["adaptive_method"] not in methods():
         name = common["adaptive_method"]
         problems.append(
-            Problem("adaptive_method", name, f"it must be one of {', '.join(sorted(methods()))}", nearest(name))
+            Problem(
+                "adaptive_method",
+                name,
+                f"it must be one of {', '.join(sorted(methods()))}",
+                f"adaptive_method: {nearest(name)}",
+            )
         )
     else:
         method = common["adaptive_method"]

@@ -19,7 +19,7 @@ WRONG = [
     ({"learning_rat": 1.0}, "learning_rat: 1.0 is not possible: neither LLaMA-Factory nor this plugin has such a key; try "
      "learning_rate"),
     ({"adaptive_method": "sensitvity"}, "adaptive_method: 'sensitvity' is not possible: it must be one of random, "
-     "sensitivity, uniform; try sensitivity"),
+     "sensitivity, uniform; try adaptive_method: sensitivity"),
     ({"adaptive_budget_unit": "parms"}, "adaptive_budget_unit: 'parms' is not possible: it must be one of params, ranks; "
      "try adaptive_budget_unit: params"),
     ({"adaptive_min_rank": -1}, "adaptive_min_rank: -1 is not possible: it must be at least 0; try adaptive_min_rank: 1"),

