@@ -4,8 +4,8 @@ Run: ``python benchmarks/recomputation.py [--data FOLDER] [--samples 64]``.
 
 The product plans SmolLM2-135M through its command line. Then the same rows are tokenised by LLaMA-Factory, every
 module's inputs are captured with plain hooks, and lambda, the three metrics, theta and the water level are computed in
-NumPy. It shares no arithmetic with the package. Targets: theta agrees to 1 %; Kendall's tau between theta and the ranks
-above 0.9; no rank more than 1.5 from its water-filled share.
+NumPy. It shares no arithmetic with the package. Targets: theta agrees to 1 %; Kendall's tau between theta and the
+ranks above 0.9; no rank more than 1.5 from its water-filled share.
 """
 
 import argparse

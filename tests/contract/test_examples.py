@@ -1,0 +1,97 @@
+"""Every example is parsed by the program it is for, and every command of their README names a file."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import HfArgumentParser
+
+from llamafactory_adaptive import _bootstrap
+
+
+_bootstrap.install()
+from llamafactory.hparams import parser as host  # noqa: E402
+
+from llamafactory_adaptive.bridge.arguments import parse_config  # noqa: E402
+
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+README = (EXAMPLES / "README.md").read_text()
+
+
+@pytest.fixture(autouse=True)
+def _from_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def names(folder):
+    return sorted((EXAMPLES / folder).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", names("train_adaptive"), ids=lambda p: p.stem)
+def test_training_examples_are_valid_and_complete(path):
+    args = yaml.safe_load(path.read_text())
+    config = parse_config(args)
+    assert args["finetuning_type"] == "adaptive"
+    assert config.lora_rank == args["lora_rank"]
+    HfArgumentParser(host._TRAIN_ARGS[3]).parse_dict(args, allow_extra_keys=True)
+    for key in ("deepspeed",):
+        if key in args:
+            json.loads(Path(args[key]).read_text())
+    if args["dataset_dir"] == "examples/data":
+        assert args["dataset"] in json.loads((EXAMPLES / "data" / "dataset_info.json").read_text())
+    from llamafactory.data.template import TEMPLATES
+
+    assert args["template"] in TEMPLATES
+    assert not args.get("trust_remote_code")
+
+
+@pytest.mark.parametrize(
+    "path", names("merge_adaptive") + names("inference"), ids=lambda p: f"{p.parent.name}-{p.stem}"
+)
+def test_merge_and_inference_examples_parse_and_follow_a_training_example(path):
+    args = yaml.safe_load(path.read_text())
+    model_args, _, finetuning_args, _ = HfArgumentParser(host._INFER_ARGS).parse_dict(args)
+    assert finetuning_args.finetuning_type == "lora"
+    assert model_args.quantization_bit is None
+    trained = {yaml.safe_load(p.read_text())["output_dir"]: yaml.safe_load(p.read_text())
+               for p in names("train_adaptive")}  # fmt: skip
+    source = trained[args["adapter_name_or_path"]]
+    assert source["model_name_or_path"] == args["model_name_or_path"]
+    assert source["template"] == args["template"]
+
+
+def test_every_yaml_is_in_the_readme_and_every_command_names_a_file():
+    named = set(re.findall(r"examples/[\w/.]+\.(?:yaml|py)", README))
+    assert all((ROOT / name).is_file() for name in named), named
+    listed = {f"examples/{p.relative_to(EXAMPLES)}" for f in ("train_adaptive", "merge_adaptive", "inference")
+              for p in names(f)}  # fmt: skip
+    assert listed <= named
+
+
+def test_word_problems_are_right_and_splits_are_disjoint(tmp_path):
+    sys.path.insert(0, str(EXAMPLES / "demo"))
+    import word_problems
+
+    word_problems.write(tmp_path, train=200, held_out=40, seed=3)
+    rows = [json.loads(line) for f in sorted(tmp_path.glob("*.jsonl")) for line in f.read_text().splitlines()]
+    assert len({row["instruction"] for row in rows}) == 240
+    for row in rows:
+        for left, right in re.findall(r"(\d+ [-+*/] \d+) = \$?(\d+)", row["output"]):
+            assert eval(left) == int(right)
+        assert row["output"].split()[-1].isdigit()
+    assert word_problems.generate(5, 9) == word_problems.generate(5, 9)
+
+
+def test_prepare_turns_boolq_and_arc_into_texts(tmp_path):
+    sys.path.insert(0, str(EXAMPLES / "data"))
+    import prepare
+
+    assert prepare.boolq_row({"question": "is water wet", "answer": True})["output"] == "the correct answer is true"
+    row = {"question": "2+2?", "choices": {"text": ["3", "4"], "label": ["A", "B"]}, "answerKey": "B"}
+    assert prepare.arc_row(row)["output"] == "the correct answer is answer2"
+    assert "Answer2: 4" in prepare.arc_row(row)["instruction"]
