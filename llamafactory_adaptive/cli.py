@@ -43,9 +43,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
+    """Parse, with overrides allowed on either side of options."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    stray = [word for word in rest if word.startswith("-") or "=" not in word]
+    if stray or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognised: {' '.join(stray or rest)}; overrides are written key=value")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = build_parser().parse_args(argv)
+    arguments = parse_command_line(argv)
     handler = {"plan": plan, "train": train, "doctor": doctor, "init": init, "measure": measure}[arguments.command]
     try:
         return handler(arguments)
@@ -70,6 +82,10 @@ def plan(arguments: argparse.Namespace) -> int:
     from llamafactory_adaptive.report import HEATMAP_FILE, rank_table, save_heatmap
 
     require_seams()
+    if Path(arguments.config).suffix not in (".yaml", ".yml"):
+        raise AdaptiveConfigError(
+            [Problem("config", arguments.config, "it must be a YAML file", "a name ending in .yaml")]
+        )
     sys.argv = ["llamafactory-adaptive", arguments.config, *arguments.overrides]
     args = command_line_settings()
     if not asks_for_adaptive(args):

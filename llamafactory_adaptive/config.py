@@ -135,9 +135,6 @@ class AdaptiveArguments:
     )
 
 
-ADAPTIVE_FIELDS = tuple(AdaptiveArguments.__dataclass_fields__)
-
-
 @dataclass(frozen=True)
 class CalibrationConfig:
     """Which samples a method scores on."""

@@ -14,7 +14,6 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llamafactory_adaptive import __version__
 from llamafactory_adaptive.allocate import allocate
 from llamafactory_adaptive.calibration import Measurement
 from llamafactory_adaptive.config import AdaptiveConfig, CalibrationError, PlanError
@@ -128,7 +127,6 @@ def allocate_plan(
         provenance={
             **request.provenance,
             **facts,
-            "llamafactory_adaptive": __version__,
             "bounds": {"adaptive_min_rank": config.min_rank, "adaptive_max_rank": config.max_rank},
             "calibration": asdict(config.calibration),
             "request_digest": request.digest(),

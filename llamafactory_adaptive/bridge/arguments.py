@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llamafactory_adaptive.config import (
-    ADAPTIVE_FIELDS,
     AdaptiveArguments,
     AdaptiveConfig,
     AdaptiveConfigError,
@@ -93,10 +92,19 @@ def asks_for_adaptive(args: Mapping[str, Any] | list[str]) -> bool:
 
 
 def our_keys(args: Mapping[str, Any] | list[str]) -> list[str]:
-    """Keys of ours among the settings."""
+    """Keys of ours among the settings; misspelt ``adaptive_*`` keys count."""
     words = list(args) if isinstance(args, Mapping) else [w.lstrip("-").partition("=")[0] for w in args]
-    prefixes = tuple(f"{name}_" for name in methods())
-    return [word for word in words if word in ADAPTIVE_FIELDS or word.startswith(("adaptive_", *prefixes))]
+    own = own_names()
+    return [word for word in words if word in own or word.startswith("adaptive_")]
+
+
+def own_names() -> set[str]:
+    """What the host's argument class has from us: nothing where the seam is not in place."""
+    from llamafactory.hparams import parser as host
+    from llamafactory.hparams.finetuning_args import FinetuningArguments
+
+    ours = next(c for c in host._TRAIN_ARGS if c.__name__ == "FinetuningArguments")
+    return set(ours.__dataclass_fields__) - set(FinetuningArguments.__dataclass_fields__)
 
 
 def command_line_settings() -> Args:
@@ -160,7 +168,7 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
             dataset=common["adaptive_calibration_dataset"],
             samples=common["adaptive_calibration_samples"],
             batch_size=common["adaptive_calibration_batch_size"],
-            seed=int(args.get("seed") or 42) if seed is None else seed,
+            seed=run_seed(args) if seed is None else seed,
         ),
     )
 
@@ -171,14 +179,10 @@ def _unknown_keys(args: Mapping[str, Any]) -> list[Problem]:
     from llamafactory.hparams import parser as host
 
     if is_env_enabled("ALLOW_EXTRA_ARGS"):
-        return unknown_key_problems({key: args[key] for key in our_keys(args)}, _own_names())
+        return unknown_key_problems({key: args[key] for key in our_keys(args)}, own_names())
     owners = [*host._TRAIN_ARGS, RayArguments]
     known = {entry.name for owner in owners for entry in dataclasses.fields(owner) if entry.init}
     return unknown_key_problems(args, known)
-
-
-def _own_names() -> list[str]:
-    return [name for name, _, _ in _generated_fields()]
 
 
 def _foreign_options(args: Mapping[str, Any], method: str) -> list[Problem]:
@@ -269,6 +273,12 @@ def split_names(value: Any) -> list[str]:
         return []
     names = value if isinstance(value, (list, tuple)) else str(value).split(",")
     return [str(name).strip() for name in names]
+
+
+def run_seed(args: Mapping[str, Any]) -> int:
+    """The run's seed; the Trainer's default when none is set."""
+    seed = args.get("seed")
+    return 42 if seed is None else int(seed)
 
 
 def local_rank() -> int:

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llamafactory_adaptive.bridge.arguments import Args, our_keys, split_names
+from llamafactory_adaptive.bridge.arguments import Args, our_keys, run_seed, split_names
 from llamafactory_adaptive.calibration import Measurement, count_tokens, make_batches
 from llamafactory_adaptive.config import AdaptiveConfig, AdaptiveConfigError, CalibrationError, Problem
 from llamafactory_adaptive.pipeline import make_method
@@ -130,7 +130,9 @@ def identity(args: Args) -> dict[str, Any]:
         "settings": settings,
         "model": _fingerprint(Path(str(args["model_name_or_path"])).expanduser()),
         "data": _data_fingerprint(args),
-        "versions": {name: version(name) for name in ("torch", "transformers", "llamafactory")},
+        "versions": {
+            name: version(name) for name in ("torch", "transformers", "llamafactory", "llamafactory-adaptive")
+        },
     }
 
 
@@ -167,7 +169,7 @@ def provenance(args: Args) -> dict[str, Any]:
         "base_model": str(args["model_name_or_path"]),
         "quantization_bit": args.get("quantization_bit"),
         "calibration_dataset": names,
-        "seed": args.get("seed", 42),
+        "seed": run_seed(args),
         "versions": identity(args)["versions"],
     }
 

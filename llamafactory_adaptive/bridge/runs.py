@@ -169,10 +169,12 @@ def _checkpoint_to_resume(args: Args) -> Path | None:
 
 def _plan_beside(adapter: Path) -> RankPlan:
     if not (adapter / PLAN_FILE).is_file():
-        raise PlanError(
-            f"{adapter} has no {PLAN_FILE}: it was not trained by this plugin; set create_new_adapter: true to merge "
-            "it and train a new adapter, or finetuning_type: lora to go on with it as it is"
+        remedy = (
+            "use another output_dir, or overwrite_output_dir: true to start afresh"
+            if adapter.name.startswith("checkpoint-")
+            else "set create_new_adapter: true to merge it and train a new adapter, or finetuning_type: lora to go on"
         )
+        raise PlanError(f"{adapter} has no {PLAN_FILE}: it was not trained by this plugin; {remedy}")
     return load_plan(adapter / PLAN_FILE)
 
 
