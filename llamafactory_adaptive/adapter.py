@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
@@ -55,6 +56,16 @@ def live_layers(model: nn.Module) -> dict[str, tuple[LoraLayer, str]]:
 def _base_name(name: str) -> str:
     """Cut wrapper prefixes: PEFT puts ``base_model.model.`` before the base model's own names."""
     return name.rpartition(_TENSOR_PREFIX)[2]
+
+
+def name_targets_in_full(model: nn.Module, plan: RankPlan) -> None:
+    """Put the full module names back into the live config, which is what gets saved.
+
+    PEFT condenses a list of 20 or more targets to suffixes when it builds the adapter.
+    """
+    for module in model.modules():
+        if isinstance(module, PeftModel):
+            module.peft_config["default"].target_modules = {planned.name for planned in plan.active}
 
 
 def check_live(model: nn.Module, plan: RankPlan) -> int:
@@ -138,6 +149,10 @@ def _config_faults(config: dict[str, Any], plan: RankPlan) -> list[str]:
         faults.append(f"r is {config.get('r')}, the largest rank in use is {plan.largest_rank}")
     elif not math.isclose(config["lora_alpha"] / config["r"], plan.scale, rel_tol=1e-6):
         faults.append(f"lora_alpha / r is {config['lora_alpha'] / config['r']}, not {plan.scale}")
+    targets = config.get("target_modules")
+    faults += [
+        f"target_modules: {fault}" for fault in _name_faults(targets if isinstance(targets, list) else [], plan)
+    ]
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     faults += _name_faults(ranks, plan)
     for module in plan.active:

@@ -9,9 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, files, version
 from pathlib import Path
 
 from llamafactory_adaptive import __version__, _bootstrap
@@ -36,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="key=value")
     commands.add_parser("doctor", help="say whether the hook is active, the versions, and whether each seam fits")
     init = commands.add_parser("init", help="copy the example YAMLs")
-    init.add_argument("folder", type=Path, nargs="?", default=Path("adaptive_examples"))
+    init.add_argument("folder", type=Path, nargs="?", default=Path(), help="where to put examples/")
     measure = commands.add_parser("measure")  # internal: the process that `plan` and `train` score in
     measure.add_argument("job", type=Path)
     measure.add_argument("answer", type=Path)
@@ -148,21 +147,25 @@ def _seam_states() -> dict[str, str]:
 
 
 def init(arguments: argparse.Namespace) -> int:
-    """Copy the examples into a new folder."""
-    if arguments.folder.exists():
+    """Copy the examples to ``FOLDER/examples``, the place from which their commands and paths hold."""
+    target = arguments.folder / "examples"
+    if target.exists():
         raise AdaptiveConfigError(
-            [Problem("folder", str(arguments.folder), "it exists already, nothing was overwritten", "a new name")]
+            [Problem("folder", str(target), "it exists already, nothing was overwritten", "another folder")]
         )
-    shutil.copytree(examples_folder(), arguments.folder)
-    print(f"examples copied to {arguments.folder}; start with its README.md")
+    shutil.copytree(examples_folder(), target, ignore=shutil.ignore_patterns("__pycache__", "*_train.jsonl"))
+    print(f"examples copied to {target}; run the commands of its README.md from {arguments.folder.resolve()}")
     return 0
 
 
 def examples_folder() -> Path:
-    """Where the examples lie: beside the package in a checkout, in the data folder of an installed wheel."""
+    """Where the examples lie: beside the package in a checkout, else where the installer put the wheel's data."""
     checkout = Path(__file__).resolve().parents[1] / "examples"
-    installed = Path(sysconfig.get_path("data")) / "share" / "llamafactory-adaptive" / "examples"
-    return checkout if checkout.is_dir() else installed
+    if checkout.is_dir():
+        return checkout
+    readme = "share/llamafactory-adaptive/examples/README.md"
+    found = next(file for file in files("llamafactory-adaptive") or [] if str(file).endswith(readme))
+    return Path(str(found.locate())).resolve().parent
 
 
 def measure(arguments: argparse.Namespace) -> int:

@@ -5,11 +5,14 @@ Pure standard library. Every check runs before anything expensive starts and all
 
 import dataclasses
 import difflib
+import json
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -273,7 +276,16 @@ class Conflict:
 
 
 def _on(key: str) -> Callable[[Mapping[str, Any]], bool]:
-    return lambda flat: flat.get(key) in (True, "true", "True")
+    return lambda flat: bool(flat.get(key))
+
+
+def _deepspeed_stage(flat: Mapping[str, Any]) -> int:
+    """ZeRO stage of the named configuration; 0 without one."""
+    try:
+        document = json.loads(Path(str(flat.get("deepspeed"))).read_text(encoding="utf-8"))
+        return int(document.get("zero_optimization", {}).get("stage", 0))
+    except (OSError, ValueError, AttributeError):
+        return 0
 
 
 CONFLICTS = (
@@ -310,6 +322,21 @@ CONFLICTS = (
         lambda flat: flat.get("stage") == "ppo",
         "ranks are planned for pt, sft, rm, dpo and kto",
         "stage: dpo",
+    ),
+    Conflict(
+        "fsdp",
+        lambda flat: bool(flat.get("fsdp")) or os.environ.get("ACCELERATE_USE_FSDP") == "true",
+        "FSDP flattens the factors whose ranks are checked",
+        "deepspeed: examples/deepspeed/ds_z3_config.json",
+    ),
+    Conflict(
+        "create_new_adapter",
+        lambda flat: (
+            bool(flat.get("create_new_adapter") and flat.get("adapter_name_or_path"))
+            and (flat.get("quantization_bit") is not None or _deepspeed_stage(flat) == 3)
+        ),
+        "the old adapter cannot be merged into a quantised base or under ZeRO-3",
+        "merging it first with llamafactory-cli export",
     ),
     Conflict(
         "quantization_method",

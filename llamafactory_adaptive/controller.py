@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,14 @@ from torch import distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 
-from llamafactory_adaptive.adapter import check_live, check_saved, keep_4bit_unpacked_on_cpu, live_layers
+from llamafactory_adaptive.adapter import (
+    ADAPTER_WEIGHTS,
+    check_live,
+    check_saved,
+    keep_4bit_unpacked_on_cpu,
+    live_layers,
+    name_targets_in_full,
+)
 from llamafactory_adaptive.config import GuardError
 from llamafactory_adaptive.plan import PLAN_FILE, RankPlan
 from llamafactory_adaptive.report import HEATMAP_FILE, save_heatmap, update_card
@@ -49,11 +57,14 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
         self.plan = plan
         self.counters = Counters()
         self.overhead_seconds = overhead_seconds
+        self.deepspeed = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Refuse to train anything but the plan; then put plan, picture and log line into ``output_dir``."""
+        self.deepspeed = bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
         agree_across_ranks(self.plan.digest(), args.device)
         keep_4bit_unpacked_on_cpu(model)
+        name_targets_in_full(model, self.plan)
         self.counters.modules_checked = check_live(model, self.plan)
         if state.is_world_process_zero:
             output = Path(args.output_dir)
@@ -81,7 +92,7 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Every adapter factor must have a gradient at the first step (DeepSpeed keeps its own; judged at the end)."""
-        if self.counters.steps == 0 and not args.deepspeed:
+        if self.counters.steps == 0 and not self.deepspeed:
             factors = [
                 weights[adapter].weight
                 for layer, adapter in live_layers(model).values()
@@ -91,14 +102,19 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
             if self.counters.gradients_missing:
                 raise GuardError(f"adapter factors without a gradient at the first step: {self.counters}")
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
+        """Remember whether the learning rate was ever above zero: only then must the weights have moved."""
+        rates = lr_scheduler.get_last_lr() if lr_scheduler is not None else [0.0]
+        self.counters.largest_learning_rate = max(self.counters.largest_learning_rate, *map(float, rates))
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count optimizer steps."""
         self.counters.steps += 1
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Remember whether the learning rate was ever above zero."""
-        rate = (logs or {}).get("learning_rate", 0.0)
-        self.counters.largest_learning_rate = max(self.counters.largest_learning_rate, float(rate))
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Nothing unchecked goes to a hub (pushes during training come from checkpoints, before the final save)."""
+        if (Path(args.output_dir) / ADAPTER_WEIGHTS).is_file():
+            check_saved(Path(args.output_dir), self.plan)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A checkpoint carries the plan it was trained on; resuming checks it."""
@@ -135,9 +151,11 @@ def finish(output: Path, callback: AdaptiveCallback, trained_before: bool) -> No
     counters = callback.counters
     if counters.modules_checked == 0 or (counters.configs_injected == 0 and not trained_before):
         raise GuardError(f"the run asked for adaptive ranks but no allocation reached the model: {counters}")
-    untrained = check_saved(output, callback.plan)
-    if untrained == len(callback.plan.active) and counters.largest_learning_rate > 0:
-        raise GuardError(f"all {untrained} modules were saved untrained (B is zero), no gradient arrived: {counters}")
+    untrained, moved = check_saved(output, callback.plan), counters.largest_learning_rate > 0
+    everything = untrained == len(callback.plan.active)
+    # Under DeepSpeed nobody saw the gradients at the first step: a factor that never moved is the only sign there is.
+    if moved and untrained and (everything or callback.deepspeed):
+        raise GuardError(f"{untrained} modules were saved untrained (B is zero), no gradient arrived: {counters}")
     if untrained:
         logger.warning(f"{untrained} of {len(callback.plan.active)} modules were saved untrained: B is still zero")
     update_card(output / "README.md", callback.plan)

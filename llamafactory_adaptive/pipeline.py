@@ -14,9 +14,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llamafactory_adaptive.allocate import allocate
+from llamafactory_adaptive.allocate import Allocation, allocate
 from llamafactory_adaptive.calibration import Measurement
-from llamafactory_adaptive.config import AdaptiveConfig, CalibrationError, PlanError
+from llamafactory_adaptive.config import AdaptiveConfig, AdaptiveConfigError, CalibrationError, PlanError, Problem
 from llamafactory_adaptive.methods import Scores, ScoringContext, StaticMethod
 from llamafactory_adaptive.plan import (
     SCHEMA_VERSION,
@@ -33,9 +33,22 @@ CACHE_ENV = "LLAMAFACTORY_ADAPTIVE_CACHE"
 
 
 def cache_folder() -> Path:
-    """Where statistics and plans are re-used from: ``$LLAMAFACTORY_ADAPTIVE_CACHE`` or the user's cache folder."""
+    """Where statistics and plans are re-used from: ``$LLAMAFACTORY_ADAPTIVE_CACHE`` or the user's cache folder.
+
+    Raises:
+        AdaptiveConfigError: it cannot be written.
+    """
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llamafactory_adaptive"
-    return Path(os.environ.get(CACHE_ENV, default))
+    folder = Path(os.environ.get(CACHE_ENV, default))
+    try:
+        for part in ("plans", "statistics"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        if not os.access(folder / "plans", os.W_OK):
+            raise PermissionError("it is not writable")
+    except OSError as error:
+        problem = Problem(CACHE_ENV, str(folder), f"the cache cannot be written ({error})", f"{CACHE_ENV}=<folder>")
+        raise AdaptiveConfigError([problem]) from error
+    return folder
 
 
 @dataclass(frozen=True)
@@ -84,6 +97,7 @@ def build_plan(request: PlanRequest, shapes: list[ModuleShape], measure: Measure
         InfeasibleBudgetError, CalibrationError: see there.
     """
     config, started = request.config, time.perf_counter()
+    _spend(config, shapes, [1.0] * len(shapes))  # bounds that cannot hold are found before anything is measured
     method = make_method(config)
     measurement = method.measurement()
     statistics: dict[str, Tensor] = {}
@@ -105,15 +119,7 @@ def allocate_plan(
 ) -> RankPlan:
     """Ranks for the scores under the configured budget and bounds, with where they came from."""
     config = request.config
-    costs = [shape.cost(config.budget_unit) for shape in shapes]
-    upper = [min(config.max_rank, shape.largest_rank) for shape in shapes]
-    allocation = allocate(
-        scores=[scores.values[shape.name] for shape in shapes],
-        costs=costs,
-        budget=config.lora_rank * sum(costs),
-        lower=[min(config.min_rank, high) for high in upper],
-        upper=upper,
-    )
+    allocation = _spend(config, shapes, [scores.values[shape.name] for shape in shapes])
     return plan_from_allocation(
         shapes,
         scores.values,
@@ -132,6 +138,13 @@ def allocate_plan(
             "request_digest": request.digest(),
         },
     )
+
+
+def _spend(config: AdaptiveConfig, shapes: list[ModuleShape], scores: list[float]) -> Allocation:
+    costs = [shape.cost(config.budget_unit) for shape in shapes]
+    upper = [min(config.max_rank, shape.largest_rank) for shape in shapes]
+    lower = [min(config.min_rank, high) for high in upper]
+    return allocate(scores, costs, config.lora_rank * sum(costs), lower, upper)
 
 
 def statistics_path(request: PlanRequest, measurement: Measurement) -> Path:
@@ -178,7 +191,7 @@ def check_plan(plan: RankPlan, shapes: list[ModuleShape], config: AdaptiveConfig
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
         modules=tuple(sorted(plan.modules, key=lambda module: order[module.name])),
-        provenance={**plan.provenance, "plan": source},
+        provenance=plan.provenance,
     )
     budget, kind = plan.budget(), "parameters" if config.budget_unit == "params" else "ranks"
     asked, used = budget[f"asked_{kind}"], budget[f"used_{kind}"]
@@ -197,30 +210,66 @@ def check_same_run(plan: RankPlan, config: AdaptiveConfig, source: str) -> None:
     Raises:
         PlanError: naming each difference.
     """
-    asked = {
+    asked, found = _asked(config), _found(plan)
+    if config.plan_path:  # the file is what this run asks for; how it was scored says nothing about the run
+        same = load_plan(Path(config.plan_path)).ranks() == plan.ranks()
+        asked = {key: asked[key] for key in _SCALE_KEYS} | {"adaptive_plan": config.plan_path}
+        found |= {"adaptive_plan": config.plan_path if same else "of other ranks"}
+    _refuse_differences(asked, found, source, "another output_dir")
+
+
+_SCALE_KEYS = ("lora_rank", "lora_alpha", "adaptive_budget_unit")
+
+
+def check_same_scale(plan: RankPlan, config: AdaptiveConfig, source: str) -> None:
+    """Refuse to go on with an adapter of another budget or scale; how its ranks were found does not matter.
+
+    Raises:
+        PlanError: naming each difference.
+    """
+    asked, found = _asked(config), _found(plan)
+    _refuse_differences({key: asked[key] for key in _SCALE_KEYS}, found, source, "create_new_adapter: true")
+
+
+def _refuse_differences(asked: Mapping[str, Any], found: Mapping[str, Any], source: str, remedy: str) -> None:
+    faults = [
+        f"{key} is {found.get(key)} there and {value} here" for key, value in asked.items() if found.get(key) != value
+    ]
+    if faults:
+        raise PlanError(
+            f"{source} belongs to another run: " + "; ".join(faults) + f"; change them back or use {remedy}"
+        )
+
+
+def _asked(config: AdaptiveConfig) -> dict[str, Any]:
+    """What determines a run's ranks, by the keys a user knows."""
+    return {
         "adaptive_method": config.method,
         "adaptive_budget_unit": config.budget_unit,
         "lora_rank": config.lora_rank,
         "lora_alpha": config.lora_alpha,
-    }
-    found = {
+        "adaptive_plan": config.plan_path,
+        "adaptive_min_rank": config.min_rank,
+        "adaptive_max_rank": config.max_rank,
+        **{f"adaptive_calibration_{key}": value for key, value in asdict(config.calibration).items()
+           if key != "batch_size"},
+        **{f"{config.method}_{key}": value for key, value in config.options.items()},
+    }  # fmt: skip
+
+
+def _found(plan: RankPlan) -> dict[str, Any]:
+    """The same as :func:`_asked`, of the run that wrote a plan."""
+    calibration = plan.provenance.get("calibration", {})
+    return {
         "adaptive_method": plan.method,
         "adaptive_budget_unit": plan.budget_unit,
         "lora_rank": plan.lora_rank,
         "lora_alpha": plan.lora_alpha,
+        "adaptive_plan": plan.provenance.get("adaptive_plan"),
+        **plan.provenance.get("bounds", {}),
+        **{f"adaptive_calibration_{key}": value for key, value in calibration.items()},
+        **{f"{plan.method}_{key}": value for key, value in plan.options.items()},
     }
-    if config.plan_path:
-        del asked["adaptive_method"]
-    faults = [f"{key} is {found[key]} there and {value} here" for key, value in asked.items() if found[key] != value]
-    if not faults and not config.plan_path and dict(plan.options) != dict(config.options):
-        changed = sorted(k for k in config.options if plan.options.get(k) != config.options[k])
-        faults = [
-            f"{config.method}_{key} is {plan.options.get(key)} there and {config.options[key]} here" for key in changed
-        ]
-    if faults:
-        raise PlanError(
-            f"{source} belongs to another run: " + "; ".join(faults) + "; change them back or use another output_dir"
-        )
 
 
 def wait_for_plan(path: Path, seconds: float) -> RankPlan:

@@ -6,7 +6,9 @@ JSON on disk, never pickle. A person may edit the ranks; everything derived from
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,11 +134,15 @@ class RankPlan:
             "digest": self.digest(),
         }
 
+    def write(self, path: Path) -> None:
+        """Write atomically, over whatever is there."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(self.to_json(), indent=1) + "\n")
+
     def save(self, path: Path) -> None:
         """Write atomically. A different plan already there is kept beside it under its own digest."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         keep_previous(path, self.digest())
-        write_atomically(path, json.dumps(self.to_json(), indent=1) + "\n")
+        self.write(path)
 
     def differences(self, shapes: "tuple[ModuleShape, ...] | list[ModuleShape]") -> list[str]:
         """Where the plan does not fit a model's target modules, in words; empty when it fits."""
@@ -213,7 +219,9 @@ def parse_plan(document: Any, source: str) -> RankPlan:
             modules=modules,
             provenance=dict(document.get("provenance", {})),
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except PlanError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise PlanError(f"{source} is not a complete plan: {type(error).__name__}: {error}") from error
     names = [module.name for module in modules]
     if len(set(names)) != len(names):
@@ -243,14 +251,21 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside the target and rename into place, so that a reader or a crash never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A scratch name beside ``path`` that takes its place on success; unique on every node of a shared folder."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside the target and rename into place, so that a reader or a crash never sees half a file."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def keep_previous(path: Path, new_digest: str) -> None:

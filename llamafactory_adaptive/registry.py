@@ -10,18 +10,13 @@ import difflib
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.config import AdaptiveError
 
 
 ENTRY_POINT_GROUP = "llamafactory_adaptive.methods"
-
-_BUILTIN = {
-    "sensitivity": "llamafactory_adaptive.methods.sensitivity:Sensitivity",
-    "uniform": "llamafactory_adaptive.methods.uniform:Uniform",
-    "random": "llamafactory_adaptive.methods.random:Random",
-}
 
 
 class UnknownMethodError(AdaptiveError, KeyError):
@@ -31,6 +26,14 @@ class UnknownMethodError(AdaptiveError, KeyError):
         return str(self.args[0])
 
 
+def built_in() -> dict[str, str]:
+    """Every file of ``methods/`` is a method: ``my_method.py`` holds the class ``MyMethod``. Nothing is imported."""
+    files = sorted((Path(__file__).parent / "methods").glob("[!_]*.py"))
+    return {
+        file.stem: f"llamafactory_adaptive.methods.{file.stem}:{file.stem.title().replace('_', '')}" for file in files
+    }
+
+
 @cache
 def methods() -> dict[str, str]:
     """All registered names and their ``module:Class`` targets; nothing is imported.
@@ -38,7 +41,7 @@ def methods() -> dict[str, str]:
     Raises:
         AdaptiveError: two packages register one name.
     """
-    found = dict(_BUILTIN)
+    found = built_in()
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         if entry.name in found:
             raise AdaptiveError(

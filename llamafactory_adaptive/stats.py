@@ -48,7 +48,7 @@ def spans_of(mask_T: Tensor) -> list[tuple[int, int]]:
 
 def top_k_mean(lambda_N: Tensor, fraction: float) -> Tensor:
     """Mean of the ``fraction`` largest entries, at least one (Sensitivity-LoRA, Eq. 9)."""
-    k = max(1, int(fraction * len(lambda_N)))
+    k = max(1, round(fraction * len(lambda_N)))
     return lambda_N.topk(k).values.mean()
 
 

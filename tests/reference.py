@@ -5,7 +5,7 @@ import numpy as np
 
 def metrics(lam: np.ndarray, fraction: float = 0.5, energy: float = 0.85) -> tuple[float, float, int]:
     lam = np.sort(lam)[::-1]
-    k = max(1, int(fraction * len(lam)))
+    k = max(1, round(fraction * len(lam)))
     rank = next(i + 1 for i in range(len(lam)) if lam[: i + 1].sum() >= energy * lam.sum())
     return float(lam.sum()), float(lam[:k].mean()), rank
 

@@ -1,6 +1,8 @@
 """LLaMA-Factory's arguments with our keys: generated dataclass, flat mapping, validation in one go."""
 
+import argparse
 import dataclasses
+import json
 import os
 import re
 import sys
@@ -71,16 +73,38 @@ def adaptive_finetuning_arguments() -> type:
 
 
 def to_mapping(args: Mapping[str, Any] | list[str]) -> Args:
-    """The settings the user gave, as one flat mapping, whether they came as YAML or as ``--key value``."""
-    if isinstance(args, Mapping):
-        return dict(args)
+    """The settings the user gave, as one flat mapping, whether they came as YAML or as ``--key value``.
+
+    Booleans written as text become booleans, so that ``"false"`` means one thing everywhere.
+
+    Raises:
+        AdaptiveConfigError: a flag that neither the host nor this plugin has.
+    """
+    if not isinstance(args, Mapping):
+        parser = _flag_parser()
+        given, unknown = parser.parse_known_args(args)
+        names = [action.dest for action in parser._actions]
+        stray = {word.lstrip("-").partition("=")[0]: word for word in unknown if word.startswith("--")}
+        if stray:
+            raise AdaptiveConfigError(unknown_key_problems(stray, names))
+        settings = vars(given)
+    else:
+        settings = dict(args)
+    words = {"true": True, "false": False}
+    return {
+        key: words.get(value.lower(), value) if isinstance(value, str) else value for key, value in settings.items()
+    }
+
+
+def _flag_parser() -> Any:
+    """The host's parser, for what was really given: no defaults, no abbreviations."""
     from llamafactory.hparams import parser as host
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(host._TRAIN_ARGS)
-    given, _ = parser.parse_known_args(args)
-    flags = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in args if word.startswith("--")}
-    return {key: value for key, value in vars(given).items() if key in flags}
+    parser = HfArgumentParser(host._TRAIN_ARGS, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return parser
 
 
 def asks_for_adaptive(args: Mapping[str, Any] | list[str]) -> bool:
@@ -93,7 +117,10 @@ def asks_for_adaptive(args: Mapping[str, Any] | list[str]) -> bool:
 
 def our_keys(args: Mapping[str, Any] | list[str]) -> list[str]:
     """Keys of ours among the settings; misspelt ``adaptive_*`` keys count."""
-    words = list(args) if isinstance(args, Mapping) else [w.lstrip("-").partition("=")[0] for w in args]
+    if isinstance(args, Mapping):
+        words = list(args)
+    else:
+        words = [word.lstrip("-").partition("=")[0] for word in args if word.startswith("--")]
     own = own_names()
     return [word for word in words if word in own or word.startswith("adaptive_")]
 
@@ -103,8 +130,9 @@ def own_names() -> set[str]:
     from llamafactory.hparams import parser as host
     from llamafactory.hparams.finetuning_args import FinetuningArguments
 
-    ours = next(c for c in host._TRAIN_ARGS if c.__name__ == "FinetuningArguments")
-    return set(ours.__dataclass_fields__) - set(FinetuningArguments.__dataclass_fields__)
+    names = {name for owner in host._TRAIN_ARGS if issubclass(owner, FinetuningArguments)
+             for name in owner.__dataclass_fields__}  # fmt: skip
+    return names - set(FinetuningArguments.__dataclass_fields__)
 
 
 def command_line_settings() -> Args:
@@ -151,7 +179,7 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
         options, faults = check_fields(get_method(method).Options, f"{method}_", args)
         problems += faults + _foreign_options(args, method)
     lora_rank, lora_alpha, max_rank, faults = check_budget(args, common)
-    problems += faults + check_conflicts(args) + _missing_files(args, common)
+    problems += faults + check_conflicts(args) + _wrong_choices(args) + _missing_files(args, common)
     if problems:
         raise AdaptiveConfigError(problems)
     seed = common["adaptive_calibration_seed"]
@@ -185,6 +213,18 @@ def _unknown_keys(args: Mapping[str, Any]) -> list[Problem]:
     return unknown_key_problems(args, known)
 
 
+def _wrong_choices(args: Mapping[str, Any]) -> list[Problem]:
+    """The host's own keys that take one of a few words; it would only notice after scoring."""
+    return [
+        Problem(action.dest, args[action.dest], f"it must be one of {', '.join(map(str, action.choices))}",
+                f"{action.dest}: {next(iter(action.choices))}")
+        for action in _flag_parser()._actions
+        if action.choices and args.get(action.dest) is not None and not isinstance(args[action.dest], (list, dict))
+        and not {args[action.dest], str(args[action.dest])} & {*action.choices, *map(str, action.choices)}
+        and action.dest not in own_names()
+    ]  # fmt: skip
+
+
 def _foreign_options(args: Mapping[str, Any], method: str) -> list[Problem]:
     """Options of a method that is not the chosen one would do nothing: say so."""
     return [
@@ -202,68 +242,60 @@ def _foreign_options(args: Mapping[str, Any], method: str) -> list[Problem]:
 
 
 def _missing_files(args: Mapping[str, Any], common: Mapping[str, Any]) -> list[Problem]:
-    problems = []
-    plan = common["adaptive_plan"]
-    if plan and not Path(plan).is_file():
-        problems.append(
-            Problem("adaptive_plan", plan, "there is no such file", "writing one with `llamafactory-adaptive plan`")
-        )
-    if plan and common["adaptive_calibration_dataset"]:
-        problems.append(
-            Problem(
-                "adaptive_calibration_dataset",
-                common["adaptive_calibration_dataset"],
-                "nothing is scored when adaptive_plan is given",
-                "one of the two",
-            )
-        )
-    for key in ("model_name_or_path", "output_dir"):
-        if not args.get(key):
-            problems.append(Problem(key, args.get(key), "it is required", f"{key}: <path>"))
-    if args.get("do_train") in (True, "true", "True") and not args.get("dataset"):
+    """Required keys without a value, and paths that lead nowhere."""
+    problems = [
+        Problem(key, args.get(key), "it is required", f"{key}: <path>")
+        for key in ("model_name_or_path", "output_dir")
+        if not args.get(key)
+    ]
+    if args.get("do_train") and not args.get("dataset") and not args.get("tokenized_path"):
         problems.append(Problem("dataset", None, "training needs one", "dataset: alpaca_en_demo"))
+    for key, path, remedy in (
+        ("adaptive_plan", common["adaptive_plan"], "writing one with `llamafactory-adaptive plan`"),
+        ("deepspeed", args.get("deepspeed"), "deepspeed: examples/deepspeed/ds_z2_config.json"),
+    ):
+        if isinstance(path, str) and not path.lstrip().startswith("{") and not Path(path).is_file():
+            problems.append(Problem(key, path, "there is no such file", remedy))
     model = str(args.get("model_name_or_path") or "")
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().exists():
         problems.append(Problem("model_name_or_path", model, "there is no such folder", "a folder or a hub name"))
-    return problems + _dataset_problems(args, common)
+    return problems + _dataset_problems(args, common["adaptive_calibration_dataset"])
 
 
-def _dataset_problems(args: Mapping[str, Any], common: Mapping[str, Any]) -> list[Problem]:
-    """Calibration data must exist and must be a training split."""
-    import json
-
-    wanted = common["adaptive_calibration_dataset"]
-    if not wanted:
-        return []
-    names = split_names(wanted)
-    held_out = set(split_names(args.get("eval_dataset")))
+def _dataset_problems(args: Mapping[str, Any], calibration: str | None) -> list[Problem]:
+    """Names must be known; calibration data must be a training split and must not touch held-out rows."""
+    held_out, trained, scored = (split_names(v) for v in (args.get("eval_dataset"), args.get("dataset"), calibration))
     problems = [
-        Problem(
-            "adaptive_calibration_dataset",
-            name,
-            "it is the eval_dataset; scores may use training data only",
-            "leaving it out",
-        )
-        for name in names
+        Problem("adaptive_calibration_dataset", name, "it is the eval_dataset; scores may use training data only",
+                "leaving it out")
+        for name in scored
         if name in held_out
-    ]
-    info_path = Path(str(args.get("dataset_dir") or "data")) / "dataset_info.json"
-    if not info_path.is_file():  # hub folders are judged when they are loaded
-        return problems
-    info = json.loads(info_path.read_text(encoding="utf-8"))
-    for name in names:
+    ]  # fmt: skip
+    if args.get("val_size") and set(scored) & set(trained) and scored != trained:
+        reason = "val_size holds rows of the merged training set out, which a part of it would bring back"
+        problems.append(Problem("adaptive_calibration_dataset", calibration, reason, "leaving it out"))
+    return problems + _names_not_in_info(args, {"dataset": trained, "eval_dataset": held_out,
+                                                "adaptive_calibration_dataset": scored})  # fmt: skip
+
+
+def _names_not_in_info(args: Mapping[str, Any], names: Mapping[str, list[str]]) -> list[Problem]:
+    folder = args.get("dataset_dir") or "data"
+    info_path = Path(str(folder)) / "dataset_info.json"
+    if args.get("tokenized_path") or isinstance(folder, dict) or not info_path.is_file():
+        return []  # hub and in-line tables are the host's to judge
+    try:
+        info = json.loads(info_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return [Problem("dataset_dir", str(folder), f"{info_path} is not valid JSON ({error})", "mending the file")]
+    problems = []
+    for key, name in ((key, name) for key, listed in names.items() for name in listed):
         if name not in info:
             near = ", ".join(sorted(info)[:5])
-            problems.append(Problem("adaptive_calibration_dataset", name, f"it is not in {info_path}", near))
-        elif info[name].get("split", "train") != "train":
-            problems.append(
-                Problem(
-                    "adaptive_calibration_dataset",
-                    name,
-                    f"its split is {info[name]['split']!r}; scores may use training data only",
-                    "an entry with split: train",
-                )
-            )
+            problems.append(Problem(key, name, f"it is not in {info_path}", f"one of {near}"))
+        elif key == "adaptive_calibration_dataset" and info[name].get("split", "train") != "train":
+            split = info[name]["split"]
+            problems.append(Problem(key, name, f"its split is {split!r}; scores may use training data only",
+                                    "an entry with split: train"))  # fmt: skip
     return problems
 
 

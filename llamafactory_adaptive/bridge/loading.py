@@ -18,7 +18,7 @@ from llamafactory_adaptive.bridge.arguments import Args, our_keys, run_seed, spl
 from llamafactory_adaptive.calibration import Measurement, count_tokens, make_batches
 from llamafactory_adaptive.config import AdaptiveConfig, AdaptiveConfigError, CalibrationError, Problem
 from llamafactory_adaptive.pipeline import make_method
-from llamafactory_adaptive.plan import ModuleShape, digest_of
+from llamafactory_adaptive.plan import ModuleShape, digest_of, replacing
 
 
 # Settings of the model and data groups that change neither weights nor token rows.
@@ -117,8 +117,6 @@ def _skeleton(args: Args) -> tuple[Any, list[str], Any]:
 
 def identity(args: Args) -> dict[str, Any]:
     """Everything that determines the statistics: weights, token rows, precision and versions, JSON-able."""
-    from importlib.metadata import version
-
     from llamafactory.hparams import DataArguments, ModelArguments
 
     groups = {f.name for owner in (ModelArguments, DataArguments) for f in dataclasses.fields(owner) if f.init}
@@ -130,16 +128,15 @@ def identity(args: Args) -> dict[str, Any]:
         "settings": settings,
         "model": _fingerprint(Path(str(args["model_name_or_path"])).expanduser()),
         "data": _data_fingerprint(args),
-        "versions": {
-            name: version(name) for name in ("torch", "transformers", "llamafactory", "llamafactory-adaptive")
-        },
+        "versions": _versions(),
     }
 
 
 def _fingerprint(path: Path) -> Any:
     """Identify a local file or folder; a hub name stands for itself (with ``model_revision`` among the settings)."""
     if path.is_dir():
-        return {file.name: _fingerprint(file) for file in sorted(path.iterdir()) if file.is_file()}
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return {str(file.relative_to(path)): _fingerprint(file) for file in files}
     if not path.is_file():
         return str(path)
     facts = path.stat()
@@ -149,28 +146,46 @@ def _fingerprint(path: Path) -> Any:
 
 
 def _data_fingerprint(args: Args) -> Any:
-    if args.get("tokenized_path") and Path(args["tokenized_path"]).is_dir():
+    """Identify what the calibration rows are drawn from, by the same choice that ``_single_process`` makes."""
+    if _tokenized(args):
         return _fingerprint(Path(args["tokenized_path"]))
     folder = Path(str(args.get("dataset_dir") or "data"))
     info_path = folder / "dataset_info.json"
     if not info_path.is_file():
         return None
     info = json.loads(info_path.read_text(encoding="utf-8"))
-    names = split_names(args.get("adaptive_calibration_dataset")) or split_names(args.get("dataset"))
-    entries = {name: info.get(name) for name in names}
+    entries = {name: info.get(name) for name in _calibration_names(args)}
     files = [folder / str(entry["file_name"]) for entry in entries.values() if entry and "file_name" in entry]
     return {"entries": entries, "files": [_fingerprint(path) for path in files]}
 
 
+def _calibration_names(args: Args) -> list[str]:
+    return split_names(args.get("adaptive_calibration_dataset")) or split_names(args.get("dataset"))
+
+
+def _tokenized(args: Args) -> bool:
+    """Whether rows come from a tokenised folder that exists; one that does not is for the run itself to write."""
+    path = args.get("tokenized_path")
+    return bool(
+        path and not args.get("adaptive_calibration_dataset") and Path(path).is_dir() and any(Path(path).iterdir())
+    )
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "llamafactory", "bitsandbytes",
+                                             "llamafactory-adaptive")}  # fmt: skip
+
+
 def provenance(args: Args) -> dict[str, Any]:
     """What a reader of the plan wants to know about where it came from."""
-    names = split_names(args.get("adaptive_calibration_dataset")) or split_names(args.get("dataset"))
     return {
         "base_model": str(args["model_name_or_path"]),
         "quantization_bit": args.get("quantization_bit"),
-        "calibration_dataset": names,
+        "calibration_dataset": _calibration_names(args),
         "seed": run_seed(args),
-        "versions": identity(args)["versions"],
+        "versions": _versions(),
     }
 
 
@@ -185,8 +200,8 @@ def measure_in_own_process(args: Args, measurement: Measurement, path: Path) -> 
 
     Raises:
         CalibrationError: with the child's own message.
+        RuntimeError: the child crashed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     environment = {
         key: value
         for key, value in os.environ.items()
@@ -201,12 +216,15 @@ def measure_in_own_process(args: Args, measurement: Measurement, path: Path) -> 
         command = [sys.executable, "-m", "llamafactory_adaptive.cli", "measure", str(job), str(answer)]
         code = subprocess.run(command, env=environment, stdout=2, check=False).returncode
         message = json.loads(answer.read_text())["error"] if answer.exists() else None
+    if message:
+        raise CalibrationError(message)
     if code != 0:
-        raise CalibrationError(message or f"scoring failed with exit code {code}; its messages stand above")
+        raise RuntimeError(f"the scoring process ended with exit code {code}; its own messages stand above")
 
 
 def run_measurement_job(job: Mapping[str, Any], config: AdaptiveConfig) -> None:
     """Body of the measuring process: load, measure, write the statistics atomically."""
+    import torch
     from safetensors.torch import save_file
 
     from llamafactory_adaptive.adapter import keep_4bit_unpacked_on_cpu
@@ -221,16 +239,22 @@ def run_measurement_job(job: Mapping[str, Any], config: AdaptiveConfig) -> None:
     device = next(model.parameters()).device
     batches = [batch.to(device) for batch in make_batches(rows, config.calibration.batch_size, pad_id)]
     started = time.perf_counter()
-    tensors = measurement(model, {shape.name: model.get_submodule(shape.name) for shape in shapes}, batches)
+    modules = {shape.name: model.get_submodule(shape.name) for shape in shapes}
+    try:
+        tensors = measurement(model, modules, batches)
+    except torch.OutOfMemoryError as error:
+        raise CalibrationError(
+            "out of memory while scoring: lower adaptive_calibration_batch_size (now "
+            f"{config.calibration.batch_size}) or score in 4-bit (docs/how-to.md)"
+        ) from error
     facts = {
         "seconds": f"{time.perf_counter() - started:.3f}",
         "tokens": str(count_tokens(batches)),
         "samples": str(len(rows)),
         "rows_sha256": digest_of([list(row["input_ids"]) for row in rows]),
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=facts)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=facts)
 
 
 def _load(args: Args, config: AdaptiveConfig) -> tuple[Any, list[dict[str, list[int]]], int]:
@@ -263,10 +287,18 @@ def _single_process(args: Args, scratch: str) -> Args:
     kept = {key: value for key, value in args.items() if key not in dropped}
     if not args.get("create_new_adapter"):
         kept.pop("adapter_name_or_path", None)
-    if args.get("adaptive_calibration_dataset"):
-        kept["dataset"] = args["adaptive_calibration_dataset"]
-        kept.pop("tokenized_path", None)
-    return kept | {"finetuning_type": "lora", "do_train": True, "output_dir": scratch, "report_to": "none"}
+    kept["dataset"] = ",".join(_calibration_names(args)) or None
+    if not _tokenized(args):
+        kept.pop("tokenized_path", None)  # the host would write it, without the run's evaluation set
+    # Rows are scored one by one: packing would add padding that counts, and attention across rows.
+    forced = {
+        "finetuning_type": "lora",
+        "do_train": True,
+        "report_to": "none",
+        "packing": False,
+        "neat_packing": False,
+    }
+    return kept | forced | {"output_dir": scratch}
 
 
 def _draw_rows(dataset: Any, config: AdaptiveConfig, streaming: bool) -> list[dict[str, list[int]]]:
@@ -285,5 +317,8 @@ def _draw_rows(dataset: Any, config: AdaptiveConfig, streaming: bool) -> list[di
             )
         key = "chosen_" if "chosen_input_ids" in sample else ""
         ids = sample[f"{key}input_ids"]
-        rows.append({"input_ids": list(ids), "labels": list(sample.get(f"{key}labels") or ids)})
+        labels = sample.get(f"{key}labels") or ids
+        mask = sample.get(f"{key}attention_mask") or [1] * len(ids)  # tokenised folders may hold packed, padded rows
+        kept = [index for index, flag in enumerate(mask) if flag]
+        rows.append({"input_ids": [ids[i] for i in kept], "labels": [labels[i] for i in kept]})
     return rows

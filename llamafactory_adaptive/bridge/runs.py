@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,7 +22,14 @@ from llamafactory_adaptive.bridge.arguments import (
     split_names,
     to_mapping,
 )
-from llamafactory_adaptive.config import AdaptiveConfig, AdaptiveConfigError, AdaptiveError, PlanError, Problem
+from llamafactory_adaptive.config import (
+    AdaptiveConfig,
+    AdaptiveConfigError,
+    AdaptiveError,
+    InfeasibleBudgetError,
+    PlanError,
+    Problem,
+)
 from llamafactory_adaptive.plan import PLAN_FILE, RankPlan, load_plan
 from llamafactory_adaptive.registry import get_method, methods
 
@@ -62,7 +70,7 @@ def adaptive_training_function(original: Callable[[dict[str, Any]], None]) -> Ca
         require_seams()
         args = to_mapping(raw)
         adaptive = parse_config(args)
-        if not _true(args.get("do_train")):
+        if not args.get("do_train"):
             return original(config)  # evaluation of an existing adapter: nothing to allocate
         return _train(original, config, args, adaptive)
 
@@ -72,23 +80,40 @@ def adaptive_training_function(original: Callable[[dict[str, Any]], None]) -> Ca
 def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], args: Args, adaptive: AdaptiveConfig
            ) -> None:  # fmt: skip
     from llamafactory_adaptive.controller import AdaptiveCallback, finish
-    from llamafactory_adaptive.gradients import init_deepspeed_on_cpu
+    from llamafactory_adaptive.gradients import init_deepspeed_on_cpu, release_deepspeed_groups
 
     started = time.perf_counter()
+    _refuse_what_the_host_would(args)
     plan, trained_before = obtain_plan(args, adaptive)
     if local_rank() == 0:
         for line in advice(plan, adaptive):
             logger.warning(line)
     callback = AdaptiveCallback(plan, time.perf_counter() - started)
-    if args.get("deepspeed") and _no_accelerator():
+    deepspeed_on_cpu = bool(args.get("deepspeed")) and _no_accelerator()
+    if deepspeed_on_cpu:
         init_deepspeed_on_cpu()
     token = _current.set(callback)
     try:
         original({**config, "callbacks": [*(config.get("callbacks") or []), callback]})
     finally:
         _current.reset(token)
+    if deepspeed_on_cpu:
+        release_deepspeed_groups()
     if int(os.environ.get("RANK", "0")) == 0:
         finish(Path(args["output_dir"]), callback, trained_before)
+
+
+def _refuse_what_the_host_would(args: Args) -> None:
+    """Two rules of the host that depend on the process and the disk; it would apply them only after scoring."""
+    problems = []
+    if args.get("deepspeed") and "LOCAL_RANK" not in os.environ:
+        problems.append(Problem("deepspeed", args["deepspeed"], "DeepSpeed runs under torchrun", "FORCE_TORCHRUN=1"))
+    output = Path(str(args["output_dir"]))
+    filled = any((output / name).is_file() for name in ("adapter_model.safetensors", "model.safetensors"))
+    if filled and not args.get("overwrite_output_dir") and _checkpoint_to_resume(args) is None:
+        problems.append(Problem("output_dir", str(output), "it holds a finished run", "overwrite_output_dir: true"))
+    if problems:
+        raise AdaptiveConfigError(problems)
 
 
 def _refuse_stray_keys(raw: Mapping[str, Any] | list[str]) -> None:
@@ -102,7 +127,7 @@ def _refuse_stray_keys(raw: Mapping[str, Any] | list[str]) -> None:
 
 
 def obtain_plan(args: Args, config: AdaptiveConfig) -> tuple[RankPlan, bool]:
-    """The plan this run trains, and whether its adapter already exists (a checkpoint or an adapter to go on from).
+    """The plan this run trains, and whether the host will load its adapter instead of making one.
 
     Raises:
         AdaptiveError: nothing is loaded or written when the plan cannot be had.
@@ -111,15 +136,19 @@ def obtain_plan(args: Args, config: AdaptiveConfig) -> tuple[RankPlan, bool]:
     from llamafactory_adaptive.bridge.loading import target_shapes
 
     checkpoint = _checkpoint_to_resume(args)
-    going_on = split_names(args.get("adapter_name_or_path")) if not _true(args.get("create_new_adapter")) else []
-    source = checkpoint or (Path(going_on[-1]) if going_on else None)
-    if source is not None:
-        plan = _plan_beside(source)
-        pipeline.check_same_run(plan, config, str(source))
-        return pipeline.check_plan(plan, target_shapes(args), config, str(source / PLAN_FILE)), bool(going_on)
+    going_on = [] if args.get("create_new_adapter") else split_names(args.get("adapter_name_or_path"))
+    if checkpoint is not None:
+        plan = _plan_beside(checkpoint)
+        pipeline.check_same_run(plan, config, str(checkpoint))
+        return pipeline.check_plan(plan, target_shapes(args), config, str(checkpoint / PLAN_FILE)), bool(going_on)
+    if going_on:
+        adapter = Path(going_on[-1])
+        plan = _plan_beside(adapter)
+        pipeline.check_same_scale(plan, config, str(adapter))
+        return pipeline.check_plan(plan, target_shapes(args), config, str(adapter / PLAN_FILE)), True
     if config.plan_path:
-        path = Path(config.plan_path)
-        return pipeline.check_plan(load_plan(path), target_shapes(args), config, str(path)), False
+        plan = pipeline.check_plan(load_plan(Path(config.plan_path)), target_shapes(args), config, config.plan_path)
+        return replace(plan, provenance={**plan.provenance, "adaptive_plan": config.plan_path}), False
     return compute_plan(args, config), False
 
 
@@ -137,7 +166,7 @@ def compute_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
         plan = pipeline.build_plan(
             request, shapes, lambda measurement, target: loading.measure_in_own_process(args, measurement, target)
         )
-        plan.save(path)
+        plan.write(path)
     return load_plan(path)
 
 
@@ -155,15 +184,15 @@ def _checkpoint_to_resume(args: Args) -> Path | None:
     from transformers.trainer_utils import get_last_checkpoint
 
     wanted, output = args.get("resume_from_checkpoint"), Path(str(args["output_dir"]))
-    if isinstance(wanted, str) and wanted.lower() not in ("true", "false"):
+    if isinstance(wanted, str):
         if not Path(wanted).is_dir():
             raise AdaptiveConfigError(
                 [Problem("resume_from_checkpoint", wanted, "there is no such folder", f"{output}/checkpoint-<step>")]
             )
         return Path(wanted)
-    if not output.is_dir() or (wanted is None and _true(args.get("overwrite_output_dir"))):
+    if not output.is_dir() or (wanted is None and args.get("overwrite_output_dir")):
         return None
-    last = get_last_checkpoint(str(output)) if wanted is None or _true(wanted) else None
+    last = get_last_checkpoint(str(output)) if wanted is None or wanted else None
     return Path(last) if last else None
 
 
@@ -176,10 +205,6 @@ def _plan_beside(adapter: Path) -> RankPlan:
         )
         raise PlanError(f"{adapter} has no {PLAN_FILE}: it was not trained by this plugin; {remedy}")
     return load_plan(adapter / PLAN_FILE)
-
-
-def _true(value: Any) -> bool:
-    return value in (True, "true", "True", "1", 1)
 
 
 def _no_accelerator() -> bool:
@@ -208,21 +233,22 @@ def with_clean_exit(run_exp: Callable[..., None]) -> Callable[..., None]:
 
 def exit_with(error: AdaptiveError) -> NoReturn:
     """Print a user error once and leave with code 2."""
-    # Every worker finds the same configuration errors; one of them says so.
-    if not isinstance(error, AdaptiveConfigError) or int(os.environ.get("RANK", "0")) == 0:
+    # Configuration and plan are the same in every worker: one of them says what is wrong.
+    everywhere = isinstance(error, (AdaptiveConfigError, PlanError, InfeasibleBudgetError))
+    if not everywhere or int(os.environ.get("RANK", "0")) == 0:
         print(f"llamafactory-adaptive: error: {error}", file=sys.stderr, flush=True)
     raise SystemExit(2) from error
 
 
 def checked_launch(original: Callable[[], None]) -> Callable[[], None]:
-    """Wrap the host's launcher: check an adaptive configuration before torchrun starts its workers."""
+    """Wrap the host's launcher: check an adaptive run, and plan it, before torchrun starts its workers."""
 
     @wraps(original)
     def launch() -> None:
         if len(sys.argv) < 3 or sys.argv[1] != "train" or {"-h", "--help"} & set(sys.argv):
             return original()
         try:
-            adaptive = check_command_line(sys.argv[2:])
+            adaptive = prepare_launch(sys.argv[2:])
         except AdaptiveError as error:
             exit_with(error)
         try:
@@ -235,8 +261,14 @@ def checked_launch(original: Callable[[], None]) -> Callable[[], None]:
     return launch
 
 
-def check_command_line(words: list[str]) -> bool:
-    """Validate ``X.yaml key=value ...`` if it asks for adaptive; returns whether it does."""
+def prepare_launch(words: list[str]) -> bool:
+    """Validate ``X.yaml key=value ...`` if it asks for adaptive; returns whether it does.
+
+    Where torchrun is about to start, the plan is made here, alone on the machine: what a user can mend ends in one
+    message and exit code 2, and the workers find the plan in the cache.
+    """
+    from llamafactory_adaptive.bridge.seams import require_seams
+
     saved, sys.argv = sys.argv, [sys.argv[0], *words]
     try:
         if not _mentions_adaptive(words):
@@ -246,8 +278,17 @@ def check_command_line(words: list[str]) -> bool:
         sys.argv = saved
     if not asks_for_adaptive(args):
         return False
-    parse_config(args)
+    require_seams()
+    config = parse_config(args)
+    if args.get("do_train") and _starts_torchrun():
+        obtain_plan(args, config)
     return True
+
+
+def _starts_torchrun() -> bool:
+    from llamafactory.extras.misc import get_device_count, is_env_enabled, use_kt, use_ray
+
+    return is_env_enabled("FORCE_TORCHRUN") or (get_device_count() > 1 and not use_ray() and not use_kt())
 
 
 def _mentions_adaptive(words: list[str]) -> bool:

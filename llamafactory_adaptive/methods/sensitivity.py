@@ -11,7 +11,8 @@ Per module, with lambda sorted in falling order and N = d_in:
     theta = (sigma_g/mu_g^2) S_g + (sigma_l/mu_l^2) S_l
 
 SRA (Eq. 15): rank proportional to theta. PRA (Section 4.4): modules sorted by theta and cut into c classes, class
-j = 1..c gets r + (c + 1)/2 - j.
+j = 1..c gets r + (c + 1)/2 - j. With ``adaptive_budget_unit: ranks`` and classes of one size these are the ranks; a
+budget in parameters cannot hold them exactly where classes differ in cost, and scales them to fit.
 
 What differs: padding is left out of the mean; N is d_in, not d_in * d_out; ``transform`` and ``weighting`` are ours,
 against massive activations and against ties of modules that read one input. Cost: one forward pass (and a backward

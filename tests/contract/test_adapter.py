@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import TARGETS, tiny_model
 
-from llamafactory_adaptive.adapter import check_live, check_saved, lora_config_arguments
+from llamafactory_adaptive.adapter import check_live, check_saved, lora_config_arguments, name_targets_in_full
 from llamafactory_adaptive.config import GuardError
 from llamafactory_adaptive.plan import ModulePlan, RankPlan
 
@@ -38,6 +38,7 @@ def adapted(request):
 @pytest.fixture
 def saved(adapted, tmp_path):
     live, plan = adapted
+    name_targets_in_full(live, plan)
     live.save_pretrained(tmp_path)
     return tmp_path, plan
 
@@ -74,6 +75,8 @@ CONFIG_FAULTS = [
     (lambda c: c.update(use_rslora=True), "use_rslora is set"),
     (lambda c: c.update(r=4), "r is 4, the largest rank in use is 8"),
     (lambda c: c.update(lora_alpha=8), r"lora_alpha / r is 1.0, not 2.5"),
+    (lambda c: c["target_modules"].remove(NAME), r"target_modules: .*q_proj is planned but has no adapter"),
+    (lambda c: c.update(target_modules=["q_proj"]), r"target_modules: .* is planned but has no adapter"),
     (lambda c: c["rank_pattern"].pop(NAME), r"q_proj is planned but has no adapter"),
     (lambda c: c["rank_pattern"].update({NAME: 7}), r"rank_pattern gives .*q_proj 7, planned 1"),
     (lambda c: c["alpha_pattern"].update({NAME: 7}), r"alpha_pattern gives .*q_proj 7"),

@@ -10,7 +10,7 @@ from llamafactory_adaptive.config import AdaptiveConfigError
 
 
 _bootstrap.install()
-from llamafactory_adaptive.bridge.arguments import parse_config, to_mapping  # noqa: E402
+from llamafactory_adaptive.bridge.arguments import our_keys, parse_config, to_mapping  # noqa: E402
 
 
 WRONG = [
@@ -58,6 +58,15 @@ WRONG = [
     ({"model_name_or_path": "/no/such/model"}, "model_name_or_path: '/no/such/model' is not possible: there is no such "
      "folder; try a folder or a hub name"),
     ({"dataset": None}, "dataset: None is not possible: training needs one"),
+    ({"dataset": "tiny_sft,nope"}, "dataset: 'nope' is not possible: it is not in"),
+    ({"eval_dataset": "nope"}, "eval_dataset: 'nope' is not possible: it is not in"),
+    ({"deepspeed": "/no/such.json"}, "deepspeed: '/no/such.json' is not possible: there is no such file"),
+    ({"stage": "sftt"}, "stage: 'sftt' is not possible: it must be one of pt, sft, rm, ppo, dpo, kto; try stage: pt"),
+    ({"fsdp": "full_shard"}, "fsdp: 'full_shard' is not possible: FSDP flattens the factors whose ranks are checked"),
+    ({"adapter_name_or_path": "x", "create_new_adapter": True, "quantization_bit": 4}, "create_new_adapter: True is not "
+     "possible: the old adapter cannot be merged into a quantised base or under ZeRO-3"),
+    ({"val_size": 0.5, "dataset": "tiny_sft,tiny_eval", "adaptive_calibration_dataset": "tiny_eval"}, "val_size holds "
+     "rows of the merged training set out"),
 ]  # fmt: skip
 
 
@@ -112,6 +121,55 @@ def test_command_line_flags_mean_the_same_as_yaml():
     assert found["finetuning_type"] == "adaptive"
     assert (found["lora_rank"], found["adaptive_min_rank"], found["sensitivity_metric"]) == (6, 2, "local")
     assert "lora_alpha" not in found
+
+
+def test_flags_that_nobody_has_are_named_and_abbreviations_are_no_flags():
+    for flag in ("--adaptve_method", "--adaptive_meth", "--lora_ran"):
+        with pytest.raises(AdaptiveConfigError, match="neither LLaMA-Factory nor this plugin has such a key"):
+            to_mapping(["--finetuning_type", "adaptive", flag, "uniform"])
+
+
+def test_a_value_is_no_key():
+    words = ["--finetuning_type", "lora", "--output_dir", "adaptive_baseline", "--dataset", "adaptive_set"]
+    assert our_keys(words) == []
+    assert our_keys([*words, "--adaptive_method", "igu"]) == ["adaptive_method"]
+
+
+def test_text_booleans_mean_booleans():
+    assert to_mapping({"create_new_adapter": "false", "do_train": "True", "x": "falsehood"}) == {
+        "create_new_adapter": False, "do_train": True, "x": "falsehood",
+    }  # fmt: skip
+
+
+def test_zero_is_a_seed(tiny_llama, data_dir, tmp_path):
+    assert parse_config(settings(tiny_llama, data_dir, tmp_path, seed=0)).calibration.seed == 0
+
+
+def test_a_broken_dataset_table_and_an_unwritable_cache_are_user_errors(tiny_llama, tmp_path, monkeypatch):
+    (tmp_path / "dataset_info.json").write_text('{"a": 1,}')
+    assert "is not valid JSON" in message(settings(tiny_llama, tmp_path, tmp_path / "out"))
+    from llamafactory_adaptive.pipeline import cache_folder
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LLAMAFACTORY_ADAPTIVE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(AdaptiveConfigError, match=r"LLAMAFACTORY_ADAPTIVE_CACHE: .*the cache cannot be written"):
+        cache_folder()
+
+
+def test_the_digest_follows_weights_data_and_tokenised_folders(tiny_llama, data_dir, tmp_path):
+    from llamafactory_adaptive.bridge.loading import identity
+
+    args = settings(tiny_llama, data_dir, tmp_path)
+    assert identity(args) == identity({**args, "output_dir": "x", "learning_rate": 3.0})
+    assert identity(args) != identity({**args, "dataset": "tiny_eval"})
+    assert identity(args) != identity({**args, "quantization_bit": 4})
+    folder = tmp_path / "tokens" / "train"
+    folder.mkdir(parents=True)
+    tokenized, found = {**args, "tokenized_path": str(folder.parent)}, []
+    for text in ("a", "b"):
+        (folder / "data.arrow").write_text(text)
+        found.append(identity(tokenized))
+    assert found[0] != found[1]
 
 
 def test_help_names_unit_and_range():

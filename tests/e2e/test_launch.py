@@ -89,7 +89,7 @@ def test_launchers_agree(write, tmp_path):
 
 @pytest.mark.parametrize(
     ("stage", "more"),
-    [(2, {"quantization_bit": 4}), (2, {}), (3, {}), (3, {"adaptive_method": "random", "adaptive_min_rank": 0})],
+    [(2, {"quantization_bit": 4}), (3, {"adaptive_min_rank": 0})],
 )
 def test_deepspeed_trains_the_plan_on_two_processes(stage, more, write, tmp_path):
     config = EXAMPLES / "deepspeed" / f"ds_z{stage}_config.json"
@@ -124,10 +124,14 @@ def test_wrong_yaml_is_one_message_and_exit_code_2(launcher, write):
 
 
 def test_wrong_yaml_stops_before_torchrun_starts(write):
-    done = run(BIN / "llamafactory-cli", "train", write(use_rslora=True), expect=2, FORCE_TORCHRUN="1",
-               NPROC_PER_NODE="2")  # fmt: skip
-    assert done.stderr.count("use_rslora: True is not possible") == 1
-    assert "Traceback" not in done.stderr
+    """Also what only shows once the model's shapes are known."""
+    for change, message in (({"use_rslora": True}, "use_rslora: True is not possible"),
+                            ({"lora_target": "nope"}, "lora_target: 'nope' is not possible")):  # fmt: skip
+        done = run(
+            BIN / "llamafactory-cli", "train", write(**change), expect=2, FORCE_TORCHRUN="1", NPROC_PER_NODE="2"
+        )
+        assert done.stderr.count(message) == 1
+        assert "Traceback" not in done.stderr
 
 
 def test_switched_off_the_plugin_is_not_there(write):

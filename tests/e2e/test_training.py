@@ -75,6 +75,7 @@ def test_saved_adapter_in_plain_peft_equals_the_live_model(architecture, data_di
     assert config["r"] == max(plan.ranks().values())
     assert config["lora_alpha"] / config["r"] == 2.0
     assert config["rank_pattern"] == {k: v for k, v in plan.ranks().items() if v}
+    assert sorted(config["target_modules"]) == sorted(config["rank_pattern"])
     assert all(config["alpha_pattern"][k] / v == 2.0 for k, v in config["rank_pattern"].items())
     assert not config["use_rslora"]
     assert not config["use_dora"]
@@ -87,13 +88,14 @@ def test_saved_adapter_in_plain_peft_equals_the_live_model(architecture, data_di
     assert line["counters"]["modules_checked"] == 14
 
 
+FAST = {"adaptive_method": "random"}  # no measuring process: these cases are about training
 STAGES = {
     "pt": {"stage": "pt", "dataset": "tiny_raw"},
     "dpo": {"stage": "dpo", "dataset": "tiny_pairs", "pref_beta": 0.1},
     "kto": {"stage": "kto", "dataset": "tiny_kto"},
-    "rm": {"stage": "rm", "dataset": "tiny_pairs"},
-    "packing": {"packing": True},
-    "neat_packing": {"packing": True, "neat_packing": True},
+    "rm": {"stage": "rm", "dataset": "tiny_pairs", **FAST},
+    "packing": {"packing": True, **FAST},
+    "neat_packing": {"packing": True, "neat_packing": True, **FAST},
     "no_checkpointing": {"disable_gradient_checkpointing": True},
     "accumulation": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
     "bf16": {"bf16": True},
@@ -104,7 +106,7 @@ STAGES = {
              "save_steps": 1, "load_best_model_at_end": True, "eval_on_start": True},
     "streaming": {"streaming": True, "dataloader_num_workers": 1},
     "gradient_weighting": {"sensitivity_weighting": "gradient", "sensitivity_transform": "per_type"},
-    "targets": {"lora_target": "q_proj,down_proj", "additional_target": "embed_tokens"},
+    "targets": {**FAST, "lora_target": "q_proj,down_proj", "additional_target": "embed_tokens"},
 }  # fmt: skip
 
 
@@ -222,10 +224,16 @@ def test_statistics_are_measured_once_for_every_budget(tiny_llama, data_dir, tmp
 
 
 def test_held_out_rows_do_not_reach_the_scores(tiny_llama, data_dir, tmp_path):
-    """With val_size the calibration draws from the training part only: all of it, and nothing else."""
-    train(settings(tiny_llama, data_dir, tmp_path / "o", val_size=0.5, adaptive_calibration_samples=500))
+    """With val_size the calibration draws from the training part only: all of it, and nothing else.
+
+    Packing is on: rows are scored unpacked all the same. The tokenised folder is left for the run itself to write.
+    """
+    tokens = tmp_path / "tokens"
+    more = {"val_size": 0.25, "packing": True, "tokenized_path": str(tokens), "adaptive_calibration_samples": 500}
+    train(settings(tiny_llama, data_dir, tmp_path / "o", **more))
     plan = load_plan(tmp_path / "o" / "adaptive_rank_plan.json")
-    assert plan.provenance["calibration_samples"] == 12
+    assert plan.provenance["calibration_samples"] == 18
+    assert {path.name for path in tokens.iterdir()} >= {"train", "validation"}
 
 
 def test_a_run_whose_ranks_never_reached_the_model_fails(tiny_llama, data_dir, tmp_path, monkeypatch):
@@ -264,6 +272,28 @@ def test_a_plain_lora_run_is_untouched(tiny_llama, data_dir, tmp_path):
     assert not (tmp_path / "o" / "adaptive_rank_plan.json").exists()
     with pytest.raises(AdaptiveConfigError, match=r"adaptive_calibration_samples.* would have no effect"):
         train(args)
+
+
+def test_a_finished_run_is_not_overwritten(tiny_llama, data_dir, tmp_path):
+    args = settings(tiny_llama, data_dir, tmp_path / "o", adaptive_method="uniform", overwrite_output_dir=False)
+    train(args)
+    with pytest.raises(AdaptiveConfigError, match="it holds a finished run; try overwrite_output_dir: true"):
+        train(args)
+
+
+def test_nothing_unchecked_is_pushed(tiny_llama, data_dir, tmp_path):
+    """The callback sees the final push after the final save; a damaged adapter stops it."""
+    from llamafactory_adaptive.controller import AdaptiveCallback
+
+    out = tmp_path / "o"
+    train(settings(tiny_llama, data_dir, out, adaptive_method="random"))
+    callback = AdaptiveCallback(load_plan(out / "adaptive_rank_plan.json"), 0.0)
+    arguments = type("Arguments", (), {"output_dir": str(out)})()
+    callback.on_push_begin(arguments, None, None)
+    config = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1}))
+    with pytest.raises(GuardError, match="lora_alpha / r is"):
+        callback.on_push_begin(arguments, None, None)
 
 
 def test_a_different_plan_in_output_dir_is_kept(tiny_llama, data_dir, tmp_path):

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from llamafactory_adaptive.config import AdaptiveConfig, CalibrationConfig, PlanError
-from llamafactory_adaptive.pipeline import check_plan, check_same_run, wait_for_plan
+from llamafactory_adaptive.pipeline import check_plan, check_same_run, check_same_scale, wait_for_plan
 from llamafactory_adaptive.plan import ModulePlan, ModuleShape, RankPlan, load_plan, write_atomically
 
 
@@ -69,6 +69,7 @@ def test_saving_over_a_different_plan_keeps_it(tmp_path):
         (lambda d: d.pop("modules"), "is not a complete plan: KeyError: 'modules'"),
         (lambda d: d["modules"][0].update(rank=2.5), r"up_proj has rank 2.5; it must be a whole number of at least 0"),
         (lambda d: d["modules"][0].update(rank=-1), "has rank -1"),
+        (lambda d: d.update(lora_rank="eight"), "is not a complete plan: ValueError"),
         (lambda d: d["modules"].append(d["modules"][0]), r"lists model.layers.0.mlp.up_proj twice"),
         (lambda d: [m.update(rank=0) for m in d["modules"]], "gives every module rank 0"),
     ],
@@ -123,11 +124,35 @@ def test_an_accepted_plan_takes_order_and_scale_of_the_run():
     assert found.scale == 2.0
 
 
-def test_resuming_asks_for_the_same_run():
-    check_same_run(make_plan(), CONFIG, "ckpt")
-    with pytest.raises(PlanError, match=r"lora_alpha is 8.0 there and 16.0 here"):
-        check_same_run(make_plan(), dataclasses.replace(CONFIG, lora_alpha=16.0), "ckpt")
-    check_same_run(make_plan(), dataclasses.replace(CONFIG, method="random", plan_path="p.json"), "ckpt")
+def test_resuming_asks_for_the_same_run(tmp_path):
+    provenance = {"bounds": {"adaptive_min_rank": 1, "adaptive_max_rank": 16},
+                  "calibration": {"dataset": None, "samples": 8, "batch_size": 99, "seed": 0}}  # fmt: skip
+    plan = make_plan(provenance=provenance)
+    check_same_run(plan, CONFIG, "ckpt")
+    for change, message in (
+        ({"lora_alpha": 16.0}, "lora_alpha is 8.0 there and 16.0 here"),
+        ({"max_rank": 9}, "adaptive_max_rank is 16 there and 9 here"),
+        ({"calibration": dataclasses.replace(CONFIG.calibration, samples=4)}, "samples is 8 there and 4 here"),
+        ({"options": {"metric": "local"}}, "sensitivity_metric is both there and local here"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            check_same_run(plan, dataclasses.replace(CONFIG, **change), "ckpt")
+    path = tmp_path / "given.json"
+    plan.save(path)
+    given = dataclasses.replace(CONFIG, method="random", plan_path=str(path))
+    check_same_run(plan, given, "ckpt")
+    make_plan((4, 4)).save(path)
+    with pytest.raises(PlanError, match=r"adaptive_plan is of other ranks there and .*given.json here"):
+        check_same_run(plan, given, "ckpt")
+    edited = make_plan(provenance={**provenance, "adaptive_plan": "mine.json"})
+    with pytest.raises(PlanError, match=r"adaptive_plan is mine.json there and None here"):
+        check_same_run(edited, CONFIG, "ckpt")
+
+
+def test_going_on_asks_for_the_same_scale_only():
+    check_same_scale(make_plan(), dataclasses.replace(CONFIG, method="random"), "adapter")
+    with pytest.raises(PlanError, match=r"lora_rank is 4 there and 8 here.*create_new_adapter: true"):
+        check_same_scale(make_plan(), dataclasses.replace(CONFIG, lora_rank=8), "adapter")
 
 
 def test_waiting_for_a_plan_has_a_limit(tmp_path):

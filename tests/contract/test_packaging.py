@@ -1,0 +1,54 @@
+"""What a wheel brings, and the examples that `init` copies."""
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llamafactory_adaptive import cli
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_wheel_brings_the_start_up_file_and_the_examples(tmp_path):
+    """Built without isolation, so that no network is needed."""
+    source = tmp_path / "source"
+    ignore = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "demo_output", ".*_cache", ".hypothesis")
+    shutil.copytree(ROOT, source, ignore=ignore)
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path], cwd=source, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        assert archive.read("llamafactory_adaptive_hook.pth").startswith(b"import sys; exec(")
+    assert "llamafactory_adaptive/methods/sensitivity.py" in names
+    assert any(name.endswith("share/llamafactory-adaptive/examples/README.md") for name in names)
+
+
+def test_init_copies_examples_whose_paths_hold(tmp_path, monkeypatch, capsys):
+    assert cli.main(["init", str(tmp_path)]) == 0
+    monkeypatch.chdir(tmp_path)
+    for path in Path("examples/train_adaptive").glob("*_ds*.yaml"):
+        args = yaml.safe_load(path.read_text())
+        assert json.loads(Path(args["deepspeed"]).read_text())["zero_optimization"]
+        assert (Path(args["dataset_dir"]) / "dataset_info.json").is_file()
+    assert cli.main(["init", str(tmp_path)]) == 2
+    assert "nothing was overwritten" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["plan", "a.yaml", "--out", "x", "lora_rank=2"], ["plan", "a.yaml", "lora_rank=2",
+                                                                                 "--out", "x"]])  # fmt: skip
+def test_overrides_stand_on_either_side_of_options(words):
+    arguments = cli.parse_command_line(words)
+    assert (arguments.config, arguments.overrides, arguments.out) == ("a.yaml", ["lora_rank=2"], Path("x"))
+
+
+def test_stray_words_are_usage_errors(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse_command_line(["plan", "a.yaml", "--nope"])
+    assert "unrecognised: --nope; overrides are written key=value" in capsys.readouterr().err
