@@ -118,11 +118,36 @@ def water_fill(
             cost, level = cost + step, point
         slope += change
     if slope > 0:
-        level += (budget - cost) / slope
+        level = _polish(level + (budget - cost) / slope, scaled, costs, budget, lower, upper)
     ranks = [
         min(max(level * score, float(low)), float(high)) for score, low, high in zip(scaled, lower, upper, strict=True)
     ]
     return _spend_rest_on_unscored(ranks, scaled, costs, budget, lower, upper)
+
+
+def _polish(
+    level: float,
+    scores: Sequence[float],
+    costs: Sequence[int],
+    budget: float,
+    lower: Sequence[int],
+    upper: Sequence[int],
+) -> float:
+    """Newton steps on the piecewise linear cost with exact sums: the sweep's running slope loses the smallest scores."""
+    for _ in range(8):
+        fixed, slopes = [], []
+        for score, unit, low, high in zip(scores, costs, lower, upper, strict=True):
+            if low < level * score < high:
+                slopes.append(score * unit)
+            else:
+                fixed.append(unit * min(max(level * score, float(low)), float(high)))
+        if not slopes:
+            break
+        better = (budget - math.fsum(fixed)) / math.fsum(slopes)
+        if better == level:
+            break
+        level = better
+    return level
 
 
 def _spend_rest_on_unscored(

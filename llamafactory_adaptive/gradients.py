@@ -18,17 +18,3 @@ def init_deepspeed_on_cpu() -> None:
 
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-
-
-def release_deepspeed_groups() -> None:
-    """Drop DeepSpeed's references to process groups that the host has destroyed.
-
-    The host destroys them through torch, behind DeepSpeed's back. Left alive, their gloo threads now and then abort
-    the interpreter while it shuts down, and torchrun then takes the whole job for failed.
-    """
-    import gc
-
-    from deepspeed.utils import groups
-
-    groups._release_process_group_references()
-    gc.collect()

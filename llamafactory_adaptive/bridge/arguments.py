@@ -12,16 +12,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from llamafactory_adaptive.checks import check_budget, check_conflicts, unknown_key_problems
 from llamafactory_adaptive.config import (
     AdaptiveArguments,
     AdaptiveConfig,
     AdaptiveConfigError,
     CalibrationConfig,
     Problem,
-    check_budget,
-    check_conflicts,
     check_fields,
-    unknown_key_problems,
 )
 from llamafactory_adaptive.registry import get_method, methods, nearest
 
@@ -215,14 +213,13 @@ def _unknown_keys(args: Mapping[str, Any]) -> list[Problem]:
 
 def _wrong_choices(args: Mapping[str, Any]) -> list[Problem]:
     """The host's own keys that take one of a few words; it would only notice after scoring."""
-    return [
-        Problem(action.dest, args[action.dest], f"it must be one of {', '.join(map(str, action.choices))}",
-                f"{action.dest}: {next(iter(action.choices))}")
-        for action in _flag_parser()._actions
-        if action.choices and args.get(action.dest) is not None and not isinstance(args[action.dest], (list, dict))
-        and not {args[action.dest], str(args[action.dest])} & {*action.choices, *map(str, action.choices)}
-        and action.dest not in own_names()
-    ]  # fmt: skip
+    problems, own = [], own_names()
+    for action in _flag_parser()._actions:
+        value, allowed = args.get(action.dest), [str(choice) for choice in action.choices or ()]
+        if allowed and isinstance(value, str) and action.dest not in own and value not in allowed:
+            words = f"it must be one of {', '.join(allowed)}"
+            problems.append(Problem(action.dest, value, words, f"{action.dest}: {allowed[0]}"))
+    return problems
 
 
 def _foreign_options(args: Mapping[str, Any], method: str) -> list[Problem]:

@@ -1,5 +1,6 @@
 """One training run inside LLaMA-Factory: obtain the plan, hand over to the host, prove the result."""
 
+import atexit
 import logging
 import os
 import subprocess
@@ -80,7 +81,7 @@ def adaptive_training_function(original: Callable[[dict[str, Any]], None]) -> Ca
 def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], args: Args, adaptive: AdaptiveConfig
            ) -> None:  # fmt: skip
     from llamafactory_adaptive.controller import AdaptiveCallback, finish
-    from llamafactory_adaptive.gradients import init_deepspeed_on_cpu, release_deepspeed_groups
+    from llamafactory_adaptive.gradients import init_deepspeed_on_cpu
 
     started = time.perf_counter()
     _refuse_what_the_host_would(args)
@@ -89,16 +90,13 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], a
         for line in advice(plan, adaptive):
             logger.warning(line)
     callback = AdaptiveCallback(plan, time.perf_counter() - started)
-    deepspeed_on_cpu = bool(args.get("deepspeed")) and _no_accelerator()
-    if deepspeed_on_cpu:
+    if args.get("deepspeed") and _no_accelerator():
         init_deepspeed_on_cpu()
     token = _current.set(callback)
     try:
         original({**config, "callbacks": [*(config.get("callbacks") or []), callback]})
     finally:
         _current.reset(token)
-    if deepspeed_on_cpu:
-        release_deepspeed_groups()
     if int(os.environ.get("RANK", "0")) == 0:
         finish(Path(args["output_dir"]), callback, trained_before)
 
@@ -147,6 +145,9 @@ def obtain_plan(args: Args, config: AdaptiveConfig) -> tuple[RankPlan, bool]:
         pipeline.check_same_scale(plan, config, str(adapter))
         return pipeline.check_plan(plan, target_shapes(args), config, str(adapter / PLAN_FILE)), True
     if config.plan_path:
+        idle = [key for key in our_keys(args) if key != "adaptive_plan" and key != "adaptive_budget_unit"]
+        if idle and local_rank() == 0:
+            logger.warning(f"adaptive_plan is given, so these keys are not used: {', '.join(idle)}")
         plan = pipeline.check_plan(load_plan(Path(config.plan_path)), target_shapes(args), config, config.plan_path)
         return replace(plan, provenance={**plan.provenance, "adaptive_plan": config.plan_path}), False
     return compute_plan(args, config), False
@@ -224,11 +225,26 @@ def with_clean_exit(run_exp: Callable[..., None]) -> Callable[..., None]:
         if args is not None:
             return run_exp(args, callbacks)
         try:
-            return run_exp(None, callbacks)
+            run_exp(None, callbacks)
         except AdaptiveError as error:
             exit_with(error)
+        if "LOCAL_RANK" in os.environ and _no_accelerator() and asks_for_adaptive(command_line_settings()):
+            _leave_without_finalizing()
 
     return run
+
+
+def _leave_without_finalizing() -> NoReturn:
+    """End a finished worker of a CPU job here.
+
+    Threads of gloo may still hold Python objects when the interpreter is torn down, which now and then aborts the
+    process (pytorch/pytorch#179291); torchrun then kills the others, perhaps while rank 0 still writes, and reports a
+    failure.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def exit_with(error: AdaptiveError) -> NoReturn:

@@ -1,0 +1,168 @@
+"""Checks between keys: unknown names, the budget against its bounds, host options that cannot go with adaptive ranks.
+
+Pure standard library, on the flat mapping of a run's settings.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamafactory_adaptive.config import Problem, coerce
+
+
+def unknown_key_problems(given: Mapping[str, Any], known: Iterable[str]) -> list[Problem]:
+    """One problem per key nobody reads, with the nearest known key."""
+    names = set(known)
+    problems = []
+    for key, value in given.items():
+        if key not in names:
+            near = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.6)
+            hint = near[0] if near else "leaving it out"
+            problems.append(Problem(key, value, "neither LLaMA-Factory nor this plugin has such a key", hint))
+    return problems
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """An upstream option that cannot go together with ``finetuning_type: adaptive``."""
+
+    key: str
+    clashes: Callable[[Mapping[str, Any]], bool]
+    reason: str
+    suggestion: str
+
+
+def _on(key: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda flat: bool(flat.get(key))
+
+
+def _deepspeed_stage(flat: Mapping[str, Any]) -> int:
+    """ZeRO stage of the named configuration; 0 without one."""
+    try:
+        document = json.loads(Path(str(flat.get("deepspeed"))).read_text(encoding="utf-8"))
+        return int(document.get("zero_optimization", {}).get("stage", 0))
+    except (OSError, ValueError, AttributeError):
+        return 0
+
+
+CONFLICTS = (
+    Conflict(
+        "use_rslora",
+        _on("use_rslora"),
+        "rsLoRA scales by sqrt(rank), so mixed ranks would be scaled unevenly",
+        "use_rslora: false",
+    ),
+    Conflict("use_dora", _on("use_dora"), "DoRA magnitudes are not served right at mixed ranks", "use_dora: false"),
+    Conflict("pissa_init", _on("pissa_init"), "PiSSA changes the base weights per rank", "pissa_init: false"),
+    Conflict("use_unsloth", _on("use_unsloth"), "Unsloth takes one rank for all modules", "use_unsloth: false"),
+    Conflict("use_kt", _on("use_kt"), "KTransformers takes one rank for all modules", "use_kt: false"),
+    Conflict(
+        "use_hyper_parallel",
+        _on("use_hyper_parallel"),
+        "HyperParallel trains full parameters only",
+        "use_hyper_parallel: false",
+    ),
+    Conflict(
+        "train_from_scratch",
+        _on("train_from_scratch"),
+        "random weights have no sensitivity to measure",
+        "train_from_scratch: false",
+    ),
+    Conflict(
+        "mixture_of_depths",
+        lambda flat: flat.get("mixture_of_depths") is not None,
+        "Mixture-of-Depths wraps the layers that ranks are planned for",
+        "leaving mixture_of_depths out",
+    ),
+    Conflict(
+        "stage",
+        lambda flat: flat.get("stage") == "ppo",
+        "ranks are planned for pt, sft, rm, dpo and kto",
+        "stage: dpo",
+    ),
+    Conflict(
+        "fsdp",
+        lambda flat: bool(flat.get("fsdp")) or os.environ.get("ACCELERATE_USE_FSDP") == "true",
+        "FSDP flattens the factors whose ranks are checked",
+        "deepspeed: examples/deepspeed/ds_z3_config.json",
+    ),
+    Conflict(
+        "create_new_adapter",
+        lambda flat: (
+            bool(flat.get("create_new_adapter") and flat.get("adapter_name_or_path"))
+            and (flat.get("quantization_bit") is not None or _deepspeed_stage(flat) == 3)
+        ),
+        "the old adapter cannot be merged into a quantised base or under ZeRO-3",
+        "merging it first with llamafactory-cli export",
+    ),
+    Conflict(
+        "quantization_method",
+        lambda flat: (
+            flat.get("quantization_bit") is not None and flat.get("quantization_method", "bnb") not in ("bnb", "BNB")
+        ),
+        "only bitsandbytes quantisation is supported",
+        "quantization_method: bnb",
+    ),
+    Conflict(
+        "quantization_bit",
+        lambda flat: flat.get("quantization_bit") not in (None, 4, 8, "4", "8"),
+        "bitsandbytes knows 4 and 8",
+        "quantization_bit: 4",
+    ),
+)
+
+
+def check_conflicts(flat: Mapping[str, Any]) -> list[Problem]:
+    """Problems between upstream options and the adaptive run."""
+    return [
+        Problem(rule.key, flat.get(rule.key), rule.reason, rule.suggestion) for rule in CONFLICTS if rule.clashes(flat)
+    ]
+
+
+def check_budget(flat: Mapping[str, Any], common: Mapping[str, Any]) -> tuple[int, float, int, list[Problem]]:
+    """Check ``lora_rank``, ``lora_alpha`` and the rank bounds against each other.
+
+    Returns:
+        ``lora_rank``, ``lora_alpha`` (default 2 x rank, as upstream), the effective upper bound, the problems.
+    """
+    problems: list[Problem] = []
+    rank = _positive_int(flat, "lora_rank", 8, problems)
+    alpha = _positive_int(flat, "lora_alpha", 2 * rank, problems)
+    low, high = common["adaptive_min_rank"], common["adaptive_max_rank"] or 4 * rank
+    if high < rank:
+        problems.append(
+            Problem(
+                "adaptive_max_rank",
+                high,
+                f"it must be at least lora_rank ({rank}), or the budget cannot be spent",
+                f"adaptive_max_rank: {4 * rank}",
+            )
+        )
+    if low > rank:
+        problems.append(
+            Problem(
+                "adaptive_min_rank",
+                low,
+                f"it must be at most lora_rank ({rank}), or the budget is overspent",
+                "adaptive_min_rank: 1",
+            )
+        )
+    return rank, float(alpha), high, problems
+
+
+def _positive_int(flat: Mapping[str, Any], key: str, default: int, problems: list[Problem]) -> int:
+    value = flat.get(key)
+    if value is None:
+        return default
+    try:
+        number = int(coerce(value, int))
+    except (ValueError, TypeError, OverflowError):
+        number = 0
+    if number < 1:
+        problems.append(Problem(key, value, "it must be a whole number of at least 1", f"{key}: {default}"))
+        return default
+    return number
