@@ -133,7 +133,7 @@ def _polish(
     lower: Sequence[int],
     upper: Sequence[int],
 ) -> float:
-    """Newton steps on the piecewise linear cost with exact sums: the sweep's running slope loses the smallest scores."""
+    """Newton steps on the piecewise linear cost, summed exactly: the running slope loses the smallest scores."""
     for _ in range(8):
         fixed, slopes = [], []
         for score, unit, low, high in zip(scores, costs, lower, upper, strict=True):
