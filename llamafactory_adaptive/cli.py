@@ -75,7 +75,7 @@ def plan(arguments: argparse.Namespace) -> int:
     """Plan ranks without training: table, heat-map, ``adaptive_rank_plan.json``."""
     _require_enabled()
     from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings, parse_config
-    from llamafactory_adaptive.bridge.runs import advice, obtain_plan
+    from llamafactory_adaptive.bridge.plans import advice, obtain_plan
     from llamafactory_adaptive.bridge.seams import require_seams
     from llamafactory_adaptive.plan import PLAN_FILE
     from llamafactory_adaptive.report import HEATMAP_FILE, rank_table, save_heatmap

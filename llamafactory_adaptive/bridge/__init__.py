@@ -3,7 +3,9 @@
 * ``seams``: the table of places where the plugin attaches, checked and applied as their modules are imported.
 * ``arguments``: the host's YAML or command line, with our keys, to a validated configuration.
 * ``loading``: the host's model and data, for shapes and for measurements.
-* ``runs``: one training run: obtain the plan, hand over, prove the result.
+* ``plans``: where a run's plan comes from.
+* ``runs``: one training run: hand over the plan, prove the result.
+* ``entry``: launcher, exit codes, the end of a process.
 
 Importing this package is cheap: it pulls in neither torch nor llamafactory.
 """

@@ -56,19 +56,19 @@ def _lora_config(original: Any) -> Any:
 def _training_function(original: Any) -> Any:
     from llamafactory_adaptive.bridge.runs import adaptive_training_function
 
-    return adaptive_training_function(original)
+    return adaptive_training_function(original, require_seams)
 
 
 def _run_exp(original: Any) -> Any:
-    from llamafactory_adaptive.bridge.runs import with_clean_exit
+    from llamafactory_adaptive.bridge.entry import with_clean_exit
 
     return with_clean_exit(original)
 
 
 def _launch(original: Any) -> Any:
-    from llamafactory_adaptive.bridge.runs import checked_launch
+    from llamafactory_adaptive.bridge.entry import checked_launch
 
-    return checked_launch(original)
+    return checked_launch(original, require_seams)
 
 
 SEAMS = (

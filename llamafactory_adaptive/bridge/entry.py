@@ -1,0 +1,115 @@
+"""Where a process enters and leaves: the host's launcher and its run_exp, with clean errors and exit codes."""
+
+import atexit
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, NoReturn
+
+from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings, parse_config
+from llamafactory_adaptive.bridge.plans import obtain_plan
+from llamafactory_adaptive.bridge.runs import no_accelerator
+from llamafactory_adaptive.config import AdaptiveConfigError, AdaptiveError, InfeasibleBudgetError, PlanError
+
+
+def with_clean_exit(run_exp: Callable[..., None]) -> Callable[..., None]:
+    """Wrap the host's entry: user errors on a command line end in one message and exit code 2, no traceback.
+
+    A program that passes ``args`` itself gets the exception.
+    """
+
+    @wraps(run_exp)
+    def run(args: Any = None, callbacks: Any = None) -> None:
+        if args is not None:
+            return run_exp(args, callbacks)
+        try:
+            run_exp(None, callbacks)
+        except AdaptiveError as error:
+            exit_with(error)
+        if "LOCAL_RANK" in os.environ and no_accelerator() and asks_for_adaptive(command_line_settings()):
+            _leave_without_finalizing()
+
+    return run
+
+
+def _leave_without_finalizing() -> NoReturn:
+    """End a finished worker of a CPU job here.
+
+    Threads of gloo may still hold Python objects when the interpreter is torn down, which now and then aborts the
+    process (pytorch/pytorch#179291); torchrun then kills the others, perhaps while rank 0 still writes, and reports a
+    failure.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def exit_with(error: AdaptiveError) -> NoReturn:
+    """Print a user error once and leave with code 2."""
+    # Configuration and plan are the same in every worker: one of them says what is wrong.
+    everywhere = isinstance(error, (AdaptiveConfigError, PlanError, InfeasibleBudgetError))
+    if not everywhere or int(os.environ.get("RANK", "0")) == 0:
+        print(f"llamafactory-adaptive: error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2) from error
+
+
+def checked_launch(original: Callable[[], None], require_seams: Callable[[], None]) -> Callable[[], None]:
+    """Wrap the host's launcher: check an adaptive run, and plan it, before torchrun starts its workers."""
+
+    @wraps(original)
+    def launch() -> None:
+        if len(sys.argv) < 3 or sys.argv[1] != "train" or {"-h", "--help"} & set(sys.argv):
+            return original()
+        try:
+            adaptive = prepare_launch(sys.argv[2:], require_seams)
+        except AdaptiveError as error:
+            exit_with(error)
+        try:
+            return original()
+        except subprocess.CalledProcessError as error:
+            if not adaptive:
+                raise
+            raise SystemExit(error.returncode) from error  # the workers have said why
+
+    return launch
+
+
+def prepare_launch(words: list[str], require_seams: Callable[[], None]) -> bool:
+    """Validate ``X.yaml key=value ...`` if it asks for adaptive; returns whether it does.
+
+    Where torchrun is about to start, the plan is made here, alone on the machine: what a user can mend ends in one
+    message and exit code 2, and the workers find the plan in the cache.
+    """
+    saved, sys.argv = sys.argv, [sys.argv[0], *words]
+    try:
+        if not _mentions_adaptive(words):
+            return False
+        args = command_line_settings()
+    finally:
+        sys.argv = saved
+    if not asks_for_adaptive(args):
+        return False
+    require_seams()
+    config = parse_config(args)
+    if args.get("do_train") and _starts_torchrun():
+        obtain_plan(args, config)
+    return True
+
+
+def _starts_torchrun() -> bool:
+    from llamafactory.extras.misc import get_device_count, is_env_enabled, use_kt, use_ray
+
+    return is_env_enabled("FORCE_TORCHRUN") or (get_device_count() > 1 and not use_ray() and not use_kt())
+
+
+def _mentions_adaptive(words: list[str]) -> bool:
+    """Cheap look before anything heavy is imported for a plain run."""
+    try:
+        text = Path(words[0]).read_text(encoding="utf-8") if not words[0].startswith("-") else ""
+    except OSError:
+        return False
+    return "adaptive" in text or any("adaptive" in word for word in words)

@@ -1,0 +1,97 @@
+"""The plan of a run: from a checkpoint, an adapter to go on with, a given file, or computed once and shared."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from llamafactory_adaptive.bridge.arguments import Args, local_rank, our_keys, split_names
+from llamafactory_adaptive.config import AdaptiveConfig, AdaptiveConfigError, PlanError, Problem
+from llamafactory_adaptive.plan import PLAN_FILE, RankPlan, load_plan
+from llamafactory_adaptive.registry import get_method, methods
+
+
+logger = logging.getLogger("llamafactory.adaptive")
+
+
+def obtain_plan(args: Args, config: AdaptiveConfig) -> tuple[RankPlan, bool]:
+    """The plan this run trains, and whether the host will load its adapter instead of making one.
+
+    Raises:
+        AdaptiveError: nothing is loaded or written when the plan cannot be had.
+    """
+    from llamafactory_adaptive import pipeline
+    from llamafactory_adaptive.bridge.loading import target_shapes
+
+    checkpoint = checkpoint_to_resume(args)
+    going_on = [] if args.get("create_new_adapter") else split_names(args.get("adapter_name_or_path"))
+    if checkpoint is not None:
+        plan = _plan_beside(checkpoint)
+        pipeline.check_same_run(plan, config, str(checkpoint))
+        return pipeline.check_plan(plan, target_shapes(args), config, str(checkpoint / PLAN_FILE)), bool(going_on)
+    if going_on:
+        adapter = Path(going_on[-1])
+        plan = _plan_beside(adapter)
+        pipeline.check_same_scale(plan, config, str(adapter))
+        return pipeline.check_plan(plan, target_shapes(args), config, str(adapter / PLAN_FILE)), True
+    if config.plan_path:
+        idle = [key for key in our_keys(args) if key != "adaptive_plan" and key != "adaptive_budget_unit"]
+        if idle and local_rank() == 0:
+            logger.warning(f"adaptive_plan is given, so these keys are not used: {', '.join(idle)}")
+        plan = pipeline.check_plan(load_plan(Path(config.plan_path)), target_shapes(args), config, config.plan_path)
+        return replace(plan, provenance={**plan.provenance, "adaptive_plan": config.plan_path}), False
+    return compute_plan(args, config), False
+
+
+def compute_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
+    """Build the plan in one process per node, or re-use it; the other processes of the node wait for the file."""
+    from llamafactory_adaptive import pipeline
+    from llamafactory_adaptive.bridge import loading
+
+    request = pipeline.PlanRequest(config, loading.identity(args), loading.provenance(args))
+    path = request.plan_path()
+    if local_rank() != 0:
+        return pipeline.wait_for_plan(path, float(args.get("ddp_timeout") or 1800))
+    if not path.exists():
+        shapes = loading.target_shapes(args)
+        plan = pipeline.build_plan(
+            request, shapes, lambda measurement, target: loading.measure_in_own_process(args, measurement, target)
+        )
+        plan.write(path)
+    return load_plan(path)
+
+
+def advice(plan: RankPlan, config: AdaptiveConfig) -> list[str]:
+    """Warnings a user should read before training on the plan."""
+    from llamafactory_adaptive.report import concentration_warning
+
+    remedy = get_method(plan.method).concentration_advice if plan.method in methods() else ""
+    warning = concentration_warning(plan, config.max_rank) if remedy else None
+    return [f"{warning} ({remedy})"] if warning else []
+
+
+def checkpoint_to_resume(args: Args) -> Path | None:
+    """The checkpoint the host would resume from, by its own rules."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    wanted, output = args.get("resume_from_checkpoint"), Path(str(args["output_dir"]))
+    if isinstance(wanted, str):
+        if not Path(wanted).is_dir():
+            raise AdaptiveConfigError(
+                [Problem("resume_from_checkpoint", wanted, "there is no such folder", f"{output}/checkpoint-<step>")]
+            )
+        return Path(wanted)
+    if not output.is_dir() or (wanted is None and args.get("overwrite_output_dir")):
+        return None
+    last = get_last_checkpoint(str(output)) if wanted is None or wanted else None
+    return Path(last) if last else None
+
+
+def _plan_beside(adapter: Path) -> RankPlan:
+    if not (adapter / PLAN_FILE).is_file():
+        remedy = (
+            "use another output_dir, or overwrite_output_dir: true to start afresh"
+            if adapter.name.startswith("checkpoint-")
+            else "set create_new_adapter: true to merge it and train a new adapter, or finetuning_type: lora to go on"
+        )
+        raise PlanError(f"{adapter} has no {PLAN_FILE}: it was not trained by this plugin; {remedy}")
+    return load_plan(adapter / PLAN_FILE)
