@@ -145,11 +145,12 @@ def command_line_settings() -> Args:
     if path is not None and path.suffix in (".yaml", ".yml", ".json") and not path.is_file():
         raise AdaptiveConfigError([Problem("config", str(path), "there is no such file", "the path of a YAML file")])
     try:
-        return to_mapping(read_args())
+        settings = read_args()
     except Exception as error:  # omegaconf raises many kinds for text that is no YAML mapping
         raise AdaptiveConfigError(
             [Problem("config", str(path), f"it cannot be read ({error})", "a YAML file of `key: value` lines")]
         ) from error
+    return to_mapping(settings)
 
 
 def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
