@@ -41,9 +41,10 @@ def _on(key: str) -> Callable[[Mapping[str, Any]], bool]:
 
 
 def _deepspeed_stage(flat: Mapping[str, Any]) -> int:
-    """ZeRO stage of the named configuration; 0 without one."""
+    """ZeRO stage of the named or in-line configuration; 0 without one."""
+    given = flat.get("deepspeed")
     try:
-        document = json.loads(Path(str(flat.get("deepspeed"))).read_text(encoding="utf-8"))
+        document = given if isinstance(given, dict) else json.loads(Path(str(given)).read_text(encoding="utf-8"))
         return int(document.get("zero_optimization", {}).get("stage", 0))
     except (OSError, ValueError, AttributeError):
         return 0

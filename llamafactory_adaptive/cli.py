@@ -75,7 +75,7 @@ def plan(arguments: argparse.Namespace) -> int:
     """Plan ranks without training: table, heat-map, ``adaptive_rank_plan.json``."""
     _require_enabled()
     from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings, parse_config
-    from llamafactory_adaptive.bridge.plans import advice, obtain_plan
+    from llamafactory_adaptive.bridge.plans import advice, fresh_plan
     from llamafactory_adaptive.bridge.seams import require_seams
     from llamafactory_adaptive.plan import PLAN_FILE
     from llamafactory_adaptive.report import HEATMAP_FILE, rank_table, save_heatmap
@@ -94,8 +94,12 @@ def plan(arguments: argparse.Namespace) -> int:
         )
     config = parse_config(args)
     started = time.perf_counter()
-    found, _ = obtain_plan(args, config)
     folder = arguments.out or Path(args["output_dir"])
+    if arguments.out is None and (folder / "adapter_model.safetensors").is_file():
+        raise AdaptiveConfigError(
+            [Problem("output_dir", str(folder), "it holds a trained adapter with its plan", "--out <another folder>")]
+        )
+    found = fresh_plan(args, config)
     found.save(folder / PLAN_FILE)
     save_heatmap(found, folder / HEATMAP_FILE)
     print(rank_table(found))

@@ -66,7 +66,7 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
         keep_4bit_unpacked_on_cpu(model)
         name_targets_in_full(model, self.plan)
         self.counters.modules_checked = check_live(model, self.plan)
-        if state.is_world_process_zero:
+        if args.should_save:  # one process, or one per node with save_on_each_node
             output = Path(args.output_dir)
             self.plan.save(output / PLAN_FILE)
             save_heatmap(self.plan, output / HEATMAP_FILE)
@@ -118,7 +118,7 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A checkpoint carries the plan it was trained on; resuming checks it."""
-        if state.is_world_process_zero:
+        if args.should_save:
             self.plan.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / PLAN_FILE)
 
 

@@ -276,11 +276,11 @@ def wait_for_plan(path: Path, seconds: float) -> RankPlan:
     """Other processes of the job wait here until the planning one has renamed its file into place.
 
     Raises:
-        PlanError: the time limit passed.
+        CalibrationError: the time limit passed.
     """
     deadline = time.monotonic() + seconds
     while not path.exists():
         if time.monotonic() > deadline:
-            raise PlanError(f"no plan appeared within {seconds:g} s (ddp_timeout): see the messages of rank 0")
+            raise CalibrationError(f"no plan appeared within {seconds:g} s (ddp_timeout): see the messages of rank 0")
         time.sleep(0.2)
     return load_plan(path)

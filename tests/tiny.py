@@ -94,6 +94,7 @@ def write_datasets(folder: Path) -> Path:
     info: dict[str, Any] = {
         "tiny_sft": {"file_name": "sft.json"},
         "tiny_eval": {"file_name": "eval.json", "split": "train"},
+        "tiny_lost": {"file_name": "lost.json"},
         "tiny_test_split": {"hf_hub_url": "nowhere/nothing", "split": "test"},
         "tiny_pairs": {
             "file_name": "pairs.json", "ranking": True,

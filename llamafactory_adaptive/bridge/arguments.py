@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import difflib
+import importlib.util
 import json
 import os
 import re
@@ -79,19 +81,22 @@ def to_mapping(args: Mapping[str, Any] | list[str]) -> Args:
         AdaptiveConfigError: a flag that neither the host nor this plugin has.
     """
     if not isinstance(args, Mapping):
+        from llamafactory.extras.misc import is_env_enabled
+
         parser = _flag_parser()
         given, unknown = parser.parse_known_args(args)
         names = [action.dest for action in parser._actions]
         stray = {word.lstrip("-").partition("=")[0]: word for word in unknown if word.startswith("--")}
-        if stray:
+        if stray and not is_env_enabled("ALLOW_EXTRA_ARGS"):
             raise AdaptiveConfigError(unknown_key_problems(stray, names))
         settings = vars(given)
     else:
         settings = dict(args)
     words = {"true": True, "false": False}
-    return {
-        key: words.get(value.lower(), value) if isinstance(value, str) else value for key, value in settings.items()
-    }
+    settings = {k: words.get(v.lower(), v) if isinstance(v, str) else v for k, v in settings.items()}
+    if settings.get("output_dir"):
+        settings["output_dir"] = os.path.expanduser(settings["output_dir"])  # as the host does
+    return settings
 
 
 def _flag_parser() -> Any:
@@ -246,7 +251,7 @@ def _missing_files(args: Mapping[str, Any], common: Mapping[str, Any]) -> list[P
         for key in ("model_name_or_path", "output_dir")
         if not args.get(key)
     ]
-    if args.get("do_train") and not args.get("dataset") and not args.get("tokenized_path"):
+    if args.get("do_train") and not args.get("dataset"):
         problems.append(Problem("dataset", None, "training needs one", "dataset: alpaca_en_demo"))
     for key, path, remedy in (
         ("adaptive_plan", common["adaptive_plan"], "writing one with `llamafactory-adaptive plan`"),
@@ -254,10 +259,24 @@ def _missing_files(args: Mapping[str, Any], common: Mapping[str, Any]) -> list[P
     ):
         if isinstance(path, str) and not path.lstrip().startswith("{") and not Path(path).is_file():
             problems.append(Problem(key, path, "there is no such file", remedy))
+    if args.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        problems.append(
+            Problem("deepspeed", args["deepspeed"], "the package is not installed", "pip install deepspeed")
+        )
+    template = args.get("template")
+    if isinstance(template, str) and template not in _templates():
+        near = difflib.get_close_matches(template, _templates(), n=1, cutoff=0.0)[0]
+        problems.append(Problem("template", template, "LLaMA-Factory has no such template", f"template: {near}"))
     model = str(args.get("model_name_or_path") or "")
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().exists():
         problems.append(Problem("model_name_or_path", model, "there is no such folder", "a folder or a hub name"))
     return problems + _dataset_problems(args, common["adaptive_calibration_dataset"])
+
+
+def _templates() -> list[str]:
+    from llamafactory.data.template import TEMPLATES
+
+    return list(TEMPLATES)
 
 
 def _dataset_problems(args: Mapping[str, Any], calibration: str | None) -> list[Problem]:
@@ -269,7 +288,7 @@ def _dataset_problems(args: Mapping[str, Any], calibration: str | None) -> list[
         for name in scored
         if name in held_out
     ]  # fmt: skip
-    if args.get("val_size") and set(scored) & set(trained) and scored != trained:
+    if args.get("val_size") and set(scored) & set(trained) and set(scored) != set(trained):
         reason = "val_size holds rows of the merged training set out, which a part of it would bring back"
         problems.append(Problem("adaptive_calibration_dataset", calibration, reason, "leaving it out"))
     return problems + _names_not_in_info(args, {"dataset": trained, "eval_dataset": held_out,
@@ -278,22 +297,34 @@ def _dataset_problems(args: Mapping[str, Any], calibration: str | None) -> list[
 
 def _names_not_in_info(args: Mapping[str, Any], names: Mapping[str, list[str]]) -> list[Problem]:
     folder = args.get("dataset_dir") or "data"
-    info_path = Path(str(folder)) / "dataset_info.json"
-    if args.get("tokenized_path") or isinstance(folder, dict) or not info_path.is_file():
+    wanted = [(key, name) for key, listed in names.items() for name in listed]
+    if isinstance(folder, dict) or args.get("tokenized_path") or str(folder).startswith(("ONLINE", "REMOTE:")):
         return []  # hub and in-line tables are the host's to judge
+    info_path = Path(str(folder)) / "dataset_info.json"
     try:
         info = json.loads(info_path.read_text(encoding="utf-8"))
+    except OSError:
+        lost = [Problem("dataset_dir", str(folder), f"there is no {info_path}", "dataset_dir: examples/data")]
+        return lost if wanted else []
     except ValueError as error:
         return [Problem("dataset_dir", str(folder), f"{info_path} is not valid JSON ({error})", "mending the file")]
-    problems = []
-    for key, name in ((key, name) for key, listed in names.items() for name in listed):
-        if name not in info:
-            near = ", ".join(sorted(info)[:5])
-            problems.append(Problem(key, name, f"it is not in {info_path}", f"one of {near}"))
-        elif key == "adaptive_calibration_dataset" and info[name].get("split", "train") != "train":
-            split = info[name]["split"]
-            problems.append(Problem(key, name, f"its split is {split!r}; scores may use training data only",
-                                    "an entry with split: train"))  # fmt: skip
+    return [
+        problem for key, name in wanted for problem in _entry_problems(key, name, info, info_path, names["dataset"])
+    ]
+
+
+def _entry_problems(key: str, name: str, info: Args, info_path: Path, trained: list[str]) -> list[Problem]:
+    """What is wrong with one entry of ``dataset_info.json`` for the key that names it."""
+    if name not in info:
+        return [Problem(key, name, f"it is not in {info_path}", f"one of {', '.join(sorted(info)[:5])}")]
+    entry, problems = info[name], []
+    if "file_name" in entry and not (info_path.parent / str(entry["file_name"])).exists():
+        lost = info_path.parent / str(entry["file_name"])
+        problems.append(Problem(key, name, f"its file {lost} does not exist", "writing or downloading the file"))
+    split = str(entry.get("split", "train"))
+    if key == "adaptive_calibration_dataset" and name not in trained and not split.startswith("train"):
+        reason = f"its split is {split!r}; scores may use training data only"
+        problems.append(Problem(key, name, reason, "an entry with split: train"))
     return problems
 
 

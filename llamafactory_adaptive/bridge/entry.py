@@ -9,8 +9,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings, parse_config
-from llamafactory_adaptive.bridge.plans import obtain_plan
+from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings, local_rank, parse_config
+from llamafactory_adaptive.bridge.plans import obtain_plan, refuse_finished_run
 from llamafactory_adaptive.bridge.runs import no_accelerator
 from llamafactory_adaptive.config import AdaptiveConfigError, AdaptiveError, InfeasibleBudgetError, PlanError
 
@@ -25,11 +25,13 @@ def with_clean_exit(run_exp: Callable[..., None]) -> Callable[..., None]:
     def run(args: Any = None, callbacks: Any = None) -> None:
         if args is not None:
             return run_exp(args, callbacks)
+        from llamafactory.hparams import read_args
+
         try:
             run_exp(None, callbacks)
         except AdaptiveError as error:
             exit_with(error)
-        if "LOCAL_RANK" in os.environ and no_accelerator() and asks_for_adaptive(command_line_settings()):
+        if "LOCAL_RANK" in os.environ and no_accelerator() and asks_for_adaptive(read_args()):
             _leave_without_finalizing()
 
     return run
@@ -50,9 +52,9 @@ def _leave_without_finalizing() -> NoReturn:
 
 def exit_with(error: AdaptiveError) -> NoReturn:
     """Print a user error once and leave with code 2."""
-    # Configuration and plan are the same in every worker: one of them says what is wrong.
+    # Configuration and plan are the same in every worker of a node: one of them says what is wrong.
     everywhere = isinstance(error, (AdaptiveConfigError, PlanError, InfeasibleBudgetError))
-    if not everywhere or int(os.environ.get("RANK", "0")) == 0:
+    if not everywhere or local_rank() == 0:
         print(f"llamafactory-adaptive: error: {error}", file=sys.stderr, flush=True)
     raise SystemExit(2) from error
 
@@ -96,6 +98,7 @@ def prepare_launch(words: list[str], require_seams: Callable[[], None]) -> bool:
     require_seams()
     config = parse_config(args)
     if args.get("do_train") and _starts_torchrun():
+        refuse_finished_run(args)
         obtain_plan(args, config)
     return True
 

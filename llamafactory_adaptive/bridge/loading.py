@@ -102,7 +102,12 @@ def _skeleton(args: Args) -> tuple[Any, list[str], Any]:
     finetuning_class = next(c for c in host._TRAIN_ARGS if c.__name__ == "FinetuningArguments")
     parser = HfArgumentParser([ModelArguments, finetuning_class])
     model_args, finetuning_args = parser.parse_dict(args, allow_extra_keys=True)
-    config = load_config(model_args)
+    try:
+        config = load_config(model_args)
+    except (OSError, ValueError) as error:
+        problem = Problem("model_name_or_path", args["model_name_or_path"], f"its config cannot be loaded ({error})",
+                          "a folder with a config.json, or a hub name")  # fmt: skip
+        raise AdaptiveConfigError([problem]) from error
     image_text = transformers.AutoModelForImageTextToText
     loader = image_text if type(config) in image_text._model_mapping else transformers.AutoModelForCausalLM
     with torch.device("meta"):
@@ -149,11 +154,12 @@ def _data_fingerprint(args: Args) -> Any:
     """Identify what the calibration rows are drawn from, by the same choice that ``_single_process`` makes."""
     if _tokenized(args):
         return _fingerprint(Path(args["tokenized_path"]))
-    folder = Path(str(args.get("dataset_dir") or "data"))
+    given = args.get("dataset_dir") or "data"
+    folder = Path() if isinstance(given, dict) else Path(str(given))
     info_path = folder / "dataset_info.json"
-    if not info_path.is_file():
+    if not isinstance(given, dict) and not info_path.is_file():
         return None
-    info = json.loads(info_path.read_text(encoding="utf-8"))
+    info = given if isinstance(given, dict) else json.loads(info_path.read_text(encoding="utf-8"))
     entries = {name: info.get(name) for name in _calibration_names(args)}
     files = [folder / str(entry["file_name"]) for entry in entries.values() if entry and "file_name" in entry]
     return {"entries": entries, "files": [_fingerprint(path) for path in files]}
@@ -212,7 +218,7 @@ def measure_in_own_process(args: Args, measurement: Measurement, path: Path) -> 
     environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0] if visible is not None else "0"
     with tempfile.TemporaryDirectory(prefix="adaptive-") as folder:
         job, answer = Path(folder) / "job.json", Path(folder) / "answer.json"
-        job.write_text(json.dumps({"args": args, "measurement": measurement.key, "path": str(path)}))
+        job.write_text(json.dumps({"args": args, "measurement": measurement.key, "path": str(path)}, default=str))
         command = [sys.executable, "-m", "llamafactory_adaptive.cli", "measure", str(job), str(answer)]
         code = subprocess.run(command, env=environment, stdout=2, check=False).returncode
         message = json.loads(answer.read_text())["error"] if answer.exists() else None
@@ -234,7 +240,10 @@ def run_measurement_job(job: Mapping[str, Any], config: AdaptiveConfig) -> None:
     assert measurement is not None
     assert measurement.key == job["measurement"]
     shapes = target_shapes(args)
-    model, rows, pad_id = _load(args, config)
+    try:
+        model, rows, pad_id = _load(args, config)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"LLaMA-Factory cannot load model and data for scoring: {error}") from error
     keep_4bit_unpacked_on_cpu(model)
     device = next(model.parameters()).device
     batches = [batch.to(device) for batch in make_batches(rows, config.calibration.batch_size, pad_id)]
@@ -261,7 +270,13 @@ def _load(args: Args, config: AdaptiveConfig) -> tuple[Any, list[dict[str, list[
     """Model ready for inference, calibration rows, padding id: as the host would load them for this run."""
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
+    from llamafactory.hparams import parser as host
     from llamafactory.model import load_model, load_tokenizer
+    from transformers import HfArgumentParser
+
+    # The whole settings once through the host's own checks: what it refuses must not wait until after scoring.
+    whole = {key: value for key, value in args.items() if key not in _OTHER_PROCESS}
+    HfArgumentParser(host._TRAIN_ARGS).parse_dict(whole, allow_extra_keys=True)
 
     with tempfile.TemporaryDirectory(prefix="adaptive-") as scratch:
         model_args, data_args, training_args, finetuning_args, _ = get_train_args(_single_process(args, scratch))
@@ -275,7 +290,8 @@ def _load(args: Args, config: AdaptiveConfig) -> tuple[Any, list[dict[str, list[
     return model, rows, tokenizer.pad_token_id or 0
 
 
-_TRAINING_ONLY = ("deepspeed", "fsdp", "fsdp_config", "resume_from_checkpoint", "eval_dataset", "eval_strategy",
+_OTHER_PROCESS = ("deepspeed", "fsdp", "fsdp_config", "resume_from_checkpoint", "report_to")
+_TRAINING_ONLY = (*_OTHER_PROCESS, "eval_dataset", "eval_strategy",
                   "load_best_model_at_end", "metric_for_best_model", "push_to_hub", "do_eval", "do_predict",
                   "predict_with_generate", "early_stopping_steps", "overwrite_output_dir", "ref_model",
                   "ref_model_adapters", "use_swanlab", "plot_loss", "save_on_each_node", "eval_steps")  # fmt: skip
@@ -288,6 +304,9 @@ def _single_process(args: Args, scratch: str) -> Args:
     if not args.get("create_new_adapter"):
         kept.pop("adapter_name_or_path", None)
     kept["dataset"] = ",".join(_calibration_names(args)) or None
+    if set(_calibration_names(args)) != set(split_names(args.get("dataset"))):
+        for key in ("interleave_probs", "mix_strategy", "val_size"):  # they speak of the training set
+            kept.pop(key, None)
     if not _tokenized(args):
         kept.pop("tokenized_path", None)  # the host would write it, without the run's evaluation set
     # Rows are scored one by one: packing would add padding that counts, and attention across rows.

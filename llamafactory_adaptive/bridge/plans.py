@@ -33,13 +33,37 @@ def obtain_plan(args: Args, config: AdaptiveConfig) -> tuple[RankPlan, bool]:
         plan = _plan_beside(adapter)
         pipeline.check_same_scale(plan, config, str(adapter))
         return pipeline.check_plan(plan, target_shapes(args), config, str(adapter / PLAN_FILE)), True
+    return fresh_plan(args, config), False
+
+
+def fresh_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
+    """The plan of a run that starts anew: the given file, or computed. What lies in ``output_dir`` does not matter."""
+    from llamafactory_adaptive import pipeline
+    from llamafactory_adaptive.bridge.loading import target_shapes
+
     if config.plan_path:
         idle = [key for key in our_keys(args) if key != "adaptive_plan" and key != "adaptive_budget_unit"]
         if idle and local_rank() == 0:
             logger.warning(f"adaptive_plan is given, so these keys are not used: {', '.join(idle)}")
         plan = pipeline.check_plan(load_plan(Path(config.plan_path)), target_shapes(args), config, config.plan_path)
-        return replace(plan, provenance={**plan.provenance, "adaptive_plan": config.plan_path}), False
-    return compute_plan(args, config), False
+        return replace(plan, provenance={**plan.provenance, "adaptive_plan": config.plan_path})
+    return compute_plan(args, config)
+
+
+def refuse_finished_run(args: Args) -> None:
+    """The host's own rule for a filled ``output_dir``, applied before anything is scored.
+
+    Raises:
+        AdaptiveConfigError: a model or adapter lies there, and the run neither resumes nor may overwrite.
+    """
+    from llamafactory.extras.constants import CHECKPOINT_NAMES
+
+    output = Path(str(args["output_dir"]))
+    if args.get("resume_from_checkpoint") is not None or args.get("overwrite_output_dir"):
+        return
+    if any((output / name).is_file() for name in CHECKPOINT_NAMES) and checkpoint_to_resume(args) is None:
+        problem = Problem("output_dir", str(output), "it holds a finished run", "overwrite_output_dir: true")
+        raise AdaptiveConfigError([problem])
 
 
 def compute_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
@@ -93,5 +117,5 @@ def _plan_beside(adapter: Path) -> RankPlan:
             if adapter.name.startswith("checkpoint-")
             else "set create_new_adapter: true to merge it and train a new adapter, or finetuning_type: lora to go on"
         )
-        raise PlanError(f"{adapter} has no {PLAN_FILE}: it was not trained by this plugin; {remedy}")
+        raise PlanError(f"{adapter} is no local folder with {PLAN_FILE}, so its ranks have no plan; {remedy}")
     return load_plan(adapter / PLAN_FILE)

@@ -17,7 +17,7 @@ from llamafactory_adaptive.bridge.arguments import (
     parse_config,
     to_mapping,
 )
-from llamafactory_adaptive.bridge.plans import advice, checkpoint_to_resume, obtain_plan
+from llamafactory_adaptive.bridge.plans import advice, obtain_plan, refuse_finished_run
 from llamafactory_adaptive.config import AdaptiveConfig, AdaptiveConfigError, Problem
 
 
@@ -70,7 +70,11 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], a
     from llamafactory_adaptive.gradients import init_deepspeed_on_cpu
 
     started = time.perf_counter()
-    _refuse_what_the_host_would(args)
+    if args.get("deepspeed") and "LOCAL_RANK" not in os.environ:
+        raise AdaptiveConfigError(
+            [Problem("deepspeed", args["deepspeed"], "DeepSpeed runs under torchrun", "FORCE_TORCHRUN=1")]
+        )
+    refuse_finished_run(args)
     plan, trained_before = obtain_plan(args, adaptive)
     if local_rank() == 0:
         for line in advice(plan, adaptive):
@@ -85,19 +89,6 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], a
         _current.reset(token)
     if int(os.environ.get("RANK", "0")) == 0:
         finish(Path(args["output_dir"]), callback, trained_before)
-
-
-def _refuse_what_the_host_would(args: Args) -> None:
-    """Two rules of the host that depend on the process and the disk; it would apply them only after scoring."""
-    problems = []
-    if args.get("deepspeed") and "LOCAL_RANK" not in os.environ:
-        problems.append(Problem("deepspeed", args["deepspeed"], "DeepSpeed runs under torchrun", "FORCE_TORCHRUN=1"))
-    output = Path(str(args["output_dir"]))
-    filled = any((output / name).is_file() for name in ("adapter_model.safetensors", "model.safetensors"))
-    if filled and not args.get("overwrite_output_dir") and checkpoint_to_resume(args) is None:
-        problems.append(Problem("output_dir", str(output), "it holds a finished run", "overwrite_output_dir: true"))
-    if problems:
-        raise AdaptiveConfigError(problems)
 
 
 def _refuse_stray_keys(raw: Mapping[str, Any] | list[str]) -> None:

@@ -28,13 +28,32 @@ def _from_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+@pytest.fixture(scope="module")
+def prepared_data(tmp_path_factory):
+    """The tables of `examples/data` and of the demo in one folder, with the files their scripts write."""
+    folder = tmp_path_factory.mktemp("prepared")
+    sys.path.insert(0, str(EXAMPLES / "demo"))
+    import word_problems
+
+    word_problems.write(folder, train=3, held_out=2, seed=1)
+    path = folder / "dataset_info.json"
+    info = json.loads(path.read_text()) | json.loads((EXAMPLES / "data" / "dataset_info.json").read_text())
+    path.write_text(json.dumps(info))
+    for entry in info.values():
+        if "file_name" in entry:
+            (folder / entry["file_name"]).touch()
+    return folder
+
+
 def names(folder):
     return sorted((EXAMPLES / folder).glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", names("train_adaptive"), ids=lambda p: p.stem)
-def test_training_examples_are_valid_and_complete(path):
+def test_training_examples_are_valid_and_complete(path, prepared_data):
     args = yaml.safe_load(path.read_text())
+    given_dir = args["dataset_dir"]
+    args["dataset_dir"] = str(prepared_data)
     config = parse_config(args)
     assert args["finetuning_type"] == "adaptive"
     assert config.lora_rank == args["lora_rank"]
@@ -42,7 +61,7 @@ def test_training_examples_are_valid_and_complete(path):
     for key in ("deepspeed",):
         if key in args:
             json.loads(Path(args[key]).read_text())
-    if args["dataset_dir"] == "examples/data":
+    if given_dir == "examples/data":
         assert args["dataset"] in json.loads((EXAMPLES / "data" / "dataset_info.json").read_text())
     from llamafactory.data.template import TEMPLATES
 

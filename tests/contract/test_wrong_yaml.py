@@ -60,6 +60,9 @@ WRONG = [
     ({"dataset": None}, "dataset: None is not possible: training needs one"),
     ({"dataset": "tiny_sft,nope"}, "dataset: 'nope' is not possible: it is not in"),
     ({"eval_dataset": "nope"}, "eval_dataset: 'nope' is not possible: it is not in"),
+    ({"dataset": "tiny_lost"}, "dataset: 'tiny_lost' is not possible: its file"),
+    ({"dataset_dir": "/nowhere"}, "dataset_dir: '/nowhere' is not possible: there is no /nowhere/dataset_info.json"),
+    ({"template": "lama3"}, "template: 'lama3' is not possible: LLaMA-Factory has no such template; try template: llama3"),
     ({"deepspeed": "/no/such.json"}, "deepspeed: '/no/such.json' is not possible: there is no such file"),
     ({"stage": "sftt"}, "stage: 'sftt' is not possible: it must be one of pt, sft, rm, ppo, dpo, kto; try stage: pt"),
     ({"fsdp": "full_shard"}, "fsdp: 'full_shard' is not possible: FSDP flattens the factors whose ranks are checked"),
@@ -139,6 +142,32 @@ def test_text_booleans_mean_booleans():
     assert to_mapping({"create_new_adapter": "false", "do_train": "True", "x": "falsehood"}) == {
         "create_new_adapter": False, "do_train": True, "x": "falsehood",
     }  # fmt: skip
+
+
+def test_what_upstream_accepts_is_not_refused(tiny_llama, data_dir, tmp_path, monkeypatch):
+    for change in (
+        {"val_size": 0.2, "dataset": "tiny_sft,tiny_eval", "adaptive_calibration_dataset": "tiny_eval,tiny_sft"},
+        {"adaptive_calibration_dataset": "tiny_test_split", "dataset": "tiny_test_split"},
+        {"report_to": ["none"], "lr_scheduler_type": "cosine", "optim": "adamw_torch", "ddp_timeout": 180000000},
+        {
+            "resume_from_checkpoint": None,
+            "eval_strategy": "no",
+            "flash_attn": "sdpa",
+            "fsdp": "",
+            "quantization_bit": 4,
+        },
+        {"dataset": ["tiny_sft", "tiny_eval"], "lora_target": ["q_proj", "v_proj"]},
+        {"dataset_dir": "ONLINE", "dataset": "some/hub"},
+        {"dataset_dir": {"inline": {"hf_hub_url": "a/b"}}, "dataset": "inline"},
+    ):
+        assert parse_config(settings(tiny_llama, data_dir, tmp_path, **change)).lora_rank == 4
+    monkeypatch.setenv("ALLOW_EXTRA_ARGS", "1")
+    assert to_mapping(["--lora_rank", "3", "--from_a_wrapper", "1"]) == {"lora_rank": 3}
+
+
+def test_the_output_folder_is_the_hosts(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert to_mapping({"output_dir": "~/saves"})["output_dir"] == str(tmp_path / "saves")
 
 
 def test_zero_is_a_seed(tiny_llama, data_dir, tmp_path):

@@ -114,6 +114,20 @@ def test_plan_prints_a_table_and_trains_nothing(write, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_plan_keeps_its_hands_off_a_trained_adapter(write, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_model.safetensors").touch()
+    done = run(BIN / "llamafactory-adaptive", "plan", write(), expect=2)
+    assert "it holds a trained adapter with its plan; try --out <another folder>" in done.stderr
+
+
+def test_what_the_host_refuses_is_one_message_before_scoring(write):
+    done = run(BIN / "llamafactory-adaptive", "plan", write(val_size=0.1, eval_dataset="tiny_eval"), expect=2)
+    assert "LLaMA-Factory cannot load model and data for scoring: Cannot specify `val_size`" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Scoring modules" not in done.stderr
+
+
 @pytest.mark.parametrize("launcher", ["llamafactory-cli", "llamafactory-adaptive"])
 def test_wrong_yaml_is_one_message_and_exit_code_2(launcher, write):
     done = run(BIN / launcher, "train", write(adaptive_min_rank=9, adaptve_method="x"), expect=2)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from llamafactory_adaptive.config import AdaptiveConfig, CalibrationConfig, PlanError
+from llamafactory_adaptive.config import AdaptiveConfig, CalibrationConfig, CalibrationError, PlanError
 from llamafactory_adaptive.pipeline import check_plan, check_same_run, check_same_scale, wait_for_plan
 from llamafactory_adaptive.plan import ModulePlan, ModuleShape, RankPlan, load_plan, write_atomically
 
@@ -156,7 +156,7 @@ def test_going_on_asks_for_the_same_scale_only():
 
 
 def test_waiting_for_a_plan_has_a_limit(tmp_path):
-    with pytest.raises(PlanError, match=r"no plan appeared within 0.3 s \(ddp_timeout\)"):
+    with pytest.raises(CalibrationError, match=r"no plan appeared within 0.3 s \(ddp_timeout\)"):
         wait_for_plan(tmp_path / "never.json", 0.3)
 
 
