@@ -74,9 +74,10 @@ def _require_enabled() -> None:
 def plan(arguments: argparse.Namespace) -> int:
     """Plan ranks without training: table, heat-map, ``adaptive_rank_plan.json``."""
     _require_enabled()
-    from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings, parse_config
+    from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings
     from llamafactory_adaptive.bridge.plans import advice, fresh_plan
     from llamafactory_adaptive.bridge.seams import require_seams
+    from llamafactory_adaptive.bridge.validation import parse_config
     from llamafactory_adaptive.plan import PLAN_FILE
     from llamafactory_adaptive.report import HEATMAP_FILE, rank_table, save_heatmap
 
@@ -175,8 +176,8 @@ def examples_folder() -> Path:
 def measure(arguments: argparse.Namespace) -> int:
     """Body of the measuring process; its answer file carries a user error back to the parent."""
     _require_enabled()
-    from llamafactory_adaptive.bridge.arguments import parse_config
-    from llamafactory_adaptive.bridge.loading import run_measurement_job
+    from llamafactory_adaptive.bridge.measuring import run_measurement_job
+    from llamafactory_adaptive.bridge.validation import parse_config
 
     job = json.loads(arguments.job.read_text(encoding="utf-8"))
     try:

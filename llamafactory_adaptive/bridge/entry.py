@@ -9,9 +9,10 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings, local_rank, parse_config
+from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings, local_rank
 from llamafactory_adaptive.bridge.plans import obtain_plan, refuse_finished_run
 from llamafactory_adaptive.bridge.runs import no_accelerator
+from llamafactory_adaptive.bridge.validation import parse_config
 from llamafactory_adaptive.config import AdaptiveConfigError, AdaptiveError, InfeasibleBudgetError, PlanError
 
 

@@ -69,7 +69,7 @@ def refuse_finished_run(args: Args) -> None:
 def compute_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
     """Build the plan in one process per node, or re-use it; the other processes of the node wait for the file."""
     from llamafactory_adaptive import pipeline
-    from llamafactory_adaptive.bridge import loading
+    from llamafactory_adaptive.bridge import loading, measuring
 
     request = pipeline.PlanRequest(config, loading.identity(args), loading.provenance(args))
     path = request.plan_path()
@@ -78,7 +78,7 @@ def compute_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
     if not path.exists():
         shapes = loading.target_shapes(args)
         plan = pipeline.build_plan(
-            request, shapes, lambda measurement, target: loading.measure_in_own_process(args, measurement, target)
+            request, shapes, lambda measurement, target: measuring.measure_in_own_process(args, measurement, target)
         )
         plan.write(path)
     return load_plan(path)

@@ -14,10 +14,10 @@ from llamafactory_adaptive.bridge.arguments import (
     asks_for_adaptive,
     local_rank,
     our_keys,
-    parse_config,
     to_mapping,
 )
 from llamafactory_adaptive.bridge.plans import advice, obtain_plan, refuse_finished_run
+from llamafactory_adaptive.bridge.validation import parse_config
 from llamafactory_adaptive.config import AdaptiveConfig, AdaptiveConfigError, Problem
 
 

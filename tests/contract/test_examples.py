@@ -15,7 +15,7 @@ from llamafactory_adaptive import _bootstrap
 _bootstrap.install()
 from llamafactory.hparams import parser as host  # noqa: E402
 
-from llamafactory_adaptive.bridge.arguments import parse_config  # noqa: E402
+from llamafactory_adaptive.bridge.validation import parse_config  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parents[2]

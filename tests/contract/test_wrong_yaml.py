@@ -10,7 +10,8 @@ from llamafactory_adaptive.config import AdaptiveConfigError
 
 
 _bootstrap.install()
-from llamafactory_adaptive.bridge.arguments import our_keys, parse_config, to_mapping  # noqa: E402
+from llamafactory_adaptive.bridge.arguments import our_keys, to_mapping  # noqa: E402
+from llamafactory_adaptive.bridge.validation import parse_config  # noqa: E402
 
 
 WRONG = [

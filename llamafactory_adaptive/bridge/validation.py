@@ -1,0 +1,194 @@
+"""Everything that can be known to be wrong before model or data are touched, found in one go.
+
+The host would notice part of it too, but only after the model has been scored.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llamafactory_adaptive.bridge.arguments import Args, flag_parser, our_keys, own_names, run_seed, split_names
+from llamafactory_adaptive.checks import check_budget, check_conflicts, unknown_key_problems
+from llamafactory_adaptive.config import (
+    AdaptiveArguments,
+    AdaptiveConfig,
+    AdaptiveConfigError,
+    CalibrationConfig,
+    Problem,
+    check_fields,
+)
+from llamafactory_adaptive.registry import get_method, methods, nearest
+
+
+def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
+    """Validate everything that can be known before model or data are touched.
+
+    Raises:
+        AdaptiveConfigError: with every problem found.
+    """
+    problems = _unknown_keys(args)
+    common, faults = check_fields(AdaptiveArguments, "", args)
+    problems += faults
+    options: Mapping[str, Any] = {}
+    if common["adaptive_method"] not in methods():
+        name = common["adaptive_method"]
+        problems.append(
+            Problem(
+                "adaptive_method",
+                name,
+                f"it must be one of {', '.join(sorted(methods()))}",
+                f"adaptive_method: {nearest(name)}",
+            )
+        )
+    else:
+        method = common["adaptive_method"]
+        options, faults = check_fields(get_method(method).Options, f"{method}_", args)
+        problems += faults + _foreign_options(args, method)
+    lora_rank, lora_alpha, max_rank, faults = check_budget(args, common)
+    problems += faults + check_conflicts(args) + _wrong_choices(args) + _missing_files(args, common)
+    if problems:
+        raise AdaptiveConfigError(problems)
+    seed = common["adaptive_calibration_seed"]
+    return AdaptiveConfig(
+        method=common["adaptive_method"],
+        options=options,
+        budget_unit=common["adaptive_budget_unit"],
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        min_rank=common["adaptive_min_rank"],
+        max_rank=max_rank,
+        plan_path=common["adaptive_plan"],
+        calibration=CalibrationConfig(
+            dataset=common["adaptive_calibration_dataset"],
+            samples=common["adaptive_calibration_samples"],
+            batch_size=common["adaptive_calibration_batch_size"],
+            seed=run_seed(args) if seed is None else seed,
+        ),
+    )
+
+
+def _unknown_keys(args: Mapping[str, Any]) -> list[Problem]:
+    from llamafactory.extras.misc import is_env_enabled
+    from llamafactory.hparams import RayArguments
+    from llamafactory.hparams import parser as host
+
+    if is_env_enabled("ALLOW_EXTRA_ARGS"):
+        return unknown_key_problems({key: args[key] for key in our_keys(args)}, own_names())
+    owners = [*host._TRAIN_ARGS, RayArguments]
+    known = {entry.name for owner in owners for entry in dataclasses.fields(owner) if entry.init}
+    return unknown_key_problems(args, known)
+
+
+def _wrong_choices(args: Mapping[str, Any]) -> list[Problem]:
+    """The host's own keys that take one of a few words; it would only notice after scoring."""
+    problems, own = [], own_names()
+    for action in flag_parser()._actions:
+        value, allowed = args.get(action.dest), [str(choice) for choice in action.choices or ()]
+        if allowed and isinstance(value, str) and action.dest not in own and value not in allowed:
+            words = f"it must be one of {', '.join(allowed)}"
+            problems.append(Problem(action.dest, value, words, f"{action.dest}: {allowed[0]}"))
+    return problems
+
+
+def _foreign_options(args: Mapping[str, Any], method: str) -> list[Problem]:
+    """Options of a method that is not the chosen one would do nothing: say so."""
+    return [
+        Problem(
+            key,
+            args[key],
+            f"it belongs to adaptive_method: {other}, and this run uses {method}",
+            f"adaptive_method: {other}",
+        )
+        for other in methods()
+        if other != method
+        for key in args
+        if key in {f"{other}_{entry.name}" for entry in dataclasses.fields(get_method(other).Options)}
+    ]
+
+
+def _missing_files(args: Mapping[str, Any], common: Mapping[str, Any]) -> list[Problem]:
+    """Required keys without a value, and paths that lead nowhere."""
+    problems = [
+        Problem(key, args.get(key), "it is required", f"{key}: <path>")
+        for key in ("model_name_or_path", "output_dir")
+        if not args.get(key)
+    ]
+    if args.get("do_train") and not args.get("dataset"):
+        problems.append(Problem("dataset", None, "training needs one", "dataset: alpaca_en_demo"))
+    for key, path, remedy in (
+        ("adaptive_plan", common["adaptive_plan"], "writing one with `llamafactory-adaptive plan`"),
+        ("deepspeed", args.get("deepspeed"), "deepspeed: examples/deepspeed/ds_z2_config.json"),
+    ):
+        if isinstance(path, str) and not path.lstrip().startswith("{") and not Path(path).is_file():
+            problems.append(Problem(key, path, "there is no such file", remedy))
+    if args.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        problems.append(
+            Problem("deepspeed", args["deepspeed"], "the package is not installed", "pip install deepspeed")
+        )
+    template = args.get("template")
+    if isinstance(template, str) and template not in _templates():
+        near = difflib.get_close_matches(template, _templates(), n=1, cutoff=0.0)[0]
+        problems.append(Problem("template", template, "LLaMA-Factory has no such template", f"template: {near}"))
+    model = str(args.get("model_name_or_path") or "")
+    if model.startswith((".", "/", "~")) and not Path(model).expanduser().exists():
+        problems.append(Problem("model_name_or_path", model, "there is no such folder", "a folder or a hub name"))
+    return problems + _dataset_problems(args, common["adaptive_calibration_dataset"])
+
+
+def _templates() -> list[str]:
+    from llamafactory.data.template import TEMPLATES
+
+    return list(TEMPLATES)
+
+
+def _dataset_problems(args: Mapping[str, Any], calibration: str | None) -> list[Problem]:
+    """Names must be known; calibration data must be a training split and must not touch held-out rows."""
+    held_out, trained, scored = (split_names(v) for v in (args.get("eval_dataset"), args.get("dataset"), calibration))
+    problems = [
+        Problem("adaptive_calibration_dataset", name, "it is the eval_dataset; scores may use training data only",
+                "leaving it out")
+        for name in scored
+        if name in held_out
+    ]  # fmt: skip
+    if args.get("val_size") and set(scored) & set(trained) and set(scored) != set(trained):
+        reason = "val_size holds rows of the merged training set out, which a part of it would bring back"
+        problems.append(Problem("adaptive_calibration_dataset", calibration, reason, "leaving it out"))
+    return problems + _names_not_in_info(args, {"dataset": trained, "eval_dataset": held_out,
+                                                "adaptive_calibration_dataset": scored})  # fmt: skip
+
+
+def _names_not_in_info(args: Mapping[str, Any], names: Mapping[str, list[str]]) -> list[Problem]:
+    folder = args.get("dataset_dir") or "data"
+    wanted = [(key, name) for key, listed in names.items() for name in listed]
+    if isinstance(folder, dict) or args.get("tokenized_path") or str(folder).startswith(("ONLINE", "REMOTE:")):
+        return []  # hub and in-line tables are the host's to judge
+    info_path = Path(str(folder)) / "dataset_info.json"
+    try:
+        info = json.loads(info_path.read_text(encoding="utf-8"))
+    except OSError:
+        lost = [Problem("dataset_dir", str(folder), f"there is no {info_path}", "dataset_dir: examples/data")]
+        return lost if wanted else []
+    except ValueError as error:
+        return [Problem("dataset_dir", str(folder), f"{info_path} is not valid JSON ({error})", "mending the file")]
+    return [
+        problem for key, name in wanted for problem in _entry_problems(key, name, info, info_path, names["dataset"])
+    ]
+
+
+def _entry_problems(key: str, name: str, info: Args, info_path: Path, trained: list[str]) -> list[Problem]:
+    """What is wrong with one entry of ``dataset_info.json`` for the key that names it."""
+    if name not in info:
+        return [Problem(key, name, f"it is not in {info_path}", f"one of {', '.join(sorted(info)[:5])}")]
+    entry, problems = info[name], []
+    if "file_name" in entry and not (info_path.parent / str(entry["file_name"])).exists():
+        lost = info_path.parent / str(entry["file_name"])
+        problems.append(Problem(key, name, f"its file {lost} does not exist", "writing or downloading the file"))
+    split = str(entry.get("split", "train"))
+    if key == "adaptive_calibration_dataset" and name not in trained and not split.startswith("train"):
+        reason = f"its split is {split!r}; scores may use training data only"
+        problems.append(Problem(key, name, reason, "an entry with split: train"))
+    return problems
