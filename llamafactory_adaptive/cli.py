@@ -74,6 +74,7 @@ def _require_enabled() -> None:
 def plan(arguments: argparse.Namespace) -> int:
     """Plan ranks without training: table, heat-map, ``adaptive_rank_plan.json``."""
     _require_enabled()
+    from llamafactory_adaptive.adapter import ADAPTER_WEIGHTS
     from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings
     from llamafactory_adaptive.bridge.plans import advice, fresh_plan
     from llamafactory_adaptive.bridge.seams import require_seams
@@ -96,7 +97,7 @@ def plan(arguments: argparse.Namespace) -> int:
     config = parse_config(args)
     started = time.perf_counter()
     folder = arguments.out or Path(args["output_dir"])
-    if arguments.out is None and (folder / "adapter_model.safetensors").is_file():
+    if arguments.out is None and (folder / ADAPTER_WEIGHTS).is_file():
         raise AdaptiveConfigError(
             [Problem("output_dir", str(folder), "it holds a trained adapter with its plan", "--out <another folder>")]
         )
