@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import nn
+from torch.nn.utils import parametrize
 
 from llamafactory_adaptive.config import GuardError
 from llamafactory_adaptive.gradients import full_shape
@@ -58,6 +59,12 @@ def _base_name(name: str) -> str:
     return name.rpartition(_TENSOR_PREFIX)[2]
 
 
+def factors(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """The trained tensors A (r, d_in) and B (d_out, r) of a layer, also where a dynamic method parametrises A."""
+    a, b = layer.lora_A[adapter], layer.lora_B[adapter]
+    return (a.parametrizations.weight.original if parametrize.is_parametrized(a, "weight") else a.weight), b.weight
+
+
 def name_targets_in_full(model: nn.Module, plan: RankPlan) -> None:
     """Put the full module names back into the live config, which is what gets saved.
 
@@ -83,7 +90,7 @@ def check_live(model: nn.Module, plan: RankPlan) -> int:
         if module.name not in layers:
             continue
         layer, adapter = layers[module.name]
-        shape_a, shape_b = full_shape(layer.lora_A[adapter].weight), full_shape(layer.lora_B[adapter].weight)
+        shape_a, shape_b = map(full_shape, factors(layer, adapter))
         if shape_a != (module.rank, module.in_features) or shape_b != (module.out_features, module.rank):
             faults.append(f"{module.name} has A {shape_a} and B {shape_b} for rank {module.rank}")
         if not math.isclose(layer.scaling[adapter], plan.scale, rel_tol=1e-6):

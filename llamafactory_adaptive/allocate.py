@@ -1,8 +1,9 @@
 """Scores, costs and a budget in; integer ranks out. Pure: no torch, no input or output.
 
-Ranks are proportional to the scores within their bounds (water-filling: what a capped module cannot take goes to the
-rest by the same proportions), then rounded down and completed by the largest remainders. Deterministic: ties go by
-module order.
+Static methods score modules: ranks are proportional to the scores within their bounds (water-filling: what a capped
+module cannot take goes to the rest by the same proportions), then rounded down and completed by the largest
+remainders. Dynamic methods score rank-1 components: the globally best are kept. Deterministic: ties go by module
+order.
 """
 
 import heapq
@@ -189,3 +190,50 @@ def _complete(ranks: list[int], ideal: Sequence[float], costs: Sequence[int], up
         if ranks[index] < upper[index]:
             heapq.heappush(heap, (gap + 1, index))
     return left
+
+
+def keep_components(
+    scores: Sequence[Sequence[float]],
+    costs: Sequence[int],
+    budget: int,
+    lower: Sequence[int],
+    upper: Sequence[int],
+) -> list[list[bool]]:
+    """Choose the rank-1 components to keep: every module's best ``lower``, then the globally best that still fit.
+
+    Args:
+        scores: per module, one finite score per component, higher is better.
+        costs: budget units one component of the module costs.
+        budget: units available in total.
+        lower, upper: fewest and most components of a module.
+
+    Returns:
+        Per module, which components stay. They never cost more than ``budget``, and what is left is smaller than the
+        cheapest component that could still be added.
+
+    Raises:
+        InfeasibleBudgetError: the lower bounds alone cost more than the budget.
+        ValueError: a score is infinite or NaN.
+    """
+    keep = [[False] * len(row) for row in scores]
+    ranks, left = [0] * len(scores), budget
+    later = []
+    for module, row in enumerate(scores):
+        if not all(map(math.isfinite, row)):
+            raise ValueError(f"module {module} has a component whose score is not finite")
+        order = sorted(range(len(row)), key=lambda index: -row[index])
+        for place, index in enumerate(order):
+            if place < lower[module]:
+                keep[module][index] = True
+                ranks[module] += 1
+                left -= costs[module]
+            else:
+                later.append((-row[index], module, index))
+    if left < 0:
+        raise InfeasibleBudgetError(f"the lowest ranks alone cost {budget - left:,}, the budget is {budget:,}")
+    for _, module, index in sorted(later):
+        if costs[module] <= left and ranks[module] < upper[module]:
+            keep[module][index] = True
+            ranks[module] += 1
+            left -= costs[module]
+    return keep

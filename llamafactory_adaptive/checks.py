@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamafactory_adaptive.config import Problem, coerce
+from llamafactory_adaptive.config import PRUNING_KEYS, Problem, PruningConfig, coerce
 
 
 def unknown_key_problems(given: Mapping[str, Any], known: Iterable[str]) -> list[Problem]:
@@ -122,6 +122,109 @@ def check_conflicts(flat: Mapping[str, Any]) -> list[Problem]:
     return [
         Problem(rule.key, flat.get(rule.key), rule.reason, rule.suggestion) for rule in CONFLICTS if rule.clashes(flat)
     ]
+
+
+CALIBRATION_KEYS = (
+    "adaptive_calibration_dataset",
+    "adaptive_calibration_samples",
+    "adaptive_calibration_batch_size",
+    "adaptive_calibration_seed",
+)
+
+
+def check_kind(flat: Mapping[str, Any], method: str, dynamic: bool) -> list[Problem]:
+    """Keys of static methods given to one that prunes during training, or the reverse: they would do nothing."""
+    idle, reason, other = (
+        (CALIBRATION_KEYS, "finds ranks during training and calibrates nothing", "sensitivity")
+        if dynamic
+        else (PRUNING_KEYS, "fixes ranks before training and prunes nothing", "igu")
+    )
+    return [
+        Problem(key, flat[key], f"adaptive_method: {method} {reason}", f"leaving it out, or adaptive_method: {other}")
+        for key in idle
+        if flat.get(key) is not None
+    ]
+
+
+def check_pruning(
+    common: Mapping[str, Any], lora_rank: int, max_rank: int, seed: int
+) -> tuple[PruningConfig, list[Problem]]:
+    """The schedule of a dynamic method, checked against the budget."""
+    problems = []
+    given = common["adaptive_init_rank"]
+    init_rank = min(2 * lora_rank, max_rank) if given is None else given
+    if not lora_rank < init_rank <= max_rank:
+        key = "adaptive_max_rank" if given is None else "adaptive_init_rank"
+        reason = (
+            f"the start must be over-ranked: above lora_rank ({lora_rank}), at most adaptive_max_rank ({max_rank})"
+        )
+        value = max_rank if given is None else given
+        problems.append(Problem(key, value, reason, f"{key}: {2 * lora_rank}"))
+    ratios = [common["adaptive_warmup_ratio"], common["adaptive_final_ratio"]]
+    if sum(ratios) >= 1.0:
+        reason = f"with adaptive_warmup_ratio {ratios[0]:g} it leaves no step to prune in"
+        problems.append(Problem("adaptive_final_ratio", ratios[1], reason, "adaptive_final_ratio: 0.3"))
+    pruning = PruningConfig(
+        init_rank=init_rank,
+        warmup_ratio=ratios[0],
+        final_ratio=ratios[1],
+        interval=common["adaptive_interval"],
+        max_overhead=common["adaptive_max_overhead"],
+        seed=seed,
+    )
+    return pruning, problems
+
+
+def check_pruning_conflicts(flat: Mapping[str, Any], options: Mapping[str, Any]) -> list[Problem]:
+    """Upstream options that cannot go with pruning, or with probing the path by extra passes."""
+    rules = [*PRUNING_CONFLICTS, *(PROBING_CONFLICTS if options.get("importance") == "integrated" else ())]
+    problems = [
+        Problem(rule.key, flat.get(rule.key), rule.reason, rule.suggestion) for rule in rules if rule.clashes(flat)
+    ]
+    if flat.get("adaptive_max_overhead") is not None and options.get("importance") != "integrated":
+        reason = "only igu_importance: integrated makes extra passes that could be thinned out"
+        problems.append(Problem("adaptive_max_overhead", flat["adaptive_max_overhead"], reason, "leaving it out"))
+    return problems
+
+
+PRUNING_CONFLICTS = (
+    Conflict(
+        "adapter_name_or_path",
+        lambda flat: bool(flat.get("adapter_name_or_path")) and not flat.get("create_new_adapter"),
+        "pruning starts from a new, over-ranked adapter",
+        "create_new_adapter: true",
+    ),
+    Conflict(
+        "torch_compile",
+        lambda flat: bool(flat.get("torch_compile")),
+        "masks and path positions change between steps, which would compile the model again and again",
+        "torch_compile: false",
+    ),
+    Conflict(
+        "auto_find_batch_size",
+        _on("auto_find_batch_size"),
+        "it restarts training in the middle with weights that were already trained",
+        "auto_find_batch_size: false",
+    ),
+)
+PROBING_CONFLICTS = (
+    Conflict(
+        "stage",
+        lambda flat: flat.get("stage", "sft") not in ("pt", "sft"),
+        "extra passes need the loss that the model itself returns",
+        "igu_importance: shrink",
+    ),
+    Conflict(
+        "deepspeed",
+        lambda flat: _deepspeed_stage(flat) == 3,
+        "extra passes need whole weights on every process, which ZeRO-3 does not hold",
+        "igu_importance: shrink",
+    ),
+    *(
+        Conflict(key, _on(key), "extra passes use the model's own loss", "igu_importance: shrink")
+        for key in ("use_dft_loss", "use_asft_loss", "use_eaft_loss", "label_smoothing_factor")
+    ),
+)
 
 
 def check_budget(flat: Mapping[str, Any], common: Mapping[str, Any]) -> tuple[int, float, int, list[Problem]]:

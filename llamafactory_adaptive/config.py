@@ -116,6 +116,25 @@ class AdaptiveArguments:
     adaptive_max_rank: int | None = option(
         None, "Highest rank of a module (default: 4 x lora_rank).", unit="rank", low=1
     )
+    adaptive_init_rank: int | None = option(
+        None, "Rank every module starts with, for methods that prune (default: 2 x lora_rank).", unit="rank", low=2
+    )
+    adaptive_warmup_ratio: float = option(
+        0.1, "Share of the optimizer steps before the first pruning.", low=0.0, high=0.99
+    )
+    adaptive_final_ratio: float = option(
+        0.3, "Share of the optimizer steps, at the end, that train the final ranks.", low=0.0, high=0.99
+    )
+    adaptive_interval: int = option(
+        10, "Optimizer steps between two allocations of a method that prunes.", unit="steps", low=1
+    )
+    adaptive_max_overhead: float | None = option(
+        None,
+        "Largest share of training time that extra passes of a pruning method may add; they are thinned out to fit "
+        "(default: no limit, which keeps runs reproducible).",
+        low=0.001,
+        high=10.0,
+    )
     adaptive_plan: str | None = option(
         None, "Path of a saved adaptive_rank_plan.json to train on; nothing is computed then."
     )
@@ -146,8 +165,33 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True)
+class PruningConfig:
+    """How a dynamic method goes from its over-ranked start to the budget. Ratios are of all optimizer steps."""
+
+    init_rank: int
+    warmup_ratio: float
+    final_ratio: float
+    interval: int
+    max_overhead: float | None
+    seed: int
+
+
+# Keys that only methods which prune during training read.
+PRUNING_KEYS = (
+    "adaptive_init_rank",
+    "adaptive_warmup_ratio",
+    "adaptive_final_ratio",
+    "adaptive_interval",
+    "adaptive_max_overhead",
+)
+
+
+@dataclass(frozen=True)
 class AdaptiveConfig:
-    """The validated configuration of one run. Ranks are in rank units, ``lora_rank`` is the budget."""
+    """The validated configuration of one run. Ranks are in rank units, ``lora_rank`` is the budget.
+
+    ``pruning`` is None where ranks are fixed before training.
+    """
 
     method: str
     options: Mapping[str, Any]
@@ -158,6 +202,7 @@ class AdaptiveConfig:
     max_rank: int
     plan_path: str | None
     calibration: CalibrationConfig
+    pruning: PruningConfig | None = None
 
     @property
     def scale(self) -> float:

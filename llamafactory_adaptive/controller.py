@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 
@@ -17,16 +16,16 @@ from llamafactory_adaptive.adapter import (
     ADAPTER_WEIGHTS,
     check_live,
     check_saved,
+    factors,
     keep_4bit_unpacked_on_cpu,
     live_layers,
     name_targets_in_full,
 )
 from llamafactory_adaptive.config import GuardError
-from llamafactory_adaptive.plan import PLAN_FILE, RankPlan
+from llamafactory_adaptive.gradients import gather_digests
+from llamafactory_adaptive.plan import LOG_FILE, PLAN_FILE, RankPlan
 from llamafactory_adaptive.report import HEATMAP_FILE, save_heatmap, update_card
 
-
-LOG_FILE = "adaptive_log.jsonl"
 
 logger = logging.getLogger("llamafactory.adaptive")  # a child of the host's logger: its format, its handlers
 
@@ -39,6 +38,9 @@ class Counters:
     modules_checked: int = 0
     steps: int = 0
     gradients_missing: int = 0
+    observations: int = 0
+    probes: int = 0
+    allocations: int = 0
     largest_learning_rate: float = 0.0
 
     def __str__(self) -> str:
@@ -59,13 +61,20 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
         self.overhead_seconds = overhead_seconds
         self.deepspeed = False
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        """Refuse to train anything but the plan; then put plan, picture and log line into ``output_dir``."""
+    def attach(self, trainer: Any) -> None:
+        """Meet the Trainer before it makes its optimizer. Fixed ranks need nothing of it."""
+
+    def prove(self, args: Any, model: nn.Module) -> None:
+        """Refuse to train anything but the plan."""
         self.deepspeed = bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-        agree_across_ranks(self.plan.digest(), args.device)
+        agree_across_ranks(self.plan.digest(), args.device, PLANS_DIFFER)
         keep_4bit_unpacked_on_cpu(model)
         name_targets_in_full(model, self.plan)
         self.counters.modules_checked = check_live(model, self.plan)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        """Prove the plan, then put it with picture and log line into ``output_dir``."""
+        self.prove(args, model)
         if args.should_save:  # one process, or one per node with save_on_each_node
             output = Path(args.output_dir)
             self.plan.save(output / PLAN_FILE)
@@ -93,12 +102,8 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Every adapter factor must have a gradient at the first step (DeepSpeed keeps its own; judged at the end)."""
         if self.counters.steps == 0 and not self.deepspeed:
-            factors = [
-                weights[adapter].weight
-                for layer, adapter in live_layers(model).values()
-                for weights in (layer.lora_A, layer.lora_B)
-            ]
-            self.counters.gradients_missing = sum(factor.grad is None for factor in factors)
+            trained = [factor for layer, adapter in live_layers(model).values() for factor in factors(layer, adapter)]
+            self.counters.gradients_missing = sum(factor.grad is None for factor in trained)
             if self.counters.gradients_missing:
                 raise GuardError(f"adapter factors without a gradient at the first step: {self.counters}")
 
@@ -111,6 +116,9 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
         """Count optimizer steps."""
         self.counters.steps += 1
 
+    def judge(self) -> None:
+        """Raise where a finished run did not do what was asked, beyond what the files show."""
+
     def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Nothing unchecked goes to a hub (pushes during training come from checkpoints, before the final save)."""
         if (Path(args.output_dir) / ADAPTER_WEIGHTS).is_file():
@@ -122,19 +130,18 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
             self.plan.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / PLAN_FILE)
 
 
-def agree_across_ranks(digest: str, device: torch.device) -> None:
-    """Stop unless every process holds the same plan."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    mine = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=device)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    different = [rank for rank, theirs in enumerate(everyone) if not torch.equal(theirs, everyone[0])]
+PLANS_DIFFER = (
+    "hold another plan than rank 0 (nodes that score for themselves can differ in the last bit): write one with "
+    "`llamafactory-adaptive plan`, copy it to every node and set adaptive_plan"
+)
+
+
+def agree_across_ranks(digest: str, device: torch.device, difference: str) -> None:
+    """Stop unless every process holds the same; ``difference`` says what it means when they do not."""
+    everyone = gather_digests(digest, device)
+    different = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
     if different:
-        raise GuardError(
-            f"ranks {different} hold another plan than rank 0 (nodes that score for themselves can differ in the last "
-            "bit): write one with `llamafactory-adaptive plan`, copy it to every node and set adaptive_plan"
-        )
+        raise GuardError(f"ranks {different} {difference}")
 
 
 def finish(output: Path, callback: AdaptiveCallback, trained_before: bool) -> None:
@@ -151,6 +158,7 @@ def finish(output: Path, callback: AdaptiveCallback, trained_before: bool) -> No
     counters = callback.counters
     if counters.modules_checked == 0 or (counters.configs_injected == 0 and not trained_before):
         raise GuardError(f"the run asked for adaptive ranks but no allocation reached the model: {counters}")
+    callback.judge()
     untrained, moved = check_saved(output, callback.plan), counters.largest_learning_rate > 0
     everything = untrained == len(callback.plan.active)
     # Under DeepSpeed nobody saw the gradients at the first step: a factor that never moved is the only sign there is.

@@ -1,11 +1,28 @@
-"""Where a parameter and its gradient live, by training engine. The only file that imports DeepSpeed."""
+"""Where a parameter and its gradient live, by training engine. The only file that imports DeepSpeed.
 
-from torch import nn
+Plain and DDP processes hold whole parameters. Under ZeRO each process owns a piece of every flattened parameter (maybe
+an empty one), in fp32 beside the working copy, and after the backward pass the averaged gradient of that piece.
+Whoever needs the two asks a :class:`Engine` and works on pieces; nothing is gathered for it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """Shape of the whole parameter, also while ZeRO-3 holds it in partitions."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def init_deepspeed_on_cpu() -> None:
@@ -18,3 +35,305 @@ def init_deepspeed_on_cpu() -> None:
 
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+
+
+class Engine(Protocol):
+    """Access to weights and gradients between backward pass and optimizer step, before clipping.
+
+    Attributes:
+        partitioned: whether a process owns pieces only, so that sums over elements must be added up over processes.
+    """
+
+    partitioned: bool
+
+    def piece(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """Start and length of what this process owns of the flattened parameter."""
+
+    def weight(self, parameter: nn.Parameter) -> Tensor:
+        """The owned piece, flat, in the precision that the optimizer updates."""
+
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+        """Gradients of the owned pieces, flat, averaged over processes; None where no gradient arrived."""
+
+    def set_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+        """Take back what :meth:`gradients` gave, after it was edited in place."""
+
+    def loss_scale(self) -> float:
+        """Factor on all gradients (fp16)."""
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> Any:
+        """Context in which the parameters are whole on this process."""
+
+
+class WholeEngine:
+    """One process, DDP, and DeepSpeed without partitions: every process holds everything."""
+
+    partitioned = False
+
+    def __init__(self, scaler: Any = None) -> None:
+        self.scaler = scaler
+
+    def piece(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """All of it."""
+        return 0, parameter.numel()
+
+    def weight(self, parameter: nn.Parameter) -> Tensor:
+        """A flat view."""
+        return parameter.detach().view(-1)
+
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+        """Flat views of ``.grad``."""
+        return [None if parameter.grad is None else parameter.grad.view(-1) for parameter in parameters]
+
+    def set_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+        """Views: nothing to do."""
+
+    def loss_scale(self) -> float:
+        """Of torch's GradScaler."""
+        return float(self.scaler.get_scale()) if self.scaler is not None else 1.0
+
+    @contextmanager
+    def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """They are."""
+        yield
+
+
+class _ZeroEngine:
+    """What the ZeRO stages share: the optimizer that owns the pieces."""
+
+    partitioned = True
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def loss_scale(self) -> float:
+        """Of DeepSpeed's loss scaler; 1 for bf16 and fp32."""
+        return float(getattr(self.optimizer, "cur_scale", 1.0))
+
+
+class Zero12Engine(_ZeroEngine):
+    """ZeRO-1 and 2: parameters whole, gradients and optimizer states in pieces.
+
+    Pieces are found in the optimizer's own tables. ``param._hp_mapping``, which ``safe_get_full_grad`` relies on, is
+    wrong under ``round_robin_gradients`` (DeepSpeed 0.19.8): it assumes the order before the round robin.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer)
+        self.places: dict[int, tuple[int, int, int, int]] = {}  # group, start in parameter, start in partition, length
+        for group, parameters in enumerate(optimizer.params_in_partition):
+            partition = dist.get_rank(group=optimizer.real_dp_process_group[group])
+            for parameter in parameters:
+                identity = optimizer.get_param_id(parameter)
+                start = int(optimizer.grad_start_offset[group][partition][identity])
+                place = int(optimizer.grad_partition_insertion_offset[group][partition][identity])
+                length = min(parameter.numel() - start, int(optimizer.partition_size[group]) - place)
+                self.places[id(parameter)] = (group, start, place, length)
+
+    def piece(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """What of it lies in this process's partition."""
+        _, start, _, length = self.places.get(id(parameter), (0, 0, 0, 0))
+        return start, length
+
+    def weight(self, parameter: nn.Parameter) -> Tensor:
+        """A view of the fp32 partition."""
+        if id(parameter) not in self.places:
+            return parameter.detach().view(-1)[:0].float()
+        group, _, place, length = self.places[id(parameter)]
+        partition: Tensor = self.optimizer.single_partition_of_fp32_groups[group]
+        return partition.detach().view(-1).narrow(0, place, length)
+
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+        """Views of the averaged gradients."""
+        found = self._by_place()
+        result: list[Tensor | None] = []
+        for parameter in parameters:
+            if id(parameter) not in self.places:
+                result.append(parameter.detach().view(-1)[:0].float())
+                continue
+            group, _, place, length = self.places[id(parameter)]
+            if self.optimizer.cpu_offload:
+                flat: Tensor | None = self.optimizer.single_partition_of_fp32_groups[group].grad
+                result.append(None if flat is None else flat.view(-1).narrow(0, place, length))
+            else:
+                result.append(found.get((group, place)))
+        return result
+
+    def _by_place(self) -> dict[tuple[int, int], Tensor]:
+        """Averaged gradients by group and start: the lists hold them, and padding, in the order of the partition."""
+        found: dict[tuple[int, int], Tensor] = {}
+        for group, gradients in self.optimizer.averaged_gradients.items():
+            offset = 0
+            for gradient in gradients or ():
+                found[group, offset] = gradient.view(-1)
+                offset += gradient.numel()
+        return found
+
+    def set_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+        """Views: nothing to do."""
+
+    @contextmanager
+    def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """They are."""
+        yield
+
+
+class Bf16Engine(_ZeroEngine):
+    """DeepSpeed's BF16_Optimizer (bf16 with ZeRO-1 and fp32 accumulation): whole gradients, states in pieces."""
+
+    def piece(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """As mapped into this process's flat fp32 partition."""
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        return (0, 0) if mapping is None else (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
+
+    def weight(self, parameter: nn.Parameter) -> Tensor:
+        """A view of the fp32 partition."""
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        fragment: Tensor = parameter.detach().view(-1)[:0].float() if mapping is None else mapping.hp_fragment
+        return fragment.detach().view(-1)
+
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+        """Views of this process's parts of the averaged gradients."""
+        return [self._gradient(parameter) for parameter in parameters]
+
+    def _gradient(self, parameter: nn.Parameter) -> Tensor:
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return parameter.detach().view(-1)[:0].float()
+        start, length = self.piece(parameter)
+        whole: Tensor = mapping.get_lp_grad_fragment(parameter._index_in_param_group)  # type: ignore[attr-defined]
+        return whole.view(-1)[start : start + length]
+
+    def set_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+        """Views: nothing to do."""
+
+    @contextmanager
+    def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """They are."""
+        yield
+
+
+class Zero3Engine(_ZeroEngine):
+    """ZeRO-3: everything in pieces; the last process's piece is padded."""
+
+    def piece(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """An equal share, rounded up, less the padding."""
+        share = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        start = share * dist.get_rank()
+        return start, max(0, min(share, parameter.ds_numel - start))  # type: ignore[attr-defined]
+
+    def weight(self, parameter: nn.Parameter) -> Tensor:
+        """The fp32 partition without its padding."""
+        whole: Tensor = parameter._z3_optimizer.get_local_fp32_param(parameter)  # type: ignore[attr-defined]
+        return whole.detach().view(-1)[: self.piece(parameter)[1]]
+
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+        """The gradient partitions (copies, unless they are fp32), without their padding."""
+        return [self._gradient(parameter) for parameter in parameters]
+
+    def _gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        from deepspeed.utils import safe_get_local_grad
+
+        try:
+            found: Tensor = safe_get_local_grad(parameter)
+        except KeyError:
+            return None
+        return found.view(-1)[: self.piece(parameter)[1]]
+
+    def set_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+        """Write the copies back, padded."""
+        from deepspeed.utils import safe_set_local_grad
+
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            padding = parameter.ds_tensor.ds_numel - gradient.numel()  # type: ignore[attr-defined]
+            safe_set_local_grad(parameter, nn.functional.pad(gradient, (0, padding)))
+
+    @contextmanager
+    def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Gather all of them in one collective; nothing may be changed."""
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(parameters)):
+            yield
+
+
+def find_engine(parameter: nn.Parameter, trainer: Any) -> Engine:
+    """The engine that a prepared Trainer trains with."""
+    optimizer = getattr(getattr(trainer, "deepspeed", None), "optimizer", None)
+    if hasattr(parameter, "ds_id"):
+        return Zero3Engine(optimizer)
+    if hasattr(optimizer, "grad_partition_insertion_offset"):
+        return Zero12Engine(optimizer)
+    if hasattr(parameter, "_hp_mapping"):
+        return Bf16Engine(optimizer)
+    return WholeEngine(getattr(trainer.accelerator, "scaler", None))
+
+
+def before_clipping(accelerator: Any, hook: Callable[[], None]) -> None:
+    """Call ``hook`` once gradients are complete and not yet clipped, once per optimizer step, without DeepSpeed.
+
+    The Trainer asks its accelerator for the gradient norm at every step, whether it clips or not; its callbacks only
+    come after that.
+    """
+    original = accelerator.clip_grad_norm_
+
+    @wraps(original)
+    def clip(*args: Any, **kwargs: Any) -> Any:
+        hook()
+        return original(*args, **kwargs)
+
+    accelerator.clip_grad_norm_ = clip
+
+
+def before_deepspeed_step(engine: Any, hook: Callable[[], None]) -> None:
+    """Call ``hook`` between ``engine.backward`` and ``engine.step``.
+
+    accelerate calls both inside ``backward``, so that the Trainer's callbacks come too late; it calls ``step`` only at
+    accumulation boundaries.
+    """
+    original = engine.step
+
+    @wraps(original)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        hook()
+        return original(*args, **kwargs)
+
+    engine.step = step
+
+
+def add_up(tensor: Tensor) -> Tensor:
+    """Sum over all processes, in place, in one collective."""
+    if processes() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_digests(digest: str, device: torch.device) -> list[str]:
+    """A hexadecimal digest of every process, by rank."""
+    if processes() == 1:
+        return [digest]
+    mine = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(processes())]
+    dist.all_gather(everyone, mine)
+    return [bytes(theirs.tolist()).hex() for theirs in everyone]
+
+
+def latest(step: int, device: torch.device) -> int:
+    """The largest number any process has."""
+    if processes() == 1:
+        return step
+    number = torch.tensor(step, device=device)
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return int(number.item())
+
+
+def wait_for_all() -> None:
+    """Until every process is here."""
+    if processes() > 1:
+        dist.barrier()
+
+
+def synchronize() -> None:
+    """Wait for the accelerator, so that a clock read next is true."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()

@@ -17,9 +17,10 @@ from torch import Tensor
 from llamafactory_adaptive.allocate import Allocation, allocate
 from llamafactory_adaptive.calibration import Measurement
 from llamafactory_adaptive.config import AdaptiveConfig, AdaptiveConfigError, CalibrationError, PlanError, Problem
-from llamafactory_adaptive.methods import Scores, ScoringContext, StaticMethod
+from llamafactory_adaptive.methods import DynamicMethod, Scores, ScoringContext, StaticMethod
 from llamafactory_adaptive.plan import (
     SCHEMA_VERSION,
+    ModulePlan,
     ModuleShape,
     RankPlan,
     digest_of,
@@ -79,9 +80,16 @@ Measure = Callable[[Measurement, Path], None]
 
 
 def make_method(config: AdaptiveConfig) -> StaticMethod:
-    """The configured method with its options."""
+    """The configured static method with its options."""
     method = get_method(config.method)
     made: StaticMethod = method(method.Options(**config.options))
+    return made
+
+
+def make_dynamic_method(config: AdaptiveConfig) -> DynamicMethod:
+    """The configured dynamic method with its options."""
+    method = get_method(config.method)
+    made: DynamicMethod = method(method.Options(**config.options))
     return made
 
 
@@ -112,6 +120,38 @@ def build_plan(request: PlanRequest, shapes: list[ModuleShape], measure: Measure
     scores = method.score(statistics, ScoringContext(tuple(shapes), config.lora_rank, config.calibration.seed))
     facts["planning_seconds"] = round(time.perf_counter() - started, 2)
     return allocate_plan(request, shapes, scores, facts)
+
+
+def start_plan(config: AdaptiveConfig, shapes: list[ModuleShape], provenance: Mapping[str, Any]) -> RankPlan:
+    """The over-ranked plan that a dynamic method starts from: no model, no data, equal on every process.
+
+    Raises:
+        InfeasibleBudgetError: bounds and budget do not fit each other for these modules.
+    """
+    assert config.pruning is not None
+    _spend(config, shapes, [1.0] * len(shapes))
+    modules = tuple(
+        ModulePlan(
+            shape.name,
+            shape.in_features,
+            shape.out_features,
+            rank=min(config.pruning.init_rank, config.max_rank, shape.largest_rank),
+        )
+        for shape in shapes
+    )
+    return RankPlan(
+        method=config.method,
+        options=dict(config.options),
+        budget_unit=config.budget_unit,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        modules=modules,
+        provenance={
+            **provenance,
+            "bounds": {"adaptive_min_rank": config.min_rank, "adaptive_max_rank": config.max_rank},
+            "pruning": asdict(config.pruning),
+        },
+    )
 
 
 def allocate_plan(
@@ -170,6 +210,18 @@ def read_statistics(path: Path, shapes: list[ModuleShape]) -> tuple[dict[str, Te
     }
 
 
+def check_shapes(plan: RankPlan, shapes: list[ModuleShape], source: str) -> None:
+    """Refuse a plan of another model.
+
+    Raises:
+        PlanError: naming the first differences.
+    """
+    differences = plan.differences(shapes)
+    if differences:
+        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+        raise PlanError(f"{source} does not fit the model: " + "; ".join(differences[:3]) + more)
+
+
 def check_plan(plan: RankPlan, shapes: list[ModuleShape], config: AdaptiveConfig, source: str) -> RankPlan:
     """Accept a given plan for this model and budget, or say where it differs.
 
@@ -179,10 +231,7 @@ def check_plan(plan: RankPlan, shapes: list[ModuleShape], config: AdaptiveConfig
     Raises:
         PlanError: another model, or more than the budget.
     """
-    differences = plan.differences(shapes)
-    if differences:
-        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-        raise PlanError(f"{source} does not fit the model: " + "; ".join(differences[:3]) + more)
+    check_shapes(plan, shapes, source)
     order = {shape.name: index for index, shape in enumerate(shapes)}
     plan = RankPlan(
         method=plan.method,
@@ -251,10 +300,21 @@ def _asked(config: AdaptiveConfig) -> dict[str, Any]:
         "adaptive_plan": config.plan_path,
         "adaptive_min_rank": config.min_rank,
         "adaptive_max_rank": config.max_rank,
-        **{f"adaptive_calibration_{key}": value for key, value in asdict(config.calibration).items()
-           if key != "batch_size"},
+        **_course(config),
         **{f"{config.method}_{key}": value for key, value in config.options.items()},
     }  # fmt: skip
+
+
+def _course(config: AdaptiveConfig) -> dict[str, Any]:
+    """What data or schedule ranks come from; costs (batch size, a limit on extra passes) may change on the way."""
+    if config.pruning is None:
+        facts = asdict(config.calibration)
+        return {f"adaptive_calibration_{key}": value for key, value in facts.items() if key != "batch_size"}
+    return {_pruning_key(key): value for key, value in asdict(config.pruning).items() if key != "max_overhead"}
+
+
+def _pruning_key(name: str) -> str:
+    return name if name == "seed" else f"adaptive_{name}"
 
 
 def _found(plan: RankPlan) -> dict[str, Any]:
@@ -268,6 +328,7 @@ def _found(plan: RankPlan) -> dict[str, Any]:
         "adaptive_plan": plan.provenance.get("adaptive_plan"),
         **plan.provenance.get("bounds", {}),
         **{f"adaptive_calibration_{key}": value for key, value in calibration.items()},
+        **{_pruning_key(key): value for key, value in plan.provenance.get("pruning", {}).items()},
         **{f"{plan.method}_{key}": value for key, value in plan.options.items()},
     }
 

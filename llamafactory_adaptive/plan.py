@@ -19,6 +19,7 @@ from llamafactory_adaptive.config import PlanError
 
 SCHEMA_VERSION = 1
 PLAN_FILE = "adaptive_rank_plan.json"
+LOG_FILE = "adaptive_log.jsonl"  # written as a run begins, and at each allocation
 
 
 @dataclass(frozen=True)

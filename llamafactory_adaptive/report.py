@@ -1,13 +1,16 @@
 """Tables, heat-maps and the model-card section: what a person sees of a plan. No method is known here."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from llamafactory_adaptive.plan import ModulePlan, RankPlan
+from llamafactory_adaptive.schedule import Schedule
 
 
 HEATMAP_FILE = "adaptive_ranks.png"
+HISTORY_FILE = "adaptive_rank_history.png"
 _CARD_START, _CARD_END = "<!-- llamafactory-adaptive: ranks -->", "<!-- /llamafactory-adaptive -->"
 _BYTES_PER_PARAMETER = 4  # LLaMA-Factory trains and saves LoRA factors in fp32
 
@@ -108,6 +111,53 @@ def save_heatmap(plan: RankPlan, path: Path) -> None:
     figure.colorbar(image, ax=axes, label="rank")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
+
+
+def save_history(start: RankPlan, history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw how ranks fell: mean rank per module type over optimizer steps, and the budget they had to keep.
+
+    Args:
+        start: the plan training began with.
+        history: per allocation ``step``, ``budget_asked``, ``budget_used`` and ``ranks`` of the active modules.
+        path: PNG to write.
+    """
+    from matplotlib.figure import Figure
+
+    kinds = [place(module.name)[1] for module in start.active]
+    steps = [0, *(entry["step"] for entry in history)]
+    rows = [[module.rank for module in start.active], *(entry["ranks"] for entry in history)]
+    figure = Figure(figsize=(8.0, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for kind in dict.fromkeys(kinds):
+        means = [
+            sum(rank for rank, k in zip(ranks, kinds, strict=True) if k == kind) / kinds.count(kind) for ranks in rows
+        ]
+        axes.step(steps, means, where="post", label=kind)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("mean rank")
+    axes.set_ylim(bottom=0)
+    axes.axhline(start.lora_rank, color="0.6", linestyle=":", linewidth=1)
+    axes.set_title(f"{start.method}: from rank {start.largest_rank} to the cost of uniform rank {start.lora_rank}")
+    axes.legend(ncols=2, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def schedule_table(start: RankPlan, schedule: Schedule, total_steps: int) -> str:
+    """What a dynamic method will do, as text: where it starts and the budget at a few steps."""
+    points = sorted({0, schedule.begin, *(schedule.begin + (schedule.end - schedule.begin) * i // 4 for i in (1, 2,
+    3)),
+                     schedule.end, total_steps})  # fmt: skip
+    rows = [["step", f"budget ({start.budget_unit})", "of the start"]]
+    rows += [[str(t), f"{schedule.budget(t):,}", f"{schedule.budget(t) / schedule.start_budget:.0%}"] for t in points]
+    return "\n".join(
+        [
+            f"Ranks are found during training ({start.method}, {len(start.active)} modules): all start at up to rank "
+            f"{start.largest_rank}, an allocation every {schedule.interval} steps, final from step {schedule.end} of "
+            f"{total_steps}",
+            *_align(rows),
+        ]
+    )
 
 
 def card_section(plan: RankPlan) -> str:

@@ -1,9 +1,10 @@
-"""Streaming moments of activations, and the metrics and combinations built on them. torch only.
+"""Streaming moments of activations and of importances, and the metrics built on them. torch only.
 
 Shape suffixes: ``_N`` input features of one module, ``_T`` tokens, ``_M`` modules.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -95,3 +96,64 @@ def normalise_within(metric_M: Tensor, groups: list[str]) -> Tensor:
         if mean > 0:
             result_M[members] = metric_M[members] / mean
     return result_M
+
+
+class SmoothedImportance:
+    """Running mean and running deviation of element importances (AdaLoRA, Eq. 9-10; IGU-LoRA, Eq. 10-12).
+
+    ``S <- b1 S + (1 - b1) s`` and ``U <- b2 U + (1 - b2) |s - S|`` with the new S; both start at zero. Elements come
+    in named blocks, flat, in fp32. Memory: two numbers per element.
+    """
+
+    def __init__(self, beta1: float, beta2: float) -> None:
+        self.beta1, self.beta2 = beta1, beta2
+        self.mean: dict[str, Tensor] = {}
+        self.deviation: dict[str, Tensor] = {}
+
+    def update(self, block: str, importance: Tensor, observed: Tensor | None = None) -> None:
+        """Take one observation; ``importance`` is used up as scratch.
+
+        Args:
+            block: name of the block.
+            importance: s, non-negative, any shape that stays the same.
+            observed: elements to update, of that shape; the others keep S and U. All when None.
+        """
+        if block not in self.mean:
+            self.mean[block] = torch.zeros_like(importance)
+            self.deviation[block] = torch.zeros_like(importance)
+        mean, deviation = self.mean[block], self.deviation[block]
+        step = importance.sub_(mean)
+        if observed is not None:
+            step.mul_(observed)
+        mean.add_(step, alpha=1 - self.beta1)
+        # With the new S, |s - S_new| = b1 |s - S_old|: no second look at s is needed.
+        step.abs_().mul_(self.beta1).sub_(deviation)
+        if observed is not None:
+            step.mul_(observed)
+        deviation.add_(step, alpha=1 - self.beta2)
+
+    def snr(self, block: str, epsilon: float) -> Tensor:
+        """``(S + e) / (U + e)``: a large, steady importance scores high (IGU-LoRA, Eq. 12)."""
+        return (self.mean[block] + epsilon) / (self.deviation[block] + epsilon)
+
+    def product(self, block: str) -> Tensor:
+        """``S * U`` (AdaLoRA, Eq. 11)."""
+        return self.mean[block] * self.deviation[block]
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything needed to go on, by name."""
+        return {f"mean.{block}": value for block, value in self.mean.items()} | {
+            f"deviation.{block}": value for block, value in self.deviation.items()
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave."""
+        for name, value in state.items():
+            kind, _, block = name.partition(".")
+            (self.mean if kind == "mean" else self.deviation)[block] = value
+
+
+def draw(seed: int, step: int, micro_batch: int, choices: int) -> int:
+    """A number in ``0 .. choices - 1`` that its arguments alone determine: equal on every process and after resume."""
+    text = f"{seed}/{step}/{micro_batch}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8]) % choices

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llamafactory_adaptive.bridge.arguments import Args, local_rank, our_keys, split_names
 from llamafactory_adaptive.config import AdaptiveConfig, AdaptiveConfigError, PlanError, Problem
-from llamafactory_adaptive.plan import PLAN_FILE, RankPlan, load_plan
+from llamafactory_adaptive.plan import LOG_FILE, PLAN_FILE, RankPlan, load_plan
 from llamafactory_adaptive.registry import get_method, methods
 
 
@@ -14,7 +14,7 @@ logger = logging.getLogger("llamafactory.adaptive")
 
 
 def obtain_plan(args: Args, config: AdaptiveConfig) -> tuple[RankPlan, bool]:
-    """The plan this run trains, and whether the host will load its adapter instead of making one.
+    """The plan this run trains (a dynamic method's over-ranked start), and whether the host will load its adapter.
 
     Raises:
         AdaptiveError: nothing is loaded or written when the plan cannot be had.
@@ -27,6 +27,9 @@ def obtain_plan(args: Args, config: AdaptiveConfig) -> tuple[RankPlan, bool]:
     if checkpoint is not None:
         plan = _plan_beside(checkpoint)
         pipeline.check_same_run(plan, config, str(checkpoint))
+        if config.pruning is not None:
+            pipeline.check_shapes(plan, target_shapes(args), str(checkpoint / PLAN_FILE))
+            return fresh_plan(args, config), False
         return pipeline.check_plan(plan, target_shapes(args), config, str(checkpoint / PLAN_FILE)), bool(going_on)
     if going_on:
         adapter = Path(going_on[-1])
@@ -39,6 +42,7 @@ def obtain_plan(args: Args, config: AdaptiveConfig) -> tuple[RankPlan, bool]:
 def fresh_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
     """The plan of a run that starts anew: the given file, or computed. What lies in ``output_dir`` does not matter."""
     from llamafactory_adaptive import pipeline
+    from llamafactory_adaptive.bridge import loading
     from llamafactory_adaptive.bridge.loading import target_shapes
 
     if config.plan_path:
@@ -47,6 +51,8 @@ def fresh_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
             logger.warning(f"adaptive_plan is given, so these keys are not used: {', '.join(idle)}")
         plan = pipeline.check_plan(load_plan(Path(config.plan_path)), target_shapes(args), config, config.plan_path)
         return replace(plan, provenance={**plan.provenance, "adaptive_plan": config.plan_path})
+    if config.pruning is not None:
+        return pipeline.start_plan(config, target_shapes(args), loading.provenance(args))
     return compute_plan(args, config)
 
 
@@ -94,8 +100,8 @@ def advice(plan: RankPlan, config: AdaptiveConfig) -> list[str]:
 
 
 def checkpoint_to_resume(args: Args) -> Path | None:
-    """The checkpoint the host would resume from, by its own rules."""
-    from transformers.trainer_utils import get_last_checkpoint
+    """The checkpoint the host would resume from, by its own rules, but only one that was written to its end."""
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
     wanted, output = args.get("resume_from_checkpoint"), Path(str(args["output_dir"]))
     if isinstance(wanted, str):
@@ -107,7 +113,29 @@ def checkpoint_to_resume(args: Args) -> Path | None:
     if not output.is_dir() or (wanted is None and args.get("overwrite_output_dir")):
         return None
     last = get_last_checkpoint(str(output)) if wanted is None or wanted else None
-    return Path(last) if last else None
+    if last is None or not (output / LOG_FILE).is_file():
+        return Path(last) if last else None
+    complete = [path.parent for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{PLAN_FILE}")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def what_the_host_resumes(args: Args, checkpoint: Path | None) -> Args:
+    """The settings, with the checkpoint spelled out where the host would take one that was not written to its end.
+
+    A process killed while it saves leaves such a folder. The plan is what an adaptive run writes last.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    output, wanted = Path(str(args["output_dir"])), args.get("resume_from_checkpoint")
+    if isinstance(wanted, str) or not output.is_dir() or (wanted is None and args.get("overwrite_output_dir")):
+        return args
+    last = get_last_checkpoint(str(output))
+    if last is None or wanted is False or checkpoint == Path(last):
+        return args
+    if local_rank() == 0:
+        instead = f"resuming from {checkpoint.name}" if checkpoint else "starting afresh"
+        logger.warning(f"{last} was not written to its end; {instead}")
+    return {**args, "resume_from_checkpoint": str(checkpoint) if checkpoint else False}
 
 
 def _plan_beside(adapter: Path) -> RankPlan:

@@ -16,9 +16,16 @@ from llamafactory_adaptive.bridge.arguments import (
     our_keys,
     to_mapping,
 )
-from llamafactory_adaptive.bridge.plans import advice, obtain_plan, refuse_finished_run
+from llamafactory_adaptive.bridge.plans import (
+    advice,
+    checkpoint_to_resume,
+    obtain_plan,
+    refuse_finished_run,
+    what_the_host_resumes,
+)
 from llamafactory_adaptive.bridge.validation import parse_config
 from llamafactory_adaptive.config import AdaptiveConfig, AdaptiveConfigError, Problem
+from llamafactory_adaptive.plan import RankPlan
 
 
 logger = logging.getLogger("llamafactory.adaptive")
@@ -66,7 +73,7 @@ def adaptive_training_function(
 
 def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], args: Args, adaptive: AdaptiveConfig
            ) -> None:  # fmt: skip
-    from llamafactory_adaptive.controller import AdaptiveCallback, finish
+    from llamafactory_adaptive.controller import finish
     from llamafactory_adaptive.gradients import init_deepspeed_on_cpu
 
     started = time.perf_counter()
@@ -79,16 +86,49 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], a
     if local_rank() == 0:
         for line in advice(plan, adaptive):
             logger.warning(line)
-    callback = AdaptiveCallback(plan, time.perf_counter() - started)
+    checkpoint = checkpoint_to_resume(args)
+    callback = _make_callback(plan, adaptive, checkpoint, started)
     if args.get("deepspeed") and no_accelerator():
         init_deepspeed_on_cpu()
     token = _current.set(callback)
+    host_args = what_the_host_resumes(args, checkpoint)
+    settings = config["args"] if host_args is args else host_args
     try:
-        original({**config, "callbacks": [*(config.get("callbacks") or []), callback]})
+        original({**config, "args": settings, "callbacks": [*(config.get("callbacks") or []), callback]})
     finally:
         _current.reset(token)
     if int(os.environ.get("RANK", "0")) == 0:
         finish(Path(args["output_dir"]), callback, trained_before)
+
+
+def _make_callback(plan: RankPlan, adaptive: AdaptiveConfig, checkpoint: Path | None, started: float) -> Any:
+    if adaptive.pruning is None:
+        from llamafactory_adaptive.controller import AdaptiveCallback
+
+        return AdaptiveCallback(plan, time.perf_counter() - started)
+    from llamafactory_adaptive.dynamic import DynamicCallback
+    from llamafactory_adaptive.pipeline import make_dynamic_method
+
+    method = make_dynamic_method(adaptive)
+    return DynamicCallback(plan, adaptive, method, time.perf_counter() - started, checkpoint)
+
+
+def meet_trainer(trainer_class: type) -> type:
+    """A subclass of one of the host's trainers that shows itself to the run's callback once it is built.
+
+    Callbacks are not given the Trainer, and the Trainer's accelerator is where complete, unclipped gradients are
+    found.
+    """
+
+    class Met(trainer_class):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            callback = _current.get()
+            if callback is not None:
+                callback.attach(self)
+
+    Met.__name__, Met.__qualname__, Met.__module__ = trainer_class.__name__, trainer_class.__qualname__, __name__
+    return Met
 
 
 def _refuse_stray_keys(raw: Mapping[str, Any] | list[str]) -> None:

@@ -53,6 +53,12 @@ def _lora_config(original: Any) -> Any:
     return inject_ranks(original)
 
 
+def _trainer(original: Any) -> Any:
+    from llamafactory_adaptive.bridge.runs import meet_trainer
+
+    return meet_trainer(original)
+
+
 def _training_function(original: Any) -> Any:
     from llamafactory_adaptive.bridge.runs import adaptive_training_function
 
@@ -71,11 +77,24 @@ def _launch(original: Any) -> Any:
     return checked_launch(original, require_seams)
 
 
+# Each stage's trainer, replaced where it is defined: before its workflow looks the name up.
+_TRAINERS = {
+    "pt": "CustomTrainer",
+    "sft": "CustomSeq2SeqTrainer",
+    "rm": "PairwiseTrainer",
+    "dpo": "CustomDPOTrainer",
+    "kto": "CustomKTOTrainer",
+}
+
 SEAMS = (
     Seam("llamafactory.hparams.parser", "_TRAIN_ARGS", _argument_list_fits, _with_adaptive_arguments),
     Seam("llamafactory.hparams.parser", "_INFER_ARGS", _argument_list_fits, _with_adaptive_arguments),
     Seam("llamafactory.hparams.parser", "_EVAL_ARGS", _argument_list_fits, _with_adaptive_arguments),
     Seam("llamafactory.model.adapter", "LoraConfig", lambda found: found.__name__ == "LoraConfig", _lora_config),
+    *(
+        Seam(f"llamafactory.train.{stage}.trainer", name, lambda found: isinstance(found, type), _trainer)
+        for stage, name in _TRAINERS.items()
+    ),
     Seam("llamafactory.train.tuner", "_training_function", callable, _training_function),
     Seam("llamafactory.train.tuner", "run_exp", callable, _run_exp),
     Seam("llamafactory.launcher", "launch", callable, _launch),

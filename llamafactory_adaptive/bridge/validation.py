@@ -12,15 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import Args, flag_parser, our_keys, own_names, run_seed, split_names
-from llamafactory_adaptive.checks import check_budget, check_conflicts, unknown_key_problems
+from llamafactory_adaptive.checks import (
+    check_budget,
+    check_conflicts,
+    check_kind,
+    check_pruning,
+    check_pruning_conflicts,
+    unknown_key_problems,
+)
 from llamafactory_adaptive.config import (
     AdaptiveArguments,
     AdaptiveConfig,
     AdaptiveConfigError,
     CalibrationConfig,
     Problem,
+    PruningConfig,
     check_fields,
 )
+from llamafactory_adaptive.methods import is_dynamic
 from llamafactory_adaptive.registry import get_method, methods, nearest
 
 
@@ -49,7 +58,15 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
         options, faults = check_fields(get_method(method).Options, f"{method}_", args)
         problems += faults + _foreign_options(args, method)
     lora_rank, lora_alpha, max_rank, faults = check_budget(args, common)
-    problems += faults + check_conflicts(args) + _wrong_choices(args) + _missing_files(args, common)
+    problems += faults
+    pruning: PruningConfig | None = None
+    if common["adaptive_method"] in methods():
+        dynamic = is_dynamic(get_method(common["adaptive_method"]))
+        problems += check_kind(args, common["adaptive_method"], dynamic)
+        if dynamic and common["adaptive_plan"] is None:
+            pruning, faults = check_pruning(common, lora_rank, max_rank, run_seed(args))
+            problems += faults + check_pruning_conflicts(args, options)
+    problems += check_conflicts(args) + _wrong_choices(args) + _missing_files(args, common)
     if problems:
         raise AdaptiveConfigError(problems)
     seed = common["adaptive_calibration_seed"]
@@ -68,6 +85,7 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
             batch_size=common["adaptive_calibration_batch_size"],
             seed=run_seed(args) if seed is None else seed,
         ),
+        pruning=pruning,
     )
 
 

@@ -1,7 +1,8 @@
 """Methods that turn a model and data into ranks: one file each, found through the registry.
 
-A static method scores once, before training. It is any class with the two members of :class:`StaticMethod` and an
-``Options`` dataclass whose fields become the YAML keys ``<method>_<field>``; there is nothing to inherit.
+A static method scores modules once, before training. A dynamic method watches rank-1 components while they train and
+scores those. Either is any class with the members of its protocol and an ``Options`` dataclass whose fields become the
+YAML keys ``<method>_<field>``; there is nothing to inherit.
 """
 
 from collections.abc import Mapping
@@ -59,3 +60,71 @@ class StaticMethod(Protocol):
 
     def score(self, statistics: Mapping[str, Tensor], context: ScoringContext) -> Scores:
         """Score every module from what the measurement returned. Cheap, deterministic, no model at hand."""
+
+
+@dataclass(frozen=True)
+class Orthogonality:
+    """Regulariser on the factors of ``P diag(lambda) Q``: ``weight * mean over all P and Q of the Frobenius norm``.
+
+    Attributes:
+        weight: factor of the mean.
+        form: what of the Gram matrix (``P^T P``, ``Q Q^T``) counts: its ``off_diagonal`` part, or its difference from
+            the ``identity`` (AdaLoRA, Eq. 4).
+    """
+
+    weight: float
+    form: str
+
+
+class DynamicMethod(Protocol):
+    """Ranks found while training. The adapter of every module is ``P diag(lambda) Q``, over-ranked at first.
+
+    Between backward pass and optimizer step the method sees weights and gradients, in blocks: all elements of one
+    kind (``lambda``, ``P`` or ``Q``) and shape, flat; under ZeRO the elements this process owns. What it keeps per
+    element must depend on that element alone, so that it can live where the element lives.
+
+    Attributes:
+        Options, concentration_advice: as in :class:`StaticMethod`.
+        initial_lambda: value lambda starts from.
+    """
+
+    Options: ClassVar[type[Any]]
+    concentration_advice: ClassVar[str]
+    initial_lambda: ClassVar[float]
+
+    @property
+    def orthogonality(self) -> Orthogonality | None:
+        """The regulariser to train with, if any."""
+
+    def position(self, seed: int, step: int, micro_batch: int) -> float:
+        """Factor in (0, 1] on every adapter weight in the training forward of this micro-batch; 1 trains plainly."""
+
+    def path(self, seed: int, step: int) -> list[tuple[float, float]] | None:
+        """What to observe at this step: None for the training gradient, else extra passes (an empty list for none).
+
+        Each pass is (factor on every adapter weight, weight of the gradient there); their weighted sum is observed.
+        """
+
+    def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
+        """See one block.
+
+        Args:
+            block: its name, ``<kind>/<shape>``.
+            weights, gradients: fp32, flat; ``gradients`` may be used up as scratch.
+            live: 1.0 for elements that took part, 0.0 for P and Q of components that are masked (whose gradient is
+                zero by construction and says nothing); None when all did.
+        """
+
+    def element_scores(self, block: str, weights: Tensor) -> Tensor:
+        """Score of each element. A component scores its lambda plus the means over its column of P and row of Q."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors an exact resume needs."""
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what ``state`` gave."""
+
+
+def is_dynamic(method: type[Any]) -> bool:
+    """Whether a method finds ranks during training."""
+    return hasattr(method, "observe")

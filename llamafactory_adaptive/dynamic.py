@@ -1,0 +1,346 @@
+"""Drives a dynamic method through training: observe, regularise, allocate, log, resume, cut to the ranks found.
+
+Counts optimizer steps. Every process takes every decision itself, from the same numbers, and proves that it was the
+same.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llamafactory_adaptive.allocate import keep_components
+from llamafactory_adaptive.components import Components
+from llamafactory_adaptive.config import AdaptiveConfig, GuardError, PlanError
+from llamafactory_adaptive.controller import AdaptiveCallback, agree_across_ranks
+from llamafactory_adaptive.gradients import (
+    before_clipping,
+    before_deepspeed_step,
+    find_engine,
+    synchronize,
+    wait_for_all,
+)
+from llamafactory_adaptive.methods import DynamicMethod
+from llamafactory_adaptive.plan import LOG_FILE, PLAN_FILE, ModulePlan, RankPlan, digest_of
+from llamafactory_adaptive.probing import Prober, Thinner
+from llamafactory_adaptive.report import HEATMAP_FILE, HISTORY_FILE, save_heatmap, save_history
+from llamafactory_adaptive.schedule import Schedule, make_schedule
+from llamafactory_adaptive.state import read_state, write_state
+from llamafactory_adaptive.triplet import Triplets
+
+
+DECISIONS_DIFFER = (
+    "chose other components than rank 0: their scores differ, so the processes no longer train one adapter; this is a "
+    "hardware fault or a bug, and the run stops here (the last checkpoint is intact)"
+)
+logger = logging.getLogger("llamafactory.adaptive")
+
+
+class DynamicCallback(AdaptiveCallback):
+    """One run of a dynamic method on one process.
+
+    Args:
+        start: the over-ranked plan that trains first; ``plan`` becomes the plan found.
+        config: with its pruning part.
+        method: what observes and scores.
+        overhead_seconds: what preparing cost.
+        checkpoint: what the run resumes from, if anything.
+    """
+
+    def __init__(
+        self,
+        start: RankPlan,
+        config: AdaptiveConfig,
+        method: DynamicMethod,
+        overhead_seconds: float,
+        checkpoint: Path | None,
+    ) -> None:
+        super().__init__(start, overhead_seconds)
+        assert config.pruning is not None
+        self.start, self.config, self.method, self.checkpoint = start, config, method, checkpoint
+        self.pruning = config.pruning
+        self.costs = [module.cost(config.budget_unit) for module in start.active]
+        self.thinner = Thinner(self.pruning.max_overhead)
+        self.history: list[dict[str, Any]] = []
+        self.metrics: dict[str, float] = {}
+        self.step = self.micro_batch = 0
+        self.final = False
+        self.trainer: Any = None
+        self.triplets: Triplets
+        self.components: Components
+        self.schedule: Schedule
+        self.prober: Prober | None = None
+
+    # -- before training ---------------------------------------------------------------------------------------------
+
+    def attach(self, trainer: Any) -> None:
+        """Turn the adapter into triplets before an optimizer is made; find the place before gradients are clipped."""
+        self.trainer = trainer
+        self.triplets = Triplets(trainer.model, self.start, self.method.initial_lambda, self.pruning.seed)
+        before_clipping(trainer.accelerator, self._before_clipping)
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.insert(0, callbacks.pop(callbacks.index(self)))  # loggers must find our figures in what they log
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        """Everything is where it will stay: find engine and blocks, take back the state of a resumed run."""
+        self.prove(args, model)
+        engine = find_engine(self.triplets.modules[0].q, self.trainer)
+        if self.deepspeed:
+            before_deepspeed_step(self.trainer.deepspeed, self._before_step)
+        self.components = Components(self.triplets, engine)
+        self.triplets.mask(self.triplets.masks)
+        asked = self.start.lora_rank * sum(module.cost(self.config.budget_unit) for module in self.start.modules)
+        self.schedule = make_schedule(self.pruning, state.max_steps, self._cost(self.triplets.masks), asked)
+        self.step = state.global_step
+        if self.method.path(self.pruning.seed, 0) is not None:
+            self.prober = Prober(self.trainer.model, self.components, self.pruning.seed)
+        if self.checkpoint is not None and state.global_step > 0:
+            self._restore(self.checkpoint, state.max_steps)
+        if args.should_save:
+            if state.global_step == 0:
+                self._write_log(Path(args.output_dir), {"step": 0, "event": "begin", **self._facts()})
+            else:
+                self._write_log(Path(args.output_dir), {"step": self.step, "event": "resumed", **self._facts()})
+            logger.info(
+                f"adaptive ({self.start.method}): {self.counters.modules_checked} modules start at rank "
+                f"{self.start.largest_rank}, {self.schedule.start_budget:,} {self._unit}; pruned to "
+                f"{self.schedule.target_budget:,} between steps {self.schedule.begin} and {self.schedule.end} of "
+                f"{state.max_steps}"
+            )
+
+    # -- during a step -----------------------------------------------------------------------------------------------
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
+        """First micro-batch: where on the path it runs, and whether a batch is wanted for probing."""
+        super().on_step_begin(args, state, control, lr_scheduler=lr_scheduler, **kwargs)
+        self.step, self.micro_batch = state.global_step, 0
+        self.thinner.begin()
+        self._take_position()
+        if self.prober is not None and self._path():
+            self.prober.armed = True
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Next micro-batch."""
+        self.micro_batch += 1
+        self._take_position()
+
+    def _take_position(self) -> None:
+        position = 1.0 if self.final else self.method.position(self.pruning.seed, self.step, self.micro_batch)
+        self.triplets.position.value = position
+
+    def _path(self) -> list[tuple[float, float]] | None:
+        """What to observe at this step; nothing once the mask is final."""
+        if self.final:
+            return []
+        path = self.method.path(self.pruning.seed, self.step)
+        return [] if path and not self.thinner.due(self.step) else path
+
+    def _before_clipping(self) -> None:
+        if not self.deepspeed:  # its own place is before engine.step; here it is over
+            self._before_step()
+
+    def _before_step(self) -> None:
+        """Gradients are complete and not clipped: observe them, then add what the optimizer shall see besides."""
+        self.thinner.trained()
+        started, path = time.perf_counter(), self._path()
+        if path is None:
+            self.components.observe(self.method, overflow_is_possible=self.trainer.args.fp16)
+            self.counters.observations += 1
+        elif path:
+            self._probe(path)
+        if self.method.orthogonality is not None:
+            self.components.regularise(self.method.orthogonality)
+        self.components.hold_masked()
+        self.overhead_seconds += time.perf_counter() - started
+
+    def _probe(self, path: Sequence[tuple[float, float]]) -> None:
+        assert self.prober is not None
+        synchronize()
+        started = time.perf_counter()
+        self.components.observe_given(self.method, self.prober.gradients(path))
+        synchronize()
+        self.thinner.probed(self.step, time.perf_counter() - started, self.trainer.args.device)
+        self.counters.observations += 1
+        self.counters.probes += 1
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        """Missing gradients were found before, by the components."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluation and saving see the whole adapter; allocate where the schedule says so."""
+        super().on_step_end(args, state, control, **kwargs)
+        self.step, self.triplets.position.value = state.global_step, 1.0
+        if not self.final and self.schedule.due(self.step):
+            self._allocate(self.schedule.budget(self.step), self.schedule.is_final(self.step))
+
+    # -- allocation --------------------------------------------------------------------------------------------------
+
+    def _allocate(self, budget: int, final: bool) -> None:
+        """Keep the best components under ``budget``, and prove that every process kept the same."""
+        started, args = time.perf_counter(), self.trainer.args
+        if self.counters.observations == 0:
+            raise GuardError(
+                f"components are to be chosen at step {self.step}, but none was observed: {self.counters}"
+            )
+        scores = self.components.scores(self.method)
+        upper = [min(self.config.max_rank, module.rank) for module in self.start.active]
+        lower = [min(self.config.min_rank, high) for high in upper]
+        try:
+            masks = keep_components(scores, self.costs, budget, lower, upper)
+        except ValueError as error:
+            raise GuardError(f"step {self.step}: {error}; training has diverged, lower learning_rate") from error
+        agree_across_ranks(digest_of(masks), args.device, DECISIONS_DIFFER)
+        before, after = self.triplets.ranks(), [sum(row) for row in masks]
+        flips = sum(
+            a != b for old, new in zip(self.triplets.masks, masks, strict=True) for a, b in zip(old, new, strict=True)
+        )
+        self.triplets.mask(masks)
+        self.final = final
+        self.counters.allocations += 1
+        self.overhead_seconds += time.perf_counter() - started
+        line = {
+            "step": self.step,
+            "event": "allocation",
+            "budget_asked": budget,
+            "budget_used": self._cost(masks),
+            "components_changed": flips,
+            "grown": sum(new > old for old, new in zip(before, after, strict=True)),
+            "shrunk": sum(new < old for old, new in zip(before, after, strict=True)),
+            "final": final,
+            "ranks": after,
+        }
+        self.history.append({key: line[key] for key in ("step", "budget_asked", "budget_used", "ranks")})
+        self.metrics = {
+            f"adaptive/{key}": float(line[key])  # type: ignore[arg-type]
+            for key in ("budget_asked", "budget_used", "components_changed", "grown", "shrunk")
+        } | {"adaptive/mean_rank": sum(after) / len(after)}
+        if args.should_save:
+            self._write_log(Path(args.output_dir), {**line, **self._facts()})
+
+    def _cost(self, masks: list[list[bool]]) -> int:
+        return sum(cost * sum(row) for cost, row in zip(self.costs, masks, strict=True))
+
+    @property
+    def _unit(self) -> str:
+        return "parameters" if self.config.budget_unit == "params" else "ranks"
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "method": self.start.method,
+            "counters": asdict(self.counters),
+            "overhead_seconds": round(self.overhead_seconds, 3),
+            "probing_seconds": round(self.thinner.probing, 3),
+            "time": time.time(),
+        }
+
+    def _write_log(self, output: Path, line: Mapping[str, Any]) -> None:
+        output.mkdir(parents=True, exist_ok=True)
+        with open(output / LOG_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Add the last allocation's figures to what goes to TensorBoard, W&B and the log history."""
+        if logs is not None and "loss" in logs and self.metrics:
+            figures = {**self.metrics, "adaptive/overhead_seconds": round(self.overhead_seconds, 3)}
+            logs.update(figures)
+            state.log_history[-1].update(figures)
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    def found(self) -> RankPlan:
+        """The start plan at the ranks now in use."""
+        ranks = dict(zip((module.name for module in self.start.active), self.triplets.ranks(), strict=True))
+        modules: list[ModulePlan] = [replace(m, rank=ranks.get(m.name, 0)) for m in self.start.modules]
+        return replace(self.start, modules=tuple(modules))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the exact state beside a checkpoint's plain adapter; the plan comes last and says that all is there."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        document = {
+            "step": state.global_step,
+            "total_steps": state.max_steps,
+            "final": self.final,
+            "masks": {
+                module.name: "".join("1" if flag else "0" for flag in row)
+                for module, row in zip(self.triplets.modules, self.triplets.masks, strict=True)
+            },
+            "history": self.history,
+            "counters": asdict(self.counters),
+            "thinner": self.thinner.state(),
+            "overhead_seconds": self.overhead_seconds,
+            "metrics": self.metrics,
+        }
+        tensors = {f"method.{key}": value for key, value in self.method.state().items()}
+        if not self.deepspeed:  # DeepSpeed's own checkpoint holds the factors, with their fp32 copies
+            tensors |= {
+                f"{kind}.{module.name}": parameter.detach()
+                for module in self.triplets.modules
+                for kind, parameter in module.parameters().items()
+            }
+        write_state(folder, tensors, document, self.components.engine.partitioned, args.should_save)
+        wait_for_all()
+        if args.should_save:
+            self.found().save(folder / PLAN_FILE)
+
+    def _restore(self, folder: Path, total_steps: int) -> None:
+        """Take back what :meth:`on_save` wrote.
+
+        Raises:
+            PlanError: the state is missing, of other modules, or of a run of another length.
+        """
+        tensors, document = read_state(folder, self.components.engine.partitioned)
+        names = [module.name for module in self.triplets.modules]
+        if list(document["masks"]) != names:
+            raise PlanError(f"{folder} holds the state of other modules; use another output_dir")
+        if document["total_steps"] != total_steps and not document["final"]:
+            raise PlanError(
+                f"{folder} belongs to a run of {document['total_steps']} steps and this one has {total_steps}: the "
+                "schedule is a share of them; set max_steps or num_train_epochs back, or use another output_dir"
+            )
+        masks = [[flag == "1" for flag in document["masks"][name]] for name in names]
+        device = self.triplets.modules[0].q.device
+        method = {k.removeprefix("method."): v.to(device) for k, v in tensors.items() if k.startswith("method.")}
+        self.method.load(method)
+        if not self.deepspeed:
+            for module in self.triplets.modules:
+                for kind, parameter in module.parameters().items():
+                    parameter.data.copy_(tensors[f"{kind}.{module.name}"])
+        self.triplets.mask(masks)
+        self.final, self.history, self.metrics = document["final"], document["history"], document["metrics"]
+        self.thinner.load(document["thinner"])
+        self.overhead_seconds += document["overhead_seconds"]
+        for name in ("observations", "probes", "allocations", "steps"):
+            setattr(self.counters, name, document["counters"][name])
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        """Within budget whatever happened, then plain LoRA at the ranks found."""
+        self.triplets.position.value = 1.0
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self.step = int(state.best_model_checkpoint.rpartition("-")[2])
+            self._restore(Path(state.best_model_checkpoint), state.max_steps)
+        if not self.final:
+            if args.should_save:
+                logger.warning(
+                    f"adaptive: the adapter of step {self.step} was not yet within budget (ranks are final from step "
+                    f"{self.schedule.end}); it is pruned now, without training afterwards"
+                )
+            self._allocate(self.schedule.target_budget, final=True)
+        self.plan = self.found()
+        self.triplets.finish(model, self.plan)
+        if args.should_save:
+            output = Path(args.output_dir)
+            self.plan.save(output / PLAN_FILE)
+            save_heatmap(self.plan, output / HEATMAP_FILE)
+            save_history(self.start, self.history, output / HISTORY_FILE)
+
+    def judge(self) -> None:
+        """A run that never allocated, or never saw a gradient, did not do what it was asked."""
+        if self.counters.allocations == 0 or self.counters.observations == 0:
+            raise GuardError(f"the run asked for {self.start.method} but no component was chosen: {self.counters}")

@@ -1,0 +1,71 @@
+"""AdaLoRA (arXiv 2303.10512), as a baseline: prunes components by the smoothed product of gradient and weight.
+
+Element importance ``s = |w dL/dw|`` (Eq. 8), smoothed to S and U (Eq. 9-10), score ``S * U`` (Eq. 11); a component
+adds its lambda's score and the means over its column of P and row of Q (Eq. 7). P, Q ~ N(0, 0.02), lambda starts at 0;
+the regulariser is the Frobenius norm of Gram - I (Eq. 4), weight 0.5 as in PEFT. Schedule, budgets, masks, engines,
+resume and export are the ones of ``igu``, so that the two differ in the score alone; what ``igu`` says of masked
+components holds here too.
+
+Cost: two fp32 numbers per adapter weight and a few element-wise passes over the adapter per step.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from llamafactory_adaptive.config import option
+from llamafactory_adaptive.methods import Orthogonality
+from llamafactory_adaptive.stats import SmoothedImportance
+
+
+@dataclass(frozen=True)
+class AdaloraOptions:
+    """YAML keys ``adalora_*``."""
+
+    beta1: float = option(0.85, "Smoothing of the importance.", low=0.0, high=0.9999)
+    beta2: float = option(0.85, "Smoothing of its deviation.", low=0.0, high=0.9999)
+    orthogonality_weight: float = option(0.5, "Weight of the regulariser |Gram - I|.", low=0.0, high=1e6)
+
+
+class Adalora:
+    """The method registered as ``adalora``."""
+
+    Options: ClassVar[type[AdaloraOptions]] = AdaloraOptions
+    concentration_advice: ClassVar[str] = ""
+    initial_lambda: ClassVar[float] = 0.0
+
+    def __init__(self, options: AdaloraOptions) -> None:
+        self.options = options
+        self.importance = SmoothedImportance(options.beta1, options.beta2)
+
+    @property
+    def orthogonality(self) -> Orthogonality | None:
+        """Gram against the identity."""
+        weight = self.options.orthogonality_weight
+        return Orthogonality(weight, "identity") if weight else None
+
+    def position(self, seed: int, step: int, micro_batch: int) -> float:
+        """Trains plainly."""
+        return 1.0
+
+    def path(self, seed: int, step: int) -> None:
+        """The training gradient."""
+        return None
+
+    def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
+        """Smooth ``s = |w g|``."""
+        self.importance.update(block, gradients.mul_(weights).abs_(), live)
+
+    def element_scores(self, block: str, weights: Tensor) -> Tensor:
+        """``S * U``."""
+        return self.importance.product(block)
+
+    def state(self) -> dict[str, Tensor]:
+        """Running means and deviations."""
+        return self.importance.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take them back."""
+        self.importance.load(state)

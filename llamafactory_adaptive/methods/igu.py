@@ -1,0 +1,134 @@
+"""IGU-LoRA (arXiv 2603.13792): starts over-ranked, prunes components by integrated gradients and uncertainty.
+
+Adapter (Eq. 2): ``Delta W = P diag(lambda) Q``, P, Q ~ N(0, 0.02), lambda = 0.1, rank 2 x ``lora_rank``. A component
+is lambda_i, column i of P, row i of Q.
+
+Importance of an element w, by ``importance``:
+
+    integrated  IG(w) = w int_0^1 dL(a theta)/dw da, theta all adapter weights (Eq. 4-7); trapezoid with N intervals.
+                Per step the estimator takes the end points and one random interior node k:
+                w/N [ g(0)/2 + (N-1) g(k/N) + g(1)/2 ]; g(0) = 0, since P diag(lambda) Q is a product of three.
+    shrink      the training forward runs at a random a = k/N (output of the adapter times a^3); s = |w dL/dw| with the
+                gradient that trains (released implementation; no extra pass)
+    off         s = |w dL/dw| at a = 1 (the paper's ablation)
+
+Smoothing (Eq. 10-12): S <- b1 S + (1-b1) s; U <- b2 U + (1-b2)|s - S|; score (S + e)/(U + e). A component scores
+score(lambda_i) + mean_k score(P_ki) + mean_k score(Q_ik) (Eq. 3); the globally best are kept under the cubic budget.
+
+What differs: t_i and t_f are ratios of all steps. A masked component keeps its weights and stays exactly off until it
+comes back (the released code lets it drift between allocations, over budget); its P and Q, whose gradient is zero only
+because of the mask, keep S and U meanwhile. Scores see the gradient of the loss without the regulariser, before
+clipping. Once the mask is final, nothing is scored and ``shrink`` trains at a = 1. ``integrated`` takes |IG|.
+
+Cost: shrink and off, two fp32 numbers per adapter weight and a few element-wise passes over the adapter per step;
+integrated, two more forward-backward passes per probed step.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from llamafactory_adaptive.config import option
+from llamafactory_adaptive.methods import Orthogonality
+from llamafactory_adaptive.stats import SmoothedImportance, draw
+
+
+@dataclass(frozen=True)
+class IguOptions:
+    """YAML keys ``igu_*``."""
+
+    importance: str = option(
+        "shrink",
+        "Gradient that is scored: shrink trains and scores at a random point of the path from 0 to the adapter (no "
+        "extra pass), integrated probes the path with extra passes, off scores the plain gradient.",
+        choices=("shrink", "integrated", "off"),
+    )
+    intervals: int = option(20, "Intervals N of the path from 0 to the adapter.", unit="intervals", low=2, high=10_000)
+    probe_interval: int = option(
+        1, "Optimizer steps from one probe to the next, for importance: integrated.", unit="steps", low=1
+    )
+    uncertainty: str = option(
+        "snr",
+        "How mean S and deviation U of the importance combine: snr is S / U, product is S * U (AdaLoRA).",
+        choices=("snr", "product"),
+    )
+    lambda_term: str = option(
+        "snr",
+        "What lambda adds to a component's score: snr, its own score (released code), or magnitude, |lambda| (paper).",
+        choices=("snr", "magnitude"),
+    )
+    beta1: float = option(0.85, "Smoothing of the importance.", low=0.0, high=0.9999)
+    beta2: float = option(0.85, "Smoothing of its deviation.", low=0.0, high=0.9999)
+    epsilon: float = option(1e-6, "Added to S and U before they are divided.", low=1e-30, high=1.0)
+    orthogonality: str = option(
+        "off_diagonal",
+        "Regulariser on the Gram matrices of P and Q: their off_diagonal part, their difference from the identity, "
+        "or none.",
+        choices=("off_diagonal", "identity", "none"),
+    )
+    orthogonality_weight: float = option(1.0, "Weight of the regulariser.", low=0.0, high=1e6)
+
+
+class Igu:
+    """The method registered as ``igu``."""
+
+    Options: ClassVar[type[IguOptions]] = IguOptions
+    concentration_advice: ClassVar[str] = ""
+    initial_lambda: ClassVar[float] = 0.1
+
+    def __init__(self, options: IguOptions) -> None:
+        self.options = options
+        self.importance = SmoothedImportance(options.beta1, options.beta2)
+
+    @property
+    def orthogonality(self) -> Orthogonality | None:
+        """As configured."""
+        if self.options.orthogonality == "none" or self.options.orthogonality_weight == 0:
+            return None
+        return Orthogonality(self.options.orthogonality_weight, self.options.orthogonality)
+
+    def position(self, seed: int, step: int, micro_batch: int) -> float:
+        """``shrink`` draws one of 1/N .. 1."""
+        if self.options.importance != "shrink":
+            return 1.0
+        return (1 + draw(seed, step, micro_batch, self.options.intervals)) / self.options.intervals
+
+    def path(self, seed: int, step: int) -> list[tuple[float, float]] | None:
+        """``integrated`` probes one random interior node and the end point, every ``probe_interval`` steps."""
+        if self.options.importance != "integrated":
+            return None
+        if step % self.options.probe_interval:
+            return []
+        return sampled_path(self.options.intervals, 1 + draw(seed, step, 0, self.options.intervals - 1))
+
+    def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
+        """Smooth ``s = |w g|``."""
+        self.importance.update(block, gradients.mul_(weights).abs_(), live)
+
+    def element_scores(self, block: str, weights: Tensor) -> Tensor:
+        """SNR or product; for lambda its magnitude where asked."""
+        if block.startswith("lambda") and self.options.lambda_term == "magnitude":
+            return weights.abs()
+        if self.options.uncertainty == "product":
+            return self.importance.product(block)
+        return self.importance.snr(block, self.options.epsilon)
+
+    def state(self) -> dict[str, Tensor]:
+        """Running means and deviations."""
+        return self.importance.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take them back."""
+        self.importance.load(state)
+
+
+def trapezoid_path(intervals: int) -> list[tuple[float, float]]:
+    """All nodes of the trapezoid rule over [0, 1] but a = 0, where the gradient of a product of three is zero."""
+    return [(k / intervals, (1.0 if k < intervals else 0.5) / intervals) for k in range(1, intervals + 1)]
+
+
+def sampled_path(intervals: int, node: int) -> list[tuple[float, float]]:
+    """An unbiased estimate of :func:`trapezoid_path` for a uniformly drawn interior ``node``."""
+    return [(node / intervals, (intervals - 1) / intervals), (1.0, 0.5 / intervals)]

@@ -1,0 +1,132 @@
+"""Extra passes along the path from "no adapter" to the current one, on a batch of the run, beside the training step.
+
+Gradients are taken with respect to copies of the adapter, so that neither ``.grad``, nor the hooks of DDP and ZeRO,
+nor the random state of the training notices.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llamafactory_adaptive.components import Components
+from llamafactory_adaptive.config import GuardError
+from llamafactory_adaptive.gradients import latest
+
+
+class _Passes(nn.Module):
+    """All passes in one forward: ``functional_call`` must still hold while gradient checkpointing recomputes."""
+
+    def __init__(self, model: nn.Module, components: Components, seed: int) -> None:
+        super().__init__()
+        self.model = model
+        self.position = components.triplets.position
+        self.seed = seed
+
+    def forward(self, inputs: Mapping[str, Any], path: Sequence[tuple[float, float]]) -> None:
+        """Leave ``sum_i weight_i dL/dw(a_i theta)`` in the gradients."""
+        for factor, weight in path:
+            torch.manual_seed(self.seed)  # the same dropout at every node of the path
+            self.position.value = factor
+            loss = self.model(**inputs).loss
+            if loss is None:
+                raise GuardError("the model returns no loss for a training batch, so the path cannot be probed")
+            # The forward sees every weight times a, so its gradient is a times the one at a * theta.
+            (loss * (weight / factor)).backward()
+
+
+class Prober:
+    """Keeps one batch per probed step and probes on it.
+
+    Args:
+        model: the model inside DDP or DeepSpeed.
+        components: of its adapter.
+        seed: of dropout while probing.
+    """
+
+    def __init__(self, model: nn.Module, components: Components, seed: int) -> None:
+        self.model, self.components, self.seed = model, components, seed
+        self.inputs: dict[str, Any] | None = None
+        self.armed = False
+        model.register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, module: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
+        if self.armed:
+            self.inputs, self.armed = {k: v for k, v in inputs.items() if k != "num_items_in_batch"}, False
+
+    def gradients(self, path: Sequence[tuple[float, float]]) -> list[list[Tensor]]:
+        """Weighted sum of the gradients at the nodes of ``path``, per block of the components, on the kept batch.
+
+        Raises:
+            GuardError: no batch was seen, or the model returns no loss.
+        """
+        if self.inputs is None:
+            raise GuardError("no training batch reached the model since the step began")
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        blocks = self.components.blocks
+        copies = [[p.detach().clone().requires_grad_() for p in block.parameters] for block in blocks]
+        swapped = {
+            f"model.{names[id(parameter)]}": copy
+            for block, row in zip(blocks, copies, strict=True)
+            for parameter, copy in zip(block.parameters, row, strict=True)
+        }
+        passes = _Passes(self.model, self.components, self.seed)
+        before = self.components.triplets.position.value
+        try:
+            device = blocks[0].parameters[0].device
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.func.functional_call(passes, swapped, (self.inputs, path), strict=False)
+        finally:
+            self.components.triplets.position.value = before
+            self.inputs = None
+        return [[torch.zeros_like(copy) if copy.grad is None else copy.grad for copy in row] for row in copies]
+
+
+class Thinner:
+    """Spaces probes out so that they stay within a share of the training time. All processes agree on each date.
+
+    Args:
+        limit: seconds of probing per second of training; None for no limit.
+    """
+
+    def __init__(self, limit: float | None) -> None:
+        self.limit = limit
+        self.probing = 0.0
+        self.training = 0.0
+        self.probes = self.steps = self.next_step = 0
+        self._since: float | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether a probe at this step would fit."""
+        return step >= self.next_step
+
+    def begin(self) -> None:
+        """An optimizer step begins."""
+        self._since = time.perf_counter()
+
+    def trained(self) -> None:
+        """Its own passes are over."""
+        if self._since is not None:
+            self.training += time.perf_counter() - self._since
+            self.steps += 1
+
+    def probed(self, step: int, seconds: float, device: torch.device) -> None:
+        """A probe took ``seconds``: set the date of the next one."""
+        self.probing += seconds
+        self.probes += 1
+        if self.limit is None:
+            return
+        missing = (self.probing + self.probing / self.probes) / self.limit - self.training
+        wait = missing / max(self.training / max(self.steps, 1), 1e-9)
+        self.next_step = latest(step + max(1, int(wait) + 1), device)
+
+    def state(self) -> dict[str, float]:
+        """For a checkpoint."""
+        return {key: getattr(self, key) for key in ("probing", "training", "probes", "steps", "next_step")}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Take back what :meth:`state` gave."""
+        for key, value in state.items():
+            setattr(self, key, value)

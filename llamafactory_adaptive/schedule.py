@@ -1,0 +1,50 @@
+"""When a dynamic method prunes, and down to what: the cubic budget schedule. Pure: no torch, no input or output."""
+
+from dataclasses import dataclass
+
+from llamafactory_adaptive.config import PruningConfig
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Budget over optimizer steps (AdaLoRA, Eq. 12; IGU-LoRA uses the same).
+
+    ``b(t) = b_T + (b_0 - b_T) (1 - (t - t_i) / (t_f - t_i))^3`` for ``t_i < t < t_f``; ``b_0`` before, ``b_T`` after.
+
+    Attributes:
+        begin: t_i, the last step with everything on.
+        end: t_f, the step after which the ranks are final.
+        interval: optimizer steps between allocations.
+        start_budget, target_budget: b_0 and b_T, in budget units.
+    """
+
+    begin: int
+    end: int
+    interval: int
+    start_budget: int
+    target_budget: int
+
+    def budget(self, step: int) -> int:
+        """Budget units allowed after ``step`` optimizer steps, rounded down."""
+        if step <= self.begin:
+            return self.start_budget
+        if step >= self.end:
+            return self.target_budget
+        # Whole numbers throughout: a float could round the same step differently on another machine.
+        width, left = self.end - self.begin, self.end - step
+        return self.target_budget + (self.start_budget - self.target_budget) * left**3 // width**3
+
+    def due(self, step: int) -> bool:
+        """Whether an allocation follows after ``step`` optimizer steps."""
+        return step == self.end or (self.begin < step < self.end and step % self.interval == 0)
+
+    def is_final(self, step: int) -> bool:
+        """Whether the ranks no longer change after ``step`` optimizer steps."""
+        return step >= self.end
+
+
+def make_schedule(pruning: PruningConfig, total_steps: int, start_budget: int, target_budget: int) -> Schedule:
+    """Turn ratios into steps. Even one step leaves room for one observation before the final allocation."""
+    begin = min(int(pruning.warmup_ratio * total_steps), total_steps - 1)
+    end = max(begin + 1, total_steps - round(pruning.final_ratio * total_steps))
+    return Schedule(begin, end, pruning.interval, start_budget, target_budget)
