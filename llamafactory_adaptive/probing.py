@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llamafactory_adaptive.components import Components
 from llamafactory_adaptive.config import GuardError
-from llamafactory_adaptive.gradients import latest
+from llamafactory_adaptive.gradients import latest, processes
 
 
 class _Passes(nn.Module):
@@ -33,8 +33,10 @@ class _Passes(nn.Module):
             loss = self.model(**inputs).loss
             if loss is None:
                 raise GuardError("the model returns no loss for a training batch, so the path cannot be probed")
-            # The forward sees every weight times a, so its gradient is a times the one at a * theta.
-            (loss * (weight / factor)).backward()
+            # The forward sees every weight times a, so its gradient is a times the one at a * theta. A loss that is
+            # already divided by the tokens of all processes is a share of the mean: as many shares make it whole.
+            shares = processes() if inputs.get("num_items_in_batch") is not None else 1
+            (loss * (weight * shares / factor)).backward()
 
 
 class Prober:
@@ -54,7 +56,7 @@ class Prober:
 
     def _keep(self, module: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
         if self.armed:
-            self.inputs, self.armed = {k: v for k, v in inputs.items() if k != "num_items_in_batch"}, False
+            self.inputs, self.armed = dict(inputs), False
 
     def gradients(self, path: Sequence[tuple[float, float]]) -> list[list[Tensor]]:
         """Weighted sum of the gradients at the nodes of ``path``, per block of the components, on the kept batch.

@@ -65,6 +65,6 @@ def read_state(folder: Path, partitioned: bool) -> tuple[dict[str, Tensor], dict
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise PlanError(
-            f"{folder} has no complete adaptive state ({type(error).__name__}: {error}); resume from another
-            checkpoint"
+            f"{folder} has no complete adaptive state ({type(error).__name__}: {error}); resume from an earlier "
+            "checkpoint"
         ) from error

@@ -26,3 +26,17 @@ def water_filled(share: np.ndarray, cost: np.ndarray, budget: float, low: np.nda
         spent = (np.clip(level * share, low, high) * cost).sum()
         under, over = (level, over) if spent < budget else (under, level)
     return np.clip(under * share, low, high)
+
+
+def smoothed(importances: list[np.ndarray], beta1: float = 0.85, beta2: float = 0.85) -> tuple[np.ndarray, np.ndarray]:
+    """IGU-LoRA, Eq. 10-11."""
+    mean, deviation = np.zeros_like(importances[0]), np.zeros_like(importances[0])
+    for s in importances:
+        mean = beta1 * mean + (1 - beta1) * s
+        deviation = beta2 * deviation + (1 - beta2) * abs(s - mean)
+    return mean, deviation
+
+
+def component_scores(lam: np.ndarray, p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """IGU-LoRA, Eq. 3, of element scores: lam (r,), P (d_out, r), Q (r, d_in)."""
+    return np.array([lam[i] + p[:, i].mean() + q[i].mean() for i in range(len(lam))])

@@ -139,3 +139,10 @@ def settings(model: Path, data: Path, output: Path, **more: Any) -> dict[str, An
         "adaptive_calibration_batch_size": 3,
         **more,
     }
+
+
+def pruning_settings(model: Path, data: Path, output: Path, **more: Any) -> dict[str, Any]:
+    """The same for a method that prunes during training: twelve steps, allocations at 2, 4, 6 and, final, 8."""
+    plain = settings(model, data, output)
+    kept = {key: value for key, value in plain.items() if not key.startswith("adaptive_calibration")}
+    return {**kept, "adaptive_method": "igu", "max_steps": 12, "adaptive_interval": 2, "seed": 3, **more}

@@ -10,7 +10,7 @@ from tiny import ARCHITECTURES, TARGETS, rows, tiny_model
 
 from llamafactory_adaptive.calibration import InputSecondMoments, make_batches
 from llamafactory_adaptive.config import CalibrationError
-from llamafactory_adaptive.methods import ScoringContext
+from llamafactory_adaptive.methods import ScoringContext, is_dynamic
 from llamafactory_adaptive.methods.sensitivity import Sensitivity, SensitivityOptions
 from llamafactory_adaptive.plan import ModuleShape
 from llamafactory_adaptive.registry import get_method, methods
@@ -27,6 +27,8 @@ def context(model, seed=5):
 
 def variants():
     for name in methods():
+        if is_dynamic(get_method(name)):
+            continue  # tests/unit/test_dynamic.py
         yield pytest.param(name, {}, id=name)
     yield pytest.param("sensitivity", {"weighting": "gradient"}, id="sensitivity-gradient")
 

@@ -1,0 +1,39 @@
+"""What the tests of dynamic methods share: a tiny PEFT model with triplets in it, as a run would have it."""
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import TARGETS, tiny_model
+
+from llamafactory_adaptive.adapter import lora_config_arguments
+from llamafactory_adaptive.components import Components
+from llamafactory_adaptive.gradients import WholeEngine
+from llamafactory_adaptive.plan import ModulePlan, RankPlan
+from llamafactory_adaptive.triplet import Triplets
+
+
+def start_plan(model, rank: int = 4, lora_rank: int = 2) -> RankPlan:
+    modules = tuple(
+        ModulePlan(name, module.in_features, module.out_features, rank=rank)
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in TARGETS
+    )
+    return RankPlan("igu", {}, "params", lora_rank, 2.0 * lora_rank, modules)
+
+
+def triplet_model(architecture: str = "llama", rank: int = 4, initial_lambda: float = 0.1, **sizes: Any):
+    """A PEFT model, its triplets and their components."""
+    base = tiny_model(architecture, **sizes)
+    plan = start_plan(base, rank)
+    model = get_peft_model(base, LoraConfig(**lora_config_arguments(plan), task_type="CAUSAL_LM"))
+    triplets = Triplets(model, plan, initial_lambda, seed=1)
+    return model, triplets, Components(triplets, WholeEngine())
+
+
+def scatter(triplets: Triplets, seed: int = 0, std: float = 0.3) -> None:
+    """Larger random factors than at the start, so that the adapter matters."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in triplets.modules:
+        for parameter in module.parameters().values():
+            parameter.data.copy_(std * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))

@@ -1,0 +1,298 @@
+"""Runs that find their ranks while they train, through LLaMA-Factory's own entry, in this process, on tiny models."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_training import Keep, logits, peft_logits, train
+from tiny import ARCHITECTURES, pruning_settings, save_tiny, settings
+
+from llamafactory_adaptive.config import AdaptiveConfigError, GuardError, PlanError
+from llamafactory_adaptive.plan import load_plan
+
+
+pytestmark = pytest.mark.slow
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "adaptive_log.jsonl").read_text().splitlines()]
+
+
+def allocations(out):
+    return [line for line in lines(out) if line["event"] == "allocation"]
+
+
+def adapters_equal(first, second):
+    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_the_adapter_is_cut_to_the_ranks_found_and_equals_the_live_model(architecture, data_dir, tmp_path):
+    base = save_tiny(tmp_path / "base", architecture)
+    out = tmp_path / "out"
+    keep = train(pruning_settings(base, data_dir, out, save_strategy="steps", save_steps=5, logging_steps=1))
+    plan = load_plan(out / "adaptive_rank_plan.json")
+    assert plan.method == "igu"
+    assert len(set(plan.ranks().values())) > 2
+    assert 0 <= plan.budget()["left_parameters"] < min(m.parameters_per_rank for m in plan.modules if m.rank < 8)
+    tensors = load_file(out / "adapter_model.safetensors")
+    assert sum(t.numel() for t in tensors.values()) == plan.budget()["used_parameters"]
+    live = logits(keep.model)
+    with keep.model.disable_adapter():
+        assert (logits(keep.model) - live).abs().max() > 1e-3, "the adapter should do something"
+    assert (peft_logits(base, out) - live).abs().max() <= 1e-4
+
+    found = allocations(out)
+    assert [line["step"] for line in found] == [2, 4, 6, 8]
+    assert all(line["budget_used"] <= line["budget_asked"] for line in found)
+    assert [line["budget_asked"] for line in found] == sorted((line["budget_asked"] for line in found), reverse=True)
+    assert found[-1]["final"]
+    assert found[-1]["budget_asked"] == 4096 == plan.budget()["asked_parameters"]
+    assert found[-1]["ranks"] == list(plan.ranks().values())
+    assert any(line["grown"] for line in found), "components should come back, too"
+    assert any(line["shrunk"] for line in found)
+    assert found[-1]["counters"]["observations"] == 8, "nothing is scored once the ranks are final"
+
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    seen = [entry["adaptive/budget_used"] for entry in history if "adaptive/budget_used" in entry]
+    assert seen[-1] == found[-1]["budget_used"]
+    for picture in ("adaptive_ranks.png", "adaptive_rank_history.png"):
+        assert (out / picture).stat().st_size > 5000
+    assert "## Adaptive ranks: igu" in (out / "README.md").read_text()
+
+    # A checkpoint is a plain adapter at the full live shape that can be served as it is.
+    config = json.loads((out / "checkpoint-5" / "adapter_config.json").read_text())
+    assert config["r"] == 8
+    assert config["lora_alpha"] / config["r"] == 2.0
+    assert torch.isfinite(peft_logits(base, out / "checkpoint-5")).all()
+
+
+def test_a_second_run_trains_afresh_on_the_ranks_found(tiny_llama, data_dir, tmp_path):
+    train(pruning_settings(tiny_llama, data_dir, tmp_path / "first"))
+    path = tmp_path / "first" / "adaptive_rank_plan.json"
+    args = pruning_settings(tiny_llama, data_dir, tmp_path / "second", adaptive_plan=str(path), max_steps=2)
+    train(args)
+    assert load_plan(tmp_path / "second" / "adaptive_rank_plan.json").ranks() == load_plan(path).ranks()
+    assert not (tmp_path / "second" / "adaptive_rank_history.png").exists()
+
+
+EVALUATE = {"eval_dataset": "tiny_eval", "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps",
+            "save_steps": 1}  # fmt: skip
+CASES = {
+    "adalora": {"adaptive_method": "adalora", "lora_dropout": 0.1},
+    "integrated": {"igu_importance": "integrated", "igu_probe_interval": 2, "lora_dropout": 0.1},
+    "off": {"igu_importance": "off", "igu_orthogonality": "identity", "igu_uncertainty": "product",
+            "igu_lambda_term": "magnitude"},
+    "accumulation": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
+    "no_clipping": {"max_grad_norm": 0.0, "igu_orthogonality": "none"},
+    "bf16_no_checkpointing": {"bf16": True, "disable_gradient_checkpointing": True},
+    "ranks_budget": {"adaptive_budget_unit": "ranks", "adaptive_min_rank": 0},
+    "epochs": {"max_steps": -1, "num_train_epochs": 1.0},
+    "dpo": {"stage": "dpo", "dataset": "tiny_pairs", "pref_beta": 0.1},
+    "kto": {"stage": "kto", "dataset": "tiny_kto"},
+    "rm": {"stage": "rm", "dataset": "tiny_pairs", "save_strategy": "steps", "save_steps": 6},
+    "pt": {"stage": "pt", "dataset": "tiny_raw", "igu_importance": "integrated"},
+    "packing": {"packing": True, "neat_packing": True},
+    "4bit": {"quantization_bit": 4, "bf16": True},
+    "8bit": {"quantization_bit": 8, "bf16": True},
+    "loraplus": {"loraplus_lr_ratio": 4.0, "lora_target": "q_proj,down_proj", "additional_target": "embed_tokens"},
+    "one_step": {"max_steps": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_options_and_stages_prune_to_the_budget(case, tiny_llama, data_dir, tmp_path):
+    out = tmp_path / "out"
+    train(pruning_settings(tiny_llama, data_dir, out, **CASES[case]))
+    plan, last = load_plan(out / "adaptive_rank_plan.json"), allocations(out)[-1]
+    assert last["final"]
+    assert last["budget_used"] <= last["budget_asked"]
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == {m.name: m.rank for m in plan.active}
+    counters = last["counters"]
+    if case == "ranks_budget":
+        assert plan.budget()["left_ranks"] == 0
+    if case == "integrated":
+        assert counters["probes"] == counters["observations"] == 4  # steps 0, 2, 4, 6
+    if case == "accumulation":
+        assert counters["observations"] == last["step"], "optimizer steps count, not micro-batches"
+
+
+def test_evaluation_sees_the_masked_model_unscaled(tiny_llama, data_dir, tmp_path):
+    """The evaluation loss of the last step is the one the saved adapter gives."""
+    out = tmp_path / "out"
+    train(pruning_settings(tiny_llama, data_dir, out, **EVALUATE, do_eval=True))
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    logged = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    again = {**pruning_settings(tiny_llama, data_dir, tmp_path / "again"), "do_train": False, "do_eval": True,
+             "finetuning_type": "lora", "adapter_name_or_path": str(out), "eval_dataset": "tiny_eval",
+             "dataset": None}  # fmt: skip
+    train({key: value for key, value in again.items() if not key.startswith(("adaptive_", "igu_"))})
+    fresh = json.loads((tmp_path / "again" / "eval_results.json").read_text())["eval_loss"]
+    assert fresh == pytest.approx(logged[-1], abs=2e-5)
+
+
+def test_early_stopping_and_load_best_end_within_budget(tiny_llama, data_dir, tmp_path):
+    """The best checkpoint is from before the ranks were final: it is pruned to the budget, and says so."""
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            control.should_training_stop = state.global_step == 5
+
+    from llamafactory_adaptive import _bootstrap
+
+    _bootstrap.install()
+    from llamafactory.train.tuner import run_exp
+
+    out, keep = tmp_path / "out", Keep()
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    run_exp(pruning_settings(tiny_llama, data_dir, out, **EVALUATE, **best), [keep, Stop()])
+    plan, last = load_plan(out / "adaptive_rank_plan.json"), allocations(out)[-1]
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert state["global_step"] == 5
+    assert last["step"] == int(state["best_model_checkpoint"].rpartition("-")[2])
+    assert last["final"]
+    assert plan.budget()["left_parameters"] >= 0
+    assert (peft_logits(tiny_llama, out) - logits(keep.model)).abs().max() <= 1e-4
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 3, "overwrite_output_dir": False, "lora_dropout": 0.1}
+
+
+@pytest.mark.parametrize("more", [{}, {"adaptive_method": "adalora"}, {"igu_importance": "integrated"}],
+                         ids=["igu", "adalora", "integrated"])  # fmt: skip
+def test_interrupted_and_resumed_equals_uninterrupted(more, tiny_llama, data_dir, tmp_path):
+    """Crash after step 7, between the checkpoint of step 6 and the final allocation: bitwise the same in the end."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(pruning_settings(tiny_llama, data_dir, whole, **SAVING, **more))
+    with pytest.raises(KeyboardInterrupt):
+        train(pruning_settings(tiny_llama, data_dir, cut, **SAVING, **more), crash_at=7)
+    train(pruning_settings(tiny_llama, data_dir, cut, **SAVING, **more))
+    assert adapters_equal(whole, cut)
+    for name in ("checkpoint-9", "checkpoint-12"):
+        states = [load_file(folder / name / "adaptive_state.safetensors") for folder in (whole, cut)]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+        documents = [json.loads((folder / name / "adaptive_state.json").read_text()) for folder in (whole, cut)]
+        assert documents[0]["masks"] == documents[1]["masks"]
+        assert documents[0]["history"] == documents[1]["history"]
+        assert documents[0]["counters"] == documents[1]["counters"]
+    assert [line["event"] for line in lines(cut)].count("resumed") == 1
+    assert (cut / "adaptive_rank_history.png").is_file()
+
+
+def test_killed_and_resumed_equals_never_killed(tiny_llama, data_dir, tmp_path):
+    """kill -9 while it runs; then a checkpoint that was being written is left over, and is not resumed from."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    more = {**SAVING, "max_steps": 400, "save_steps": 20, "adaptive_interval": 10, "save_total_limit": 50}
+    path = tmp_path / "cut.yaml"
+    path.write_text(yaml.safe_dump(pruning_settings(tiny_llama, data_dir, cut, **more)))
+    program = "from llamafactory_adaptive.cli import main; import sys; main(['train', sys.argv[1]])"
+    process = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (cut / "checkpoint-40" / "adaptive_rank_plan.json").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    folders = sorted(cut.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    complete = [folder for folder in folders if (folder / "adaptive_rank_plan.json").exists()]
+    assert not (cut / "adapter_model.safetensors").exists()
+    half = cut / f"checkpoint-{int(folders[-1].name.rpartition('-')[2]) + 20}"
+    shutil.copytree(complete[-1], half)
+    (half / "adaptive_rank_plan.json").unlink()
+    (half / "optimizer.pt").unlink()
+    train(pruning_settings(tiny_llama, data_dir, cut, **more))
+    resumed = next(line for line in lines(cut) if line["event"] == "resumed")
+    assert f"checkpoint-{resumed['step']}" == complete[-1].name
+    train(pruning_settings(tiny_llama, data_dir, whole, **more))
+    assert adapters_equal(whole, cut)
+
+
+def test_killed_in_its_first_save_starts_afresh(tiny_llama, data_dir, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(pruning_settings(tiny_llama, data_dir, whole, **SAVING))
+    with pytest.raises(KeyboardInterrupt):
+        train(pruning_settings(tiny_llama, data_dir, cut, **SAVING), crash_at=4)
+    (cut / "checkpoint-3" / "adaptive_rank_plan.json").unlink()
+    train(pruning_settings(tiny_llama, data_dir, cut, **SAVING))
+    assert adapters_equal(whole, cut)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_rank": 3}, "lora_rank is 4 there and 3 here"),
+        ({"adaptive_method": "adalora"}, "adaptive_method is igu there and adalora here"),
+        ({"igu_beta1": 0.9}, "igu_beta1 is 0.85 there and 0.9 here"),
+        ({"adaptive_interval": 3}, "adaptive_interval is 2 there and 3 here"),
+        ({"model": {"intermediate_size": 48}}, "is 32x64 in the plan, 32x48 in the model"),
+        ({"max_steps": 15}, "belongs to a run of 12 steps and this one has 15"),
+        ({"damaged": "adaptive_state.safetensors"}, "has no complete adaptive state"),
+        ({"damaged": "adaptive_state.json"}, "has no complete adaptive state"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_checkpoint_of_another_run_is_refused(change, message, one_crashed_run, tiny_llama, data_dir, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(one_crashed_run, out)
+    change = dict(change)
+    base = save_tiny(tmp_path / "other", **change.pop("model")) if "model" in change else tiny_llama
+    if "damaged" in change:
+        (out / "checkpoint-3" / change.pop("damaged")).write_bytes(b"{")
+    with pytest.raises(PlanError, match=message):
+        train(pruning_settings(base, data_dir, out, **{**SAVING, **change}))
+    assert not (out / "adapter_model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def one_crashed_run(tiny_llama, data_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("crashed") / "out"
+    with pytest.raises(KeyboardInterrupt):
+        train(pruning_settings(tiny_llama, data_dir, out, **SAVING), crash_at=4)
+    return out
+
+
+def test_a_diverged_run_is_not_pruned_by_nan(tiny_llama, data_dir, tmp_path):
+    with pytest.raises(GuardError, match="score is not finite; training has diverged, lower learning_rate"):
+        train(pruning_settings(tiny_llama, data_dir, tmp_path / "o", learning_rate=1e30, max_grad_norm=0.0))
+
+
+def test_processes_that_would_choose_differently_stop(tiny_llama, data_dir, tmp_path, monkeypatch):
+    from llamafactory_adaptive import controller
+
+    monkeypatch.setattr(controller, "gather_digests", lambda digest, device: [digest, "00"])
+    with pytest.raises(GuardError, match=r"ranks \[1\] hold another plan than rank 0"):
+        train(pruning_settings(tiny_llama, data_dir, tmp_path / "o"))
+    answers = iter([["a", "a"], ["a", "b"]])
+    monkeypatch.setattr(controller, "gather_digests", lambda digest, device: next(answers))
+    with pytest.raises(GuardError, match=r"ranks \[1\] chose other components than rank 0"):
+        train(pruning_settings(tiny_llama, data_dir, tmp_path / "o"))
+
+
+def test_a_run_that_never_allocated_fails(tiny_llama, data_dir, tmp_path, monkeypatch):
+    from llamafactory_adaptive.dynamic import DynamicCallback
+
+    monkeypatch.setattr(DynamicCallback, "_before_step", lambda self: None)
+    with pytest.raises(GuardError, match="components are to be chosen at step 2, but none was observed"):
+        train(pruning_settings(tiny_llama, data_dir, tmp_path / "o"))
+
+
+def test_loss_of_the_static_path_does_not_pay_for_the_dynamic_one(tiny_llama, data_dir, tmp_path):
+    """A static run in the same process after a dynamic one: no triplets, no hooks, no keys left over."""
+    train(pruning_settings(tiny_llama, data_dir, tmp_path / "a"))
+    keep = train(settings(tiny_llama, data_dir, tmp_path / "b", adaptive_method="uniform"))
+    assert not any("parametrizations" in name for name, _ in keep.model.named_parameters())
+    with pytest.raises(AdaptiveConfigError, match="fixes ranks before training and prunes nothing"):
+        train(settings(tiny_llama, data_dir, tmp_path / "c", adaptive_method="uniform", adaptive_interval=3))

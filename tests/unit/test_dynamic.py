@@ -1,0 +1,420 @@
+"""IGU-LoRA and AdaLoRA against NumPy, autograd, path integrals and PEFT's own allocator."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import peft
+import pytest
+import reference
+import torch
+from dynamic import scatter, start_plan, triplet_model
+from peft.tuners.adalora.layer import RankAllocator
+from tiny import rows
+
+from llamafactory_adaptive.adapter import lora_config_arguments
+from llamafactory_adaptive.allocate import keep_components
+from llamafactory_adaptive.calibration import make_batches
+from llamafactory_adaptive.components import Components, gram_penalty_gradient
+from llamafactory_adaptive.config import GuardError
+from llamafactory_adaptive.gradients import WholeEngine
+from llamafactory_adaptive.methods import Orthogonality, is_dynamic
+from llamafactory_adaptive.methods.adalora import Adalora, AdaloraOptions
+from llamafactory_adaptive.methods.igu import Igu, IguOptions, sampled_path, trapezoid_path
+from llamafactory_adaptive.probing import Prober, Thinner
+from llamafactory_adaptive.registry import get_method, methods
+from llamafactory_adaptive.stats import SmoothedImportance, draw
+from llamafactory_adaptive.triplet import Triplets
+
+
+def batch(seed=0):
+    one = make_batches(rows(3, seed), 3, 0)[0]
+    return {"input_ids": one.input_ids, "attention_mask": one.attention_mask, "labels": one.labels}
+
+
+def stream(triplets, steps, seed=0):
+    """Random weights and gradients, step by step, put where training would leave them."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for module in triplets.modules:
+            for parameter in module.parameters().values():
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+        yield
+
+
+# -- scores ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("observed", [None, torch.tensor([1.0, 0.0, 1.0])])
+def test_smoothing_matches_the_numpy_reference(observed):
+    draws = np.random.default_rng(0).exponential(size=(9, 3)).astype(np.float32)
+    found = SmoothedImportance(0.85, 0.7)
+    for s in draws:
+        found.update("x", torch.tensor(s), observed)
+    mean, deviation = reference.smoothed(list(draws), 0.85, 0.7)
+    seen = slice(None) if observed is None else observed.bool().numpy()
+    assert np.allclose(found.mean["x"].numpy()[seen], mean[seen], rtol=1e-5)
+    assert np.allclose(found.deviation["x"].numpy()[seen], deviation[seen], rtol=1e-5)
+    if observed is not None:
+        assert found.mean["x"][1] == found.deviation["x"][1] == 0
+    assert torch.allclose(found.snr("x", 1e-6), (found.mean["x"] + 1e-6) / (found.deviation["x"] + 1e-6))
+
+
+@pytest.mark.parametrize(
+    ("options", "element"),
+    [
+        ({}, lambda s, u: (s + 1e-6) / (u + 1e-6)),
+        ({"uncertainty": "product"}, lambda s, u: s * u),
+    ],
+)
+@pytest.mark.parametrize("term", ["snr", "magnitude"])
+def test_component_scores_match_the_numpy_reference(options, element, term):
+    _, triplets, components = triplet_model()
+    method = Igu(IguOptions(importance="off", lambda_term=term, **options))
+    seen = {}
+    for _ in stream(triplets, 6):
+        for index, module in enumerate(triplets.modules):
+            for kind, p in module.parameters().items():
+                seen.setdefault((index, kind), []).append((p.data * p.grad).abs().double().numpy())
+        components.observe(method, overflow_is_possible=False)
+    found = components.scores(method)
+    for index, module in enumerate(triplets.modules):
+        parts = {kind: element(*reference.smoothed(seen[index, kind])) for kind in ("lambda", "P", "Q")}
+        if term == "magnitude":
+            parts["lambda"] = module.diagonal.lambda_r.detach().abs().numpy()
+        assert np.allclose(found[index], reference.component_scores(*parts.values()), rtol=1e-4)
+
+
+def test_adalora_scores_and_keeps_what_pefts_own_allocator_does():
+    """One recorded stream of weights and gradients through both."""
+    _, triplets, components = triplet_model(rank=6, initial_lambda=0.0)
+    shadows = {}
+    for module in triplets.modules:
+        for kind, letter, shape in (("Q", "A", None), ("P", "B", None), ("lambda", "E", (6, 1))):
+            parameter = module.parameters()[kind]
+            shadows[f"{module.name}.lora_{letter}.default"] = (parameter, shape or tuple(parameter.shape))
+    theirs = {name: torch.nn.Parameter(torch.zeros(shape)) for name, (_, shape) in shadows.items()}
+    model = type("Shadow", (), {"named_parameters": lambda self: theirs.items()})()
+    config = peft.AdaLoraConfig(target_r=3, init_r=6, total_step=100, beta1=0.85, beta2=0.85)
+    allocator = RankAllocator(model, config, "default")
+
+    method = Adalora(AdaloraOptions())
+    for _ in stream(triplets, 8):
+        for name, (parameter, shape) in shadows.items():
+            theirs[name].data.copy_(parameter.data.view(shape))
+            theirs[name].grad = parameter.grad.view(shape).clone()
+        allocator.update_ipt(model)
+        components.observe(method, overflow_is_possible=False)
+
+    ours = components.scores(method)
+    budget = 3 * len(triplets.modules)
+    pattern = allocator.mask_to_budget(model, budget)
+    for module, row in zip(triplets.modules, ours, strict=True):
+        e, a, b = (allocator._element_score(f"{module.name}.lora_{x}.default") for x in "EAB")
+        assert np.allclose(row, (e.view(-1) + a.mean(1) + b.mean(0)).tolist(), rtol=1e-4)
+    kept = keep_components(ours, [1] * len(ours), budget, [0] * len(ours), [6] * len(ours))
+    assert [pattern[f"{module.name}.lora_E.default"] for module in triplets.modules] == kept
+    assert len({sum(row) for row in kept}) > 1
+
+
+def test_factors_of_masked_components_are_not_scored_on_gradients_the_mask_made_zero():
+    _, triplets, components = triplet_model()
+    method = Igu(IguOptions(importance="off"))
+    steps = stream(triplets, 4)
+    for _ in range(3):
+        next(steps)
+        components.observe(method, overflow_is_possible=False)
+    masks = [list(row) for row in triplets.masks]
+    masks[0][1] = masks[3][0] = False
+    triplets.mask(masks)
+    before = {key: value.clone() for key, value in method.state().items()}
+    next(steps)
+    components.observe(method, overflow_is_possible=False)
+    for block in components.blocks:
+        old, new = before[f"mean.{block.name}"], method.state()[f"mean.{block.name}"]
+        held = (old == new).view(len(block.modules), *block.shape)
+        for place, index in enumerate(block.modules):
+            for component, on in enumerate(masks[index]):
+                part = held[place] if block.kind == "lambda" else held[place].transpose(0, int(block.kind == "P"))
+                assert bool(part[component].all()) is (not on and block.kind != "lambda")
+
+
+def test_a_nan_gradient_stops_the_choice():
+    _, triplets, components = triplet_model()
+    method = Igu(IguOptions())
+    next(stream(triplets, 1))
+    triplets.modules[2].p.grad[0, 0] = float("nan")
+    components.observe(method, overflow_is_possible=False)
+    scores = components.scores(method)
+    assert math.isnan(scores[2][0])
+    components.observe(method := Igu(IguOptions()), overflow_is_possible=True)  # fp16: the scaler skips this step
+    assert all(math.isfinite(s) for row in components.scores(method) for s in row)
+
+
+def test_a_missing_gradient_is_named():
+    _, triplets, components = triplet_model()
+    next(stream(triplets, 1))
+    triplets.modules[1].diagonal.lambda_r.grad = None
+    with pytest.raises(GuardError, match=r"lambda of 1 modules has no gradient, for example of model\.layers\.0"):
+        components.observe(Igu(IguOptions()), overflow_is_possible=False)
+
+
+# -- integrated gradients --------------------------------------------------------------------------------------------
+
+
+class Smooth(torch.nn.Module):
+    """tanh layers in fp64 throughout: transformers keeps norms in fp32, whose noise hides an error of 1e-6."""
+
+    def __init__(self):
+        super().__init__()
+        self.up_proj, self.down_proj = torch.nn.Linear(6, 12), torch.nn.Linear(12, 3)
+
+    def forward(self, x, target):
+        out = self.down_proj(torch.tanh(self.up_proj(x)))
+        return SimpleNamespace(loss=(torch.tanh(out) - target).square().mean())
+
+
+def path_problem():
+    """A smooth model whose adapter matters, its loss with and without it, and a way to probe it."""
+    torch.manual_seed(0)
+    base = Smooth().double()
+    plan = start_plan(base)
+    model = peft.get_peft_model(base, peft.LoraConfig(**lora_config_arguments(plan)))
+    triplets = Triplets(model, plan, 0.1, seed=1)
+    components = Components(triplets, WholeEngine())
+    scatter(triplets, std=1.0)
+    inputs = {"x": torch.randn(8, 6).double(), "target": torch.rand(8, 3).double()}
+    prober = Prober(model, components, seed=0)
+    with torch.no_grad():
+        full = model(**inputs).loss
+        with model.disable_adapter():
+            none = model(**inputs).loss
+    assert abs(full - none) > 0.1
+
+    def attributions(path):
+        prober.inputs = dict(inputs)
+        found = prober.gradients(path)
+        return sum(
+            float((p.detach() * g).sum())
+            for block, row in zip(components.blocks, found, strict=True)
+            for p, g in zip(block.parameters, row, strict=True)
+        )
+
+    return attributions, float(full - none)
+
+
+def test_integrated_gradients_are_complete_with_an_error_that_falls_as_one_over_n_squared():
+    attributions, change = path_problem()
+    errors = [abs(attributions(trapezoid_path(n)) - change) for n in (64, 128, 256, 512)]
+    assert errors[-1] < 1e-3 * abs(change)
+    assert all(3.8 < a / b < 4.2 for a, b in zip(errors, errors[1:], strict=False)), errors
+
+
+def test_one_random_node_estimates_the_path_without_bias_and_averages_out_as_one_over_root_m():
+    attributions, _ = path_problem()
+    n = 8
+    exact = attributions(trapezoid_path(n))
+    single = [attributions(sampled_path(n, node)) for node in range(1, n)]
+    assert sum(single) / len(single) == pytest.approx(exact, rel=1e-9)
+    generator, spread = np.random.default_rng(0), np.std(single)
+    for m in (16, 256):
+        means = generator.choice(single, size=(400, m)).mean(1)
+        assert np.sqrt(((means - exact) ** 2).mean()) == pytest.approx(spread / m**0.5, rel=0.15)
+
+
+def test_probing_leaves_gradients_random_state_and_position_alone():
+    model, triplets, components = triplet_model()
+    model.train()
+    prober = Prober(model, components, seed=0)
+    prober.armed = True
+    model(**batch()).loss.backward()
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    state = torch.get_rng_state()
+    prober.gradients([(0.25, 1.0)])
+    after = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert torch.equal(state, torch.get_rng_state())
+    assert triplets.position.value == 1.0
+    with pytest.raises(GuardError, match="no training batch reached the model"):
+        prober.gradients([(1.0, 1.0)])
+
+
+def test_probes_keep_within_their_share_of_the_time(monkeypatch):
+    """A clock of our own: a step trains 1 s, a probe takes 2 s, 10 % are allowed."""
+    from llamafactory_adaptive import probing
+
+    now = [0.0]
+    monkeypatch.setattr(probing.time, "perf_counter", lambda: now[0])
+    thinner, probed = Thinner(0.1), []
+    for step in range(400):
+        thinner.begin()
+        now[0] += 1.0
+        thinner.trained()
+        if thinner.due(step):
+            now[0] += 2.0
+            thinner.probed(step, 2.0, torch.device("cpu"))
+            probed.append(step)
+    assert thinner.probing / thinner.training <= 0.1
+    assert 18 <= len(probed) <= 20
+    assert Thinner(None).due(0)
+
+
+def test_draws_depend_on_their_arguments_alone_and_cover_all_choices():
+    assert draw(1, 2, 3, 20) == draw(1, 2, 3, 20)
+    positions = [Igu(IguOptions()).position(7, step, micro) for step in range(200) for micro in range(2)]
+    assert set(positions) == {k / 20 for k in range(1, 21)}
+    counts = np.bincount([draw(0, step, 0, 20) for step in range(20_000)], minlength=20)
+    assert abs(counts - 1000).max() < 150
+    assert Igu(IguOptions(importance="off")).position(7, 1, 0) == 1.0
+
+
+# -- the live adapter ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["off_diagonal", "identity"])
+def test_the_regularisers_gradient_is_autograds(form):
+    x = torch.randn(5, 4, 9, dtype=torch.float64, requires_grad=True)
+    eye = torch.eye(4, dtype=torch.float64)
+    gram = x @ x.transpose(1, 2)
+    counted = gram * (1 - eye) if form == "off_diagonal" else gram - eye
+    counted.flatten(1).norm(dim=1).sum().backward()
+    assert torch.allclose(gram_penalty_gradient(x.detach(), form), x.grad, rtol=1e-9)
+    orthonormal = eye[None]
+    assert (gram_penalty_gradient(orthonormal, form) == 0).all()
+
+
+@pytest.mark.parametrize("form", ["off_diagonal", "identity"])
+def test_the_regulariser_is_added_to_the_training_gradient_as_its_definition_says(form):
+    _, triplets, components = triplet_model()
+    for module in triplets.modules:
+        for parameter in module.parameters().values():
+            parameter.grad = torch.zeros_like(parameter)
+    components.regularise(Orthogonality(3.0, form))
+    norms = []
+    for module in triplets.modules:
+        for gram in (module.p.T @ module.p, module.q @ module.q.T):
+            eye = torch.eye(len(gram))
+            norms.append((gram * (1 - eye) if form == "off_diagonal" else gram - eye).norm())
+    parameters = [p for module in triplets.modules for p in (module.p, module.q)]
+    expected = torch.autograd.grad(3.0 * sum(norms) / len(norms), parameters)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=1e-8)
+
+
+def test_position_masks_and_gradients_of_the_triplet_form():
+    model, triplets, _ = triplet_model()
+    module = triplets.modules[0]
+    triplets.mask([[True, False, True, True]] + triplets.masks[1:])
+    triplets.position.value = 0.5
+    layer = model.get_submodule(f"base_model.model.{module.name}")
+    effective = layer.lora_A["default"].weight
+    q, lam = module.q.detach(), module.diagonal.lambda_r.detach()
+    on = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    assert torch.allclose(effective, q * (lam * on)[:, None] / 8)
+    seen = torch.randn_like(effective)
+    effective.backward(seen)
+    assert torch.allclose(module.q.grad, seen * (lam * on)[:, None] / 8)
+    # Lambda's gradient is the one of the unmasked form: the masked component learns what it would add.
+    assert torch.allclose(module.diagonal.lambda_r.grad, (seen * q).sum(1) / 8)
+
+
+def test_what_is_only_observed_does_not_train():
+    _, triplets, components = triplet_model()
+    next(stream(triplets, 1))
+    triplets.mask([[True, False, True, True]] + triplets.masks[1:])
+    before = triplets.modules[0].diagonal.lambda_r.grad.clone()
+    components.hold_masked()
+    assert triplets.modules[0].diagonal.lambda_r.grad.tolist() == (before * torch.tensor([1.0, 0, 1, 1])).tolist()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_saved_adapters_are_plain_lora_and_equal_the_live_model(architecture, tmp_path):
+    from dataclasses import replace
+
+    from llamafactory_adaptive.adapter import check_saved
+
+    model, triplets, _ = triplet_model(architecture)
+    scatter(triplets)
+    masks = [[(i + j) % 3 != 0 for j in range(4)] for i in range(len(triplets.modules))]
+    masks[4] = [False] * 4
+    triplets.mask(masks)
+    inputs = batch()
+    with torch.no_grad():
+        live = model(**inputs).logits
+
+    def loaded(folder):
+        from tiny import tiny_model
+
+        fresh = peft.PeftModel.from_pretrained(tiny_model(architecture), folder)
+        with torch.no_grad():
+            return fresh(**inputs).logits
+
+    model.save_pretrained(tmp_path / "checkpoint")
+    check_saved(tmp_path / "checkpoint", triplets.plan)
+    assert torch.equal(loaded(tmp_path / "checkpoint"), live)
+    modules = tuple(replace(m, rank=r) for m, r in zip(triplets.plan.modules, triplets.ranks(), strict=True))
+    found = replace(triplets.plan, modules=modules)
+    triplets.finish(model, found)
+    model.save_pretrained(tmp_path / "final")
+    check_saved(tmp_path / "final", found)
+    assert (loaded(tmp_path / "final") - live).abs().max() < 1e-5
+
+
+def test_a_plain_adapter_loads_into_the_live_form(tmp_path):
+    model, triplets, _ = triplet_model()
+    scatter(triplets)
+    model.save_pretrained(tmp_path)
+    other, others, _ = triplet_model()
+    other.load_adapter(tmp_path, "default", is_trainable=True)
+    inputs = batch()
+    with torch.no_grad():
+        assert torch.allclose(other(**inputs).logits, model(**inputs).logits, atol=1e-6)
+    assert (others.modules[0].diagonal.lambda_r == 1).all()
+
+
+# -- what every dynamic method gets for free -------------------------------------------------------------------------
+
+
+DYNAMIC = [name for name in methods() if is_dynamic(get_method(name))]
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+class TestContract:
+    def make(self, name):
+        return get_method(name)(get_method(name).Options())
+
+    def test_scores_are_finite_complete_and_deterministic(self, name):
+        found = []
+        for _ in range(2):
+            _, triplets, components = triplet_model()
+            method = self.make(name)
+            for _ in stream(triplets, 3):
+                components.observe(method, overflow_is_possible=False)
+            found.append(components.scores(method))
+        assert found[0] == found[1]
+        assert [len(row) for row in found[0]] == [4] * 14
+        assert all(math.isfinite(s) for row in found[0] for s in row)
+
+    def test_state_goes_to_another_instance_and_back(self, name):
+        _, triplets, components = triplet_model()
+        whole, parts = self.make(name), [self.make(name), self.make(name)]
+        for step, _ in enumerate(stream(triplets, 4)):
+            if step == 2:
+                parts[1].load({key: value.clone() for key, value in parts[0].state().items()})
+            components.observe(whole, overflow_is_possible=False)
+            components.observe(parts[step // 2], overflow_is_possible=False)
+        assert components.scores(whole) == components.scores(parts[1])
+
+    def test_what_it_keeps_of_an_element_depends_on_that_element_alone(self, name):
+        """So that under ZeRO it can live where the element lives."""
+        generator = torch.Generator().manual_seed(0)
+        draws = [(torch.randn(10, generator=generator), torch.randn(10, generator=generator)) for _ in range(4)]
+        whole, parts = self.make(name), [self.make(name), self.make(name)]
+        for w, g in draws:
+            whole.observe("P/5x2", w.clone(), g.clone(), None)
+            for part, piece in zip(parts, (slice(0, 3), slice(3, 10)), strict=True):
+                part.observe("P/5x2", w[piece].clone(), g[piece].clone(), None)
+        last = draws[-1][0]
+        joined = torch.cat([parts[0].element_scores("P/5x2", last[:3]), parts[1].element_scores("P/5x2", last[3:])])
+        assert torch.equal(whole.element_scores("P/5x2", last), joined)
