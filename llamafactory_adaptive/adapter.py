@@ -15,7 +15,6 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import nn
-from torch.nn.utils import parametrize
 
 from llamafactory_adaptive.config import GuardError
 from llamafactory_adaptive.gradients import full_shape
@@ -60,9 +59,8 @@ def _base_name(name: str) -> str:
 
 
 def factors(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-    """The trained tensors A (r, d_in) and B (d_out, r) of a layer, also where a dynamic method parametrises A."""
-    a, b = layer.lora_A[adapter], layer.lora_B[adapter]
-    return (a.parametrizations.weight.original if parametrize.is_parametrized(a, "weight") else a.weight), b.weight
+    """The trained tensors A (r, d_in) and B (d_out, r) of a layer."""
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
 
 def name_targets_in_full(model: nn.Module, plan: RankPlan) -> None:

@@ -40,14 +40,19 @@ def _on(key: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda flat: bool(flat.get(key))
 
 
-def _deepspeed_stage(flat: Mapping[str, Any]) -> int:
-    """ZeRO stage of the named or in-line configuration; 0 without one."""
+def _deepspeed_document(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The named or in-line configuration; empty without one."""
     given = flat.get("deepspeed")
     try:
         document = given if isinstance(given, dict) else json.loads(Path(str(given)).read_text(encoding="utf-8"))
-        return int(document.get("zero_optimization", {}).get("stage", 0))
-    except (OSError, ValueError, AttributeError):
-        return 0
+        return document if isinstance(document, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _deepspeed_stage(flat: Mapping[str, Any]) -> int:
+    """ZeRO stage; 0 without DeepSpeed."""
+    return int(_deepspeed_document(flat).get("zero_optimization", {}).get("stage", 0))
 
 
 CONFLICTS = (
@@ -84,6 +89,12 @@ CONFLICTS = (
         lambda flat: flat.get("stage") == "ppo",
         "ranks are planned for pt, sft, rm, dpo and kto",
         "stage: dpo",
+    ),
+    Conflict(
+        "load_best_model_at_end",
+        lambda flat: flat.get("stage") == "rm" and bool(flat.get("load_best_model_at_end")),
+        "the Trainer cannot load the value-head checkpoints that LLaMA-Factory writes",
+        "load_best_model_at_end: false",
     ),
     Conflict(
         "fsdp",
@@ -160,14 +171,16 @@ def check_pruning(
         )
         value = max_rank if given is None else given
         problems.append(Problem(key, value, reason, f"{key}: {2 * lora_rank}"))
-    ratios = [common["adaptive_warmup_ratio"], common["adaptive_final_ratio"]]
-    if sum(ratios) >= 1.0:
-        reason = f"with adaptive_warmup_ratio {ratios[0]:g} it leaves no step to prune in"
-        problems.append(Problem("adaptive_final_ratio", ratios[1], reason, "adaptive_final_ratio: 0.3"))
+    ratios = {"adaptive_warmup_ratio": common["adaptive_warmup_ratio"],
+              "adaptive_final_ratio": common["adaptive_final_ratio"]}  # fmt: skip
+    if sum(ratios.values()) >= 1.0:
+        larger, smaller = sorted(ratios, key=lambda key: -ratios[key])
+        reason = f"with {smaller} {ratios[smaller]:g} it leaves no step to prune in"
+        problems.append(Problem(larger, ratios[larger], reason, f"{larger}: {(1 - ratios[smaller]) / 2:g}"))
     pruning = PruningConfig(
         init_rank=init_rank,
-        warmup_ratio=ratios[0],
-        final_ratio=ratios[1],
+        warmup_ratio=ratios["adaptive_warmup_ratio"],
+        final_ratio=ratios["adaptive_final_ratio"],
         interval=common["adaptive_interval"],
         max_overhead=common["adaptive_max_overhead"],
         seed=seed,
@@ -189,6 +202,15 @@ def check_pruning_conflicts(flat: Mapping[str, Any], options: Mapping[str, Any])
 
 PRUNING_CONFLICTS = (
     Conflict(
+        "deepspeed",
+        lambda flat: (
+            _deepspeed_stage(flat) == 1
+            and _deepspeed_document(flat).get("data_types", {}).get("grad_accum_dtype") == "fp32"
+        ),
+        "DeepSpeed's bf16 optimizer (ZeRO-1 with grad_accum_dtype fp32) keeps gradients where scores cannot read them",
+        "ZeRO-2, or leaving data_types out",
+    ),
+    Conflict(
         "adapter_name_or_path",
         lambda flat: bool(flat.get("adapter_name_or_path")) and not flat.get("create_new_adapter"),
         "pruning starts from a new, over-ranked adapter",
@@ -208,6 +230,12 @@ PRUNING_CONFLICTS = (
     ),
 )
 PROBING_CONFLICTS = (
+    Conflict(
+        "fp16",
+        _on("fp16"),
+        "extra passes are not loss-scaled, so their gradients would vanish",
+        "bf16: true",
+    ),
     Conflict(
         "stage",
         lambda flat: flat.get("stage", "sft") not in ("pt", "sft"),

@@ -12,9 +12,10 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, files, version
 from pathlib import Path
+from typing import Any
 
 from llamafactory_adaptive import __version__, _bootstrap
-from llamafactory_adaptive.config import AdaptiveConfigError, AdaptiveError, Problem, SeamError
+from llamafactory_adaptive.config import AdaptiveConfig, AdaptiveConfigError, AdaptiveError, Problem, SeamError
 
 
 PACKAGES = ("llamafactory", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
@@ -95,6 +96,8 @@ def plan(arguments: argparse.Namespace) -> int:
             [Problem("finetuning_type", kind, "there are no ranks to plan", "finetuning_type: adaptive")]
         )
     config = parse_config(args)
+    if config.pruning is not None:
+        return _plan_of_a_dynamic_run(args, config)
     started = time.perf_counter()
     folder = arguments.out or Path(args["output_dir"])
     if arguments.out is None and (folder / ADAPTER_WEIGHTS).is_file():
@@ -108,6 +111,28 @@ def plan(arguments: argparse.Namespace) -> int:
     for line in advice(found, config):
         print(f"warning: {line}")
     print(f"plan and heat-map written to {folder} in {time.perf_counter() - started:.1f} s; nothing was trained")
+    return 0
+
+
+def _plan_of_a_dynamic_run(args: dict[str, Any], config: AdaptiveConfig) -> int:
+    """What can be said before training: the start, and the budget over the share of the steps."""
+    from llamafactory_adaptive.bridge.plans import fresh_plan
+    from llamafactory_adaptive.report import schedule_table, totals
+    from llamafactory_adaptive.schedule import make_schedule
+
+    assert config.pruning is not None
+    start = fresh_plan(args, config)
+    unit = "parameters" if config.budget_unit == "params" else "ranks"
+    budget = start.budget()
+    steps = int(args.get("max_steps") or -1)
+    schedule = make_schedule(
+        config.pruning, steps if steps > 0 else 100, budget[f"used_{unit}"], budget[f"asked_{unit}"]
+    )
+    print(schedule_table(start, schedule, steps if steps > 0 else 100))
+    if steps <= 0:
+        print("the number of steps follows from the data: the table stands for 100 of them")
+    print("at the start:", *totals(start), sep="\n")
+    print("ranks are found during training; nothing was written")
     return 0
 
 

@@ -7,6 +7,7 @@ and only sums per component cross processes. Shapes: M modules of one block, r r
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -86,30 +87,20 @@ class Components:
             )
             for (kind, shape), members in found.items()
         ]
+        self.parameters = [parameter for block in self.blocks for parameter in block.parameters]
+        self.arrived = False
 
     def weights(self, block: Block) -> Tensor:
         """Owned weights of a block, flat, fp32, a copy."""
-        return self._to_device(torch.cat([self.engine.weight(parameter) for parameter in block.parameters]))
+        return self._to_device(torch.cat(self.engine.weights(block.parameters)))
 
     def _to_device(self, flat: Tensor) -> Tensor:
         """To where the masks are, in fp32; engines with offload keep their pieces elsewhere."""
-        return flat.to(self.triplets.modules[0].diagonal.mask_r.device, torch.float32)
-
-    def gradients(self, block: Block) -> list[Tensor]:
-        """Owned gradients, one flat tensor per parameter, to be edited in place.
-
-        Raises:
-            GuardError: no gradient arrived.
-        """
-        found = self.engine.gradients(block.parameters)
-        lost = [self.triplets.modules[m].name for m, g in zip(block.modules, found, strict=True) if g is None]
-        if lost:
-            raise GuardError(f"{block.kind} of {len(lost)} modules has no gradient, for example of {lost[0]}")
-        return [gradient for gradient in found if gradient is not None]
+        return flat.to(self.triplets.modules[0].a.mask_r.device, torch.float32)
 
     def masks(self, block: Block) -> Tensor:
         """1.0 for components in use, (M, r)."""
-        return torch.stack([self.triplets.modules[index].diagonal.mask_r for index in block.modules]).float()
+        return torch.stack([self.triplets.modules[index].a.mask_r for index in block.modules]).float()
 
     def live(self, block: Block) -> Tensor | None:
         """Per owned element, 1.0 where its gradient says something; None when every one does."""
@@ -138,10 +129,10 @@ class Components:
     def scores(self, method: DynamicMethod) -> list[list[float]]:
         """Score of every component by module: lambda's, plus the means over its column of P and its row of Q.
 
-        One collective for all of them under ZeRO. The only place that waits for the device.
+        One collective for all of them under ZeRO, and a wait for the device.
         """
         ranks = [len(row) for row in self.triplets.masks]
-        like = self.triplets.modules[0].diagonal.mask_r
+        like = self.triplets.modules[0].a.mask_r
         totals = torch.zeros(len(ranks), max(ranks), dtype=torch.float32, device=like.device)
         for block in self.blocks:
             flat = method.element_scores(block.name, self.weights(block))
@@ -150,64 +141,89 @@ class Components:
             add_up(totals)
         return [row[:rank] for row, rank in zip(totals.tolist(), ranks, strict=True)]
 
-    def observe(self, method: DynamicMethod, overflow_is_possible: bool) -> None:
-        """Show every block of training gradients to the method.
+    def update(
+        self, method: DynamicMethod | None, orthogonality: Orthogonality | None, overflow_is_possible: bool = False
+    ) -> None:
+        """The work of one step, on gradients that are complete and not clipped: look, then add, then hold.
 
         Args:
-            method: who looks.
+            method: sees every block of gradients; nobody does when None.
+            orthogonality: its gradient is added to the training gradient, after the method saw that.
             overflow_is_possible: fp16 gradients may be infinite at a step that the loss scaler will skip; such
                 elements show a zero gradient then. Otherwise NaN is let through, to be found at the next allocation.
+
+        Raises:
+            GuardError: at the first look, a module got no gradient.
         """
+        gradients = self.engine.gradients(self.parameters)
         scale = self.engine.loss_scale()
-        for block in self.blocks:
-            flat = self._to_device(torch.cat(self.gradients(block)))
-            if scale != 1.0:
-                flat.div_(scale)
-            if overflow_is_possible:
-                flat.nan_to_num_(0.0, 0.0, 0.0)
-            method.observe(block.name, self.weights(block), flat, self.live(block))
+        factors = [block for block in self.blocks if block.kind != "lambda"] if orthogonality is not None else []
+        count = sum(len(block.modules) for block in factors)
+        with self.engine.whole([parameter for block in factors for parameter in block.parameters]):
+            for block, own in zip(self.blocks, self._by_block(gradients), strict=True):
+                if method is not None:
+                    flat = self._to_device(torch.cat(own))  # a copy
+                    if scale != 1.0:
+                        flat.div_(scale)
+                    if overflow_is_possible:
+                        flat.nan_to_num_(0.0, 0.0, 0.0)
+                    if not self.arrived and block.kind == "lambda":
+                        self._check_arrival(block, flat)
+                    method.observe(block.name, self.weights(block), flat, self.live(block))
+                if block.kind == "lambda":
+                    self._hold_masked(block, own)
+                elif orthogonality is not None:
+                    self._regularise(block, own, orthogonality.form, orthogonality.weight / count * scale)
+        self.arrived = self.arrived or method is not None
+        self.engine.set_gradients(self.parameters, gradients)
+
+    def _by_block(self, gradients: list[Tensor]) -> list[list[Tensor]]:
+        ends = list(accumulate(len(block.parameters) for block in self.blocks))
+        return [gradients[end - len(block.parameters) : end] for block, end in zip(self.blocks, ends, strict=True)]
+
+    def _check_arrival(self, block: Block, flat: Tensor) -> None:
+        """At the first look lambda of every module has a gradient, whatever it starts from; else nothing got there."""
+        strength_M = self._whole(block, flat).abs().sum(1)
+        if self.engine.partitioned:
+            add_up(strength_M)
+        pairs = zip(block.modules, strength_M.tolist(), strict=True)
+        lost = [self.triplets.modules[index].name for index, strength in pairs if strength == 0.0]
+        if lost:
+            raise GuardError(f"no gradient arrived at {len(lost)} modules at the first step, for example at {lost[0]}")
+
+    def _regularise(self, block: Block, own: list[Tensor], form: str, scale: float) -> None:
+        """Closed form: for E the counted part of a Gram matrix, ``d|E|_F/dQ = 2 E Q / |E|_F``; P alike."""
+        x_M = torch.stack([parameter.detach() for parameter in block.parameters]).float()
+        added_M = gram_penalty_gradient(x_M, block.kind, form).mul_(scale)
+        added = block.split(self._owned(block, added_M.view(len(block.modules), -1)))
+        torch._foreach_add_(own, [piece.to(own[0]) for piece in added])
+
+    def _hold_masked(self, block: Block, own: list[Tensor]) -> None:
+        """Take the training gradient from the lambda of masked components: it was only to be observed."""
+        if any(not all(self.triplets.masks[index]) for index in block.modules):
+            torch._foreach_mul_(own, block.split(self._owned(block, self.masks(block)).to(own[0])))
 
     def observe_given(self, method: DynamicMethod, gradients: Iterable[Sequence[Tensor]]) -> None:
-        """The same for gradients from elsewhere: whole ones, a sequence per block, averaged over processes here."""
+        """Show a method gradients from elsewhere: whole ones, a sequence per block, averaged over processes here."""
         for block, found in zip(self.blocks, gradients, strict=True):
             whole_MX = torch.stack([gradient.reshape(-1) for gradient in found]).float()
             add_up(whole_MX).div_(processes())
-            method.observe(block.name, self.weights(block), self._owned(block, whole_MX), self.live(block))
-
-    def regularise(self, orthogonality: Orthogonality) -> None:
-        """Add the regulariser's gradient, in closed form, to the training gradient.
-
-        For ``E`` the counted part of a Gram matrix, ``d|E|_F/dQ = 2 E Q / |E|_F`` and ``d|E|_F/dP = 2 P E / |E|_F``.
-        """
-        factors = [block for block in self.blocks if block.kind != "lambda"]
-        count = sum(len(block.modules) for block in factors)
-        scale = orthogonality.weight / count * self.engine.loss_scale()
-        with self.engine.whole([parameter for block in factors for parameter in block.parameters]):
-            for block in factors:
-                x_Mrk = torch.stack([parameter.detach() for parameter in block.parameters]).float()
-                x_Mrk = x_Mrk.transpose(1, 2) if block.kind == "P" else x_Mrk
-                added_Mrk = gram_penalty_gradient(x_Mrk, orthogonality.form).mul_(scale)
-                added_Mrk = added_Mrk.transpose(1, 2) if block.kind == "P" else added_Mrk
-                gradients = self.gradients(block)
-                added = block.split(self._owned(block, added_Mrk.reshape(len(block.modules), -1)))
-                torch._foreach_add_(gradients, [piece.to(gradients[0]) for piece in added])
-                self.engine.set_gradients(block.parameters, gradients)
-
-    def hold_masked(self) -> None:
-        """Take the training gradient from the lambda of masked components: it was only to be observed."""
-        if all(all(row) for row in self.triplets.masks):
-            return
-        for block in self.blocks:
-            if block.kind == "lambda":
-                gradients = self.gradients(block)
-                kept = block.split(self._owned(block, self.masks(block)).to(gradients[0]))
-                torch._foreach_mul_(gradients, kept)
-                self.engine.set_gradients(block.parameters, gradients)
+            flat = self._owned(block, whole_MX)
+            if not self.arrived and block.kind == "lambda":
+                self._check_arrival(block, flat)
+            method.observe(block.name, self.weights(block), flat, self.live(block))
+        self.arrived = True
 
 
-def gram_penalty_gradient(x_Mrk: Tensor, form: str) -> Tensor:
-    """Gradient of the sum over M of ``|E(X X^T)|_F``, E dropping the diagonal or the identity; zero where E is."""
-    gram_Mrr = x_Mrk @ x_Mrk.transpose(1, 2)
+def gram_penalty_gradient(x_M: Tensor, kind: str, form: str) -> Tensor:
+    """Gradient of the sum over M of ``|E(gram)|_F``, E dropping the diagonal or the identity; zero where E is zero.
+
+    Args:
+        x_M: stacked P, (M, d_out, r) with Gram ``P^T P``, or stacked Q, (M, r, d_in) with Gram ``Q Q^T``.
+        kind: which of the two.
+        form: ``off_diagonal`` or ``identity``.
+    """
+    gram_Mrr = x_M.mT @ x_M if kind == "P" else x_M @ x_M.mT
     if form == "off_diagonal":
         gram_Mrr.diagonal(dim1=1, dim2=2).zero_()
     else:
@@ -215,4 +231,4 @@ def gram_penalty_gradient(x_Mrk: Tensor, form: str) -> Tensor:
     norm_M = gram_Mrr.flatten(1).norm(dim=1)
     factor_M = torch.where(norm_M > 0, 2.0 / norm_M, torch.zeros_like(norm_M))
     gram_Mrr.mul_(factor_M.view(-1, 1, 1))
-    return gram_Mrr @ x_Mrk
+    return x_M @ gram_Mrr if kind == "P" else gram_Mrr @ x_M

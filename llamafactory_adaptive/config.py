@@ -103,7 +103,8 @@ class AdaptiveArguments:
     """Keys of ``finetuning_type: adaptive`` that hold for every method. ``lora_rank`` is the budget."""
 
     adaptive_method: str = option(
-        "sensitivity", "How ranks are allocated: a registered method, such as sensitivity, uniform or random."
+        "sensitivity",
+        "How ranks are found: sensitivity (before training), igu or adalora (while training), uniform, random.",
     )
     adaptive_budget_unit: str = option(
         "params",
@@ -258,8 +259,11 @@ def check_fields(owner: type, prefix: str, values: Mapping[str, Any]) -> tuple[d
         result[entry.name] = default
         if key not in values or values[key] is None:
             continue
+        value = values[key]
+        if value is False and "off" in (entry.metadata.get("choices") or ()):
+            value = "off"  # what YAML makes of the word
         try:
-            result[entry.name] = coerce(values[key], hints[entry.name])
+            result[entry.name] = coerce(value, hints[entry.name])
             fault = _range_fault(result[entry.name], entry.metadata)
         except (ValueError, TypeError, OverflowError):
             kind = next(word for kind, word in _TYPE_WORDS.items() if kind is _plain_type(hints[entry.name]))

@@ -23,7 +23,7 @@ from llamafactory_adaptive.adapter import (
 )
 from llamafactory_adaptive.config import GuardError
 from llamafactory_adaptive.gradients import gather_digests
-from llamafactory_adaptive.plan import LOG_FILE, PLAN_FILE, RankPlan
+from llamafactory_adaptive.plan import COMPLETE, LOG_FILE, PLAN_FILE, RankPlan
 from llamafactory_adaptive.report import HEATMAP_FILE, save_heatmap, update_card
 
 
@@ -124,10 +124,21 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
         if (Path(args.output_dir) / ADAPTER_WEIGHTS).is_file():
             check_saved(Path(args.output_dir), self.plan)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def begin_checkpoint(self, folder: Path, args: Any) -> None:
+        """What marks an older checkpoint of that name as complete goes before it is written over."""
+        if args.should_save:
+            for name in COMPLETE:
+                (folder / name).unlink(missing_ok=True)
+
+    def save_into(self, folder: Path, args: Any, state: Any) -> None:
         """A checkpoint carries the plan it was trained on; resuming checks it."""
         if args.should_save:
-            self.plan.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / PLAN_FILE)
+            self.plan.save(folder / PLAN_FILE)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """With ``save_only_model`` the Trainer passes over the place where checkpoints get their plan."""
+        if args.save_only_model:
+            self.save_into(Path(args.output_dir) / f"checkpoint-{state.global_step}", args, state)
 
 
 PLANS_DIFFER = (

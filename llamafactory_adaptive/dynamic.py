@@ -22,6 +22,7 @@ from llamafactory_adaptive.gradients import (
     before_clipping,
     before_deepspeed_step,
     find_engine,
+    processes,
     synchronize,
     wait_for_all,
 )
@@ -67,6 +68,7 @@ class DynamicCallback(AdaptiveCallback):
         self.costs = [module.cost(config.budget_unit) for module in start.active]
         self.thinner = Thinner(self.pruning.max_overhead)
         self.history: list[dict[str, Any]] = []
+        self.module_scores: list[float] = [0.0] * len(start.active)
         self.metrics: dict[str, float] = {}
         self.step = self.micro_batch = 0
         self.final = False
@@ -100,7 +102,11 @@ class DynamicCallback(AdaptiveCallback):
         if self.method.path(self.pruning.seed, 0) is not None:
             self.prober = Prober(self.trainer.model, self.components, self.pruning.seed)
         if self.checkpoint is not None and state.global_step > 0:
-            self._restore(self.checkpoint, state.max_steps)
+            document = self._restore(self.checkpoint, state.max_steps)
+            self.thinner.load(document["thinner"])
+            self.overhead_seconds += document["overhead_seconds"]
+            for name in ("observations", "probes", "allocations", "steps"):
+                setattr(self.counters, name, document["counters"][name])
         if args.should_save:
             if state.global_step == 0:
                 self._write_log(Path(args.output_dir), {"step": 0, "event": "begin", **self._facts()})
@@ -148,21 +154,24 @@ class DynamicCallback(AdaptiveCallback):
         """Gradients are complete and not clipped: observe them, then add what the optimizer shall see besides."""
         self.thinner.trained()
         started, path = time.perf_counter(), self._path()
-        if path is None:
-            self.components.observe(self.method, overflow_is_possible=self.trainer.args.fp16)
-            self.counters.observations += 1
-        elif path:
+        if path:
             self._probe(path)
-        if self.method.orthogonality is not None:
-            self.components.regularise(self.method.orthogonality)
-        self.components.hold_masked()
+        self.components.update(
+            self.method if path is None else None,
+            self.method.orthogonality,
+            overflow_is_possible=self.trainer.args.fp16,
+        )
+        self.counters.observations += path is None
         self.overhead_seconds += time.perf_counter() - started
 
     def _probe(self, path: Sequence[tuple[float, float]]) -> None:
         assert self.prober is not None
         synchronize()
         started = time.perf_counter()
-        self.components.observe_given(self.method, self.prober.gradients(path))
+        # A loss divided by the tokens of the whole step, all micro-batches and processes, is that share of the mean.
+        shares = self.trainer.current_gradient_accumulation_steps
+        shares *= processes() if self.trainer.args.average_tokens_across_devices else 1
+        self.components.observe_given(self.method, self.prober.gradients(path, shares))
         synchronize()
         self.thinner.probed(self.step, time.perf_counter() - started, self.trainer.args.device)
         self.counters.observations += 1
@@ -200,6 +209,10 @@ class DynamicCallback(AdaptiveCallback):
             a != b for old, new in zip(self.triplets.masks, masks, strict=True) for a, b in zip(old, new, strict=True)
         )
         self.triplets.mask(masks)
+        self.module_scores = [
+            sum(score for score, on in zip(row, flags, strict=True) if on)
+            for row, flags in zip(scores, masks, strict=True)
+        ]
         self.final = final
         self.counters.allocations += 1
         self.overhead_seconds += time.perf_counter() - started
@@ -253,14 +266,16 @@ class DynamicCallback(AdaptiveCallback):
     # -- saving ------------------------------------------------------------------------------------------------------
 
     def found(self) -> RankPlan:
-        """The start plan at the ranks now in use."""
-        ranks = dict(zip((module.name for module in self.start.active), self.triplets.ranks(), strict=True))
-        modules: list[ModulePlan] = [replace(m, rank=ranks.get(m.name, 0)) for m in self.start.modules]
+        """The start plan at the ranks now in use; a module's score is the sum over its components in use."""
+        total = sum(self.module_scores) or 1.0
+        modules: list[ModulePlan] = [
+            replace(module, rank=rank, score=score, share=score / total)
+            for module, rank, score in zip(self.start.modules, self.triplets.ranks(), self.module_scores, strict=True)
+        ]
         return replace(self.start, modules=tuple(modules))
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the exact state beside a checkpoint's plain adapter; the plan comes last and says that all is there."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    def save_into(self, folder: Path, args: Any, state: Any) -> None:
+        """Put the exact state beside a checkpoint's plain adapter, and the plan with the ranks now in use."""
         document = {
             "step": state.global_step,
             "total_steps": state.max_steps,
@@ -270,6 +285,7 @@ class DynamicCallback(AdaptiveCallback):
                 for module, row in zip(self.triplets.modules, self.triplets.masks, strict=True)
             },
             "history": self.history,
+            "module_scores": self.module_scores,
             "counters": asdict(self.counters),
             "thinner": self.thinner.state(),
             "overhead_seconds": self.overhead_seconds,
@@ -287,8 +303,13 @@ class DynamicCallback(AdaptiveCallback):
         if args.should_save:
             self.found().save(folder / PLAN_FILE)
 
-    def _restore(self, folder: Path, total_steps: int) -> None:
-        """Take back what :meth:`on_save` wrote.
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """While ranks are being found, what lies in ``output_dir`` is not yet this run's."""
+        if self.triplets.compact is not None:
+            super().on_push_begin(args, state, control, **kwargs)
+
+    def _restore(self, folder: Path, total_steps: int) -> dict[str, Any]:
+        """Take back the adapter that :meth:`save_into` wrote.
 
         Raises:
             PlanError: the state is missing, of other modules, or of a run of another length.
@@ -312,10 +333,8 @@ class DynamicCallback(AdaptiveCallback):
                     parameter.data.copy_(tensors[f"{kind}.{module.name}"])
         self.triplets.mask(masks)
         self.final, self.history, self.metrics = document["final"], document["history"], document["metrics"]
-        self.thinner.load(document["thinner"])
-        self.overhead_seconds += document["overhead_seconds"]
-        for name in ("observations", "probes", "allocations", "steps"):
-            setattr(self.counters, name, document["counters"][name])
+        self.module_scores = document["module_scores"]
+        return document
 
     # -- the end -----------------------------------------------------------------------------------------------------
 

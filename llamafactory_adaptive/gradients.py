@@ -49,11 +49,11 @@ class Engine(Protocol):
     def piece(self, parameter: nn.Parameter) -> tuple[int, int]:
         """Start and length of what this process owns of the flattened parameter."""
 
-    def weight(self, parameter: nn.Parameter) -> Tensor:
-        """The owned piece, flat, in the precision that the optimizer updates."""
+    def weights(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The owned pieces, flat; under ZeRO the fp32 copies that the optimizer updates."""
 
-    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
-        """Gradients of the owned pieces, flat, averaged over processes; None where no gradient arrived."""
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Gradients of the owned pieces, flat, averaged over processes; zeros where none arrived."""
 
     def set_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
         """Take back what :meth:`gradients` gave, after it was edited in place."""
@@ -66,31 +66,34 @@ class Engine(Protocol):
 
 
 class WholeEngine:
-    """One process, DDP, and DeepSpeed without partitions: every process holds everything."""
+    """One process, DDP, and DeepSpeed without partitions: every process holds everything.
+
+    Args:
+        scale: the current loss scale.
+    """
 
     partitioned = False
 
-    def __init__(self, scaler: Any = None) -> None:
-        self.scaler = scaler
+    def __init__(self, scale: Callable[[], float] = lambda: 1.0) -> None:
+        self.loss_scale = scale
 
     def piece(self, parameter: nn.Parameter) -> tuple[int, int]:
         """All of it."""
         return 0, parameter.numel()
 
-    def weight(self, parameter: nn.Parameter) -> Tensor:
-        """A flat view."""
-        return parameter.detach().view(-1)
+    def weights(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Flat views."""
+        return [parameter.detach().view(-1) for parameter in parameters]
 
-    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
-        """Flat views of ``.grad``."""
-        return [None if parameter.grad is None else parameter.grad.view(-1) for parameter in parameters]
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Flat views of ``.grad``, which is made where it is missing."""
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad.view(-1) for parameter in parameters if parameter.grad is not None]
 
     def set_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
         """Views: nothing to do."""
-
-    def loss_scale(self) -> float:
-        """Of torch's GradScaler."""
-        return float(self.scaler.get_scale()) if self.scaler is not None else 1.0
 
     @contextmanager
     def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
@@ -98,28 +101,17 @@ class WholeEngine:
         yield
 
 
-class _ZeroEngine:
-    """What the ZeRO stages share: the optimizer that owns the pieces."""
-
-    partitioned = True
-
-    def __init__(self, optimizer: Any) -> None:
-        self.optimizer = optimizer
-
-    def loss_scale(self) -> float:
-        """Of DeepSpeed's loss scaler; 1 for bf16 and fp32."""
-        return float(getattr(self.optimizer, "cur_scale", 1.0))
-
-
-class Zero12Engine(_ZeroEngine):
+class Zero12Engine:
     """ZeRO-1 and 2: parameters whole, gradients and optimizer states in pieces.
 
     Pieces are found in the optimizer's own tables. ``param._hp_mapping``, which ``safe_get_full_grad`` relies on, is
     wrong under ``round_robin_gradients`` (DeepSpeed 0.19.8): it assumes the order before the round robin.
     """
 
+    partitioned = True
+
     def __init__(self, optimizer: Any) -> None:
-        super().__init__(optimizer)
+        self.optimizer = optimizer
         self.places: dict[int, tuple[int, int, int, int]] = {}  # group, start in parameter, start in partition, length
         for group, parameters in enumerate(optimizer.params_in_partition):
             partition = dist.get_rank(group=optimizer.real_dp_process_group[group])
@@ -130,34 +122,34 @@ class Zero12Engine(_ZeroEngine):
                 length = min(parameter.numel() - start, int(optimizer.partition_size[group]) - place)
                 self.places[id(parameter)] = (group, start, place, length)
 
+    def loss_scale(self) -> float:
+        """1 for bf16 and fp32."""
+        return float(self.optimizer.cur_scale)
+
     def piece(self, parameter: nn.Parameter) -> tuple[int, int]:
         """What of it lies in this process's partition."""
         _, start, _, length = self.places.get(id(parameter), (0, 0, 0, 0))
         return start, length
 
-    def weight(self, parameter: nn.Parameter) -> Tensor:
-        """A view of the fp32 partition."""
-        if id(parameter) not in self.places:
-            return parameter.detach().view(-1)[:0].float()
-        group, _, place, length = self.places[id(parameter)]
-        partition: Tensor = self.optimizer.single_partition_of_fp32_groups[group]
-        return partition.detach().view(-1).narrow(0, place, length)
+    def weights(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Views of the fp32 partitions."""
+        flat = [partition.detach().view(-1) for partition in self.optimizer.single_partition_of_fp32_groups]
+        return [self._cut(flat, parameter) for parameter in parameters]
 
-    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    def _cut(self, flat: Sequence[Tensor], parameter: nn.Parameter) -> Tensor:
+        group, _, place, length = self.places.get(id(parameter), (0, 0, 0, 0))
+        return flat[group].narrow(0, place, length)
+
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Views of the averaged gradients."""
+        if self.optimizer.cpu_offload:
+            self.optimizer._wait_for_offload_copies()  # they are still on their way from the GPU
+            flat = [partition.grad.view(-1) for partition in self.optimizer.single_partition_of_fp32_groups]
+            return [self._cut(flat, parameter) for parameter in parameters]
         found = self._by_place()
-        result: list[Tensor | None] = []
-        for parameter in parameters:
-            if id(parameter) not in self.places:
-                result.append(parameter.detach().view(-1)[:0].float())
-                continue
-            group, _, place, length = self.places[id(parameter)]
-            if self.optimizer.cpu_offload:
-                flat: Tensor | None = self.optimizer.single_partition_of_fp32_groups[group].grad
-                result.append(None if flat is None else flat.view(-1).narrow(0, place, length))
-            else:
-                result.append(found.get((group, place)))
-        return result
+        empty = parameters[0].detach().view(-1)[:0].float()
+        places = [self.places.get(id(parameter)) for parameter in parameters]
+        return [empty if place is None else found[place[0], place[2]] for place in places]
 
     def _by_place(self) -> dict[tuple[int, int], Tensor]:
         """Averaged gradients by group and start: the lists hold them, and padding, in the order of the partition."""
@@ -170,7 +162,14 @@ class Zero12Engine(_ZeroEngine):
         return found
 
     def set_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-        """Views: nothing to do."""
+        """Views; but with offload the norms that clipping uses were taken before."""
+        if not self.optimizer.cpu_offload:
+            return
+        norms = self.optimizer.norm_for_param_grads
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            identity = self.optimizer.get_param_id(parameter)
+            if identity in norms:
+                norms[identity] = gradient.to(norms[identity].dtype).norm(2).to(norms[identity].device)
 
     @contextmanager
     def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
@@ -178,43 +177,17 @@ class Zero12Engine(_ZeroEngine):
         yield
 
 
-class Bf16Engine(_ZeroEngine):
-    """DeepSpeed's BF16_Optimizer (bf16 with ZeRO-1 and fp32 accumulation): whole gradients, states in pieces."""
-
-    def piece(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """As mapped into this process's flat fp32 partition."""
-        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-        return (0, 0) if mapping is None else (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
-
-    def weight(self, parameter: nn.Parameter) -> Tensor:
-        """A view of the fp32 partition."""
-        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-        fragment: Tensor = parameter.detach().view(-1)[:0].float() if mapping is None else mapping.hp_fragment
-        return fragment.detach().view(-1)
-
-    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
-        """Views of this process's parts of the averaged gradients."""
-        return [self._gradient(parameter) for parameter in parameters]
-
-    def _gradient(self, parameter: nn.Parameter) -> Tensor:
-        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-        if mapping is None:
-            return parameter.detach().view(-1)[:0].float()
-        start, length = self.piece(parameter)
-        whole: Tensor = mapping.get_lp_grad_fragment(parameter._index_in_param_group)  # type: ignore[attr-defined]
-        return whole.view(-1)[start : start + length]
-
-    def set_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-        """Views: nothing to do."""
-
-    @contextmanager
-    def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-        """They are."""
-        yield
-
-
-class Zero3Engine(_ZeroEngine):
+class Zero3Engine:
     """ZeRO-3: everything in pieces; the last process's piece is padded."""
+
+    partitioned = True
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def loss_scale(self) -> float:
+        """1 for bf16 and fp32."""
+        return float(self.optimizer.cur_scale)
 
     def piece(self, parameter: nn.Parameter) -> tuple[int, int]:
         """An equal share, rounded up, less the padding."""
@@ -222,31 +195,22 @@ class Zero3Engine(_ZeroEngine):
         start = share * dist.get_rank()
         return start, max(0, min(share, parameter.ds_numel - start))  # type: ignore[attr-defined]
 
-    def weight(self, parameter: nn.Parameter) -> Tensor:
-        """The fp32 partition without its padding."""
-        whole: Tensor = parameter._z3_optimizer.get_local_fp32_param(parameter)  # type: ignore[attr-defined]
-        return whole.detach().view(-1)[: self.piece(parameter)[1]]
+    def _owned(self, parameter: nn.Parameter, padded: Tensor) -> Tensor:
+        return padded.detach().view(-1)[: self.piece(parameter)[1]]
 
-    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
-        """The gradient partitions (copies, unless they are fp32), without their padding."""
-        return [self._gradient(parameter) for parameter in parameters]
+    def weights(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The fp32 partitions without their padding."""
+        return [self._owned(p, self.optimizer.get_local_fp32_param(p)) for p in parameters]
 
-    def _gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        from deepspeed.utils import safe_get_local_grad
-
-        try:
-            found: Tensor = safe_get_local_grad(parameter)
-        except KeyError:
-            return None
-        return found.view(-1)[: self.piece(parameter)[1]]
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The gradient partitions (copies, unless they are fp32) without their padding."""
+        return [self._owned(p, self.optimizer.get_local_fp32_grad_for_param(p)) for p in parameters]
 
     def set_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
         """Write the copies back, padded."""
-        from deepspeed.utils import safe_set_local_grad
-
         for parameter, gradient in zip(parameters, gradients, strict=True):
             padding = parameter.ds_tensor.ds_numel - gradient.numel()  # type: ignore[attr-defined]
-            safe_set_local_grad(parameter, nn.functional.pad(gradient, (0, padding)))
+            self.optimizer.set_local_grad_for_param(nn.functional.pad(gradient, (0, padding)), parameter)
 
     @contextmanager
     def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
@@ -259,14 +223,15 @@ class Zero3Engine(_ZeroEngine):
 
 def find_engine(parameter: nn.Parameter, trainer: Any) -> Engine:
     """The engine that a prepared Trainer trains with."""
-    optimizer = getattr(getattr(trainer, "deepspeed", None), "optimizer", None)
+    optimizer: Any = getattr(getattr(trainer, "deepspeed", None), "optimizer", None)
     if hasattr(parameter, "ds_id"):
         return Zero3Engine(optimizer)
     if hasattr(optimizer, "grad_partition_insertion_offset"):
         return Zero12Engine(optimizer)
-    if hasattr(parameter, "_hp_mapping"):
-        return Bf16Engine(optimizer)
-    return WholeEngine(getattr(trainer.accelerator, "scaler", None))
+    if hasattr(optimizer, "cur_scale"):  # DeepSpeed without ZeRO
+        return WholeEngine(lambda: float(optimizer.cur_scale))
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    return WholeEngine() if scaler is None else WholeEngine(lambda: float(scaler.get_scale()))
 
 
 def before_clipping(accelerator: Any, hook: Callable[[], None]) -> None:

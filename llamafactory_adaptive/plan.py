@@ -19,6 +19,9 @@ from llamafactory_adaptive.config import PlanError
 
 SCHEMA_VERSION = 1
 PLAN_FILE = "adaptive_rank_plan.json"
+STATE_JSON = "adaptive_state.json"  # in checkpoints of runs that find their ranks
+# A checkpoint that can be resumed has both; the Trainer writes its state last.
+COMPLETE = (PLAN_FILE, "trainer_state.json")
 LOG_FILE = "adaptive_log.jsonl"  # written as a run begins, and at each allocation
 
 
@@ -187,6 +190,14 @@ def plan_from_allocation(
         for shape, rank in zip(shapes, allocation.ranks, strict=True)
     )
     return RankPlan(modules=modules, **header)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint folder was written to its end."""
+    try:
+        return all(isinstance(json.loads((checkpoint / name).read_text(encoding="utf-8")), dict) for name in COMPLETE)
+    except (OSError, ValueError):
+        return False
 
 
 def load_plan(path: Path) -> RankPlan:

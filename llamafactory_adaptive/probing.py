@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llamafactory_adaptive.components import Components
 from llamafactory_adaptive.config import GuardError
-from llamafactory_adaptive.gradients import latest, processes
+from llamafactory_adaptive.gradients import latest
 
 
 class _Passes(nn.Module):
@@ -33,10 +33,8 @@ class _Passes(nn.Module):
             loss = self.model(**inputs).loss
             if loss is None:
                 raise GuardError("the model returns no loss for a training batch, so the path cannot be probed")
-            # The forward sees every weight times a, so its gradient is a times the one at a * theta. A loss that is
-            # already divided by the tokens of all processes is a share of the mean: as many shares make it whole.
-            shares = processes() if inputs.get("num_items_in_batch") is not None else 1
-            (loss * (weight * shares / factor)).backward()
+            # The forward sees every weight times a, so its gradient is a times the one at a * theta.
+            (loss * (weight / factor)).backward()
 
 
 class Prober:
@@ -58,18 +56,26 @@ class Prober:
         if self.armed:
             self.inputs, self.armed = dict(inputs), False
 
-    def gradients(self, path: Sequence[tuple[float, float]]) -> list[list[Tensor]]:
+    def gradients(self, path: Sequence[tuple[float, float]], shares: int = 1) -> list[list[Tensor]]:
         """Weighted sum of the gradients at the nodes of ``path``, per block of the components, on the kept batch.
+
+        Args:
+            path: (factor on every weight, weight of the gradient) per pass.
+            shares: how many batches such as the kept one make up the tokens that the loss is divided by.
 
         Raises:
             GuardError: no batch was seen, or the model returns no loss.
         """
         if self.inputs is None:
             raise GuardError("no training batch reached the model since the step began")
+        if self.inputs.get("num_items_in_batch") is not None:
+            path = [(factor, weight * shares) for factor, weight in path]
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         blocks = self.components.blocks
         copies = [[p.detach().clone().requires_grad_() for p in block.parameters] for block in blocks]
-        swapped = {
+        # Whatever else trains is swapped for a constant.
+        swapped = {f"model.{name}": p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        swapped |= {
             f"model.{names[id(parameter)]}": copy
             for block, row in zip(blocks, copies, strict=True)
             for parameter, copy in zip(block.parameters, row, strict=True)

@@ -15,10 +15,9 @@ from torch import distributed as dist
 
 from llamafactory_adaptive.config import PlanError
 from llamafactory_adaptive.gradients import processes
-from llamafactory_adaptive.plan import replacing, write_atomically
+from llamafactory_adaptive.plan import STATE_JSON, replacing, write_atomically
 
 
-STATE_JSON = "adaptive_state.json"
 STATE_SCHEMA = 1
 
 

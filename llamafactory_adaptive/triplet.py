@@ -1,6 +1,6 @@
 """The adapter while ranks are being found: ``Delta W = P diag(lambda * mask) Q`` inside PEFT's own LoRA layers.
 
-``lora_A.weight`` (Q) is parametrised by lambda and mask, ``lora_B.weight`` is P. Shapes never change while training,
+``lora_A`` holds Q and lambda and applies the mask, ``lora_B.weight`` is P. Shapes never change while training,
 so that optimizers, DDP buckets and ZeRO partitions hold; what is saved is always plain LoRA with lambda folded into A,
 at the full live shape in checkpoints and cut to the true ranks at the end. Shapes: rank r, d_in, d_out; P is (d_out,
 r), Q is (r, d_in), lambda and mask are (r,).
@@ -9,19 +9,18 @@ r), Q is (r, d_in), lambda and mask are (r,).
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn import functional
 
 from llamafactory_adaptive.adapter import live_layers, lora_config_arguments
 from llamafactory_adaptive.plan import RankPlan
 
 
-_ORIGINAL = "parametrizations.weight.original"
-_LAMBDA = "parametrizations.weight.0.lambda_r"
+_LAMBDA = "lambda_r"
 _FACTOR_STD = 0.02  # of P and Q at the start, in AdaLoRA and IGU-LoRA alike
 
 
@@ -60,20 +59,35 @@ class _MaskedScale(torch.autograd.Function):
         return grad_q, (grad * q).sum(1).mul_(ctx.factor), None, None
 
 
-class MaskedDiagonal(nn.Module):
-    """Parametrisation of ``lora_A.weight``."""
+class MaskedLinear(nn.Linear):
+    """Takes the place of a layer's ``lora_A``: ``weight`` is Q, what it applies is ``diag(lambda * mask) Q``.
 
-    def __init__(self, lambda_r: Tensor, position: PathPosition) -> None:
-        super().__init__()
-        self.lambda_r = nn.Parameter(lambda_r)
+    A parametrisation of ``weight`` would do the same at more cost: PEFT reads ``weight`` twice in each forward. What
+    reads ``weight`` directly (PEFT's merge) sees Q alone; saved adapters are for that.
+
+    Args:
+        plain: the ``lora_A`` to replace; its parameter is taken over.
+        initial_lambda: value lambda starts from.
+        position: shared by the whole model.
+    """
+
+    def __init__(self, plain: nn.Linear, initial_lambda: float, position: PathPosition) -> None:
+        super().__init__(plain.in_features, plain.out_features, bias=False, device="meta")
+        self.weight = plain.weight
+        self.lambda_r = nn.Parameter(torch.full_like(plain.weight.data[:, 0], initial_lambda))
         self.position = position
         # No buffer: engines that cast or move buffers would cut the view into the one tensor that holds all masks.
-        self.mask_r = torch.ones_like(lambda_r)
+        self.mask_r = torch.ones_like(self.lambda_r.data)
+        self.register_load_state_dict_pre_hook(_accept_plain_weight)  # type: ignore[no-untyped-call]
 
-    def forward(self, q: Tensor) -> Tensor:
-        """(r, d_in) to (r, d_in)."""
-        masked: Tensor = _MaskedScale.apply(q, self.lambda_r, self.mask_r, self.position.cube)  # type: ignore[no-untyped-call]
+    def effective_weight(self) -> Tensor:
+        """``diag(lambda * mask) Q`` at the current position, (r, d_in): bit for bit what is saved as ``lora_A``."""
+        masked: Tensor = _MaskedScale.apply(self.weight, self.lambda_r, self.mask_r, self.position.cube)  # type: ignore[no-untyped-call]
         return masked
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) to (..., r)."""
+        return functional.linear(x, self.effective_weight())
 
 
 @dataclass(frozen=True)
@@ -81,13 +95,17 @@ class Triplet:
     """The trained tensors of one module."""
 
     name: str
-    diagonal: MaskedDiagonal
-    q: nn.Parameter
+    a: MaskedLinear
     p: nn.Parameter
+
+    @property
+    def q(self) -> nn.Parameter:
+        """(r, d_in)."""
+        return cast(nn.Parameter, self.a.weight)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """By kind."""
-        return {"lambda": self.diagonal.lambda_r, "P": self.p, "Q": self.q}
+        return {"lambda": self.a.lambda_r, "P": self.p, "Q": self.q}
 
 
 class Triplets:
@@ -111,11 +129,8 @@ class Triplets:
             for factor in (a.weight, b.weight):
                 noise = torch.empty(factor.shape).normal_(0.0, _FACTOR_STD, generator=generator)
                 factor.data.copy_(noise)
-            diagonal = MaskedDiagonal(torch.full_like(a.weight.data[:, 0], initial_lambda), self.position)
-            # unsafe: PyTorch would otherwise run the parametrisation now, to see whether shapes stay.
-            parametrize.register_parametrization(a, "weight", diagonal, unsafe=True)
-            a.register_load_state_dict_pre_hook(_accept_plain_weight)
-            self.modules.append(Triplet(planned.name, diagonal, a.parametrizations.weight.original, b.weight))
+            layer.lora_A[adapter] = MaskedLinear(a, initial_lambda, self.position)
+            self.modules.append(Triplet(planned.name, layer.lora_A[adapter], b.weight))
         self.masks = [[True] * planned.rank for planned in plan.active]
         self.compact: RankPlan | None = None
         self._save_plain(model)
@@ -123,10 +138,10 @@ class Triplets:
     def mask(self, masks: list[list[bool]]) -> None:
         """Put masks in force, and where the weights now are: one copy to the device for all modules."""
         self.masks = [list(row) for row in masks]
-        like = self.modules[0].diagonal.lambda_r
+        like = self.modules[0].a.lambda_r
         flat = torch.tensor([flag for row in masks for flag in row], dtype=like.dtype).to(like.device)
         for module, view in zip(self.modules, torch.split(flat, [len(row) for row in masks]), strict=True):
-            module.diagonal.mask_r = view
+            module.a.mask_r = view
 
     def ranks(self) -> list[int]:
         """Components in use per module."""
@@ -164,18 +179,17 @@ class Triplets:
         masks = {module.name: torch.tensor(row) for module, row in zip(self.modules, self.masks, strict=True)}
         result: dict[str, Tensor] = {}
         for key, tensor in state.items():
-            if key.endswith(_LAMBDA):
-                continue
             stem, _, factor = key.partition(".lora_")
             mask_r = masks.get(stem.rpartition("base_model.model.")[2])
             if mask_r is None or not factor.startswith(("A.", "B.")):
                 result[key] = tensor
                 continue
+            if factor.endswith(_LAMBDA):
+                continue
             mask_r = mask_r.to(tensor.device)
-            if factor.endswith(_ORIGINAL):
-                lambda_r = state[key.removesuffix(_ORIGINAL) + _LAMBDA].to(tensor.device)
+            if factor.startswith("A."):
+                lambda_r = state[key.removesuffix("weight") + _LAMBDA].to(tensor.device)
                 tensor = tensor * (lambda_r * mask_r).unsqueeze(1)
-                key = key.removesuffix(_ORIGINAL) + "weight"
             if self.compact is None:
                 result[key] = tensor
             elif mask_r.any():
@@ -185,7 +199,6 @@ class Triplets:
 
 def _accept_plain_weight(module: nn.Module, state: dict[str, Tensor], prefix: str, *unused: Any) -> None:
     """Load a plain ``lora_A.weight`` as Q with lambda 1, the same function; exact factors follow from our state."""
-    plain = state.pop(prefix + "weight", None)
-    if plain is not None:
-        state[prefix + _ORIGINAL] = plain
-        state[prefix + _LAMBDA] = torch.ones(plain.shape[0], dtype=plain.dtype)
+    weight = state.get(prefix + "weight")
+    if weight is not None and prefix + _LAMBDA not in state:
+        state[prefix + _LAMBDA] = torch.ones(weight.shape[0], dtype=weight.dtype)

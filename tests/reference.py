@@ -40,3 +40,8 @@ def smoothed(importances: list[np.ndarray], beta1: float = 0.85, beta2: float = 
 def component_scores(lam: np.ndarray, p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """IGU-LoRA, Eq. 3, of element scores: lam (r,), P (d_out, r), Q (r, d_in)."""
     return np.array([lam[i] + p[:, i].mean() + q[i].mean() for i in range(len(lam))])
+
+
+def trapezoid_path(intervals: int) -> list[tuple[float, float]]:
+    """All nodes of the trapezoid rule over [0, 1] but a = 0, where the gradient of a product of three is zero."""
+    return [(k / intervals, (1.0 if k < intervals else 0.5) / intervals) for k in range(1, intervals + 1)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llamafactory_adaptive.bridge.arguments import Args, local_rank, our_keys, split_names
 from llamafactory_adaptive.config import AdaptiveConfig, AdaptiveConfigError, PlanError, Problem
-from llamafactory_adaptive.plan import LOG_FILE, PLAN_FILE, RankPlan, load_plan
+from llamafactory_adaptive.plan import LOG_FILE, PLAN_FILE, STATE_JSON, RankPlan, is_complete, load_plan
 from llamafactory_adaptive.registry import get_method, methods
 
 
@@ -25,7 +25,12 @@ def obtain_plan(args: Args, config: AdaptiveConfig) -> tuple[RankPlan, bool]:
     checkpoint = checkpoint_to_resume(args)
     going_on = [] if args.get("create_new_adapter") else split_names(args.get("adapter_name_or_path"))
     if checkpoint is not None:
+        if args.get("stage") == "rm" and not args.get("deepspeed"):
+            reason = "without DeepSpeed the Trainer cannot load the value-head checkpoints that LLaMA-Factory writes"
+            problem = Problem("resume_from_checkpoint", str(checkpoint), reason, "overwrite_output_dir: true")
+            raise AdaptiveConfigError([problem])
         plan = _plan_beside(checkpoint)
+        _check_same_base(plan, args, checkpoint)
         pipeline.check_same_run(plan, config, str(checkpoint))
         if config.pruning is not None:
             pipeline.check_shapes(plan, target_shapes(args), str(checkpoint / PLAN_FILE))
@@ -33,6 +38,11 @@ def obtain_plan(args: Args, config: AdaptiveConfig) -> tuple[RankPlan, bool]:
         return pipeline.check_plan(plan, target_shapes(args), config, str(checkpoint / PLAN_FILE)), bool(going_on)
     if going_on:
         adapter = Path(going_on[-1])
+        if (adapter / STATE_JSON).is_file():
+            raise PlanError(
+                f"{adapter} is a checkpoint of a run that finds its ranks: resume it (resume_from_checkpoint), or go "
+                "on with the adapter it ended with"
+            )
         plan = _plan_beside(adapter)
         pipeline.check_same_scale(plan, config, str(adapter))
         return pipeline.check_plan(plan, target_shapes(args), config, str(adapter / PLAN_FILE)), True
@@ -115,14 +125,14 @@ def checkpoint_to_resume(args: Args) -> Path | None:
     last = get_last_checkpoint(str(output)) if wanted is None or wanted else None
     if last is None or not (output / LOG_FILE).is_file():
         return Path(last) if last else None
-    complete = [path.parent for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{PLAN_FILE}")]
+    complete = [path for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_complete(path)]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def what_the_host_resumes(args: Args, checkpoint: Path | None) -> Args:
     """The settings, with the checkpoint spelled out where the host would take one that was not written to its end.
 
-    A process killed while it saves leaves such a folder. The plan is what an adaptive run writes last.
+    A process killed while it saves leaves such a folder.
     """
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -136,6 +146,16 @@ def what_the_host_resumes(args: Args, checkpoint: Path | None) -> Args:
         instead = f"resuming from {checkpoint.name}" if checkpoint else "starting afresh"
         logger.warning(f"{last} was not written to its end; {instead}")
     return {**args, "resume_from_checkpoint": str(checkpoint) if checkpoint else False}
+
+
+def _check_same_base(plan: RankPlan, args: Args, checkpoint: Path) -> None:
+    """Same shapes are not the same model; a folder may have moved, so its own name is what counts."""
+    there, here = (str(name).rstrip("/") for name in (plan.provenance.get("base_model"), args["model_name_or_path"]))
+    if plan.provenance.get("base_model") and Path(there).name != Path(here).name:
+        raise PlanError(
+            f"{checkpoint} belongs to another run: model_name_or_path is {there} there and {here} here; change it "
+            "back or use another output_dir"
+        )
 
 
 def _plan_beside(adapter: Path) -> RankPlan:

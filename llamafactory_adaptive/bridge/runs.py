@@ -124,8 +124,21 @@ def meet_trainer(trainer_class: type) -> type:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             callback = _current.get()
+            self.adaptive_callback = callback
             if callback is not None:
                 callback.attach(self)
+
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            if self.adaptive_callback is not None:
+                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+                self.adaptive_callback.begin_checkpoint(folder, self.args)
+            super()._save_checkpoint(*args, **kwargs)
+
+        def _save_rng_state(self, output_dir: str) -> None:
+            # Before the Trainer writes its own state, pushes the checkpoint and deletes older ones.
+            super()._save_rng_state(output_dir)
+            if self.adaptive_callback is not None:
+                self.adaptive_callback.save_into(Path(output_dir), self.args, self.state)
 
     Met.__name__, Met.__qualname__, Met.__module__ = trainer_class.__name__, trainer_class.__qualname__, __name__
     return Met

@@ -15,8 +15,9 @@ Importance of an element w, by ``importance``:
 Smoothing (Eq. 10-12): S <- b1 S + (1-b1) s; U <- b2 U + (1-b2)|s - S|; score (S + e)/(U + e). A component scores
 score(lambda_i) + mean_k score(P_ki) + mean_k score(Q_ik) (Eq. 3); the globally best are kept under the cubic budget.
 
-What differs: t_i and t_f are ratios of all steps. A masked component keeps its weights and stays exactly off until it
-comes back (the released code lets it drift between allocations, over budget); its P and Q, whose gradient is zero only
+What differs: t_i and t_f are ratios of all steps. A masked component adds exactly nothing until it comes back (in the
+released code it drifts between allocations, over budget); its lambda is observed but not trained (momentum, weight
+decay and regulariser still act on its factors); its P and Q, whose gradient is zero only
 because of the mask, keep S and U meanwhile. Scores see the gradient of the loss without the regulariser, before
 clipping. Once the mask is final, nothing is scored and ``shrink`` trains at a = 1. ``integrated`` takes |IG|.
 
@@ -124,11 +125,9 @@ class Igu:
         self.importance.load(state)
 
 
-def trapezoid_path(intervals: int) -> list[tuple[float, float]]:
-    """All nodes of the trapezoid rule over [0, 1] but a = 0, where the gradient of a product of three is zero."""
-    return [(k / intervals, (1.0 if k < intervals else 0.5) / intervals) for k in range(1, intervals + 1)]
-
-
 def sampled_path(intervals: int, node: int) -> list[tuple[float, float]]:
-    """An unbiased estimate of :func:`trapezoid_path` for a uniformly drawn interior ``node``."""
+    """An unbiased estimate of the trapezoid rule for a uniformly drawn interior ``node``.
+
+    The node a = 0 is left out: there the gradient of a product of three is zero.
+    """
     return [(node / intervals, (intervals - 1) / intervals), (1.0, 0.5 / intervals)]

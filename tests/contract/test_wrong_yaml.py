@@ -1,6 +1,7 @@
 """Every kind of wrong setting: one clear message that names key, value, allowed range and a value to try."""
 
 import json
+from pathlib import Path
 
 import pytest
 from tiny import settings
@@ -14,13 +15,15 @@ from llamafactory_adaptive.bridge.arguments import our_keys, to_mapping  # noqa:
 from llamafactory_adaptive.bridge.validation import parse_config  # noqa: E402
 
 
+ZERO3 = str(Path(__file__).parents[2] / "examples" / "deepspeed" / "ds_z3_config.json")
+IGU = {"adaptive_method": "igu", "adaptive_calibration_samples": None, "adaptive_calibration_batch_size": None}
 WRONG = [
     ({"adaptive_methd": "igu"}, "adaptive_methd: 'igu' is not possible: neither LLaMA-Factory nor this plugin has such a key; "
      "try adaptive_method"),
     ({"learning_rat": 1.0}, "learning_rat: 1.0 is not possible: neither LLaMA-Factory nor this plugin has such a key; try "
      "learning_rate"),
-    ({"adaptive_method": "sensitvity"}, "adaptive_method: 'sensitvity' is not possible: it must be one of random, "
-     "sensitivity, uniform; try adaptive_method: sensitivity"),
+    ({"adaptive_method": "sensitvity"}, "adaptive_method: 'sensitvity' is not possible: it must be one of adalora, "
+     "igu, random, sensitivity, uniform; try adaptive_method: sensitivity"),
     ({"adaptive_budget_unit": "parms"}, "adaptive_budget_unit: 'parms' is not possible: it must be one of params, ranks; "
      "try adaptive_budget_unit: params"),
     ({"adaptive_min_rank": -1}, "adaptive_min_rank: -1 is not possible: it must be at least 0; try adaptive_min_rank: 1"),
@@ -69,6 +72,33 @@ WRONG = [
     ({"fsdp": "full_shard"}, "fsdp: 'full_shard' is not possible: FSDP flattens the factors whose ranks are checked"),
     ({"adapter_name_or_path": "x", "create_new_adapter": True, "quantization_bit": 4}, "create_new_adapter: True is not "
      "possible: the old adapter cannot be merged into a quantised base or under ZeRO-3"),
+    ({"adaptive_interval": 5}, "adaptive_interval: 5 is not possible: adaptive_method: sensitivity fixes ranks before "
+     "training and prunes nothing; try leaving it out, or adaptive_method: igu"),
+    ({**IGU, "adaptive_calibration_samples": 8}, "adaptive_calibration_samples: 8 is not possible: adaptive_method: igu "
+     "finds ranks during training and calibrates nothing; try leaving it out, or adaptive_method: sensitivity"),
+    ({**IGU, "adaptive_init_rank": 4}, "adaptive_init_rank: 4 is not possible: the start must be over-ranked: above "
+     "lora_rank (4), at most adaptive_max_rank (16); try adaptive_init_rank: 8"),
+    ({**IGU, "adaptive_init_rank": 17}, "adaptive_init_rank: 17 is not possible: the start must be over-ranked"),
+    ({**IGU, "adaptive_max_rank": 4}, "adaptive_max_rank: 4 is not possible: the start must be over-ranked: above "
+     "lora_rank (4), at most adaptive_max_rank (4); try adaptive_max_rank: 8"),
+    ({**IGU, "adaptive_warmup_ratio": 0.8}, "adaptive_warmup_ratio: 0.8 is not possible: with adaptive_final_ratio 0.3 "
+     "it leaves no step to prune in; try adaptive_warmup_ratio: 0.35"),
+    ({**IGU, "adaptive_interval": 0}, "adaptive_interval: 0 is not possible: it must be at least 1; try "
+     "adaptive_interval: 10"),
+    ({**IGU, "adaptive_max_overhead": 0.2}, "adaptive_max_overhead: 0.2 is not possible: only igu_importance: integrated "
+     "makes extra passes that could be thinned out; try leaving it out"),
+    ({**IGU, "igu_importance": "shrnk"}, "igu_importance: 'shrnk' is not possible: it must be one of shrink, integrated, "
+     "off; try igu_importance: shrink"),
+    ({**IGU, "adapter_name_or_path": "x"}, "adapter_name_or_path: 'x' is not possible: pruning starts from a new, "
+     "over-ranked adapter; try create_new_adapter: true"),
+    ({**IGU, "torch_compile": True}, "torch_compile: True is not possible: masks and path positions change"),
+    ({**IGU, "auto_find_batch_size": True}, "auto_find_batch_size: True is not possible: it restarts training"),
+    ({**IGU, "igu_importance": "integrated", "stage": "dpo"}, "stage: 'dpo' is not possible: extra passes need the loss "
+     "that the model itself returns; try igu_importance: shrink"),
+    ({**IGU, "igu_importance": "integrated", "use_dft_loss": True}, "use_dft_loss: True is not possible: extra passes use "
+     "the model's own loss; try igu_importance: shrink"),
+    ({**IGU, "igu_importance": "integrated", "deepspeed": ZERO3}, "ds_z3_config.json' is not possible: extra "
+     "passes need whole weights on every process"),
     ({"val_size": 0.5, "dataset": "tiny_sft,tiny_eval", "adaptive_calibration_dataset": "tiny_eval"}, "val_size holds "
      "rows of the merged training set out"),
 ]  # fmt: skip
@@ -80,7 +110,7 @@ def message(args):
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("change", "expected"), WRONG, ids=[next(iter(change)) for change, _ in WRONG])
+@pytest.mark.parametrize(("change", "expected"), WRONG, ids=[list(change)[-1] for change, _ in WRONG])
 def test_one_wrong_setting_is_one_clear_message(change, expected, tiny_llama, data_dir, tmp_path):
     text = message(settings(tiny_llama, data_dir, tmp_path / "out", **change))
     assert expected in text

@@ -1,5 +1,6 @@
 """IGU-LoRA and AdaLoRA against NumPy, autograd, path integrals and PEFT's own allocator."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from llamafactory_adaptive.config import GuardError
 from llamafactory_adaptive.gradients import WholeEngine
 from llamafactory_adaptive.methods import Orthogonality, is_dynamic
 from llamafactory_adaptive.methods.adalora import Adalora, AdaloraOptions
-from llamafactory_adaptive.methods.igu import Igu, IguOptions, sampled_path, trapezoid_path
+from llamafactory_adaptive.methods.igu import Igu, IguOptions, sampled_path
 from llamafactory_adaptive.probing import Prober, Thinner
 from llamafactory_adaptive.registry import get_method, methods
 from llamafactory_adaptive.stats import SmoothedImportance, draw
@@ -77,12 +78,12 @@ def test_component_scores_match_the_numpy_reference(options, element, term):
         for index, module in enumerate(triplets.modules):
             for kind, p in module.parameters().items():
                 seen.setdefault((index, kind), []).append((p.data * p.grad).abs().double().numpy())
-        components.observe(method, overflow_is_possible=False)
+        components.update(method, None)
     found = components.scores(method)
     for index, module in enumerate(triplets.modules):
         parts = {kind: element(*reference.smoothed(seen[index, kind])) for kind in ("lambda", "P", "Q")}
         if term == "magnitude":
-            parts["lambda"] = module.diagonal.lambda_r.detach().abs().numpy()
+            parts["lambda"] = module.a.lambda_r.detach().abs().numpy()
         assert np.allclose(found[index], reference.component_scores(*parts.values()), rtol=1e-4)
 
 
@@ -105,7 +106,7 @@ def test_adalora_scores_and_keeps_what_pefts_own_allocator_does():
             theirs[name].data.copy_(parameter.data.view(shape))
             theirs[name].grad = parameter.grad.view(shape).clone()
         allocator.update_ipt(model)
-        components.observe(method, overflow_is_possible=False)
+        components.update(method, None)
 
     ours = components.scores(method)
     budget = 3 * len(triplets.modules)
@@ -124,13 +125,13 @@ def test_factors_of_masked_components_are_not_scored_on_gradients_the_mask_made_
     steps = stream(triplets, 4)
     for _ in range(3):
         next(steps)
-        components.observe(method, overflow_is_possible=False)
+        components.update(method, None)
     masks = [list(row) for row in triplets.masks]
     masks[0][1] = masks[3][0] = False
     triplets.mask(masks)
     before = {key: value.clone() for key, value in method.state().items()}
     next(steps)
-    components.observe(method, overflow_is_possible=False)
+    components.update(method, None)
     for block in components.blocks:
         old, new = before[f"mean.{block.name}"], method.state()[f"mean.{block.name}"]
         held = (old == new).view(len(block.modules), *block.shape)
@@ -145,19 +146,46 @@ def test_a_nan_gradient_stops_the_choice():
     method = Igu(IguOptions())
     next(stream(triplets, 1))
     triplets.modules[2].p.grad[0, 0] = float("nan")
-    components.observe(method, overflow_is_possible=False)
+    components.update(method, None)
     scores = components.scores(method)
     assert math.isnan(scores[2][0])
-    components.observe(method := Igu(IguOptions()), overflow_is_possible=True)  # fp16: the scaler skips this step
+    components.update(method := Igu(IguOptions()), None, overflow_is_possible=True)  # fp16: the scaler skips this step
     assert all(math.isfinite(s) for row in components.scores(method) for s in row)
 
 
 def test_a_missing_gradient_is_named():
     _, triplets, components = triplet_model()
     next(stream(triplets, 1))
-    triplets.modules[1].diagonal.lambda_r.grad = None
-    with pytest.raises(GuardError, match=r"lambda of 1 modules has no gradient, for example of model\.layers\.0"):
-        components.observe(Igu(IguOptions()), overflow_is_possible=False)
+    for parameter in triplets.modules[1].parameters().values():
+        parameter.grad = None
+    with pytest.raises(GuardError, match=r"no gradient arrived at 1 modules at the first step, for example at model"):
+        components.update(Igu(IguOptions()), None)
+
+
+def test_the_loss_scale_is_taken_out_of_scores_and_put_into_the_regulariser():
+    plain, scaled = [], []
+    for scale, found in ((1.0, plain), (1024.0, scaled)):
+        _, triplets, _ = triplet_model()
+        components = Components(triplets, WholeEngine(lambda scale=scale: scale))
+        next(stream(triplets, 1))
+        for parameter in components.parameters:
+            parameter.grad.mul_(scale)
+        method = Igu(IguOptions())
+        components.update(method, Orthogonality(50.0, "identity"))
+        found += [components.scores(method), [parameter.grad / scale for parameter in components.parameters]]
+    assert np.allclose(plain[0], scaled[0], rtol=1e-4)
+    assert all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(plain[1], scaled[1], strict=True))
+
+
+def test_scores_see_the_gradient_without_the_regulariser():
+    scores = []
+    for orthogonality in (None, Orthogonality(1e3, "identity")):
+        _, triplets, components = triplet_model()
+        method = Igu(IguOptions())
+        next(stream(triplets, 1))
+        components.update(method, orthogonality)
+        scores.append(components.scores(method))
+    assert scores[0] == scores[1]
 
 
 # -- integrated gradients --------------------------------------------------------------------------------------------
@@ -206,20 +234,21 @@ def path_problem():
 
 def test_integrated_gradients_are_complete_with_an_error_that_falls_as_one_over_n_squared():
     attributions, change = path_problem()
-    errors = [abs(attributions(trapezoid_path(n)) - change) for n in (64, 128, 256, 512)]
+    errors = [abs(attributions(reference.trapezoid_path(n)) - change) for n in (64, 128, 256, 512)]
     assert errors[-1] < 1e-3 * abs(change)
-    assert all(3.8 < a / b < 4.2 for a, b in zip(errors, errors[1:], strict=False)), errors
+    assert all(3.8 < a / b < 4.2 for a, b in itertools.pairwise(errors)), errors
 
 
 def test_one_random_node_estimates_the_path_without_bias_and_averages_out_as_one_over_root_m():
     attributions, _ = path_problem()
     n = 8
-    exact = attributions(trapezoid_path(n))
+    exact = attributions(reference.trapezoid_path(n))
     single = [attributions(sampled_path(n, node)) for node in range(1, n)]
     assert sum(single) / len(single) == pytest.approx(exact, rel=1e-9)
-    generator, spread = np.random.default_rng(0), np.std(single)
-    for m in (16, 256):
-        means = generator.choice(single, size=(400, m)).mean(1)
+    method, spread = Igu(IguOptions(importance="integrated", intervals=n)), np.std(single)
+    for m in (16, 256):  # 400 runs of m steps each, with the nodes that a run would draw
+        drawn = [[round(method.path(seed, step)[0][0] * n) for step in range(m)] for seed in range(400)]
+        means = np.array([[single[node - 1] for node in row] for row in drawn]).mean(1)
         assert np.sqrt(((means - exact) ** 2).mean()) == pytest.approx(spread / m**0.5, rel=0.15)
 
 
@@ -276,12 +305,13 @@ def test_draws_depend_on_their_arguments_alone_and_cover_all_choices():
 def test_the_regularisers_gradient_is_autograds(form):
     x = torch.randn(5, 4, 9, dtype=torch.float64, requires_grad=True)
     eye = torch.eye(4, dtype=torch.float64)
-    gram = x @ x.transpose(1, 2)
+    gram = x @ x.mT
     counted = gram * (1 - eye) if form == "off_diagonal" else gram - eye
     counted.flatten(1).norm(dim=1).sum().backward()
-    assert torch.allclose(gram_penalty_gradient(x.detach(), form), x.grad, rtol=1e-9)
+    assert torch.allclose(gram_penalty_gradient(x.detach(), "Q", form), x.grad, rtol=1e-9)
+    assert torch.allclose(gram_penalty_gradient(x.detach().mT, "P", form), x.grad.mT, rtol=1e-9)
     orthonormal = eye[None]
-    assert (gram_penalty_gradient(orthonormal, form) == 0).all()
+    assert (gram_penalty_gradient(orthonormal, "Q", form) == 0).all()
 
 
 @pytest.mark.parametrize("form", ["off_diagonal", "identity"])
@@ -290,7 +320,7 @@ def test_the_regulariser_is_added_to_the_training_gradient_as_its_definition_say
     for module in triplets.modules:
         for parameter in module.parameters().values():
             parameter.grad = torch.zeros_like(parameter)
-    components.regularise(Orthogonality(3.0, form))
+    components.update(None, Orthogonality(3.0, form))
     norms = []
     for module in triplets.modules:
         for gram in (module.p.T @ module.p, module.q @ module.q.T):
@@ -305,27 +335,27 @@ def test_the_regulariser_is_added_to_the_training_gradient_as_its_definition_say
 def test_position_masks_and_gradients_of_the_triplet_form():
     model, triplets, _ = triplet_model()
     module = triplets.modules[0]
-    triplets.mask([[True, False, True, True]] + triplets.masks[1:])
+    triplets.mask([[True, False, True, True], *triplets.masks[1:]])
     triplets.position.value = 0.5
     layer = model.get_submodule(f"base_model.model.{module.name}")
-    effective = layer.lora_A["default"].weight
-    q, lam = module.q.detach(), module.diagonal.lambda_r.detach()
+    effective = layer.lora_A["default"].effective_weight()
+    q, lam = module.q.detach(), module.a.lambda_r.detach()
     on = torch.tensor([1.0, 0.0, 1.0, 1.0])
     assert torch.allclose(effective, q * (lam * on)[:, None] / 8)
     seen = torch.randn_like(effective)
     effective.backward(seen)
     assert torch.allclose(module.q.grad, seen * (lam * on)[:, None] / 8)
     # Lambda's gradient is the one of the unmasked form: the masked component learns what it would add.
-    assert torch.allclose(module.diagonal.lambda_r.grad, (seen * q).sum(1) / 8)
+    assert torch.allclose(module.a.lambda_r.grad, (seen * q).sum(1) / 8)
 
 
 def test_what_is_only_observed_does_not_train():
     _, triplets, components = triplet_model()
     next(stream(triplets, 1))
-    triplets.mask([[True, False, True, True]] + triplets.masks[1:])
-    before = triplets.modules[0].diagonal.lambda_r.grad.clone()
-    components.hold_masked()
-    assert triplets.modules[0].diagonal.lambda_r.grad.tolist() == (before * torch.tensor([1.0, 0, 1, 1])).tolist()
+    triplets.mask([[True, False, True, True], *triplets.masks[1:]])
+    before = triplets.modules[0].a.lambda_r.grad.clone()
+    components.update(None, None)
+    assert triplets.modules[0].a.lambda_r.grad.tolist() == (before * torch.tensor([1.0, 0, 1, 1])).tolist()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
@@ -370,7 +400,7 @@ def test_a_plain_adapter_loads_into_the_live_form(tmp_path):
     inputs = batch()
     with torch.no_grad():
         assert torch.allclose(other(**inputs).logits, model(**inputs).logits, atol=1e-6)
-    assert (others.modules[0].diagonal.lambda_r == 1).all()
+    assert (others.modules[0].a.lambda_r == 1).all()
 
 
 # -- what every dynamic method gets for free -------------------------------------------------------------------------
@@ -390,7 +420,7 @@ class TestContract:
             _, triplets, components = triplet_model()
             method = self.make(name)
             for _ in stream(triplets, 3):
-                components.observe(method, overflow_is_possible=False)
+                components.update(method, None)
             found.append(components.scores(method))
         assert found[0] == found[1]
         assert [len(row) for row in found[0]] == [4] * 14
@@ -402,8 +432,8 @@ class TestContract:
         for step, _ in enumerate(stream(triplets, 4)):
             if step == 2:
                 parts[1].load({key: value.clone() for key, value in parts[0].state().items()})
-            components.observe(whole, overflow_is_possible=False)
-            components.observe(parts[step // 2], overflow_is_possible=False)
+            components.update(whole, None)
+            components.update(parts[step // 2], None)
         assert components.scores(whole) == components.scores(parts[1])
 
     def test_what_it_keeps_of_an_element_depends_on_that_element_alone(self, name):
