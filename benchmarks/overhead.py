@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "igu": {**PRUNING, "adaptive_method": "igu"},
     "adalora": {**PRUNING, "adaptive_method": "adalora"},
     "igu integrated": {**PRUNING, "adaptive_method": "igu", "igu_importance": "integrated"},
-    "igu integrated, at most 20 %": {**PRUNING, "adaptive_method": "igu", "igu_importance": "integrated",
+    "igu integrated at most 20 %": {**PRUNING, "adaptive_method": "igu", "igu_importance": "integrated",
                                      "adaptive_max_overhead": 0.2},
     "peft adalora": {**PLAIN, "peft_adalora": True},
 }  # fmt: skip

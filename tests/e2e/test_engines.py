@@ -12,13 +12,15 @@ from safetensors.torch import load_file
 from test_launch import BIN, EXAMPLES, run
 from test_training import train
 from tiny import pruning_settings
+from workers import train_on_two
 
 from llamafactory_adaptive.plan import load_plan
 
 
 pytestmark = pytest.mark.slow
+# DeepSpeed builds its CPU optimizer when it is first asked for.
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 HARD = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.01}
-TWO = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
 
 
 def deepspeed_config(folder: Path, stage: int, **zero) -> Path:
@@ -39,10 +41,9 @@ def alone(tiny_llama, data_dir, tmp_path_factory):
 
 
 @pytest.fixture
-def write(tmp_path, tiny_llama, data_dir):
-    path = tmp_path / "two.yaml"
-    path.write_text(yaml.safe_dump(pruning_settings(tiny_llama, data_dir, tmp_path / "out", **HARD)))
-    return path
+def make(tiny_llama, data_dir, tmp_path):
+    """Settings of one of two processes, half the batch each."""
+    return lambda **more: pruning_settings(tiny_llama, data_dir, tmp_path / "out", **{**HARD, **more})
 
 
 def check_same(out, alone):
@@ -58,61 +59,79 @@ def check_same(out, alone):
     assert histories[0] == histories[1], "the same at every allocation, not only in the end"
 
 
-def test_ddp_finds_the_same_ranks_as_one_process(write, alone, tmp_path):
-    """Started by torchrun itself."""
+def test_ddp_started_by_torchrun_finds_the_same_ranks_as_one_process(make, alone, tmp_path):
     import llamafactory.launcher as launcher
 
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(make()))
     original = Path(launcher.__file__).parent / "launcher.py"
-    run(BIN / "torchrun", "--nproc-per-node", "2", "--master-port", "29541", original, write)
+    run(BIN / "torchrun", "--nproc-per-node", "2", "--master-port", "29541", original, tmp_path / "two.yaml")
     check_same(tmp_path / "out", alone)
 
 
 @pytest.mark.parametrize(
     ("stage", "zero"),
-    [(1, {}), (2, {"round_robin_gradients": True, "offload_optimizer": {"device": "cpu"}})],
-    ids=["zero1", "zero2-offload"],
+    [
+        pytest.param(1, {}, id="zero1"),
+        pytest.param(2, {"offload_optimizer": {"device": "cpu"}}, id="zero2-offload", marks=NEEDS_COMPILER),
+    ],
 )
-def test_zero_1_and_2_find_the_same_ranks_as_one_process(stage, zero, write, alone, tmp_path):
-    run(BIN / "llamafactory-cli", "train", write, f"deepspeed={deepspeed_config(tmp_path, stage, **zero)}", **TWO)
+def test_zero_1_and_2_find_the_same_ranks_as_one_process(stage, zero, make, alone, tmp_path):
+    train_on_two(make(deepspeed=str(deepspeed_config(tmp_path, stage, **zero))), tmp_path / "logs")
     check_same(tmp_path / "out", alone)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_zero_resumes_bitwise_and_finds_the_same_ranks(stage, write, alone, tmp_path):
-    """The whole run first; then again from its checkpoint of step 5, alone in another folder."""
-    words = [BIN / "llamafactory-cli", "train", write, f"deepspeed={deepspeed_config(tmp_path, stage)}",
-             "save_strategy=steps", "save_steps=5", "overwrite_output_dir=false"]  # fmt: skip
-    run(*words, **TWO)
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_two_processes_resume_bitwise_and_find_the_same_ranks(stage, make, alone, tmp_path):
+    """The whole run first; then again from its checkpoint of step 5, alone in another folder. Stage 0 is DDP."""
+    more = {"save_strategy": "steps", "save_steps": 5, "overwrite_output_dir": False}
+    if stage:
+        more["deepspeed"] = str(deepspeed_config(tmp_path, stage))
+    train_on_two(make(**more), tmp_path / "logs")
     out, again = tmp_path / "out", tmp_path / "again"
     check_same(out, alone)
     shutil.copytree(out / "checkpoint-5", again / "checkpoint-5")
-    run(*words, f"output_dir={again}", **TWO)
+    (again / "adaptive_log.jsonl").write_text((out / "adaptive_log.jsonl").read_text().splitlines()[0] + "\n")
+    train_on_two(make(**more, output_dir=str(again)), tmp_path / "logs")
     found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (again, out))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in found)
     lines = [json.loads(line) for line in (again / "adaptive_log.jsonl").read_text().splitlines()]
-    assert [(line["event"], line["step"]) for line in lines][:2] == [("resumed", 5), ("allocation", 6)]
+    assert [(line["event"], line["step"]) for line in lines][1:3] == [("resumed", 5), ("allocation", 6)]
 
 
-def test_two_processes_probe_what_one_does(write, tiny_llama, data_dir, tmp_path):
+def test_two_processes_probe_what_one_does(make, tmp_path):
     more = {"igu_importance": "integrated", "igu_probe_interval": 2, "gradient_accumulation_steps": 1}
     alone = tmp_path / "alone"
-    train(pruning_settings(tiny_llama, data_dir, alone, per_device_train_batch_size=4, max_grad_norm=0.01, **more))
-    run(BIN / "llamafactory-cli", "train", write, *(f"{key}={value}" for key, value in more.items()), **TWO)
+    train(make(**more, per_device_train_batch_size=4, output_dir=str(alone)))
+    train_on_two(make(**more), tmp_path / "logs")
     check_same(tmp_path / "out", alone)
 
 
-def test_4bit_under_zero2_probes_and_prunes(write, tmp_path):
-    run(BIN / "llamafactory-cli", "train", write, f"deepspeed={deepspeed_config(tmp_path, 2)}", "bf16=true",
-        "quantization_bit=4", "igu_importance=integrated", "igu_probe_interval=2", **TWO)  # fmt: skip
+def test_4bit_under_zero2_started_by_the_command_line_probes_and_prunes(make, tmp_path):
+    config = str(EXAMPLES / "deepspeed" / "ds_z2_config.json")
+    args = make(deepspeed=config, bf16=True, quantization_bit=4, igu_importance="integrated", igu_probe_interval=2)
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(args))
+    run(BIN / "llamafactory-cli", "train", tmp_path / "two.yaml", FORCE_TORCHRUN="1", NPROC_PER_NODE="2")
     plan = load_plan(tmp_path / "out" / "adaptive_rank_plan.json")
     assert plan.budget()["left_parameters"] >= 0
     assert len(set(plan.ranks().values())) > 2
 
 
-def test_plan_says_what_a_dynamic_run_will_do_and_writes_nothing(write, tmp_path):
-    done = run(BIN / "llamafactory-adaptive", "plan", write)
-    assert "Ranks are found during training (igu, 14 modules): all start at up to rank 8" in done.stdout
-    assert "nothing was written" in done.stdout
-    assert not (tmp_path / "out").exists()
+def test_bf16_under_zero3_prunes_to_the_budget(make, tmp_path):
+    config = str(EXAMPLES / "deepspeed" / "ds_z3_config.json")
+    train_on_two(make(deepspeed=config, bf16=True), tmp_path / "logs")
+    plan = load_plan(tmp_path / "out" / "adaptive_rank_plan.json")
+    assert plan.budget()["left_parameters"] >= 0
+    assert len(set(plan.ranks().values())) > 2
+
+
+def test_plan_says_what_a_dynamic_run_will_do_and_writes_nothing(make, tmp_path, capsys, monkeypatch):
+    from llamafactory_adaptive.cli import main
+
+    monkeypatch.setattr("sys.argv", ["x"])
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(make()))
+    assert main(["plan", str(tmp_path / "two.yaml")]) == 0
+    said = capsys.readouterr().out
+    assert "Ranks are found during training (igu, 14 modules): all start at up to rank 8" in said
+    assert "nothing was written" in said
     assert os.listdir(tmp_path) == ["two.yaml"]
