@@ -80,11 +80,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="folder with gsm8k/train.jsonl (default: generated rows)")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--keep", type=Path, help="folder for the outputs of all runs (default: thrown away)")
     parser.add_argument("--bf16", action="store_true", help="bf16 in place of fp32")
     options = parser.parse_args()
     rows: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
+        scratch = options.keep or Path(name)
+        scratch.mkdir(parents=True, exist_ok=True)
         folder, dataset = record.dataset_folder(options.data, scratch / "data")
         model = record.smollm2()
 

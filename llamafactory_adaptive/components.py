@@ -165,15 +165,17 @@ class Components:
                     flat = self._to_device(torch.cat(own))  # a copy
                     if scale != 1.0:
                         flat.div_(scale)
-                    if overflow_is_possible:
-                        flat.nan_to_num_(0.0, 0.0, 0.0)
                     if not self.arrived and block.kind == "lambda":
                         self._check_arrival(block, flat)
-                    method.observe(block.name, self.weights(block), flat, self.live(block))
+                    if overflow_is_possible:
+                        flat.nan_to_num_(0.0, 0.0, 0.0)
+                    weights = self.weights(block)
+                    method.observe(block.name, weights, flat, self.live(block))
                 if block.kind == "lambda":
                     self._hold_masked(block, own)
                 elif orthogonality is not None:
-                    self._regularise(block, own, orthogonality.form, orthogonality.weight / count * scale)
+                    known = weights if method is not None and not self.engine.partitioned else None
+                    self._regularise(block, own, known, orthogonality.form, orthogonality.weight / count * scale)
         self.arrived = self.arrived or method is not None
         self.engine.set_gradients(self.parameters, gradients)
 
@@ -191,10 +193,13 @@ class Components:
         if lost:
             raise GuardError(f"no gradient arrived at {len(lost)} modules at the first step, for example at {lost[0]}")
 
-    def _regularise(self, block: Block, own: list[Tensor], form: str, scale: float) -> None:
-        """Closed form: for E the counted part of a Gram matrix, ``d|E|_F/dQ = 2 E Q / |E|_F``; P alike."""
-        x_M = torch.stack([parameter.detach() for parameter in block.parameters]).float()
-        added_M = gram_penalty_gradient(x_M, block.kind, form).mul_(scale)
+    def _regularise(self, block: Block, own: list[Tensor], known: Tensor | None, form: str, scale: float) -> None:
+        """Closed form: for E the counted part of a Gram matrix, ``d|E|_F/dQ = 2 E Q / |E|_F``; P alike.
+
+        ``known`` are the block's whole weights, flat, where they were needed before.
+        """
+        x_M = torch.stack([p.detach() for p in block.parameters]).float() if known is None else known
+        added_M = gram_penalty_gradient(x_M.view(-1, *block.shape), block.kind, form, scale)
         added = block.split(self._owned(block, added_M.view(len(block.modules), -1)))
         torch._foreach_add_(own, [piece.to(own[0]) for piece in added])
 
@@ -215,8 +220,10 @@ class Components:
         self.arrived = True
 
 
-def gram_penalty_gradient(x_M: Tensor, kind: str, form: str) -> Tensor:
-    """Gradient of the sum over M of ``|E(gram)|_F``, E dropping the diagonal or the identity; zero where E is zero.
+def gram_penalty_gradient(x_M: Tensor, kind: str, form: str, scale: float = 1.0) -> Tensor:
+    """Gradient of ``scale`` times the sum over M of ``|E(gram)|_F``, E dropping the diagonal or the identity.
+
+    It is zero where E is zero.
 
     Args:
         x_M: stacked P, (M, d_out, r) with Gram ``P^T P``, or stacked Q, (M, r, d_in) with Gram ``Q Q^T``.
@@ -229,6 +236,6 @@ def gram_penalty_gradient(x_M: Tensor, kind: str, form: str) -> Tensor:
     else:
         gram_Mrr.diagonal(dim1=1, dim2=2).sub_(1.0)
     norm_M = gram_Mrr.flatten(1).norm(dim=1)
-    factor_M = torch.where(norm_M > 0, 2.0 / norm_M, torch.zeros_like(norm_M))
+    factor_M = torch.where(norm_M > 0, 2.0 * scale / norm_M, torch.zeros_like(norm_M))
     gram_Mrr.mul_(factor_M.view(-1, 1, 1))
     return x_M @ gram_Mrr if kind == "P" else gram_Mrr @ x_M

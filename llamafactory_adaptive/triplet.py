@@ -47,16 +47,24 @@ class _MaskedScale(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, lambda_r: Tensor, mask_r: Tensor, factor: float) -> Tensor:
-        ctx.save_for_backward(q, lambda_r, mask_r)
+        gate_r1 = _gate(lambda_r, mask_r, factor)
+        ctx.save_for_backward(q, gate_r1)
         ctx.factor = factor
-        return q * (lambda_r * mask_r).mul_(factor).unsqueeze(1)
+        return q * gate_r1
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (grad,) = grads
-        q, lambda_r, mask_r = ctx.saved_tensors
-        grad_q = grad * (lambda_r * mask_r).mul_(ctx.factor).unsqueeze(1)
-        return grad_q, (grad * q).sum(1).mul_(ctx.factor), None, None
+        q, gate_r1 = ctx.saved_tensors
+        # A dot product per row: no (r, d_in) tensor is made for lambda.
+        grad_lambda = torch.linalg.vecdot(grad, q)
+        return grad * gate_r1, grad_lambda if ctx.factor == 1.0 else grad_lambda * ctx.factor, None, None
+
+
+def _gate(lambda_r: Tensor, mask_r: Tensor, factor: float) -> Tensor:
+    """What a row of Q is multiplied by, (r, 1)."""
+    gate_r = lambda_r * mask_r if factor == 1.0 else lambda_r * mask_r * factor
+    return gate_r.unsqueeze(1)
 
 
 class MaskedLinear(nn.Linear):
@@ -82,7 +90,10 @@ class MaskedLinear(nn.Linear):
 
     def effective_weight(self) -> Tensor:
         """``diag(lambda * mask) Q`` at the current position, (r, d_in): bit for bit what is saved as ``lora_A``."""
-        masked: Tensor = _MaskedScale.apply(self.weight, self.lambda_r, self.mask_r, self.position.cube)  # type: ignore[no-untyped-call]
+        factor = self.position.cube
+        if not torch.is_grad_enabled():  # the first pass of gradient checkpointing, and evaluation
+            return self.weight * _gate(self.lambda_r, self.mask_r, factor)
+        masked: Tensor = _MaskedScale.apply(self.weight, self.lambda_r, self.mask_r, factor)  # type: ignore[no-untyped-call]
         return masked
 
     def forward(self, x: Tensor) -> Tensor:
