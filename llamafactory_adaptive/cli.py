@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive import __version__, _bootstrap
-from llamafactory_adaptive.config import AdaptiveConfig, AdaptiveConfigError, AdaptiveError, Problem, SeamError
+from llamafactory_adaptive.config import (
+    AdaptiveConfig,
+    AdaptiveConfigError,
+    AdaptiveError,
+    Problem,
+    SeamError,
+    coerce,
+)
 
 
 PACKAGES = ("llamafactory", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
@@ -124,7 +131,11 @@ def _plan_of_a_dynamic_run(args: dict[str, Any], config: AdaptiveConfig) -> int:
     start = fresh_plan(args, config)
     unit = "parameters" if config.budget_unit == "params" else "ranks"
     budget = start.budget()
-    steps = int(args.get("max_steps") or -1)
+    try:
+        steps = int(coerce(args.get("max_steps") or -1, int))
+    except ValueError as error:
+        problem = Problem("max_steps", args["max_steps"], "it must be a whole number", "max_steps: 100")
+        raise AdaptiveConfigError([problem]) from error
     schedule = make_schedule(
         config.pruning, steps if steps > 0 else 100, budget[f"used_{unit}"], budget[f"asked_{unit}"]
     )

@@ -8,16 +8,16 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from llamafactory_adaptive.allocate import keep_components
 from llamafactory_adaptive.components import Components
 from llamafactory_adaptive.config import AdaptiveConfig, GuardError, PlanError
 from llamafactory_adaptive.controller import AdaptiveCallback, agree_across_ranks
+from llamafactory_adaptive.course import Course
 from llamafactory_adaptive.gradients import (
     before_clipping,
     before_deepspeed_step,
@@ -27,7 +27,7 @@ from llamafactory_adaptive.gradients import (
     wait_for_all,
 )
 from llamafactory_adaptive.methods import DynamicMethod
-from llamafactory_adaptive.plan import LOG_FILE, PLAN_FILE, ModulePlan, RankPlan, digest_of
+from llamafactory_adaptive.plan import LOG_FILE, PLAN_FILE, RankPlan, digest_of
 from llamafactory_adaptive.probing import Prober, Thinner
 from llamafactory_adaptive.report import HEATMAP_FILE, HISTORY_FILE, save_heatmap, save_history
 from llamafactory_adaptive.schedule import Schedule, make_schedule
@@ -65,13 +65,9 @@ class DynamicCallback(AdaptiveCallback):
         assert config.pruning is not None
         self.start, self.config, self.method, self.checkpoint = start, config, method, checkpoint
         self.pruning = config.pruning
-        self.costs = [module.cost(config.budget_unit) for module in start.active]
+        self.course = Course(start, config)
         self.thinner = Thinner(self.pruning.max_overhead)
-        self.history: list[dict[str, Any]] = []
-        self.module_scores: list[float] = [0.0] * len(start.active)
-        self.metrics: dict[str, float] = {}
         self.step = self.micro_batch = 0
-        self.final = False
         self.trainer: Any = None
         self.triplets: Triplets
         self.components: Components
@@ -96,8 +92,8 @@ class DynamicCallback(AdaptiveCallback):
             before_deepspeed_step(self.trainer.deepspeed, self._before_step)
         self.components = Components(self.triplets, engine)
         self.triplets.mask(self.triplets.masks)
-        asked = self.start.lora_rank * sum(module.cost(self.config.budget_unit) for module in self.start.modules)
-        self.schedule = make_schedule(self.pruning, state.max_steps, self._cost(self.triplets.masks), asked)
+        begin = self.course.cost(self.triplets.masks)
+        self.schedule = make_schedule(self.pruning, state.max_steps, begin, self.course.asked)
         self.step = state.global_step
         if self.method.path(self.pruning.seed, 0) is not None:
             self.prober = Prober(self.trainer.model, self.components, self.pruning.seed)
@@ -136,12 +132,12 @@ class DynamicCallback(AdaptiveCallback):
         self._take_position()
 
     def _take_position(self) -> None:
-        position = 1.0 if self.final else self.method.position(self.pruning.seed, self.step, self.micro_batch)
+        position = 1.0 if self.course.final else self.method.position(self.pruning.seed, self.step, self.micro_batch)
         self.triplets.position.value = position
 
     def _path(self) -> list[tuple[float, float]] | None:
         """What to observe at this step; nothing once the mask is final."""
-        if self.final:
+        if self.course.final:
             return []
         path = self.method.path(self.pruning.seed, self.step)
         return [] if path and not self.thinner.due(self.step) else path
@@ -184,7 +180,7 @@ class DynamicCallback(AdaptiveCallback):
         """Evaluation and saving see the whole adapter; allocate where the schedule says so."""
         super().on_step_end(args, state, control, **kwargs)
         self.step, self.triplets.position.value = state.global_step, 1.0
-        if not self.final and self.schedule.due(self.step):
+        if not self.course.final and self.schedule.due(self.step):
             self._allocate(self.schedule.budget(self.step), self.schedule.is_final(self.step))
 
     # -- allocation --------------------------------------------------------------------------------------------------
@@ -196,47 +192,15 @@ class DynamicCallback(AdaptiveCallback):
             raise GuardError(
                 f"components are to be chosen at step {self.step}, but none was observed: {self.counters}"
             )
-        scores = self.components.scores(self.method)
-        upper = [min(self.config.max_rank, module.rank) for module in self.start.active]
-        lower = [min(self.config.min_rank, high) for high in upper]
-        try:
-            masks = keep_components(scores, self.costs, budget, lower, upper)
-        except ValueError as error:
-            raise GuardError(f"step {self.step}: {error}; training has diverged, lower learning_rate") from error
+        scores, before = self.components.scores(self.method), self.triplets.masks
+        masks = self.course.choose(self.step, scores, budget)
         agree_across_ranks(digest_of(masks), args.device, DECISIONS_DIFFER)
-        before, after = self.triplets.ranks(), [sum(row) for row in masks]
-        flips = sum(
-            a != b for old, new in zip(self.triplets.masks, masks, strict=True) for a, b in zip(old, new, strict=True)
-        )
         self.triplets.mask(masks)
-        self.module_scores = [
-            sum(score for score, on in zip(row, flags, strict=True) if on)
-            for row, flags in zip(scores, masks, strict=True)
-        ]
-        self.final = final
         self.counters.allocations += 1
         self.overhead_seconds += time.perf_counter() - started
-        line = {
-            "step": self.step,
-            "event": "allocation",
-            "budget_asked": budget,
-            "budget_used": self._cost(masks),
-            "components_changed": flips,
-            "grown": sum(new > old for old, new in zip(before, after, strict=True)),
-            "shrunk": sum(new < old for old, new in zip(before, after, strict=True)),
-            "final": final,
-            "ranks": after,
-        }
-        self.history.append({key: line[key] for key in ("step", "budget_asked", "budget_used", "ranks")})
-        self.metrics = {
-            f"adaptive/{key}": float(line[key])  # type: ignore[arg-type]
-            for key in ("budget_asked", "budget_used", "components_changed", "grown", "shrunk")
-        } | {"adaptive/mean_rank": sum(after) / len(after)}
+        line = self.course.record(self.step, budget, final, scores, before, masks)
         if args.should_save:
             self._write_log(Path(args.output_dir), {**line, **self._facts()})
-
-    def _cost(self, masks: list[list[bool]]) -> int:
-        return sum(cost * sum(row) for cost, row in zip(self.costs, masks, strict=True))
 
     @property
     def _unit(self) -> str:
@@ -258,38 +222,26 @@ class DynamicCallback(AdaptiveCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Add the last allocation's figures to what goes to TensorBoard, W&B and the log history."""
-        if logs is not None and "loss" in logs and self.metrics:
-            figures = {**self.metrics, "adaptive/overhead_seconds": round(self.overhead_seconds, 3)}
+        if logs is not None and "loss" in logs and self.course.metrics:
+            figures = {**self.course.metrics, "adaptive/overhead_seconds": round(self.overhead_seconds, 3)}
             logs.update(figures)
             state.log_history[-1].update(figures)
 
     # -- saving ------------------------------------------------------------------------------------------------------
-
-    def found(self) -> RankPlan:
-        """The start plan at the ranks now in use; a module's score is the sum over its components in use."""
-        total = sum(self.module_scores) or 1.0
-        modules: list[ModulePlan] = [
-            replace(module, rank=rank, score=score, share=score / total)
-            for module, rank, score in zip(self.start.modules, self.triplets.ranks(), self.module_scores, strict=True)
-        ]
-        return replace(self.start, modules=tuple(modules))
 
     def save_into(self, folder: Path, args: Any, state: Any) -> None:
         """Put the exact state beside a checkpoint's plain adapter, and the plan with the ranks now in use."""
         document = {
             "step": state.global_step,
             "total_steps": state.max_steps,
-            "final": self.final,
+            **self.course.state(),
             "masks": {
                 module.name: "".join("1" if flag else "0" for flag in row)
                 for module, row in zip(self.triplets.modules, self.triplets.masks, strict=True)
             },
-            "history": self.history,
-            "module_scores": self.module_scores,
             "counters": asdict(self.counters),
             "thinner": self.thinner.state(),
             "overhead_seconds": self.overhead_seconds,
-            "metrics": self.metrics,
         }
         tensors = {f"method.{key}": value for key, value in self.method.state().items()}
         if not self.deepspeed:  # DeepSpeed's own checkpoint holds the factors, with their fp32 copies
@@ -301,7 +253,7 @@ class DynamicCallback(AdaptiveCallback):
         write_state(folder, tensors, document, self.components.engine.partitioned, args.should_save)
         wait_for_all()
         if args.should_save:
-            self.found().save(folder / PLAN_FILE)
+            self.course.found(self.triplets.masks).save(folder / PLAN_FILE)
 
     def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """While ranks are being found, what lies in ``output_dir`` is not yet this run's."""
@@ -332,8 +284,7 @@ class DynamicCallback(AdaptiveCallback):
                 for kind, parameter in module.parameters().items():
                     parameter.data.copy_(tensors[f"{kind}.{module.name}"])
         self.triplets.mask(masks)
-        self.final, self.history, self.metrics = document["final"], document["history"], document["metrics"]
-        self.module_scores = document["module_scores"]
+        self.course.load(document)
         return document
 
     # -- the end -----------------------------------------------------------------------------------------------------
@@ -344,20 +295,20 @@ class DynamicCallback(AdaptiveCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.step = int(state.best_model_checkpoint.rpartition("-")[2])
             self._restore(Path(state.best_model_checkpoint), state.max_steps)
-        if not self.final:
+        if not self.course.final:
             if args.should_save:
                 logger.warning(
                     f"adaptive: the adapter of step {self.step} was not yet within budget (ranks are final from step "
                     f"{self.schedule.end}); it is pruned now, without training afterwards"
                 )
             self._allocate(self.schedule.target_budget, final=True)
-        self.plan = self.found()
+        self.plan = self.course.found(self.triplets.masks)
         self.triplets.finish(model, self.plan)
         if args.should_save:
             output = Path(args.output_dir)
             self.plan.save(output / PLAN_FILE)
             save_heatmap(self.plan, output / HEATMAP_FILE)
-            save_history(self.start, self.history, output / HISTORY_FILE)
+            save_history(self.start, self.course.history, output / HISTORY_FILE)
 
     def judge(self) -> None:
         """A run that never allocated, or never saw a gradient, did not do what it was asked."""

@@ -19,7 +19,7 @@ def obtain_plan(args: Args, config: AdaptiveConfig) -> tuple[RankPlan, bool]:
     Raises:
         AdaptiveError: nothing is loaded or written when the plan cannot be had.
     """
-    from llamafactory_adaptive import pipeline
+    from llamafactory_adaptive import pipeline, sameness
     from llamafactory_adaptive.bridge.loading import target_shapes
 
     checkpoint = checkpoint_to_resume(args)
@@ -31,7 +31,7 @@ def obtain_plan(args: Args, config: AdaptiveConfig) -> tuple[RankPlan, bool]:
             raise AdaptiveConfigError([problem])
         plan = _plan_beside(checkpoint)
         _check_same_base(plan, args, checkpoint)
-        pipeline.check_same_run(plan, config, str(checkpoint))
+        sameness.check_same_run(plan, config, str(checkpoint))
         if config.pruning is not None:
             pipeline.check_shapes(plan, target_shapes(args), str(checkpoint / PLAN_FILE))
             return fresh_plan(args, config), False
@@ -44,7 +44,7 @@ def obtain_plan(args: Args, config: AdaptiveConfig) -> tuple[RankPlan, bool]:
                 "on with the adapter it ended with"
             )
         plan = _plan_beside(adapter)
-        pipeline.check_same_scale(plan, config, str(adapter))
+        sameness.check_same_scale(plan, config, str(adapter))
         return pipeline.check_plan(plan, target_shapes(args), config, str(adapter / PLAN_FILE)), True
     return fresh_plan(args, config), False
 

@@ -1,0 +1,89 @@
+"""Is a checkpoint or adapter of the run that is asked for? Compared by the keys a user knows."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from llamafactory_adaptive.config import AdaptiveConfig, PlanError
+from llamafactory_adaptive.plan import RankPlan, load_plan
+
+
+def check_same_run(plan: RankPlan, config: AdaptiveConfig, source: str) -> None:
+    """Refuse to resume a run that asked for something else.
+
+    Raises:
+        PlanError: naming each difference.
+    """
+    asked, found = _asked(config), _found(plan)
+    if config.plan_path:  # the file is what this run asks for; how it was scored says nothing about the run
+        same = load_plan(Path(config.plan_path)).ranks() == plan.ranks()
+        asked = {key: asked[key] for key in _SCALE_KEYS} | {"adaptive_plan": config.plan_path}
+        found |= {"adaptive_plan": config.plan_path if same else "of other ranks"}
+    _refuse_differences(asked, found, source, "another output_dir")
+
+
+_SCALE_KEYS = ("lora_rank", "lora_alpha", "adaptive_budget_unit")
+
+
+def check_same_scale(plan: RankPlan, config: AdaptiveConfig, source: str) -> None:
+    """Refuse to go on with an adapter of another budget or scale; how its ranks were found does not matter.
+
+    Raises:
+        PlanError: naming each difference.
+    """
+    asked, found = _asked(config), _found(plan)
+    _refuse_differences({key: asked[key] for key in _SCALE_KEYS}, found, source, "create_new_adapter: true")
+
+
+def _refuse_differences(asked: Mapping[str, Any], found: Mapping[str, Any], source: str, remedy: str) -> None:
+    faults = [
+        f"{key} is {found.get(key)} there and {value} here" for key, value in asked.items() if found.get(key) != value
+    ]
+    if faults:
+        raise PlanError(
+            f"{source} belongs to another run: " + "; ".join(faults) + f"; change them back or use {remedy}"
+        )
+
+
+def _asked(config: AdaptiveConfig) -> dict[str, Any]:
+    """What determines a run's ranks, by the keys a user knows."""
+    return {
+        "adaptive_method": config.method,
+        "adaptive_budget_unit": config.budget_unit,
+        "lora_rank": config.lora_rank,
+        "lora_alpha": config.lora_alpha,
+        "adaptive_plan": config.plan_path,
+        "adaptive_min_rank": config.min_rank,
+        "adaptive_max_rank": config.max_rank,
+        **_course(config),
+        **{f"{config.method}_{key}": value for key, value in config.options.items()},
+    }  # fmt: skip
+
+
+def _course(config: AdaptiveConfig) -> dict[str, Any]:
+    """What data or schedule ranks come from; costs (batch size, a limit on extra passes) may change on the way."""
+    if config.pruning is None:
+        facts = asdict(config.calibration)
+        return {f"adaptive_calibration_{key}": value for key, value in facts.items() if key != "batch_size"}
+    return {_pruning_key(key): value for key, value in asdict(config.pruning).items() if key != "max_overhead"}
+
+
+def _pruning_key(name: str) -> str:
+    return name if name == "seed" else f"adaptive_{name}"
+
+
+def _found(plan: RankPlan) -> dict[str, Any]:
+    """The same as :func:`_asked`, of the run that wrote a plan."""
+    calibration = plan.provenance.get("calibration", {})
+    return {
+        "adaptive_method": plan.method,
+        "adaptive_budget_unit": plan.budget_unit,
+        "lora_rank": plan.lora_rank,
+        "lora_alpha": plan.lora_alpha,
+        "adaptive_plan": plan.provenance.get("adaptive_plan"),
+        **plan.provenance.get("bounds", {}),
+        **{f"adaptive_calibration_{key}": value for key, value in calibration.items()},
+        **{_pruning_key(key): value for key, value in plan.provenance.get("pruning", {}).items()},
+        **{f"{plan.method}_{key}": value for key, value in plan.options.items()},
+    }

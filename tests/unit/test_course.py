@@ -1,0 +1,59 @@
+"""What is chosen, what is noted of it, and the plan it makes up."""
+
+import pytest
+
+from llamafactory_adaptive.config import AdaptiveConfig, CalibrationConfig, GuardError
+from llamafactory_adaptive.course import Course
+from llamafactory_adaptive.plan import ModulePlan, RankPlan
+
+
+def course(**more):
+    modules = (ModulePlan("a", 3, 5, rank=3), ModulePlan("b", 10, 10, rank=3))
+    start = RankPlan("igu", {}, "params", 2, 4.0, modules)
+    settings = {"min_rank": 1, "max_rank": 8, **more}
+    calibration = CalibrationConfig(None, 1, 1, 0)
+    return Course(
+        start, AdaptiveConfig("igu", {}, "params", 2, 4.0, plan_path=None, calibration=calibration, **settings)
+    )
+
+
+ALL = [[True] * 3, [True] * 3]
+
+
+def test_the_budget_and_what_components_cost():
+    found = course()
+    assert found.asked == 2 * 8 + 2 * 20
+    assert found.cost(ALL) == 3 * 8 + 3 * 20
+
+
+def test_bounds_are_kept_and_nan_is_a_diverged_run():
+    scores = [[9.0, 8.0, 7.0], [3.0, 2.0, 1.0]]
+    assert course().choose(4, scores, 56) == [[True, True, True], [True, False, False]]
+    assert course(max_rank=2).choose(4, scores, 56) == [[True, True, False], [True, True, False]]
+    with pytest.raises(GuardError, match=r"step 4: module 0 .* not finite; training has diverged"):
+        course().choose(4, [[float("inf"), 1.0, 1.0], [1.0] * 3], 56)
+
+
+def test_a_choice_is_noted_with_what_changed():
+    found, scores = course(), [[9.0, 8.0, 7.0], [3.0, 2.0, 1.0]]
+    first = found.record(4, 60, False, scores, ALL, [[True, False, False], [True, True, True]])
+    assert (first["components_changed"], first["grown"], first["shrunk"], first["budget_used"]) == (2, 0, 1, 68)
+    last = found.record(8, 56, True, scores, [[True, False, False], [True, True, True]],
+                        [[True, True, True], [False, True, False]])  # fmt: skip
+    assert (last["components_changed"], last["grown"], last["shrunk"], last["budget_used"]) == (4, 1, 1, 44)
+    assert last["final"]
+    assert found.final
+    assert found.metrics["adaptive/mean_rank"] == 2.0
+    assert [entry["step"] for entry in found.history] == [4, 8]
+    again = course()
+    again.load(found.state())
+    assert again.state() == found.state()
+
+
+def test_the_plan_found_carries_ranks_and_scores_of_what_is_in_use():
+    found, masks = course(), [[True, True, False], [False, True, False]]
+    found.record(8, 56, True, [[9.0, 8.0, 7.0], [3.0, 2.0, 1.0]], ALL, masks)
+    plan = found.found(masks)
+    assert plan.ranks() == {"a": 2, "b": 1}
+    assert [module.score for module in plan.modules] == [17.0, 2.0]
+    assert sum(module.share for module in plan.modules) == pytest.approx(1.0)
