@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny import settings
+from workers import train_on_two
 
 from llamafactory_adaptive.plan import load_plan
 
@@ -91,10 +92,10 @@ def test_launchers_agree(write, tmp_path):
     ("stage", "more"),
     [(2, {"quantization_bit": 4}), (3, {"adaptive_min_rank": 0})],
 )
-def test_deepspeed_trains_the_plan_on_two_processes(stage, more, write, tmp_path):
+def test_deepspeed_trains_the_plan_on_two_processes(stage, more, tiny_llama, data_dir, tmp_path):
     config = EXAMPLES / "deepspeed" / f"ds_z{stage}_config.json"
-    yaml_file = write(deepspeed=str(config), bf16=True, save_strategy="steps", save_steps=1, **more)
-    run(BIN / "llamafactory-cli", "train", yaml_file, FORCE_TORCHRUN="1", NPROC_PER_NODE="2")
+    more |= {"deepspeed": str(config), "bf16": True, "save_strategy": "steps", "save_steps": 1}
+    train_on_two(settings(tiny_llama, data_dir, tmp_path / "out", **more), tmp_path / "logs")
     out = tmp_path / "out"
     assert len(set(ranks(out).values())) > 1
     tensors = load_file(out / "adapter_model.safetensors")
