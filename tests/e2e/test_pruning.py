@@ -239,7 +239,7 @@ def test_killed_in_its_first_save_starts_afresh(tiny_llama, data_dir, tmp_path):
         ({"igu_beta1": 0.9}, "igu_beta1 is 0.85 there and 0.9 here"),
         ({"adaptive_interval": 3}, "adaptive_interval is 2 there and 3 here"),
         ({"model": {}}, "model_name_or_path is .* there and .*other here"),
-        ({"model": {"intermediate_size": 48}, "name": "llama0"}, "is 32x64 in the plan, 32x48 in the model"),
+        ({"model": {"intermediate_size": 48}, "name": "same"}, "is 32x64 in the plan, 32x48 in the model"),
         ({"max_steps": 15}, "belongs to a run of 12 steps and this one has 15"),
         ({"damaged": "adaptive_state.safetensors"}, "has no complete adaptive state"),
         ({"damaged": "adaptive_state.json"}, "has no complete adaptive state"),
@@ -252,7 +252,8 @@ def test_a_checkpoint_of_another_run_is_refused(change, message, one_crashed_run
     change = dict(change)
     base = tiny_llama
     if "model" in change:
-        base = save_tiny(tmp_path / change.pop("name", "other"), **change.pop("model"))
+        name = tiny_llama.name if change.pop("name", "") == "same" else "other"
+        base = save_tiny(tmp_path / name, **change.pop("model"))
     if "damaged" in change:
         (out / "checkpoint-3" / change.pop("damaged")).write_bytes(b"{")
     with pytest.raises(PlanError, match=message):

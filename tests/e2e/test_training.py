@@ -166,7 +166,7 @@ def test_a_checkpoint_of_another_run_is_refused(change, message, tiny_llama, dat
     train(settings(tiny_llama, data_dir, out, **more))
     before = (out / "adapter_model.safetensors").read_bytes()
     change = dict(change)
-    base = save_tiny(tmp_path / "other", **change.pop("model")) if "model" in change else tiny_llama
+    base = save_tiny(tmp_path / tiny_llama.name, **change.pop("model")) if "model" in change else tiny_llama
     with pytest.raises(PlanError, match=message):
         train(settings(base, data_dir, out, **{**more, "max_steps": 3, **change}))
     assert (out / "adapter_model.safetensors").read_bytes() == before

@@ -17,7 +17,8 @@ def _fresh():
 
 def test_misspelt_names_get_a_suggestion():
     with pytest.raises(
-        registry.UnknownMethodError, match=r"'unifrom': registered are random, sensitivity, uniform; try uniform"
+        registry.UnknownMethodError,
+        match=r"'unifrom': registered are adalora, igu, random, sensitivity, uniform; try uniform",
     ):
         registry.get_method("unifrom")
 
