@@ -308,7 +308,7 @@ class DynamicCallback(AdaptiveCallback):
             output = Path(args.output_dir)
             self.plan.save(output / PLAN_FILE)
             save_heatmap(self.plan, output / HEATMAP_FILE)
-            save_history(self.start, self.course.history, output / HISTORY_FILE)
+            save_history(self.start, self.course.history, state.global_step, output / HISTORY_FILE)
 
     def judge(self) -> None:
         """A run that never allocated, or never saw a gradient, did not do what it was asked."""

@@ -113,19 +113,21 @@ def save_heatmap(plan: RankPlan, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def save_history(start: RankPlan, history: Sequence[Mapping[str, Any]], path: Path) -> None:
+def save_history(start: RankPlan, history: Sequence[Mapping[str, Any]], last_step: int, path: Path) -> None:
     """Draw how ranks fell: mean rank per module type over optimizer steps, and the budget they had to keep.
 
     Args:
         start: the plan training began with.
         history: per allocation ``step``, ``budget_asked``, ``budget_used`` and ``ranks`` of the active modules.
+        last_step: where the run ended.
         path: PNG to write.
     """
     from matplotlib.figure import Figure
 
     kinds = [place(module.name)[1] for module in start.active]
-    steps = [0, *(entry["step"] for entry in history)]
+    steps = [0, *(entry["step"] for entry in history), last_step]
     rows = [[module.rank for module in start.active], *(entry["ranks"] for entry in history)]
+    rows.append(rows[-1])
     figure = Figure(figsize=(8.0, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for kind in dict.fromkeys(kinds):

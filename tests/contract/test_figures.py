@@ -22,6 +22,7 @@ ROWS = {
         "{:.3f} x",
     ),
     "peak memory of `igu` over plain LoRA": ("overhead", "variants/igu/memory_ratio", "{:.3f} x"),
+    "peak memory of plain LoRA over itself": ("overhead", "variants/uniform again/memory_ratio", "{:.3f} x"),
     "modules at the same rank under DDP": ("engines", "runs/DDP, 2 processes/same_rank", "{:.1%}"),
     "modules at the same rank under ZeRO-1": ("engines", "runs/ZeRO-1, 2 processes/same_rank", "{:.1%}"),
     "modules at the same rank under ZeRO-2": ("engines", "runs/ZeRO-2, 2 processes/same_rank", "{:.1%}"),

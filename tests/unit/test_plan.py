@@ -6,8 +6,9 @@ import json
 import pytest
 
 from llamafactory_adaptive.config import AdaptiveConfig, CalibrationConfig, CalibrationError, PlanError
-from llamafactory_adaptive.pipeline import check_plan, check_same_run, check_same_scale, wait_for_plan
+from llamafactory_adaptive.pipeline import check_plan, wait_for_plan
 from llamafactory_adaptive.plan import ModulePlan, ModuleShape, RankPlan, load_plan, write_atomically
+from llamafactory_adaptive.sameness import check_same_run, check_same_scale
 
 
 def make_plan(ranks=(3, 5), **more):
