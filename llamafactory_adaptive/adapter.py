@@ -68,9 +68,13 @@ def name_targets_in_full(model: nn.Module, plan: RankPlan) -> None:
 
     PEFT condenses a list of 20 or more targets to suffixes when it builds the adapter.
     """
-    for module in model.modules():
-        if isinstance(module, PeftModel):
-            module.peft_config["default"].target_modules = {planned.name for planned in plan.active}
+    for peft_model in peft_models(model):
+        peft_model.peft_config["default"].target_modules = {planned.name for planned in plan.active}
+
+
+def peft_models(model: nn.Module) -> list[PeftModel]:
+    """The PEFT model inside whatever wraps it (DDP, DeepSpeed, value head)."""
+    return [module for module in model.modules() if isinstance(module, PeftModel)]
 
 
 def check_live(model: nn.Module, plan: RankPlan) -> int:

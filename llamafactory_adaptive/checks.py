@@ -130,8 +130,12 @@ CONFLICTS = (
 
 def check_conflicts(flat: Mapping[str, Any]) -> list[Problem]:
     """Problems between upstream options and the adaptive run."""
+    return _clashes(CONFLICTS, flat)
+
+
+def _clashes(rules: Iterable[Conflict], flat: Mapping[str, Any]) -> list[Problem]:
     return [
-        Problem(rule.key, flat.get(rule.key), rule.reason, rule.suggestion) for rule in CONFLICTS if rule.clashes(flat)
+        Problem(rule.key, flat.get(rule.key), rule.reason, rule.suggestion) for rule in rules if rule.clashes(flat)
     ]
 
 
@@ -188,13 +192,10 @@ def check_pruning(
     return pruning, problems
 
 
-def check_pruning_conflicts(flat: Mapping[str, Any], options: Mapping[str, Any]) -> list[Problem]:
-    """Upstream options that cannot go with pruning, or with probing the path by extra passes."""
-    rules = [*PRUNING_CONFLICTS, *(PROBING_CONFLICTS if options.get("importance") == "integrated" else ())]
-    problems = [
-        Problem(rule.key, flat.get(rule.key), rule.reason, rule.suggestion) for rule in rules if rule.clashes(flat)
-    ]
-    if flat.get("adaptive_max_overhead") is not None and options.get("importance") != "integrated":
+def check_pruning_conflicts(flat: Mapping[str, Any], probes: bool) -> list[Problem]:
+    """Upstream options that cannot go with pruning or, where the method ``probes``, with extra passes."""
+    problems = _clashes([*PRUNING_CONFLICTS, *(PROBING_CONFLICTS if probes else ())], flat)
+    if flat.get("adaptive_max_overhead") is not None and not probes:
         reason = "only igu_importance: integrated makes extra passes that could be thinned out"
         problems.append(Problem("adaptive_max_overhead", flat["adaptive_max_overhead"], reason, "leaving it out"))
     return problems
@@ -218,7 +219,7 @@ PRUNING_CONFLICTS = (
     ),
     Conflict(
         "torch_compile",
-        lambda flat: bool(flat.get("torch_compile")),
+        _on("torch_compile"),
         "masks and path positions change between steps, which would compile the model again and again",
         "torch_compile: false",
     ),

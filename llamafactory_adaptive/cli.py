@@ -129,17 +129,15 @@ def _plan_of_a_dynamic_run(args: dict[str, Any], config: AdaptiveConfig) -> int:
 
     assert config.pruning is not None
     start = fresh_plan(args, config)
-    unit = "parameters" if config.budget_unit == "params" else "ranks"
-    budget = start.budget()
+    budget, kind = start.budget(), start.budget_kind
     try:
         steps = int(coerce(args.get("max_steps") or -1, int))
     except ValueError as error:
         problem = Problem("max_steps", args["max_steps"], "it must be a whole number", "max_steps: 100")
         raise AdaptiveConfigError([problem]) from error
-    schedule = make_schedule(
-        config.pruning, steps if steps > 0 else 100, budget[f"used_{unit}"], budget[f"asked_{unit}"]
-    )
-    print(schedule_table(start, schedule, steps if steps > 0 else 100))
+    shown = steps if steps > 0 else 100
+    schedule = make_schedule(config.pruning, shown, budget[f"used_{kind}"], budget[f"asked_{kind}"])
+    print(schedule_table(start, schedule, shown))
     if steps <= 0:
         print("the number of steps follows from the data: the table stands for 100 of them")
     print("at the start:", *totals(start), sep="\n")

@@ -7,7 +7,7 @@ and only sums per component cross processes. Shapes: M modules of one block, r r
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -104,10 +104,13 @@ class Components:
 
     def live(self, block: Block) -> Tensor | None:
         """Per owned element, 1.0 where its gradient says something; None when every one does."""
-        masked = any(not all(self.triplets.masks[index]) for index in block.modules)
-        if block.kind == "lambda" or not masked:
+        if block.kind == "lambda" or not self._is_masked(block):
             return None
         return self._owned(block, block.spread(self.masks(block)))
+
+    def _is_masked(self, block: Block) -> bool:
+        """Whether any component of the block is off."""
+        return any(not all(self.triplets.masks[index]) for index in block.modules)
 
     def _owned(self, block: Block, x_MX: Tensor) -> Tensor:
         """Whole parameters, (M, numel), to this process's pieces, flat."""
@@ -165,8 +168,7 @@ class Components:
                     flat = self._to_device(torch.cat(own))  # a copy
                     if scale != 1.0:
                         flat.div_(scale)
-                    if not self.arrived and block.kind == "lambda":
-                        self._check_arrival(block, flat)
+                    self._check_arrival(block, flat)
                     if overflow_is_possible:
                         flat.nan_to_num_(0.0, 0.0, 0.0)
                     weights = self.weights(block)
@@ -180,11 +182,13 @@ class Components:
         self.engine.set_gradients(self.parameters, gradients)
 
     def _by_block(self, gradients: list[Tensor]) -> list[list[Tensor]]:
-        ends = list(accumulate(len(block.parameters) for block in self.blocks))
-        return [gradients[end - len(block.parameters) : end] for block, end in zip(self.blocks, ends, strict=True)]
+        rest = iter(gradients)
+        return [list(islice(rest, len(block.parameters))) for block in self.blocks]
 
     def _check_arrival(self, block: Block, flat: Tensor) -> None:
         """At the first look lambda of every module has a gradient, whatever it starts from; else nothing got there."""
+        if self.arrived or block.kind != "lambda":
+            return
         strength_M = self._whole(block, flat).abs().sum(1)
         if self.engine.partitioned:
             add_up(strength_M)
@@ -205,7 +209,7 @@ class Components:
 
     def _hold_masked(self, block: Block, own: list[Tensor]) -> None:
         """Take the training gradient from the lambda of masked components: it was only to be observed."""
-        if any(not all(self.triplets.masks[index]) for index in block.modules):
+        if self._is_masked(block):
             torch._foreach_mul_(own, block.split(self._owned(block, self.masks(block)).to(own[0])))
 
     def observe_given(self, method: DynamicMethod, gradients: Iterable[Sequence[Tensor]]) -> None:
@@ -214,8 +218,7 @@ class Components:
             whole_MX = torch.stack([gradient.reshape(-1) for gradient in found]).float()
             add_up(whole_MX).div_(processes())
             flat = self._owned(block, whole_MX)
-            if not self.arrived and block.kind == "lambda":
-                self._check_arrival(block, flat)
+            self._check_arrival(block, flat)
             method.observe(block.name, self.weights(block), flat, self.live(block))
         self.arrived = True
 

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,25 +80,24 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
             output = Path(args.output_dir)
             self.plan.save(output / PLAN_FILE)
             save_heatmap(self.plan, output / HEATMAP_FILE)
-            self._log(output, state.global_step)
             b = self.plan.budget()
+            self.write_log(output, {"step": state.global_step, "budget": b, "ranks_changed": len(self.plan.active)})
             logger.info(
                 f"adaptive ({self.plan.method}): {self.counters.modules_checked} modules, ranks up to "
                 f"{self.plan.largest_rank}, {b['used_parameters']:,} of {b['asked_parameters']:,} parameters"
             )
 
-    def _log(self, output: Path, step: int) -> None:
-        line = {
-            "step": step,
+    def write_log(self, output: Path, line: Mapping[str, Any]) -> None:
+        """Append one line, with what every line has."""
+        facts = {
             "method": self.plan.method,
-            "budget": self.plan.budget(),
-            "ranks_changed": len(self.plan.active),
             "counters": asdict(self.counters),
             "overhead_seconds": round(self.overhead_seconds, 3),
             "time": time.time(),
         }
+        output.mkdir(parents=True, exist_ok=True)
         with open(output / LOG_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({**line, **facts}) + "\n")
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Every adapter factor must have a gradient at the first step (DeepSpeed keeps its own; judged at the end)."""

@@ -4,7 +4,6 @@ Counts optimizer steps. Every process takes every decision itself, from the same
 same.
 """
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from llamafactory_adaptive.gradients import (
     wait_for_all,
 )
 from llamafactory_adaptive.methods import DynamicMethod
-from llamafactory_adaptive.plan import LOG_FILE, PLAN_FILE, RankPlan, digest_of
+from llamafactory_adaptive.plan import PLAN_FILE, RankPlan, digest_of
 from llamafactory_adaptive.probing import Prober, Thinner
 from llamafactory_adaptive.report import HEATMAP_FILE, HISTORY_FILE, save_heatmap, save_history
 from llamafactory_adaptive.schedule import Schedule, make_schedule
@@ -63,7 +62,7 @@ class DynamicCallback(AdaptiveCallback):
     ) -> None:
         super().__init__(start, overhead_seconds)
         assert config.pruning is not None
-        self.start, self.config, self.method, self.checkpoint = start, config, method, checkpoint
+        self.start, self.method, self.checkpoint = start, method, checkpoint
         self.pruning = config.pruning
         self.course = Course(start, config)
         self.thinner = Thinner(self.pruning.max_overhead)
@@ -104,13 +103,10 @@ class DynamicCallback(AdaptiveCallback):
             for name in ("observations", "probes", "allocations", "steps"):
                 setattr(self.counters, name, document["counters"][name])
         if args.should_save:
-            if state.global_step == 0:
-                self._write_log(Path(args.output_dir), {"step": 0, "event": "begin", **self._facts()})
-            else:
-                self._write_log(Path(args.output_dir), {"step": self.step, "event": "resumed", **self._facts()})
+            self.write_log(Path(args.output_dir), {"step": self.step, "event": "resumed" if self.step else "begin"})
             logger.info(
                 f"adaptive ({self.start.method}): {self.counters.modules_checked} modules start at rank "
-                f"{self.start.largest_rank}, {self.schedule.start_budget:,} {self._unit}; pruned to "
+                f"{self.start.largest_rank}, {self.schedule.start_budget:,} {self.start.budget_kind}; pruned to "
                 f"{self.schedule.target_budget:,} between steps {self.schedule.begin} and {self.schedule.end} of "
                 f"{state.max_steps}"
             )
@@ -200,25 +196,11 @@ class DynamicCallback(AdaptiveCallback):
         self.overhead_seconds += time.perf_counter() - started
         line = self.course.record(self.step, budget, final, scores, before, masks)
         if args.should_save:
-            self._write_log(Path(args.output_dir), {**line, **self._facts()})
+            self.write_log(Path(args.output_dir), line)
 
-    @property
-    def _unit(self) -> str:
-        return "parameters" if self.config.budget_unit == "params" else "ranks"
-
-    def _facts(self) -> dict[str, Any]:
-        return {
-            "method": self.start.method,
-            "counters": asdict(self.counters),
-            "overhead_seconds": round(self.overhead_seconds, 3),
-            "probing_seconds": round(self.thinner.probing, 3),
-            "time": time.time(),
-        }
-
-    def _write_log(self, output: Path, line: Mapping[str, Any]) -> None:
-        output.mkdir(parents=True, exist_ok=True)
-        with open(output / LOG_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    def write_log(self, output: Path, line: Mapping[str, Any]) -> None:
+        """With what probing cost so far."""
+        super().write_log(output, {**line, "probing_seconds": round(self.thinner.probing, 3)})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Add the last allocation's figures to what goes to TensorBoard, W&B and the log history."""

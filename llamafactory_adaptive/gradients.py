@@ -6,7 +6,7 @@ Whoever needs the two asks a :class:`Engine` and works on pieces; nothing is gat
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, Protocol
 
@@ -95,23 +95,33 @@ class WholeEngine:
     def set_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
         """Views: nothing to do."""
 
-    @contextmanager
-    def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         """They are."""
-        yield
+        return nullcontext()
 
 
-class Zero12Engine:
+class _ZeroEngine:
+    """What the ZeRO stages share: the optimizer that owns the pieces."""
+
+    partitioned = True
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def loss_scale(self) -> float:
+        """1 for bf16 and fp32."""
+        return float(self.optimizer.cur_scale)
+
+
+class Zero12Engine(_ZeroEngine):
     """ZeRO-1 and 2: parameters whole, gradients and optimizer states in pieces.
 
     Pieces are found in the optimizer's own tables. ``param._hp_mapping``, which ``safe_get_full_grad`` relies on, is
     wrong under ``round_robin_gradients`` (DeepSpeed 0.19.8): it assumes the order before the round robin.
     """
 
-    partitioned = True
-
     def __init__(self, optimizer: Any) -> None:
-        self.optimizer = optimizer
+        super().__init__(optimizer)
         self.places: dict[int, tuple[int, int, int, int]] = {}  # group, start in parameter, start in partition, length
         for group, parameters in enumerate(optimizer.params_in_partition):
             partition = dist.get_rank(group=optimizer.real_dp_process_group[group])
@@ -121,10 +131,6 @@ class Zero12Engine:
                 place = int(optimizer.grad_partition_insertion_offset[group][partition][identity])
                 length = min(parameter.numel() - start, int(optimizer.partition_size[group]) - place)
                 self.places[id(parameter)] = (group, start, place, length)
-
-    def loss_scale(self) -> float:
-        """1 for bf16 and fp32."""
-        return float(self.optimizer.cur_scale)
 
     def piece(self, parameter: nn.Parameter) -> tuple[int, int]:
         """What of it lies in this process's partition."""
@@ -171,23 +177,13 @@ class Zero12Engine:
             if identity in norms:
                 norms[identity] = gradient.to(norms[identity].dtype).norm(2).to(norms[identity].device)
 
-    @contextmanager
-    def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         """They are."""
-        yield
+        return nullcontext()
 
 
-class Zero3Engine:
+class Zero3Engine(_ZeroEngine):
     """ZeRO-3: everything in pieces; the last process's piece is padded."""
-
-    partitioned = True
-
-    def __init__(self, optimizer: Any) -> None:
-        self.optimizer = optimizer
-
-    def loss_scale(self) -> float:
-        """1 for bf16 and fp32."""
-        return float(self.optimizer.cur_scale)
 
     def piece(self, parameter: nn.Parameter) -> tuple[int, int]:
         """An equal share, rounded up, less the padding."""
@@ -240,14 +236,7 @@ def before_clipping(accelerator: Any, hook: Callable[[], None]) -> None:
     The Trainer asks its accelerator for the gradient norm at every step, whether it clips or not; its callbacks only
     come after that.
     """
-    original = accelerator.clip_grad_norm_
-
-    @wraps(original)
-    def clip(*args: Any, **kwargs: Any) -> Any:
-        hook()
-        return original(*args, **kwargs)
-
-    accelerator.clip_grad_norm_ = clip
+    _call_before(accelerator, "clip_grad_norm_", hook)
 
 
 def before_deepspeed_step(engine: Any, hook: Callable[[], None]) -> None:
@@ -256,14 +245,19 @@ def before_deepspeed_step(engine: Any, hook: Callable[[], None]) -> None:
     accelerate calls both inside ``backward``, so that the Trainer's callbacks come too late; it calls ``step`` only at
     accumulation boundaries.
     """
-    original = engine.step
+    _call_before(engine, "step", hook)
+
+
+def _call_before(owner: Any, name: str, hook: Callable[[], None]) -> None:
+    """Put ``hook`` in front of one object's method."""
+    original = getattr(owner, name)
 
     @wraps(original)
-    def step(*args: Any, **kwargs: Any) -> Any:
+    def method(*args: Any, **kwargs: Any) -> Any:
         hook()
         return original(*args, **kwargs)
 
-    engine.step = step
+    setattr(owner, name, method)
 
 
 def add_up(tensor: Tensor) -> Tensor:

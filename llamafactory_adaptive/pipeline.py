@@ -7,7 +7,7 @@ its own; everything else is decided here.
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from llamafactory_adaptive.allocate import Allocation, allocate
 from llamafactory_adaptive.calibration import Measurement
 from llamafactory_adaptive.config import AdaptiveConfig, AdaptiveConfigError, CalibrationError, PlanError, Problem
-from llamafactory_adaptive.methods import DynamicMethod, Scores, ScoringContext, StaticMethod
+from llamafactory_adaptive.methods import Scores, ScoringContext, StaticMethod
 from llamafactory_adaptive.plan import (
     SCHEMA_VERSION,
     ModulePlan,
@@ -79,18 +79,10 @@ class PlanRequest:
 Measure = Callable[[Measurement, Path], None]
 
 
-def make_method(config: AdaptiveConfig) -> StaticMethod:
-    """The configured static method with its options."""
+def make_method(config: AdaptiveConfig) -> Any:
+    """The configured method, static or dynamic, with its options."""
     method = get_method(config.method)
-    made: StaticMethod = method(method.Options(**config.options))
-    return made
-
-
-def make_dynamic_method(config: AdaptiveConfig) -> DynamicMethod:
-    """The configured dynamic method with its options."""
-    method = get_method(config.method)
-    made: DynamicMethod = method(method.Options(**config.options))
-    return made
+    return method(method.Options(**config.options))
 
 
 def build_plan(request: PlanRequest, shapes: list[ModuleShape], measure: Measure) -> RankPlan:
@@ -106,7 +98,7 @@ def build_plan(request: PlanRequest, shapes: list[ModuleShape], measure: Measure
     """
     config, started = request.config, time.perf_counter()
     _spend(config, shapes, [1.0] * len(shapes))  # bounds that cannot hold are found before anything is measured
-    method = make_method(config)
+    method: StaticMethod = make_method(config)
     measurement = method.measurement()
     statistics: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
@@ -139,19 +131,23 @@ def start_plan(config: AdaptiveConfig, shapes: list[ModuleShape], provenance: Ma
         )
         for shape in shapes
     )
-    return RankPlan(
-        method=config.method,
-        options=dict(config.options),
-        budget_unit=config.budget_unit,
-        lora_rank=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        modules=modules,
-        provenance={
-            **provenance,
-            "bounds": {"adaptive_min_rank": config.min_rank, "adaptive_max_rank": config.max_rank},
-            "pruning": asdict(config.pruning),
-        },
-    )
+    facts = {**provenance, **_bounds(config), "pruning": asdict(config.pruning)}
+    return RankPlan(modules=modules, provenance=facts, **_header(config))
+
+
+def _header(config: AdaptiveConfig) -> dict[str, Any]:
+    """What a plan says of the configuration it was made for."""
+    return {
+        "method": config.method,
+        "options": dict(config.options),
+        "budget_unit": config.budget_unit,
+        "lora_rank": config.lora_rank,
+        "lora_alpha": config.lora_alpha,
+    }
+
+
+def _bounds(config: AdaptiveConfig) -> dict[str, Any]:
+    return {"bounds": {"adaptive_min_rank": config.min_rank, "adaptive_max_rank": config.max_rank}}
 
 
 def allocate_plan(
@@ -165,15 +161,11 @@ def allocate_plan(
         scores.values,
         scores.metrics,
         allocation,
-        method=config.method,
-        options=dict(config.options),
-        budget_unit=config.budget_unit,
-        lora_rank=config.lora_rank,
-        lora_alpha=config.lora_alpha,
+        **_header(config),
         provenance={
             **request.provenance,
             **facts,
-            "bounds": {"adaptive_min_rank": config.min_rank, "adaptive_max_rank": config.max_rank},
+            **_bounds(config),
             "calibration": asdict(config.calibration),
             "request_digest": request.digest(),
         },
@@ -233,16 +225,14 @@ def check_plan(plan: RankPlan, shapes: list[ModuleShape], config: AdaptiveConfig
     """
     check_shapes(plan, shapes, source)
     order = {shape.name: index for index, shape in enumerate(shapes)}
-    plan = RankPlan(
-        method=plan.method,
-        options=plan.options,
+    plan = replace(
+        plan,
         budget_unit=config.budget_unit,
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
         modules=tuple(sorted(plan.modules, key=lambda module: order[module.name])),
-        provenance=plan.provenance,
     )
-    budget, kind = plan.budget(), "parameters" if config.budget_unit == "params" else "ranks"
+    budget, kind = plan.budget(), plan.budget_kind
     asked, used = budget[f"asked_{kind}"], budget[f"used_{kind}"]
     if used > asked:
         raise PlanError(

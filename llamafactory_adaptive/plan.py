@@ -100,6 +100,11 @@ class RankPlan:
         """Largest rank in use: ``r`` of the saved adapter."""
         return max((module.rank for module in self.modules), default=0)
 
+    @property
+    def budget_kind(self) -> str:
+        """What the budget counts, as in the keys of :meth:`budget`: ``parameters`` or ``ranks``."""
+        return "parameters" if self.budget_unit == "params" else "ranks"
+
     def ranks(self) -> dict[str, int]:
         """Module name to rank."""
         return {module.name: module.rank for module in self.modules}

@@ -48,6 +48,7 @@ class Prober:
 
     def __init__(self, model: nn.Module, components: Components, seed: int) -> None:
         self.model, self.components, self.seed = model, components, seed
+        self.trained = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
         self.inputs: dict[str, Any] | None = None
         self.armed = False
         model.register_forward_pre_hook(self._keep, with_kwargs=True)
@@ -70,13 +71,13 @@ class Prober:
             raise GuardError("no training batch reached the model since the step began")
         if self.inputs.get("num_items_in_batch") is not None:
             path = [(factor, weight * shares) for factor, weight in path]
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        names = {id(parameter): name for name, parameter in self.trained.items()}
         blocks = self.components.blocks
         copies = [[p.detach().clone().requires_grad_() for p in block.parameters] for block in blocks]
         # Whatever else trains is swapped for a constant.
-        swapped = {f"model.{name}": p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        swapped = {name: parameter.detach() for name, parameter in self.trained.items()}
         swapped |= {
-            f"model.{names[id(parameter)]}": copy
+            names[id(parameter)]: copy
             for block, row in zip(blocks, copies, strict=True)
             for parameter, copy in zip(block.parameters, row, strict=True)
         }

@@ -147,9 +147,8 @@ def save_history(start: RankPlan, history: Sequence[Mapping[str, Any]], last_ste
 
 def schedule_table(start: RankPlan, schedule: Schedule, total_steps: int) -> str:
     """What a dynamic method will do, as text: where it starts and the budget at a few steps."""
-    points = sorted({0, schedule.begin, *(schedule.begin + (schedule.end - schedule.begin) * i // 4 for i in (1, 2,
-    3)),
-                     schedule.end, total_steps})  # fmt: skip
+    between = (schedule.begin + (schedule.end - schedule.begin) * quarter // 4 for quarter in range(5))
+    points = sorted({0, *between, total_steps})
     rows = [["step", f"budget ({start.budget_unit})", "of the start"]]
     rows += [[str(t), f"{schedule.budget(t):,}", f"{schedule.budget(t) / schedule.start_budget:.0%}"] for t in points]
     return "\n".join(

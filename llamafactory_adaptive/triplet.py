@@ -6,7 +6,7 @@ at the full live shape in checkpoints and cut to the true ranks at the end. Shap
 r), Q is (r, d_in), lambda and mask are (r,).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, cast
@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llamafactory_adaptive.adapter import live_layers, lora_config_arguments
+from llamafactory_adaptive.adapter import live_layers, lora_config_arguments, name_targets_in_full, peft_models
 from llamafactory_adaptive.plan import RankPlan
 
 
@@ -130,7 +130,6 @@ class Triplets:
     """
 
     def __init__(self, model: nn.Module, plan: RankPlan, initial_lambda: float, seed: int) -> None:
-        self.plan = plan
         self.position = PathPosition()
         layers, generator = live_layers(model), torch.Generator().manual_seed(seed)
         self.modules: list[Triplet] = []
@@ -154,32 +153,29 @@ class Triplets:
         for module, view in zip(self.modules, torch.split(flat, [len(row) for row in masks]), strict=True):
             module.a.mask_r = view
 
-    def ranks(self) -> list[int]:
-        """Components in use per module."""
-        return [sum(row) for row in self.masks]
-
     def finish(self, model: nn.Module, plan: RankPlan) -> None:
         """From here on the adapter is saved cut to ``plan``, the ranks that were found."""
         self.compact = plan
-        for module in model.modules():
-            if isinstance(module, PeftModel):
-                for key, value in lora_config_arguments(plan).items():
-                    setattr(module.peft_config["default"], key, value)
-                module.peft_config["default"].target_modules = {planned.name for planned in plan.active}
+        for peft_model in peft_models(model):
+            for key, value in lora_config_arguments(plan).items():
+                setattr(peft_model.peft_config["default"], key, value)
+        name_targets_in_full(model, plan)
 
     def _save_plain(self, model: nn.Module) -> None:
         """Have PEFT write plain LoRA, whoever calls it and wherever the state dict comes from (ZeRO-3 gathers it)."""
-        for module in model.modules():
-            if isinstance(module, PeftModel):
-                original = module.save_pretrained
+        for peft_model in peft_models(model):
+            peft_model.save_pretrained = self._plain_save(peft_model)
 
-                @wraps(original)
-                def save(*args: Any, peft_model: PeftModel = module, original: Any = original, **kwargs: Any) -> Any:
-                    state = kwargs.pop("state_dict", None)
-                    state = peft_model.state_dict() if state is None else state
-                    return original(*args, state_dict=self.plain(state), **kwargs)
+    def _plain_save(self, peft_model: PeftModel) -> Callable[..., Any]:
+        original = peft_model.save_pretrained
 
-                module.save_pretrained = save
+        @wraps(original)
+        def save(*args: Any, **kwargs: Any) -> Any:
+            state = kwargs.pop("state_dict", None)
+            state = peft_model.state_dict() if state is None else state
+            return original(*args, state_dict=self.plain(state), **kwargs)
+
+        return save
 
     def plain(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state dict with plain LoRA factors in place of triplets: lambda folded into A, masked rows zero or cut.

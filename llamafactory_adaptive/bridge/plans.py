@@ -20,7 +20,7 @@ def obtain_plan(args: Args, config: AdaptiveConfig) -> tuple[RankPlan, bool]:
         AdaptiveError: nothing is loaded or written when the plan cannot be had.
     """
     from llamafactory_adaptive import pipeline, sameness
-    from llamafactory_adaptive.bridge.loading import target_shapes
+    from llamafactory_adaptive.bridge import loading
 
     checkpoint = checkpoint_to_resume(args)
     going_on = [] if args.get("create_new_adapter") else split_names(args.get("adapter_name_or_path"))
@@ -32,10 +32,11 @@ def obtain_plan(args: Args, config: AdaptiveConfig) -> tuple[RankPlan, bool]:
         plan = _plan_beside(checkpoint)
         _check_same_base(plan, args, checkpoint)
         sameness.check_same_run(plan, config, str(checkpoint))
+        shapes = loading.target_shapes(args)
         if config.pruning is not None:
-            pipeline.check_shapes(plan, target_shapes(args), str(checkpoint / PLAN_FILE))
-            return fresh_plan(args, config), False
-        return pipeline.check_plan(plan, target_shapes(args), config, str(checkpoint / PLAN_FILE)), bool(going_on)
+            pipeline.check_shapes(plan, shapes, str(checkpoint / PLAN_FILE))
+            return pipeline.start_plan(config, shapes, loading.provenance(args)), False
+        return pipeline.check_plan(plan, shapes, config, str(checkpoint / PLAN_FILE)), bool(going_on)
     if going_on:
         adapter = Path(going_on[-1])
         if (adapter / STATE_JSON).is_file():
@@ -45,7 +46,7 @@ def obtain_plan(args: Args, config: AdaptiveConfig) -> tuple[RankPlan, bool]:
             )
         plan = _plan_beside(adapter)
         sameness.check_same_scale(plan, config, str(adapter))
-        return pipeline.check_plan(plan, target_shapes(args), config, str(adapter / PLAN_FILE)), True
+        return pipeline.check_plan(plan, loading.target_shapes(args), config, str(adapter / PLAN_FILE)), True
     return fresh_plan(args, config), False
 
 
@@ -53,16 +54,17 @@ def fresh_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
     """The plan of a run that starts anew: the given file, or computed. What lies in ``output_dir`` does not matter."""
     from llamafactory_adaptive import pipeline
     from llamafactory_adaptive.bridge import loading
-    from llamafactory_adaptive.bridge.loading import target_shapes
 
     if config.plan_path:
         idle = [key for key in our_keys(args) if key != "adaptive_plan" and key != "adaptive_budget_unit"]
         if idle and local_rank() == 0:
             logger.warning(f"adaptive_plan is given, so these keys are not used: {', '.join(idle)}")
-        plan = pipeline.check_plan(load_plan(Path(config.plan_path)), target_shapes(args), config, config.plan_path)
+        plan = pipeline.check_plan(
+            load_plan(Path(config.plan_path)), loading.target_shapes(args), config, config.plan_path
+        )
         return replace(plan, provenance={**plan.provenance, "adaptive_plan": config.plan_path})
     if config.pruning is not None:
-        return pipeline.start_plan(config, target_shapes(args), loading.provenance(args))
+        return pipeline.start_plan(config, loading.target_shapes(args), loading.provenance(args))
     return compute_plan(args, config)
 
 
@@ -111,7 +113,7 @@ def advice(plan: RankPlan, config: AdaptiveConfig) -> list[str]:
 
 def checkpoint_to_resume(args: Args) -> Path | None:
     """The checkpoint the host would resume from, by its own rules, but only one that was written to its end."""
-    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
     wanted, output = args.get("resume_from_checkpoint"), Path(str(args["output_dir"]))
     if isinstance(wanted, str):
@@ -120,13 +122,22 @@ def checkpoint_to_resume(args: Args) -> Path | None:
                 [Problem("resume_from_checkpoint", wanted, "there is no such folder", f"{output}/checkpoint-<step>")]
             )
         return Path(wanted)
-    if not output.is_dir() or (wanted is None and args.get("overwrite_output_dir")):
-        return None
-    last = get_last_checkpoint(str(output)) if wanted is None or wanted else None
+    last = _newest_for_the_host(args)
     if last is None or not (output / LOG_FILE).is_file():
-        return Path(last) if last else None
+        return last
     complete = [path for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_complete(path)]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _newest_for_the_host(args: Args) -> Path | None:
+    """The checkpoint in ``output_dir`` that the host would resume from, complete or not, when none is named."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    wanted, output = args.get("resume_from_checkpoint"), Path(str(args["output_dir"]))
+    if wanted is False or not output.is_dir() or (wanted is None and args.get("overwrite_output_dir")):
+        return None
+    last = get_last_checkpoint(str(output))
+    return Path(last) if last else None
 
 
 def what_the_host_resumes(args: Args, checkpoint: Path | None) -> Args:
@@ -134,13 +145,8 @@ def what_the_host_resumes(args: Args, checkpoint: Path | None) -> Args:
 
     A process killed while it saves leaves such a folder.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
-    output, wanted = Path(str(args["output_dir"])), args.get("resume_from_checkpoint")
-    if isinstance(wanted, str) or not output.is_dir() or (wanted is None and args.get("overwrite_output_dir")):
-        return args
-    last = get_last_checkpoint(str(output))
-    if last is None or wanted is False or checkpoint == Path(last):
+    last = None if isinstance(args.get("resume_from_checkpoint"), str) else _newest_for_the_host(args)
+    if last is None or checkpoint == last:
         return args
     if local_rank() == 0:
         instead = f"resuming from {checkpoint.name}" if checkpoint else "starting afresh"

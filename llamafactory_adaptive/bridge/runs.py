@@ -107,10 +107,9 @@ def _make_callback(plan: RankPlan, adaptive: AdaptiveConfig, checkpoint: Path | 
 
         return AdaptiveCallback(plan, time.perf_counter() - started)
     from llamafactory_adaptive.dynamic import DynamicCallback
-    from llamafactory_adaptive.pipeline import make_dynamic_method
+    from llamafactory_adaptive.pipeline import make_method
 
-    method = make_dynamic_method(adaptive)
-    return DynamicCallback(plan, adaptive, method, time.perf_counter() - started, checkpoint)
+    return DynamicCallback(plan, adaptive, make_method(adaptive), time.perf_counter() - started, checkpoint)
 
 
 def meet_trainer(trainer_class: type) -> type:

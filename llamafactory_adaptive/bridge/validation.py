@@ -65,7 +65,9 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
         problems += check_kind(args, common["adaptive_method"], dynamic)
         if dynamic and common["adaptive_plan"] is None:
             pruning, faults = check_pruning(common, lora_rank, max_rank, run_seed(args))
-            problems += faults + check_pruning_conflicts(args, options)
+            made = get_method(common["adaptive_method"])
+            probes = made(made.Options(**options)).path(0, 0) is not None
+            problems += faults + check_pruning_conflicts(args, probes)
     problems += check_conflicts(args) + _wrong_choices(args) + _missing_files(args, common)
     if problems:
         raise AdaptiveConfigError(problems)

@@ -9,7 +9,6 @@ components holds here too.
 Cost: two fp32 numbers per adapter weight and a few element-wise passes over the adapter per step.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from llamafactory_adaptive.config import option
 from llamafactory_adaptive.methods import Orthogonality
-from llamafactory_adaptive.stats import SmoothedImportance
+from llamafactory_adaptive.methods._smoothed import SmoothedMethod
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class AdaloraOptions:
     orthogonality_weight: float = option(0.5, "Weight of the regulariser |Gram - I|.", low=0.0, high=1e6)
 
 
-class Adalora:
+class Adalora(SmoothedMethod):
     """The method registered as ``adalora``."""
 
     Options: ClassVar[type[AdaloraOptions]] = AdaloraOptions
@@ -37,8 +36,8 @@ class Adalora:
     initial_lambda: ClassVar[float] = 0.0
 
     def __init__(self, options: AdaloraOptions) -> None:
+        super().__init__(options)
         self.options = options
-        self.importance = SmoothedImportance(options.beta1, options.beta2)
 
     @property
     def orthogonality(self) -> Orthogonality | None:
@@ -54,18 +53,6 @@ class Adalora:
         """The training gradient."""
         return None
 
-    def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
-        """Smooth ``s = |w g|``."""
-        self.importance.update(block, gradients.mul_(weights).abs_(), live)
-
     def element_scores(self, block: str, weights: Tensor) -> Tensor:
         """``S * U``."""
         return self.importance.product(block)
-
-    def state(self) -> dict[str, Tensor]:
-        """Running means and deviations."""
-        return self.importance.state()
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take them back."""
-        self.importance.load(state)

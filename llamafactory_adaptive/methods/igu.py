@@ -25,7 +25,6 @@ Cost: shrink and off, two fp32 numbers per adapter weight and a few element-wise
 integrated, two more forward-backward passes per probed step.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,7 +32,8 @@ from torch import Tensor
 
 from llamafactory_adaptive.config import option
 from llamafactory_adaptive.methods import Orthogonality
-from llamafactory_adaptive.stats import SmoothedImportance, draw
+from llamafactory_adaptive.methods._smoothed import SmoothedMethod
+from llamafactory_adaptive.stats import draw
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class IguOptions:
     orthogonality_weight: float = option(1.0, "Weight of the regulariser.", low=0.0, high=1e6)
 
 
-class Igu:
+class Igu(SmoothedMethod):
     """The method registered as ``igu``."""
 
     Options: ClassVar[type[IguOptions]] = IguOptions
@@ -80,8 +80,8 @@ class Igu:
     initial_lambda: ClassVar[float] = 0.1
 
     def __init__(self, options: IguOptions) -> None:
+        super().__init__(options)
         self.options = options
-        self.importance = SmoothedImportance(options.beta1, options.beta2)
 
     @property
     def orthogonality(self) -> Orthogonality | None:
@@ -104,10 +104,6 @@ class Igu:
             return []
         return sampled_path(self.options.intervals, 1 + draw(seed, step, 0, self.options.intervals - 1))
 
-    def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
-        """Smooth ``s = |w g|``."""
-        self.importance.update(block, gradients.mul_(weights).abs_(), live)
-
     def element_scores(self, block: str, weights: Tensor) -> Tensor:
         """SNR or product; for lambda its magnitude where asked."""
         if block.startswith("lambda") and self.options.lambda_term == "magnitude":
@@ -115,14 +111,6 @@ class Igu:
         if self.options.uncertainty == "product":
             return self.importance.product(block)
         return self.importance.snr(block, self.options.epsilon)
-
-    def state(self) -> dict[str, Tensor]:
-        """Running means and deviations."""
-        return self.importance.state()
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take them back."""
-        self.importance.load(state)
 
 
 def sampled_path(intervals: int, node: int) -> list[tuple[float, float]]:

@@ -11,7 +11,7 @@ import reference
 import torch
 from dynamic import scatter, start_plan, triplet_model
 from peft.tuners.adalora.layer import RankAllocator
-from tiny import rows
+from tiny import rows, tiny_model
 
 from llamafactory_adaptive.adapter import lora_config_arguments
 from llamafactory_adaptive.allocate import keep_components
@@ -368,6 +368,7 @@ def test_saved_adapters_are_plain_lora_and_equal_the_live_model(architecture, tm
     from llamafactory_adaptive.adapter import check_saved
 
     model, triplets, _ = triplet_model(architecture)
+    plan = start_plan(tiny_model(architecture))
     scatter(triplets)
     masks = [[(i + j) % 3 != 0 for j in range(4)] for i in range(len(triplets.modules))]
     masks[4] = [False] * 4
@@ -377,17 +378,15 @@ def test_saved_adapters_are_plain_lora_and_equal_the_live_model(architecture, tm
         live = model(**inputs).logits
 
     def loaded(folder):
-        from tiny import tiny_model
-
         fresh = peft.PeftModel.from_pretrained(tiny_model(architecture), folder)
         with torch.no_grad():
             return fresh(**inputs).logits
 
     model.save_pretrained(tmp_path / "checkpoint")
-    check_saved(tmp_path / "checkpoint", triplets.plan)
+    check_saved(tmp_path / "checkpoint", plan)
     assert torch.equal(loaded(tmp_path / "checkpoint"), live)
-    modules = tuple(replace(m, rank=r) for m, r in zip(triplets.plan.modules, triplets.ranks(), strict=True))
-    found = replace(triplets.plan, modules=modules)
+    modules = tuple(replace(m, rank=sum(row)) for m, row in zip(plan.modules, masks, strict=True))
+    found = replace(plan, modules=modules)
     triplets.finish(model, found)
     model.save_pretrained(tmp_path / "final")
     check_saved(tmp_path / "final", found)
