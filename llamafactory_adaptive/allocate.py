@@ -2,8 +2,8 @@
 
 Static methods score modules: ranks are proportional to the scores within their bounds (water-filling: what a capped
 module cannot take goes to the rest by the same proportions), then rounded down and completed by the largest
-remainders. Dynamic methods score rank-1 components: the globally best are kept. Deterministic: ties go by module
-order.
+remainders. Dynamic methods score rank-1 components: the globally best are kept, or modules share the budget by the
+mean score of theirs. Deterministic: ties go by module order.
 """
 
 import heapq
@@ -236,4 +236,41 @@ def keep_components(
             keep[module][index] = True
             ranks[module] += 1
             left -= costs[module]
+    return keep
+
+
+def reallocate_components(
+    scores: Sequence[Sequence[float]],
+    on: Sequence[Sequence[bool]],
+    costs: Sequence[int],
+    budget: int,
+    lower: Sequence[int],
+    upper: Sequence[int],
+) -> list[list[bool]]:
+    """Share the budget among modules by the mean score of their components in use; ranks grow and shrink.
+
+    A module that shrinks keeps its best components. One that grows turns on the first of those that are off, which
+    have no score worth the name. A module without any in use has score 0.
+
+    Args:
+        scores: per module, one non-negative finite score per component.
+        on: which components are in use.
+        costs, budget, lower, upper: as in :func:`allocate`.
+
+    Returns:
+        Per module, which components are in use from now on; the cost is that of :func:`allocate`.
+
+    Raises:
+        InfeasibleBudgetError, ValueError: as :func:`allocate`.
+    """
+    used = [
+        [score for score, flag in zip(row, flags, strict=True) if flag] for row, flags in zip(scores, on, strict=True)
+    ]
+    modules = [sum(row) / len(row) if row else 0.0 for row in used]
+    ranks = allocate(modules, costs, budget, lower, upper).ranks
+    keep = []
+    for row, flags, rank in zip(scores, on, ranks, strict=True):
+        order = sorted(range(len(row)), key=lambda index: (not flags[index], -row[index] if flags[index] else 0.0))
+        chosen = set(order[:rank])
+        keep.append([index in chosen for index in range(len(row))])
     return keep

@@ -103,7 +103,7 @@ def plan(arguments: argparse.Namespace) -> int:
             [Problem("finetuning_type", kind, "there are no ranks to plan", "finetuning_type: adaptive")]
         )
     config = parse_config(args)
-    if config.pruning is not None:
+    if config.course is not None:
         return _plan_of_a_dynamic_run(args, config)
     started = time.perf_counter()
     folder = arguments.out or Path(args["output_dir"])
@@ -125,9 +125,9 @@ def _plan_of_a_dynamic_run(args: dict[str, Any], config: AdaptiveConfig) -> int:
     """What can be said before training: the start, and the budget over the share of the steps."""
     from llamafactory_adaptive.bridge.plans import fresh_plan
     from llamafactory_adaptive.report import schedule_table, totals
-    from llamafactory_adaptive.schedule import make_schedule
+    from llamafactory_adaptive.schedule import Schedule, make_schedule
 
-    assert config.pruning is not None
+    assert config.course is not None
     start = fresh_plan(args, config)
     budget, kind = start.budget(), start.budget_kind
     try:
@@ -136,11 +136,14 @@ def _plan_of_a_dynamic_run(args: dict[str, Any], config: AdaptiveConfig) -> int:
         problem = Problem("max_steps", args["max_steps"], "it must be a whole number", "max_steps: 100")
         raise AdaptiveConfigError([problem]) from error
     shown = steps if steps > 0 else 100
-    schedule = make_schedule(config.pruning, shown, budget[f"used_{kind}"], budget[f"asked_{kind}"])
-    print(schedule_table(start, schedule, shown))
+    schedule = make_schedule(config.course, shown, budget[f"used_{kind}"], budget[f"asked_{kind}"])
+    if isinstance(schedule, Schedule):
+        print(schedule_table(start, schedule, shown))
+    else:
+        print(f"Ranks move about during training ({start.method}): {schedule.describe(kind)} of {shown}")
     if steps <= 0:
         print("the number of steps follows from the data: the table stands for 100 of them")
-    print("at the start:", *totals(start), sep="\n")
+    print("live tensors:", *totals(start), sep="\n")
     print("ranks are found during training; nothing was written")
     return 0
 

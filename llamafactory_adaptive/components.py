@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from llamafactory_adaptive.config import GuardError
-from llamafactory_adaptive.gradients import Engine, add_up, full_shape, processes
-from llamafactory_adaptive.methods import DynamicMethod, Orthogonality
-from llamafactory_adaptive.triplet import Triplets
+from llamafactory_adaptive.gradients import Engine, full_shape
+from llamafactory_adaptive.methods import DynamicMethod, Orthogonality, ReallocatingMethod
+from llamafactory_adaptive.processes import add_up, processes
+from llamafactory_adaptive.triplet import Triplets, fresh_rows
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Components:
             for (kind, shape), members in found.items()
         ]
         self.parameters = [parameter for block in self.blocks for parameter in block.parameters]
+        self.first_kind = next(iter(triplets.modules[0].parameters()))
         self.arrived = False
 
     def weights(self, block: Block) -> Tensor:
@@ -129,20 +131,58 @@ class Components:
             row[start : start + length] = piece
         return whole_MX
 
-    def scores(self, method: DynamicMethod) -> list[list[float]]:
+    def scores(self, method: DynamicMethod, mean: bool = False) -> list[list[float]]:
         """Score of every component by module: lambda's, plus the means over its column of P and its row of Q.
 
         One collective for all of them under ZeRO, and a wait for the device.
+
+        Args:
+            method: scores elements.
+            mean: the mean over all elements of the component instead.
         """
         ranks = [len(row) for row in self.triplets.masks]
         like = self.triplets.modules[0].a.mask_r
         totals = torch.zeros(len(ranks), max(ranks), dtype=torch.float32, device=like.device)
         for block in self.blocks:
             flat = method.element_scores(block.name, self.weights(block))
-            totals[list(block.modules), : block.rank] += block.by_component(self._whole(block, flat))
+            per_component_Mr = block.by_component(self._whole(block, flat))
+            if mean:
+                per_component_Mr = per_component_Mr * self._share_of_component(block)[:, None]
+            totals[list(block.modules), : block.rank] += per_component_Mr
         if self.engine.partitioned:
             add_up(totals)
         return [row[:rank] for row, rank in zip(totals.tolist(), ranks, strict=True)]
+
+    def _share_of_component(self, block: Block) -> Tensor:
+        """Which share of a component's elements a block holds, per module (M,)."""
+        held = math.prod(block.shape) // block.rank
+        every = [
+            sum(math.prod(full_shape(p)) for p in self.triplets.modules[index].parameters().values()) // block.rank
+            for index in block.modules
+        ]
+        return torch.tensor([held / count for count in every], device=self.triplets.modules[0].a.mask_r.device)
+
+    def restart(self, method: ReallocatingMethod, fresh: Sequence[Sequence[bool]], seed: int) -> None:
+        """Start components anew that were off: no effect on the output, nothing remembered.
+
+        Column of P zero, row of Q as at the start of LoRA, optimizer moments and running scores empty.
+
+        Args:
+            method: forgets them, too.
+            fresh: per module, which components.
+            seed: of the new rows; equal on every process.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for block in self.blocks:
+            fresh_Mr = torch.tensor([list(fresh[index]) for index in block.modules])
+            if not bool(fresh_Mr.any()):
+                continue
+            flags_MX = block.spread(fresh_Mr)
+            method.restart(block.name, self._to_device(self._owned(block, flags_MX.float())))
+            for parameter, flags_X in zip(block.parameters, flags_MX, strict=True):
+                if bool(flags_X.any()):
+                    new = fresh_rows(block.shape, generator) if block.kind == "Q" else torch.zeros(block.shape)
+                    self.engine.overwrite(parameter, flags_X, new.view(-1))
 
     def update(
         self, method: DynamicMethod | None, orthogonality: Orthogonality | None, overflow_is_possible: bool = False
@@ -186,8 +226,11 @@ class Components:
         return [list(islice(rest, len(block.parameters))) for block in self.blocks]
 
     def _check_arrival(self, block: Block, flat: Tensor) -> None:
-        """At the first look lambda of every module has a gradient, whatever it starts from; else nothing got there."""
-        if self.arrived or block.kind != "lambda":
+        """At the first look every module has a gradient, or nothing got there.
+
+        At lambda, whatever it starts from; without lambda at P, since Q's is zero as long as P is.
+        """
+        if self.arrived or block.kind != self.first_kind:
             return
         strength_M = self._whole(block, flat).abs().sum(1)
         if self.engine.partitioned:

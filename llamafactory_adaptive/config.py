@@ -104,7 +104,7 @@ class AdaptiveArguments:
 
     adaptive_method: str = option(
         "sensitivity",
-        "How ranks are found: sensitivity (before training), igu or adalora (while training), uniform, random.",
+        "How ranks are found: sensitivity (before training), igu, adalora or tsq (while training), uniform, random.",
     )
     adaptive_budget_unit: str = option(
         "params",
@@ -176,6 +176,26 @@ class PruningConfig:
     max_overhead: float | None
     seed: int
 
+    @property
+    def live_rank(self) -> int:
+        """Rank of the tensors that train."""
+        return self.init_rank
+
+
+@dataclass(frozen=True)
+class ReallocationConfig:
+    """How a dynamic method moves ranks about under a constant budget.
+
+    Attributes:
+        live_rank: rank of the tensors that train: what a module can grow to.
+        refresh_ratio: share of all optimizer steps between two allocations.
+        seed: of the factors.
+    """
+
+    live_rank: int
+    refresh_ratio: float
+    seed: int
+
 
 # Keys that only methods which prune during training read.
 PRUNING_KEYS = (
@@ -191,7 +211,7 @@ PRUNING_KEYS = (
 class AdaptiveConfig:
     """The validated configuration of one run. Ranks are in rank units, ``lora_rank`` is the budget.
 
-    ``pruning`` is None where ranks are fixed before training.
+    ``course`` tells how ranks change while training; None where they are fixed before.
     """
 
     method: str
@@ -203,7 +223,7 @@ class AdaptiveConfig:
     max_rank: int
     plan_path: str | None
     calibration: CalibrationConfig
-    pruning: PruningConfig | None = None
+    course: PruningConfig | ReallocationConfig | None = None
 
     @property
     def scale(self) -> float:

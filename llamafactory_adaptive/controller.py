@@ -23,9 +23,10 @@ from llamafactory_adaptive.adapter import (
     name_targets_in_full,
 )
 from llamafactory_adaptive.config import GuardError
-from llamafactory_adaptive.gradients import gather_digests
 from llamafactory_adaptive.plan import COMPLETE, LOG_FILE, PLAN_FILE, RankPlan
+from llamafactory_adaptive.processes import gather_digests
 from llamafactory_adaptive.report import HEATMAP_FILE, save_heatmap, update_card
+from llamafactory_adaptive.selection import Selection
 
 
 logger = logging.getLogger("llamafactory.adaptive")  # a child of the host's logger: its format, its handlers
@@ -54,16 +55,41 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
     Args:
         plan: the ranks to train.
         overhead_seconds: what planning cost, for the log.
+        checkpoint: what the run resumes from, if anything.
+        selection: of training samples, if any.
     """
 
-    def __init__(self, plan: RankPlan, overhead_seconds: float) -> None:
+    def __init__(
+        self,
+        plan: RankPlan,
+        overhead_seconds: float,
+        checkpoint: Path | None = None,
+        selection: Selection | None = None,
+    ) -> None:
         self.plan = plan
         self.counters = Counters()
         self.overhead_seconds = overhead_seconds
+        self.checkpoint, self.selection = checkpoint, selection
         self.deepspeed = False
 
     def attach(self, trainer: Any) -> None:
-        """Meet the Trainer before it makes its optimizer. Fixed ranks need nothing of it."""
+        """Meet the Trainer before it makes its data loader and its optimizer."""
+        if self.selection is not None:
+            self.selection.attach(trainer)
+
+    def select(self, args: Any, state: Any, model: nn.Module, dataloader: Any) -> None:
+        """Have samples scored, or take back what was known of them, before the first step draws any."""
+        if self.selection is None:
+            return
+        resumed = self.checkpoint if state.global_step > 0 else None
+        self.overhead_seconds += self.selection.begin(state.max_steps, dataloader, resumed)
+        agree_across_ranks(self.selection.digest(), args.device, QUALITIES_DIFFER)
+        if args.should_save:
+            self.selection.report(Path(args.output_dir), state.global_step)
+
+    def data_figures(self, step: int) -> dict[str, Any]:
+        """What log lines say of the samples in use from ``step`` on."""
+        return {} if self.selection is None else self.selection.figures(step)
 
     def prove(self, args: Any, model: nn.Module) -> None:
         """Refuse to train anything but the plan."""
@@ -76,12 +102,15 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Prove the plan, then put it with picture and log line into ``output_dir``."""
         self.prove(args, model)
+        self.select(args, state, model, kwargs.get("train_dataloader"))
         if args.should_save:  # one process, or one per node with save_on_each_node
             output = Path(args.output_dir)
             self.plan.save(output / PLAN_FILE)
             save_heatmap(self.plan, output / HEATMAP_FILE)
             b = self.plan.budget()
-            self.write_log(output, {"step": state.global_step, "budget": b, "ranks_changed": len(self.plan.active)})
+            changed = len(self.plan.active)
+            figures = self.data_figures(state.global_step)
+            self.write_log(output, {"step": state.global_step, "budget": b, "ranks_changed": changed, **figures})
             logger.info(
                 f"adaptive ({self.plan.method}): {self.counters.modules_checked} modules, ranks up to "
                 f"{self.plan.largest_rank}, {b['used_parameters']:,} of {b['asked_parameters']:,} parameters"
@@ -113,8 +142,19 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
         self.counters.largest_learning_rate = max(self.counters.largest_learning_rate, *map(float, rates))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count optimizer steps."""
+        """Count optimizer steps; say when another subset begins."""
         self.counters.steps += 1
+        if self.selection is not None and args.should_save and self.selection.begins_at(state.global_step):
+            self.log_subset(Path(args.output_dir), state.global_step)
+
+    def log_subset(self, output: Path, step: int) -> None:
+        """A line of its own."""
+        self.write_log(output, {"step": step, "event": "sampling", **self.data_figures(step)})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say how often each sample was used."""
+        if self.selection is not None and args.should_save:
+            self.selection.report(Path(args.output_dir), state.global_step)
 
     def judge(self) -> None:
         """Raise where a finished run did not do what was asked, beyond what the files show."""
@@ -133,6 +173,8 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
     def save_into(self, folder: Path, args: Any, state: Any) -> None:
         """A checkpoint carries the plan it was trained on; resuming checks it."""
         if args.should_save:
+            if self.selection is not None:
+                self.selection.save(folder)
             self.plan.save(folder / PLAN_FILE)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -141,6 +183,9 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
             self.save_into(Path(args.output_dir) / f"checkpoint-{state.global_step}", args, state)
 
 
+QUALITIES_DIFFER = (
+    "hold other sample qualities than rank 0, so they would draw other subsets; delete the cache folder and run again"
+)
 PLANS_DIFFER = (
     "hold another plan than rank 0 (nodes that score for themselves can differ in the last bit): write one with "
     "`llamafactory-adaptive plan`, copy it to every node and set adaptive_plan"

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from llamafactory_adaptive.allocate import keep_components
-from llamafactory_adaptive.config import AdaptiveConfig, GuardError
+from llamafactory_adaptive.allocate import allocate, keep_components, reallocate_components
+from llamafactory_adaptive.config import AdaptiveConfig, GuardError, ReallocationConfig
 from llamafactory_adaptive.plan import RankPlan
 
 
@@ -16,11 +16,11 @@ Masks = list[list[bool]]
 
 
 class Course:
-    """From the over-ranked start to the ranks found.
+    """From the ranks at the start to the ranks found.
 
     Args:
-        start: the plan that trains first.
-        config: with budget unit and bounds.
+        start: the plan of the live tensors.
+        config: with budget unit and bounds, and how ranks change.
     """
 
     def __init__(self, start: RankPlan, config: AdaptiveConfig) -> None:
@@ -30,6 +30,23 @@ class Course:
         self.history: list[dict[str, Any]] = []
         self.module_scores: list[float] = [0.0] * len(start.modules)
         self.metrics: dict[str, float] = {}
+        self.upper = [min(config.max_rank, module.rank) for module in start.modules]
+        self.lower = [min(config.min_rank, high) for high in self.upper]
+
+    @property
+    def reallocates(self) -> bool:
+        """Whether ranks move about under a constant budget, rather than fall."""
+        return isinstance(self.config.course, ReallocationConfig)
+
+    def first_masks(self) -> Masks:
+        """What is in use at first: everything, or every module at the same rank within the budget."""
+        if not self.reallocates:
+            return [[True] * module.rank for module in self.start.modules]
+        ranks = allocate([1.0] * len(self.costs), self.costs, self.asked, self.lower, self.upper).ranks
+        return [
+            [index < rank for index in range(module.rank)]
+            for module, rank in zip(self.start.modules, ranks, strict=True)
+        ]
 
     @property
     def asked(self) -> int:
@@ -40,16 +57,16 @@ class Course:
         """Budget units of the components in use."""
         return sum(cost * sum(row) for cost, row in zip(self.costs, masks, strict=True))
 
-    def choose(self, step: int, scores: Sequence[Sequence[float]], budget: int) -> Masks:
-        """The best components under ``budget`` and the configured bounds.
+    def choose(self, step: int, scores: Sequence[Sequence[float]], budget: int, before: Masks) -> Masks:
+        """Components to use under ``budget`` and the configured bounds; ``before`` are those in use now.
 
         Raises:
             GuardError: a score is not finite.
         """
-        upper = [min(self.config.max_rank, module.rank) for module in self.start.modules]
-        lower = [min(self.config.min_rank, high) for high in upper]
         try:
-            return keep_components(scores, self.costs, budget, lower, upper)
+            if self.reallocates:
+                return reallocate_components(scores, before, self.costs, budget, self.lower, self.upper)
+            return keep_components(scores, self.costs, budget, self.lower, self.upper)
         except ValueError as error:
             raise GuardError(f"step {step}: {error}; training has diverged, lower learning_rate") from error
 
@@ -58,10 +75,11 @@ class Course:
     ) -> dict[str, Any]:
         """Take note of a choice; returns its line for the log."""
         self.final = final
-        self.module_scores = [
-            sum(score for score, on in zip(row, flags, strict=True) if on)
-            for row, flags in zip(scores, after, strict=True)
+        used = [
+            [score for score, on in zip(row, flags, strict=True) if on]
+            for row, flags in zip(scores, before if self.reallocates else after, strict=True)
         ]
+        self.module_scores = [sum(row) / len(row) if row and self.reallocates else sum(row) for row in used]
         ranks = [(sum(old), sum(new)) for old, new in zip(before, after, strict=True)]
         line: dict[str, Any] = {
             "step": step,
@@ -83,7 +101,7 @@ class Course:
         return line
 
     def found(self, masks: Masks) -> RankPlan:
-        """The start plan at the ranks now in use; a module's score is the sum over its components in use."""
+        """The start plan at the ranks now in use, with the scores that led to them."""
         total = sum(self.module_scores) or 1.0
         modules = tuple(
             replace(module, rank=sum(row), score=score, share=score / total)

@@ -6,31 +6,27 @@ same.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from llamafactory_adaptive.components import Components
 from llamafactory_adaptive.config import AdaptiveConfig, GuardError, PlanError
 from llamafactory_adaptive.controller import AdaptiveCallback, agree_across_ranks
-from llamafactory_adaptive.course import Course
-from llamafactory_adaptive.gradients import (
-    before_clipping,
-    before_deepspeed_step,
-    find_engine,
-    processes,
-    synchronize,
-    wait_for_all,
-)
-from llamafactory_adaptive.methods import DynamicMethod
+from llamafactory_adaptive.course import Course, Masks
+from llamafactory_adaptive.gradients import before_clipping, before_deepspeed_step, find_engine
+from llamafactory_adaptive.methods import DynamicMethod, ReallocatingMethod
+from llamafactory_adaptive.observing import Observer
 from llamafactory_adaptive.plan import PLAN_FILE, RankPlan, digest_of
-from llamafactory_adaptive.probing import Prober, Thinner
+from llamafactory_adaptive.processes import wait_for_all
 from llamafactory_adaptive.report import HEATMAP_FILE, HISTORY_FILE, save_heatmap, save_history
-from llamafactory_adaptive.schedule import Schedule, make_schedule
+from llamafactory_adaptive.schedule import Refreshes, Schedule, make_schedule
+from llamafactory_adaptive.selection import Selection
 from llamafactory_adaptive.state import read_state, write_state
+from llamafactory_adaptive.stats import draw
 from llamafactory_adaptive.triplet import Triplets
 
 
@@ -45,11 +41,12 @@ class DynamicCallback(AdaptiveCallback):
     """One run of a dynamic method on one process.
 
     Args:
-        start: the over-ranked plan that trains first; ``plan`` becomes the plan found.
-        config: with its pruning part.
+        start: the plan of the live tensors; ``plan`` becomes the plan found.
+        config: with its course.
         method: what observes and scores.
         overhead_seconds: what preparing cost.
         checkpoint: what the run resumes from, if anything.
+        selection: of training samples, if any.
     """
 
     def __init__(
@@ -59,26 +56,27 @@ class DynamicCallback(AdaptiveCallback):
         method: DynamicMethod,
         overhead_seconds: float,
         checkpoint: Path | None,
+        selection: Selection | None = None,
     ) -> None:
-        super().__init__(start, overhead_seconds)
-        assert config.pruning is not None
-        self.start, self.method, self.checkpoint = start, method, checkpoint
-        self.pruning = config.pruning
+        super().__init__(start, overhead_seconds, checkpoint, selection)
+        assert config.course is not None
+        self.start, self.method, self.config = start, method, config.course
         self.course = Course(start, config)
-        self.thinner = Thinner(self.pruning.max_overhead)
-        self.step = self.micro_batch = 0
+        self.step = 0
         self.trainer: Any = None
         self.triplets: Triplets
         self.components: Components
-        self.schedule: Schedule
-        self.prober: Prober | None = None
+        self.observer: Observer
+        self.schedule: Schedule | Refreshes
 
     # -- before training ---------------------------------------------------------------------------------------------
 
     def attach(self, trainer: Any) -> None:
         """Turn the adapter into triplets before an optimizer is made; find the place before gradients are clipped."""
+        super().attach(trainer)
         self.trainer = trainer
-        self.triplets = Triplets(trainer.model, self.start, self.method.initial_lambda, self.pruning.seed)
+        self.triplets = Triplets(trainer.model, self.start, self.method.initial_lambda, self.config.seed)
+        self.triplets.mask(self.course.first_masks())
         before_clipping(trainer.accelerator, self._before_clipping)
         callbacks = trainer.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop(callbacks.index(self)))  # loggers must find our figures in what they log
@@ -92,82 +90,45 @@ class DynamicCallback(AdaptiveCallback):
         self.components = Components(self.triplets, engine)
         self.triplets.mask(self.triplets.masks)
         begin = self.course.cost(self.triplets.masks)
-        self.schedule = make_schedule(self.pruning, state.max_steps, begin, self.course.asked)
+        self.schedule = make_schedule(self.config, state.max_steps, begin, self.course.asked)
         self.step = state.global_step
-        if self.method.path(self.pruning.seed, 0) is not None:
-            self.prober = Prober(self.trainer.model, self.components, self.pruning.seed)
+        limit = getattr(self.config, "max_overhead", None)
+        self.observer = Observer(self.method, self.components, self.trainer, self.counters, self.config.seed, limit)
         if self.checkpoint is not None and state.global_step > 0:
             document = self._restore(self.checkpoint, state.max_steps)
-            self.thinner.load(document["thinner"])
+            self.observer.thinner.load(document["thinner"])
             self.overhead_seconds += document["overhead_seconds"]
             for name in ("observations", "probes", "allocations", "steps"):
                 setattr(self.counters, name, document["counters"][name])
+        self.select(args, state, model, kwargs["train_dataloader"])
         if args.should_save:
-            self.write_log(Path(args.output_dir), {"step": self.step, "event": "resumed" if self.step else "begin"})
+            event = "resumed" if self.step else "begin"
+            self.write_log(Path(args.output_dir), {"step": self.step, "event": event, **self.data_figures(self.step)})
+            largest = max(sum(row) for row in self.triplets.masks)
             logger.info(
-                f"adaptive ({self.start.method}): {self.counters.modules_checked} modules start at rank "
-                f"{self.start.largest_rank}, {self.schedule.start_budget:,} {self.start.budget_kind}; pruned to "
-                f"{self.schedule.target_budget:,} between steps {self.schedule.begin} and {self.schedule.end} of "
-                f"{state.max_steps}"
+                f"adaptive ({self.start.method}): {self.counters.modules_checked} modules start at rank {largest}, "
+                f"{self.schedule.describe(self.start.budget_kind)} of {state.max_steps}"
             )
 
     # -- during a step -----------------------------------------------------------------------------------------------
 
     def on_step_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
-        """First micro-batch: where on the path it runs, and whether a batch is wanted for probing."""
+        """First micro-batch."""
         super().on_step_begin(args, state, control, lr_scheduler=lr_scheduler, **kwargs)
-        self.step, self.micro_batch = state.global_step, 0
-        self.thinner.begin()
-        self._take_position()
-        if self.prober is not None and self._path():
-            self.prober.armed = True
+        self.step = state.global_step
+        self.observer.begin(self.step, self.course.final)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Next micro-batch."""
-        self.micro_batch += 1
-        self._take_position()
-
-    def _take_position(self) -> None:
-        position = 1.0 if self.course.final else self.method.position(self.pruning.seed, self.step, self.micro_batch)
-        self.triplets.position.value = position
-
-    def _path(self) -> list[tuple[float, float]] | None:
-        """What to observe at this step; nothing once the mask is final."""
-        if self.course.final:
-            return []
-        path = self.method.path(self.pruning.seed, self.step)
-        return [] if path and not self.thinner.due(self.step) else path
+        self.observer.next_micro_batch(self.course.final)
 
     def _before_clipping(self) -> None:
         if not self.deepspeed:  # its own place is before engine.step; here it is over
             self._before_step()
 
     def _before_step(self) -> None:
-        """Gradients are complete and not clipped: observe them, then add what the optimizer shall see besides."""
-        self.thinner.trained()
-        started, path = time.perf_counter(), self._path()
-        if path:
-            self._probe(path)
-        self.components.update(
-            self.method if path is None else None,
-            self.method.orthogonality,
-            overflow_is_possible=self.trainer.args.fp16,
-        )
-        self.counters.observations += path is None
-        self.overhead_seconds += time.perf_counter() - started
-
-    def _probe(self, path: Sequence[tuple[float, float]]) -> None:
-        assert self.prober is not None
-        synchronize()
-        started = time.perf_counter()
-        # A loss divided by the tokens of the whole step, all micro-batches and processes, is that share of the mean.
-        shares = self.trainer.current_gradient_accumulation_steps
-        shares *= processes() if self.trainer.args.average_tokens_across_devices else 1
-        self.components.observe_given(self.method, self.prober.gradients(path, shares))
-        synchronize()
-        self.thinner.probed(self.step, time.perf_counter() - started, self.trainer.args.device)
-        self.counters.observations += 1
-        self.counters.probes += 1
+        self.observer.before_step(self.course.final)
+        self.overhead_seconds += self.observer.take_seconds()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Missing gradients were found before, by the components."""
@@ -179,6 +140,9 @@ class DynamicCallback(AdaptiveCallback):
         if not self.course.final and self.schedule.due(self.step):
             self._allocate(self.schedule.budget(self.step), self.schedule.is_final(self.step))
 
+    def log_subset(self, output: Path, step: int) -> None:
+        """Allocations say it: they come at the same steps."""
+
     # -- allocation --------------------------------------------------------------------------------------------------
 
     def _allocate(self, budget: int, final: bool) -> None:
@@ -188,19 +152,30 @@ class DynamicCallback(AdaptiveCallback):
             raise GuardError(
                 f"components are to be chosen at step {self.step}, but none was observed: {self.counters}"
             )
-        scores, before = self.components.scores(self.method), self.triplets.masks
-        masks = self.course.choose(self.step, scores, budget)
+        if self.selection is not None:
+            budget = int(budget * self.selection.budget_share(self.step))
+        scores, before = self.components.scores(self.method, mean=self.course.reallocates), self.triplets.masks
+        masks = self.course.choose(self.step, scores, budget, before)
         agree_across_ranks(digest_of(masks), args.device, DECISIONS_DIFFER)
+        if self.course.reallocates:
+            self._restart(before, masks)
         self.triplets.mask(masks)
         self.counters.allocations += 1
         self.overhead_seconds += time.perf_counter() - started
         line = self.course.record(self.step, budget, final, scores, before, masks)
         if args.should_save:
-            self.write_log(Path(args.output_dir), line)
+            self.write_log(Path(args.output_dir), {**line, **self.data_figures(self.step)})
+
+    def _restart(self, before: Masks, after: Masks) -> None:
+        """Components that come back start as new ones do."""
+        fresh = [[new and not old for old, new in zip(*rows, strict=True)] for rows in zip(before, after, strict=True)]
+        self.components.restart(
+            cast(ReallocatingMethod, self.method), fresh, draw(self.config.seed, self.step, 0, 2**62)
+        )
 
     def write_log(self, output: Path, line: Mapping[str, Any]) -> None:
         """With what probing cost so far."""
-        super().write_log(output, {**line, "probing_seconds": round(self.thinner.probing, 3)})
+        super().write_log(output, {**line, "probing_seconds": round(self.observer.thinner.probing, 3)})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Add the last allocation's figures to what goes to TensorBoard, W&B and the log history."""
@@ -222,7 +197,7 @@ class DynamicCallback(AdaptiveCallback):
                 for module, row in zip(self.triplets.modules, self.triplets.masks, strict=True)
             },
             "counters": asdict(self.counters),
-            "thinner": self.thinner.state(),
+            "thinner": self.observer.thinner.state(),
             "overhead_seconds": self.overhead_seconds,
         }
         tensors = {f"method.{key}": value for key, value in self.method.state().items()}
@@ -232,6 +207,8 @@ class DynamicCallback(AdaptiveCallback):
                 for module in self.triplets.modules
                 for kind, parameter in module.parameters().items()
             }
+        if self.selection is not None and args.should_save:
+            self.selection.save(folder)
         write_state(folder, tensors, document, self.components.engine.partitioned, args.should_save)
         wait_for_all()
         if args.should_save:
@@ -271,26 +248,29 @@ class DynamicCallback(AdaptiveCallback):
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
-    def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Within budget whatever happened, then plain LoRA at the ranks found."""
+        super().on_train_end(args, state, control, **kwargs)
         self.triplets.position.value = 1.0
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.step = int(state.best_model_checkpoint.rpartition("-")[2])
             self._restore(Path(state.best_model_checkpoint), state.max_steps)
-        if not self.course.final:
+        if self.counters.allocations == 0 or self.course.cost(self.triplets.masks) > self.course.asked:
             if args.should_save:
                 logger.warning(
-                    f"adaptive: the adapter of step {self.step} was not yet within budget (ranks are final from step "
-                    f"{self.schedule.end}); it is pruned now, without training afterwards"
+                    f"adaptive: ranks were not yet found at step {self.step} (they are final from step "
+                    f"{self.schedule.end}); they are chosen now, without training afterwards"
                 )
             self._allocate(self.schedule.target_budget, final=True)
         self.plan = self.course.found(self.triplets.masks)
-        self.triplets.finish(model, self.plan)
+        self.triplets.finish(kwargs["model"], self.plan)
         if args.should_save:
             output = Path(args.output_dir)
             self.plan.save(output / PLAN_FILE)
             save_heatmap(self.plan, output / HEATMAP_FILE)
-            save_history(self.start, self.course.history, state.global_step, output / HISTORY_FILE)
+            save_history(
+                self.start, self.course.first_masks(), self.course.history, state.global_step, output / HISTORY_FILE
+            )
 
     def judge(self) -> None:
         """A run that never allocated, or never saw a gradient, did not do what it was asked."""

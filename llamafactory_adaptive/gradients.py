@@ -14,15 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from llamafactory_adaptive.optimizers import empty, is_like, put
+
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """Shape of the whole parameter, also while ZeRO-3 holds it in partitions."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def processes() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def init_deepspeed_on_cpu() -> None:
@@ -58,6 +55,15 @@ class Engine(Protocol):
     def set_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
         """Take back what :meth:`gradients` gave, after it was edited in place."""
 
+    def overwrite(self, parameter: nn.Parameter, where: Tensor, values: Tensor) -> None:
+        """Set some elements anew, the working copy included, and empty their optimizer states; all processes call it.
+
+        Args:
+            parameter: any.
+            where: which elements of the whole, flattened parameter, bool on the CPU.
+            values: of that shape, on the CPU.
+        """
+
     def loss_scale(self) -> float:
         """Factor on all gradients (fp16)."""
 
@@ -70,12 +76,14 @@ class WholeEngine:
 
     Args:
         scale: the current loss scale.
+        optimizer: whose states :meth:`overwrite` empties.
     """
 
     partitioned = False
 
-    def __init__(self, scale: Callable[[], float] = lambda: 1.0) -> None:
+    def __init__(self, scale: Callable[[], float] = lambda: 1.0, optimizer: Any = None) -> None:
         self.loss_scale = scale
+        self.optimizer = optimizer
 
     def piece(self, parameter: nn.Parameter) -> tuple[int, int]:
         """All of it."""
@@ -94,6 +102,12 @@ class WholeEngine:
 
     def set_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
         """Views: nothing to do."""
+
+    def overwrite(self, parameter: nn.Parameter, where: Tensor, values: Tensor) -> None:
+        """In place."""
+        put(parameter.data, where, values)
+        if self.optimizer is not None:
+            empty(self.optimizer.state.get(parameter, {}), where)
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         """They are."""
@@ -177,6 +191,18 @@ class Zero12Engine(_ZeroEngine):
             if identity in norms:
                 norms[identity] = gradient.to(norms[identity].dtype).norm(2).to(norms[identity].device)
 
+    def overwrite(self, parameter: nn.Parameter, where: Tensor, values: Tensor) -> None:
+        """The whole working copy, on every process, and the owned piece of the fp32 copy."""
+        put(parameter.data, where, values)
+        if id(parameter) not in self.places:
+            return
+        group, start, place, length = self.places[id(parameter)]
+        flat = self.optimizer.single_partition_of_fp32_groups[group]
+        put(flat.data.view(-1).narrow(0, place, length), where[start:][:length], values[start:][:length])
+        state = self.optimizer.optimizer.state[flat]
+        pieces = {key: v.view(-1).narrow(0, place, length) for key, v in state.items() if is_like(v, flat)}
+        empty(pieces, where[start:][:length])
+
     def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         """They are."""
         return nullcontext()
@@ -208,6 +234,19 @@ class Zero3Engine(_ZeroEngine):
             padding = parameter.ds_tensor.ds_numel - gradient.numel()  # type: ignore[attr-defined]
             self.optimizer.set_local_grad_for_param(nn.functional.pad(gradient, (0, padding)), parameter)
 
+    def overwrite(self, parameter: nn.Parameter, where: Tensor, values: Tensor) -> None:
+        """The owned piece: the working copy, the fp32 copy and the states beside it."""
+        start, length = self.piece(parameter)
+        where, values = where[start:][:length], values[start:][:length]
+        put(parameter.ds_tensor.data.view(-1)[:length], where, values)  # type: ignore[attr-defined]
+        group = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)][0]
+        state = self.optimizer.optimizer.state[self.optimizer.fp32_partitioned_groups_flat[group]]
+        kinds = [key for key, v in state.items() if is_like(v, self.optimizer.fp32_partitioned_groups_flat[group])]
+        for kind in (None, *kinds):
+            held = self.optimizer.get_local_fp32_param(parameter, kind).clone()
+            put(held.view(-1)[:length], where, values if kind is None else torch.zeros_like(values))
+            self.optimizer.set_local_hp_param(held, parameter, kind)
+
     @contextmanager
     def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         """Gather all of them in one collective; nothing may be changed."""
@@ -226,8 +265,9 @@ def find_engine(parameter: nn.Parameter, trainer: Any) -> Engine:
         return Zero12Engine(optimizer)
     if hasattr(optimizer, "cur_scale"):  # DeepSpeed without ZeRO
         return WholeEngine(lambda: float(optimizer.cur_scale))
-    scaler = getattr(trainer.accelerator, "scaler", None)
-    return WholeEngine() if scaler is None else WholeEngine(lambda: float(scaler.get_scale()))
+    scaler, optimizer = getattr(trainer.accelerator, "scaler", None), trainer.optimizer
+    scale = (lambda: 1.0) if scaler is None else (lambda: float(scaler.get_scale()))
+    return WholeEngine(scale, getattr(optimizer, "optimizer", optimizer))
 
 
 def before_clipping(accelerator: Any, hook: Callable[[], None]) -> None:
@@ -258,41 +298,3 @@ def _call_before(owner: Any, name: str, hook: Callable[[], None]) -> None:
         return original(*args, **kwargs)
 
     setattr(owner, name, method)
-
-
-def add_up(tensor: Tensor) -> Tensor:
-    """Sum over all processes, in place, in one collective."""
-    if processes() > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def gather_digests(digest: str, device: torch.device) -> list[str]:
-    """A hexadecimal digest of every process, by rank."""
-    if processes() == 1:
-        return [digest]
-    mine = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=device)
-    everyone = [torch.empty_like(mine) for _ in range(processes())]
-    dist.all_gather(everyone, mine)
-    return [bytes(theirs.tolist()).hex() for theirs in everyone]
-
-
-def latest(step: int, device: torch.device) -> int:
-    """The largest number any process has."""
-    if processes() == 1:
-        return step
-    number = torch.tensor(step, device=device)
-    dist.all_reduce(number, op=dist.ReduceOp.MAX)
-    return int(number.item())
-
-
-def wait_for_all() -> None:
-    """Until every process is here."""
-    if processes() > 1:
-        dist.barrier()
-
-
-def synchronize() -> None:
-    """Wait for the accelerator, so that a clock read next is true."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()

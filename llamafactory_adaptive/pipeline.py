@@ -42,7 +42,7 @@ def cache_folder() -> Path:
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llamafactory_adaptive"
     folder = Path(os.environ.get(CACHE_ENV, default))
     try:
-        for part in ("plans", "statistics"):
+        for part in ("plans", "statistics", "quality"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         if not os.access(folder / "plans", os.W_OK):
             raise PermissionError("it is not writable")
@@ -115,23 +115,23 @@ def build_plan(request: PlanRequest, shapes: list[ModuleShape], measure: Measure
 
 
 def start_plan(config: AdaptiveConfig, shapes: list[ModuleShape], provenance: Mapping[str, Any]) -> RankPlan:
-    """The over-ranked plan that a dynamic method starts from: no model, no data, equal on every process.
+    """The live plan that a dynamic method starts from: no model, no data, equal on every process.
 
     Raises:
         InfeasibleBudgetError: bounds and budget do not fit each other for these modules.
     """
-    assert config.pruning is not None
+    assert config.course is not None
     _spend(config, shapes, [1.0] * len(shapes))
     modules = tuple(
         ModulePlan(
             shape.name,
             shape.in_features,
             shape.out_features,
-            rank=min(config.pruning.init_rank, config.max_rank, shape.largest_rank),
+            rank=min(config.course.live_rank, config.max_rank, shape.largest_rank),
         )
         for shape in shapes
     )
-    facts = {**provenance, **_bounds(config), "pruning": asdict(config.pruning)}
+    facts = {**provenance, **_bounds(config), "course": asdict(config.course)}
     return RankPlan(modules=modules, provenance=facts, **_header(config))
 
 

@@ -22,6 +22,7 @@ PLAN_FILE = "adaptive_rank_plan.json"
 STATE_JSON = "adaptive_state.json"  # in checkpoints of runs that find their ranks
 # A checkpoint that can be resumed has both; the Trainer writes its state last.
 COMPLETE = (PLAN_FILE, "trainer_state.json")
+QUALITY_FILE = "adaptive_quality.safetensors"  # what was measured of each training sample, in checkpoints
 LOG_FILE = "adaptive_log.jsonl"  # written as a run begins, and at each allocation
 
 

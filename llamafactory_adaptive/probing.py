@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llamafactory_adaptive.components import Components
 from llamafactory_adaptive.config import GuardError
-from llamafactory_adaptive.gradients import latest
+from llamafactory_adaptive.processes import latest
 
 
 class _Passes(nn.Module):

@@ -113,11 +113,18 @@ def save_heatmap(plan: RankPlan, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def save_history(start: RankPlan, history: Sequence[Mapping[str, Any]], last_step: int, path: Path) -> None:
-    """Draw how ranks fell: mean rank per module type over optimizer steps, and the budget they had to keep.
+def save_history(
+    start: RankPlan,
+    first: Sequence[Sequence[bool]],
+    history: Sequence[Mapping[str, Any]],
+    last_step: int,
+    path: Path,
+) -> None:
+    """Draw how ranks changed: mean rank per module type over optimizer steps, and the budget they had to keep.
 
     Args:
-        start: the plan training began with.
+        start: the plan of the live tensors.
+        first: per active module, which components were in use at first.
         history: per allocation ``step``, ``budget_asked``, ``budget_used`` and ``ranks`` of the active modules.
         last_step: where the run ended.
         path: PNG to write.
@@ -126,7 +133,8 @@ def save_history(start: RankPlan, history: Sequence[Mapping[str, Any]], last_ste
 
     kinds = [place(module.name)[1] for module in start.active]
     steps = [0, *(entry["step"] for entry in history), last_step]
-    rows = [[module.rank for module in start.active], *(entry["ranks"] for entry in history)]
+    begin = [sum(row) for row in first]
+    rows = [begin, *(entry["ranks"] for entry in history)]
     rows.append(rows[-1])
     figure = Figure(figsize=(8.0, 3.6), layout="constrained")
     axes = figure.add_subplot()
@@ -139,7 +147,7 @@ def save_history(start: RankPlan, history: Sequence[Mapping[str, Any]], last_ste
     axes.set_ylabel("mean rank")
     axes.set_ylim(bottom=0)
     axes.axhline(start.lora_rank, color="0.6", linestyle=":", linewidth=1)
-    axes.set_title(f"{start.method}: from rank {start.largest_rank} to the cost of uniform rank {start.lora_rank}")
+    axes.set_title(f"{start.method}: from rank {max(begin)} to the cost of uniform rank {start.lora_rank}")
     axes.legend(ncols=2, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -62,14 +62,20 @@ def _asked(config: AdaptiveConfig) -> dict[str, Any]:
 
 
 def _course(config: AdaptiveConfig) -> dict[str, Any]:
-    """What data or schedule ranks come from; costs (batch size, a limit on extra passes) may change on the way."""
-    if config.pruning is None:
+    """What data or schedule ranks come from, beyond the method's options.
+
+    Costs (batch size, a limit on extra passes) may change on the way.
+    """
+    if config.course is None:
         facts = asdict(config.calibration)
         return {f"adaptive_calibration_{key}": value for key, value in facts.items() if key != "batch_size"}
-    return {_pruning_key(key): value for key, value in asdict(config.pruning).items() if key != "max_overhead"}
+    return {_course_key(key): value for key, value in asdict(config.course).items() if key not in _SAID_ELSEWHERE}
 
 
-def _pruning_key(name: str) -> str:
+_SAID_ELSEWHERE = ("max_overhead", "live_rank", "refresh_ratio")
+
+
+def _course_key(name: str) -> str:
     return name if name == "seed" else f"adaptive_{name}"
 
 
@@ -84,6 +90,6 @@ def _found(plan: RankPlan) -> dict[str, Any]:
         "adaptive_plan": plan.provenance.get("adaptive_plan"),
         **plan.provenance.get("bounds", {}),
         **{f"adaptive_calibration_{key}": value for key, value in calibration.items()},
-        **{_pruning_key(key): value for key, value in plan.provenance.get("pruning", {}).items()},
+        **{_course_key(key): value for key, value in plan.provenance.get("course", {}).items()},
         **{f"{plan.method}_{key}": value for key, value in plan.options.items()},
     }

@@ -1,8 +1,8 @@
-"""When a dynamic method prunes, and down to what: the cubic budget schedule. Pure: no torch, no input or output."""
+"""When a dynamic method allocates, and under which budget. Pure: no torch, no input or output."""
 
 from dataclasses import dataclass
 
-from llamafactory_adaptive.config import PruningConfig
+from llamafactory_adaptive.config import PruningConfig, ReallocationConfig
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,58 @@ class Schedule:
         """Whether the ranks no longer change after ``step`` optimizer steps."""
         return step >= self.end
 
+    def describe(self, kind: str) -> str:
+        """In words; ``kind`` is what the budget counts."""
+        return (
+            f"{self.start_budget:,} {kind}, pruned to {self.target_budget:,} between steps {self.begin} and {self.end}"
+        )
 
-def make_schedule(pruning: PruningConfig, total_steps: int, start_budget: int, target_budget: int) -> Schedule:
+
+@dataclass(frozen=True)
+class Refreshes:
+    """A constant budget that is shared anew every so often (TsqLoRA).
+
+    Attributes:
+        interval: optimizer steps between allocations.
+        end: step of the last one; after it ranks are final.
+        target_budget: in budget units.
+    """
+
+    interval: int
+    end: int
+    target_budget: int
+
+    def budget(self, step: int) -> int:
+        """The same at every step."""
+        return self.target_budget
+
+    def due(self, step: int) -> bool:
+        """Whether an allocation follows after ``step`` optimizer steps."""
+        return 0 < step <= self.end and step % self.interval == 0
+
+    def is_final(self, step: int) -> bool:
+        """Whether the ranks no longer change after ``step`` optimizer steps."""
+        return step >= self.end
+
+    def describe(self, kind: str) -> str:
+        """In words; ``kind`` is what the budget counts."""
+        return f"{self.target_budget:,} {kind}, shared anew every {self.interval} steps up to step {self.end}"
+
+
+def refresh_interval(ratio: float, total_steps: int) -> int:
+    """Optimizer steps from one refresh to the next."""
+    return max(1, round(ratio * total_steps))
+
+
+def make_schedule(
+    course: PruningConfig | ReallocationConfig, total_steps: int, start_budget: int, target_budget: int
+) -> Schedule | Refreshes:
     """Turn ratios into steps. Even one step leaves room for one observation before the final allocation."""
+    if isinstance(course, ReallocationConfig):
+        interval = refresh_interval(course.refresh_ratio, total_steps)
+        # None after the very last step: what grows then would never train.
+        return Refreshes(interval, max(interval, (total_steps - 1) // interval * interval), target_budget)
+    pruning = course
     begin = min(int(pruning.warmup_ratio * total_steps), total_steps - 1)
     end = max(begin + 1, total_steps - round(pruning.final_ratio * total_steps))
     return Schedule(begin, end, pruning.interval, start_budget, target_budget)

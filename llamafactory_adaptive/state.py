@@ -14,8 +14,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from llamafactory_adaptive.config import PlanError
-from llamafactory_adaptive.gradients import processes
 from llamafactory_adaptive.plan import STATE_JSON, replacing, write_atomically
+from llamafactory_adaptive.processes import processes
 
 
 STATE_SCHEMA = 1

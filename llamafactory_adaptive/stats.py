@@ -153,6 +153,34 @@ class SmoothedImportance:
             (self.mean if kind == "mean" else self.deviation)[block] = value
 
 
+class RunningMean:
+    """``S <- b S + (1 - b) s`` per element, from zero on. Elements come in named blocks, flat, in fp32."""
+
+    def __init__(self, beta: float) -> None:
+        self.beta = beta
+        self.mean: dict[str, Tensor] = {}
+
+    def update(self, block: str, values: Tensor, observed: Tensor | None = None) -> None:
+        """Take one observation; ``values`` is used up as scratch.
+
+        Args:
+            block: name of the block.
+            values: s, any shape that stays the same.
+            observed: 1.0 for elements to update, of that shape; the others keep S. All when None.
+        """
+        if block not in self.mean:
+            self.mean[block] = torch.zeros_like(values)
+        step = values.sub_(self.mean[block])
+        if observed is not None:
+            step.mul_(observed)
+        self.mean[block].add_(step, alpha=1 - self.beta)
+
+    def restart(self, block: str, fresh: Tensor) -> None:
+        """Forget what was seen of the elements where ``fresh`` is 1.0."""
+        if block in self.mean:
+            self.mean[block].mul_(1.0 - fresh)
+
+
 def draw(seed: int, step: int, micro_batch: int, choices: int) -> int:
     """A number in ``0 .. choices - 1`` that its arguments alone determine: equal on every process and after resume."""
     text = f"{seed}/{step}/{micro_batch}".encode()

@@ -1,12 +1,12 @@
 """The adapter while ranks are being found: ``Delta W = P diag(lambda * mask) Q`` inside PEFT's own LoRA layers.
 
-``lora_A`` holds Q and lambda and applies the mask, ``lora_B.weight`` is P. Shapes never change while training,
-so that optimizers, DDP buckets and ZeRO partitions hold; what is saved is always plain LoRA with lambda folded into A,
-at the full live shape in checkpoints and cut to the true ranks at the end. Shapes: rank r, d_in, d_out; P is (d_out,
-r), Q is (r, d_in), lambda and mask are (r,).
+``lora_A`` holds Q and, where the method has it, lambda, and applies the mask; ``lora_B.weight`` is P. Without lambda
+it is plain LoRA with a mask. Shapes never change while training, so that optimizers, DDP buckets and ZeRO partitions
+hold; what is saved is always plain LoRA with lambda folded into A, at the full live shape in checkpoints and cut to
+the true ranks at the end. Shapes: rank r, d_in, d_out; P is (d_out, r), Q is (r, d_in), lambda and mask are (r,).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, cast
@@ -75,22 +75,26 @@ class MaskedLinear(nn.Linear):
 
     Args:
         plain: the ``lora_A`` to replace; its parameter is taken over.
-        initial_lambda: value lambda starts from.
+        initial_lambda: value lambda starts from; None for a layer without lambda.
         position: shared by the whole model.
     """
 
-    def __init__(self, plain: nn.Linear, initial_lambda: float, position: PathPosition) -> None:
+    def __init__(self, plain: nn.Linear, initial_lambda: float | None, position: PathPosition) -> None:
         super().__init__(plain.in_features, plain.out_features, bias=False, device="meta")
         self.weight = plain.weight
-        self.lambda_r = nn.Parameter(torch.full_like(plain.weight.data[:, 0], initial_lambda))
         self.position = position
         # No buffer: engines that cast or move buffers would cut the view into the one tensor that holds all masks.
-        self.mask_r = torch.ones_like(self.lambda_r.data)
-        self.register_load_state_dict_pre_hook(_accept_plain_weight)  # type: ignore[no-untyped-call]
+        self.mask_r = torch.ones_like(plain.weight.data[:, 0])
+        self.lambda_r: nn.Parameter | None = None
+        if initial_lambda is not None:
+            self.lambda_r = nn.Parameter(torch.full_like(self.mask_r, initial_lambda))
+            self.register_load_state_dict_pre_hook(_accept_plain_weight)  # type: ignore[no-untyped-call]
 
     def effective_weight(self) -> Tensor:
         """``diag(lambda * mask) Q`` at the current position, (r, d_in): bit for bit what is saved as ``lora_A``."""
         factor = self.position.cube
+        if self.lambda_r is None:
+            return self.weight * _gate(self.mask_r, self.mask_r, factor)
         if not torch.is_grad_enabled():  # the first pass of gradient checkpointing, and evaluation
             return self.weight * _gate(self.lambda_r, self.mask_r, factor)
         masked: Tensor = _MaskedScale.apply(self.weight, self.lambda_r, self.mask_r, factor)  # type: ignore[no-untyped-call]
@@ -116,7 +120,8 @@ class Triplet:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """By kind."""
-        return {"lambda": self.a.lambda_r, "P": self.p, "Q": self.q}
+        lambda_r = {} if self.a.lambda_r is None else {"lambda": self.a.lambda_r}
+        return {**lambda_r, "P": self.p, "Q": self.q}
 
 
 class Triplets:
@@ -124,21 +129,24 @@ class Triplets:
 
     Args:
         model: with the LoRA adapter of ``plan`` in it.
-        plan: the over-ranked start.
-        initial_lambda: value lambda starts from.
+        plan: with the live ranks.
+        initial_lambda: value lambda starts from; None for LoRA's own start, P = 0.
         seed: of P and Q; equal on every process.
     """
 
-    def __init__(self, model: nn.Module, plan: RankPlan, initial_lambda: float, seed: int) -> None:
+    def __init__(self, model: nn.Module, plan: RankPlan, initial_lambda: float | None, seed: int) -> None:
         self.position = PathPosition()
         layers, generator = live_layers(model), torch.Generator().manual_seed(seed)
         self.modules: list[Triplet] = []
         for planned in plan.active:
             layer, adapter = layers[planned.name]
             a, b = layer.lora_A[adapter], layer.lora_B[adapter]
-            for factor in (a.weight, b.weight):
-                noise = torch.empty(factor.shape).normal_(0.0, _FACTOR_STD, generator=generator)
-                factor.data.copy_(noise)
+            if initial_lambda is None:
+                a.weight.data.copy_(fresh_rows(a.weight.shape, generator))
+                b.weight.data.zero_()
+            else:
+                for factor in (a.weight, b.weight):
+                    factor.data.copy_(torch.empty(factor.shape).normal_(0.0, _FACTOR_STD, generator=generator))
             layer.lora_A[adapter] = MaskedLinear(a, initial_lambda, self.position)
             self.modules.append(Triplet(planned.name, layer.lora_A[adapter], b.weight))
         self.masks = [[True] * planned.rank for planned in plan.active]
@@ -148,7 +156,7 @@ class Triplets:
     def mask(self, masks: list[list[bool]]) -> None:
         """Put masks in force, and where the weights now are: one copy to the device for all modules."""
         self.masks = [list(row) for row in masks]
-        like = self.modules[0].a.lambda_r
+        like = self.modules[0].q
         flat = torch.tensor([flag for row in masks for flag in row], dtype=like.dtype).to(like.device)
         for module, view in zip(self.modules, torch.split(flat, [len(row) for row in masks]), strict=True):
             module.a.mask_r = view
@@ -195,13 +203,20 @@ class Triplets:
                 continue
             mask_r = mask_r.to(tensor.device)
             if factor.startswith("A."):
-                lambda_r = state[key.removesuffix("weight") + _LAMBDA].to(tensor.device)
-                tensor = tensor * (lambda_r * mask_r).unsqueeze(1)
+                lambda_r = state.get(key.removesuffix("weight") + _LAMBDA)
+                gate_r = mask_r if lambda_r is None else lambda_r.to(tensor.device) * mask_r
+                tensor = tensor * gate_r.unsqueeze(1)
             if self.compact is None:
                 result[key] = tensor
             elif mask_r.any():
                 result[key] = (tensor[mask_r] if factor.startswith("A.") else tensor[:, mask_r]).contiguous()
         return result
+
+
+def fresh_rows(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Rows of Q as PEFT initialises ``lora_A`` (Kaiming uniform with a = sqrt(5)): uniform in +-1/sqrt(d_in)."""
+    bound = float(shape[-1]) ** -0.5
+    return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=generator)
 
 
 def _accept_plain_weight(module: nn.Module, state: dict[str, Tensor], prefix: str, *unused: Any) -> None:

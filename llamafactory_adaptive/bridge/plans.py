@@ -33,7 +33,7 @@ def obtain_plan(args: Args, config: AdaptiveConfig) -> tuple[RankPlan, bool]:
         _check_same_base(plan, args, checkpoint)
         sameness.check_same_run(plan, config, str(checkpoint))
         shapes = loading.target_shapes(args)
-        if config.pruning is not None:
+        if config.course is not None:
             pipeline.check_shapes(plan, shapes, str(checkpoint / PLAN_FILE))
             return pipeline.start_plan(config, shapes, loading.provenance(args)), False
         return pipeline.check_plan(plan, shapes, config, str(checkpoint / PLAN_FILE)), bool(going_on)
@@ -63,7 +63,7 @@ def fresh_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
             load_plan(Path(config.plan_path)), loading.target_shapes(args), config, config.plan_path
         )
         return replace(plan, provenance={**plan.provenance, "adaptive_plan": config.plan_path})
-    if config.pruning is not None:
+    if config.course is not None:
         return pipeline.start_plan(config, loading.target_shapes(args), loading.provenance(args))
     return compute_plan(args, config)
 

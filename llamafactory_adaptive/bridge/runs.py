@@ -14,6 +14,7 @@ from llamafactory_adaptive.bridge.arguments import (
     asks_for_adaptive,
     local_rank,
     our_keys,
+    run_seed,
     to_mapping,
 )
 from llamafactory_adaptive.bridge.plans import (
@@ -87,7 +88,7 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], a
         for line in advice(plan, adaptive):
             logger.warning(line)
     checkpoint = checkpoint_to_resume(args)
-    callback = _make_callback(plan, adaptive, checkpoint, started)
+    callback = _make_callback(args, plan, adaptive, checkpoint, started)
     if args.get("deepspeed") and no_accelerator():
         init_deepspeed_on_cpu()
     token = _current.set(callback)
@@ -101,15 +102,32 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], a
         finish(Path(args["output_dir"]), callback, trained_before)
 
 
-def _make_callback(plan: RankPlan, adaptive: AdaptiveConfig, checkpoint: Path | None, started: float) -> Any:
-    if adaptive.pruning is None:
-        from llamafactory_adaptive.controller import AdaptiveCallback
-
-        return AdaptiveCallback(plan, time.perf_counter() - started)
-    from llamafactory_adaptive.dynamic import DynamicCallback
+def _make_callback(
+    args: Args, plan: RankPlan, adaptive: AdaptiveConfig, checkpoint: Path | None, started: float
+) -> Any:
     from llamafactory_adaptive.pipeline import make_method
 
-    return DynamicCallback(plan, adaptive, make_method(adaptive), time.perf_counter() - started, checkpoint)
+    method = make_method(adaptive)
+    selection = _make_selection(args, method)
+    if adaptive.course is None:
+        from llamafactory_adaptive.controller import AdaptiveCallback
+
+        return AdaptiveCallback(plan, time.perf_counter() - started, checkpoint, selection)
+    from llamafactory_adaptive.dynamic import DynamicCallback
+
+    return DynamicCallback(plan, adaptive, method, time.perf_counter() - started, checkpoint, selection)
+
+
+def _make_selection(args: Args, method: Any) -> Any:
+    """The data side of the run, where the method has one."""
+    sampling = getattr(method, "sampling", None)
+    if sampling is None:
+        return None
+    from llamafactory_adaptive.bridge.loading import identity
+    from llamafactory_adaptive.pipeline import cache_folder
+    from llamafactory_adaptive.selection import Selection
+
+    return Selection(sampling, run_seed(args), identity(args), cache_folder() / "quality")
 
 
 def meet_trainer(trainer_class: type) -> type:
@@ -126,6 +144,12 @@ def meet_trainer(trainer_class: type) -> type:
             self.adaptive_callback = callback
             if callback is not None:
                 callback.attach(self)
+
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+            selection = getattr(self.adaptive_callback, "selection", None)
+            if selection is not None:
+                return selection.sampler
+            return super()._get_train_sampler(*args, **kwargs)
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             if self.adaptive_callback is not None:

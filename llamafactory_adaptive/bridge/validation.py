@@ -12,14 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import Args, flag_parser, our_keys, own_names, run_seed, split_names
-from llamafactory_adaptive.checks import (
-    check_budget,
-    check_conflicts,
-    check_kind,
-    check_pruning,
-    check_pruning_conflicts,
-    unknown_key_problems,
-)
+from llamafactory_adaptive.checks import check_budget, check_kind, check_pruning, unknown_key_problems
 from llamafactory_adaptive.config import (
     AdaptiveArguments,
     AdaptiveConfig,
@@ -27,8 +20,10 @@ from llamafactory_adaptive.config import (
     CalibrationConfig,
     Problem,
     PruningConfig,
+    ReallocationConfig,
     check_fields,
 )
+from llamafactory_adaptive.conflicts import check_conflicts, check_course_conflicts, check_sampling_conflicts
 from llamafactory_adaptive.methods import is_dynamic
 from llamafactory_adaptive.registry import get_method, methods, nearest
 
@@ -59,15 +54,10 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
         problems += faults + _foreign_options(args, method)
     lora_rank, lora_alpha, max_rank, faults = check_budget(args, common)
     problems += faults
-    pruning: PruningConfig | None = None
+    course: PruningConfig | ReallocationConfig | None = None
     if common["adaptive_method"] in methods():
-        dynamic = is_dynamic(get_method(common["adaptive_method"]))
-        problems += check_kind(args, common["adaptive_method"], dynamic)
-        if dynamic and common["adaptive_plan"] is None:
-            pruning, faults = check_pruning(common, lora_rank, max_rank, run_seed(args))
-            made = get_method(common["adaptive_method"])
-            probes = made(made.Options(**options)).path(0, 0) is not None
-            problems += faults + check_pruning_conflicts(args, probes)
+        course, faults = _course(args, common, options, lora_rank, max_rank)
+        problems += faults
     problems += check_conflicts(args) + _wrong_choices(args) + _missing_files(args, common)
     if problems:
         raise AdaptiveConfigError(problems)
@@ -87,8 +77,29 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
             batch_size=common["adaptive_calibration_batch_size"],
             seed=run_seed(args) if seed is None else seed,
         ),
-        pruning=pruning,
+        course=course,
     )
+
+
+def _course(
+    args: Mapping[str, Any], common: Mapping[str, Any], options: Mapping[str, Any], lora_rank: int, max_rank: int
+) -> tuple[PruningConfig | ReallocationConfig | None, list[Problem]]:
+    """How the configured method changes ranks while training, and what that cannot go together with."""
+    name, cls = common["adaptive_method"], get_method(common["adaptive_method"])
+    chosen = cls.Options(**options)
+    made = cls(chosen)
+    problems: list[Problem] = getattr(chosen, "check", list)()
+    kind = getattr(made, "course", "fixed")
+    problems += check_kind(args, name, is_dynamic(cls), kind)
+    if getattr(made, "sampling", None) is not None:
+        problems += check_sampling_conflicts(args)
+    if kind == "fixed" or common["adaptive_plan"] is not None:
+        return None, problems
+    problems += check_course_conflicts(args, kind, made.path(0, 0) is not None)
+    if kind == "reallocate":
+        return ReallocationConfig(max_rank, made.refresh_ratio, run_seed(args)), problems
+    pruning, faults = check_pruning(common, lora_rank, max_rank, run_seed(args))
+    return pruning, problems + faults
 
 
 def _unknown_keys(args: Mapping[str, Any]) -> list[Problem]:

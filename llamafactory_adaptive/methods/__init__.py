@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llamafactory_adaptive.calibration import Measurement
 from llamafactory_adaptive.plan import ModuleShape
+from llamafactory_adaptive.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,25 @@ class DynamicMethod(Protocol):
 
     Attributes:
         Options, concentration_advice: as in :class:`StaticMethod`.
-        initial_lambda: value lambda starts from.
+        initial_lambda: value lambda starts from; None for plain LoRA factors without lambda.
     """
 
     Options: ClassVar[type[Any]]
     concentration_advice: ClassVar[str]
-    initial_lambda: ClassVar[float]
+    initial_lambda: ClassVar[float | None]
+
+    @property
+    def course(self) -> str:
+        """How ranks change.
+
+        ``prune``: over-ranked at first, the globally best components stay under a falling budget. ``reallocate``:
+        module ranks proportional to the mean score of their elements, anew at every refresh, under a constant budget;
+        see :class:`ReallocatingMethod`. ``fixed``: not at all; the method is a :class:`StaticMethod` then.
+        """
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How training data is chosen, where the method chooses it."""
 
     @property
     def orthogonality(self) -> Orthogonality | None:
@@ -123,6 +137,17 @@ class DynamicMethod(Protocol):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take back what ``state`` gave."""
+
+
+class ReallocatingMethod(DynamicMethod, Protocol):
+    """What a dynamic method has besides when its course is ``reallocate``."""
+
+    @property
+    def refresh_ratio(self) -> float:
+        """Share of all optimizer steps between two allocations."""
+
+    def restart(self, block: str, fresh: Tensor) -> None:
+        """Forget the elements where ``fresh`` is 1.0: their component was off and starts anew."""
 
 
 def is_dynamic(method: type[Any]) -> bool:

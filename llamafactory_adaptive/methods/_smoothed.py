@@ -1,7 +1,7 @@
 """What igu and adalora share: element importance ``|w g|``, smoothed, as all there is to keep."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -22,6 +22,9 @@ class SmoothingOptions(Protocol):
 
 class SmoothedMethod:
     """The observing half of a dynamic method: ``s = |w g|`` to S and U, and their way into checkpoints and back."""
+
+    course: ClassVar[str] = "prune"
+    sampling: ClassVar[None] = None
 
     def __init__(self, options: SmoothingOptions) -> None:
         self.importance = SmoothedImportance(options.beta1, options.beta2)

@@ -1,0 +1,183 @@
+"""What a person sees of the training data: qualities, best and worst samples, duplicates, how often each was used."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamafactory_adaptive.config import PlanError
+from llamafactory_adaptive.plan import write_atomically
+from llamafactory_adaptive.quality import Terms
+from llamafactory_adaptive.sampling import Pool
+
+
+DATA_REPORT_FILE = "adaptive_data_quality.json"
+DATA_PLOT_FILE = "adaptive_data_quality.png"
+SAMPLES_FILE = "adaptive_samples.jsonl"
+REPORT_SCHEMA = 1
+_SHOWN = 10  # best and worst samples, and groups of duplicates
+_QUANTILES = {"lowest": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "highest": 1.0}
+
+
+def save_data_report(
+    output: Path,
+    terms: Terms,
+    pool: Pool,
+    usage_N: Tensor,
+    steps: int,
+    row_digests: Sequence[str],
+    text: Callable[[int], tuple[str, str]],
+) -> None:
+    """Write summary, plot and one line per sample into ``output``.
+
+    Args:
+        output: the run's ``output_dir``.
+        terms: what was measured.
+        pool: qualities and weights.
+        usage_N: how often each sample was drawn.
+        steps: in so many optimizer steps.
+        row_digests: equal for equal samples.
+        text: prompt and answer of a sample.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    samples = _sample_lines(terms, pool, usage_N, row_digests)
+    write_atomically(output / SAMPLES_FILE, "".join(json.dumps(sample) + "\n" for sample in samples))
+    order = sorted(range(len(samples)), key=lambda index: -samples[index]["quality"])
+    groups = _duplicates(row_digests)
+    used = int((usage_N > 0).sum())
+    document = {
+        "schema_version": REPORT_SCHEMA,
+        "samples": len(samples),
+        "clipped": int((~pool.kept_N).sum()),
+        "subset_size": pool.subset_size,
+        "effective_sample_size": pool.effective_size,
+        "steps": steps,
+        "samples_used": used,
+        "share_used": used / len(samples),
+        "most_used": int(usage_N.max()),
+        "without_loss_tokens": int((terms.loss == 0).sum()),
+        "distribution": {
+            name: {label: float(values.quantile(q)) for label, q in _QUANTILES.items()}
+            for name, values in {"quality": pool.quality_N, **vars(terms)}.items()
+        },
+        "duplicates": {"groups": len(groups), "samples": sum(map(len, groups)), "largest": groups[:_SHOWN]},
+        "best": [_shown(samples[index], text) for index in order[:_SHOWN]],
+        "worst": [_shown(samples[index], text) for index in order[::-1][:_SHOWN]],
+    }
+    write_atomically(output / DATA_REPORT_FILE, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    _save_plot(terms, pool, usage_N, output / DATA_PLOT_FILE)
+
+
+def _sample_lines(terms: Terms, pool: Pool, usage_N: Tensor, row_digests: Sequence[str]) -> list[dict[str, Any]]:
+    columns = {
+        "quality": pool.quality_N.tolist(),
+        "probability": pool.probabilities.tolist(),
+        **{name: values.tolist() for name, values in vars(terms).items()},
+        "clipped": (~pool.kept_N).tolist(),
+        "used": usage_N.tolist(),
+    }
+    first: dict[str, int] = {}
+    lines = []
+    for index, digest in enumerate(row_digests):
+        original = first.setdefault(digest, index)
+        line = {"index": index, **{name: values[index] for name, values in columns.items()}}
+        lines.append(line | ({"duplicate_of": original} if original != index else {}))
+    return lines
+
+
+def _duplicates(row_digests: Sequence[str]) -> list[list[int]]:
+    """Groups of equal samples, largest first."""
+    groups: dict[str, list[int]] = {}
+    for index, digest in enumerate(row_digests):
+        groups.setdefault(digest, []).append(index)
+    return sorted((group for group in groups.values() if len(group) > 1), key=lambda group: -len(group))
+
+
+def _shown(sample: Mapping[str, Any], text: Callable[[int], tuple[str, str]]) -> dict[str, Any]:
+    prompt, answer = text(sample["index"])
+    return {**sample, "prompt": prompt, "answer": answer}
+
+
+def _save_plot(terms: Terms, pool: Pool, usage_N: Tensor, path: Path) -> None:
+    """Two panels: how qualities are distributed and what was used of them; loss against gradient norm."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.0, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    # The tail is long: the axis ends at the 99.5 % quantile, and what lies beyond stands in the last bar.
+    low, high = float(pool.quality_N.min()), float(pool.quality_N.quantile(0.995))
+    bins = torch.linspace(low, max(high, low + 1e-9), 41).tolist()
+    shown_N = pool.quality_N.clamp(max=bins[-1])
+    left.hist(shown_N.tolist(), bins=bins, color="0.8", label="all samples")
+    if bool((usage_N > 0).any()):
+        left.hist(shown_N[usage_N > 0].tolist(), bins=bins, histtype="step", color="C0", label="used so far")
+    if not bool(pool.kept_N.all()):
+        left.hist(shown_N[~pool.kept_N].tolist(), bins=bins, color="C3", alpha=0.6, label="clipped")
+    left.set_xlabel("quality (sum of weighted z-scores; last bar: this and above)")
+    left.set_ylabel("samples")
+    left.legend(fontsize=8)
+    dots = right.scatter(terms.loss.tolist(), terms.gradient_norm.tolist(), s=6, c=usage_N.tolist(), cmap="viridis")
+    right.set_xlabel("loss")
+    right.set_ylabel("gradient norm")
+    figure.colorbar(dots, ax=right, label="times used")
+    figure.savefig(path, dpi=130)
+
+
+def read_data_report(path: Path) -> dict[str, Any]:
+    """The summary of a run, from its ``output_dir`` or from the file itself.
+
+    Raises:
+        PlanError: there is none, or one of another schema.
+    """
+    path = path / DATA_REPORT_FILE if path.is_dir() else path
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(f"cannot read {path}: {error.strerror or error}; runs with tsq_sampling write it") from error
+    except ValueError as error:
+        raise PlanError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(document, dict) or document.get("schema_version") != REPORT_SCHEMA:
+        raise PlanError(f"{path} is no data report of schema {REPORT_SCHEMA}")
+    return document
+
+
+def data_table(report: Mapping[str, Any]) -> str:
+    """The summary as text."""
+    r = report
+    lines = [
+        f"samples                {r['samples']:,} ({r['clipped']:,} clipped, {r['without_loss_tokens']:,} without a "
+        "token that takes loss)",
+        f"subset                 {r['subset_size']:,}; weights amount to {r['effective_sample_size']:,.1f} equally "
+        "likely samples",
+        f"used in {r['steps']:,} steps       {r['samples_used']:,} samples, {r['share_used']:.1%} of all; at most "
+        f"{r['most_used']} times",
+        f"exact duplicates       {r['duplicates']['samples']:,} samples in {r['duplicates']['groups']:,} groups",
+        "",
+    ]
+    header = ["", *_QUANTILES]
+    rows = [[name, *(f"{values[q]:.4g}" for q in _QUANTILES)] for name, values in r["distribution"].items()]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    for kind in ("best", "worst"):
+        lines += ["", f"{kind} samples"]
+        lines += [_sample_text(sample) for sample in r[kind]]
+    for group in r["duplicates"]["largest"]:
+        lines.append(f"equal: {', '.join(map(str, group[:12]))}{' ...' if len(group) > 12 else ''}")
+    return "\n".join(lines)
+
+
+def _sample_text(sample: Mapping[str, Any]) -> str:
+    flags = f", used {sample['used']} times" + (", clipped" if sample["clipped"] else "")
+    return (
+        f"  {sample['index']:>6}  quality {sample['quality']:.2f}, gradient norm {sample['gradient_norm']:.3g}, loss "
+        f"{sample['loss']:.3f}{flags}\n          {_short(sample['prompt'], 160)}\n          -> "
+        f"{_short(sample['answer'], 160)}"
+    )
+
+
+def _short(text: str, length: int) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 4] + " ..."

@@ -1,0 +1,184 @@
+"""TsqLoRA (arXiv 2509.18585): data-quality sampling joined with sensitivity-driven rank reallocation.
+
+Quality of a training sample, each term z-scored over the training set:
+
+    Q_i = a1 |g_i| + a2 (l_i(theta) - l_i(theta - eta g_i)) + a3 <g_i, mean g> / |mean g|
+
+g_i is the gradient of the sample's mean token loss over the LoRA factors. Training draws from a subset S, chosen
+without replacement by p_i = softmax(Q_i / tau). Ranks follow the sensitivity of a module's factors,
+
+    S_m = E |W (.) dL/dW|, mean over the elements in use;  r_m = S_m / sum S * phi(Q(S)) * R0.
+
+What differs, since no full text is public: the second term is eta |g_i|^2 unless ``loss_drop: exact``; the third is
+ours, as are the z-scores, the draw without replacement, phi (1, so that the budget holds; ``quality`` is the mean
+place of S in the quality order, mapped to [0.5, 1]), the refresh every ``refresh_ratio`` of all steps, and the
+smoothing of S_m (over optimizer steps). Samples are scored once, before the first step, when B is zero: |g_i| is then
+the gradient of the B factors. The adapter is plain LoRA with live rank ``adaptive_max_rank`` and a mask; all modules start at
+``lora_rank``. Within a module the components with the highest mean importance stay; one that comes back starts with
+column of B zero, a fresh row of A and empty optimizer moments.
+
+Cost: one scoring pass (about one forward and backward pass over the data without weight gradients; two for the exact
+alignment, a forward pass more for the exact loss drop); optimizer states for ``adaptive_max_rank``, one more fp32
+number per factor element and an element-wise pass over the adapter per step.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from llamafactory_adaptive.config import Problem, option
+from llamafactory_adaptive.methods import Scores, ScoringContext
+from llamafactory_adaptive.sampling import Sampling
+from llamafactory_adaptive.stats import RunningMean
+
+
+@dataclass(frozen=True)
+class TsqOptions:
+    """YAML keys ``tsq_*``."""
+
+    sampling: bool = option(True, "Choose training samples by quality; false trains on all of them.")
+    reallocation: bool = option(True, "Move ranks about while training; false keeps all at lora_rank.")
+    norm_weight: float = option(1.0, "Weight of the gradient norm in the quality.", low=-100.0, high=100.0)
+    loss_drop_weight: float = option(1.0, "Weight of the expected loss drop.", low=-100.0, high=100.0)
+    alignment_weight: float = option(
+        0.0, "Weight of the alignment with the mean gradient; measured only when it is not 0.", low=-100.0, high=100.0
+    )
+    loss_drop: str = option(
+        "first_order",
+        "Expected loss drop: first_order is eta |g|^2, exact is measured with one more forward pass.",
+        choices=("first_order", "exact"),
+    )
+    step_size: float | None = option(
+        None, "Step size eta of the loss drop (default: learning_rate).", low=1e-12, high=1e3
+    )
+    projection: int = option(
+        1024,
+        "Dimensions of the random projection that estimates alignments; 0 for exact ones, by a second pass.",
+        unit="dimensions",
+        low=0,
+        high=65_536,
+    )
+    temperature: float = option(0.7, "Temperature tau of the softmax over qualities.", low=1e-3, high=1e6)
+    subset_ratio: float = option(
+        0.7, "Share of the training set that is trained on between refreshes.", low=1e-6, high=1.0
+    )
+    clip_quantile: float = option(
+        1.0,
+        "Samples whose gradient norm lies above this quantile are left out: noise has the largest gradients.",
+        low=0.01,
+        high=1.0,
+    )
+    batch_size: int | None = option(
+        None, "Samples per scoring batch (default: per_device_train_batch_size).", unit="samples", low=1, high=65_536
+    )
+    refresh_ratio: float = option(
+        0.25, "Share of all optimizer steps between refreshes of subset and ranks.", low=1e-4, high=1.0
+    )
+    sensitivity: str = option(
+        "weight_gradient",
+        "Sensitivity of an element: weight_gradient is |w dL/dw|, fisher is (dL/dw)^2.",
+        choices=("weight_gradient", "fisher"),
+    )
+    beta: float = option(0.85, "Smoothing of the sensitivity over optimizer steps.", low=0.0, high=0.9999)
+    phi: str = option(
+        "1",
+        "Share of the budget that is spent: 1, or quality, between 0.5 and 1 by the mean quality of the subset.",
+        choices=("1", "quality"),
+    )
+
+    def check(self) -> list[Problem]:
+        """Options that leave nothing to do, or contradict each other."""
+        problems = []
+        if not (self.sampling or self.reallocation):
+            reason = "with tsq_reallocation: false nothing of the method is left"
+            problems.append(Problem("tsq_sampling", False, reason, "adaptive_method: uniform"))
+        if not self.sampling and self.phi == "quality":
+            problems.append(Problem("tsq_phi", self.phi, "without sampling no quality is known", "tsq_phi: 1"))
+        if not self.reallocation and self.phi == "quality":
+            problems.append(Problem("tsq_phi", self.phi, "without reallocation ranks stay as they are", "tsq_phi: 1"))
+        if self.sampling and not (self.norm_weight or self.loss_drop_weight or self.alignment_weight):
+            reason = "all three weights are 0: every sample would be as good as any"
+            problems.append(Problem("tsq_norm_weight", self.norm_weight, reason, "tsq_norm_weight: 1.0"))
+        return problems
+
+
+class Tsq:
+    """The method registered as ``tsq``: dynamic, and static where ``reallocation`` is off."""
+
+    Options: ClassVar[type[TsqOptions]] = TsqOptions
+    concentration_advice: ClassVar[str] = ""
+    initial_lambda: ClassVar[None] = None
+    orthogonality: ClassVar[None] = None
+
+    def __init__(self, options: TsqOptions) -> None:
+        self.options = options
+        self.importance = RunningMean(options.beta)
+
+    @property
+    def course(self) -> str:
+        """Ranks move about, or stay as they are."""
+        return "reallocate" if self.options.reallocation else "fixed"
+
+    @property
+    def refresh_ratio(self) -> float:
+        """As configured."""
+        return self.options.refresh_ratio
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How training data is chosen."""
+        o = self.options
+        if not o.sampling:
+            return None
+        return Sampling(
+            weights=(o.norm_weight, o.loss_drop_weight, o.alignment_weight),
+            loss_drop=o.loss_drop,
+            step_size=o.step_size,
+            projection=o.projection,
+            temperature=o.temperature,
+            subset_ratio=o.subset_ratio,
+            clip_quantile=o.clip_quantile,
+            batch_size=o.batch_size,
+            refresh_ratio=o.refresh_ratio,
+            scales_budget=o.phi == "quality",
+        )
+
+    def measurement(self) -> None:
+        """Nothing is calibrated."""
+
+    def score(self, statistics: Mapping[str, Tensor], context: ScoringContext) -> Scores:
+        """Where ranks stay as they are: the same for every module."""
+        return Scores({shape.name: 1.0 for shape in context.shapes})
+
+    def position(self, seed: int, step: int, micro_batch: int) -> float:
+        """Trains plainly."""
+        return 1.0
+
+    def path(self, seed: int, step: int) -> None:
+        """The training gradient."""
+        return None
+
+    def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
+        """Smooth ``|w g|`` or ``g^2``."""
+        if self.options.sensitivity == "fisher":
+            self.importance.update(block, gradients.square_(), live)
+        else:
+            self.importance.update(block, gradients.mul_(weights).abs_(), live)
+
+    def element_scores(self, block: str, weights: Tensor) -> Tensor:
+        """The running mean."""
+        return self.importance.mean[block]
+
+    def restart(self, block: str, fresh: Tensor) -> None:
+        """Components that come back have no past."""
+        self.importance.restart(block, fresh)
+
+    def state(self) -> dict[str, Tensor]:
+        """Running means."""
+        return dict(self.importance.mean)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take them back."""
+        self.importance.mean = dict(state)

@@ -1,0 +1,96 @@
+"""What a dynamic method sees of a training step, between backward pass and optimizer step."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from llamafactory_adaptive.components import Components
+from llamafactory_adaptive.controller import Counters
+from llamafactory_adaptive.methods import DynamicMethod
+from llamafactory_adaptive.probing import Prober, Thinner
+from llamafactory_adaptive.processes import processes, synchronize
+
+
+class Observer:
+    """Shows a method the gradients of every step, its own or those of extra passes, until the ranks are final.
+
+    Args:
+        method: what observes.
+        components: of the live adapter.
+        trainer: whose model and arguments count.
+        counters: what really happened.
+        seed: of the draws.
+        max_overhead: limit on extra passes.
+    """
+
+    def __init__(
+        self,
+        method: DynamicMethod,
+        components: Components,
+        trainer: Any,
+        counters: Counters,
+        seed: int,
+        max_overhead: float | None,
+    ) -> None:
+        self.method, self.components, self.trainer, self.counters = method, components, trainer, counters
+        self.seed, self.thinner = seed, Thinner(max_overhead)
+        self.position = components.triplets.position
+        self.step = self.micro_batch = 0
+        self.seconds = 0.0  # since they were last asked for
+        probes = method.path(seed, 0) is not None
+        self.prober = Prober(trainer.model, components, seed) if probes else None
+
+    def begin(self, step: int, final: bool) -> None:
+        """First micro-batch: where on the path it runs, and whether a batch is wanted for probing."""
+        self.step, self.micro_batch = step, 0
+        self.thinner.begin()
+        self._take_position(final)
+        if self.prober is not None and self._path(final):
+            self.prober.armed = True
+
+    def next_micro_batch(self, final: bool) -> None:
+        """Another position on the path."""
+        self.micro_batch += 1
+        self._take_position(final)
+
+    def _take_position(self, final: bool) -> None:
+        self.position.value = 1.0 if final else self.method.position(self.seed, self.step, self.micro_batch)
+
+    def _path(self, final: bool) -> list[tuple[float, float]] | None:
+        """What to observe at this step; nothing once the mask is final."""
+        if final:
+            return []
+        path = self.method.path(self.seed, self.step)
+        return [] if path and not self.thinner.due(self.step) else path
+
+    def before_step(self, final: bool) -> None:
+        """Gradients are complete and not clipped: observe them, then add what the optimizer shall see besides."""
+        self.thinner.trained()
+        started, path = time.perf_counter(), self._path(final)
+        if path:
+            self._probe(path)
+        self.components.update(
+            self.method if path is None else None,
+            self.method.orthogonality,
+            overflow_is_possible=self.trainer.args.fp16,
+        )
+        self.counters.observations += path is None
+        self.seconds += time.perf_counter() - started
+
+    def _probe(self, path: Sequence[tuple[float, float]]) -> None:
+        assert self.prober is not None
+        synchronize()
+        started = time.perf_counter()
+        # A loss divided by the tokens of the whole step, all micro-batches and processes, is that share of the mean.
+        shares = self.trainer.current_gradient_accumulation_steps
+        shares *= processes() if self.trainer.args.average_tokens_across_devices else 1
+        self.components.observe_given(self.method, self.prober.gradients(path, shares))
+        synchronize()
+        self.thinner.probed(self.step, time.perf_counter() - started, self.trainer.args.device)
+        self.counters.observations += 1
+        self.counters.probes += 1
+
+    def take_seconds(self) -> float:
+        """What observing cost since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds

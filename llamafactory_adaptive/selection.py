@@ -1,0 +1,268 @@
+"""Training samples chosen by quality, under the Trainer: score once, share, sample, keep for a resume, report."""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from llamafactory_adaptive.adapter import factors, live_layers
+from llamafactory_adaptive.config import GuardError, PlanError
+from llamafactory_adaptive.data_report import save_data_report
+from llamafactory_adaptive.plan import QUALITY_FILE, digest_of, replacing
+from llamafactory_adaptive.processes import add_up, process_number, processes
+from llamafactory_adaptive.quality import SampleBatch, Terms, Wanted, length_sorted, measure
+from llamafactory_adaptive.sampling import Pool, Sampling, SubsetSampler, Timeline, combine_terms
+from llamafactory_adaptive.schedule import refresh_interval
+
+
+_LEAST_EFFECTIVE = 0.1  # of the subset; below it the user is warned
+logger = logging.getLogger("llamafactory.adaptive")
+
+
+class _Batches:
+    """This process's scoring batches, as the run's own collator makes them.
+
+    Args:
+        dataset: map-style.
+        collator: rows to tensors.
+        groups: row numbers of each batch.
+    """
+
+    def __init__(self, dataset: Any, collator: Any, groups: Sequence[Sequence[int]]) -> None:
+        self.dataset, self.collator, self.groups = dataset, collator, groups
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __contains__(self, batch: object) -> bool:
+        return False
+
+    def __iter__(self) -> Iterator[SampleBatch]:
+        for group in self.groups:
+            yield group, dict(self.collator([self.dataset[index] for index in group]))
+
+
+class Selection:
+    """The data side of one run on one process.
+
+    Args:
+        sampling: what the method wants.
+        seed: of every draw.
+        identity: what identifies model and data, for the cache.
+        cache: folder in which scores are re-used.
+    """
+
+    def __init__(self, sampling: Sampling, seed: int, identity: Mapping[str, Any], cache: Path) -> None:
+        self.sampling, self.seed, self.identity, self.cache = sampling, seed, identity, cache
+        self.trainer: Any = None
+        self.sampler: SubsetSampler
+        self.dataset: Any = None
+        self.row_digests: list[str] = []
+        self.terms: Terms
+        self.pool: Pool
+        self.timeline: Timeline
+
+    def attach(self, trainer: Any) -> None:
+        """Meet the Trainer; from now on :attr:`sampler` is what its data loader is to draw from."""
+        self.trainer, self.dataset = trainer, trainer.train_dataset
+        if trainer.args.remove_unused_columns:
+            self.dataset = trainer._remove_unused_columns(self.dataset, description="training")
+        self.sampler = SubsetSampler(self.sampling.subset_size(len(self.dataset)))
+
+    # -- before the first step ---------------------------------------------------------------------------------------
+
+    def begin(self, max_steps: int, dataloader: Any, resumed: Path | None) -> float:
+        """Score every sample, or take scores from a checkpoint or the cache; returns the seconds it took.
+
+        Raises:
+            GuardError: the data loader batches otherwise than the sampler counts.
+            PlanError: the checkpoint was trained on other rows.
+        """
+        started = time.perf_counter()
+        lengths = self._read_rows()
+        self.terms = self._measured(lengths) if resumed is None else self._restored(resumed)
+        quality = combine_terms(
+            (self.terms.gradient_norm, self.terms.loss_drop, self.terms.alignment), self.sampling.weights
+        )
+        self.pool = Pool(quality, self.terms.gradient_norm, self.sampling, self.seed)
+        self.timeline = self._make_timeline(max_steps, dataloader)
+        self.sampler.pool, self.sampler.timeline = self.pool, self.timeline
+        if process_number() == 0:
+            self._warn_if_collapsed()
+        return time.perf_counter() - started
+
+    def _read_rows(self) -> list[int]:
+        """Identify every row by its tokens and labels; returns their lengths."""
+        lengths, self.row_digests = [], []
+        quiet = process_number() != 0 or len(self.dataset) < 50_000
+        for row in tqdm(self.dataset, desc="Reading samples", unit="row", disable=quiet):
+            ids, labels = list(row["input_ids"]), row.get("labels")
+            lengths.append(len(ids))
+            text = json.dumps([ids, None if labels is None else list(labels)])
+            self.row_digests.append(hashlib.sha256(text.encode()).hexdigest())
+        return lengths
+
+    def _measured(self, lengths: Sequence[int]) -> Terms:
+        wanted, args = self._wanted(), self.trainer.args
+        path = self.cache / f"{self._cache_key(wanted)}.safetensors"
+        # The main process's cache decides: other nodes may have none.
+        found = _read_terms(path, self._rows_digest()) if process_number() == 0 else None
+        if int(add_up(torch.tensor(int(found is not None), device=args.device))):
+            return self._shared(found)
+        size = self.sampling.batch_size or args.train_batch_size
+        groups = length_sorted(lengths, size)[process_number() :: processes()]
+        layers = live_layers(self.trainer.model)
+        terms = measure(
+            self.trainer.model,
+            {name: (layer.lora_A[adapter], layer.lora_B[adapter]) for name, (layer, adapter) in layers.items()},
+            _Batches(self.dataset, self.trainer.data_collator, groups),
+            len(lengths),
+            wanted,
+            add_up,
+            quiet=process_number() != 0,
+        )
+        if process_number() == 0:
+            _write_terms(path, terms, self._rows_digest())
+        return terms
+
+    def _shared(self, found: Terms | None) -> Terms:
+        """What the main process read, on every process."""
+        shape, device = (len(fields(Terms)), len(self.dataset)), self.trainer.args.device
+        mine = torch.zeros(shape, dtype=torch.float64) if found is None else torch.stack(_vectors(found))
+        return Terms(*add_up(mine.to(device)).cpu())
+
+    def _wanted(self) -> Wanted:
+        s = self.sampling
+        alignment = "none" if s.weights[2] == 0 else "projected" if s.projection else "exact"
+        step_size = s.step_size or self.trainer.args.learning_rate or 1e-4
+        return Wanted(step_size, s.loss_drop == "exact", alignment, s.projection or 1, self.seed)
+
+    def _rows_digest(self) -> str:
+        return digest_of(self.row_digests)
+
+    def _cache_key(self, wanted: Wanted) -> str:
+        weights = hashlib.sha256()
+        for layer, adapter in live_layers(self.trainer.model).values():
+            for factor in factors(layer, adapter):
+                weights.update(factor.detach().float().cpu().numpy().tobytes())
+        args = self.trainer.args
+        facts = {
+            "identity": self.identity,
+            "rows": self._rows_digest(),
+            "adapter": weights.hexdigest(),
+            "wanted": asdict(wanted),
+            "precision": [args.bf16, args.fp16, bool(args.deepspeed)],
+        }
+        return digest_of(facts)
+
+    def _restored(self, checkpoint: Path) -> Terms:
+        found = _read_terms(checkpoint / QUALITY_FILE, self._rows_digest())
+        if found is None:
+            raise PlanError(
+                f"{checkpoint} holds no qualities of these training samples: the data set, template or cutoff_len has "
+                "changed, or the file is damaged; change it back or use another output_dir"
+            )
+        return found
+
+    def _make_timeline(self, max_steps: int, dataloader: Any) -> Timeline:
+        args = self.trainer.args
+        interval = refresh_interval(self.sampling.refresh_ratio, max_steps)
+        per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        timeline = Timeline(len(self.sampler), per_step, interval, max(0, max_steps - 1) // interval)
+        steps = -(-len(dataloader) // args.gradient_accumulation_steps)
+        if steps != timeline.steps_per_epoch:
+            raise GuardError(
+                f"the data loader makes {steps} steps of an epoch, the sampler {timeline.steps_per_epoch}: leave "
+                "accelerator_config (split_batches, even_batches) at its defaults or set tsq_sampling: false"
+            )
+        return timeline
+
+    def _warn_if_collapsed(self) -> None:
+        """One line when a few samples hold most of the weight."""
+        wanted = _LEAST_EFFECTIVE * self.pool.subset_size
+        if self.pool.effective_size >= wanted:
+            return
+        logger.warning(
+            f"sample weights have collapsed: they amount to {self.pool.effective_size:.1f} equally likely samples, "
+            f"below {_LEAST_EFFECTIVE:.0%} of the subset of {self.pool.subset_size}, so that the same few lead every "
+            f"draw; raise tsq_temperature from {self.sampling.temperature:g} to "
+            f"{self.pool.temperature_for(wanted):.3g}, or leave the largest gradients out with tsq_clip_quantile: 0.95"
+        )
+
+    # -- while training ----------------------------------------------------------------------------------------------
+
+    def begins_at(self, step: int) -> bool:
+        """Whether another subset is drawn from after ``step`` optimizer steps."""
+        return step > 0 and self.timeline.refresh(step) != self.timeline.refresh(step - 1)
+
+    def budget_share(self, step: int) -> float:
+        """phi: 1, or 0.5 to 1 by the mean place of the next subset in the quality order."""
+        if not self.sampling.scales_budget:
+            return 1.0
+        return 0.5 + 0.5 * self.pool.mean_percentile(self.timeline.refresh(step))
+
+    def figures(self, step: int) -> dict[str, Any]:
+        """What the log says of the samples in use from ``step`` on."""
+        refresh = self.timeline.refresh(step)
+        now = set(self.pool.subset(refresh).tolist())
+        before = set(self.pool.subset(refresh - 1).tolist()) if refresh else set()
+        return {
+            "subset": refresh,
+            "subset_size": self.pool.subset_size,
+            "subset_new": len(now - before),
+            "effective_sample_size": round(self.pool.effective_size, 2),
+            "mean_quality": float(self.pool.quality_N[self.pool.subset(refresh)].mean()),
+        }
+
+    def digest(self) -> str:
+        """Of what every draw follows from."""
+        return hashlib.sha256(self.pool.log_weights_N.numpy().tobytes()).hexdigest()
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Keep what was measured, so that a resumed run draws the same."""
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_terms(folder / QUALITY_FILE, self.terms, self._rows_digest())
+
+    def report(self, output: Path, steps: int) -> None:
+        """Write what a person wants to see of the data, ``steps`` optimizer steps into the run."""
+        save_data_report(output, self.terms, self.pool, self.sampler.usage(steps), steps, self.row_digests, self._text)
+
+    def _text(self, index: int) -> tuple[str, str]:
+        """Prompt and answer of a sample."""
+        row, tokenizer = self.dataset[index], self.trainer.processing_class
+        ids, labels = list(row["input_ids"]), list(row.get("labels") or row["input_ids"])
+        start = next((place for place, label in enumerate(labels) if label >= 0), len(ids))
+        return tuple(tokenizer.decode(part, skip_special_tokens=True).strip() for part in (ids[:start], ids[start:]))
+
+
+def _vectors(terms: Terms) -> list[Tensor]:
+    return [getattr(terms, entry.name) for entry in fields(Terms)]
+
+
+def _write_terms(path: Path, terms: Terms, rows: str) -> None:
+    tensors = {entry.name: vector.contiguous() for entry, vector in zip(fields(Terms), _vectors(terms), strict=True)}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"rows": rows})
+
+
+def _read_terms(path: Path, rows: str) -> Terms | None:
+    """None where there is no file, or one of other rows."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("rows") != rows:
+                return None
+            return Terms(*(file.get_tensor(entry.name) for entry in fields(Terms)))
+    except (OSError, SafetensorError):
+        return None
