@@ -1,4 +1,4 @@
-"""Command line: ``llamafactory-adaptive plan | train | doctor | init``.
+"""Command line: ``llamafactory-adaptive plan | train | report | doctor | init``.
 
 Exit codes: 0 done, 2 user error (one message on stderr, no traceback), 1 a bug.
 """
@@ -41,6 +41,10 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (plan, train):
         command.add_argument("config", metavar="CFG.yaml")
         command.add_argument("overrides", nargs="*", metavar="key=value")
+    report = commands.add_parser(
+        "report", help="ranks, losses and training data of finished runs; two or more: compared"
+    )
+    report.add_argument("runs", type=Path, nargs="+", metavar="OUTPUT_DIR")
     commands.add_parser("doctor", help="say whether the hook is active, the versions, and whether each seam fits")
     init = commands.add_parser("init", help="copy the example YAMLs")
     init.add_argument("folder", type=Path, nargs="?", default=Path(), help="where to put examples/")
@@ -65,7 +69,9 @@ def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = parse_command_line(argv)
-    handler = {"plan": plan, "train": train, "doctor": doctor, "init": init, "measure": measure}[arguments.command]
+    handler = {"plan": plan, "train": train, "report": report, "doctor": doctor, "init": init, "measure": measure}[
+        arguments.command
+    ]
     try:
         return handler(arguments)
     except AdaptiveError as error:
@@ -156,6 +162,17 @@ def train(arguments: argparse.Namespace) -> int:
 
     launcher.__file__ = str(Path(_bootstrap.__file__).resolve())  # the file torchrun is told to run
     launcher.launch()
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Tell what runs did, from the files in their ``output_dir``."""
+    from llamafactory_adaptive.overview import comparison, read_run, run_text
+
+    runs = [read_run(folder) for folder in arguments.runs]
+    print("\n\n".join(run_text(run) for run in runs))
+    if len(runs) > 1:
+        print("\n" + comparison(runs))
     return 0
 
 

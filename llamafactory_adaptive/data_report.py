@@ -11,6 +11,7 @@ from torch import Tensor
 from llamafactory_adaptive.config import PlanError
 from llamafactory_adaptive.plan import write_atomically
 from llamafactory_adaptive.quality import Terms
+from llamafactory_adaptive.report import align
 from llamafactory_adaptive.sampling import Pool
 
 
@@ -157,10 +158,8 @@ def data_table(report: Mapping[str, Any]) -> str:
         f"exact duplicates       {r['duplicates']['samples']:,} samples in {r['duplicates']['groups']:,} groups",
         "",
     ]
-    header = ["", *_QUANTILES]
     rows = [[name, *(f"{values[q]:.4g}" for q in _QUANTILES)] for name, values in r["distribution"].items()]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    lines += align([["", *_QUANTILES], *rows])
     for kind in ("best", "worst"):
         lines += ["", f"{kind} samples"]
         lines += [_sample_text(sample) for sample in r[kind]]

@@ -221,13 +221,17 @@ class _Recorder:
         """Hook A and B of every module."""
         with ExitStack() as stack:
             for place, (name, (a, b)) in enumerate(self.layers.items()):
-                mask_r = getattr(a, "mask_r", None)
                 # The gradient at A is zero as long as B is: a new adapter needs no look at A.
                 if bool(b.weight.any()):  # type: ignore[operator]
-                    hook = self._hook(f"{name}.A", 2 * place, mask_r)
-                    stack.callback(a.register_forward_hook(hook).remove)
-                stack.callback(b.register_forward_hook(self._hook(f"{name}.B", 2 * place + 1, None)).remove)
+                    self._attach(stack, f"{name}.A", 2 * place, a)
+                self._attach(stack, f"{name}.B", 2 * place + 1, b)
             yield
+
+    def _attach(self, stack: ExitStack, key: str, place: int, factor: nn.Module) -> None:
+        hook = self._hook(key, place, getattr(factor, "mask_r", None))
+        stack.callback(factor.register_forward_hook(hook).remove)
+        if self.wanted.alignment == "exact":  # on a process without batches, too: sums are taken over all
+            self.total[key] = torch.zeros_like(factor.weight, dtype=torch.float32)  # type: ignore[arg-type]
 
     def _hook(self, key: str, place: int, mask_r: Tensor | None) -> Callable[..., Tensor]:
         def take(gradient: Tensor, x: Tensor) -> None:
@@ -260,8 +264,7 @@ class _Recorder:
         else:
             self.squared_b += squared_norms(left_btk, right_btj)
         if self.wanted.alignment == "exact":
-            total = left_btk.flatten(0, 1).mT @ right_btj.flatten(0, 1)
-            self.total[key] = self.total[key] + total if key in self.total else total
+            self.total[key] += left_btk.flatten(0, 1).mT @ right_btj.flatten(0, 1)
         elif self.wanted.alignment == "projected":
             self._project(key, place, left_btk, right_btj)
 

@@ -31,7 +31,8 @@ def _grid(plan: RankPlan) -> tuple[list[int | None], list[str], dict[tuple[int |
     return layers, types, {cell: sum(ranks) / len(ranks) for cell, ranks in cells.items()}
 
 
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines with aligned columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
@@ -43,7 +44,7 @@ def rank_table(plan: RankPlan) -> str:
     for layer in layers:
         values = [cells.get((layer, kind)) for kind in types]
         grid.append(["-" if layer is None else str(layer), *("" if v is None else f"{v:g}" for v in values)])
-    lines = [f"Ranks ({plan.method}, {len(plan.modules)} modules)", *_align(grid), "", *_align(_type_rows(plan)), ""]
+    lines = [f"Ranks ({plan.method}, {len(plan.modules)} modules)", *align(grid), "", *align(_type_rows(plan)), ""]
     return "\n".join(lines + totals(plan))
 
 
@@ -164,7 +165,7 @@ def schedule_table(start: RankPlan, schedule: Schedule, total_steps: int) -> str
             f"Ranks are found during training ({start.method}, {len(start.active)} modules): all start at up to rank "
             f"{start.largest_rank}, an allocation every {schedule.interval} steps, final from step {schedule.end} of "
             f"{total_steps}",
-            *_align(rows),
+            *align(rows),
         ]
     )
 

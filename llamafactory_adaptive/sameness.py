@@ -20,6 +20,10 @@ def check_same_run(plan: RankPlan, config: AdaptiveConfig, source: str) -> None:
         same = load_plan(Path(config.plan_path)).ranks() == plan.ranks()
         asked = {key: asked[key] for key in _SCALE_KEYS} | {"adaptive_plan": config.plan_path}
         found |= {"adaptive_plan": config.plan_path if same else "of other ranks"}
+        sampling = plan.provenance.get("sampling")
+        if sampling:  # ranks are given, but samples were still chosen by a method
+            asked |= {"adaptive_method": config.method, **flat_options(config)}
+            found |= sampling
     _refuse_differences(asked, found, source, "another output_dir")
 
 
@@ -57,8 +61,13 @@ def _asked(config: AdaptiveConfig) -> dict[str, Any]:
         "adaptive_min_rank": config.min_rank,
         "adaptive_max_rank": config.max_rank,
         **_course(config),
-        **{f"{config.method}_{key}": value for key, value in config.options.items()},
-    }  # fmt: skip
+        **flat_options(config),
+    }
+
+
+def flat_options(config: AdaptiveConfig) -> dict[str, Any]:
+    """The method's options by the keys a user knows."""
+    return {f"{config.method}_{key}": value for key, value in config.options.items()}
 
 
 def _course(config: AdaptiveConfig) -> dict[str, Any]:

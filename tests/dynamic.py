@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import TARGETS, tiny_model
+from tiny import TARGETS, rows, tiny_model
 
 from llamafactory_adaptive.adapter import lora_config_arguments
+from llamafactory_adaptive.calibration import make_batches
 from llamafactory_adaptive.components import Components
 from llamafactory_adaptive.gradients import WholeEngine
 from llamafactory_adaptive.plan import ModulePlan, RankPlan
@@ -22,7 +23,7 @@ def start_plan(model, rank: int = 4, lora_rank: int = 2) -> RankPlan:
     return RankPlan("igu", {}, "params", lora_rank, 2.0 * lora_rank, modules)
 
 
-def triplet_model(architecture: str = "llama", rank: int = 4, initial_lambda: float = 0.1, **sizes: Any):
+def triplet_model(architecture: str = "llama", rank: int = 4, initial_lambda: float | None = 0.1, **sizes: Any):
     """A PEFT model, its triplets and their components."""
     base = tiny_model(architecture, **sizes)
     plan = start_plan(base, rank)
@@ -37,3 +38,19 @@ def scatter(triplets: Triplets, seed: int = 0, std: float = 0.3) -> None:
     for module in triplets.modules:
         for parameter in module.parameters().values():
             parameter.data.copy_(std * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+
+
+def batch(seed=0):
+    one = make_batches(rows(3, seed), 3, 0)[0]
+    return {"input_ids": one.input_ids, "attention_mask": one.attention_mask, "labels": one.labels}
+
+
+def stream(triplets, steps, seed=0):
+    """Random weights and gradients, step by step, put where training would leave them."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for module in triplets.modules:
+            for parameter in module.parameters().values():
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+        yield

@@ -146,3 +146,9 @@ def pruning_settings(model: Path, data: Path, output: Path, **more: Any) -> dict
     plain = settings(model, data, output)
     kept = {key: value for key, value in plain.items() if not key.startswith("adaptive_calibration")}
     return {**kept, "adaptive_method": "igu", "max_steps": 12, "adaptive_interval": 2, "seed": 3, **more}
+
+
+def tsq_settings(model: Path, data: Path, output: Path, **more: Any) -> dict[str, Any]:
+    """The same for TsqLoRA: refreshes at 3, 6 and 9, in the middle of epochs of nine steps."""
+    plain = pruning_settings(model, data, output, adaptive_method="tsq", tsq_temperature=3.0)
+    return {key: value for key, value in plain.items() if key != "adaptive_interval"} | more

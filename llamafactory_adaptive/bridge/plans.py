@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import Args, local_rank, our_keys, split_names
 from llamafactory_adaptive.config import AdaptiveConfig, AdaptiveConfigError, PlanError, Problem
@@ -54,15 +55,23 @@ def fresh_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
     """The plan of a run that starts anew: the given file, or computed. What lies in ``output_dir`` does not matter."""
     from llamafactory_adaptive import pipeline
     from llamafactory_adaptive.bridge import loading
+    from llamafactory_adaptive.sameness import flat_options
 
     if config.plan_path:
-        idle = [key for key in our_keys(args) if key != "adaptive_plan" and key != "adaptive_budget_unit"]
+        samples = getattr(pipeline.make_method(config), "sampling", None) is not None
+        used = {"adaptive_plan", "adaptive_budget_unit"}
+        if samples:
+            used |= {"adaptive_method", *(f"{config.method}_{option}" for option in config.options)}
+        idle = [key for key in our_keys(args) if key not in used]
         if idle and local_rank() == 0:
             logger.warning(f"adaptive_plan is given, so these keys are not used: {', '.join(idle)}")
         plan = pipeline.check_plan(
             load_plan(Path(config.plan_path)), loading.target_shapes(args), config, config.plan_path
         )
-        return replace(plan, provenance={**plan.provenance, "adaptive_plan": config.plan_path})
+        facts: dict[str, Any] = {"adaptive_plan": config.plan_path}
+        if samples:
+            facts["sampling"] = {"adaptive_method": config.method, **flat_options(config)}
+        return replace(plan, provenance={**plan.provenance, **facts})
     if config.course is not None:
         return pipeline.start_plan(config, loading.target_shapes(args), loading.provenance(args))
     return compute_plan(args, config)

@@ -13,9 +13,9 @@ What differs, since no full text is public: the second term is eta |g_i|^2 unles
 ours, as are the z-scores, the draw without replacement, phi (1, so that the budget holds; ``quality`` is the mean
 place of S in the quality order, mapped to [0.5, 1]), the refresh every ``refresh_ratio`` of all steps, and the
 smoothing of S_m (over optimizer steps). Samples are scored once, before the first step, when B is zero: |g_i| is then
-the gradient of the B factors. The adapter is plain LoRA with live rank ``adaptive_max_rank`` and a mask; all modules start at
-``lora_rank``. Within a module the components with the highest mean importance stay; one that comes back starts with
-column of B zero, a fresh row of A and empty optimizer moments.
+the gradient of the B factors. The adapter is plain LoRA with live rank ``adaptive_max_rank`` and a mask; all modules
+start at ``lora_rank``. Within a module the components with the highest mean importance stay; one that comes back
+starts with column of B zero, a fresh row of A and empty optimizer moments.
 
 Cost: one scoring pass (about one forward and backward pass over the data without weight gradients; two for the exact
 alignment, a forward pass more for the exact loss drop); optimizer states for ``adaptive_max_rank``, one more fp32
@@ -74,7 +74,7 @@ class TsqOptions:
         None, "Samples per scoring batch (default: per_device_train_batch_size).", unit="samples", low=1, high=65_536
     )
     refresh_ratio: float = option(
-        0.25, "Share of all optimizer steps between refreshes of subset and ranks.", low=1e-4, high=1.0
+        0.25, "Share of all optimizer steps between refreshes of subset and ranks.", low=1e-4, high=0.5
     )
     sensitivity: str = option(
         "weight_gradient",

@@ -28,10 +28,10 @@ def test_the_budget_and_what_components_cost():
 
 def test_bounds_are_kept_and_nan_is_a_diverged_run():
     scores = [[9.0, 8.0, 7.0], [3.0, 2.0, 1.0]]
-    assert course().choose(4, scores, 56) == [[True, True, True], [True, False, False]]
-    assert course(max_rank=2).choose(4, scores, 56) == [[True, True, False], [True, True, False]]
+    assert course().choose(4, scores, 56, ALL) == [[True, True, True], [True, False, False]]
+    assert course(max_rank=2).choose(4, scores, 56, ALL) == [[True, True, False], [True, True, False]]
     with pytest.raises(GuardError, match=r"step 4: module 0 .* not finite; training has diverged"):
-        course().choose(4, [[float("inf"), 1.0, 1.0], [1.0] * 3], 56)
+        course().choose(4, [[float("inf"), 1.0, 1.0], [1.0] * 3], 56, ALL)
 
 
 def test_a_choice_is_noted_with_what_changed():

@@ -1,0 +1,112 @@
+"""One or several runs, told from what lies in their ``output_dir``: ranks, losses, cost, training data."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamafactory_adaptive.config import PlanError
+from llamafactory_adaptive.data_report import DATA_REPORT_FILE, data_table, read_data_report
+from llamafactory_adaptive.plan import LOG_FILE, PLAN_FILE, RankPlan, load_plan
+from llamafactory_adaptive.report import align, rank_table
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of one run.
+
+    Attributes:
+        folder: its ``output_dir``.
+        plan: the ranks it ended with.
+        steps: optimizer steps.
+        train_loss, eval_loss: mean of the training, and last of the evaluations; None where there was none.
+        train_seconds: of the whole training.
+        overhead_seconds: of finding ranks and scoring samples.
+    """
+
+    folder: Path
+    plan: RankPlan
+    steps: int
+    train_loss: float | None
+    eval_loss: float | None
+    train_seconds: float | None
+    overhead_seconds: float
+
+
+def read_run(folder: Path) -> Run:
+    """Read the files of a run.
+
+    Raises:
+        PlanError: there is no run, or it has not ended.
+    """
+    if not (folder / PLAN_FILE).is_file():
+        raise PlanError(f"there is no run in {folder}: {PLAN_FILE} is missing; give the output_dir of a training")
+    try:
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        lines = (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
+        history, last = state["log_history"], json.loads(lines[-1])
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise PlanError(f"the run in {folder} has not ended: {type(error).__name__}: {error}") from error
+    return Run(
+        folder=folder,
+        plan=load_plan(folder / PLAN_FILE),
+        steps=int(state["global_step"]),
+        train_loss=_last(history, "train_loss"),
+        eval_loss=_last(history, "eval_loss"),
+        train_seconds=_last(history, "train_runtime"),
+        overhead_seconds=float(last.get("overhead_seconds", 0.0)),
+    )
+
+
+def _last(history: Sequence[dict[str, Any]], key: str) -> float | None:
+    found = [entry[key] for entry in history if key in entry]
+    return float(found[-1]) if found else None
+
+
+def run_text(run: Run) -> str:
+    """Everything about one run."""
+    parts = [f"{run.folder}", rank_table(run.plan)]
+    if (run.folder / DATA_REPORT_FILE).is_file():
+        parts.append("Training data\n" + data_table(read_data_report(run.folder)))
+    return "\n\n".join(parts)
+
+
+def comparison(runs: Sequence[Run]) -> str:
+    """A line per run, then a line per method with mean and standard error over its runs."""
+    rows = [["run", "method", "parameters", "ranks", "steps", "train loss", "eval loss", "seconds", "overhead"]]
+    for run in runs:
+        ranks = [module.rank for module in run.plan.modules]
+        rows.append(
+            [
+                run.folder.name,
+                run.plan.method,
+                f"{run.plan.budget()['used_parameters']:,}",
+                f"{min(ranks)}-{max(ranks)}",
+                str(run.steps),
+                _number(run.train_loss),
+                _number(run.eval_loss),
+                "" if run.train_seconds is None else f"{run.train_seconds:.0f}",
+                f"{run.overhead_seconds:.1f} s",
+            ]
+        )
+    return "\n".join([*align(rows), "", *_by_method(runs)])
+
+
+def _by_method(runs: Sequence[Run]) -> list[str]:
+    groups: dict[str, list[float]] = {}
+    for run in runs:
+        loss = run.train_loss if run.eval_loss is None else run.eval_loss
+        if loss is not None:
+            groups.setdefault(run.plan.method, []).append(loss)
+    rows = [["method", "runs", "mean loss", "standard error"]]
+    for method, losses in groups.items():
+        error = f"{statistics.stdev(losses) / len(losses) ** 0.5:.4f}" if len(losses) > 1 else "one run: unknown"
+        rows.append([method, str(len(losses)), f"{statistics.fmean(losses):.4f}", error])
+    note = "differences below two standard errors are noise; compare runs of equal parameters, with several seeds"
+    return [*align(rows), note]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

@@ -1,0 +1,116 @@
+"""Weights, subsets and the order of samples: distributions against theory, positions against a plain enumeration."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamafactory_adaptive.sampling import Pool, Sampling, SubsetSampler, Timeline, combine_terms
+
+
+def sampling(**more):
+    settings = {
+        "weights": (1.0, 1.0, 0.0), "loss_drop": "first_order", "step_size": None, "projection": 0,
+        "temperature": 1.0, "subset_ratio": 0.5, "clip_quantile": 1.0, "batch_size": None, "refresh_ratio": 0.25,
+        "scales_budget": False, **more,
+    }  # fmt: skip
+    return Sampling(**settings)
+
+
+def pool(quality, norms=None, seed=0, **more):
+    quality = torch.tensor(quality, dtype=torch.float64)
+    norms = quality if norms is None else torch.tensor(norms, dtype=torch.float64)
+    return Pool(quality, norms, sampling(**more), seed)
+
+
+def test_quality_is_a_weighted_sum_of_z_scores():
+    first, second = torch.tensor([1.0, 2.0, 6.0]).double(), torch.tensor([5.0, 5.0, 5.0]).double()
+    found = combine_terms((first, second, first), (2.0, 1.0, -0.5))
+    z = (first - 3.0) / math.sqrt((4 + 1 + 9) / 3)
+    assert torch.allclose(found, 1.5 * z)
+    assert torch.allclose(combine_terms((first * 1e6,), (1.0,)), z), "scale does not matter"
+
+
+def test_the_first_draw_follows_the_softmax():
+    """The largest log p + Gumbel is a draw from p: frequencies of 20,000 draws of one sample."""
+    quality, draws = [0.0, 1.0, 2.0, 0.5], 20_000
+    made = pool(quality, subset_ratio=0.25, temperature=0.7)
+    assert made.subset_size == 1
+    counts = torch.bincount(torch.cat([made._subset(k) for k in range(draws)]), minlength=4)
+    p = torch.softmax(torch.tensor(quality).double() / 0.7, 0)
+    assert torch.allclose(made.probabilities, p)
+    deviation = (p * (1 - p) / draws).sqrt()
+    assert ((counts / draws - p).abs() < 4 * deviation).all()
+
+
+def test_subsets_have_no_repetition_and_follow_seed_and_refresh():
+    made, same, other = (pool([0.1 * i for i in range(40)], seed=s) for s in (0, 0, 1))
+    assert len(set(made.subset(0).tolist())) == 20
+    assert made.subset(3).tolist() == same.subset(3).tolist()
+    assert made.subset(0).tolist() != made.subset(1).tolist()
+    assert made.subset(0).tolist() != other.subset(0).tolist()
+
+
+def test_the_tail_of_gradient_norms_is_left_out():
+    norms = [1.0, 9.0, 2.0, 8.0, 3.0, 7.0, 4.0, 6.0, 5.0, 5.0]
+    made = pool([0.0] * 10, norms, clip_quantile=0.8, subset_ratio=1.0)
+    assert (~made.kept_N).nonzero().flatten().tolist() == [1, 3]
+    assert made.subset_size == 8
+    assert all(1 not in made.subset(k) and 3 not in made.subset(k) for k in range(20))
+    assert pool([0.0] * 10, norms, clip_quantile=1.0).kept_N.all()
+
+
+def test_effective_size_and_the_temperature_that_mends_it():
+    assert pool([0.0] * 10).effective_size == pytest.approx(10.0)
+    assert pool([0.0] * 9 + [500.0]).effective_size == pytest.approx(1.0)
+    made = pool([0.0] * 9 + [20.0])
+    better = pool([0.0] * 9 + [20.0], temperature=made.temperature_for(5.0))
+    worse = pool([0.0] * 9 + [20.0], temperature=made.temperature_for(5.0) / 2)
+    assert better.effective_size >= 5.0 > worse.effective_size
+    p = made.probabilities
+    assert made.effective_size == pytest.approx(float(p.sum() ** 2 / p.square().sum()))
+
+
+def test_mean_percentile_is_the_place_in_the_quality_order():
+    made = pool([3.0, 1.0, 2.0, 0.0, 4.0], subset_ratio=0.4)
+    places = {3: 0.0, 1: 0.25, 2: 0.5, 0: 0.75, 4: 1.0}
+    for refresh in range(5):
+        expected = sum(places[i] for i in made.subset(refresh).tolist()) / 2
+        assert made.mean_percentile(refresh) == pytest.approx(expected)
+
+
+@given(
+    samples=st.integers(1, 40),
+    per_step=st.integers(1, 9),
+    interval=st.integers(1, 7),
+    total=st.integers(1, 60),
+)
+def test_every_step_sees_its_own_stretch_whatever_the_epoch(samples, per_step, interval, total):
+    made = pool([0.0] * (2 * samples), subset_ratio=0.5)
+    size = made.subset_size
+    sampler = SubsetSampler(size)
+    sampler.pool = made
+    sampler.timeline = timeline = Timeline(size, per_step, interval, max(0, total - 1) // interval)
+    epochs = -(-total // timeline.steps_per_epoch)
+    stream = []
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        drawn = list(sampler)
+        assert len(drawn) == len(sampler) == size
+        # A data loader cuts an epoch into steps; the last one may be smaller.
+        stream += [drawn[i : i + per_step] for i in range(0, size, per_step)]
+    for step in range(total):
+        assert stream[step] == sampler.samples_of(step)
+        assert set(stream[step]) <= set(made.subset(min(step // interval, timeline.last_refresh)).tolist())
+    drawn = torch.tensor([i for step in stream[:total] for i in step])
+    assert sampler.usage(total).tolist() == torch.bincount(drawn, minlength=2 * samples).tolist()
+
+
+def test_between_refreshes_every_sample_comes_once_a_turn():
+    made = pool([0.0] * 12)
+    turns = [made.stretch(0, 6 * turn, 6) for turn in range(3)]
+    assert all(sorted(turn) == made.subset(0).tolist() for turn in turns)
+    assert len({tuple(turn) for turn in turns}) == 3
+    assert made.stretch(0, 4, 5) == turns[0][4:] + turns[1][:3]

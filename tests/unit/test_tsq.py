@@ -1,0 +1,207 @@
+"""TsqLoRA: sensitivities, ranks that grow and shrink, components that come back, contradicting options."""
+
+import math
+
+import bitsandbytes
+import pytest
+import torch
+from dynamic import batch, scatter, stream, triplet_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamafactory_adaptive.allocate import allocate, reallocate_components
+from llamafactory_adaptive.components import Components
+from llamafactory_adaptive.config import GuardError, ReallocationConfig
+from llamafactory_adaptive.gradients import WholeEngine
+from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
+from llamafactory_adaptive.schedule import make_schedule
+
+
+# -- sensitivities ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sensitivity", ["weight_gradient", "fisher"])
+def test_module_sensitivity_is_the_smoothed_mean_over_elements_in_use(sensitivity):
+    _, triplets, components = triplet_model(initial_lambda=None)
+    masks = [[(i + j) % 3 != 0 for j in range(4)] for i in range(len(triplets.modules))]
+    triplets.mask(masks)
+    method = Tsq(TsqOptions(sensitivity=sensitivity, beta=0.7))
+    means = {}
+    for _ in stream(triplets, 5):
+        for index, module in enumerate(triplets.modules):
+            for kind, p in module.parameters().items():
+                s = (p.data * p.grad).abs() if sensitivity == "weight_gradient" else p.grad.square()
+                old = means.get((index, kind), torch.zeros_like(s))
+                means[index, kind] = 0.7 * old + 0.3 * s
+        components.update(method, None)
+    found = components.scores(method, mean=True)
+    for index in range(len(triplets.modules)):
+        on = torch.tensor(masks[index])
+        elements = torch.cat([means[index, "P"][:, on].flatten(), means[index, "Q"][on].flatten()])
+        used = [score for score, flag in zip(found[index], masks[index], strict=True) if flag]
+        assert sum(used) / len(used) == pytest.approx(float(elements.mean()), rel=1e-5)
+        assert all(score == 0 for score, flag in zip(found[index], masks[index], strict=True) if not flag)
+
+
+# -- ranks -----------------------------------------------------------------------------------------------------------
+
+
+@given(
+    scores=st.lists(st.lists(st.floats(0, 1e6), min_size=6, max_size=6), min_size=1, max_size=6),
+    data=st.data(),
+)
+def test_reallocation_keeps_the_budget_the_best_and_the_shares(scores, data):
+    n = len(scores)
+    costs = data.draw(st.lists(st.integers(1, 50), min_size=n, max_size=n))
+    on = [[index < data.draw(st.integers(1, 6)) for index in range(6)] for _ in range(n)]
+    on = [[flag or index == 0 for index, flag in enumerate(row)] for row in on]
+    budget, lower, upper = 3 * sum(costs), [1] * n, [6] * n
+    kept = reallocate_components(scores, on, costs, budget, lower, upper)
+    used = [[s for s, flag in zip(row, flags, strict=True) if flag] for row, flags in zip(scores, on, strict=True)]
+    expected = allocate([sum(row) / len(row) for row in used], costs, budget, lower, upper)
+    assert tuple(sum(row) for row in kept) == expected.ranks
+    spent = sum(cost * sum(row) for cost, row in zip(costs, kept, strict=True))
+    open_costs = [cost for cost, row in zip(costs, kept, strict=True) if sum(row) < 6]
+    assert 0 <= budget - spent < min(open_costs, default=math.inf)
+    for row, before, after in zip(scores, on, kept, strict=True):
+        stay = [row[i] for i in range(6) if before[i] and after[i]]
+        go = [row[i] for i in range(6) if before[i] and not after[i]]
+        assert not (stay and go) or min(stay) >= max(go), "the best stay"
+        assert not (go and any(not b and a for b, a in zip(before, after, strict=True))), "grown or shrunk, not both"
+
+
+def test_refreshes_come_at_equal_distances_and_never_at_the_very_end():
+    plan = make_schedule(ReallocationConfig(32, 0.25, 0), 100, 800, 800)
+    assert [t for t in range(101) if plan.due(t)] == [25, 50, 75]
+    assert plan.is_final(75)
+    assert not plan.is_final(74)
+    assert plan.budget(0) == plan.budget(100) == 800
+    assert [t for t in range(13) if make_schedule(ReallocationConfig(32, 0.25, 0), 12, 8, 8).due(t)] == [3, 6, 9]
+    assert make_schedule(ReallocationConfig(32, 0.5, 0), 1, 8, 8).due(1), "even one step ends with an allocation"
+
+
+# -- components that come back ---------------------------------------------------------------------------------------
+
+
+def grown(model, triplets, method, components):
+    """One component of two modules goes off and comes back; returns what was fresh."""
+    off = [list(row) for row in triplets.masks]
+    off[0][1] = off[5][3] = off[5][0] = False
+    fresh = [[not flag for flag in row] for row in off]
+    triplets.mask(off)
+    with torch.no_grad():
+        before = model(**batch()).logits
+    components.restart(method, fresh, seed=4)
+    triplets.mask([[True] * 4 for _ in off])
+    with torch.no_grad():
+        assert torch.equal(model(**batch()).logits, before), "no effect on the output"
+    return fresh
+
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "adamw 8-bit": lambda p: bitsandbytes.optim.AdamW8bit(p, lr=0.1, min_8bit_size=64),
+    "lion 32-bit": lambda p: bitsandbytes.optim.Lion32bit(p, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_a_component_that_comes_back_has_no_effect_and_no_past(name):
+    model, triplets, _ = triplet_model(initial_lambda=None)
+    optimizer = OPTIMIZERS[name]([p for m in triplets.modules for p in m.parameters().values()])
+    components, method = Components(triplets, WholeEngine(optimizer=optimizer)), Tsq(TsqOptions())
+    for _ in stream(triplets, 3):
+        components.update(method, None)
+        optimizer.step()
+    old = {id(p): p.detach().clone() for p in components.parameters}
+    moments = {id(p): {k: v.clone() for k, v in optimizer.state[p].items() if torch.is_tensor(v)} for p in
+               components.parameters}  # fmt: skip
+    fresh = grown(model, triplets, method, components)
+    for index, module in enumerate(triplets.modules):
+        flags = torch.tensor(fresh[index])
+        for kind, p in module.parameters().items():
+            new, was = (x.mT if kind == "P" else x for x in (p.detach(), old[id(p)]))
+            assert torch.equal(new[~flags], was[~flags])
+            if kind == "P":
+                assert (new[flags] == 0).all()
+            elif flags.any():
+                assert (new[flags].abs() <= p.shape[1] ** -0.5).all()
+                assert (new[flags] != was[flags]).all()
+            for key, state in optimizer.state[p].items():
+                if not torch.is_tensor(state) or state.shape != p.shape:
+                    continue
+                table = optimizer.state[p][f"qmap{key[-1]}"] if state.dtype == torch.uint8 else None
+                value = state if table is None else table[state.long()]
+                value = value.mT if kind == "P" else value
+                assert (value[flags] == 0).all(), key
+                kept, before = (x.mT if kind == "P" else x for x in (state, moments[id(p)][key]))
+                assert torch.equal(kept[~flags], before[~flags])
+    scores = components.scores(method)
+    assert all(score == 0 for row, flags in zip(scores, fresh, strict=True)
+               for score, flag in zip(row, flags, strict=True) if flag)  # fmt: skip
+
+
+def test_an_optimizer_that_keeps_no_state_per_weight_is_refused():
+    _, triplets, _ = triplet_model(initial_lambda=None)
+    parameters = [p for m in triplets.modules for p in m.parameters().values()]
+    optimizer = torch.optim.Adafactor(parameters, lr=0.1)
+    components, method = Components(triplets, WholeEngine(optimizer=optimizer)), Tsq(TsqOptions())
+    next(stream(triplets, 1))
+    components.update(method, None)
+    optimizer.step()
+    with pytest.raises(GuardError, match=r"optimizer's row_var is not kept per weight, .*optim: adamw_torch"):
+        components.restart(method, [[True] * 4 for _ in triplets.masks], 0)
+
+
+def test_without_lambda_the_live_form_is_plain_lora_from_its_usual_start(tmp_path):
+    import peft
+    from tiny import tiny_model
+
+    model, triplets, _ = triplet_model(initial_lambda=None)
+    assert not any("lambda" in name for name, _ in model.named_parameters())
+    for module in triplets.modules:
+        assert (module.p == 0).all()
+        bound = module.q.shape[1] ** -0.5
+        assert 0.5 * bound < module.q.abs().max() <= bound
+    scatter(triplets)
+    triplets.mask([[i != 2 for i in range(4)] for _ in triplets.modules])
+    with torch.no_grad():
+        live = model(**batch()).logits
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(peft.PeftModel.from_pretrained(tiny_model(), tmp_path)(**batch()).logits, live)
+
+
+def test_masked_components_get_no_gradient_and_the_guard_watches_b():
+    model, triplets, components = triplet_model(initial_lambda=None)
+    scatter(triplets)
+    triplets.mask([[i != 2 for i in range(4)] for _ in triplets.modules])
+    model(**batch()).loss.backward()
+    for module in triplets.modules:
+        assert (module.q.grad[2] == 0).all()
+        assert (module.p.grad[:, 2] == 0).all()
+        assert (module.q.grad[1] != 0).any()
+    triplets.modules[3].p.grad = None
+    with pytest.raises(GuardError, match="no gradient arrived at 1 modules"):
+        components.update(Tsq(TsqOptions()), None)
+
+
+# -- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "keys"),
+    [
+        ({}, []),
+        ({"phi": "quality"}, []),
+        ({"sampling": False, "reallocation": False}, ["tsq_sampling"]),
+        ({"sampling": False, "phi": "quality"}, ["tsq_phi"]),
+        ({"reallocation": False, "phi": "quality"}, ["tsq_phi"]),
+        ({"norm_weight": 0.0, "loss_drop_weight": 0.0}, ["tsq_norm_weight"]),
+        ({"norm_weight": 0.0, "loss_drop_weight": 0.0, "sampling": False}, []),
+    ],
+)
+def test_options_that_contradict_each_other(options, keys):
+    assert [problem.key for problem in TsqOptions(**options).check()] == keys
