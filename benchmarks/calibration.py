@@ -10,8 +10,6 @@ Three figures against targets:
 """
 
 import argparse
-import json
-import random
 import statistics
 import subprocess
 import sys
@@ -22,7 +20,7 @@ from pathlib import Path
 import record
 import torch
 from scipy.stats import kendalltau
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from llamafactory_adaptive.calibration import Batch, InputSecondMoments, count_tokens, make_batches
 from llamafactory_adaptive.methods import ScoringContext
@@ -31,22 +29,6 @@ from llamafactory_adaptive.plan import ModuleShape
 
 
 TARGETS = {"time_ratio": 1.10, "memory_ratio": 1.05, "tau": 0.98}
-
-
-def read_rows(folder: Path, name: str, model: Path, samples: int) -> list[dict[str, list[int]]]:
-    """Seeded rows as chat-formatted token ids, cut at 512 tokens."""
-    info = json.loads((folder / "dataset_info.json").read_text())[name]
-    columns = info.get("columns", {"prompt": "instruction", "response": "output"})
-    lines = (folder / info["file_name"]).read_text(encoding="utf-8").splitlines()
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = []
-    for line in random.Random(42).sample(lines, samples):
-        row = json.loads(line)
-        talk = [{"role": "user", "content": row[columns["prompt"]]},
-                {"role": "assistant", "content": row[columns["response"]]}]  # fmt: skip
-        ids = list(tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"])[:512]
-        rows.append({"input_ids": ids, "labels": ids})
-    return rows
 
 
 def load(model: Path) -> tuple[torch.nn.Module, dict[str, torch.nn.Module]]:
@@ -109,7 +91,7 @@ def peak_megabytes(kind: str, arguments: argparse.Namespace) -> float:
 
 
 def one_pass(kind: str, arguments: argparse.Namespace, folder: Path, name: str, model_path: Path) -> None:
-    rows = read_rows(folder, name, model_path, arguments.samples)
+    rows = record.read_rows(folder, name, model_path, arguments.samples)
     model, modules = load(model_path)
     batches = make_batches(rows, arguments.batch_size, 0)
     if kind == "scoring":
@@ -134,7 +116,7 @@ def main() -> None:
         folder, name = record.dataset_folder(arguments.data, Path(scratch))
         if arguments.peak:
             return one_pass(arguments.peak, arguments, folder, name, model_path)
-        rows = read_rows(folder, name, model_path, arguments.samples)
+        rows = record.read_rows(folder, name, model_path, arguments.samples)
     peaks = {kind: peak_megabytes(kind, arguments) for kind in ("forward", "forward_without_head", "scoring")}
     model, modules = load(model_path)
     batches = make_batches(rows, arguments.batch_size, 0)

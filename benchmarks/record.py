@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import random
 import sys
 import time
 from importlib.metadata import version
@@ -45,6 +46,38 @@ def dataset_folder(data: str | None, scratch: Path) -> tuple[Path, str]:
     info = {"gsm8k": {"file_name": str(source), "columns": columns}}
     (scratch / "dataset_info.json").write_text(json.dumps(info))
     return scratch, "gsm8k"
+
+
+def read_rows(
+    folder: Path, name: str, model: Path, samples: int, answers_only: bool = False, shuffled: float = 0.0
+) -> list[dict[str, list[int]]]:
+    """Seeded rows as chat-formatted token ids, cut at 512 tokens.
+
+    Args:
+        folder, name: as :func:`dataset_folder` gives them.
+        model: whose tokenizer is used.
+        samples: how many.
+        answers_only: prompts take no loss, as in supervised fine-tuning.
+        shuffled: share of rows, the first ones, that get each other's answers.
+    """
+    from transformers import AutoTokenizer
+
+    info = json.loads((folder / "dataset_info.json").read_text())[name]
+    columns = info.get("columns", {"prompt": "instruction", "response": "output"})
+    lines = (folder / info["file_name"]).read_text(encoding="utf-8").splitlines()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    picked = [json.loads(line) for line in random.Random(42).sample(lines, samples)]
+    answers = [row[columns["response"]] for row in picked]
+    count = round(shuffled * samples)
+    answers[:count] = answers[1:count] + answers[:1] if count else []  # no row keeps its own
+    rows = []
+    for row, answer in zip(picked, answers, strict=True):
+        talk = [{"role": "user", "content": row[columns["prompt"]]}, {"role": "assistant", "content": answer}]
+        ids = list(tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"])[:512]
+        prompt = tokenizer.apply_chat_template(talk[:1], return_dict=True, add_generation_prompt=True)["input_ids"]
+        start = len(prompt) if answers_only else 0
+        rows.append({"input_ids": ids, "labels": [-100] * start + ids[start:]})
+    return rows
 
 
 def write_result(name: str, figures: dict[str, Any]) -> Path:

@@ -1,0 +1,146 @@
+"""What scoring training samples costs: SmolLM2-135M, 256 rows, everything as ratios within one run.
+
+Run: ``python benchmarks/quality_pass.py [--data FOLDER] [--samples 256] [--turns 8]``.
+
+  over an epoch       one scoring pass / one plain forward and backward pass over the same rows in random order, as an
+                      epoch of training runs it (loss over answers, gradients of the LoRA factors, no optimizer)
+  sorted epoch        the same, but the epoch's batches are sorted by length, too: what is left is the scoring itself
+  over per-sample     one backward pass per sample with the norm of its gradients / one scoring pass
+
+All kinds take turns, a part of the rows each, so that a machine whose speed drifts treats them alike. Norms of both
+ways are compared, too, in fp32 on some rows.
+"""
+
+import argparse
+import random
+import tempfile
+import time
+from pathlib import Path
+
+import record
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from llamafactory_adaptive.adapter import live_layers
+from llamafactory_adaptive.calibration import make_batches
+from llamafactory_adaptive.quality import Wanted, length_sorted, measure
+
+
+TARGETS = {"over_epoch": 1.25, "per_sample_over_scoring": 3.0, "largest_norm_error": 1e-4}
+WANTED = Wanted(1e-4, False, "none", 1, 0)
+
+
+def adapted(path: Path, rank: int, dtype: torch.dtype) -> torch.nn.Module:
+    """A new adapter, B zero, as scoring meets it."""
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    torch.manual_seed(0)
+    return get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+
+
+def layers(model: torch.nn.Module) -> dict:
+    return {name: (layer.lora_A[a], layer.lora_B[a]) for name, (layer, a) in live_layers(model).items()}
+
+
+def batch_of(rows: list, group: list[int]) -> dict[str, torch.Tensor]:
+    (one,) = make_batches([rows[index] for index in group], len(group), 0)
+    return {"input_ids": one.input_ids, "attention_mask": one.attention_mask, "labels": one.labels}
+
+
+def train_batch(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+    model(**inputs, use_cache=False).loss.backward()
+
+
+def norm_of_gradients(model: torch.nn.Module) -> float:
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    return float(torch.stack([g.float().square().sum() for g in found]).sum().sqrt())
+
+
+def one_by_one(model: torch.nn.Module, rows: list, indices: list[int]) -> list[float]:
+    norms = []
+    for index in indices:
+        model.zero_grad()
+        train_batch(model, batch_of(rows, [index]))
+        norms.append(norm_of_gradients(model))
+    model.zero_grad()
+    return norms
+
+
+def largest_norm_error(path: Path, rank: int, rows: list) -> float:
+    """Against one backward pass per sample, fp32, B not zero, padding in every batch."""
+    model = adapted(path, rank, torch.float32)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0.0, 0.01)
+    few = rows[:12]
+    groups = length_sorted([len(row["input_ids"]) for row in few], 4)
+    found = measure(model, layers(model), [(g, batch_of(few, g)) for g in groups], len(few), WANTED, quiet=True)
+    exact = torch.tensor(one_by_one(model.eval(), few, list(range(len(few))))).double()
+    return float((found.gradient_norm / exact - 1).abs().max())
+
+
+def times(model: torch.nn.Module, rows: list, batch_size: int, turns: int) -> dict[str, float]:
+    by_length = length_sorted([len(row["input_ids"]) for row in rows], batch_size)
+    order = random.Random(0).sample(range(len(rows)), len(rows))
+    shuffled = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    mine = layers(model)
+
+    def epoch(groups):
+        for group in groups:
+            train_batch(model, batch_of(rows, group))
+        model.zero_grad()
+
+    kinds = {
+        "epoch": lambda part: epoch(shuffled[part]),
+        "sorted_epoch": lambda part: epoch(by_length[part]),
+        "scoring": lambda part: measure(
+            model, mine, [(g, batch_of(rows, g)) for g in by_length[part]], len(rows), WANTED, quiet=True
+        ),
+        "per_sample": lambda part: one_by_one(model, rows, order[part.start * batch_size : part.stop * batch_size]),
+    }
+    seconds = dict.fromkeys(kinds, 0.0)
+    edges = [round(turn * len(by_length) / turns) for turn in range(turns + 1)]
+    model.train()
+    for action in kinds.values():  # warms up
+        action(slice(0, 1))
+    for turn in range(turns):
+        for kind, action in kinds.items():
+            started = time.perf_counter()
+            action(slice(edges[turn], edges[turn + 1]))
+            seconds[kind] += time.perf_counter() - started
+        print(f"part {turn + 1} of {turns}: " + ", ".join(f"{k} {v:.1f} s" for k, v in seconds.items()), flush=True)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", help="folder with gsm8k/train.jsonl (default: generated word problems)")
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--turns", type=int, default=8)
+    arguments = parser.parse_args()
+    path = record.smollm2()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, name = record.dataset_folder(arguments.data, Path(scratch))
+        rows = record.read_rows(folder, name, path, arguments.samples, answers_only=True)
+    error = largest_norm_error(path, arguments.rank, rows)
+    seconds = times(adapted(path, arguments.rank, torch.bfloat16), rows, arguments.batch_size, arguments.turns)
+    results = {
+        "over_epoch": round(seconds["scoring"] / seconds["epoch"], 4),
+        "over_sorted_epoch": round(seconds["scoring"] / seconds["sorted_epoch"], 4),
+        "per_sample_over_scoring": round(seconds["per_sample"] / seconds["scoring"], 4),
+        "largest_norm_error": error,
+    }
+    for key, value in results.items():
+        print(f"{key:<26} {value:<10.4g} target {TARGETS.get(key, 'none')}")
+    written = record.write_result("quality_pass", {
+        "model": "SmolLM2-135M-Instruct", "dtype": "bfloat16", "data": name, "samples": len(rows),
+        "rank": arguments.rank, "batch_size": arguments.batch_size, "tokens": sum(len(row["input_ids"]) for row in rows),
+        "results": results, "targets": TARGETS, "seconds": {k: round(v, 2) for k, v in seconds.items()},
+    })  # fmt: skip
+    print(f"written to {written}")
+
+
+if __name__ == "__main__":
+    main()
