@@ -11,7 +11,7 @@ help:
 	@echo "make demo     train, merge and ask SmolLM2-135M on generated data (CPU, about 5 minutes after downloads)"
 	@echo "make test     the test suite (no network, no GPU)"
 	@echo "make lint     ruff, mypy --strict, import-linter"
-	@echo "make bench    all benchmarks on SmolLM2-135M (CPU: about 40 minutes); DATA=<folder> for GSM8K rows"
+	@echo "make bench    all benchmarks on SmolLM2-135M (CPU: about 50 minutes); DATA=<folder> for GSM8K rows"
 	@echo "make install  the environment in $(VENV), with the start-up hook"
 
 install: $(STAMP)
@@ -52,6 +52,8 @@ bench: $(DEMO)
 	$(BIN)/python benchmarks/recomputation.py $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/overhead.py $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/engines.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python benchmarks/quality_pass.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python benchmarks/planted.py $(if $(DATA),--data $(DATA))
 
 clean:
 	rm -rf $(VENV) demo_output

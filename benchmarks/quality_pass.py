@@ -136,7 +136,8 @@ def main() -> None:
         print(f"{key:<26} {value:<10.4g} target {TARGETS.get(key, 'none')}")
     written = record.write_result("quality_pass", {
         "model": "SmolLM2-135M-Instruct", "dtype": "bfloat16", "data": name, "samples": len(rows),
-        "rank": arguments.rank, "batch_size": arguments.batch_size, "tokens": sum(len(row["input_ids"]) for row in rows),
+        "rank": arguments.rank, "batch_size": arguments.batch_size,
+        "tokens": sum(len(row["input_ids"]) for row in rows),
         "results": results, "targets": TARGETS, "seconds": {k: round(v, 2) for k, v in seconds.items()},
     })  # fmt: skip
     print(f"written to {written}")

@@ -128,6 +128,11 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
         with open(output / LOG_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps({**line, **facts}) + "\n")
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the data loader asks for the samples of an epoch."""
+        if self.selection is not None:
+            self.selection.sampler.begin_epoch(state.global_step)
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Every adapter factor must have a gradient at the first step (DeepSpeed keeps its own; judged at the end)."""
         if self.counters.steps == 0 and not self.deepspeed:

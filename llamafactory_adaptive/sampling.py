@@ -182,9 +182,12 @@ class SubsetSampler(Sampler[int]):
         self.pool: Pool
         self.timeline: Timeline
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called as an epoch begins."""
-        self.epoch = epoch
+    def begin_epoch(self, step: int) -> None:
+        """An epoch begins, or goes on after a resume, with ``step`` optimizer steps done.
+
+        Not ``set_epoch``: after a resume accelerate 1.11 does not reach the sampler of several processes with it.
+        """
+        self.epoch = step // self.timeline.steps_per_epoch
 
     def __len__(self) -> int:
         return self.epoch_samples

@@ -96,7 +96,7 @@ def test_every_step_sees_its_own_stretch_whatever_the_epoch(samples, per_step, i
     epochs = -(-total // timeline.steps_per_epoch)
     stream = []
     for epoch in range(epochs):
-        sampler.set_epoch(epoch)
+        sampler.begin_epoch(epoch * timeline.steps_per_epoch + epoch % timeline.steps_per_epoch)
         drawn = list(sampler)
         assert len(drawn) == len(sampler) == size
         # A data loader cuts an epoch into steps; the last one may be smaller.
