@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import nn
 
-from llamafactory_adaptive.config import GuardError
+from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.gradients import full_shape
 from llamafactory_adaptive.plan import RankPlan
 

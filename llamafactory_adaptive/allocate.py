@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llamafactory_adaptive.config import InfeasibleBudgetError
+from llamafactory_adaptive.errors import InfeasibleBudgetError
 
 
 @dataclass(frozen=True)

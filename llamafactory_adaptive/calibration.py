@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from llamafactory_adaptive.config import CalibrationError
+from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.stats import second_moment_sum, spans_of
 
 

@@ -7,7 +7,9 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llamafactory_adaptive.config import PRUNING_KEYS, Problem, PruningConfig, coerce
+from llamafactory_adaptive.config import PRUNING_KEYS, PruningConfig
+from llamafactory_adaptive.errors import Problem
+from llamafactory_adaptive.fields import coerce
 
 
 def unknown_key_problems(given: Mapping[str, Any], known: Iterable[str]) -> list[Problem]:

@@ -15,14 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive import __version__, _bootstrap
-from llamafactory_adaptive.config import (
-    AdaptiveConfig,
-    AdaptiveConfigError,
-    AdaptiveError,
-    Problem,
-    SeamError,
-    coerce,
-)
+from llamafactory_adaptive.config import AdaptiveConfig
+from llamafactory_adaptive.errors import AdaptiveConfigError, AdaptiveError, Problem, SeamError
+from llamafactory_adaptive.fields import coerce
 
 
 PACKAGES = ("llamafactory", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")

@@ -12,7 +12,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from llamafactory_adaptive.config import GuardError
+from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.gradients import Engine, full_shape
 from llamafactory_adaptive.methods import DynamicMethod, Orthogonality, ReallocatingMethod
 from llamafactory_adaptive.processes import add_up, processes

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamafactory_adaptive.config import Problem
+from llamafactory_adaptive.errors import Problem
 
 
 @dataclass(frozen=True)

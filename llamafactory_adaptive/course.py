@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from llamafactory_adaptive.allocate import allocate, keep_components, reallocate_components
-from llamafactory_adaptive.config import AdaptiveConfig, GuardError, ReallocationConfig
+from llamafactory_adaptive.config import AdaptiveConfig, ReallocationConfig
+from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.plan import RankPlan
 
 

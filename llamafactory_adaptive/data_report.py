@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamafactory_adaptive.config import PlanError
+from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.plan import write_atomically
 from llamafactory_adaptive.quality import Terms
 from llamafactory_adaptive.report import align

@@ -14,9 +14,10 @@ from typing import Any, cast
 from torch import nn
 
 from llamafactory_adaptive.components import Components
-from llamafactory_adaptive.config import AdaptiveConfig, GuardError, PlanError
+from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.controller import AdaptiveCallback, agree_across_ranks
 from llamafactory_adaptive.course import Course, Masks
+from llamafactory_adaptive.errors import GuardError, PlanError
 from llamafactory_adaptive.gradients import before_clipping, before_deepspeed_step, find_engine
 from llamafactory_adaptive.methods import DynamicMethod, ReallocatingMethod
 from llamafactory_adaptive.observing import Observer

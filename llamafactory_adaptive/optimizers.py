@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamafactory_adaptive.config import GuardError
+from llamafactory_adaptive.errors import GuardError
 
 
 def put(target: Tensor, where: Tensor, values: Tensor) -> None:

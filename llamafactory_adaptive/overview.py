@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamafactory_adaptive.config import PlanError
 from llamafactory_adaptive.data_report import DATA_REPORT_FILE, data_table, read_data_report
+from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.plan import LOG_FILE, PLAN_FILE, RankPlan, load_plan
 from llamafactory_adaptive.report import align, rank_table
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from llamafactory_adaptive.allocate import Allocation, allocate
 from llamafactory_adaptive.calibration import Measurement
-from llamafactory_adaptive.config import AdaptiveConfig, AdaptiveConfigError, CalibrationError, PlanError, Problem
+from llamafactory_adaptive.config import AdaptiveConfig
+from llamafactory_adaptive.errors import AdaptiveConfigError, CalibrationError, PlanError, Problem
 from llamafactory_adaptive.methods import Scores, ScoringContext, StaticMethod
 from llamafactory_adaptive.plan import (
     SCHEMA_VERSION,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.allocate import Allocation
-from llamafactory_adaptive.config import PlanError
+from llamafactory_adaptive.errors import PlanError
 
 
 SCHEMA_VERSION = 1

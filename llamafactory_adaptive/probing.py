@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llamafactory_adaptive.components import Components
-from llamafactory_adaptive.config import GuardError
+from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.processes import latest
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from llamafactory_adaptive.calibration import IGNORE_INDEX, evaluating
-from llamafactory_adaptive.config import CalibrationError
+from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.stats import draw
 
 

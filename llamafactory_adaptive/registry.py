@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from llamafactory_adaptive.config import AdaptiveError
+from llamafactory_adaptive.errors import AdaptiveError
 
 
 ENTRY_POINT_GROUP = "llamafactory_adaptive.methods"

@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llamafactory_adaptive.adapter import factors, live_layers
-from llamafactory_adaptive.config import GuardError, PlanError
 from llamafactory_adaptive.data_report import save_data_report
+from llamafactory_adaptive.errors import GuardError, PlanError
 from llamafactory_adaptive.plan import QUALITY_FILE, digest_of, replacing
 from llamafactory_adaptive.processes import add_up, process_number, processes
 from llamafactory_adaptive.quality import SampleBatch, Terms, Wanted, length_sorted, measure

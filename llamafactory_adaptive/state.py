@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch import distributed as dist
 
-from llamafactory_adaptive.config import PlanError
+from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.plan import STATE_JSON, replacing, write_atomically
 from llamafactory_adaptive.processes import processes
 

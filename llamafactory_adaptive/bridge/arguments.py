@@ -12,11 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llamafactory_adaptive.checks import unknown_key_problems
-from llamafactory_adaptive.config import (
-    AdaptiveArguments,
-    AdaptiveConfigError,
-    Problem,
-)
+from llamafactory_adaptive.config import AdaptiveArguments
+from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
 from llamafactory_adaptive.registry import get_method, methods
 
 

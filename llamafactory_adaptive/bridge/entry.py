@@ -13,7 +13,7 @@ from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_li
 from llamafactory_adaptive.bridge.plans import obtain_plan, refuse_finished_run
 from llamafactory_adaptive.bridge.runs import no_accelerator
 from llamafactory_adaptive.bridge.validation import parse_config
-from llamafactory_adaptive.config import AdaptiveConfigError, AdaptiveError, InfeasibleBudgetError, PlanError
+from llamafactory_adaptive.errors import AdaptiveConfigError, AdaptiveError, InfeasibleBudgetError, PlanError
 
 
 def with_clean_exit(run_exp: Callable[..., None]) -> Callable[..., None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import Args, run_seed, split_names
-from llamafactory_adaptive.config import AdaptiveConfigError, Problem
+from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
 from llamafactory_adaptive.plan import ModuleShape
 
 

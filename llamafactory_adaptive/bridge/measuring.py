@@ -15,7 +15,8 @@ from typing import Any
 from llamafactory_adaptive.bridge.arguments import Args, our_keys, split_names
 from llamafactory_adaptive.bridge.loading import calibration_names, target_shapes, uses_tokenized_folder
 from llamafactory_adaptive.calibration import Measurement, count_tokens, make_batches
-from llamafactory_adaptive.config import AdaptiveConfig, CalibrationError
+from llamafactory_adaptive.config import AdaptiveConfig
+from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.pipeline import make_method
 from llamafactory_adaptive.plan import digest_of, replacing
 

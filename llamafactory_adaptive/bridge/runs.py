@@ -25,7 +25,8 @@ from llamafactory_adaptive.bridge.plans import (
     what_the_host_resumes,
 )
 from llamafactory_adaptive.bridge.validation import parse_config
-from llamafactory_adaptive.config import AdaptiveConfig, AdaptiveConfigError, Problem
+from llamafactory_adaptive.config import AdaptiveConfig
+from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
 from llamafactory_adaptive.plan import RankPlan
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from llamafactory_adaptive.config import SeamError
+from llamafactory_adaptive.errors import SeamError
 
 
 TESTED_VERSIONS = ("0.9.5",)

@@ -16,14 +16,13 @@ from llamafactory_adaptive.checks import check_budget, check_kind, check_pruning
 from llamafactory_adaptive.config import (
     AdaptiveArguments,
     AdaptiveConfig,
-    AdaptiveConfigError,
     CalibrationConfig,
-    Problem,
     PruningConfig,
     ReallocationConfig,
-    check_fields,
 )
 from llamafactory_adaptive.conflicts import check_conflicts, check_course_conflicts, check_sampling_conflicts
+from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.fields import check_fields
 from llamafactory_adaptive.methods import is_dynamic
 from llamafactory_adaptive.registry import get_method, methods, nearest
 

@@ -48,7 +48,7 @@ class StaticMethod(Protocol):
     """Ranks fixed before training.
 
     Attributes:
-        Options: a dataclass of options, made with :func:`~llamafactory_adaptive.config.option`.
+        Options: a dataclass of options, made with :func:`~llamafactory_adaptive.fields.option`.
         concentration_advice: what a user can change when few modules hold most of the score; empty when that is no
             fault of the method's.
     """

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llamafactory_adaptive.config import option
+from llamafactory_adaptive.fields import option
 from llamafactory_adaptive.methods import Orthogonality
 from llamafactory_adaptive.methods._smoothed import SmoothedMethod
 

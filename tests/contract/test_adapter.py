@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import TARGETS, tiny_model
 
 from llamafactory_adaptive.adapter import check_live, check_saved, lora_config_arguments, name_targets_in_full
-from llamafactory_adaptive.config import GuardError
+from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.plan import ModulePlan, RankPlan
 
 

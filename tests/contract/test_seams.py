@@ -9,7 +9,7 @@ import pytest
 
 from llamafactory_adaptive import _bootstrap
 from llamafactory_adaptive.bridge import seams
-from llamafactory_adaptive.config import SeamError
+from llamafactory_adaptive.errors import SeamError
 
 
 def python(code, **environment):

@@ -7,7 +7,7 @@ import pytest
 from tiny import settings
 
 from llamafactory_adaptive import _bootstrap
-from llamafactory_adaptive.config import AdaptiveConfigError
+from llamafactory_adaptive.errors import AdaptiveConfigError
 
 
 _bootstrap.install()

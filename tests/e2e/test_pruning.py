@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_training import Keep, logits, peft_logits, train
 from tiny import ARCHITECTURES, pruning_settings, save_tiny, settings
 
-from llamafactory_adaptive.config import AdaptiveConfigError, GuardError, PlanError
+from llamafactory_adaptive.errors import AdaptiveConfigError, GuardError, PlanError
 from llamafactory_adaptive.plan import is_complete, load_plan
 
 

@@ -9,7 +9,7 @@ from tiny import ARCHITECTURES, save_tiny, settings, tiny_model
 from transformers import TrainerCallback
 
 from llamafactory_adaptive import _bootstrap
-from llamafactory_adaptive.config import AdaptiveConfigError, GuardError, PlanError
+from llamafactory_adaptive.errors import AdaptiveConfigError, GuardError, PlanError
 from llamafactory_adaptive.plan import load_plan
 
 

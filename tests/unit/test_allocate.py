@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamafactory_adaptive.allocate import allocate, water_fill
-from llamafactory_adaptive.config import InfeasibleBudgetError
+from llamafactory_adaptive.errors import InfeasibleBudgetError
 
 
 @st.composite

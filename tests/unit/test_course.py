@@ -2,8 +2,9 @@
 
 import pytest
 
-from llamafactory_adaptive.config import AdaptiveConfig, CalibrationConfig, GuardError
+from llamafactory_adaptive.config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.course import Course
+from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.plan import ModulePlan, RankPlan
 
 

@@ -15,7 +15,7 @@ from peft.tuners.adalora.layer import RankAllocator
 from llamafactory_adaptive.adapter import lora_config_arguments
 from llamafactory_adaptive.allocate import keep_components
 from llamafactory_adaptive.components import Components
-from llamafactory_adaptive.config import GuardError
+from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.gradients import WholeEngine
 from llamafactory_adaptive.methods import Orthogonality, is_dynamic
 from llamafactory_adaptive.methods.adalora import Adalora, AdaloraOptions

@@ -9,7 +9,7 @@ import torch
 from tiny import ARCHITECTURES, TARGETS, rows, tiny_model
 
 from llamafactory_adaptive.calibration import InputSecondMoments, make_batches
-from llamafactory_adaptive.config import CalibrationError
+from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.methods import ScoringContext, is_dynamic
 from llamafactory_adaptive.methods.sensitivity import Sensitivity, SensitivityOptions
 from llamafactory_adaptive.plan import ModuleShape

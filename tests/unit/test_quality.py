@@ -10,7 +10,7 @@ from tiny import ARCHITECTURES, rows, tiny_model
 
 from llamafactory_adaptive.adapter import live_layers, lora_config_arguments
 from llamafactory_adaptive.calibration import make_batches
-from llamafactory_adaptive.config import CalibrationError
+from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.quality import Wanted, length_sorted, measure, sample_losses, squared_norms
 
 

@@ -5,7 +5,7 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from llamafactory_adaptive import registry
-from llamafactory_adaptive.config import AdaptiveError
+from llamafactory_adaptive.errors import AdaptiveError
 
 
 @pytest.fixture(autouse=True)

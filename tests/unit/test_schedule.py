@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamafactory_adaptive.allocate import keep_components
-from llamafactory_adaptive.config import InfeasibleBudgetError, PruningConfig
+from llamafactory_adaptive.config import PruningConfig
+from llamafactory_adaptive.errors import InfeasibleBudgetError
 from llamafactory_adaptive.schedule import Schedule, make_schedule
 
 

@@ -1,0 +1,56 @@
+"""What can go wrong by the user's hand, and how it is said: one problem per wrong setting, all at once."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+class AdaptiveError(Exception):
+    """A failure the user can act on; the command line prints it without a traceback and exits with 2."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One wrong setting: what it is, what would be allowed, and a value to try."""
+
+    key: str
+    value: Any
+    allowed: str
+    suggestion: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.value!r} is not possible: {self.allowed}; try {self.suggestion}"
+
+
+class AdaptiveConfigError(AdaptiveError, ValueError):
+    """Wrong configuration, found before any model was loaded. Holds every problem, not only the first."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(self.problems)
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return str(self.problems[0])
+        lines = "".join(f"\n  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
+        return f"{len(self.problems)} problems in the configuration:{lines}"
+
+
+class InfeasibleBudgetError(AdaptiveError, ValueError):
+    """The rank bounds leave no allocation within the budget."""
+
+
+class PlanError(AdaptiveError, ValueError):
+    """A rank plan that cannot be read, or does not fit the model or the budget."""
+
+
+class CalibrationError(AdaptiveError, RuntimeError):
+    """Calibration could not produce trustworthy statistics."""
+
+
+class SeamError(AdaptiveError, RuntimeError):
+    """The installed LLaMA-Factory does not offer what the plugin attaches to."""
+
+
+class GuardError(AdaptiveError, RuntimeError):
+    """A run that was asked to be adaptive did not train or save what its plan says."""

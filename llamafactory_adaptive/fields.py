@@ -1,0 +1,134 @@
+"""Options as dataclass fields: help, unit and range in one place, and typed values out of YAML or a command line."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Any
+
+from llamafactory_adaptive.errors import Problem
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    odd: bool = False,
+) -> Any:
+    """Declare one key: default, help text, unit and the closed range ``[low, high]`` or the allowed words.
+
+    ``default`` may be callable (a ``default_factory``). The range is part of the generated help.
+    """
+    rules = {"low": low, "high": high, "choices": choices, "odd": odd}
+    allowed = describe_allowed(rules)
+    text = help + (f" Unit: {unit}." if unit else "") + (f" Allowed: {allowed}." if allowed else "")
+    return field(default=default, metadata={"help": text, **rules})
+
+
+def describe_allowed(rules: Mapping[str, Any]) -> str:
+    """Say a field's allowed values in words."""
+    if rules.get("choices"):
+        return "one of " + ", ".join(rules["choices"])
+    low, high = rules.get("low"), rules.get("high")
+    if low is not None and high is not None:
+        text = f"between {low:g} and {high:g}"
+    elif low is not None:
+        text = f"at least {low:g}"
+    else:
+        text = f"at most {high:g}" if high is not None else ""
+    return text + (" and odd" if rules.get("odd") else "")
+
+
+def coerce(value: Any, annotation: Any) -> Any:
+    """Turn a YAML or command-line value into the annotated type; raise ValueError if it has another meaning."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        inner = [arm for arm in typing.get_args(annotation) if arm is not type(None)]
+        return None if value is None or value in ("null", "None") else coerce(value, inner[0])
+    if annotation is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+        raise ValueError(value)
+    if isinstance(value, bool) or value is None:
+        raise ValueError(value)
+    if annotation is int:
+        if float(value) != int(float(value)):
+            raise ValueError(value)
+        return int(float(value))
+    if annotation is float:
+        if not math.isfinite(number := float(value)):
+            raise ValueError(value)
+        return number
+    if isinstance(value, (dict, list)):
+        raise ValueError(value)
+    return str(value)
+
+
+_TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def check_fields(owner: type, prefix: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """Check the flat keys of one dataclass of options.
+
+    Args:
+        owner: a dataclass whose fields were made by :func:`option`.
+        prefix: what stands before a field's name in the YAML (``"sensitivity_"``).
+        values: the flat YAML mapping; other keys are ignored.
+
+    Returns:
+        Field name to typed value, defaults filled in, and the problems found.
+    """
+    hints = typing.get_type_hints(owner)
+    result: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for entry in dataclasses.fields(owner):
+        key, default = prefix + entry.name, entry.default
+        result[entry.name] = default
+        if key not in values or values[key] is None:
+            continue
+        value = values[key]
+        if value is False and "off" in (entry.metadata.get("choices") or ()):
+            value = "off"  # what YAML makes of the word
+        try:
+            result[entry.name] = coerce(value, hints[entry.name])
+            fault = _range_fault(result[entry.name], entry.metadata)
+        except (ValueError, TypeError, OverflowError):
+            kind = next(word for kind, word in _TYPE_WORDS.items() if kind is _plain_type(hints[entry.name]))
+            fault = ", ".join(part for part in (f"it must be {kind}", describe_allowed(entry.metadata)) if part)
+        if fault:
+            result[entry.name] = default
+            problems.append(Problem(key, values[key], fault, _suggest(key, values[key], entry)))
+    return result, problems
+
+
+def _plain_type(annotation: Any) -> Any:
+    arms = [arm for arm in typing.get_args(annotation) if arm is not type(None)]
+    return arms[0] if arms else annotation
+
+
+def _range_fault(value: Any, rules: Mapping[str, Any]) -> str:
+    """Empty when ``value`` obeys the field's rules, else the rule in words."""
+    choices, low, high = rules.get("choices"), rules.get("low"), rules.get("high")
+    bad = (
+        (choices and value not in choices)
+        or (low is not None and value is not None and value < low)
+        or (high is not None and value is not None and value > high)
+        or (rules.get("odd") and value % 2 == 0)
+    )
+    return f"it must be {describe_allowed(rules)}" if bad else ""
+
+
+def _suggest(key: str, value: Any, entry: "dataclasses.Field[Any]") -> str:
+    choices = entry.metadata.get("choices")
+    if choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        return f"{key}: {near[0] if near else choices[0]}"
+    return f"leaving {key} out" if entry.default is None else f"{key}: {entry.default}"
