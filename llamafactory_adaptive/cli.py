@@ -162,10 +162,11 @@ def train(arguments: argparse.Namespace) -> int:
 
 def report(arguments: argparse.Namespace) -> int:
     """Tell what runs did, from the files in their ``output_dir``."""
-    from llamafactory_adaptive.overview import comparison, read_run, run_text
+    from llamafactory_adaptive.overview import comparison, data_of_unfinished_run, read_run, run_text
 
-    runs = [read_run(folder) for folder in arguments.runs]
-    print("\n\n".join(run_text(run) for run in runs))
+    unfinished = {folder: data_of_unfinished_run(folder) for folder in arguments.runs}
+    runs = [read_run(folder) for folder in arguments.runs if unfinished[folder] is None]
+    print("\n\n".join([*(text for text in unfinished.values() if text), *(run_text(run) for run in runs)]))
     if len(runs) > 1:
         print("\n" + comparison(runs))
     return 0

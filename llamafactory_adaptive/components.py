@@ -165,7 +165,8 @@ class Components:
     def restart(self, method: ReallocatingMethod, fresh: Sequence[Sequence[bool]], seed: int) -> None:
         """Start components anew that were off: no effect on the output, nothing remembered.
 
-        Column of P zero, row of Q as at the start of LoRA, optimizer moments and running scores empty.
+        Column of P zero, row of Q as at the start of LoRA, momenta and running scores empty. The optimizer's squared
+        gradients start from their mean over the components of the same factor that were in use.
 
         Args:
             method: forgets them, too.
@@ -179,10 +180,21 @@ class Components:
                 continue
             flags_MX = block.spread(fresh_Mr)
             method.restart(block.name, self._to_device(self._owned(block, flags_MX.float())))
-            for parameter, flags_X in zip(block.parameters, flags_MX, strict=True):
+            squares_M = self._mean_squares(block)
+            for parameter, flags_X, square in zip(block.parameters, flags_MX, squares_M, strict=True):
                 if bool(flags_X.any()):
                     new = fresh_rows(block.shape, generator) if block.kind == "Q" else torch.zeros(block.shape)
-                    self.engine.overwrite(parameter, flags_X, new.view(-1))
+                    self.engine.overwrite(parameter, flags_X, new.view(-1), square)
+
+    def _mean_squares(self, block: Block) -> list[float]:
+        """The optimizer's running squared gradient per parameter, mean over what is in use; over all processes."""
+        used_MX = block.spread(torch.tensor([list(self.triplets.masks[index]) for index in block.modules]))
+        pairs = zip(block.parameters, used_MX, strict=True)
+        sums_M2 = torch.stack([self.engine.square_sums(parameter, used_X) for parameter, used_X in pairs])
+        if self.engine.partitioned:
+            sums_M2 = add_up(sums_M2.to(self.triplets.modules[0].a.mask_r.device)).cpu()
+        mean_M: list[float] = (sums_M2[:, 0] / sums_M2[:, 1].clamp(min=1.0)).tolist()
+        return mean_M
 
     def update(
         self, method: DynamicMethod | None, orthogonality: Orthogonality | None, overflow_is_possible: bool = False

@@ -195,7 +195,26 @@ REALLOCATION_CONFLICTS = (
         "ZeRO-1, 2 or 3, or leaving deepspeed out",
     ),
 )
+
+
+def _regroups(flat: Mapping[str, Any]) -> bool:
+    """Whether accelerate is told to batch otherwise than by default."""
+    given = flat.get("accelerator_config") or {}
+    try:
+        settings = json.loads(given) if isinstance(given, str) and given.lstrip().startswith("{") else given
+        settings = settings if isinstance(settings, dict) else json.loads(Path(str(given)).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(settings.get("split_batches") or settings.get("even_batches") is False)
+
+
 SAMPLING_CONFLICTS = (
+    Conflict(
+        "accelerator_config",
+        _regroups,
+        "the samples of every step follow from its number, by the default batching alone",
+        "leaving split_batches and even_batches out",
+    ),
     Conflict(
         "stage",
         lambda flat: flat.get("stage", "sft") not in ("pt", "sft"),

@@ -20,6 +20,8 @@ DATA_PLOT_FILE = "adaptive_data_quality.png"
 SAMPLES_FILE = "adaptive_samples.jsonl"
 REPORT_SCHEMA = 1
 _SHOWN = 10  # best and worst samples, and groups of duplicates
+_LONGEST_TEXT = 2000  # characters
+_MOST_DOTS = 20_000
 _QUANTILES = {"lowest": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "highest": 1.0}
 
 
@@ -30,7 +32,7 @@ def save_data_report(
     usage_N: Tensor,
     steps: int,
     row_digests: Sequence[str],
-    text: Callable[[int], tuple[str, str]],
+    text: Callable[[int], tuple[str, str]] | None,
 ) -> None:
     """Write summary, plot and one line per sample into ``output``.
 
@@ -41,7 +43,7 @@ def save_data_report(
         usage_N: how often each sample was drawn.
         steps: in so many optimizer steps.
         row_digests: equal for equal samples.
-        text: prompt and answer of a sample.
+        text: prompt and answer of a sample; None leaves texts out.
     """
     output.mkdir(parents=True, exist_ok=True)
     samples = _sample_lines(terms, pool, usage_N, row_digests)
@@ -59,7 +61,7 @@ def save_data_report(
         "samples_used": used,
         "share_used": used / len(samples),
         "most_used": int(usage_N.max()),
-        "without_loss_tokens": int((terms.loss == 0).sum()),
+        "without_loss_tokens": int((terms.loss == 0).sum()),  # a loss of exactly 0 has no other cause
         "distribution": {
             name: {label: float(values.quantile(q)) for label, q in _QUANTILES.items()}
             for name, values in {"quality": pool.quality_N, **vars(terms)}.items()
@@ -84,7 +86,7 @@ def _sample_lines(terms: Terms, pool: Pool, usage_N: Tensor, row_digests: Sequen
     lines = []
     for index, digest in enumerate(row_digests):
         original = first.setdefault(digest, index)
-        line = {"index": index, **{name: values[index] for name, values in columns.items()}}
+        line = {"index": index, "digest": digest[:16], **{name: values[index] for name, values in columns.items()}}
         lines.append(line | ({"duplicate_of": original} if original != index else {}))
     return lines
 
@@ -97,9 +99,9 @@ def _duplicates(row_digests: Sequence[str]) -> list[list[int]]:
     return sorted((group for group in groups.values() if len(group) > 1), key=lambda group: -len(group))
 
 
-def _shown(sample: Mapping[str, Any], text: Callable[[int], tuple[str, str]]) -> dict[str, Any]:
-    prompt, answer = text(sample["index"])
-    return {**sample, "prompt": prompt, "answer": answer}
+def _shown(sample: Mapping[str, Any], text: Callable[[int], tuple[str, str]] | None) -> dict[str, Any]:
+    prompt, answer = ("(left out: push_to_hub)",) * 2 if text is None else text(sample["index"])
+    return {**sample, "prompt": prompt[:_LONGEST_TEXT], "answer": answer[:_LONGEST_TEXT]}
 
 
 def _save_plot(terms: Terms, pool: Pool, usage_N: Tensor, path: Path) -> None:
@@ -120,7 +122,9 @@ def _save_plot(terms: Terms, pool: Pool, usage_N: Tensor, path: Path) -> None:
     left.set_xlabel("quality (sum of weighted z-scores; last bar: this and above)")
     left.set_ylabel("samples")
     left.legend(fontsize=8)
-    dots = right.scatter(terms.loss.tolist(), terms.gradient_norm.tolist(), s=6, c=usage_N.tolist(), cmap="viridis")
+    some = torch.linspace(0, len(usage_N) - 1, min(len(usage_N), _MOST_DOTS)).long()
+    x, y, c = (values[some].tolist() for values in (terms.loss, terms.gradient_norm, usage_N))
+    dots = right.scatter(x, y, s=6, c=c, cmap="viridis")
     right.set_xlabel("loss")
     right.set_ylabel("gradient norm")
     figure.colorbar(dots, ax=right, label="times used")

@@ -168,11 +168,11 @@ class DynamicCallback(AdaptiveCallback):
             self.write_log(Path(args.output_dir), {**line, **self.data_figures(self.step)})
 
     def _restart(self, before: Masks, after: Masks) -> None:
-        """Components that come back start as new ones do."""
+        """Components that come back start as new ones do; the method begins another interval."""
+        method = cast(ReallocatingMethod, self.method)
+        method.allocated()
         fresh = [[new and not old for old, new in zip(*rows, strict=True)] for rows in zip(before, after, strict=True)]
-        self.components.restart(
-            cast(ReallocatingMethod, self.method), fresh, draw(self.config.seed, self.step, 0, 2**62)
-        )
+        self.components.restart(method, fresh, draw(self.config.seed, self.step, 0, 2**62))
 
     def write_log(self, output: Path, line: Mapping[str, Any]) -> None:
         """With what probing cost so far."""

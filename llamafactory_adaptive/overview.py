@@ -65,6 +65,13 @@ def _last(history: Sequence[dict[str, Any]], key: str) -> float | None:
     return float(found[-1]) if found else None
 
 
+def data_of_unfinished_run(folder: Path) -> str | None:
+    """What is known of the data of a run that goes on or was cut off; None where that is nothing."""
+    if (folder / "trainer_state.json").is_file() or not (folder / DATA_REPORT_FILE).is_file():
+        return None
+    return f"{folder} (not finished)\n\nTraining data\n" + data_table(read_data_report(folder))
+
+
 def run_text(run: Run) -> str:
     """Everything about one run."""
     parts = [f"{run.folder}", rank_table(run.plan)]

@@ -1,33 +1,29 @@
 """What each training sample would teach the adapter: its loss, gradient norm, loss drop and alignment.
 
-One pass over the data in whole batches. The gradient of sample i at a LoRA factor is a sum over tokens of outer
-products, ``sum_t left_t right_t^T``, of what autograd has at hand: the gradient at the factor's output and its input.
-Its norm needs no backward pass of its own and, where tokens are few, not even that sum (the ghost norm: Goodfellow,
-arXiv 1510.01799; Li et al., arXiv 2110.05679). Weights get no gradients, so that nothing of the training (``.grad``,
-hooks of DDP and ZeRO, optimizers) notices. Shapes: b samples, t tokens, k and j the two sides of a factor.
+One pass over the data in whole batches. Weights get no gradients, so that nothing of the training (``.grad``, hooks of
+DDP and ZeRO, optimizers) notices.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from inspect import signature
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
 
-from llamafactory_adaptive.calibration import IGNORE_INDEX, evaluating
+from llamafactory_adaptive.calibration import evaluating
 from llamafactory_adaptive.errors import CalibrationError
-from llamafactory_adaptive.stats import draw
+from llamafactory_adaptive.recording import Layers, Recorder, Wanted
 
 
-# A and B of every adapted module, by module name.
-Layers = Mapping[str, tuple[nn.Module, nn.Module]]
-# Row numbers in the data set, and what the model is called with, labels included.
-SampleBatch = tuple[Sequence[int], Mapping[str, Any]]
-_FEWEST_SIGNS = 8  # random products per factor
+class Batches(Protocol):
+    """Row numbers in the data set, and what the model is called with, labels included; can be gone through twice."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple[Sequence[int], Mapping[str, Any]]]: ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,8 @@ class Terms:
     Attributes:
         loss: mean cross entropy over the tokens that take loss; 0 where there are none.
         gradient_norm: ``|g_i|`` of that loss over all LoRA factors.
-        loss_drop: fall of the sample's own loss after one step on it, ``l(theta) - l(theta - eta g_i)``.
+        loss_drop: fall of the sample's own loss after one step on it, ``l(theta) - l(theta - eta g_i)``; to first
+            order ``eta |g_i|^2``.
         alignment: ``<g_i, mean g> / |mean g|``: first-order fall of the mean loss, per unit of step, for a step on i.
     """
 
@@ -47,29 +44,10 @@ class Terms:
     alignment: Tensor
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """Which terms to measure, and how.
-
-    Attributes:
-        step_size: eta of the loss drop.
-        exact_drop: a second forward pass at the stepped weights; else first order, ``eta |g_i|^2``.
-        alignment: ``none`` (zeros), ``projected`` (random projection, same pass) or ``exact`` (a second pass).
-        dimensions: of the projection.
-        seed: of the projection.
-    """
-
-    step_size: float
-    exact_drop: bool
-    alignment: str
-    dimensions: int
-    seed: int
-
-
 def measure(
     model: nn.Module,
     layers: Layers,
-    batches: Collection[SampleBatch],
+    batches: Batches,
     samples: int,
     wanted: Wanted,
     add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor,
@@ -87,75 +65,70 @@ def measure(
         quiet: no progress bar.
 
     Raises:
-        CalibrationError: a layer does not read whole sequences, or a figure is not finite.
+        CalibrationError: a layer does not read whole sequences, a figure is not finite, or memory does not suffice.
     """
     device = next(model.parameters()).device
     found_4N = torch.zeros(4, samples, dtype=torch.float64)
-    recorder = _Recorder(layers, wanted, samples)
-    with _scoring(model), recorder.attached():
-        for indices, inputs in tqdm(batches, desc="Scoring samples", unit="batch", disable=quiet):
-            placed = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
-            found_4N[:3, list(indices)] = recorder.score(model, placed, indices).double().cpu()
+    recorder = Recorder(layers, wanted)
+    passes = _Passes(batches, device, quiet)
+    with _scoring(model), recorder.attached(), _memory_advice(recorder):
+        for indices, inputs in passes.named("Scoring samples"):
+            found_4N[:3, indices] = _checked(recorder.score(model, inputs), indices)
         if wanted.alignment == "exact":
             recorder.share_mean(add_up)
-            for indices, inputs in tqdm(batches, desc="Aligning samples", unit="batch", disable=quiet):
-                placed = {k: value.to(device) if isinstance(value, Tensor) else value for k, value in inputs.items()}
-                found_4N[3, list(indices)] = recorder.align(model, placed, indices).double().cpu()
-    found_4N = add_up(found_4N.to(device)).cpu()
+            for indices, inputs in passes.named("Aligning samples"):
+                found_4N[3, indices] = _checked(recorder.align(model, inputs), indices)
     if wanted.alignment == "projected":
-        found_4N[3] = recorder.projected_alignment(add_up, device)
-    if not bool(found_4N.isfinite().all()):
-        worst = int((~found_4N.isfinite()).any(0).nonzero()[0])
-        raise CalibrationError(
-            f"the gradient of sample {worst} of the training set is not finite: check the base model and its dtype"
-        )
+        found_4N[3, passes.order] = recorder.projected_alignment(samples, add_up, device)
+    found_4N = add_up(found_4N.to(device)).cpu()
     return Terms(found_4N[0], found_4N[1].sqrt(), found_4N[2], found_4N[3])
 
 
-def squared_norms(left_btk: Tensor, right_btj: Tensor) -> Tensor:
-    """``|sum_t left_t right_t^T|_F^2`` per sample, fp32, the cheaper way round.
+class _Passes:
+    """One or two turns through the batches, on the device, with a progress bar; remembers the order of samples."""
 
-    From the sum itself, t k j multiplications, or from the Gram matrices over tokens, t^2 (k + j).
-    """
-    tokens, k, j = left_btk.shape[1], left_btk.shape[2], right_btj.shape[2]
-    if tokens * (k + j) < k * j:
-        return ((left_btk @ left_btk.mT) * (right_btj @ right_btj.mT)).sum((1, 2))
-    return (left_btk.mT @ right_btj).square().sum((1, 2))
+    def __init__(self, batches: Batches, device: torch.device, quiet: bool) -> None:
+        self.batches, self.device, self.quiet = batches, device, quiet
+        self.order: list[int] = []
 
-
-def sample_losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """Mean next-token cross entropy of each sample over its labelled tokens, (b,); 0 for a sample without any.
-
-    The model gets no labels: fused losses (Liger) need them and step aside. The output head runs from the first
-    labelled token of the batch on, where the model lets one choose.
-    """
-    labels_bt = inputs["labels"]
-    rest = {key: value for key, value in inputs.items() if key != "labels"}
-    targets_bt = labels_bt[:, 1:]
-    places = (targets_bt != IGNORE_INDEX).any(0).nonzero()
-    first = int(places[0]) if len(places) else 0
-    if "logits_to_keep" in _forward_arguments(model):
-        rest["logits_to_keep"] = torch.arange(first, labels_bt.shape[1], device=labels_bt.device)
-        targets_bt = targets_bt[:, first:]
-    logits_btv = model(**rest, use_cache=False).logits[:, :-1]
-    losses_bt = functional.cross_entropy(
-        logits_btv.flatten(0, 1).float(), targets_bt.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-    ).view(targets_bt.shape)
-    losses_b: Tensor = losses_bt.sum(1) / (targets_bt != IGNORE_INDEX).sum(1).clamp(min=1)
-    return losses_b
+    def named(self, name: str) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """Sample numbers and model inputs of every batch."""
+        self.order = []
+        for indices, inputs in tqdm(self.batches, desc=name, unit="batch", disable=self.quiet):
+            self.order += indices
+            placed = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+            yield list(indices), placed
 
 
-def _forward_arguments(model: nn.Module) -> Collection[str]:
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return signature(base.forward).parameters
+@contextmanager
+def _memory_advice(recorder: Recorder) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise CalibrationError(
+            f"out of memory while scoring {recorder.batch_size} samples at once: set a smaller tsq_batch_size "
+            "(scoring holds the logits that fused losses such as Liger's avoid), or tsq_sampling: false"
+        ) from error
+
+
+def _checked(figures: Tensor, indices: Sequence[int]) -> Tensor:
+    """Figures of a batch, (..., b), on the CPU."""
+    found = figures.double().cpu()
+    finite_b = found.isfinite().reshape(-1, len(indices)).all(0)
+    if not bool(finite_b.all()):
+        worst = indices[int((~finite_b).nonzero()[0])]
+        raise CalibrationError(
+            f"the gradient of sample {worst} of the training set is not finite: check the base model and its dtype"
+        )
+    return found
 
 
 @contextmanager
 def _scoring(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without dropout; gradients flow from the embeddings on, to activations only.
 
-    Gradient checkpointing stays on where it is: its layers need their training flag, and LLaMA-Factory's version also
-    wants to see something trainable in them.
+    Gradient checkpointing stays on where it is: its layers need their training flag (some apply dropout themselves by
+    it), and LLaMA-Factory's version also wants to see something trainable in them.
     """
     layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     device = next(model.parameters()).device
@@ -164,7 +137,10 @@ def _scoring(model: nn.Module) -> Iterator[None]:
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
         stack.callback(embeddings.register_forward_hook(lambda module, args, output: _needing(output)).remove)
         for layer in layers:
-            layer.training = True  # of this module alone: dropout sits in its children
+            layer.training = True  # of this module alone, not of its children
+            for name, rate in [(k, v) for k, v in vars(layer).items() if "dropout" in k and isinstance(v, float)]:
+                setattr(layer, name, 0.0)
+                stack.callback(setattr, layer, name, rate)
             layer.register_parameter("_scored", nn.Parameter(torch.empty(0, device=device)))
             stack.callback(layer._parameters.pop, "_scored")
         yield
@@ -172,155 +148,6 @@ def _scoring(model: nn.Module) -> Iterator[None]:
 
 def _needing(output: Tensor) -> Tensor:
     return output if output.requires_grad or not torch.is_grad_enabled() else output.requires_grad_(True)
-
-
-class _Tap(torch.autograd.Function):
-    """Identity on a layer's output; the backward pass shows ``take`` the output's gradient and the layer's input.
-
-    The input goes through autograd's own store, so that gradient checkpointing recomputes it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, output: Tensor, take: Callable[[Tensor, Tensor], None]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.take = take
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
-        (x,) = ctx.saved_tensors
-        ctx.take(grads[0], x)
-        return None, grads[0], None
-
-
-class _Recorder:
-    """Taps on every LoRA factor and what they add up to.
-
-    Args:
-        layers: A and B by module name.
-        wanted: the terms.
-        samples: N.
-    """
-
-    def __init__(self, layers: Layers, wanted: Wanted, samples: int) -> None:
-        self.layers, self.wanted, self.samples = layers, wanted, samples
-        self.indices: Sequence[int] = ()
-        self.phase = "score"
-        self.squared_b = torch.empty(0)
-        self.dots_b = torch.empty(0)
-        self.kept: dict[str, Tensor] = {}  # per-sample gradients of the batch, (b, k, j), for the exact loss drop
-        self.total: dict[str, Tensor] = {}  # over all samples, (k, j), for the exact alignment
-        self.signs: dict[str, tuple[Tensor, Tensor]] = {}
-        self.per_factor = max(_FEWEST_SIGNS, wanted.dimensions // (2 * len(layers)))
-        self.slots = max(1, wanted.dimensions // self.per_factor)  # factors beyond the last slot share one
-        rows = samples if wanted.alignment == "projected" else 0
-        self.projected_ND = torch.zeros(rows, self.slots * self.per_factor)
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Hook A and B of every module."""
-        with ExitStack() as stack:
-            for place, (name, (a, b)) in enumerate(self.layers.items()):
-                # The gradient at A is zero as long as B is: a new adapter needs no look at A.
-                if bool(b.weight.any()):  # type: ignore[operator]
-                    self._attach(stack, f"{name}.A", 2 * place, a)
-                self._attach(stack, f"{name}.B", 2 * place + 1, b)
-            yield
-
-    def _attach(self, stack: ExitStack, key: str, place: int, factor: nn.Module) -> None:
-        hook = self._hook(key, place, getattr(factor, "mask_r", None))
-        stack.callback(factor.register_forward_hook(hook).remove)
-        if self.wanted.alignment == "exact":  # on a process without batches, too: sums are taken over all
-            self.total[key] = torch.zeros_like(factor.weight, dtype=torch.float32)  # type: ignore[arg-type]
-
-    def _hook(self, key: str, place: int, mask_r: Tensor | None) -> Callable[..., Tensor]:
-        def take(gradient: Tensor, x: Tensor) -> None:
-            left = gradient.float() if mask_r is None else gradient.float() * mask_r
-            self._add(key, place, left, x.float())
-
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = args[0]
-            if self.phase == "stepped":
-                change = x.float() @ self.kept[key].mT if key in self.kept else 0.0
-                return (output - self.wanted.step_size * change).to(output.dtype)
-            if x.dim() != 3 or len(x) != len(self.indices):
-                raise CalibrationError(
-                    f"{key[:-2]} reads {tuple(x.shape)} where the batch has {len(self.indices)} samples (a routed "
-                    "expert or an image tower?), so its gradients belong to no sample; take it out of lora_target or "
-                    "set tsq_sampling: false"
-                )
-            tapped: Tensor = _Tap.apply(x, output, take)  # type: ignore[no-untyped-call]
-            return tapped
-
-        return hook
-
-    def _add(self, key: str, place: int, left_btk: Tensor, right_btj: Tensor) -> None:
-        if self.phase == "align":
-            self.dots_b += ((left_btk @ self.total[key]) * right_btj).sum((1, 2))
-            return
-        if self.wanted.exact_drop:
-            self.kept[key] = left_btk.mT @ right_btj
-            self.squared_b += self.kept[key].square().sum((1, 2))
-        else:
-            self.squared_b += squared_norms(left_btk, right_btj)
-        if self.wanted.alignment == "exact":
-            self.total[key] += left_btk.flatten(0, 1).mT @ right_btj.flatten(0, 1)
-        elif self.wanted.alignment == "projected":
-            self._project(key, place, left_btk, right_btj)
-
-    def _backward(self, model: nn.Module, inputs: Mapping[str, Any], indices: Sequence[int]) -> Tensor:
-        self.indices, device = indices, inputs["labels"].device
-        self.squared_b = torch.zeros(len(indices), device=device)
-        self.dots_b = torch.zeros(len(indices), device=device)
-        losses_b = sample_losses(model, inputs)
-        losses_b.sum().backward()  # type: ignore[no-untyped-call]
-        return losses_b.detach()
-
-    def score(self, model: nn.Module, inputs: Mapping[str, Any], indices: Sequence[int]) -> Tensor:
-        """Losses, squared gradient norms and loss drops of one batch, (3, b)."""
-        losses_b = self._backward(model, inputs, indices)
-        drops_b = self.wanted.step_size * self.squared_b
-        if self.wanted.exact_drop:
-            self.phase = "stepped"
-            with torch.no_grad():
-                drops_b = losses_b - sample_losses(model, inputs)
-            self.phase = "score"
-        return torch.stack([losses_b, self.squared_b, drops_b])
-
-    # -- alignment ---------------------------------------------------------------------------------------------------
-
-    def share_mean(self, add_up: Callable[[Tensor], Tensor]) -> None:
-        """From sums of this process to the unit vector along the mean gradient of all."""
-        self.total = {key: add_up(total) for key, total in self.total.items()}
-        norm = torch.stack([total.square().sum() for total in self.total.values()]).sum().sqrt()
-        self.total = {key: total / norm.clamp(min=1e-30) for key, total in self.total.items()}
-        self.phase = "align"
-
-    def align(self, model: nn.Module, inputs: Mapping[str, Any], indices: Sequence[int]) -> Tensor:
-        """``<g_i, mean g> / |mean g|`` of one batch, (b,)."""
-        self._backward(model, inputs, indices)
-        return self.dots_b
-
-    def _project(self, key: str, place: int, left_btk: Tensor, right_btj: Tensor) -> None:
-        """Inner products with random sign matrices ``u v^T``; their products estimate those of gradients, unbiased."""
-        if key not in self.signs:
-            generator = torch.Generator().manual_seed(draw(self.wanted.seed, place, 0, 2**62))
-            sides = (left_btk.shape[2], right_btj.shape[2])
-            self.signs[key] = tuple(  # type: ignore[assignment]
-                (torch.randint(0, 2, (side, self.per_factor), generator=generator) * 2.0 - 1.0).to(left_btk.device)
-                for side in sides
-            )
-        u_kd, v_jd = self.signs[key]
-        products_bd = ((left_btk @ u_kd) * (right_btj @ v_jd)).sum(1) / self.per_factor**0.5
-        start = place % self.slots * self.per_factor
-        self.projected_ND[list(self.indices), start : start + self.per_factor] += products_bd.cpu()
-
-    def projected_alignment(self, add_up: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
-        """Alignment of all samples from their projections, (N,)."""
-        p_ND = add_up(self.projected_ND.to(device)).cpu().double()
-        mean_D = p_ND.mean(0)
-        alignment_N: Tensor = p_ND @ mean_D / mean_D.norm().clamp(min=1e-30)
-        return alignment_N
 
 
 def length_sorted(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -173,7 +173,8 @@ class SubsetSampler(Sampler[int]):
     What a step sees follows from its number alone, so that prefetching workers and resumed runs agree.
 
     Args:
-        epoch_samples: length of an epoch: the size of a subset.
+        epoch_samples: length of an epoch: the size of a subset, rounded up to whole batches of all processes, which
+            would otherwise be filled up with samples that nobody counts.
     """
 
     def __init__(self, epoch_samples: int) -> None:

@@ -13,14 +13,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from llamafactory_adaptive.adapter import factors, live_layers
 from llamafactory_adaptive.data_report import save_data_report
-from llamafactory_adaptive.errors import GuardError, PlanError
+from llamafactory_adaptive.errors import CalibrationError, GuardError, PlanError
 from llamafactory_adaptive.plan import QUALITY_FILE, digest_of, replacing
 from llamafactory_adaptive.processes import add_up, process_number, processes
-from llamafactory_adaptive.quality import SampleBatch, Terms, Wanted, length_sorted, measure
+from llamafactory_adaptive.quality import Terms, length_sorted, measure
+from llamafactory_adaptive.recording import Wanted
 from llamafactory_adaptive.sampling import Pool, Sampling, SubsetSampler, Timeline, combine_terms
 from llamafactory_adaptive.schedule import refresh_interval
 
@@ -30,26 +32,25 @@ logger = logging.getLogger("llamafactory.adaptive")
 
 
 class _Batches:
-    """This process's scoring batches, as the run's own collator makes them.
+    """This process's scoring batches, as the run's own collator and workers make them.
 
     Args:
         dataset: map-style.
         collator: rows to tensors.
         groups: row numbers of each batch.
+        workers: processes that prepare batches ahead.
     """
 
-    def __init__(self, dataset: Any, collator: Any, groups: Sequence[Sequence[int]]) -> None:
-        self.dataset, self.collator, self.groups = dataset, collator, groups
+    def __init__(self, dataset: Any, collator: Any, groups: list[list[int]], workers: int) -> None:
+        self.groups = groups
+        self.loader = DataLoader(dataset, batch_sampler=groups, collate_fn=collator, num_workers=workers)
 
     def __len__(self) -> int:
         return len(self.groups)
 
-    def __contains__(self, batch: object) -> bool:
-        return False
-
-    def __iter__(self) -> Iterator[SampleBatch]:
-        for group in self.groups:
-            yield group, dict(self.collator([self.dataset[index] for index in group]))
+    def __iter__(self) -> Iterator[tuple[Sequence[int], dict[str, Any]]]:
+        for group, batch in zip(self.groups, self.loader, strict=True):
+            yield group, dict(batch)
 
 
 class Selection:
@@ -68,6 +69,7 @@ class Selection:
         self.sampler: SubsetSampler
         self.dataset: Any = None
         self.row_digests: list[str] = []
+        self.rows_digest = ""
         self.terms: Terms
         self.pool: Pool
         self.timeline: Timeline
@@ -77,7 +79,8 @@ class Selection:
         self.trainer, self.dataset = trainer, trainer.train_dataset
         if trainer.args.remove_unused_columns:
             self.dataset = trainer._remove_unused_columns(self.dataset, description="training")
-        self.sampler = SubsetSampler(self.sampling.subset_size(len(self.dataset)))
+        whole = trainer.args.train_batch_size * trainer.args.world_size
+        self.sampler = SubsetSampler(-(-self.sampling.subset_size(len(self.dataset)) // whole) * whole)
 
     # -- before the first step ---------------------------------------------------------------------------------------
 
@@ -89,13 +92,13 @@ class Selection:
             PlanError: the checkpoint was trained on other rows.
         """
         started = time.perf_counter()
+        self.timeline = self._make_timeline(max_steps, dataloader)
         lengths = self._read_rows()
         self.terms = self._measured(lengths) if resumed is None else self._restored(resumed)
         quality = combine_terms(
             (self.terms.gradient_norm, self.terms.loss_drop, self.terms.alignment), self.sampling.weights
         )
         self.pool = Pool(quality, self.terms.gradient_norm, self.sampling, self.seed)
-        self.timeline = self._make_timeline(max_steps, dataloader)
         self.sampler.pool, self.sampler.timeline = self.pool, self.timeline
         if process_number() == 0:
             self._warn_if_collapsed()
@@ -106,17 +109,23 @@ class Selection:
         lengths, self.row_digests = [], []
         quiet = process_number() != 0 or len(self.dataset) < 50_000
         for row in tqdm(self.dataset, desc="Reading samples", unit="row", disable=quiet):
+            if any(row.get(kind) for kind in ("images", "videos", "audios")):
+                raise CalibrationError(
+                    "training samples hold images, video or audio, whose quality is not measured; set "
+                    "tsq_sampling: false"
+                )
             ids, labels = list(row["input_ids"]), row.get("labels")
             lengths.append(len(ids))
             text = json.dumps([ids, None if labels is None else list(labels)])
             self.row_digests.append(hashlib.sha256(text.encode()).hexdigest())
+        self.rows_digest = digest_of(self.row_digests)
         return lengths
 
     def _measured(self, lengths: Sequence[int]) -> Terms:
         wanted, args = self._wanted(), self.trainer.args
         path = self.cache / f"{self._cache_key(wanted)}.safetensors"
         # The main process's cache decides: other nodes may have none.
-        found = _read_terms(path, self._rows_digest()) if process_number() == 0 else None
+        found = _read_terms(path, self.rows_digest) if process_number() == 0 else None
         if int(add_up(torch.tensor(int(found is not None), device=args.device))):
             return self._shared(found)
         size = self.sampling.batch_size or args.train_batch_size
@@ -125,14 +134,14 @@ class Selection:
         terms = measure(
             self.trainer.model,
             {name: (layer.lora_A[adapter], layer.lora_B[adapter]) for name, (layer, adapter) in layers.items()},
-            _Batches(self.dataset, self.trainer.data_collator, groups),
+            _Batches(self.dataset, self.trainer.data_collator, groups, args.dataloader_num_workers),
             len(lengths),
             wanted,
             add_up,
             quiet=process_number() != 0,
         )
         if process_number() == 0:
-            _write_terms(path, terms, self._rows_digest())
+            _write_terms(path, terms, self.rows_digest)
         return terms
 
     def _shared(self, found: Terms | None) -> Terms:
@@ -142,13 +151,18 @@ class Selection:
         return Terms(*add_up(mine.to(device)).cpu())
 
     def _wanted(self) -> Wanted:
+        """What to measure; settings that make no difference do not show, so that the cache fits."""
         s = self.sampling
         alignment = "none" if s.weights[2] == 0 else "projected" if s.projection else "exact"
-        step_size = s.step_size or self.trainer.args.learning_rate or 1e-4
-        return Wanted(step_size, s.loss_drop == "exact", alignment, s.projection or 1, self.seed)
-
-    def _rows_digest(self) -> str:
-        return digest_of(self.row_digests)
+        exact = s.loss_drop == "exact"
+        projected = alignment == "projected"
+        return Wanted(
+            step_size=s.step_size or self.trainer.args.learning_rate if exact else 1.0,
+            exact_drop=exact,
+            alignment=alignment,
+            dimensions=s.projection if projected else 1,
+            seed=self.seed if projected else 0,
+        )
 
     def _cache_key(self, wanted: Wanted) -> str:
         weights = hashlib.sha256()
@@ -158,7 +172,7 @@ class Selection:
         args = self.trainer.args
         facts = {
             "identity": self.identity,
-            "rows": self._rows_digest(),
+            "rows": self.rows_digest,
             "adapter": weights.hexdigest(),
             "wanted": asdict(wanted),
             "precision": [args.bf16, args.fp16, bool(args.deepspeed)],
@@ -166,7 +180,7 @@ class Selection:
         return digest_of(facts)
 
     def _restored(self, checkpoint: Path) -> Terms:
-        found = _read_terms(checkpoint / QUALITY_FILE, self._rows_digest())
+        found = _read_terms(checkpoint / QUALITY_FILE, self.rows_digest)
         if found is None:
             raise PlanError(
                 f"{checkpoint} holds no qualities of these training samples: the data set, template or cutoff_len has "
@@ -196,7 +210,8 @@ class Selection:
             f"sample weights have collapsed: they amount to {self.pool.effective_size:.1f} equally likely samples, "
             f"below {_LEAST_EFFECTIVE:.0%} of the subset of {self.pool.subset_size}, so that the same few lead every "
             f"draw; raise tsq_temperature from {self.sampling.temperature:g} to "
-            f"{self.pool.temperature_for(wanted):.3g}, or leave the largest gradients out with tsq_clip_quantile: 0.95"
+            f"{self.pool.temperature_for(wanted):.3g}"
+            + (", or leave the largest gradients out with tsq_clip_quantile: 0.95" if self.pool.kept_N.all() else "")
         )
 
     # -- while training ----------------------------------------------------------------------------------------------
@@ -233,11 +248,13 @@ class Selection:
     def save(self, folder: Path) -> None:
         """Keep what was measured, so that a resumed run draws the same."""
         folder.mkdir(parents=True, exist_ok=True)
-        _write_terms(folder / QUALITY_FILE, self.terms, self._rows_digest())
+        _write_terms(folder / QUALITY_FILE, self.terms, self.rows_digest)
 
     def report(self, output: Path, steps: int) -> None:
         """Write what a person wants to see of the data, ``steps`` optimizer steps into the run."""
-        save_data_report(output, self.terms, self.pool, self.sampler.usage(steps), steps, self.row_digests, self._text)
+        # What lies in output_dir is pushed with it: nobody's training text goes to a hub unasked.
+        text = None if self.trainer.args.push_to_hub else self._text
+        save_data_report(output, self.terms, self.pool, self.sampler.usage(steps), steps, self.row_digests, text)
 
     def _text(self, index: int) -> tuple[str, str]:
         """Prompt and answer of a sample."""

@@ -153,32 +153,63 @@ class SmoothedImportance:
             (self.mean if kind == "mean" else self.deviation)[block] = value
 
 
-class RunningMean:
-    """``S <- b S + (1 - b) s`` per element, from zero on. Elements come in named blocks, flat, in fp32."""
+class DiscountedMean:
+    """Mean of all observations, in which those from before the last :meth:`fade` count ``beta`` times as much.
+
+    After K intervals of equal length with means ``m_k`` it is ``sum_k beta^(K-k) m_k / sum_k beta^(K-k)``: an
+    exponential moving average over intervals, without its bias towards the start. Elements come in named blocks, flat,
+    in fp32. Memory: two numbers per element.
+    """
 
     def __init__(self, beta: float) -> None:
         self.beta = beta
-        self.mean: dict[str, Tensor] = {}
+        self.total: dict[str, Tensor] = {}
+        self.weight: dict[str, Tensor] = {}
 
     def update(self, block: str, values: Tensor, observed: Tensor | None = None) -> None:
         """Take one observation; ``values`` is used up as scratch.
 
         Args:
             block: name of the block.
-            values: s, any shape that stays the same.
-            observed: 1.0 for elements to update, of that shape; the others keep S. All when None.
+            values: any shape that stays the same.
+            observed: 1.0 for elements to update, of that shape. All when None.
         """
-        if block not in self.mean:
-            self.mean[block] = torch.zeros_like(values)
-        step = values.sub_(self.mean[block])
-        if observed is not None:
-            step.mul_(observed)
-        self.mean[block].add_(step, alpha=1 - self.beta)
+        if block not in self.total:
+            self.total[block] = torch.zeros_like(values)
+            self.weight[block] = torch.zeros_like(values)
+        if observed is None:
+            self.total[block].add_(values)
+            self.weight[block].add_(1.0)
+        else:
+            self.total[block].add_(values.mul_(observed))
+            self.weight[block].add_(observed)
+
+    def mean(self, block: str) -> Tensor:
+        """Per element; 0 where nothing was observed."""
+        return self.total[block] / self.weight[block].clamp(min=torch.finfo(torch.float32).tiny)
+
+    def fade(self) -> None:
+        """An interval ends: what was seen so far counts less from now on."""
+        for tensor in (*self.total.values(), *self.weight.values()):
+            tensor.mul_(self.beta)
 
     def restart(self, block: str, fresh: Tensor) -> None:
         """Forget what was seen of the elements where ``fresh`` is 1.0."""
-        if block in self.mean:
-            self.mean[block].mul_(1.0 - fresh)
+        if block in self.total:
+            self.total[block].mul_(1.0 - fresh)
+            self.weight[block].mul_(1.0 - fresh)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything needed to go on, by name."""
+        return {f"total.{block}": value for block, value in self.total.items()} | {
+            f"weight.{block}": value for block, value in self.weight.items()
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave."""
+        for name, value in state.items():
+            kind, _, block = name.partition(".")
+            (self.total if kind == "total" else self.weight)[block] = value
 
 
 def draw(seed: int, step: int, micro_batch: int, choices: int) -> int:

@@ -150,5 +150,7 @@ def pruning_settings(model: Path, data: Path, output: Path, **more: Any) -> dict
 
 def tsq_settings(model: Path, data: Path, output: Path, **more: Any) -> dict[str, Any]:
     """The same for TsqLoRA: refreshes at 3, 6 and 9, in the middle of epochs of nine steps."""
-    plain = pruning_settings(model, data, output, adaptive_method="tsq", tsq_temperature=3.0)
-    return {key: value for key, value in plain.items() if key != "adaptive_interval"} | more
+    plain = pruning_settings(model, data, output, adaptive_method="tsq")
+    kept = {key: value for key, value in plain.items() if key != "adaptive_interval"}
+    temperature = {"tsq_temperature": 3.0} if more.get("tsq_sampling", True) else {}
+    return {**kept, **temperature, **more}

@@ -59,10 +59,12 @@ def fresh_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
     from llamafactory_adaptive.sameness import flat_options
 
     if config.plan_path:
-        samples = getattr(pipeline.make_method(config), "sampling", None) is not None
+        method = pipeline.make_method(config)
+        samples = getattr(method, "sampling", None) is not None
         used = {"adaptive_plan", "adaptive_budget_unit"}
         if samples:
-            used |= {"adaptive_method", *(f"{config.method}_{option}" for option in config.options)}
+            read = set(config.options) - set(method.idle_on_a_plan)
+            used |= {"adaptive_method", *(f"{config.method}_{option}" for option in read)}
         idle = [key for key in our_keys(args) if key not in used]
         if idle and local_rank() == 0:
             logger.warning(f"adaptive_plan is given, so these keys are not used: {', '.join(idle)}")

@@ -76,7 +76,7 @@ def adaptive_training_function(
 def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], args: Args, adaptive: AdaptiveConfig
            ) -> None:  # fmt: skip
     from llamafactory_adaptive.controller import finish
-    from llamafactory_adaptive.gradients import init_deepspeed_on_cpu
+    from llamafactory_adaptive.zero import init_deepspeed_on_cpu
 
     started = time.perf_counter()
     if args.get("deepspeed") and "LOCAL_RANK" not in os.environ:

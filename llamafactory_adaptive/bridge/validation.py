@@ -97,6 +97,9 @@ def _course(
     problems += check_course_conflicts(args, kind, made.path(0, 0) is not None)
     if kind == "reallocate":
         low = common["adaptive_min_rank"]
+        if low == 0:
+            reason = "a module without components has nothing to score, and would never come back"
+            problems.append(Problem("adaptive_min_rank", 0, reason, "adaptive_min_rank: 1"))
         if made.sampling is not None and made.sampling.scales_budget and 2 * low > lora_rank:
             reason = f"the budget may fall to half of lora_rank ({lora_rank}) with {name}_phi: quality"
             problems.append(Problem("adaptive_min_rank", low, reason, f"adaptive_min_rank: {lora_rank // 2}"))

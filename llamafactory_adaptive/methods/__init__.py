@@ -146,6 +146,13 @@ class ReallocatingMethod(DynamicMethod, Protocol):
     def refresh_ratio(self) -> float:
         """Share of all optimizer steps between two allocations."""
 
+    @property
+    def idle_on_a_plan(self) -> tuple[str, ...]:
+        """Options that are not read when ranks come from ``adaptive_plan``; those of its sampling still are."""
+
+    def allocated(self) -> None:
+        """Ranks were shared anew: another interval begins."""
+
     def restart(self, block: str, fresh: Tensor) -> None:
         """Forget the elements where ``fresh`` is 1.0: their component was off and starts anew."""
 

@@ -12,18 +12,19 @@ without replacement by p_i = softmax(Q_i / tau). Ranks follow the sensitivity of
 What differs, since no full text is public: the second term is eta |g_i|^2 unless ``loss_drop: exact``; the third is
 ours, as are the z-scores, the draw without replacement, phi (1, so that the budget holds; ``quality`` is the mean
 place of S in the quality order, mapped to [0.5, 1]), the refresh every ``refresh_ratio`` of all steps, and the
-smoothing of S_m (over optimizer steps). Samples are scored once, before the first step, when B is zero: |g_i| is then
-the gradient of the B factors. The adapter is plain LoRA with live rank ``adaptive_max_rank`` and a mask; all modules
-start at ``lora_rank``. Within a module the components with the highest mean importance stay; one that comes back
-starts with column of B zero, a fresh row of A and empty optimizer moments.
+smoothing of S_m: E is the mean over all steps of a refresh interval, and earlier intervals count ``beta`` times as
+much as the next, without a bias towards the start. Samples are scored once, before the first step, when B is zero:
+|g_i| is then the gradient of the B factors. The adapter is plain LoRA with live rank ``adaptive_max_rank`` and a mask;
+all modules start at ``lora_rank``. Within a module the components with the highest mean importance stay; one that
+comes back starts with column of B zero, a fresh row of A, no momentum, and the mean of the factor's squared gradients.
 
 Cost: one scoring pass (about one forward and backward pass over the data without weight gradients; two for the exact
-alignment, a forward pass more for the exact loss drop); optimizer states for ``adaptive_max_rank``, one more fp32
-number per factor element and an element-wise pass over the adapter per step.
+alignment, a forward pass more for the exact loss drop); optimizer states for ``adaptive_max_rank``, two more fp32
+numbers per factor element and an element-wise pass over the adapter per step.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from torch import Tensor
@@ -32,7 +33,7 @@ from llamafactory_adaptive.errors import Problem
 from llamafactory_adaptive.fields import option
 from llamafactory_adaptive.methods import Scores, ScoringContext
 from llamafactory_adaptive.sampling import Sampling
-from llamafactory_adaptive.stats import RunningMean
+from llamafactory_adaptive.stats import DiscountedMean
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,12 @@ class TsqOptions:
         "Sensitivity of an element: weight_gradient is |w dL/dw|, fisher is (dL/dw)^2.",
         choices=("weight_gradient", "fisher"),
     )
-    beta: float = option(0.85, "Smoothing of the sensitivity over optimizer steps.", low=0.0, high=0.9999)
+    beta: float = option(
+        0.85,
+        "What earlier refresh intervals count in the sensitivity, compared with the next: against ranks that thrash.",
+        low=0.0,
+        high=1.0,
+    )
     phi: str = option(
         "1",
         "Share of the budget that is spent: 1, or quality, between 0.5 and 1 by the mean quality of the subset.",
@@ -90,8 +96,8 @@ class TsqOptions:
     )
 
     def check(self) -> list[Problem]:
-        """Options that leave nothing to do, or contradict each other."""
-        problems = []
+        """Options that leave nothing to do, do nothing, or contradict each other."""
+        problems = self._idle()
         if not (self.sampling or self.reallocation):
             reason = "with tsq_reallocation: false nothing of the method is left"
             problems.append(Problem("tsq_sampling", False, reason, "adaptive_method: uniform"))
@@ -104,6 +110,26 @@ class TsqOptions:
             problems.append(Problem("tsq_norm_weight", self.norm_weight, reason, "tsq_norm_weight: 1.0"))
         return problems
 
+    def _idle(self) -> list[Problem]:
+        """Options that were set, and that nobody reads because of others."""
+        rules = [
+            (not self.sampling, _OF_SAMPLING, "with tsq_sampling: false no sample is chosen"),
+            (not self.reallocation, OF_REALLOCATION, "with tsq_reallocation: false ranks stay as they are"),
+            (not self.alignment_weight, ("projection",), "with tsq_alignment_weight: 0 no alignment is measured"),
+            (self.loss_drop != "exact", ("step_size",), "only tsq_loss_drop: exact takes a step"),
+        ]
+        return [
+            Problem(f"tsq_{entry.name}", getattr(self, entry.name), reason, f"leaving tsq_{entry.name} out")
+            for off, names, reason in rules
+            for entry in fields(self)
+            if off and entry.name in names and getattr(self, entry.name) != entry.default
+        ]
+
+
+_OF_SAMPLING = ("norm_weight", "loss_drop_weight", "alignment_weight", "loss_drop", "temperature", "subset_ratio",
+                "clip_quantile", "batch_size")  # fmt: skip
+OF_REALLOCATION = ("sensitivity", "beta")
+
 
 class Tsq:
     """The method registered as ``tsq``: dynamic, and static where ``reallocation`` is off."""
@@ -112,10 +138,11 @@ class Tsq:
     concentration_advice: ClassVar[str] = ""
     initial_lambda: ClassVar[None] = None
     orthogonality: ClassVar[None] = None
+    idle_on_a_plan: ClassVar[tuple[str, ...]] = ("reallocation", "phi", *OF_REALLOCATION)
 
     def __init__(self, options: TsqOptions) -> None:
         self.options = options
-        self.importance = RunningMean(options.beta)
+        self.importance = DiscountedMean(options.beta)
 
     @property
     def course(self) -> str:
@@ -162,24 +189,28 @@ class Tsq:
         return None
 
     def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
-        """Smooth ``|w g|`` or ``g^2``."""
+        """Average ``|w g|`` or ``g^2``."""
         if self.options.sensitivity == "fisher":
             self.importance.update(block, gradients.square_(), live)
         else:
             self.importance.update(block, gradients.mul_(weights).abs_(), live)
 
     def element_scores(self, block: str, weights: Tensor) -> Tensor:
-        """The running mean."""
-        return self.importance.mean[block]
+        """The mean since training began, recent intervals first."""
+        return self.importance.mean(block)
+
+    def allocated(self) -> None:
+        """What was seen up to here counts less at the next allocation."""
+        self.importance.fade()
 
     def restart(self, block: str, fresh: Tensor) -> None:
         """Components that come back have no past."""
         self.importance.restart(block, fresh)
 
     def state(self) -> dict[str, Tensor]:
-        """Running means."""
-        return dict(self.importance.mean)
+        """Sums and weights."""
+        return self.importance.state()
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take them back."""
-        self.importance.mean = dict(state)
+        self.importance.load(state)

@@ -23,7 +23,7 @@ WRONG = [
     ({"learning_rat": 1.0}, "learning_rat: 1.0 is not possible: neither LLaMA-Factory nor this plugin has such a key; try "
      "learning_rate"),
     ({"adaptive_method": "sensitvity"}, "adaptive_method: 'sensitvity' is not possible: it must be one of adalora, "
-     "igu, random, sensitivity, uniform; try adaptive_method: sensitivity"),
+     "igu, random, sensitivity, tsq, uniform; try adaptive_method: sensitivity"),
     ({"adaptive_budget_unit": "parms"}, "adaptive_budget_unit: 'parms' is not possible: it must be one of params, ranks; "
      "try adaptive_budget_unit: params"),
     ({"adaptive_min_rank": -1}, "adaptive_min_rank: -1 is not possible: it must be at least 0; try adaptive_min_rank: 1"),
@@ -89,8 +89,8 @@ WRONG = [
      "makes extra passes that could be thinned out; try leaving it out"),
     ({**IGU, "igu_importance": "shrnk"}, "igu_importance: 'shrnk' is not possible: it must be one of shrink, integrated, "
      "off; try igu_importance: shrink"),
-    ({**IGU, "adapter_name_or_path": "x"}, "adapter_name_or_path: 'x' is not possible: pruning starts from a new, "
-     "over-ranked adapter; try create_new_adapter: true"),
+    ({**IGU, "adapter_name_or_path": "x"}, "adapter_name_or_path: 'x' is not possible: ranks are found on a new "
+     "adapter, whose live tensors are larger than the old one's; try create_new_adapter: true"),
     ({**IGU, "torch_compile": True}, "torch_compile: True is not possible: masks and path positions change"),
     ({**IGU, "auto_find_batch_size": True}, "auto_find_batch_size: True is not possible: it restarts training"),
     ({**IGU, "igu_importance": "integrated", "stage": "dpo"}, "stage: 'dpo' is not possible: extra passes need the loss "

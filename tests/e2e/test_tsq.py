@@ -60,7 +60,7 @@ def test_samples_and_ranks_together(tiny_llama, data_dir, tmp_path):
     checkpoint = json.loads((out / "checkpoint-5" / "adapter_config.json").read_text())
     assert checkpoint["r"] == 16, "live shapes stay at adaptive_max_rank"
     used, report = samples(out), read_data_report(out)
-    assert sum(sample["used"] for sample in used) == 12 * 2 - 1, "17 samples an epoch: the last batch of one has one"
+    assert sum(sample["used"] for sample in used) == 12 * 2, "17 samples a subset, 18 an epoch: whole batches"
     assert report["samples_used"] == sum(sample["used"] > 0 for sample in used)
     assert (out / DATA_PLOT_FILE).stat().st_size > 5000
     assert [sample["index"] for sample in report["best"]] == [
@@ -129,7 +129,7 @@ def test_options_and_stages(case, tiny_llama, data_dir, tmp_path):
         assert not any(sample["used"] for sample in samples(out) if sample["clipped"])
     if case == "epochs":
         assert found[-1]["counters"]["steps"] == found[-1]["step"]
-        # 17 samples an epoch, batches of 2, 3 of them a step
+        # 17 samples a subset, 18 an epoch; batches of 2, 3 of them a step
         assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 2 * 3
 
 
@@ -200,6 +200,18 @@ def test_collapsed_weights_are_warned_of_once(tiny_llama, data_dir, tmp_path, mo
     wanted = float(said[0].split("tsq_temperature from 0.05 to ")[1].split(",")[0])
     train(tsq_settings(tiny_llama, data_dir, tmp_path / "b", tsq_temperature=wanted))
     assert len(said) == 1, "the advice helps"
+
+
+def test_texts_stay_out_of_what_is_pushed_to_a_hub(tiny_llama, data_dir, tmp_path, monkeypatch):
+    from transformers import Trainer
+
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda *a, **k: None)
+    monkeypatch.setattr(Trainer, "push_to_hub", lambda *a, **k: None)
+    out = tmp_path / "out"
+    train(tsq_settings(tiny_llama, data_dir, out, max_steps=1, push_to_hub=True, hub_model_id="x/y"))
+    texts = (out / DATA_REPORT_FILE).read_text() + (out / SAMPLES_FILE).read_text()
+    assert "Human" not in texts
+    assert "left out: push_to_hub" in texts
 
 
 def test_duplicates_are_reported(tiny_llama, data_dir, tmp_path):
@@ -278,6 +290,9 @@ def test_wrong_options_are_named_before_anything_is_loaded(tiny_llama, data_dir,
         "ratio": ({"tsq_subset_ratio": 1.5}, "tsq_subset_ratio: 1.5 is not possible: it must be between 1e-06 and 1"),
         "refresh": ({"tsq_refresh_ratio": 0.9}, "it must be between 0.0001 and 0.5"),
         "adapter": ({"adapter_name_or_path": "x"}, "ranks are found on a new adapter"),
+        "min_rank": ({"adaptive_min_rank": 0}, "would never come back"),
+        "batching": ({"accelerator_config": {"split_batches": True}}, "by the default batching alone"),
+        "idle": ({"tsq_step_size": 0.1}, "tsq_step_size: 0.1 is not possible: only tsq_loss_drop: exact takes a step"),
     }
     for name, (change, message) in wrong.items():
         with pytest.raises(AdaptiveConfigError) as caught:

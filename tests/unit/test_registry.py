@@ -18,7 +18,7 @@ def _fresh():
 def test_misspelt_names_get_a_suggestion():
     with pytest.raises(
         registry.UnknownMethodError,
-        match=r"'unifrom': registered are adalora, igu, random, sensitivity, uniform; try uniform",
+        match=r"'unifrom': registered are adalora, igu, random, sensitivity, tsq, uniform; try uniform",
     ):
         registry.get_method("unifrom")
 

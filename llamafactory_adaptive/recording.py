@@ -1,0 +1,236 @@
+"""Gradients of single samples out of one backward pass over a batch: taps on every LoRA factor.
+
+The gradient of sample i at a factor is a sum over tokens of outer products, ``sum_t left_t right_t^T``, of what
+autograd has at hand: the gradient at the factor's output and its input. Its norm needs no backward pass of its own
+and, where tokens are few, not even that sum (the ghost norm: Goodfellow, arXiv 1510.01799; Li et al., arXiv
+2110.05679).
+Shapes: b samples, t tokens, k and j the two sides of a factor, v vocabulary.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from llamafactory_adaptive.calibration import IGNORE_INDEX
+from llamafactory_adaptive.errors import CalibrationError
+from llamafactory_adaptive.stats import draw
+
+
+# A and B of every adapted module, by module name.
+Layers = Mapping[str, tuple[nn.Module, nn.Module]]
+_FEWEST_SIGNS = 8  # random products per factor
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which terms to measure, and how.
+
+    Attributes:
+        step_size: eta of the loss drop.
+        exact_drop: a second forward pass at the stepped weights; else first order, ``eta |g_i|^2``.
+        alignment: ``none`` (zeros), ``projected`` (random projection, same pass) or ``exact`` (a second pass).
+        dimensions: of the projection.
+        seed: of the projection.
+    """
+
+    step_size: float
+    exact_drop: bool
+    alignment: str
+    dimensions: int
+    seed: int
+
+
+def squared_norms(left_btk: Tensor, right_btj: Tensor) -> Tensor:
+    """``|sum_t left_t right_t^T|_F^2`` per sample, fp32, the cheaper way round.
+
+    From the sum itself, t k j multiplications, or from the Gram matrices over tokens, t^2 (k + j).
+    """
+    tokens, k, j = left_btk.shape[1], left_btk.shape[2], right_btj.shape[2]
+    if tokens * (k + j) < k * j:
+        return ((left_btk @ left_btk.mT) * (right_btj @ right_btj.mT)).sum((1, 2))
+    return (left_btk.mT @ right_btj).square().sum((1, 2))
+
+
+def sample_losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Mean next-token cross entropy of each sample over its labelled tokens, (b,); 0 for a sample without any.
+
+    The model gets no labels: fused losses (Liger) need them and step aside. The output head runs from the first
+    labelled token of the batch on, where the model lets one choose.
+    """
+    labels_bt = inputs["labels"]
+    rest = {key: value for key, value in inputs.items() if key != "labels"}
+    targets_bt = labels_bt[:, 1:]
+    places = (targets_bt != IGNORE_INDEX).any(0).nonzero()
+    first = int(places[0]) if len(places) else 0
+    if "logits_to_keep" in _forward_arguments(model):
+        rest["logits_to_keep"] = torch.arange(first, labels_bt.shape[1], device=labels_bt.device)
+        targets_bt = targets_bt[:, first:]
+    logits_btv = model(**rest, use_cache=False).logits[:, :-1]
+    losses_bt = functional.cross_entropy(
+        logits_btv.flatten(0, 1).float(), targets_bt.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    ).view(targets_bt.shape)
+    losses_b: Tensor = losses_bt.sum(1) / (targets_bt != IGNORE_INDEX).sum(1).clamp(min=1)
+    return losses_b
+
+
+def _forward_arguments(model: nn.Module) -> Collection[str]:
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return signature(base.forward).parameters
+
+
+class _Tap(torch.autograd.Function):
+    """Identity on a layer's output; the backward pass shows ``take`` the output's gradient and the layer's input.
+
+    The input goes through autograd's own store, so that gradient checkpointing recomputes it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, output: Tensor, take: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.take = take
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+        (x,) = ctx.saved_tensors
+        ctx.take(grads[0], x)
+        return None, grads[0], None
+
+
+class Recorder:
+    """Taps on every LoRA factor and what they add up to.
+
+    Args:
+        layers: A and B by module name.
+        wanted: the terms.
+    """
+
+    def __init__(self, layers: Layers, wanted: Wanted) -> None:
+        self.layers, self.wanted = layers, wanted
+        self.batch_size = 0
+        self.phase = "score"
+        self.squared_b = torch.empty(0)
+        self.dots_b = torch.empty(0)
+        self.kept: dict[str, Tensor] = {}  # per-sample gradients of the batch, (b, k, j), for the exact loss drop
+        self.total: dict[str, Tensor] = {}  # over all samples, (k, j), for the exact alignment
+        self.signs: dict[str, tuple[Tensor, Tensor]] = {}
+        self.per_factor = max(_FEWEST_SIGNS, wanted.dimensions // (2 * len(layers)))
+        self.slots = max(1, wanted.dimensions // self.per_factor)  # factors beyond the last slot share one
+        self.projected_bD = torch.empty(0)
+        self.projections: list[Tensor] = []  # of the batches so far, on the CPU
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hook A and B of every module."""
+        with ExitStack() as stack:
+            for place, (name, (a, b)) in enumerate(self.layers.items()):
+                # The gradient at A is zero as long as B is: a new adapter needs no look at A.
+                if bool(b.weight.any()):  # type: ignore[operator]
+                    self._attach(stack, f"{name}.A", 2 * place, a)
+                self._attach(stack, f"{name}.B", 2 * place + 1, b)
+            yield
+
+    def _attach(self, stack: ExitStack, key: str, place: int, factor: nn.Module) -> None:
+        hook = self._hook(key, place, getattr(factor, "mask_r", None))
+        stack.callback(factor.register_forward_hook(hook).remove)
+        if self.wanted.alignment == "exact":  # on a process without batches, too: sums are taken over all
+            self.total[key] = torch.zeros_like(factor.weight, dtype=torch.float32)  # type: ignore[arg-type]
+
+    def _hook(self, key: str, place: int, mask_r: Tensor | None) -> Callable[..., Tensor]:
+        def take(gradient: Tensor, x: Tensor) -> None:
+            left = gradient.float() if mask_r is None else gradient.float() * mask_r
+            self._add(key, place, left, x.float())
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            x = args[0]
+            if self.phase == "stepped":
+                change = x.float() @ self.kept[key].mT if key in self.kept else 0.0
+                return (output - self.wanted.step_size * change).to(output.dtype)
+            if x.dim() != 3 or len(x) != self.batch_size:
+                raise CalibrationError(
+                    f"{key[:-2]} reads {tuple(x.shape)} where the batch has {self.batch_size} samples (a routed "
+                    "expert or an image tower?), so its gradients belong to no sample; take it out of lora_target or "
+                    "set tsq_sampling: false"
+                )
+            tapped: Tensor = _Tap.apply(x, output, take)  # type: ignore[no-untyped-call]
+            return tapped
+
+        return hook
+
+    def _add(self, key: str, place: int, left_btk: Tensor, right_btj: Tensor) -> None:
+        if self.phase == "align":
+            self.dots_b += ((left_btk @ self.total[key]) * right_btj).sum((1, 2))
+            return
+        if self.wanted.exact_drop:
+            self.kept[key] = left_btk.mT @ right_btj
+            self.squared_b += self.kept[key].square().sum((1, 2))
+        else:
+            self.squared_b += squared_norms(left_btk, right_btj)
+        if self.wanted.alignment == "exact":
+            self.total[key] += left_btk.flatten(0, 1).mT @ right_btj.flatten(0, 1)
+        elif self.wanted.alignment == "projected":
+            self._project(key, place, left_btk, right_btj)
+
+    def _backward(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        self.batch_size, device = len(inputs["labels"]), inputs["labels"].device
+        self.squared_b = torch.zeros(self.batch_size, device=device)
+        self.dots_b = torch.zeros(self.batch_size, device=device)
+        self.projected_bD = torch.zeros(self.batch_size, self.slots * self.per_factor, device=device)
+        losses_b = sample_losses(model, inputs)
+        losses_b.sum().backward()  # type: ignore[no-untyped-call]
+        return losses_b.detach()
+
+    def score(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """Losses, squared gradient norms and loss drops of one batch, (3, b)."""
+        losses_b = self._backward(model, inputs)
+        if self.wanted.alignment == "projected":
+            self.projections.append(self.projected_bD.cpu())
+        drops_b = self.wanted.step_size * self.squared_b
+        if self.wanted.exact_drop:
+            self.phase = "stepped"
+            with torch.no_grad():
+                drops_b = losses_b - sample_losses(model, inputs)
+            self.phase = "score"
+        return torch.stack([losses_b, self.squared_b, drops_b])
+
+    # -- alignment ---------------------------------------------------------------------------------------------------
+
+    def share_mean(self, add_up: Callable[[Tensor], Tensor]) -> None:
+        """From sums of this process to the unit vector along the mean gradient of all."""
+        self.total = {key: add_up(total) for key, total in self.total.items()}
+        norm = torch.stack([total.square().sum() for total in self.total.values()]).sum().sqrt()
+        self.total = {key: total / norm.clamp(min=1e-30) for key, total in self.total.items()}
+        self.phase = "align"
+
+    def align(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """``<g_i, mean g> / |mean g|`` of one batch, (b,)."""
+        self._backward(model, inputs)
+        return self.dots_b
+
+    def _project(self, key: str, place: int, left_btk: Tensor, right_btj: Tensor) -> None:
+        """Inner products with random sign matrices ``u v^T``; their products estimate those of gradients, unbiased."""
+        if key not in self.signs:
+            generator = torch.Generator().manual_seed(draw(self.wanted.seed, place, 0, 2**62))
+            sides = (left_btk.shape[2], right_btj.shape[2])
+            self.signs[key] = tuple(  # type: ignore[assignment]
+                (torch.randint(0, 2, (side, self.per_factor), generator=generator) * 2.0 - 1.0).to(left_btk.device)
+                for side in sides
+            )
+        u_kd, v_jd = self.signs[key]
+        products_bd = ((left_btk @ u_kd) * (right_btj @ v_jd)).sum(1) / self.per_factor**0.5
+        start = place % self.slots * self.per_factor
+        self.projected_bD[:, start : start + self.per_factor] += products_bd
+
+    def projected_alignment(self, samples: int, add_up: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
+        """Alignment of this process's samples, in the order they were scored; the mean is over all ``samples``."""
+        p_nD = torch.cat([torch.zeros(0, self.slots * self.per_factor), *self.projections])
+        mean_D = add_up(p_nD.sum(0, dtype=torch.float64).to(device)).cpu() / samples
+        unit_D = (mean_D / mean_D.norm().clamp(min=1e-30)).float()
+        alignment_n: Tensor = (p_nD @ unit_D).double()
+        return alignment_n
