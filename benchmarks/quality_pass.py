@@ -2,10 +2,12 @@
 
 Run: ``python benchmarks/quality_pass.py [--data FOLDER] [--samples 256] [--turns 8]``.
 
-  over an epoch       one scoring pass / one plain forward and backward pass over the same rows in random order, as an
-                      epoch of training runs it (loss over answers, gradients of the LoRA factors, no optimizer)
-  sorted epoch        the same, but the epoch's batches are sorted by length, too: what is left is the scoring itself
-  over per-sample     one backward pass per sample with the norm of its gradients / one scoring pass
+  over_epoch               one scoring pass of what a tsq run scores (live rank 32, masked to 8) / one plain forward
+                           and backward pass of LoRA of rank 8 over the same rows in random order, as an epoch of
+                           training runs it (loss over answers, gradients of the LoRA factors, no optimizer)
+  over_sorted_epoch        the same, but the epoch's batches are sorted by length, too: what is left is the scoring
+  projected_over_epoch     scoring with alignments by random projection / the epoch
+  per_sample_over_scoring  one backward pass per sample with the norm of its gradients / one scoring pass
 
 All kinds take turns, a part of the rows each, so that a machine whose speed drifts treats them alike. Norms of both
 ways are compared, too, in fp32 on some rows.
@@ -24,11 +26,16 @@ from transformers import AutoModelForCausalLM
 
 from llamafactory_adaptive.adapter import live_layers
 from llamafactory_adaptive.calibration import make_batches
-from llamafactory_adaptive.quality import Wanted, length_sorted, measure
+from llamafactory_adaptive.plan import ModulePlan, RankPlan
+from llamafactory_adaptive.quality import length_sorted, measure
+from llamafactory_adaptive.recording import Wanted
+from llamafactory_adaptive.triplet import Triplets
 
 
 TARGETS = {"over_epoch": 1.25, "per_sample_over_scoring": 3.0, "largest_norm_error": 1e-4}
 WANTED = Wanted(1e-4, False, "none", 1, 0)
+PROJECTED = Wanted(1e-4, False, "projected", 1024, 0)
+LIVE = 4  # times the budget: the default of adaptive_max_rank
 
 
 def adapted(path: Path, rank: int, dtype: torch.dtype) -> torch.nn.Module:
@@ -36,6 +43,18 @@ def adapted(path: Path, rank: int, dtype: torch.dtype) -> torch.nn.Module:
     base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     torch.manual_seed(0)
     return get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+
+
+def live_form(path: Path, rank: int) -> torch.nn.Module:
+    """What a tsq run scores: tensors of the largest rank, masked to the budget."""
+    model = adapted(path, LIVE * rank, torch.bfloat16)
+    modules = tuple(
+        ModulePlan(name, layer.in_features, layer.out_features, rank=LIVE * rank)
+        for name, (layer, _) in live_layers(model).items()
+    )
+    triplets = Triplets(model, RankPlan("tsq", {}, "params", rank, 2.0 * rank, modules), None, 0)
+    triplets.mask([[index < rank for index in range(LIVE * rank)] for _ in modules])
+    return model
 
 
 def layers(model: torch.nn.Module) -> dict:
@@ -79,11 +98,14 @@ def largest_norm_error(path: Path, rank: int, rows: list) -> float:
     return float((found.gradient_norm / exact - 1).abs().max())
 
 
-def times(model: torch.nn.Module, rows: list, batch_size: int, turns: int) -> dict[str, float]:
+def times(model: torch.nn.Module, live: torch.nn.Module, rows: list, batch_size: int, turns: int) -> dict[str, float]:
     by_length = length_sorted([len(row["input_ids"]) for row in rows], batch_size)
     order = random.Random(0).sample(range(len(rows)), len(rows))
     shuffled = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    mine = layers(model)
+
+    def score(part, wanted):
+        batches = [(group, batch_of(rows, group)) for group in by_length[part]]
+        measure(live, layers(live), batches, len(rows), wanted, quiet=True)
 
     def epoch(groups):
         for group in groups:
@@ -93,14 +115,14 @@ def times(model: torch.nn.Module, rows: list, batch_size: int, turns: int) -> di
     kinds = {
         "epoch": lambda part: epoch(shuffled[part]),
         "sorted_epoch": lambda part: epoch(by_length[part]),
-        "scoring": lambda part: measure(
-            model, mine, [(g, batch_of(rows, g)) for g in by_length[part]], len(rows), WANTED, quiet=True
-        ),
+        "scoring": lambda part: score(part, WANTED),
+        "projected": lambda part: score(part, PROJECTED),
         "per_sample": lambda part: one_by_one(model, rows, order[part.start * batch_size : part.stop * batch_size]),
     }
     seconds = dict.fromkeys(kinds, 0.0)
     edges = [round(turn * len(by_length) / turns) for turn in range(turns + 1)]
     model.train()
+    live.train()
     for action in kinds.values():  # warms up
         action(slice(0, 1))
     for turn in range(turns):
@@ -125,10 +147,12 @@ def main() -> None:
         folder, name = record.dataset_folder(arguments.data, Path(scratch))
         rows = record.read_rows(folder, name, path, arguments.samples, answers_only=True)
     error = largest_norm_error(path, arguments.rank, rows)
-    seconds = times(adapted(path, arguments.rank, torch.bfloat16), rows, arguments.batch_size, arguments.turns)
+    plain, live = adapted(path, arguments.rank, torch.bfloat16), live_form(path, arguments.rank)
+    seconds = times(plain, live, rows, arguments.batch_size, arguments.turns)
     results = {
         "over_epoch": round(seconds["scoring"] / seconds["epoch"], 4),
         "over_sorted_epoch": round(seconds["scoring"] / seconds["sorted_epoch"], 4),
+        "projected_over_epoch": round(seconds["projected"] / seconds["epoch"], 4),
         "per_sample_over_scoring": round(seconds["per_sample"] / seconds["scoring"], 4),
         "largest_norm_error": error,
     }
@@ -136,7 +160,7 @@ def main() -> None:
         print(f"{key:<26} {value:<10.4g} target {TARGETS.get(key, 'none')}")
     written = record.write_result("quality_pass", {
         "model": "SmolLM2-135M-Instruct", "dtype": "bfloat16", "data": name, "samples": len(rows),
-        "rank": arguments.rank, "batch_size": arguments.batch_size,
+        "rank": arguments.rank, "live_rank": LIVE * arguments.rank, "batch_size": arguments.batch_size,
         "tokens": sum(len(row["input_ids"]) for row in rows),
         "results": results, "targets": TARGETS, "seconds": {k: round(v, 2) for k, v in seconds.items()},
     })  # fmt: skip

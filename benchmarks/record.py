@@ -49,7 +49,7 @@ def dataset_folder(data: str | None, scratch: Path) -> tuple[Path, str]:
 
 
 def read_rows(
-    folder: Path, name: str, model: Path, samples: int, answers_only: bool = False, shuffled: float = 0.0
+    folder: Path, name: str, model: Path, samples: int, answers_only: bool = False
 ) -> list[dict[str, list[int]]]:
     """Seeded rows as chat-formatted token ids, cut at 512 tokens.
 
@@ -58,7 +58,6 @@ def read_rows(
         model: whose tokenizer is used.
         samples: how many.
         answers_only: prompts take no loss, as in supervised fine-tuning.
-        shuffled: share of rows, the first ones, that get each other's answers.
     """
     from transformers import AutoTokenizer
 
@@ -66,13 +65,11 @@ def read_rows(
     columns = info.get("columns", {"prompt": "instruction", "response": "output"})
     lines = (folder / info["file_name"]).read_text(encoding="utf-8").splitlines()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    picked = [json.loads(line) for line in random.Random(42).sample(lines, samples)]
-    answers = [row[columns["response"]] for row in picked]
-    count = round(shuffled * samples)
-    answers[:count] = answers[1:count] + answers[:1] if count else []  # no row keeps its own
     rows = []
-    for row, answer in zip(picked, answers, strict=True):
-        talk = [{"role": "user", "content": row[columns["prompt"]]}, {"role": "assistant", "content": answer}]
+    for line in random.Random(42).sample(lines, samples):
+        row = json.loads(line)
+        talk = [{"role": "user", "content": row[columns["prompt"]]},
+                {"role": "assistant", "content": row[columns["response"]]}]  # fmt: skip
         ids = list(tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"])[:512]
         prompt = tokenizer.apply_chat_template(talk[:1], return_dict=True, add_generation_prompt=True)["input_ids"]
         start = len(prompt) if answers_only else 0
