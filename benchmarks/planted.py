@@ -2,9 +2,10 @@
 
 Run: ``python benchmarks/planted.py [--data FOLDER] [--samples 256] [--share 0.3]``.
 
-High gradient norm is known to like noise. A real run of one step of ``adaptive_method: tsq`` through LLaMA-Factory, and
-what its ``adaptive_samples.jsonl`` says of the shuffled rows: their share among the best, and in subsets drawn from its
-qualities with and without ``tsq_clip_quantile``. The share of the pool everywhere would mean that quality is blind.
+High gradient norm is known to like noise. A real run of one step of ``adaptive_method: tsq`` through LLaMA-Factory,
+and what its ``adaptive_samples.jsonl`` says of the shuffled rows: their share among the best, and in subsets drawn
+from its qualities with and without ``tsq_clip_quantile``. The share of the pool everywhere would mean that quality is
+blind.
 """
 
 import argparse
@@ -53,8 +54,8 @@ def one_step(model: Path, folder: Path, output: Path, batch_size: int, **more: A
     run_exp({
         "model_name_or_path": str(model), "stage": "sft", "do_train": True, "finetuning_type": "adaptive",
         "adaptive_method": "tsq", "lora_rank": 8, "lora_target": "all", "dataset": "pool", "dataset_dir": str(folder),
-        "template": "smollm2", "cutoff_len": 512, "max_steps": 1,
-        "per_device_train_batch_size": batch_size, "bf16": True, "learning_rate": 1e-4, "output_dir": str(output), "save_strategy": "no", "report_to": "none",
+        "template": "smollm2", "cutoff_len": 512, "max_steps": 1, "per_device_train_batch_size": batch_size,
+        "bf16": True, "learning_rate": 1e-4, "output_dir": str(output), "save_strategy": "no", "report_to": "none",
         "use_cpu": not torch.accelerator.is_available(), "seed": 42, **more,
     })  # fmt: skip
     return [json.loads(line) for line in (output / SAMPLES_FILE).read_text().splitlines()]
