@@ -131,15 +131,17 @@ class Selection:
         size = self.sampling.batch_size or args.train_batch_size
         groups = length_sorted(lengths, size)[process_number() :: processes()]
         layers = live_layers(self.trainer.model)
-        terms = measure(
-            self.trainer.model,
-            {name: (layer.lora_A[adapter], layer.lora_B[adapter]) for name, (layer, adapter) in layers.items()},
-            _Batches(self.dataset, self.trainer.data_collator, groups, args.dataloader_num_workers),
-            len(lengths),
-            wanted,
-            add_up,
-            quiet=process_number() != 0,
-        )
+        # A run whose scores came from the cache must train the same: random states stay as they were.
+        with torch.random.fork_rng(devices=[args.device] if args.device.type == "cuda" else []):
+            terms = measure(
+                self.trainer.model,
+                {name: (layer.lora_A[adapter], layer.lora_B[adapter]) for name, (layer, adapter) in layers.items()},
+                _Batches(self.dataset, self.trainer.data_collator, groups, args.dataloader_num_workers),
+                len(lengths),
+                wanted,
+                add_up,
+                quiet=process_number() != 0,
+            )
         if process_number() == 0:
             _write_terms(path, terms, self.rows_digest)
         return terms

@@ -134,14 +134,19 @@ def test_options_and_stages(case, tiny_llama, data_dir, tmp_path):
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 4, "overwrite_output_dir": False, "lora_dropout": 0.1}
-PARTS = {"both": {}, "samples": {"tsq_reallocation": False}, "ranks": {"tsq_sampling": False}}
+PARTS = {
+    "both": {"tsq_alignment_weight": 1.0},
+    "samples": {"tsq_reallocation": False},
+    "ranks": {"tsq_sampling": False},
+}
 
 
 @pytest.mark.parametrize("part", list(PARTS))
 def test_interrupted_and_resumed_equals_uninterrupted(part, tiny_llama, data_dir, tmp_path, monkeypatch):
     """Crash after step 5, resume from step 4: in the middle of an epoch and between two refreshes."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    more = {**SAVING, **PARTS[part], "tsq_alignment_weight": 1.0}
+    monkeypatch.setenv("LLAMAFACTORY_ADAPTIVE_CACHE", str(tmp_path / "first"))  # one run scores, the other re-uses
+    more = {**SAVING, **PARTS[part]}
     seen = batches_seen(monkeypatch)
     train(tsq_settings(tiny_llama, data_dir, whole, **more))
     expected = list(seen)
