@@ -1,4 +1,4 @@
-"""Command line: ``llamafactory-adaptive plan | train | doctor | init``.
+"""Command line: ``llamafactory-adaptive plan | train | export | doctor | init``.
 
 Exit codes: 0 done, 2 user error (one message on stderr, no traceback), 1 a bug.
 """
@@ -23,6 +23,7 @@ from llamafactory_adaptive.config import (
     SeamError,
     coerce,
 )
+from llamafactory_adaptive.export.command import add_export_arguments, export_request
 
 
 PACKAGES = ("llamafactory", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
@@ -41,6 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (plan, train):
         command.add_argument("config", metavar="CFG.yaml")
         command.add_argument("overrides", nargs="*", metavar="key=value")
+    add_export_arguments(
+        commands.add_parser("export", help="lay an adapter out for a server, with a parity certificate")
+    )
     commands.add_parser("doctor", help="say whether the hook is active, the versions, and whether each seam fits")
     init = commands.add_parser("init", help="copy the example YAMLs")
     init.add_argument("folder", type=Path, nargs="?", default=Path(), help="where to put examples/")
@@ -65,9 +69,9 @@ def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = parse_command_line(argv)
-    handler = {"plan": plan, "train": train, "doctor": doctor, "init": init, "measure": measure}[arguments.command]
+    handlers = {"plan": plan, "train": train, "export": export, "doctor": doctor, "init": init, "measure": measure}
     try:
-        return handler(arguments)
+        return handlers[arguments.command](arguments)
     except AdaptiveError as error:
         print(f"llamafactory-adaptive: error: {error}", file=sys.stderr)
         return 2
@@ -153,6 +157,15 @@ def train(arguments: argparse.Namespace) -> int:
 
     launcher.__file__ = str(Path(_bootstrap.__file__).resolve())  # the file torchrun is told to run
     launcher.launch()
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Lay a saved adapter out for a server and certify it; needs neither the hook nor LLaMA-Factory."""
+    request = export_request(arguments)
+    from llamafactory_adaptive.export.run import run_export
+
+    print(run_export(request))
     return 0
 
 
