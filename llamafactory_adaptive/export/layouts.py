@@ -1,8 +1,8 @@
 """The layouts: what is written for each server, and why it reads it right.
 
 contract   ranks by module, every module scaled by ``lora_alpha / r`` of the config, full names. PEFT, and vLLM from
-           0.32 on, read the patterns; older vLLM ignores them, copies each tensor into a zeroed buffer of its largest rank
-           and scales by ``lora_alpha / r``, which is right here.
+           0.32 on, read the patterns; older vLLM ignores them, copies each tensor into a zeroed buffer of its largest
+           rank and scales by ``lora_alpha / r``, which is right here.
 padded     one rank for all: zero rows in A, zero columns in B, zero factors for layers of a targeted type that have no
            adapter. SGLang sizes its buffers by one ``r`` and stacks q, k, v and gate, up; llama.cpp and Ollama divide
            one alpha by each tensor's own rank. Zeros change no product, so the padding is exact.
@@ -13,7 +13,7 @@ in fp32.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,20 @@ def write_contract(adapter: SourceAdapter, base: str, target: Path) -> None:
     _write(adapter, base, target, contract_arguments(ranks, scale), _scaled_alike(adapter, scale))
 
 
-def write_padded(adapter: SourceAdapter, base: str, target: Path, skeleton: nn.Module) -> None:
-    """One rank, the same layer types everywhere, one scale."""
+def write_padded(
+    adapter: SourceAdapter, base: str, target: Path, skeleton: nn.Module, together: Sequence[tuple[str, ...]] = ()
+) -> None:
+    """One rank, the same layer types everywhere, one scale.
+
+    Args:
+        together: layer types of which all are written where the adapter has one of them.
+    """
     scale = common_scale(adapter)
     rank = max(module.rank for module in adapter.modules)
-    types = sorted({_type(module.name) for module in adapter.modules})
+    present = {_type(module.name) for module in adapter.modules}
+    types = sorted(present.union(*(group for group in together if present.intersection(group))))
     settings = {"r": rank, "lora_alpha": whole(scale * rank), "target_modules": types}
-    _write(adapter, base, target, settings, _padded(adapter, scale, rank, skeleton))
+    _write(adapter, base, target, settings, _padded(adapter, scale, rank, types, skeleton))
 
 
 def common_scale(adapter: SourceAdapter) -> float:
@@ -63,14 +70,13 @@ def _scaled_alike(adapter: SourceAdapter, scale: float) -> Factors:
         yield module.name, a, b
 
 
-def _padded(adapter: SourceAdapter, scale: float, rank: int, skeleton: nn.Module) -> Factors:
+def _padded(adapter: SourceAdapter, scale: float, rank: int, types: list[str], skeleton: nn.Module) -> Factors:
     given = {}
     for name, a, b in _scaled_alike(adapter, scale):
         given[name] = a.dtype
         missing = rank - a.shape[0]
         yield name, nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
     dtype = Counter(given.values()).most_common(1)[0][0]
-    types = {_type(name) for name in given}
     for name, layer in skeleton.named_modules():
         if isinstance(layer, nn.Linear) and _type(name) in types and name not in given:
             yield (

@@ -71,7 +71,7 @@ def merge(
             return weight
         return _finite(spec.name, weight.clone().add_(update(adapter, adapted[spec.name])))
 
-    with tqdm(total=len(base.weights), desc="merging", unit="weight") as progress:
+    with tqdm(total=len(base.weights), desc="merging", unit="weight", mininterval=1.0) as progress:
         total = sum(_merge_shard(path, target / path.name, dtype, make, progress) for path in base.shards)
     if len(base.shards) > 1:
         _write_index(base, target, total)

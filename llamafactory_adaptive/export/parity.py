@@ -23,11 +23,18 @@ PROMPTS = (
 
 
 def tokenise(folder: Path) -> list[list[int]]:
-    """The fixed prompts as token rows of the tokenizer in ``folder``."""
+    """The fixed prompts as token rows of the tokenizer in ``folder``.
+
+    Raises:
+        ValueError, OSError: there is none, or it is empty.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    rows = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    if len(set(map(tuple, rows))) < len(rows):  # transformers makes an empty tokenizer where there are no files
+        raise ValueError("it tells the prompts of the check not apart")
+    return rows
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Merging for an adapter that was trained on a 4-bit base (QLoRA, Dettmers et al. 2023, arXiv 2305.14314).
 
 Such an adapter learned beside W_q = dequantised(NF4(W)), not beside W. Merged into W it is served on weights that
-differ by W - W_q from those it was trained with. Whether that matters shows in ||W - W_q|| / ||scale * B A||: well below one the update outweighs the difference, above one the difference is the larger change.
+differ by W - W_q from those it was trained with. How that compares to what was learned is, layer by layer,
+||W - W_q|| / ||scale * B A||. On a CPU, bitsandbytes quantises some ten million weights per second.
 """
 
 import json
@@ -21,7 +22,7 @@ from llamafactory_adaptive.export.source import SourceAdapter
 
 REPORT_FILE = "quantization_report.json"
 BLOCK_SIZE = 64
-# Median ratios up to SMALL: the two merges differ by little against what was learned; from LARGE on by more than it.
+# Of the median ratio: up to SMALL the two merges differ by little against what was learned, from LARGE on by more.
 SMALL, LARGE = 0.25, 1.0
 
 
@@ -100,18 +101,15 @@ class QuantisationReport:
         return statistics.median(self.ratios.values()) if self.ratios else 0.0
 
     def recommendation(self) -> str:
-        """What the ratios say, for an adapter that was trained on the 4-bit base."""
+        """What the ratios say. They compare sizes; only scores tell which merge answers better."""
         if self.median >= LARGE:
             return (
-                "quantising the base changed its weights more than training did: for an adapter trained on the 4-bit "
-                "base keep this merge; a plain one would serve it on weights it never saw"
+                "quantising moved the weights more than training did. For an adapter trained on the 4-bit base, serve "
+                "this merge, which has the weights that training saw, or score it against a plain one"
             )
         if self.median > SMALL:
-            return "the two merges differ noticeably: score both before you choose, this one is what training saw"
-        return (
-            "the update outweighs the quantisation error: merge without --quantization-aware, and the rest of the "
-            "weights keep their 16 bits"
-        )
+            return "quantising moved the weights about as much as training did: score this merge against a plain one"
+        return "training moved the weights far more than quantising: prefer a plain merge, it keeps the 16-bit base"
 
     def table(self) -> str:
         """One line per adapted layer, largest ratio first, then the recommendation."""

@@ -28,6 +28,7 @@ from llamafactory_adaptive.export.source import ExportError
 
 
 Config = Mapping[str, Any]
+# What SGLang multiplies in one go.
 STACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 

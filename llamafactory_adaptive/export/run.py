@@ -18,6 +18,7 @@ from llamafactory_adaptive.export.certificate import certificate, failures, writ
 from llamafactory_adaptive.export.command import ExportRequest
 from llamafactory_adaptive.export.comparing import Comparer
 from llamafactory_adaptive.export.parity import tokenise
+from llamafactory_adaptive.export.reading import STACKED
 from llamafactory_adaptive.export.serving import max_lora_rank, serve_command
 from llamafactory_adaptive.export.source import ExportError, SourceAdapter, read_adapter
 from llamafactory_adaptive.export.vllm_check import check_vllm
@@ -104,7 +105,8 @@ def write(export: Export, target: Path) -> list[str]:
     if request.server == "merged":
         return _write_merged(export, target)
     if request.server in ("sglang", "llamacpp"):
-        layouts.write_padded(adapter, base.name, target, export.skeleton)
+        together = STACKED if request.server == "sglang" else ()
+        layouts.write_padded(adapter, base.name, target, export.skeleton, together)
         return [f"{len(adapter.modules)} modules, padded to rank {export.rank}"]
     layouts.write_contract(adapter, base.name, target)
     ranks = [module.rank for module in adapter.modules]

@@ -64,9 +64,12 @@ def write_streaming(path: Path, specs: Iterable[TensorSpec], make: Callable[[Ten
     with path.open("wb") as file:
         _write_header(file, ordered)
         for spec in ordered:
-            tensor = make(spec)
-            assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec
-            tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
+            _write_tensor(file, spec, make(spec))  # no name here, that would keep it while the next one is made
+
+
+def _write_tensor(file: BinaryIO, spec: TensorSpec, tensor: Tensor) -> None:
+    assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec
+    tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
 
 
 def _write_header(file: BinaryIO, specs: list[TensorSpec]) -> None:
