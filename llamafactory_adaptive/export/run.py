@@ -22,6 +22,7 @@ from llamafactory_adaptive.export.reading import STACKED
 from llamafactory_adaptive.export.serving import max_lora_rank, serve_command
 from llamafactory_adaptive.export.source import ExportError, SourceAdapter, read_adapter
 from llamafactory_adaptive.export.vllm_check import check_vllm
+from llamafactory_adaptive.plan import PLAN_FILE, load_plan
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def run_export(request: ExportRequest) -> str:
         notes = write(export, scratch)
         print("comparing with PEFT", flush=True)
         checks = certify(export, scratch)
-    where = serve_command(request.server, export.base.name, request.out, export.rank)
+    where = serve_command(request.server, export.base, request.out, export.rank)
     return "\n".join([*notes, *checks, f"written to {request.out}; to serve it:", where])
 
 
@@ -126,7 +127,21 @@ def _write_merged(export: Export, target: Path) -> list[str]:
     if report:
         report.save(target)
         notes.append(report.table())
+    notes += _hint(export)
     return [*notes, f"{len(adapter.modules)} modules merged into {len(base.shards)} file(s)"]
+
+
+def _hint(export: Export) -> list[str]:
+    """Where the plan beside the adapter says the base was quantised, the other merge is worth a thought."""
+    path = export.adapter.folder / PLAN_FILE
+    if export.nf4 or not path.is_file():
+        return []
+    if load_plan(path).provenance.get("quantization_bit") != 4:
+        return []
+    return [
+        "the ranks were planned on a 4-bit base; if the adapter was trained on it, --quantization-aware merges into "
+        "the weights that training saw"
+    ]
 
 
 def certify(export: Export, folder: Path) -> list[str]:

@@ -3,6 +3,7 @@
 import shlex
 from pathlib import Path
 
+from llamafactory_adaptive.export.base import BaseCheckpoint
 from llamafactory_adaptive.export.source import ExportError
 
 
@@ -26,22 +27,29 @@ def max_lora_rank(rank: int) -> int:
     )
 
 
-def serve_command(server: str, base: str, folder: Path, rank: int) -> str:
-    """What to type to serve ``folder``, an export for ``server`` of an adapter whose largest rank is ``rank``."""
-    model, here, name = shlex.quote(base), shlex.quote(str(folder)), shlex.quote(folder.name)
+def serve_command(server: str, base: BaseCheckpoint, folder: Path, rank: int) -> str:
+    """What to type to serve ``folder``, an export for ``server`` of an adapter whose largest rank is ``rank``.
+
+    Words in capitals are the user's to fill in.
+    """
+    model, here, name = shlex.quote(base.name), shlex.quote(str(folder)), shlex.quote(folder.name)
+    local = shlex.quote(str(base.folder))
     if server in ("vllm", "vllm-legacy"):
-        return (
-            f"{VLLM} --model {model} --enable-lora --max-lora-rank {max_lora_rank(rank)} --lora-modules {name}={here}"
-        )
+        lora = f"--enable-lora --max-lora-rank {max_lora_rank(rank)} --lora-modules {name}={here}"
+        return f"{VLLM} --model {model} {lora}"
     return {
-        "peft": f"llamafactory-cli api model_name_or_path={model} adapter_name_or_path={here} finetuning_type=lora",
+        "peft": (
+            f"API_HOST=127.0.0.1 llamafactory-cli api --model_name_or_path {model} --adapter_name_or_path {here} "
+            "--finetuning_type lora --template TEMPLATE"
+        ),
         "sglang": (
-            f"python -m sglang.launch_server --model-path {model} --host 127.0.0.1 --enable-lora "
+            f"python -m sglang.launch_server --host 127.0.0.1 --model-path {model} --enable-lora "
             f"--max-lora-rank {rank} --lora-paths {name}={here}"
         ),
         "llamacpp": (
-            f"python convert_lora_to_gguf.py --base {model} --outfile {name}.gguf {here} && "
-            f"llama-server --host 127.0.0.1 -m <base>.gguf --lora {name}.gguf"
+            f"python LLAMA_CPP/convert_hf_to_gguf.py {local} --outfile base.gguf && "
+            f"python LLAMA_CPP/convert_lora_to_gguf.py {here} --base {local} --outfile {name}.gguf && "
+            f"llama-server --host 127.0.0.1 --model base.gguf --lora {name}.gguf"
         ),
         "merged": f"{VLLM} --model {here} --served-model-name {name}",
     }[server]

@@ -1,6 +1,7 @@
 """Every layout, read by its server's rule, is the original adapter; a wrong one gets no certificate and no name."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from tiny import TARGETS, save_tiny
 from transformers import AutoModelForCausalLM
 
 from llamafactory_adaptive.export import run, serving
-from llamafactory_adaptive.export.command import ExportRequest
+from llamafactory_adaptive.export.base import BaseCheckpoint
+from llamafactory_adaptive.export.command import SERVERS, ExportRequest
 from llamafactory_adaptive.export.reading import RULES, read_as
 from llamafactory_adaptive.export.run import run_export
 from llamafactory_adaptive.export.source import ExportError
@@ -172,7 +174,17 @@ def test_sglang_stacks_projections(base, tmp_path):
 @pytest.mark.parametrize(("rank", "allowed"), [(1, 1), (2, 8), (8, 8), (33, 64), (129, 256), (257, 320), (512, 512)])
 def test_max_lora_rank_is_rounded_up_to_what_vllm_allows(rank, allowed):
     assert serving.max_lora_rank(rank) == allowed
-    assert f"--max-lora-rank {allowed} " in serving.serve_command("vllm", "base", Path("out"), rank)
+    base = BaseCheckpoint("some/base", Path("cache"), {}, {})
+    assert f"--max-lora-rank {allowed} " in serving.serve_command("vllm", base, Path("out"), rank)
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_servers_listen_on_this_machine_only_and_paths_are_quoted(server):
+    base = BaseCheckpoint("my base", Path("my base"), {}, {})
+    words = shlex.split(serving.serve_command(server, base, Path("some where") / "out", 8))
+    assert "127.0.0.1" in " ".join(words)
+    assert any(word.endswith("some where/out") for word in words)
+    assert "my base" in words or server == "merged"
 
 
 def test_ranks_beyond_vllm_are_refused():
