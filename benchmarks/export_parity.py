@@ -2,17 +2,17 @@
 
 Run: ``python benchmarks/export_parity.py [--vllm-python PATH] [--vllm-legacy-python PATH]``.
 
-Two random adapters of ranks 1 to 32: one as this package saves them (alpha/r the same everywhere), one with an alpha
-of its own in every module, as other programs may write it. Each goes through ``llamafactory-adaptive export`` for
-every server, with the check in vLLM where its Python is given: 0.32 or newer for ``vllm`` and ``merged``, 0.31 or older
-for ``vllm-legacy``. SGLang and llama.cpp are checked by their documented reading rules only. Then a scale that is 2 %
-off is planted in each layout, and the peak memory of ``merged`` is set against the size of a base of 1.2 GB in four
-shards. Targets: differences in vLLM below 1e-3 nats in fp32; each planted fault found; peak memory below two copies.
+Two random adapters of ranks 1 to 32: one as this package saves them (alpha/r the same everywhere), one with an
+alpha of its own in every module, as other programs may write it. Each goes through ``llamafactory-adaptive export``
+for every server, with the check in vLLM where its Python is given: 0.32 or newer for ``vllm`` and ``merged``, 0.31
+or older for ``vllm-legacy``. SGLang and llama.cpp are checked by their documented reading rules only. Then a scale
+that is 2 % off is planted in each layout, and the peak memory of ``merged`` is set against the size of a base of
+1.2 GB in four shards. Targets: differences in vLLM below 1e-3 nats in fp32; each planted fault found; peak memory
+below two copies.
 """
 
 import argparse
 import json
-import os
 import random
 import subprocess
 import sys
@@ -26,6 +26,27 @@ import record
 
 SERVERS = ("peft", "vllm", "vllm-legacy", "sglang", "llamacpp", "merged")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+# Runs the command line, or only its parts that prepare and merge, and prints the process's peak memory in KiB.
+PEAK = """
+import sys
+from pathlib import Path
+from llamafactory_adaptive import cli
+from llamafactory_adaptive.export import run
+from llamafactory_adaptive.export.command import ExportRequest
+if sys.argv[1] == "export":
+    code = cli.main(sys.argv[1:])
+else:
+    code, out = 0, Path(sys.argv[3])
+    job = run.prepare(ExportRequest(Path(sys.argv[2]), "merged", out))
+    if sys.argv[1] == "merge":
+        out.mkdir()
+        run.write(job, out)
+status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+print(status["VmHWM"].split()[0])
+sys.exit(code)
+"""
 
 
 def make_adapter(base: Path, folder: Path, own_alphas: bool) -> Path:
@@ -51,15 +72,15 @@ def make_adapter(base: Path, folder: Path, own_alphas: bool) -> Path:
 
 
 def measured(words: list[str]) -> tuple[float, int]:
-    """Run a command; seconds, and peak memory in bytes of it alone."""
+    """Run ``python words``; seconds, and its peak memory in bytes.
+
+    The program tells its own peak: what the system keeps for a finished child begins with its parent's.
+    """
     started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    complaints = process.stderr.read().decode()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(words)} failed:\n{complaints[-2000:]}")
-    return time.perf_counter() - started, usage.ru_maxrss * 1024
+    answer = subprocess.run([sys.executable, "-c", PEAK, *words], capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise SystemExit(f"{' '.join(words)} failed:\n{answer.stderr[-2000:]}")
+    return time.perf_counter() - started, int(answer.stdout.split()[-1]) * 1024
 
 
 def export(adapter: Path, server: str, out: Path, python: str | None, *more: str) -> dict[str, Any]:
@@ -130,36 +151,14 @@ def make_wide_base(tokenizer: Path, folder: Path) -> Path:
     return folder
 
 
-MERGE_ALONE = """
-import sys
-from pathlib import Path
-from llamafactory_adaptive.export import run
-from llamafactory_adaptive.export.command import ExportRequest
-export = run.prepare(ExportRequest(Path(sys.argv[1]), "merged", Path(sys.argv[2])))
-Path(sys.argv[2]).mkdir()
-if sys.argv[3] == "merge":
-    run.write(export, Path(sys.argv[2]))
-"""
-
-
 def memory(smollm2: Path, scratch: Path) -> dict[str, Any]:
     """Peak memory of merging, and of the whole command, over the size of the base's weights."""
     base = make_wide_base(smollm2, scratch / "wide")
     adapter = make_adapter(base, scratch / "wide_adapter", own_alphas=False)
     size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
-    _, idle = measured(["-c", MERGE_ALONE, str(adapter), str(scratch / "idle"), "nothing"])
-    seconds, merging = measured(["-c", MERGE_ALONE, str(adapter), str(scratch / "merging"), "merge"])
-    words = [
-        "-m",
-        "llamafactory_adaptive.cli",
-        "export",
-        str(adapter),
-        "--for",
-        "merged",
-        "--out",
-        str(scratch / "big"),
-    ]
-    whole_seconds, whole = measured(words)
+    _, idle = measured(["prepare", str(adapter), str(scratch / "idle")])
+    seconds, merging = measured(["merge", str(adapter), str(scratch / "merging")])
+    whole_seconds, whole = measured(["export", str(adapter), "--for", "merged", "--out", str(scratch / "big")])
     return {
         "base_bytes": size,
         "shards": len(list(base.glob("*.safetensors"))),

@@ -1,4 +1,4 @@
-"""Ask a model behind an OpenAI-compatible server on this machine, with the ``openai`` package (``pip install openai``).
+"""Ask a model behind an OpenAI-compatible server on this machine, with the ``openai`` package.
 
 Run: ``python examples/inference/client.py MODEL [QUESTION] [--base-url URL]``. MODEL is the name the server gives the
 merged model or the adapter; without a question the names it knows are listed.

@@ -80,9 +80,16 @@ def last_place(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def log_probabilities(model: nn.Module, rows: list[list[int]], rounded: Collection[str] = ()) -> list[Tensor]:
-    """Log-probabilities (tokens, vocabulary) of the next token at every place of every row."""
+    """Log-probabilities (tokens, vocabulary) of the next token at every place of every row.
+
+    All rows go through the model at once, so that each layer is widened once. They are filled up at their ends, which
+    a causal model does not see from the places before.
+    """
+    longest = max(map(len, rows))
+    filled = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
     with computing_in_fp32(model, rounded):
-        return [model(input_ids=torch.tensor([row])).logits[0].float().log_softmax(-1) for row in rows]
+        logits = model(input_ids=filled).logits
+    return [row_logits[: len(row)].float().log_softmax(-1) for row, row_logits in zip(rows, logits, strict=True)]
 
 
 def largest_difference(reference: list[Tensor], other: list[Tensor], top_k: int = TOP_K) -> float:
