@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from llamafactory_adaptive.config import AdaptiveConfigError, Problem
 from llamafactory_adaptive.export.source import SourceAdapter
+from llamafactory_adaptive.export.tensor_files import read_specs
 
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -35,7 +35,6 @@ class BaseCheckpoint:
 
     name: str
     folder: Path
-    config: Mapping[str, Any]
     weights: Mapping[str, Path]
 
     @property
@@ -78,10 +77,17 @@ def find_base(name: str | None, adapter: SourceAdapter) -> BaseCheckpoint:
     path = folder / "config.json"
     if not path.is_file():
         raise AdaptiveConfigError([_problem(name, "it has no config.json", "the folder of a checkpoint")])
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("quantization_config"):
-        raise AdaptiveConfigError([_problem(name, "it is quantised", "--base <the 16-bit checkpoint it came from>")])
-    return BaseCheckpoint(name, folder, config, _weight_map(folder, name))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.get("quantization_config"):
+            why = "it is quantised"
+            raise AdaptiveConfigError([_problem(name, why, "--base <the 16-bit checkpoint it came from>")])
+        return BaseCheckpoint(name, folder, _weight_map(folder, name))
+    except AdaptiveConfigError:
+        raise
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        why = f"its files cannot be read ({_first_line(error)})"
+        raise AdaptiveConfigError([_problem(name, why, "a complete copy of a 16-bit checkpoint")]) from error
 
 
 def _problem(name: str | None, why: str, suggestion: str) -> Problem:
@@ -96,27 +102,25 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", *SIDE_FILES]))
+        return Path(snapshot_download(name, allow_patterns=["model*.safetensors", *SIDE_FILES]))
     except (OSError, ValueError) as error:
         why = f"it is no folder here and cannot be had from the hub ({_first_line(error)})"
         raise AdaptiveConfigError([_problem(name, why, "--base <folder of the checkpoint>")]) from error
 
 
 def _weight_map(folder: Path, name: str) -> dict[str, Path]:
+    """By the headers of the files themselves, which also tells whether they are whole."""
     index = folder / INDEX_FILE
     if index.is_file():
-        entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        found = {weight: folder / file for weight, file in entries.items()}
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     elif (folder / WEIGHTS_FILE).is_file():
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            found = dict.fromkeys(file.keys(), folder / WEIGHTS_FILE)
+        files = [WEIGHTS_FILE]
     else:
         why = "it has no weights as safetensors (pickled ones are not opened)"
         raise AdaptiveConfigError([_problem(name, why, "a checkpoint saved with safe_serialization")])
-    missing = sorted({path.name for path in found.values() if not path.is_file()})
-    if missing:
+    if missing := [file for file in files if not (folder / file).is_file()]:
         raise AdaptiveConfigError([_problem(name, f"{missing[0]} is missing", "a complete copy of the checkpoint")])
-    return found
+    return {spec.name: folder / file for file in files for spec in read_specs(folder / file)}
 
 
 def tied_weights(skeleton: nn.Module) -> set[str]:

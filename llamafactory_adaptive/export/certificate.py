@@ -80,6 +80,16 @@ class Comparison:
         """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
+    def warnings(self) -> list[str]:
+        """What a passed comparison does not show, because the adapter changes too little."""
+        loosest = max(self.checks, key=lambda check: check.tolerance)
+        if self.adapter_effect > loosest.tolerance:
+            return []
+        return [
+            f"warning: the adapter moves log-probabilities by {self.adapter_effect:.2e} at most, less than the "
+            f"tolerance of {loosest.name} ({loosest.tolerance:.2e}): that check says nothing about it"
+        ]
+
 
 def certificate(
     comparison: Comparison, rows: list[list[int]], folder: Path, adapter: Path, **facts: Any

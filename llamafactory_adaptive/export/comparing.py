@@ -18,7 +18,6 @@ from llamafactory_adaptive.export.quantisation import Nf4
 from llamafactory_adaptive.export.reading import applied, read_as
 from llamafactory_adaptive.export.serving import max_lora_rank
 from llamafactory_adaptive.export.source import SourceAdapter
-from llamafactory_adaptive.export.tensor_files import read_specs
 from llamafactory_adaptive.export.vllm_check import ask_vllm, difference_of_first_tokens
 
 
@@ -43,19 +42,23 @@ class Comparer:
 
     def layout(self, server: str, folder: Path) -> Comparison:
         """Check a LoRA layout by the rule of its server."""
+        reference, alone, exported = self._three_forms(server, folder)
+        reader = "PEFT" if server == "peft" else f"the reading rule of {server}"
+        checks = [Check("parity", PEFT_FP32, reader, largest_difference(reference, exported), self.tolerance)]
+        if self.vllm_python:
+            checks.append(self._layout_in_vllm(self.vllm_python, folder, reference, alone))
+        return Comparison(tuple(checks), reference, exported, largest_difference(reference, alone))
+
+    def _three_forms(self, server: str, folder: Path) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Log-probabilities of PEFT, of the base alone, and of the export, on one loaded base."""
         live = _peft(load(self.base.folder), self.adapter.folder)
         reference = log_probabilities(live, self.rows)
         plain = live.unload()
         alone = log_probabilities(plain, self.rows)
         if server == "peft":
-            exported, reader = log_probabilities(_peft(plain, folder), self.rows), "PEFT"
-        else:
-            with applied(plain, read_as(server, folder)):
-                exported, reader = log_probabilities(plain, self.rows), f"the reading rule of {server}"
-        checks = [Check("parity", PEFT_FP32, reader, largest_difference(reference, exported), self.tolerance)]
-        if self.vllm_python:
-            checks.append(self._layout_in_vllm(self.vllm_python, folder, reference, alone))
-        return Comparison(tuple(checks), reference, exported, largest_difference(reference, alone))
+            return reference, alone, log_probabilities(_peft(plain, folder), self.rows)
+        with applied(plain, read_as(server, folder)):
+            return reference, alone, log_probabilities(plain, self.rows)
 
     def _layout_in_vllm(self, python: Path, folder: Path, reference: list[Tensor], alone: list[Tensor]) -> Check:
         rank = max_lora_rank(max(module.rank for module in self.adapter.modules))
@@ -129,8 +132,6 @@ def _unequal_weights(model: nn.Module, folder: Path) -> int:
     unequal = 0
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for spec in read_specs(path):
-                unequal += int(
-                    spec.name not in weights or not torch.equal(weights[spec.name], file.get_tensor(spec.name))
-                )
+            names = [name for name in file.keys() if name in weights]  # noqa: SIM118
+            unequal += sum(not torch.equal(weights[name], file.get_tensor(name)) for name in names)
     return unequal

@@ -102,6 +102,11 @@ def _merge_shard(
     return sum(spec.bytes for spec in specs)
 
 
+def merged_bytes(base: BaseCheckpoint, dtype: torch.dtype | None) -> int:
+    """Size of the merged weights on disk."""
+    return sum(_retyped(spec, dtype).bytes for path in base.shards for spec in read_specs(path))
+
+
 def _retyped(spec: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:
     return TensorSpec(spec.name, dtype, spec.shape) if dtype and spec.dtype.is_floating_point else spec
 

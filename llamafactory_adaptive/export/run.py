@@ -79,7 +79,17 @@ def prepare(request: ExportRequest) -> Export:
     skeleton = base.skeleton()
     check_fit(adapter, base, skeleton)
     _check_server(request.server, adapter, base, skeleton)
-    return Export(request, adapter, base, skeleton, _rows(base))
+    export = Export(request, adapter, base, skeleton, _rows(base))
+    if request.server == "merged":
+        _check_space(request.out, merging.merged_bytes(base, export.dtype))
+    return export
+
+
+def _check_space(out: Path, needed: int) -> None:
+    place = next(folder for folder in out.resolve().parents if folder.is_dir())
+    if (free := shutil.disk_usage(place).free) < needed:
+        why = f"the merged weights take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there"
+        raise AdaptiveConfigError([Problem("out", str(out), why, "a folder on another disk")])
 
 
 def _check_server(server: str, adapter: SourceAdapter, base: BaseCheckpoint, skeleton: nn.Module) -> None:
@@ -159,7 +169,7 @@ def certify(export: Export, folder: Path) -> list[str]:
     if not comparison.passed:
         raise ExportError(f"parity failed, nothing was written to {request.out}:\n  {failures(comparison.checks)}")
     write_certificate(certificate(comparison, export.rows, folder, adapter.folder, **_facts(export)), folder)
-    return [str(check) for check in comparison.checks]
+    return [*map(str, comparison.checks), *comparison.warnings()]
 
 
 def _facts(export: Export) -> dict[str, Any]:

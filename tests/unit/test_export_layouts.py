@@ -8,7 +8,7 @@ import pytest
 import torch
 from lora import edit_config, save_adapter
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import TARGETS, save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -149,6 +149,16 @@ def test_the_certificate_says_what_was_compared(adapters, base, tmp_path):
     assert {"torch", "peft", "transformers"} <= set(document["versions"])
 
 
+def test_an_adapter_without_effect_is_told(base, tmp_path):
+    adapter = save_adapter(base, tmp_path / "adapter", r=2, target_modules=["q_proj"])
+    path = adapter / "adapter_model.safetensors"
+    save_file({k: torch.zeros_like(t) if "lora_B" in k else t for k, t in load_file(path).items()}, path)
+    said = run_export(ExportRequest(adapter, "vllm", tmp_path / "out"))
+    assert (
+        "warning: the adapter moves log-probabilities by 0.00e+00 at most, less than the tolerance of parity" in said
+    )
+
+
 READER_FAULTS = [
     ("vllm", {"rank_pattern": {}}, "vLLM expects rank 8 for .* and finds"),
     ("vllm-legacy", {"r": 2}, "vLLM has buffers of rank 2 for .* of rank"),
@@ -174,13 +184,13 @@ def test_sglang_stacks_projections(base, tmp_path):
 @pytest.mark.parametrize(("rank", "allowed"), [(1, 1), (2, 8), (8, 8), (33, 64), (129, 256), (257, 320), (512, 512)])
 def test_max_lora_rank_is_rounded_up_to_what_vllm_allows(rank, allowed):
     assert serving.max_lora_rank(rank) == allowed
-    base = BaseCheckpoint("some/base", Path("cache"), {}, {})
+    base = BaseCheckpoint("some/base", Path("cache"), {})
     assert f"--max-lora-rank {allowed} " in serving.serve_command("vllm", base, Path("out"), rank)
 
 
 @pytest.mark.parametrize("server", SERVERS)
 def test_servers_listen_on_this_machine_only_and_paths_are_quoted(server):
-    base = BaseCheckpoint("my base", Path("my base"), {}, {})
+    base = BaseCheckpoint("my base", Path("my base"), {})
     words = shlex.split(serving.serve_command(server, base, Path("some where") / "out", 8))
     assert "127.0.0.1" in " ".join(words)
     assert any(word.endswith("some where/out") for word in words)

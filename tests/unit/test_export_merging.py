@@ -19,6 +19,7 @@ from llamafactory_adaptive.export.command import ExportRequest
 from llamafactory_adaptive.export.quantisation import Nf4, QuantisationReport
 from llamafactory_adaptive.export.run import run_export
 from llamafactory_adaptive.export.source import ExportError, read_adapter
+from llamafactory_adaptive.plan import PLAN_FILE, ModulePlan, RankPlan
 
 
 def save_base(folder, architecture="llama", dtype=torch.bfloat16, shard="50GB", **sizes):
@@ -234,6 +235,16 @@ def test_differences_are_taken_among_the_references_best_tokens():
     other = [torch.tensor([[-1.1, -2.0, -50.0], [-9.0, -0.5, -0.9]])]
     assert parity.largest_difference(reference, other, top_k=2) == pytest.approx(0.3)
     assert parity.largest_difference(reference, [torch.full((2, 3), float("nan"))]) == float("inf")
+
+
+@pytest.mark.parametrize(("bits", "hinted"), [(4, True), (None, False)])
+def test_a_plan_made_on_four_bits_hints_at_the_other_merge(bits, hinted, tmp_path):
+    base = save_tiny(tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    modules = (ModulePlan("model.layers.0.mlp.up_proj", 32, 64, rank=1),)
+    RankPlan("random", {}, "params", 1, 2.0, modules, {"quantization_bit": bits}).save(adapter / PLAN_FILE)
+    said = run_export(ExportRequest(adapter, "merged", tmp_path / "out"))
+    assert ("--quantization-aware merges into the weights that training saw" in said) is hinted
 
 
 def test_interrupted_exports_leave_nothing(tmp_path, monkeypatch):

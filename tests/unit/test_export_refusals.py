@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +126,9 @@ def test_bases_that_cannot_be_used(adapter, tmp_path):
     (bare / "tokenizer.json").unlink()
     (bare / "tokenizer_config.json").unlink()
     assert "its tokenizer cannot be loaded" in refusal(adapter, tmp_path, base=str(bare))
+    whole = (bare / "model.safetensors").read_bytes()
+    (bare / "model.safetensors").write_bytes(whole[:-8])
+    assert "its files cannot be read" in refusal(adapter, tmp_path, base=str(bare))
     (bare / "model.safetensors").unlink()
     assert "it has no weights as safetensors" in refusal(adapter, tmp_path, base=str(bare))
     (bare / "config.json").unlink()
@@ -165,6 +169,12 @@ def test_weights_held_whole_that_fit_nowhere(base, tmp_path):
     wider = save_tiny(tmp_path / "wider", vocab_size=300)
     found = refusal(whole, tmp_path, "merged", base=str(wider))
     assert "the base has no lm_head.weight of shape (260, 32)" in found
+
+
+def test_a_full_disk_is_found_before(adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    found = refusal(adapter, tmp_path, "merged")
+    assert "the merged weights take 0.0 GB and 0.0 GB are free there; try a folder on another disk" in found
 
 
 def test_an_existing_folder_is_left_alone(adapter, tmp_path):
