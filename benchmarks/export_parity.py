@@ -86,22 +86,13 @@ def measured(words: list[str]) -> tuple[float, int]:
 def export(adapter: Path, server: str, out: Path, python: str | None, *more: str) -> dict[str, Any]:
     """One export by its command; the certificate's checks and what they cost."""
     vllm = ["--vllm-python", python] if python else []
-    words = [
-        "-m",
-        "llamafactory_adaptive.cli",
-        "export",
-        str(adapter),
-        "--for",
-        server,
-        "--out",
-        str(out),
-        *vllm,
-        *more,
-    ]
-    seconds, _ = measured(words)
+    seconds, _ = measured(["export", str(adapter), "--for", server, "--out", str(out), *vllm, *more])
     certificate = json.loads((out / "parity_certificate.json").read_text())
     for check in certificate["checks"]:
-        print(f"{server:<12} {check['name']:<9} {check['max_difference']:.2e} (tolerance {check['tolerance']:.2e})")
+        print(
+            f"{server:<12} {check['name']:<9} {check['max_difference']:.2e} (tolerance {check['tolerance']:.2e})",
+            flush=True,
+        )
     return {
         "checks": certificate["checks"], "adapter_effect": certificate["adapter_effect"], "seconds": round(seconds, 1)
     }  # fmt: skip
