@@ -5,10 +5,10 @@ Run: ``python benchmarks/export_parity.py [--vllm-python PATH] [--vllm-legacy-py
 Two random adapters of ranks 1 to 32: one as this package saves them (alpha/r the same everywhere), one with an
 alpha of its own in every module, as other programs may write it. The first goes through ``llamafactory-adaptive
 export`` for every server, the second where that rewrites it, with the check in vLLM where its Python is given: 0.32
-or newer for ``vllm`` and ``merged``, 0.31 or older for ``vllm-legacy``. SGLang and llama.cpp are checked by their documented reading rules only. Then a scale
-that is 2 % off is planted in each layout, and the peak memory of ``merged`` is set against the size of a base of
-1.1 GB in four shards. Targets: differences in vLLM below 1e-3 nats in fp32; each planted fault found; peak memory
-below two copies.
+or newer for ``vllm`` and ``merged``, 0.31 or older for ``vllm-legacy``. SGLang and llama.cpp are checked by their
+documented reading rules only. Then a scale that is 2 % off is planted in each layout, and the peak memory of
+``merged`` is set against the size of a base of 1.1 GB in four shards. Targets: differences in vLLM below 1e-3 nats
+in fp32; each planted fault found; peak memory below two copies.
 """
 
 import argparse

@@ -137,6 +137,7 @@ def _config_problems(folder: Path, config: Mapping[str, Any]) -> list[Problem]:
         for key, why in _REFUSED.items()
         if config.get(key)
     ]
+    problems += _number_problems(config)
     if config.get("bias", "none") != "none":
         problems.append(Problem("bias", config["bias"], "trained biases have no place in these layouts", _ELSEWHERE))
     if config.get("init_lora_weights") not in HARMLESS_INITS:
@@ -149,6 +150,18 @@ def _config_problems(folder: Path, config: Mapping[str, Any]) -> list[Problem]:
     if heads := [name for name in VALUE_HEADS if (folder / name).is_file()]:
         problems.append(Problem("adapter", heads[0], "the value head of a reward model would be lost", _ELSEWHERE))
     return problems
+
+
+def _number_problems(config: Mapping[str, Any]) -> list[Problem]:
+    """Ranks are whole numbers from 1 on, alphas positive numbers."""
+    ranks = {"r": config.get("r"), **(config.get("rank_pattern") or {})}
+    alphas = {"lora_alpha": config.get("lora_alpha"), **(config.get("alpha_pattern") or {})}
+    wrong = {key: value for key, value in ranks.items() if not isinstance(value, int) or value < 1}
+    wrong |= {key: value for key, value in alphas.items() if not isinstance(value, (int, float)) or not value > 0}
+    return [
+        Problem(key, value, "ranks are whole numbers from 1 on, alphas positive numbers", "saving the adapter again")
+        for key, value in wrong.items()
+    ]
 
 
 def _read_tensors(path: Path, config: Mapping[str, Any]) -> tuple[tuple[LoraModule, ...], dict[str, str], list[str]]:

@@ -56,13 +56,16 @@ CONFIGS = [
     ({"modules_to_save": ["lm_head"]}, "modules_to_save: ['lm_head'] is not possible: peft reads LoRA factors only"),
     ({"trainable_token_indices": [1]}, "trainable_token_indices: [1] is not possible: trained tokens are no LoRA"),
     ({"target_parameters": ["x"]}, "target_parameters: ['x'] is not possible: adapters on bare parameters"),
+    ({"r": None}, "r: None is not possible: ranks are whole numbers from 1 on"),
+    ({"rank_pattern": {"q_proj": 0}}, "q_proj: 0 is not possible: ranks are whole numbers from 1 on"),
+    ({"alpha_pattern": {"q_proj": "8"}}, "q_proj: '8' is not possible: ranks are whole numbers from 1 on, alphas"),
     ({"rank_pattern": {}}, "has rank 8 by adapter_config.json but A (1, 32) and B (64, 1)"),
     ({"base_model_name_or_path": None}, "base: None is not possible: the adapter's config names no base model"),
     ({"base_model_name_or_path": "/gone/away"}, "base: '/gone/away' is not possible: it is no folder here and cannot"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "message"), CONFIGS, ids=[next(iter(change)) for change, _ in CONFIGS])
+@pytest.mark.parametrize(("change", "message"), CONFIGS, ids=[str(change) for change, _ in CONFIGS])
 def test_configs_no_layout_can_carry(change, message, adapter, tmp_path):
     assert message in refusal(edit_config(adapter, **change), tmp_path)
 
