@@ -230,8 +230,8 @@ def test_a_vllm_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch):
         tmp_path / "pids"
     )
     (tmp_path / "pids").mkdir()
-    monkeypatch.setattr(vllm_check, "TIME_LIMIT_S", 2)
-    with pytest.raises(ExportError, match="vLLM did not answer within 2 s"):
+    monkeypatch.setattr(vllm_check, "TIME_LIMIT_S", 1)
+    with pytest.raises(ExportError, match="vLLM did not answer within 1 s"):
         vllm_check.ask_vllm(fake_python(tmp_path, body), tmp_path, None, None, [[1]])
     started = [int(path.name) for path in (tmp_path / "pids").iterdir()]
     assert len(started) == 2
