@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,17 +50,14 @@ class BaseCheckpoint:
                 model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder))
             return model
         except (ValueError, ImportError, OSError, KeyError) as error:
-            why = f"it is no causal language model that transformers loads by itself ({_first_line(error)})"
+            why = f"it is no causal language model that transformers loads by itself ({first_line(error)})"
             raise AdaptiveConfigError([Problem("base", self.name, why, "`llamafactory-cli export`")]) from error
 
-    def read(self, names: list[str]) -> dict[str, Tensor]:
-        """Some weights by name."""
-        with ExitStack() as stack:
-            files = {
-                path: stack.enter_context(safe_open(path, framework="pt"))
-                for path in {self.weights[name] for name in names}
-            }
-            return {name: files[self.weights[name]].get_tensor(name) for name in names}
+    def tensor(self, name: str) -> Tensor:
+        """One weight by name."""
+        with safe_open(self.weights[name], framework="pt") as file:
+            found: Tensor = file.get_tensor(name)
+        return found
 
 
 def find_base(name: str | None, adapter: SourceAdapter) -> BaseCheckpoint:
@@ -86,7 +82,7 @@ def find_base(name: str | None, adapter: SourceAdapter) -> BaseCheckpoint:
     except AdaptiveConfigError:
         raise
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-        why = f"its files cannot be read ({_first_line(error)})"
+        why = f"its files cannot be read ({first_line(error)})"
         raise AdaptiveConfigError([_problem(name, why, "a complete copy of a 16-bit checkpoint")]) from error
 
 
@@ -94,7 +90,8 @@ def _problem(name: str | None, why: str, suggestion: str) -> Problem:
     return Problem("base", name, why, suggestion)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -104,7 +101,7 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["model*.safetensors", *SIDE_FILES]))
     except (OSError, ValueError) as error:
-        why = f"it is no folder here and cannot be had from the hub ({_first_line(error)})"
+        why = f"it is no folder here and cannot be had from the hub ({first_line(error)})"
         raise AdaptiveConfigError([_problem(name, why, "--base <folder of the checkpoint>")]) from error
 
 

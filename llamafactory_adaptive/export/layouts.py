@@ -12,6 +12,7 @@ in fp32.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -65,7 +66,7 @@ def _scaled_alike(adapter: SourceAdapter, scale: float) -> Factors:
     """Every module's factors, with what its scale differs by multiplied into B."""
     for module in adapter.modules:
         a, b = adapter.factors(module.name)
-        if module.scale != scale:
+        if not math.isclose(module.scale, scale, rel_tol=1e-9):
             a, b = a.float(), b.float() * (module.scale / scale)
         yield module.name, a, b
 

@@ -39,7 +39,7 @@ def check_replaced(adapter: SourceAdapter, base: BaseCheckpoint, skeleton: nn.Mo
     for name, key in adapter.replaced.items():
         if name in tied:
             why = f"{name} is tied to another weight, and the adapter has its own"
-        elif name not in base.weights or base.read([name])[name].shape != adapter.tensor(key).shape:
+        elif name not in base.weights or base.tensor(name).shape != adapter.tensor(key).shape:
             why = f"the base has no {name} of shape {tuple(adapter.tensor(key).shape)}"
         else:
             continue

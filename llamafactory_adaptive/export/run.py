@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from llamafactory_adaptive.config import AdaptiveConfigError, Problem
+from llamafactory_adaptive.config import AdaptiveConfigError, PlanError, Problem
 from llamafactory_adaptive.export import layouts, merging, quantisation
-from llamafactory_adaptive.export.base import BaseCheckpoint, check_fit, copy_side_files, find_base
+from llamafactory_adaptive.export.base import BaseCheckpoint, check_fit, copy_side_files, find_base, first_line
 from llamafactory_adaptive.export.certificate import certificate, failures, write_certificate
 from llamafactory_adaptive.export.command import ExportRequest
 from llamafactory_adaptive.export.comparing import Comparer
@@ -106,7 +106,7 @@ def _rows(base: BaseCheckpoint) -> list[list[int]]:
     try:
         return tokenise(base.folder)
     except (OSError, ValueError) as error:
-        why = f"its tokenizer cannot be loaded ({str(error).splitlines()[0]})"
+        why = f"its tokenizer cannot be loaded ({first_line(error)})"
         raise AdaptiveConfigError([Problem("base", base.name, why, "--base <folder with a tokenizer>")]) from error
 
 
@@ -146,7 +146,11 @@ def _hint(export: Export) -> list[str]:
     path = export.adapter.folder / PLAN_FILE
     if export.nf4 or not path.is_file():
         return []
-    if load_plan(path).provenance.get("quantization_bit") != 4:
+    try:
+        bits = load_plan(path).provenance.get("quantization_bit")
+    except PlanError:  # of another version, say; the adapter does not need it
+        return []
+    if bits != 4:
         return []
     return [
         "the ranks were planned on a 4-bit base; if the adapter was trained on it, --quantization-aware merges into "
@@ -187,9 +191,11 @@ def _facts(export: Export) -> dict[str, Any]:
 @contextmanager
 def _scratch(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` that takes its name on success and is gone otherwise."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
-    folder.mkdir()
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ExportError(f"nothing can be written to {out.parent}: {error.strerror}") from error
     try:
         yield folder
         folder.replace(out)

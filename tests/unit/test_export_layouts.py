@@ -6,18 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora import edit_config, save_adapter
+from lora import edit_config, mixed_ranks, save_adapter
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import TARGETS, save_tiny
 from transformers import AutoModelForCausalLM
 
+from llamafactory_adaptive.adapter import contract_arguments
 from llamafactory_adaptive.export import run, serving
 from llamafactory_adaptive.export.base import BaseCheckpoint
 from llamafactory_adaptive.export.command import SERVERS, ExportRequest
 from llamafactory_adaptive.export.reading import RULES, read_as
 from llamafactory_adaptive.export.run import run_export
-from llamafactory_adaptive.export.source import ExportError
+from llamafactory_adaptive.export.source import ExportError, read_adapter
 
 
 LAYOUTS = ("peft", *RULES)
@@ -81,6 +82,15 @@ def test_our_own_adapters_keep_their_tensors(adapters, tmp_path):
     assert config["r"] == max(config["rank_pattern"].values())
     assert {config["alpha_pattern"][k] / r for k, r in config["rank_pattern"].items()} == {2.0}
     assert config["lora_alpha"] / config["r"] == 2.0
+
+
+def test_scales_that_differ_by_a_rounding_are_one(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    adapter = save_adapter(base, tmp_path / "a", **contract_arguments(mixed_ranks(model), 1 / 3 + 0.1))
+    assert len({module.scale for module in read_adapter(adapter).modules}) > 1
+    run_export(ExportRequest(adapter, "vllm-legacy", tmp_path / "out"))
+    before, after = (load_file(f / "adapter_model.safetensors") for f in (adapter, tmp_path / "out"))
+    assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 @pytest.mark.parametrize("server", ["sglang", "llamacpp"])

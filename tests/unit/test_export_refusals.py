@@ -180,6 +180,12 @@ def test_a_full_disk_is_found_before(adapter, tmp_path, monkeypatch):
     assert "the merged weights take 0.0 GB and 0.0 GB are free there; try a folder on another disk" in found
 
 
+def test_a_place_that_takes_no_folder(adapter, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ExportError, match=r"nothing can be written to .*file: Not a directory"):
+        run.run_export(ExportRequest(adapter, "peft", tmp_path / "file" / "out"))
+
+
 def test_an_existing_folder_is_left_alone(adapter, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")
