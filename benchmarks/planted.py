@@ -40,7 +40,9 @@ def write_pool(source: Path, name: str, folder: Path, samples: int, share: float
     shuffled = round(share * len(rows))
     answers = [row[columns["response"]] for row in rows]
     answers[:shuffled] = answers[1:shuffled] + answers[:1]
-    pool = [{"instruction": row[columns["prompt"]], "output": a} for row, a in zip(rows, answers, strict=True)]
+    pool = [
+        {"instruction": row[columns["prompt"]], "input": "", "output": a} for row, a in zip(rows, answers, strict=True)
+    ]
     folder.mkdir()
     (folder / "pool.json").write_text(json.dumps(pool), encoding="utf-8")
     (folder / "dataset_info.json").write_text(json.dumps({"pool": {"file_name": "pool.json"}}))

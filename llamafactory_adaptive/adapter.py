@@ -6,7 +6,7 @@ What is saved obeys one rule: every module has the same alpha/r, and it equals `
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,28 @@ from llamafactory_adaptive.plan import RankPlan
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_TENSOR_PREFIX = "base_model.model."
+TENSOR_PREFIX = "base_model.model."
 
 
-def _number(value: float) -> int | float:
+def whole(value: float) -> int | float:
     """An int where the value is whole: some servers declare ``lora_alpha`` as int."""
     return int(value) if float(value).is_integer() else value
 
 
 def lora_config_arguments(plan: RankPlan) -> dict[str, Any]:
     """The arguments of ``peft.LoraConfig`` that carry the plan; everything else stays the caller's."""
+    return contract_arguments({module.name: module.rank for module in plan.active}, plan.scale)
+
+
+def contract_arguments(ranks: Mapping[str, int], scale: float) -> dict[str, Any]:
+    """The same for any ranks by full module name, every module scaled alike."""
+    largest = max(ranks.values())
     return {
-        "r": plan.largest_rank,
-        "lora_alpha": _number(plan.scale * plan.largest_rank),
-        "target_modules": [module.name for module in plan.active],
-        "rank_pattern": {module.name: module.rank for module in plan.active},
-        "alpha_pattern": {module.name: _number(plan.scale * module.rank) for module in plan.active},
+        "r": largest,
+        "lora_alpha": whole(scale * largest),
+        "target_modules": list(ranks),
+        "rank_pattern": dict(ranks),
+        "alpha_pattern": {name: whole(scale * rank) for name, rank in ranks.items()},
         "use_rslora": False,
         "use_dora": False,
     }
@@ -55,7 +61,7 @@ def live_layers(model: nn.Module) -> dict[str, tuple[LoraLayer, str]]:
 
 def _base_name(name: str) -> str:
     """Cut wrapper prefixes: PEFT puts ``base_model.model.`` before the base model's own names."""
-    return name.rpartition(_TENSOR_PREFIX)[2]
+    return name.rpartition(TENSOR_PREFIX)[2]
 
 
 def factors(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -182,7 +188,7 @@ def _tensor_faults(path: Path, plan: RankPlan) -> tuple[list[str], int]:
         found = {_base_name(key).rpartition(".lora_")[0] for key in file.keys() if ".lora_" in key}  # noqa: SIM118
         faults += _name_faults(found, plan)
         for module in (module for module in plan.active if module.name in found):
-            stem = f"{_TENSOR_PREFIX}{module.name}"
+            stem = f"{TENSOR_PREFIX}{module.name}"
             a = file.get_tensor(f"{stem}.lora_A.weight")
             b = file.get_tensor(f"{stem}.lora_B.weight")
             if tuple(a.shape) != (module.rank, module.in_features) or b.shape[1] != module.rank:

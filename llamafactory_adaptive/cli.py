@@ -1,4 +1,4 @@
-"""Command line: ``llamafactory-adaptive plan | train | report | doctor | init``.
+"""Command line: ``llamafactory-adaptive plan | train | report | export | doctor | init``.
 
 Exit codes: 0 done, 2 user error (one message on stderr, no traceback), 1 a bug.
 """
@@ -17,6 +17,7 @@ from typing import Any
 from llamafactory_adaptive import __version__, _bootstrap
 from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, AdaptiveError, Problem, SeamError
+from llamafactory_adaptive.export.command import add_export_arguments, export_request
 from llamafactory_adaptive.fields import coerce
 
 
@@ -40,6 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
         "report", help="ranks, losses and training data of finished runs; two or more: compared"
     )
     report.add_argument("runs", type=Path, nargs="+", metavar="OUTPUT_DIR")
+    add_export_arguments(
+        commands.add_parser("export", help="lay an adapter out for a server, with a parity certificate")
+    )
     commands.add_parser("doctor", help="say whether the hook is active, the versions, and whether each seam fits")
     init = commands.add_parser("init", help="copy the example YAMLs")
     init.add_argument("folder", type=Path, nargs="?", default=Path(), help="where to put examples/")
@@ -64,11 +68,12 @@ def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = parse_command_line(argv)
-    handler = {"plan": plan, "train": train, "report": report, "doctor": doctor, "init": init, "measure": measure}[
-        arguments.command
-    ]
+    handlers = {
+        "plan": plan, "train": train, "report": report, "export": export, "doctor": doctor, "init": init,
+        "measure": measure,
+    }  # fmt: skip
     try:
-        return handler(arguments)
+        return handlers[arguments.command](arguments)
     except AdaptiveError as error:
         print(f"llamafactory-adaptive: error: {error}", file=sys.stderr)
         return 2
@@ -169,6 +174,15 @@ def report(arguments: argparse.Namespace) -> int:
     print("\n\n".join([*(text for text in unfinished.values() if text), *(run_text(run) for run in runs)]))
     if len(runs) > 1:
         print("\n" + comparison(runs))
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Lay a saved adapter out for a server and certify it; needs neither the hook nor LLaMA-Factory."""
+    request = export_request(arguments)
+    from llamafactory_adaptive.export.run import run_export
+
+    print(run_export(request))
     return 0
 
 

@@ -2,7 +2,10 @@
 
 import json
 import re
+import runpy
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -90,6 +93,51 @@ def test_every_yaml_is_in_the_readme_and_every_command_names_a_file():
     listed = {f"examples/{p.relative_to(EXAMPLES)}" for f in ("train_adaptive", "merge_adaptive", "inference")
               for p in names(f)}  # fmt: skip
     assert listed <= named
+
+
+class Completions(BaseHTTPRequestHandler):
+    """As much of an OpenAI-compatible server as the client example asks for."""
+
+    def answer(self, code, document):
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(document).encode())
+
+    def do_GET(self):
+        self.answer(200, {"object": "list", "data": [{"id": "problems", "object": "model"}]})
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if asked["model"] != "problems":
+            self.answer(404, {"error": {"message": "no such model"}})
+            return
+        message = {"role": "assistant", "content": asked["messages"][0]["content"].upper()}
+        self.answer(200, {"object": "chat.completion", "choices": [{"index": 0, "message": message}]})
+
+    def log_message(self, *words):
+        pass
+
+
+def test_the_client_asks_lists_and_says_what_is_wrong(monkeypatch, capsys):
+    pytest.importorskip("openai")
+    server = HTTPServer(("127.0.0.1", 0), Completions)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+
+    def client(*words):
+        monkeypatch.setattr(sys, "argv", ["client.py", "--base-url", url, *words])
+        runpy.run_path(str(EXAMPLES / "inference" / "client.py"), run_name="__main__")
+        return capsys.readouterr().out.strip()
+
+    assert client() == "problems"
+    assert client("problems", "how many?") == "HOW MANY?"
+    with pytest.raises(SystemExit, match="the server does not know other"):
+        client("other", "how many?")
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(SystemExit, match="no server answers at http"):
+        client()
 
 
 def test_word_problems_are_right_and_splits_are_disjoint(tmp_path):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny import settings
 from workers import train_on_two
 
+from llamafactory_adaptive import cli
 from llamafactory_adaptive.plan import load_plan
 
 
@@ -62,6 +63,11 @@ def test_llamafactory_cli_trains_and_the_rest_needs_no_plugin(write, tmp_path, t
     delta = 2.0 * saved[f"{stem}B.weight"] @ saved[f"{stem}A.weight"]
     assert delta.abs().max() > 1e-4
     assert torch.allclose(merged[f"{name}.weight"], base[f"{name}.weight"] + delta, atol=1e-6)
+
+    assert cli.main(["export", str(tmp_path / "cli"), "--for", "merged", "--out", str(tmp_path / "ours")]) == 0
+    ours = load_file(tmp_path / "ours" / "model.safetensors")
+    assert ours.keys() == merged.keys()
+    assert all(torch.equal(ours[key], merged[key]) for key in ours)  # bit for bit what LLaMA-Factory's export writes
 
     chat = (
         "import sys, json\nfrom llamafactory.chat import ChatModel\n"

@@ -1,0 +1,169 @@
+"""The base model as files: where it is, which shard holds which weight, and whether an adapter fits it."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.export.source import SourceAdapter
+from llamafactory_adaptive.export.tensor_files import read_specs
+
+
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
+# What a checkpoint has beside its weights; nothing that could run or be unpickled.
+SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*.jinja")
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+                    "chat_template*", "additional_chat_templates/*.jinja")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BaseCheckpoint:
+    """A 16-bit (or 32-bit) checkpoint in a local folder.
+
+    Attributes:
+        name: what the user or the adapter calls it: a folder or a hub name.
+        weights: weight name to the file that holds it.
+    """
+
+    name: str
+    folder: Path
+    weights: Mapping[str, Path]
+
+    @property
+    def shards(self) -> list[Path]:
+        """Files with weights, in order."""
+        return sorted(set(self.weights.values()))
+
+    def skeleton(self) -> nn.Module:
+        """The model without its weights, on the meta device."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        try:
+            with torch.device("meta"):
+                model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder))
+            return model
+        except (ValueError, ImportError, OSError, KeyError) as error:
+            why = f"it is no causal language model that transformers loads by itself ({first_line(error)})"
+            raise AdaptiveConfigError([Problem("base", self.name, why, "`llamafactory-cli export`")]) from error
+
+    def tensor(self, name: str) -> Tensor:
+        """One weight by name."""
+        with safe_open(self.weights[name], framework="pt") as file:
+            found: Tensor = file.get_tensor(name)
+        return found
+
+
+def find_base(name: str | None, adapter: SourceAdapter) -> BaseCheckpoint:
+    """The base an adapter belongs to: ``name``, or what its config says; a folder, or a name on the hub.
+
+    Raises:
+        AdaptiveConfigError: it is not there, quantised, or not saved as safetensors.
+    """
+    name = name or adapter.config.get("base_model_name_or_path")
+    if not name:
+        raise AdaptiveConfigError([_problem(None, "the adapter's config names no base model", "--base <folder>")])
+    folder = Path(name) if Path(name).is_dir() else _from_hub(name)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise AdaptiveConfigError([_problem(name, "it has no config.json", "the folder of a checkpoint")])
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.get("quantization_config"):
+            why = "it is quantised"
+            raise AdaptiveConfigError([_problem(name, why, "--base <the 16-bit checkpoint it came from>")])
+        return BaseCheckpoint(name, folder, _weight_map(folder, name))
+    except AdaptiveConfigError:
+        raise
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        why = f"its files cannot be read ({first_line(error)})"
+        raise AdaptiveConfigError([_problem(name, why, "a complete copy of a 16-bit checkpoint")]) from error
+
+
+def _problem(name: str | None, why: str, suggestion: str) -> Problem:
+    return Problem("base", name, why, suggestion)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["model*.safetensors", *SIDE_FILES]))
+    except (OSError, ValueError) as error:
+        why = f"it is no folder here and cannot be had from the hub ({first_line(error)})"
+        raise AdaptiveConfigError([_problem(name, why, "--base <folder of the checkpoint>")]) from error
+
+
+def _weight_map(folder: Path, name: str) -> dict[str, Path]:
+    """By the headers of the files themselves, which also tells whether they are whole."""
+    index = folder / INDEX_FILE
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    elif (folder / WEIGHTS_FILE).is_file():
+        files = [WEIGHTS_FILE]
+    else:
+        why = "it has no weights as safetensors (pickled ones are not opened)"
+        raise AdaptiveConfigError([_problem(name, why, "a checkpoint saved with safe_serialization")])
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise AdaptiveConfigError([_problem(name, f"{missing[0]} is missing", "a complete copy of the checkpoint")])
+    return {spec.name: folder / file for file in files for spec in read_specs(folder / file)}
+
+
+def tied_weights(skeleton: nn.Module) -> set[str]:
+    """Weights that are one with another (output head and embeddings)."""
+    pairs: dict[str, str] = getattr(skeleton, "all_tied_weights_keys", {})
+    return set(pairs) | set(pairs.values())
+
+
+def check_fit(adapter: SourceAdapter, base: BaseCheckpoint, skeleton: nn.Module) -> None:
+    """Every adapted layer is a linear layer of the base, of the same sizes, with a weight of its own.
+
+    Raises:
+        AdaptiveConfigError: naming the first layers that do not fit.
+    """
+    linears = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
+    faults = []
+    for module in adapter.modules:
+        linear = linears.get(module.name)
+        if linear is None:
+            faults.append(f"{module.name} is no linear layer of it")
+        elif (linear.in_features, linear.out_features) != (module.in_features, module.out_features):
+            faults.append(
+                f"{module.name} is {linear.in_features}x{linear.out_features} there and "
+                f"{module.in_features}x{module.out_features} in the adapter"
+            )
+        elif f"{module.name}.weight" not in base.weights:
+            tied = f"{module.name}.weight" in tied_weights(skeleton)
+            why = "is tied to the embeddings" if tied else "is saved there under another name"
+            faults.append(f"{module.name} {why}")
+    if faults:
+        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+        why = "the adapter does not fit: " + "; ".join(faults[:3]) + more
+        raise AdaptiveConfigError([_problem(base.name, why, "--base <the model it was trained on>")])
+
+
+def copy_side_files(base: BaseCheckpoint, adapter: Path, target: Path) -> None:
+    """Configs and generation settings of the base; the tokenizer, with its chat template, as training left it.
+
+    LLaMA-Factory saves the tokenizer beside the adapter, set up for the template that was trained.
+    """
+    copies = {path.relative_to(base.folder): path for pattern in SIDE_FILES for path in base.folder.glob(pattern)}
+    copies = {name: path for name, path in copies.items() if not name.name.endswith(".index.json")}
+    if (adapter / "tokenizer_config.json").is_file():
+        kept = {name: path for name, path in copies.items() if not any(name.match(p) for p in _TOKENIZER_FILES)}
+        own = {path.relative_to(adapter): path for pattern in _TOKENIZER_FILES for path in adapter.glob(pattern)}
+        copies = kept | own
+    for name, path in copies.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target / name)

@@ -1,0 +1,144 @@
+"""The parity certificate: what was compared with what, how far apart it was, and with which files and versions.
+
+The reference is always PEFT with the original adapter. Three kinds of checks:
+
+parity     the exported files, read as the server reads them, against PEFT in fp32. For a merged model PEFT merges too,
+           in the same type, and both merged models compute in fp32: the same bits are expected.
+rounding   merged models only: against PEFT before merging. A 16-bit weight cannot hold base plus update exactly. What
+           that may cost is measured on the spot: log-probabilities of the merged model are taken again with random
+           parts of the last place added to the adapted weights, and the merge may differ by ROUNDING_FACTOR times as
+           much.
+vllm       the same comparison in a real vLLM, when its Python is given: the first generated token of each prompt. On
+           GPUs vLLM's LoRA kernels take 16 bits only; there the distance of the base alone, times ROUNDING_FACTOR, is
+           allowed.
+
+How much the adapter changes at all stands beside them (``adapter_effect``): a check can only see what is larger than
+its tolerance.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llamafactory_adaptive.export.parity import PROMPTS, TOP_K
+
+
+CERTIFICATE_FILE = "parity_certificate.json"
+SCHEMA_VERSION = 1
+TOLERANCE = 1e-3  # nats; fp32 on two programs differs by some 1e-5 on small models
+ROUNDING_FACTOR = 3.0
+PACKAGES = ("llamafactory-adaptive", "torch", "transformers", "peft", "safetensors", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison; differences are of natural log-probabilities among the reference's top-k tokens."""
+
+    name: str
+    reference: str
+    exported: str
+    max_difference: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is within the tolerance; NaN is not."""
+        return self.max_difference <= self.tolerance
+
+    def __str__(self) -> str:
+        state = "passed" if self.passed else "FAILED"
+        return (
+            f"{self.name:<9} {state}  largest difference {self.max_difference:.2e} (tolerance {self.tolerance:.2e}): "
+            f"{self.exported} against {self.reference}"
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The checks of one export.
+
+    Attributes:
+        reference: log-probabilities of PEFT with the original adapter, not merged.
+        exported: the same of the export.
+        adapter_effect: largest difference that the adapter makes, against the base alone.
+    """
+
+    checks: tuple[Check, ...]
+    reference: list[Tensor]
+    exported: list[Tensor]
+    adapter_effect: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    def warnings(self) -> list[str]:
+        """What a passed comparison does not show, because the adapter changes too little."""
+        loosest = max(self.checks, key=lambda check: check.tolerance)
+        if self.adapter_effect > loosest.tolerance:
+            return []
+        return [
+            f"warning: the adapter moves log-probabilities by {self.adapter_effect:.2e} at most, less than the "
+            f"tolerance of {loosest.name} ({loosest.tolerance:.2e}): that check says nothing about it"
+        ]
+
+
+def certificate(
+    comparison: Comparison, rows: list[list[int]], folder: Path, adapter: Path, **facts: Any
+) -> dict[str, Any]:
+    """The document; ``facts`` are what the export itself has to say (server, base, ranks)."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "passed": comparison.passed,
+        **facts,
+        "date": time.strftime("%Y-%m-%d"),
+        "unit": "nats (differences of natural log-probabilities)",
+        "top_k": TOP_K,
+        "places": sum(map(len, rows)),
+        "adapter_effect": comparison.adapter_effect,
+        "checks": [{**asdict(check), "passed": check.passed} for check in comparison.checks],
+        "prompts": _last_places(comparison, rows),
+        "versions": {name: version(name) for name in PACKAGES},
+        "adapter_files": digests(adapter, adapter.glob("adapter_*")),
+        "export_files": digests(folder, folder.rglob("*")),
+    }
+
+
+def _last_places(comparison: Comparison, rows: list[list[int]]) -> list[dict[str, Any]]:
+    """Each prompt with the next token's most likely candidates, by PEFT and by the export."""
+    entries = []
+    for text, row, reference, exported in zip(PROMPTS, rows, comparison.reference, comparison.exported, strict=True):
+        best = reference[-1].topk(min(TOP_K, reference.shape[-1])).indices
+        columns = {"tokens": best, "peft": reference[-1][best], "exported": exported[-1][best]}
+        entries.append(
+            {"text": text, "token_ids": row, "next": {key: value.tolist() for key, value in columns.items()}}
+        )
+    return entries
+
+
+def digests(folder: Path, paths: Any) -> dict[str, str]:
+    """SHA-256 of files by their name inside ``folder``."""
+    return {str(path.relative_to(folder)): _digest(path) for path in sorted(paths) if path.is_file()}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_certificate(document: dict[str, Any], folder: Path) -> None:
+    """Beside the exported files; it is not part of its own digests."""
+    (folder / CERTIFICATE_FILE).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def failures(checks: Sequence[Check]) -> str:
+    """The failed checks, a line each."""
+    return "\n  ".join(str(check) for check in checks if not check.passed)

@@ -1,0 +1,99 @@
+"""The words of ``llamafactory-adaptive export``: standard library only, so that the command line starts at once."""
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+
+
+SERVERS = {
+    "peft": "PEFT, LLaMA-Factory's chat and api, transformers",
+    "vllm": "vLLM 0.32 or newer",
+    "vllm-legacy": "vLLM 0.31 or older",
+    "sglang": "SGLang",
+    "llamacpp": "llama.cpp and Ollama",
+    "merged": "any server: the adapter merged into its base",
+}
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What the user asked for.
+
+    Attributes:
+        base: folder or hub name, None for what the adapter's config says.
+        dtype: one of DTYPES; for merged weights.
+        tolerance: in nats.
+    """
+
+    adapter: Path
+    server: str
+    out: Path
+    base: str | None = None
+    dtype: str = "auto"
+    quantization_aware: bool = False
+    double_quantization: bool = True
+    tolerance: float = 1e-3
+    vllm_python: Path | None = None
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder of a saved LoRA adapter")
+    servers = "; ".join(f"{name}: {what}" for name, what in SERVERS.items())
+    parser.add_argument("--for", dest="server", choices=SERVERS, required=True, help=servers)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the export")
+    parser.add_argument(
+        "--base", metavar="MODEL", help="base model, folder or hub name (default: what the adapter says)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="type of merged weights (default: the base's)")
+    parser.add_argument(
+        "--quantization-aware", action="store_true",
+        help="merge into the base as NF4 quantisation leaves it, for adapters trained on a 4-bit base; reports per "
+        "layer how quantisation error and update compare",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-double-quantization", dest="double_quantization", action="store_false",
+        help="with --quantization-aware: the run had double_quantization: false",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-3, metavar="X",
+        help="largest difference of log-probabilities between PEFT and the export, in nats (default: 0.001)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--vllm-python", type=Path, metavar="PATH",
+        help="python of an environment with vLLM, to check there too (vllm, vllm-legacy, merged)",
+    )  # fmt: skip
+
+
+def export_request(arguments: argparse.Namespace) -> ExportRequest:
+    """The parsed words as a request.
+
+    Raises:
+        AdaptiveConfigError: options that say nothing together, or a tolerance that is none.
+    """
+    request = ExportRequest(**{name: getattr(arguments, name) for name in ExportRequest.__dataclass_fields__})
+    if problems := _problems(request):
+        raise AdaptiveConfigError(problems)
+    return request
+
+
+def _problems(request: ExportRequest) -> list[Problem]:
+    problems = []
+    if request.server != "merged":
+        for key, given in (("dtype", request.dtype != "auto"), ("quantization_aware", request.quantization_aware)):
+            if given:
+                why = "only merged weights have a type and a base of their own"
+                problems.append(Problem(key, getattr(request, key), why, "--for merged, or leaving it out"))
+    if not request.double_quantization and not request.quantization_aware:
+        why = "it says how the base was quantised"
+        problems.append(Problem("double_quantization", False, why, "--quantization-aware with it"))
+    if request.vllm_python and request.server not in ("vllm", "vllm-legacy", "merged"):
+        why = f"vLLM cannot check what is laid out for {request.server}"
+        problems.append(Problem("vllm_python", str(request.vllm_python), why, "leaving it out"))
+    if not (math.isfinite(request.tolerance) and request.tolerance > 0):
+        problems.append(Problem("tolerance", request.tolerance, "it must be a positive number", "--tolerance 0.001"))
+    return problems

@@ -1,0 +1,127 @@
+"""Merge into the base shard by shard, bit for bit as PEFT's ``merge_and_unload`` does it on a CPU.
+
+PEFT computes ``W += (B @ A) * scale`` in place: the product in fp32 (it loads 16-bit factors in fp32), the sum in fp32
+too, rounded once to the weight's type. The same operations in the same order give the same bits. One weight is held at
+a time; shards keep their names and what they hold.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.export.base import INDEX_FILE, BaseCheckpoint, tied_weights
+from llamafactory_adaptive.export.source import ExportError, SourceAdapter
+from llamafactory_adaptive.export.tensor_files import TensorSpec, read_specs, write_streaming
+
+
+Transform = Callable[[str, Tensor], Tensor]
+
+
+def update(adapter: SourceAdapter, name: str) -> Tensor:
+    """What the adapter adds to a module's weight: scale * B A in fp32, (d_out, d_in)."""
+    a, b = adapter.factors(name)
+    return (b.float() @ a.float()) * adapter.by_name[name].scale
+
+
+def check_replaced(adapter: SourceAdapter, base: BaseCheckpoint, skeleton: nn.Module) -> None:
+    """Weights the adapter holds whole must have one place to go to.
+
+    Raises:
+        AdaptiveConfigError: a weight is tied to another one, or the base has none of that name and shape.
+    """
+    tied = tied_weights(skeleton)
+    for name, key in adapter.replaced.items():
+        if name in tied:
+            why = f"{name} is tied to another weight, and the adapter has its own"
+        elif name not in base.weights or base.tensor(name).shape != adapter.tensor(key).shape:
+            why = f"the base has no {name} of shape {tuple(adapter.tensor(key).shape)}"
+        else:
+            continue
+        saved = adapter.config.get("modules_to_save")
+        raise AdaptiveConfigError([Problem("modules_to_save", saved, why, "`llamafactory-cli export`")])
+
+
+def merge(
+    adapter: SourceAdapter,
+    base: BaseCheckpoint,
+    target: Path,
+    dtype: torch.dtype | None,
+    prepare: Transform = lambda name, weight: weight,
+) -> None:
+    """Write the merged weights to ``target``, shard by shard.
+
+    Args:
+        dtype: type of floating-point weights, None to keep that of the base.
+        prepare: applied to each weight (in the final type) before the update is added.
+    """
+    adapted = {f"{module.name}.weight": module.name for module in adapter.modules}
+
+    def make(spec: TensorSpec, weight: Tensor) -> Tensor:
+        weight = weight.to(spec.dtype)
+        if spec.name in adapter.replaced:
+            return adapter.tensor(adapter.replaced[spec.name]).to(spec.dtype)
+        weight = prepare(spec.name, weight)
+        if spec.name not in adapted:
+            return weight
+        return _finite(spec.name, weight.clone().add_(update(adapter, adapted[spec.name])))
+
+    with tqdm(total=len(base.weights), desc="merging", unit="weight", mininterval=1.0) as progress:
+        total = sum(_merge_shard(path, target / path.name, dtype, make, progress) for path in base.shards)
+    if len(base.shards) > 1:
+        _write_index(base, target, total)
+
+
+def _finite(name: str, weight: Tensor) -> Tensor:
+    if not bool(torch.isfinite(weight).all()):
+        raise ExportError(f"{name} would leave the range of {weight.dtype} when merged; merge with --dtype bfloat16")
+    return weight
+
+
+def _merge_shard(
+    source: Path,
+    target: Path,
+    dtype: torch.dtype | None,
+    make: Callable[[TensorSpec, Tensor], Tensor],
+    progress: tqdm,
+) -> int:
+    """One shard; returns its bytes of weights."""
+    specs = [_retyped(spec, dtype) for spec in read_specs(source)]
+    with safe_open(source, framework="pt") as file:
+
+        def next_weight(spec: TensorSpec) -> Tensor:
+            progress.update()
+            return make(spec, file.get_tensor(spec.name))
+
+        write_streaming(target, specs, next_weight)
+    return sum(spec.bytes for spec in specs)
+
+
+def merged_bytes(base: BaseCheckpoint, dtype: torch.dtype | None) -> int:
+    """Size of the merged weights on disk."""
+    return sum(_retyped(spec, dtype).bytes for path in base.shards for spec in read_specs(path))
+
+
+def _retyped(spec: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:
+    return TensorSpec(spec.name, dtype, spec.shape) if dtype and spec.dtype.is_floating_point else spec
+
+
+def _write_index(base: BaseCheckpoint, target: Path, total: int) -> None:
+    document = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: path.name for name, path in sorted(base.weights.items())},
+    }
+    (target / INDEX_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def set_dtype(target: Path, dtype: torch.dtype) -> None:
+    """Say the new type in the copied ``config.json``."""
+    path = target / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    path.write_text(json.dumps({**config, key: str(dtype).removeprefix("torch.")}, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,203 @@
+"""One export from start to end: check everything, write into a scratch folder, certify, and only then name it."""
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
+from llamafactory_adaptive.export import layouts, merging, quantisation
+from llamafactory_adaptive.export.base import BaseCheckpoint, check_fit, copy_side_files, find_base, first_line
+from llamafactory_adaptive.export.certificate import certificate, failures, write_certificate
+from llamafactory_adaptive.export.command import ExportRequest
+from llamafactory_adaptive.export.comparing import Comparer
+from llamafactory_adaptive.export.parity import tokenise
+from llamafactory_adaptive.export.reading import STACKED
+from llamafactory_adaptive.export.serving import max_lora_rank, serve_command
+from llamafactory_adaptive.export.source import ExportError, SourceAdapter, read_adapter
+from llamafactory_adaptive.export.vllm_check import check_vllm
+from llamafactory_adaptive.plan import PLAN_FILE, load_plan
+
+
+@dataclass(frozen=True)
+class Export:
+    """A checked request: nothing in it has to be refused any more."""
+
+    request: ExportRequest
+    adapter: SourceAdapter
+    base: BaseCheckpoint
+    skeleton: nn.Module
+    rows: list[list[int]]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank."""
+        return max(module.rank for module in self.adapter.modules)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type asked for, None to keep that of the base."""
+        return None if self.request.dtype == "auto" else getattr(torch, self.request.dtype)
+
+    @property
+    def nf4(self) -> quantisation.Nf4 | None:
+        """How the base is quantised before merging, None to merge into it as it is."""
+        return quantisation.Nf4(self.request.double_quantization) if self.request.quantization_aware else None
+
+
+def run_export(request: ExportRequest) -> str:
+    """Carry out one export; returns what to tell the user.
+
+    Raises:
+        AdaptiveConfigError: before anything is written.
+        ExportError: parity failed; nothing carries the name of the output folder.
+    """
+    export = prepare(request)
+    with _scratch(request.out) as scratch:
+        notes = write(export, scratch)
+        print("comparing with PEFT", flush=True)
+        checks = certify(export, scratch)
+    where = serve_command(request.server, export.base, request.out, export.rank)
+    return "\n".join([*notes, *checks, f"written to {request.out}; to serve it:", where])
+
+
+def prepare(request: ExportRequest) -> Export:
+    """Read and check everything that can be refused without loading a model."""
+    if request.out.exists() and (not request.out.is_dir() or any(request.out.iterdir())):
+        problem = Problem("out", str(request.out), "it exists already, nothing was overwritten", "another folder")
+        raise AdaptiveConfigError([problem])
+    if request.vllm_python:
+        check_vllm(request.vllm_python)
+    adapter = read_adapter(request.adapter)
+    base = find_base(request.base, adapter)
+    skeleton = base.skeleton()
+    check_fit(adapter, base, skeleton)
+    _check_server(request.server, adapter, base, skeleton)
+    export = Export(request, adapter, base, skeleton, _rows(base))
+    if request.server == "merged":
+        _check_space(request.out, merging.merged_bytes(base, export.dtype))
+    return export
+
+
+def _check_space(out: Path, needed: int) -> None:
+    place = next(folder for folder in out.resolve().parents if folder.is_dir())
+    if (free := shutil.disk_usage(place).free) < needed:
+        why = f"the merged weights take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there"
+        raise AdaptiveConfigError([Problem("out", str(out), why, "a folder on another disk")])
+
+
+def _check_server(server: str, adapter: SourceAdapter, base: BaseCheckpoint, skeleton: nn.Module) -> None:
+    if server == "merged":
+        merging.check_replaced(adapter, base, skeleton)
+    elif adapter.replaced or adapter.config.get("modules_to_save"):
+        saved, why = adapter.config.get("modules_to_save"), f"{server} reads LoRA factors only"
+        raise AdaptiveConfigError([Problem("modules_to_save", saved, why, "--for merged")])
+    if server in ("vllm", "vllm-legacy"):
+        max_lora_rank(max(module.rank for module in adapter.modules))
+
+
+def _rows(base: BaseCheckpoint) -> list[list[int]]:
+    try:
+        return tokenise(base.folder)
+    except (OSError, ValueError) as error:
+        why = f"its tokenizer cannot be loaded ({first_line(error)})"
+        raise AdaptiveConfigError([Problem("base", base.name, why, "--base <folder with a tokenizer>")]) from error
+
+
+def write(export: Export, target: Path) -> list[str]:
+    """Write the layout into ``target``; returns notes for the user."""
+    request, adapter, base = export.request, export.adapter, export.base
+    if request.server == "merged":
+        return _write_merged(export, target)
+    if request.server in ("sglang", "llamacpp"):
+        together = STACKED if request.server == "sglang" else ()
+        layouts.write_padded(adapter, base.name, target, export.skeleton, together)
+        return [f"{len(adapter.modules)} modules, padded to rank {export.rank}"]
+    layouts.write_contract(adapter, base.name, target)
+    ranks = [module.rank for module in adapter.modules]
+    return [f"{len(ranks)} modules, ranks {min(ranks)} to {max(ranks)}"]
+
+
+def _write_merged(export: Export, target: Path) -> list[str]:
+    adapter, base = export.adapter, export.base
+    report, options, notes = None, {}, []
+    if export.nf4:
+        report = quantisation.QuantisationReport(export.nf4)
+        options["prepare"] = report.transform(adapter, quantisation.quantised_weights(export.skeleton))
+    copy_side_files(base, adapter.folder, target)
+    merging.merge(adapter, base, target, export.dtype, **options)
+    if export.dtype:
+        merging.set_dtype(target, export.dtype)
+    if report:
+        report.save(target)
+        notes.append(report.table())
+    notes += _hint(export)
+    return [*notes, f"{len(adapter.modules)} modules merged into {len(base.shards)} file(s)"]
+
+
+def _hint(export: Export) -> list[str]:
+    """Where the plan beside the adapter says the base was quantised, the other merge is worth a thought."""
+    path = export.adapter.folder / PLAN_FILE
+    if export.nf4 or not path.is_file():
+        return []
+    try:
+        bits = load_plan(path).provenance.get("quantization_bit")
+    except PlanError:  # of another version, say; the adapter does not need it
+        return []
+    if bits != 4:
+        return []
+    return [
+        "the ranks were planned on a 4-bit base; if the adapter was trained on it, --quantization-aware merges into "
+        "the weights that training saw"
+    ]
+
+
+def certify(export: Export, folder: Path) -> list[str]:
+    """Compare with PEFT and write the certificate; returns the checks in words.
+
+    Raises:
+        ExportError: a check failed.
+    """
+    request, adapter = export.request, export.adapter
+    comparer = Comparer(adapter, export.base, export.rows, request.tolerance, request.vllm_python)
+    if request.server == "merged":
+        comparison = comparer.merged(folder, export.dtype, export.nf4)
+    else:
+        comparison = comparer.layout(request.server, folder)
+    if not comparison.passed:
+        raise ExportError(f"parity failed, nothing was written to {request.out}:\n  {failures(comparison.checks)}")
+    write_certificate(certificate(comparison, export.rows, folder, adapter.folder, **_facts(export)), folder)
+    return [*map(str, comparison.checks), *comparison.warnings()]
+
+
+def _facts(export: Export) -> dict[str, Any]:
+    request, ranks = export.request, [module.rank for module in export.adapter.modules]
+    return {
+        "server": request.server,
+        "base": export.base.name,
+        "modules": len(ranks),
+        "ranks": [min(ranks), max(ranks)],
+        "dtype": request.dtype if request.server == "merged" else None,
+        "quantization_aware": request.quantization_aware,
+    }
+
+
+@contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that takes its name on success and is gone otherwise."""
+    folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ExportError(f"nothing can be written to {out.parent}: {error.strerror}") from error
+    try:
+        yield folder
+        folder.replace(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,248 @@
+"""Merged files are PEFT's merge bit for bit, made one weight at a time; the fp32 computation is what it says."""
+
+import json
+import weakref
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from lora import mixed_ranks, save_adapter
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from llamafactory_adaptive.adapter import contract_arguments
+from llamafactory_adaptive.export import merging, parity, run
+from llamafactory_adaptive.export.base import find_base
+from llamafactory_adaptive.export.command import ExportRequest
+from llamafactory_adaptive.export.quantisation import Nf4, QuantisationReport
+from llamafactory_adaptive.export.run import run_export
+from llamafactory_adaptive.export.source import ExportError, read_adapter
+from llamafactory_adaptive.plan import PLAN_FILE, ModulePlan, RankPlan
+
+
+def save_base(folder, architecture="llama", dtype=torch.bfloat16, shard="50GB", **sizes):
+    tiny_model(architecture, **sizes).to(dtype).save_pretrained(folder, max_shard_size=shard)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def merged_by_peft(base, adapter, dtype="auto"):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), adapter)
+    return model.merge_and_unload().state_dict()
+
+
+def weights(folder):
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+BASES = {
+    "bf16": {},
+    "fp32": {"dtype": torch.float32},
+    "fp16": {"dtype": torch.float16},
+    "tied": {"tie_word_embeddings": True},
+    "tied in shards": {"tie_word_embeddings": True, "shard": "20KB"},
+    "shards with biases": {"architecture": "qwen2", "shard": "20KB"},
+    "qwen3": {"architecture": "qwen3"},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "factors"),
+    [*((kind, torch.float32) for kind in BASES), ("bf16", torch.bfloat16), ("tied in shards", torch.float16)],
+)
+def test_merged_weights_are_those_of_peft_bit_for_bit(kind, factors, tmp_path):
+    base = save_base(tmp_path / "base", **BASES[kind])
+    adapter = save_adapter(base, tmp_path / "adapter", factors)
+    said = run_export(ExportRequest(adapter, "merged", tmp_path / "out"))
+    expected, found = merged_by_peft(base, adapter), weights(tmp_path / "out")
+    assert found.keys() == weights(base).keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert sum(not torch.equal(found[name], tensor) for name, tensor in weights(base).items()) == 11
+    assert {p.name for p in base.glob("*.safetensors*")} == {p.name for p in (tmp_path / "out").glob("*.safetensors*")}
+    assert "0 weight tensors differ" in said
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_another_type_is_peft_on_a_base_of_that_type(dtype, tmp_path):
+    base = save_base(tmp_path / "base", shard="20KB")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    run_export(ExportRequest(adapter, "merged", tmp_path / "out", dtype=dtype))
+    expected, found = merged_by_peft(base, adapter, getattr(torch, dtype)), weights(tmp_path / "out")
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
+
+
+def test_weights_held_whole_take_their_place(tmp_path):
+    """additional_target: lm_head, as LLaMA-Factory saves it."""
+    base = save_base(tmp_path / "base")
+    live = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype="auto"),
+        LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"),
+    )
+    live.base_model.model.lm_head.modules_to_save["default"].weight.data.mul_(1.5)
+    live.save_pretrained(tmp_path / "adapter")
+    run_export(ExportRequest(tmp_path / "adapter", "merged", tmp_path / "out"))
+    expected, found = merged_by_peft(base, tmp_path / "adapter"), weights(tmp_path / "out")
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert not torch.equal(found["lm_head.weight"], weights(base)["lm_head.weight"])
+
+
+def test_configs_and_the_trained_tokenizer_come_along(tmp_path):
+    base = save_base(tmp_path / "base")
+    (base / "README.md").write_text("the base's own")
+    (base / "pytorch_model.bin.index.json").write_text("{}")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{{ messages[0]['content'] }} trained"
+    tokenizer.save_pretrained(adapter)
+    run_export(ExportRequest(adapter, "merged", tmp_path / "out"))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "parity_certificate.json"} <= names
+    assert not names & {"README.md", "pytorch_model.bin.index.json", "adapter_config.json"}
+    served = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert served.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi trained"
+
+
+def test_shards_are_processed_one_weight_at_a_time(tmp_path):
+    """No earlier weight is alive when the next one is read."""
+    base_folder = save_base(tmp_path / "base", shard="20KB")
+    adapter = read_adapter(save_adapter(base_folder, tmp_path / "adapter"))
+    base, earlier = find_base(None, adapter), []
+
+    def prepare(name, weight):
+        assert [reference for reference in earlier if reference() is not None] == []
+        copy = weight.clone()
+        earlier.extend([weakref.ref(weight), weakref.ref(copy)])
+        return copy
+
+    assert len(base.shards) > 3
+    (tmp_path / "out").mkdir()
+    merging.merge(adapter, base, tmp_path / "out", None, prepare)
+    assert len(earlier) == 2 * len(base.weights)
+
+
+def test_a_merge_that_overflows_names_the_weight(tmp_path):
+    base = save_base(tmp_path / "base", dtype=torch.float16)
+    settings = contract_arguments(mixed_ranks(tiny_model()), 1e6)
+    adapter = save_adapter(base, tmp_path / "adapter", **settings)
+    with pytest.raises(
+        ExportError, match=r"gate_proj.weight would leave the range of torch.float16 .* --dtype bfloat16"
+    ):
+        run_export(ExportRequest(adapter, "merged", tmp_path / "out"))
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_quantisation_aware_merge_is_peft_on_the_dequantised_base(double, tmp_path):
+    base = save_base(tmp_path / "base", shard="20KB", num_hidden_layers=1)
+    adapter = save_adapter(base, tmp_path / "adapter")
+    said = run_export(
+        ExportRequest(adapter, "merged", tmp_path / "out", quantization_aware=True, double_quantization=double)
+    )
+    loading = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype="auto", quantization_config=loading, device_map={"": "cpu"}
+    )
+    expected = PeftModel.from_pretrained(model.dequantize(), adapter).merge_and_unload().state_dict()
+    found = weights(tmp_path / "out")
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    changed = {name for name, tensor in weights(base).items() if not torch.equal(found[name], tensor)}
+    assert len(changed) == 7  # every linear layer, adapted or not; neither head, embeddings nor norms
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    assert report["nf4"] == {"double": double}
+    assert f"median {report['median']:.3f}" in said
+
+
+def test_the_ratio_is_quantisation_error_over_update(tmp_path):
+    base = save_base(tmp_path / "base", num_hidden_layers=1)
+    folder = save_adapter(base, tmp_path / "adapter")
+    factors = load_file(folder / "adapter_model.safetensors")
+    untrained = "base_model.model.model.layers.0.self_attn.k_proj.lora_B.weight"
+    save_file({**factors, untrained: factors[untrained] * 0}, folder / "adapter_model.safetensors")
+    report, name = QuantisationReport(Nf4(True)), "model.layers.0.self_attn.q_proj"
+    prepare = report.transform(read_adapter(folder), {f"model.layers.0.self_attn.{kind}_proj.weight" for kind in "qk"})
+    weight = weights(base)[f"{name}.weight"]
+    seen = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
+    assert torch.equal(prepare(f"{name}.weight", weight), seen)
+    prepare("model.layers.0.self_attn.k_proj.weight", weights(base)["model.layers.0.self_attn.k_proj.weight"])
+    assert prepare("model.norm.weight", weight) is weight
+    a, b = (factors[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
+    error, learned = (seen.double() - weight.double()).norm(), (2.0 * b @ a).norm()
+    assert report.ratios == {name: pytest.approx(float(error / learned), rel=1e-4)}
+    assert report.untrained == ["model.layers.0.self_attn.k_proj"]  # an update of zero has no ratio
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"), [(0.1, "prefer a plain merge"), (0.5, "score this merge"), (3.0, "weights that training saw")]
+)
+def test_the_recommendation_follows_the_median(ratio, words):
+    report = QuantisationReport(Nf4(True), {"a": ratio, "b": ratio, "c": 100.0})
+    assert words in report.recommendation()
+    assert report.table().splitlines()[1].startswith("c")
+
+
+def test_a_planted_wrong_update_fails_and_leaves_nothing(tmp_path, monkeypatch):
+    base = save_base(tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    honest = merging.update
+    monkeypatch.setattr(merging, "update", lambda *words: honest(*words) * 1.02)
+    with pytest.raises(ExportError, match=r"parity failed.*\n  parity    FAILED .* \(11 weight tensors differ\)"):
+        run_export(ExportRequest(adapter, "merged", tmp_path / "out"))
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("tied", [True, False])
+def test_layers_widened_one_by_one_compute_what_a_float_model_does(dtype, tied):
+    model, rows = tiny_model("qwen2", tie_word_embeddings=tied).to(dtype), [[1, 2, 3, 4, 5], [9, 8]]
+    found = parity.log_probabilities(model, rows)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    expected = parity.log_probabilities(model.float(), rows)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_weights_are_restored_after_an_exception():
+    model = tiny_model().bfloat16()
+    with pytest.raises(IndexError):
+        parity.log_probabilities(model, [[10_000]])
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_last_place_is_the_distance_to_the_next_number(dtype):
+    values = torch.tensor([1.0, 1.5, -3.0, 1024.0, 0.1], dtype=dtype)
+    away = torch.nextafter(values, torch.sign(values) * torch.tensor(float("inf"), dtype=dtype))
+    assert torch.equal(parity.last_place(values), (away - values).abs().float())
+
+
+def test_differences_are_taken_among_the_references_best_tokens():
+    reference = [torch.tensor([[-1.0, -2.0, -9.0], [-3.0, -0.5, -0.6]])]
+    other = [torch.tensor([[-1.1, -2.0, -50.0], [-9.0, -0.5, -0.9]])]
+    assert parity.largest_difference(reference, other, top_k=2) == pytest.approx(0.3)
+    assert parity.largest_difference(reference, [torch.full((2, 3), float("nan"))]) == float("inf")
+
+
+@pytest.mark.parametrize(("bits", "hinted"), [(4, True), (None, False)])
+def test_a_plan_made_on_four_bits_hints_at_the_other_merge(bits, hinted, tmp_path):
+    base = save_tiny(tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    modules = (ModulePlan("model.layers.0.mlp.up_proj", 32, 64, rank=1),)
+    RankPlan("random", {}, "params", 1, 2.0, modules, {"quantization_bit": bits}).save(adapter / PLAN_FILE)
+    said = run_export(ExportRequest(adapter, "merged", tmp_path / "out"))
+    assert ("--quantization-aware merges into the weights that training saw" in said) is hinted
+
+
+def test_interrupted_exports_leave_nothing(tmp_path, monkeypatch):
+    base = save_tiny(tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    monkeypatch.setattr(run, "certify", lambda *words: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_export(ExportRequest(adapter, "peft", tmp_path / "out"))
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}

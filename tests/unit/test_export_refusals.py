@@ -1,0 +1,292 @@
+"""What cannot be exported is refused before any model is loaded, in one message; vLLM's part fails in words, too."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lora import edit_config, save_adapter
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny, tiny_model
+
+from llamafactory_adaptive import cli
+from llamafactory_adaptive.errors import AdaptiveConfigError
+from llamafactory_adaptive.export import comparing, run, vllm_check
+from llamafactory_adaptive.export.command import ExportRequest
+from llamafactory_adaptive.export.comparing import Comparer
+from llamafactory_adaptive.export.parity import TOP_K, log_probabilities, tokenise
+from llamafactory_adaptive.export.source import ExportError
+from llamafactory_adaptive.export.vllm_check import VllmAnswer
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    return save_adapter(base, tmp_path / "adapter")
+
+
+@pytest.fixture(autouse=True)
+def _no_model_is_loaded(monkeypatch, request):
+    if "loads" not in request.keywords:
+        monkeypatch.setattr(comparing, "load", lambda *words: pytest.fail("a model was loaded"))
+
+
+def refusal(adapter, tmp_path, server="peft", **more):
+    with pytest.raises(AdaptiveConfigError) as caught:
+        run.run_export(ExportRequest(adapter, server, tmp_path / "out", **more))
+    assert not (tmp_path / "out").exists()
+    return str(caught.value)
+
+
+CONFIGS = [
+    ({"peft_type": "LOHA"}, "peft_type: 'LOHA' is not possible: only LORA adapters"),
+    ({"peft_type": None}, "peft_type: None is not possible"),
+    ({"use_dora": True}, "use_dora: True is not possible: DoRA normalises whole columns"),
+    ({"bias": "all"}, "bias: 'all' is not possible: trained biases"),
+    ({"lora_bias": True}, "lora_bias: True is not possible"),
+    ({"fan_in_fan_out": True}, "fan_in_fan_out: True is not possible: the base stores its weights transposed"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' is not possible: PEFT changes the base weights"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save: ['lm_head'] is not possible: peft reads LoRA factors only"),
+    ({"trainable_token_indices": [1]}, "trainable_token_indices: [1] is not possible: trained tokens are no LoRA"),
+    ({"target_parameters": ["x"]}, "target_parameters: ['x'] is not possible: adapters on bare parameters"),
+    ({"r": None}, "r: None is not possible: ranks are whole numbers from 1 on"),
+    ({"rank_pattern": {"q_proj": 0}}, "q_proj: 0 is not possible: ranks are whole numbers from 1 on"),
+    ({"alpha_pattern": {"q_proj": "8"}}, "q_proj: '8' is not possible: ranks are whole numbers from 1 on, alphas"),
+    ({"rank_pattern": {}}, "has rank 8 by adapter_config.json but A (1, 32) and B (64, 1)"),
+    ({"base_model_name_or_path": None}, "base: None is not possible: the adapter's config names no base model"),
+    ({"base_model_name_or_path": "/gone/away"}, "base: '/gone/away' is not possible: it is no folder here and cannot"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), CONFIGS, ids=[str(change) for change, _ in CONFIGS])
+def test_configs_no_layout_can_carry(change, message, adapter, tmp_path):
+    assert message in refusal(edit_config(adapter, **change), tmp_path)
+
+
+def test_all_reasons_come_at_once(adapter, tmp_path):
+    edit_config(adapter, use_dora=True, bias="all")
+    (adapter / "adaptive_state.json").write_text("{}")
+    (adapter / "value_head.safetensors").touch()
+    found = refusal(adapter, tmp_path)
+    assert found.startswith("4 problems in the configuration:")
+    assert "it is a checkpoint of a run that still finds its ranks; try the output_dir of the finished run" in found
+    assert "the value head of a reward model would be lost" in found
+
+
+def change_tensors(adapter, change):
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+TENSORS = [
+    (lambda t: t.update({KEY: t[KEY] * float("nan")}), "layers.0.self_attn.q_proj holds NaN or infinity"),
+    (lambda t: t.pop(KEY), "lora_B.weight is no factor of a linear LoRA layer"),
+    (lambda t: t.update(other=torch.ones(1)), "the tensor other is no factor of a linear LoRA layer"),
+    (lambda t: t.clear(), "it holds no LoRA factors"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), TENSORS)
+def test_tensors_that_are_no_lora(change, message, adapter, tmp_path):
+    change_tensors(adapter, change)
+    assert message in refusal(adapter, tmp_path)
+
+
+def test_folders_without_an_adapter(adapter, tmp_path):
+    (adapter / "adapter_model.safetensors").write_bytes(b"half")
+    assert "it cannot be read" in refusal(adapter, tmp_path)
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    assert "adapter_model.safetensors is missing: it has no weights as safetensors" in refusal(adapter, tmp_path)
+    assert "adapter_config.json is missing: there is no adapter in it" in refusal(tmp_path / "nowhere", tmp_path)
+    (adapter / "adapter_model.bin").rename(adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text("[")
+    assert "it is no JSON mapping" in refusal(adapter, tmp_path)
+
+
+def damaged_base(tmp_path, name, **changes):
+    folder = save_tiny(tmp_path / name)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+def test_bases_that_cannot_be_used(adapter, tmp_path):
+    four_bit = damaged_base(tmp_path, "four", quantization_config={"quant_method": "gptq", "bits": 4})
+    assert "it is quantised; try --base <the 16-bit checkpoint" in refusal(adapter, tmp_path, base=str(four_bit))
+    unknown = damaged_base(tmp_path, "unknown", model_type="no_such_model")
+    assert "it is no causal language model" in refusal(adapter, tmp_path, base=str(unknown))
+    bare = damaged_base(tmp_path, "bare")
+    (bare / "tokenizer.json").unlink()
+    (bare / "tokenizer_config.json").unlink()
+    assert "its tokenizer cannot be loaded" in refusal(adapter, tmp_path, base=str(bare))
+    whole = (bare / "model.safetensors").read_bytes()
+    (bare / "model.safetensors").write_bytes(whole[:-8])
+    assert "its files cannot be read" in refusal(adapter, tmp_path, base=str(bare))
+    (bare / "model.safetensors").unlink()
+    assert "it has no weights as safetensors" in refusal(adapter, tmp_path, base=str(bare))
+    (bare / "config.json").unlink()
+    assert "it has no config.json" in refusal(adapter, tmp_path, base=str(bare))
+
+
+def test_a_missing_shard_is_named(adapter, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    shard = sorted((tmp_path / "base").glob("*.safetensors"))[1]
+    shard.unlink()
+    assert f"{shard.name} is missing; try a complete copy" in refusal(adapter, tmp_path, base=str(tmp_path / "base"))
+
+
+def test_another_base_is_told_apart(adapter, tmp_path):
+    wide, short = save_tiny(tmp_path / "wide", hidden_size=64), save_tiny(tmp_path / "short", num_hidden_layers=1)
+    found = refusal(adapter, tmp_path, base=str(wide))
+    assert "the adapter does not fit: model.layers.0.mlp.down_proj is 64x64 there and 64x32 in the adapter" in found
+    assert "(and 8 more)" in found
+    assert "layers.1.mlp.down_proj is no linear layer of it" in refusal(adapter, tmp_path, base=str(short))
+
+
+def test_weights_under_other_names_and_tied_heads(base, tmp_path):
+    renamed = save_tiny(tmp_path / "renamed")
+    tensors = load_file(renamed / "model.safetensors")
+    save_file({name.removeprefix("model."): t for name, t in tensors.items()}, renamed / "model.safetensors")
+    found = refusal(save_adapter(base, tmp_path / "a"), tmp_path, base=str(renamed))
+    assert "is saved there under another name" in found
+    tied = save_tiny(tmp_path / "tied", tie_word_embeddings=True)
+    head = save_adapter(base, tmp_path / "head", r=2, target_modules=["lm_head"])
+    change_tensors(head, lambda tensors: tensors.pop("base_model.model.lm_head.base_layer.weight"))
+    assert "lm_head is tied to the embeddings" in refusal(head, tmp_path, base=str(tied))
+
+
+def test_weights_held_whole_that_fit_nowhere(base, tmp_path):
+    whole = save_adapter(base, tmp_path / "whole", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    tied = save_tiny(tmp_path / "tied", tie_word_embeddings=True)
+    assert "lm_head.weight is tied to another weight" in refusal(whole, tmp_path, "merged", base=str(tied))
+    wider = save_tiny(tmp_path / "wider", vocab_size=300)
+    found = refusal(whole, tmp_path, "merged", base=str(wider))
+    assert "the base has no lm_head.weight of shape (260, 32)" in found
+
+
+def test_a_full_disk_is_found_before(adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    found = refusal(adapter, tmp_path, "merged")
+    assert "the merged weights take 0.0 GB and 0.0 GB are free there; try a folder on another disk" in found
+
+
+def test_a_place_that_takes_no_folder(adapter, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ExportError, match=r"nothing can be written to .*file: Not a directory"):
+        run.run_export(ExportRequest(adapter, "peft", tmp_path / "file" / "out"))
+
+
+def test_an_existing_folder_is_left_alone(adapter, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    with pytest.raises(AdaptiveConfigError, match="it exists already, nothing was overwritten; try another folder"):
+        run.run_export(ExportRequest(adapter, "peft", tmp_path / "out"))
+    assert (tmp_path / "out" / "mine").read_text() == "precious"
+
+
+WORDS = [
+    (["--for", "vllm", "--dtype", "float16"], "dtype: 'float16' is not possible: only merged weights have a type"),
+    (["--for", "vllm", "--quantization-aware"], "quantization_aware: True is not possible"),
+    (["--for", "merged", "--no-double-quantization"], "double_quantization: False is not possible: it says how"),
+    (["--for", "sglang", "--vllm-python", "x"], "vLLM cannot check what is laid out for sglang"),
+    (["--for", "peft", "--tolerance", "0"], "tolerance: 0.0 is not possible: it must be a positive number"),
+    (["--for", "peft", "--tolerance", "nan"], "tolerance: nan is not possible"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), WORDS)
+def test_options_that_say_nothing_are_user_errors(words, message, tmp_path, capsys):
+    assert cli.main(["export", str(tmp_path / "a"), "--out", str(tmp_path / "out"), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_pythons_without_vllm(adapter, tmp_path):
+    found = refusal(adapter, tmp_path, "vllm", vllm_python=tmp_path / "no_python")
+    assert "no_python' is not possible: it cannot be run (No such file or directory)" in found
+    assert "it has no vLLM" in refusal(adapter, tmp_path, "vllm", vllm_python=Path(sys.executable))
+
+
+def fake_python(folder, body):
+    path = folder / "python"
+    path.write_text(f"#!{sys.executable}\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_vllm_that_fails_is_quoted(tmp_path):
+    python = fake_python(tmp_path, "import sys; print('engine start'); print('no memory left'); sys.exit(3)")
+    with pytest.raises(
+        ExportError, match=r"vLLM could not serve the export \(exit code 3\): engine start \| no memory"
+    ):
+        vllm_check.ask_vllm(python, tmp_path, None, None, [[1]])
+
+
+def test_a_vllm_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch):
+    body = "import os, time; os.fork(); open(f'{}/{{os.getpid()}}', 'w').close(); time.sleep(60)".format(
+        tmp_path / "pids"
+    )
+    (tmp_path / "pids").mkdir()
+    monkeypatch.setattr(vllm_check, "TIME_LIMIT_S", 1)
+    with pytest.raises(ExportError, match="vLLM did not answer within 1 s"):
+        vllm_check.ask_vllm(fake_python(tmp_path, body), tmp_path, None, None, [[1]])
+    started = [int(path.name) for path in (tmp_path / "pids").iterdir()]
+    assert len(started) == 2
+    for pid in started:
+        assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]
+
+
+def answers(base, factor, dtype):
+    """What a server would say that applies ``factor`` times the log-probabilities of PEFT's model."""
+
+    def ask(python, model, adapter, rank, rows):
+        assert (model, rank) == (Path(base), 8)
+        live = comparing._peft(comparing.load(base), adapter)
+        with live.disable_adapter():
+            plain = [row[-1] for row in log_probabilities(live, rows)]
+        served = [row[-1] * factor for row in log_probabilities(live, rows)]
+        as_rows = lambda tensors: [dict(enumerate(t.tolist()[:TOP_K])) for t in tensors]  # noqa: E731
+        noise = 0.0 if dtype == "float32" else 0.1
+        return VllmAnswer("0.0", "cpu", dtype, as_rows(served), as_rows([t + noise for t in plain]))
+
+    return ask
+
+
+@pytest.mark.loads
+@pytest.mark.parametrize(
+    ("factor", "dtype", "passed"),
+    [(1.0, "float32", True), (1.01, "float32", False), (1.01, "bfloat16", True), (1.2, "bfloat16", False)],
+)
+def test_vllm_is_held_to_fp32_or_to_how_far_its_base_is_off(factor, dtype, passed, base, adapter, monkeypatch):
+    monkeypatch.setattr(comparing, "ask_vllm", answers(base, factor, dtype))
+    export = run.prepare(ExportRequest(adapter, "vllm", adapter.parent / "out"))
+    comparer = Comparer(export.adapter, export.base, tokenise(base), 1e-3, Path("python"))
+    check = comparer.layout("vllm", adapter).checks[1]
+    assert check.passed is passed
+    assert check.tolerance == pytest.approx(1e-3 if dtype == "float32" else 0.3, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.loads
+@pytest.mark.skipif(
+    "LLAMAFACTORY_ADAPTIVE_VLLM_PYTHON" not in os.environ,
+    reason="needs vLLM: set LLAMAFACTORY_ADAPTIVE_VLLM_PYTHON to the python of an environment that has it",
+)
+@pytest.mark.parametrize("server", ["vllm", "vllm-legacy", "merged"])
+def test_in_a_real_vllm(server, tmp_path):
+    base = save_tiny(tmp_path / "base", hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64)
+    adapter = save_adapter(base, tmp_path / "adapter")
+    python = Path(os.environ["LLAMAFACTORY_ADAPTIVE_VLLM_PYTHON"])
+    said = run.run_export(ExportRequest(adapter, server, tmp_path / "out", vllm_python=python))
+    assert "vllm      passed" in said
+    document = json.loads((tmp_path / "out" / "parity_certificate.json").read_text())
+    assert document["checks"][-1]["max_difference"] < 1e-3
