@@ -99,6 +99,8 @@ class Server:
         command: what to run; it must answer ``/health``, ``/v1/models`` and ``/version`` on ``url`` once it is up.
         url: where it will listen.
         log: file that takes its output.
+        startup_seconds: how long it may take until it is healthy.
+        grace_seconds: how long it may take to end before it is killed.
     """
 
     command: Sequence[str]
@@ -107,6 +109,7 @@ class Server:
     startup_seconds: float = 900.0
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     say: Callable[[str], None] = print
+    grace_seconds: float = 10.0
     _keeper: "subprocess.Popen[bytes] | None" = None
 
     def __enter__(self) -> "Server":
@@ -115,7 +118,7 @@ class Server:
             log.write(f"$ {shlex.join(self.command)}\n".encode())
             log.flush()
             self._keeper = subprocess.Popen(
-                [sys.executable, keeper.__file__, *self.command],
+                [sys.executable, keeper.__file__, str(self.grace_seconds), *self.command],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -148,7 +151,7 @@ class Server:
             return None
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._keeper.wait(patience)
-            how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+            how = f"killed by signal {code - 128}" if code > 128 else f"exit code {code}"
             return f"{how}; {reason(self.log)}; whole log: {self.log}"
         return None
 

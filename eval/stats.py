@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 
 RESAMPLES = 10_000
+_ROUNDING = 1e-12  # sums of thirds that ought to be 0
 _CHUNK = 1000  # resamples at a time, to bound memory
 
 
@@ -88,7 +89,7 @@ def paired_bootstrap(
     ]  # one array of paired differences per task
     drawn = sum(_resampled_means(gap, rng, resamples) for gap in gaps) / len(gaps)
     low, high = np.percentile(drawn, [2.5, 97.5])
-    side = min(float(np.mean(drawn <= 0)), float(np.mean(drawn >= 0)))
+    side = min(float(np.mean(drawn <= _ROUNDING)), float(np.mean(drawn >= -_ROUNDING)))
     return Difference(
         float(np.mean([gap.mean() for gap in gaps])), float(low), float(high), min(1.0, max(2 * side, 1 / resamples))
     )
