@@ -13,7 +13,7 @@ EVAL_STAMP := $(EVAL)/.installed
 EVAL_KIND  := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 PROTOCOL   ?= llm_adapters
 
-.PHONY: help install demo test lint bench eval-install eval-demo clean
+.PHONY: help install demo test lint bench eval-install eval-test eval-demo clean
 
 help:
 	@echo "make demo     train, merge and ask SmolLM2-135M on generated data (CPU, about 5 minutes after downloads)"
@@ -22,6 +22,7 @@ help:
 	@echo "make bench    all benchmarks on SmolLM2-135M (CPU: about 40 minutes); DATA=<folder> for GSM8K rows"
 	@echo "make install  the environment in $(VENV), with the start-up hook"
 	@echo "make eval-install  the evaluation environment in $(EVAL): vLLM and lm-evaluation-harness"
+	@echo "make eval-test     the harness's tests, those that need its environment too (about 5 minutes)"
 	@echo "make eval-demo     serves and scores the demo's models (CPU, under 12 minutes after installation);"
 	@echo "                   DATA=<folder> for real rows, PROTOCOL=lm_eval for the other prompts"
 
@@ -84,6 +85,9 @@ else
 endif
 	$(EVAL_BIN)/python -c "import vllm, lm_eval, matplotlib"
 	@touch $@
+
+eval-test: $(STAMP) $(EVAL_STAMP)
+	$(BIN)/python -m pytest tests/eval -m "eval_env or not eval_env"
 
 eval-demo: $(EVAL_STAMP) $(DEMO) $(DEMO_RUN)
 	$(if $(DATA),,$(BIN)/python examples/demo/eval_rows.py demo_output/eval_data)

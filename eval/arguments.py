@@ -64,9 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--data-dir", type=Path, metavar="DIR", help="DIR/TASK/SPLIT.jsonl in place of the hub")
     data.add_argument("--split", default="dev", help="file of --data-dir that is scored (default: dev)")
     data.add_argument("--train-file", type=Path, action="append", default=[], metavar="FILE",
-                      help="refuse rows that stand in this training or calibration file (JSON lines or JSON)")  # fmt: skip
+                      help="refuse rows that stand in this training or calibration file")  # fmt: skip
     data.add_argument("--plan", type=Path, metavar="FILE", help="the same for the calibration data a rank plan names")
-    data.add_argument("--dataset-dir", type=Path, metavar="DIR", help="folder of the dataset_info.json --plan refers to")
+    data.add_argument("--dataset-dir", type=Path, metavar="DIR", help="folder of the dataset_info.json of --plan")
     server = parser.add_argument_group("server")
     server.add_argument("--base-url", metavar="URL", help="a server that runs already; it is left running")
     server.add_argument("--port", type=int, help="port of our server (default: a free one)")
@@ -126,7 +126,8 @@ def parse(argv: Sequence[str] | None = None) -> Request:
 
 
 def _models(given: argparse.Namespace) -> tuple[tuple[Model, ...], list[str]]:
-    models, problems = [Model(BASE, "base", str(Path(given.base).expanduser()) if given.base[:1] == "~" else given.base)], []
+    base = str(Path(given.base).expanduser()) if given.base.startswith("~") else given.base  # or a hub name
+    models, problems = [Model(BASE, "base", base)], []
     for kind in ("adapter", "merged"):
         for text in getattr(given, kind):
             name, equals, path = text.partition("=")

@@ -123,6 +123,7 @@ def quiet() -> LastWords:
     logger.setLevel(logging.WARNING)
     datasets.disable_progress_bars()
     logging.getLogger("datasets").setLevel(logging.ERROR)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # every request under way fails when a server dies
     return words
 
 
@@ -134,8 +135,9 @@ def load(tasks: Sequence[Task], template: str, files: Mapping[str, Mapping[str, 
     """
     loaded = []
     for task in tasks:
+        local = None if files is None else files[task.name]
         try:
-            loaded.append(ConfigurableTask(config=task_config(task, template, files and files[task.name])))
+            loaded.append(ConfigurableTask(config=task_config(task, template, local)))
         except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetGenerationError) as error:
             where = "--data-dir" if files else f"{task.config['dataset_path']}, try --data-dir for local rows"
             raise EvalError(f"the rows of {task.name} cannot be loaded ({where}): {error}") from error

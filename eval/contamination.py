@@ -126,9 +126,11 @@ def _file_of(name: str, info: Mapping[str, Any], folder: Path) -> Path:
     entry = info.get(name)
     if entry is None or "file_name" not in entry:
         raise UsageError(
-            [f"--plan: its data set {name!r} is no file of {folder / 'dataset_info.json'}; save its rows as JSON lines "
-             "and give them as --train-file"]
-        )  # fmt: skip
+            [
+                f"--plan: its data set {name!r} is no file of {folder / 'dataset_info.json'}; save its rows as JSON "
+                "lines and give them as --train-file"
+            ]
+        )
     return folder / str(entry["file_name"])
 
 

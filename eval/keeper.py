@@ -1,7 +1,7 @@
 """Runs one command in a process group of its own and ends the whole group when its own standard input closes.
 
-Run: ``python keeper.py GRACE_SECONDS COMMAND ...`` with a pipe for standard input. Whoever holds the other end of the pipe may end in
-any way, kill -9 included: the pipe closes with it and no server is left behind. Standard library only.
+Run: ``python keeper.py GRACE_SECONDS COMMAND ...`` with a pipe for standard input. Whoever holds the other end of the
+pipe may end in any way, kill -9 included: the pipe closes with it and no server is left behind. Standard library only.
 """
 
 import contextlib

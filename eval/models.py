@@ -36,19 +36,20 @@ class Job:
 
 @dataclass(frozen=True)
 class Serving:
-    """One server: a model under a name, adapters beside it, and the jobs it gets."""
+    """One server: a model under a name, adapters beside it, the jobs it gets, and where its tokenizer lies."""
 
     model: str
     name: str
     adapters: tuple[Model, ...]
     jobs: tuple[Job, ...]
+    tokenizer: str
 
 
 def plan_servings(models: Sequence[Model], tasks: Sequence[Task], on_cpu: bool) -> list[Serving]:
     """Divide models and tasks among as few servers as give right answers.
 
-    vLLM's CPU kernels crash on prompt log-probabilities while LoRA is enabled. There, likelihood tasks of the base go to
-    a server without LoRA and those of an adapter to its merged form.
+    vLLM's CPU kernels crash on prompt log-probabilities while LoRA is enabled. There, likelihood tasks of the base go
+    to a server without LoRA and those of an adapter to its merged form.
 
     Raises:
         EvalError: an adapter is asked for likelihood tasks on a CPU and has no merged form.
@@ -61,23 +62,23 @@ def plan_servings(models: Sequence[Model], tasks: Sequence[Task], on_cpu: bool) 
     if apart:
         _require_merged([model.name for model in adapters if model.name not in merged], likelihood)
     with_lora = tuple(task for task in tasks if not (apart and task.likelihood))
-    servings = [_serving(base, (), likelihood)] if apart else []
+    servings = [_serving(base, (), likelihood, base)] if apart else []
     if with_lora:
-        servings.append(_serving(base, adapters, with_lora))
+        servings.append(_serving(base, adapters, with_lora, base))
     named = {model.name for model in adapters}
     for name, model in merged.items():
         rest = tuple(tasks) if name not in named else (likelihood if apart else ())
         if rest:
-            servings.append(_serving(model, (), rest))
+            servings.append(_serving(model, (), rest, base))
     return servings
 
 
-def _serving(model: Model, adapters: tuple[Model, ...], tasks: tuple[Task, ...]) -> Serving:
+def _serving(model: Model, adapters: tuple[Model, ...], tasks: tuple[Task, ...], base: Model) -> Serving:
     jobs = [
-        Job(served.name, served.kind, served.name, tokenizer_of(served, model.path), tasks)
+        Job(served.name, served.kind, served.name, tokenizer_of(served, base.path), tasks)
         for served in (model, *adapters)
     ]
-    return Serving(model.path, model.name, adapters, tuple(jobs))
+    return Serving(model.path, model.name, adapters, tuple(jobs), jobs[0].tokenizer)
 
 
 def _require_merged(missing: list[str], likelihood: Sequence[Task]) -> None:

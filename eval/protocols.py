@@ -57,7 +57,8 @@ class _TaskLoader(yaml.SafeLoader):
 
 
 _TaskLoader.add_constructor(
-    "!function", lambda loader, node: pkgutil.resolve_name(str(loader.construct_scalar(node)))  # type: ignore[arg-type]
+    "!function",
+    lambda loader, node: pkgutil.resolve_name(str(loader.construct_scalar(node))),  # type: ignore[arg-type]
 )
 
 
@@ -87,7 +88,7 @@ def load_tasks(protocol: str, names: Sequence[str]) -> list[Task]:
 
 def _read(protocol: str, name: str) -> Task:
     text = (FOLDER / protocol / f"{name}.yaml").read_text(encoding="utf-8")
-    config = yaml.load(text, _TaskLoader)  # noqa: S506 - a safe loader with one constructor, on our own files
+    config = yaml.load(text, _TaskLoader)  # a safe loader with one constructor, on our own files
     facts = config["metadata"]
     return Task(
         name=name,

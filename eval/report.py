@@ -76,7 +76,7 @@ def comparison_text(comparisons: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _several_seeds(comparison: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
-    return sum(t["task"] == entry["task"] for t in comparison["tasks"]) > 1
+    return len([t for t in comparison["tasks"] if t["task"] == entry["task"]]) > 1
 
 
 def save_chart(scores: Sequence[Score], path: Path) -> None:

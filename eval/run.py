@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -73,8 +74,8 @@ def evaluate(request: Request, command: Command = vllm_command) -> Record:
     record = Record(versions=_versions())
     by_name = {task.name: made for task, made in zip(request.tasks, loaded, strict=True)}
     for number, serving in enumerate(servings, 1):
-        title = f"[{number}/{len(servings)}] {', '.join(job.model for job in serving.jobs)}: "
-        with endpoint(request, serving, command, lambda text, title=title: print(title + text, flush=True)) as place:
+        title = f"[{number}/{len(servings)}] {', '.join(job.model for job in serving.jobs)}:"
+        with endpoint(request, serving, command, partial(print, title, flush=True)) as place:
             record.versions["vllm"] = place.version
             for job in serving.jobs:
                 try:
@@ -172,7 +173,7 @@ def _write(request: Request, record: Record, words: str) -> None:
 def _data(request: Request) -> dict[str, Any]:
     if request.files is None:
         return {"source": "hub", "sets": {t.name: t.config["dataset_path"] for t in request.tasks}}
-    sets = {name: {split: results.digest(path) for split, path in files.items()} for name, files in request.files.items()}
+    sets = {name: {s: results.digest(path) for s, path in files.items()} for name, files in request.files.items()}
     return {"source": "local", "split": request.split, "sha256": sets}
 
 

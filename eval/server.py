@@ -52,7 +52,7 @@ def check_port(port: int) -> None:
             probe.bind((LOOPBACK, port))
         except OSError as error:
             raise EvalError(
-                f"--port: {port} on {LOOPBACK} cannot be used ({error.strerror}); leave --port out to take a free one, "
+                f"--port: {port} on {LOOPBACK} cannot be used ({error.strerror}); leave it out to take a free one, "
                 "or evaluate on the server that runs there with --base-url"
             ) from error
 
@@ -77,6 +77,8 @@ def vllm_command(serving: Serving, port: int, options: ServerOptions) -> list[st
     words += ["--dtype", options.dtype or ("float32" if on_cpu() else "auto")]
     if on_cpu():
         words += ["--enforce-eager"]
+    if serving.tokenizer != serving.model:
+        words += ["--tokenizer", serving.tokenizer]
     if serving.adapters:
         rank = lora_rank_to_reserve([Path(adapter.path) for adapter in serving.adapters])
         words += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(min(8, len(serving.adapters)))]
@@ -163,7 +165,8 @@ class Server:
             now = time.monotonic()
             if now - started > self.startup_seconds:
                 raise EvalError(
-                    f"the server did not answer within {self.startup_seconds:.0f} s (--startup-timeout); log: {self.log}"
+                    f"the server did not answer within {self.startup_seconds:.0f} s (--startup-timeout); log: "
+                    f"{self.log}"
                 )
             if now - said > _SAY_EVERY:
                 said = now
@@ -172,12 +175,14 @@ class Server:
 
     def _answers(self) -> bool:
         with contextlib.suppress(requests.RequestException):
-            return requests.get(f"{self.url}/health", timeout=5).status_code == 200
+            return bool(requests.get(f"{self.url}/health", timeout=5).ok)
         return False
 
 
 _PREFIX = re.compile(r"^(\(.*?\) )?((ERROR|CRITICAL) \S+ \S+ (\[[^\]]*\] )?)?")
-_ERROR = re.compile(r"^(\w+\.)*\w*(Error|Exception|Killed|Interrupt)\b.*|.*(out of memory|Cannot allocate|error: ).*", re.I)
+_ERROR = re.compile(
+    r"^(\w+\.)*\w*(Error|Exception|Killed|Interrupt)\b.*|.*(out of memory|Cannot allocate|error: ).*", re.I
+)
 
 
 def reason(log: Path) -> str:

@@ -43,4 +43,4 @@ def copa_choices(row: dict[str, Any]) -> list[str]:
 
 def copa_target(row: dict[str, Any]) -> str:
     """The right continuation."""
-    return copa_choices(row)[row["label"]]
+    return copa_choices(row)[int(row["label"])]

@@ -1,7 +1,7 @@
-"""Seeded rows for the four tasks of the evaluation demo, in the fields of the real sets, so that nothing is downloaded.
+"""Seeded rows for the four tasks of the evaluation demo, in the fields of the real sets: nothing is downloaded.
 
-Run: ``python eval_rows.py FOLDER [--rows 64] [--seed 11]``. Writes ``FOLDER/TASK/{train,dev}.jsonl``. The word problems
-share no question with those that the demo trains on. Easy arithmetic and reading: good for a try-out, no benchmark.
+Run: ``python eval_rows.py FOLDER [--rows 64] [--seed 11]``. Writes ``FOLDER/TASK/{train,dev}.jsonl``. The word
+problems share no question with those that the demo trains on. Easy arithmetic and reading, no benchmark.
 """
 
 import argparse

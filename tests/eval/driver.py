@@ -1,4 +1,4 @@
-"""``python -m eval.run`` with the fake server in vLLM's place: ``python driver.py 'WORDS FOR THE FAKE SERVER' ...``."""
+"""``python -m eval.run`` with the fake server in vLLM's place: ``python driver.py 'WORDS FOR THE FAKE' ...``."""
 
 import shlex
 import sys
@@ -7,12 +7,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from eval import run  # noqa: E402
+from eval import run
 
 
 def fake_command(serving, port, options):
     names = ",".join([serving.name, *(adapter.name for adapter in serving.adapters)])
-    return [sys.executable, str(Path(__file__).with_name("fake_server.py")), str(port), names, *shlex.split(sys.argv[1])]
+    fake = str(Path(__file__).with_name("fake_server.py"))
+    return [sys.executable, fake, str(port), names, *shlex.split(sys.argv[1])]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Stands in for vLLM: the same questions over HTTP, answered at once by a hash of the prompt. Standard library only.
 
-Run: ``python fake_server.py PORT NAME[,NAME...] [--wait S] [--die-after N] [--say TEXT] [--exit CODE] [--child FILE]``.
-The first name is the base, the others are its adapters. ``--child`` starts a process that ignores SIGTERM and writes its
-id, as an engine that hangs would be.
+Run: ``python fake_server.py PORT NAME[,NAME...] [--wait S] [--die-after N] [--say TEXT] [--exit CODE] [--child F]``.
+The first name is the base, the others are its adapters. ``--child`` starts a process that ignores SIGTERM, as a
+hanging engine would, and writes both ids.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 TEXTS = ("#### 18", "The answer is 18.", "true", "false", "the correct answer is answer1", "answer2", "solution1", "C",
          "I have 1,234 apples. #### 7\n\nQuestion: what")  # fmt: skip
-STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(120)"
+STUBBORN = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(120)"
 
 
 def number(tokens) -> int:

@@ -14,7 +14,8 @@ from eval.errors import UsageError
 @pytest.fixture
 def words(model, rows, tmp_path):
     def make(*more, protocol="llm_adapters", out="out"):
-        return ["--base", str(model), "--data-dir", str(rows), "--protocol", protocol, "--out", str(tmp_path / out), *more]
+        folders = ["--base", str(model), "--data-dir", str(rows), "--out", str(tmp_path / out)]
+        return [*folders, "--protocol", protocol, *more]
 
     return make
 
@@ -36,8 +37,8 @@ def test_a_plain_request(words, model, adapter):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--tasks", "gsm8"], "--tasks: 'gsm8' is no task of llm_adapters: aqua, arc_challenge, arc_easy, boolq, copa, gsm8k; "
-         "did you mean gsm8k?"),
+        (["--tasks", "gsm8"], "--tasks: 'gsm8' is no task of llm_adapters: aqua, arc_challenge, arc_easy, boolq, "
+         "copa, gsm8k; did you mean gsm8k?"),
         (["--tasks", "gsm8k,gsm8k"], "--tasks: gsm8k is named 2 times"),
         (["--tasks", ","], "--tasks: none is named; try gsm8k,boolq,arc_easy,arc_challenge"),
         (["--adapter", "x"], "--adapter x: it must be NAME=DIR"),
@@ -45,8 +46,8 @@ def test_a_plain_request(words, model, adapter):
         (["--merged", "base=/x"], "--merged base=/x: the name base is taken; use another one"),
         (["--adapter", "a=/nowhere"], "--adapter a=/nowhere: there is no adapter_config.json in that folder; give the "
          "output_dir of a training run"),
-        (["--merged", "a=/nowhere"], "--merged a=/nowhere: there is no config.json in that folder; give the export_dir of "
-         "a merge"),
+        (["--merged", "a=/nowhere"], "--merged a=/nowhere: there is no config.json in that folder; give the "
+         "export_dir of a merge"),
         (["--limit", "0"], "--limit: 0 is not possible: it must be at least 1"),
         (["--num-beams", "65"], "--num-beams: 65 is not possible: it must be between 1 and 64"),
         (["--seeds", "1,x"], "--seeds: '1,x' is not possible: it must be whole numbers from 0, comma separated"),
@@ -92,8 +93,9 @@ def test_results_are_never_overwritten(words, tmp_path):
 def test_boolq_without_passages_is_refused_where_the_passage_is_shown(words, rows):
     path = rows / "boolq" / "dev.jsonl"
     path.write_text('{"question": "is it", "answer": true}\n')
-    assert f"{path}:1: boolq of lm_eval needs the field passage; lm_eval's BoolQ shows the passage. Try --tasks boolq_no_pa" \
-        in problems(words(protocol="lm_eval"))  # fmt: skip
+    found = problems(words(protocol="lm_eval"))
+    assert f"{path}:1: boolq of lm_eval needs the field passage; lm_eval's BoolQ shows the passage. Try " in found
+    assert "--tasks boolq_no_passage" in found
     parse(words("--tasks", "boolq", protocol="llm_adapters"))
     parse(words("--tasks", "boolq_no_passage", protocol="lm_eval"))
 

@@ -29,7 +29,8 @@ def seen_in(tmp_path, *rows):
 def test_a_seen_row_is_refused_with_count_and_example(row, tmp_path):
     with pytest.raises(EvalError) as caught:
         refuse_seen("gsm8k", ["another question of five words", LONG], seen_in(tmp_path, {"text": "x"}, row))
-    assert str(caught.value).startswith("gsm8k: 1 of 2 rows were in the training or calibration data, first: 'Ana has 3")
+    said = "gsm8k: 1 of 2 rows were in the training or calibration data, first: 'Ana has 3 apples"
+    assert str(caught.value).startswith(said)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_canonical(number, spelled):
 
 def test_gsm8k_of_the_papers_takes_the_last_number_within_a_thousandth():
     row = {"answer": "so\n#### 1,234"}
-    assert parsing.gsm8k(row, ["that makes 1,234.0005 in all"]) == {"acc": 1, "strict": 0, "flexible": 0, "training": 0}
+    assert parsing.gsm8k(row, ["makes 1,234.0005 in all"]) == {"acc": 1, "strict": 0, "flexible": 0, "training": 0}
     assert parsing.gsm8k(row, ["#### 1234"]) == {"acc": 1, "strict": 1, "flexible": 1, "training": 1}
     assert parsing.gsm8k(row, ["#### 1234, not 7"]) == {"acc": 0, "strict": 1, "flexible": 0, "training": 1}
     assert sum(parsing.gsm8k(row, ["no number"]).values()) == 0

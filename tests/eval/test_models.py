@@ -49,7 +49,9 @@ def test_a_merged_model_of_its_own_takes_everything():
     ]
 
 
-@pytest.mark.parametrize(("config", "rank"), [({"r": 8}, 8), ({"r": 9}, 16), ({"r": 4, "rank_pattern": {"x": 65}}, 128)])
+@pytest.mark.parametrize(
+    ("config", "rank"), [({"r": 8}, 8), ({"r": 9}, 16), ({"r": 4, "rank_pattern": {"x": 65}}, 128)]
+)
 def test_the_reserved_rank_is_one_that_vllm_takes(config, rank, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     assert lora_rank_to_reserve([tmp_path]) == rank

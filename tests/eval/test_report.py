@@ -61,8 +61,9 @@ def test_seeds_are_averaged_per_row_and_compared_one_by_one():
 def test_the_table_says_what_was_measured_how(answers):
     text = report.table(results.scores(answers), results.means(answers), {"vllm": "0.32.0", "lm_eval": "0.4.13"})
     lines = text.splitlines()
-    assert lines[0] == "Protocol llm_adapters: the prompts and parsing of the PEFT papers (vllm 0.32.0, lm_eval 0.4.13)"
-    assert lines[2].split() == ["model", "served", "as", "task", "metric", "version", "shots", "n", "value", "%", "stderr"]
+    assert lines[0].startswith("Protocol llm_adapters: the prompts and parsing of the PEFT papers")
+    assert lines[0].endswith("(vllm 0.32.0, lm_eval 0.4.13)")
+    assert " ".join(lines[2].split()) == "model served as task metric version shots n value % stderr"
     assert lines[5].split() == ["tuned", "merged", "arc_easy", "acc*", "1.0", "0", "4", "75.00", "25.00"]
     assert lines[-1].split() == ["tuned", "2", "tasks", "75.00", "17.68"]
 
@@ -71,7 +72,7 @@ def test_the_table_says_what_was_measured_how(answers):
 def test_two_protocols_never_share_a_table_or_a_chart(shown, answers, tmp_path):
     scores = results.scores(answers)
     mixed = [scores[0], dataclasses.replace(scores[1], protocol="lm_eval")]
-    with pytest.raises(ValueError, match="figures of llm_adapters and lm_eval are not comparable and never share a table"):
+    with pytest.raises(ValueError, match="figures of llm_adapters and lm_eval are not comparable and never share"):
         shown(mixed, tmp_path / "x.png")
 
 

@@ -51,8 +51,8 @@ def test_whatever_happens_inside_ends_the_server(port, tmp_path, error):
 
 
 def test_a_server_that_dies_at_start_says_why(port, tmp_path):
-    words = ("--say", "ERROR 01-01 [engine.py:1] torch.OutOfMemoryError: CUDA out of memory. Tried 20 GiB", "--exit", "1")
-    with pytest.raises(EvalError) as caught, server(port, tmp_path, *words):
+    said = "ERROR 01-01 10:00:00 [engine.py:1] torch.OutOfMemoryError: CUDA out of memory. Tried 20 GiB"
+    with pytest.raises(EvalError) as caught, server(port, tmp_path, "--say", said, "--exit", "1"):
         pass
     assert str(caught.value) == (
         "the server did not start: exit code 1; torch.OutOfMemoryError: CUDA out of memory. Tried 20 GiB; whole log: "
@@ -80,8 +80,9 @@ def test_a_server_killed_in_the_middle_is_told_from_a_running_one(port, tmp_path
 def test_kill_9_of_the_harness_leaves_no_server(port, tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from eval.server import Server\n"
-        f"with Server([sys.executable, {FAKE!r}, '{port}', 'base'], 'http://127.0.0.1:{port}', Path({str(tmp_path)!r}) / "
-        "'log'):\n    print('up', flush=True)\n    time.sleep(60)\n"
+        f"log = Path({str(tmp_path / 'log')!r})\n"
+        f"with Server([sys.executable, {FAKE!r}, '{port}', 'base'], 'http://127.0.0.1:{port}', log):\n"
+        "    print('up', flush=True)\n    time.sleep(60)\n"
     )
     harness = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
     assert harness.stdout.readline() == b"up\n"
@@ -104,7 +105,8 @@ def test_a_taken_port_is_refused_before_anything_starts(port):
 def test_an_unreachable_server_is_one_sentence(port):
     with pytest.raises(EvalError) as caught:
         ask(f"http://127.0.0.1:{port}", "/v1/models")
-    assert str(caught.value).startswith(f"no OpenAI-compatible server answers at http://127.0.0.1:{port}/v1/models: [Err")
+    address = f"http://127.0.0.1:{port}/v1/models"
+    assert str(caught.value).startswith(f"no OpenAI-compatible server answers at {address}: [Errno")
     assert "refused" in str(caught.value)
 
 
