@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None, command: Command = vllm_command) -> 
         print(f"eval: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("eval: interrupted; no server was left running, no results were written", file=sys.stderr)
+        print("\neval: interrupted; no server was left running, no results were written", file=sys.stderr)
         return 130
     return 0
 
@@ -81,6 +81,7 @@ def evaluate(request: Request, command: Command = vllm_command) -> Record:
                 try:
                     _ask(request, job, place, by_name, record)
                 except client.CONNECTION_ERRORS as error:
+                    print(file=sys.stderr)  # ends the line of the progress bar
                     raise EvalError(_why(error, place, job, last_words.last)) from error
     return record
 

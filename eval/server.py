@@ -201,7 +201,9 @@ def ask(url: str, path: str) -> Any:
         EvalError: nobody answers there, or not in JSON.
     """
     try:
-        answer = requests.get(f"{url}{path}", timeout=30)
+        key = os.environ.get("OPENAI_API_KEY")  # lm-evaluation-harness sends it too
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        answer = requests.get(f"{url}{path}", headers=headers, timeout=30)
         answer.raise_for_status()
         return answer.json()
     except (requests.RequestException, ValueError) as error:
