@@ -11,7 +11,8 @@ EVAL       ?= .venv-eval
 EVAL_BIN   := $(EVAL)/bin
 EVAL_STAMP := $(EVAL)/.installed
 EVAL_KIND  := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
-PROTOCOL   ?= llm_adapters
+# The generated rows have the passages that lm_eval's BoolQ shows; rows of one's own may have none.
+PROTOCOL   ?= $(if $(DATA),llm_adapters,lm_eval)
 
 .PHONY: help install demo test lint bench eval-install eval-test eval-demo clean
 
@@ -24,7 +25,7 @@ help:
 	@echo "make eval-install  the evaluation environment in $(EVAL): vLLM and lm-evaluation-harness"
 	@echo "make eval-test     the harness's tests, those that need its environment too (about 5 minutes)"
 	@echo "make eval-demo     serves and scores the demo's models (CPU, under 12 minutes after installation);"
-	@echo "                   DATA=<folder> for real rows, PROTOCOL=lm_eval for the other prompts"
+	@echo "                   DATA=<folder> for real rows, PROTOCOL=llm_adapters for other prompts"
 
 install: $(STAMP)
 
@@ -93,7 +94,7 @@ eval-demo: $(EVAL_STAMP) $(DEMO) $(DEMO_RUN)
 	$(if $(DATA),,$(BIN)/python examples/demo/eval_rows.py demo_output/eval_data)
 	$(EVAL_BIN)/python -m eval.run --base "$$($(BIN)/python examples/demo/smollm2.py)" \
 		--merged adaptive=demo_output/merged --tasks gsm8k,boolq,arc_easy,arc_challenge --protocol $(PROTOCOL) \
-		--template training --limit 64 --data-dir $(or $(DATA),demo_output/eval_data) \
+		--template $(if $(filter lm_eval,$(PROTOCOL)),none,training) --limit 64 --data-dir $(or $(DATA),demo_output/eval_data) \
 		--train-file demo_output/data/word_problems.jsonl --out demo_output/eval/$$(date +%Y%m%d-%H%M%S)
 
 clean:
