@@ -14,16 +14,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eval import report, results
 from eval.arguments import RESULTS_FILE, Request, parse
 from eval.contamination import read_seen, refuse_seen
 from eval.errors import EvalError
-from eval.models import Job, plan_servings
+from eval.models import Job, Serving, plan_servings
 from eval.server import check_port, on_cpu, vllm_command
 from eval.serving import Command, Endpoint, endpoint
 
+
+if TYPE_CHECKING:
+    from eval.client import LastWords
 
 PACKAGES = ("lm_eval", "torch", "transformers", "datasets")
 
@@ -64,26 +67,27 @@ def evaluate(request: Request, command: Command = vllm_command) -> Record:
     servings = plan_servings(request.models, request.tasks, on_cpu() and request.url is None)
     if request.server.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # all is local; the libraries read this when they are imported
-    print("loading tasks", flush=True)
-    from eval import client
-
-    last_words = client.quiet()
-    loaded = client.load(request.tasks, request.template, request.files)
-    _guard(request, [client.questions(t, made, request.limit) for t, made in zip(request.tasks, loaded, strict=True)])
-    client.check_tokenizers({job.tokenizer for s in servings for job in s.jobs}, request.template)
+    loaded, last_words = _load(request, servings)
     record = Record(versions=_versions())
-    by_name = {task.name: made for task, made in zip(request.tasks, loaded, strict=True)}
     for number, serving in enumerate(servings, 1):
         title = f"[{number}/{len(servings)}] {', '.join(job.model for job in serving.jobs)}:"
         with endpoint(request, serving, command, partial(print, title, flush=True)) as place:
             record.versions["vllm"] = place.version
             for job in serving.jobs:
-                try:
-                    _ask(request, job, place, by_name, record)
-                except client.CONNECTION_ERRORS as error:
-                    print(file=sys.stderr)  # ends the line of the progress bar
-                    raise EvalError(_why(error, place, job, last_words.last)) from error
+                _ask(request, job, place, loaded, record, last_words)
     return record
+
+
+def _load(request: Request, servings: Sequence[Serving]) -> tuple[dict[str, Any], "LastWords"]:
+    """Tasks with their rows by name, checked against what the models have seen; tokenizers checked too."""
+    print("loading tasks", flush=True)
+    from eval import client  # takes seconds, so not before the checks above
+
+    last_words = client.quiet()
+    loaded = client.load(request.tasks, request.template, request.files)
+    _guard(request, [client.questions(t, made, request.limit) for t, made in zip(request.tasks, loaded, strict=True)])
+    client.check_tokenizers({job.tokenizer for s in servings for job in s.jobs}, request.template)
+    return {task.name: made for task, made in zip(request.tasks, loaded, strict=True)}, last_words
 
 
 def _guard(request: Request, questions: Sequence[Sequence[str]]) -> None:
@@ -95,7 +99,9 @@ def _guard(request: Request, questions: Sequence[Sequence[str]]) -> None:
     print(f"none of {sum(map(len, questions))} rows stands in {', '.join(map(str, request.seen_files))}", flush=True)
 
 
-def _ask(request: Request, job: Job, place: Endpoint, loaded: Mapping[str, Any], record: Record) -> None:
+def _ask(
+    request: Request, job: Job, place: Endpoint, loaded: Mapping[str, Any], record: Record, last_words: "LastWords"
+) -> None:
     from eval import client
 
     print(f"  {job.model} ({job.form}): {', '.join(task.name for task in job.tasks)}", flush=True)
@@ -107,8 +113,12 @@ def _ask(request: Request, job: Job, place: Endpoint, loaded: Mapping[str, Any],
         "num_beams": request.num_beams,
         "concurrency": request.concurrency,
     }
-    made = [loaded[task.name] for task in job.tasks]
-    asked = client.ask_model(model, job.tasks, made, request.seeds, request.limit, request.template == "training")
+    made, chat = [loaded[task.name] for task in job.tasks], request.template == "training"
+    try:
+        asked = client.ask_model(model, job.tasks, made, request.seeds, request.limit, chat)
+    except client.CONNECTION_ERRORS as error:
+        print(file=sys.stderr)  # ends the line of the progress bar
+        raise EvalError(_why(error, place, job, last_words.last)) from error
     record.answers += results.gather(job.model, job.form, job.tasks, asked.samples)
     record.samples.setdefault(job.model, []).extend(asked.samples)
     record.timings.append(
@@ -137,28 +147,10 @@ def _versions() -> dict[str, str]:
 
 
 def _write(request: Request, record: Record, words: str) -> None:
-    order = [model.name for model in request.models]
-    names = [task.name for task in request.tasks]
-    answers = sorted(record.answers, key=lambda a: (order.index(a.model), names.index(a.task.name)))
+    """Print the table and write every file; the results last, so that a folder that has them is whole."""
+    models, tasks = [model.name for model in request.models], [task.name for task in request.tasks]
+    answers = sorted(record.answers, key=lambda a: (models.index(a.model), tasks.index(a.task.name)))
     scores, means, compared = results.scores(answers), results.means(answers), results.comparisons(answers)
-    document = {
-        "schema_version": results.SCHEMA_VERSION,
-        "protocol": request.protocol,
-        "template": request.template,
-        "decoding": {"num_beams": request.num_beams, "temperature": 0.0},
-        "seeds": list(request.seeds),
-        "limit": request.limit,
-        "data": _data(request),
-        "models": [asdict(model) for model in request.models],
-        "scores": [asdict(score) for score in scores],
-        "means": means,
-        "comparisons": compared,
-        "timings": record.timings,
-        "contamination_checked_against": [str(path) for path in request.seen_files],
-        "command": f"python -m eval.run {words}",
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": record.versions,
-    }
     text = report.table(scores, means, record.versions)
     if compared:
         text += "\n\n" + report.comparison_text(compared)
@@ -167,8 +159,36 @@ def _write(request: Request, record: Record, words: str) -> None:
     results.write_atomically(request.out / report.TABLE_FILE, text + "\n")
     if request.log_samples:
         results.write_samples(request.out / results.SAMPLES_FILE, record.samples)
-    results.write_json(request.out / RESULTS_FILE, document)
+    figures = {"scores": [asdict(score) for score in scores], "means": means, "comparisons": compared}
+    results.write_json(
+        request.out / RESULTS_FILE, {**_how(request), **figures, **_circumstances(request, record, words)}
+    )
     print(f"\nwritten to {request.out}: {RESULTS_FILE}, {report.TABLE_FILE}, {report.CHART_FILE}")
+
+
+def _how(request: Request) -> dict[str, Any]:
+    """What was asked of whom, and how."""
+    return {
+        "schema_version": results.SCHEMA_VERSION,
+        "protocol": request.protocol,
+        "template": request.template,
+        "decoding": {"num_beams": request.num_beams, "temperature": 0.0},
+        "seeds": list(request.seeds),
+        "limit": request.limit,
+        "data": _data(request),
+        "models": [asdict(model) for model in request.models],
+    }
+
+
+def _circumstances(request: Request, record: Record, words: str) -> dict[str, Any]:
+    """When, with what, how fast."""
+    return {
+        "timings": record.timings,
+        "contamination_checked_against": [str(path) for path in request.seen_files],
+        "command": f"python -m eval.run {words}",
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": record.versions,
+    }
 
 
 def _data(request: Request) -> dict[str, Any]:
