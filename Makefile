@@ -14,7 +14,7 @@ EVAL_KIND  := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 # The generated rows have the passages that lm_eval's BoolQ shows; rows of one's own may have none.
 PROTOCOL   ?= $(if $(DATA),llm_adapters,lm_eval)
 
-.PHONY: help install demo test lint bench eval-install eval-test eval-demo clean
+.PHONY: help install demo test lint bench eval-install eval-test eval-bench eval-demo clean
 
 help:
 	@echo "make demo     train, merge and ask SmolLM2-135M on generated data (CPU, about 5 minutes after downloads)"
@@ -24,6 +24,7 @@ help:
 	@echo "make install  the environment in $(VENV), with the start-up hook"
 	@echo "make eval-install  the evaluation environment in $(EVAL): vLLM and lm-evaluation-harness"
 	@echo "make eval-test     the harness's tests, those that need its environment too (about 5 minutes)"
+	@echo "make eval-bench    the harness over vLLM's own offline batch; DATA=<folder> for GSM8K rows"
 	@echo "make eval-demo     serves and scores the demo's models (CPU, under 12 minutes after installation);"
 	@echo "                   DATA=<folder> for real rows, PROTOCOL=llm_adapters for other prompts"
 
@@ -89,6 +90,11 @@ endif
 
 eval-test: $(STAMP) $(EVAL_STAMP)
 	$(BIN)/python -m pytest tests/eval -m "eval_env or not eval_env"
+
+eval-bench: $(EVAL_STAMP) $(DEMO)
+	$(if $(DATA),,$(BIN)/python examples/demo/eval_rows.py demo_output/eval_data)
+	$(EVAL_BIN)/python benchmarks/eval_throughput.py --base "$$($(BIN)/python examples/demo/smollm2.py)" \
+		--data $(or $(DATA),demo_output/eval_data)
 
 eval-demo: $(EVAL_STAMP) $(DEMO) $(DEMO_RUN)
 	$(if $(DATA),,$(BIN)/python examples/demo/eval_rows.py demo_output/eval_data)

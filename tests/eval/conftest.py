@@ -2,12 +2,7 @@ import json
 import socket
 
 import pytest
-
-
-def write_jsonl(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+from files import write_jsonl
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import write_jsonl
+from files import write_jsonl
 
 from eval.contamination import files_of_plan, question_hash, read_seen, refuse_seen
 from eval.errors import EvalError, UsageError
