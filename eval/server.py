@@ -189,8 +189,9 @@ def reason(log: Path) -> str:
     """The line of a server's log that says best why it ended: its first error that points at no other one."""
     lines = [_PREFIX.sub("", line).strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     told = [line for line in lines[1:] if line]
-    errors = [line for line in told if _ERROR.match(line) and not any(word in line for word in _SECONDARY)]
-    said = errors[-1] if errors else (told[-1] if told else "it said nothing (killed from outside?)")
+    bad = [line for line in told if _ERROR.match(line) and not line.startswith(("INFO", "WARNING", "DEBUG"))]
+    first_hand = [line for line in bad if not any(word in line for word in _SECONDARY)]
+    said = next((lines[-1] for lines in (first_hand, bad, told) if lines), "it said nothing (killed from outside?)")
     return said[:300]
 
 

@@ -115,6 +115,10 @@ def test_an_unreachable_server_is_one_sentence(port):
     [
         ("$ x\n(EngineCore pid=5) ERROR 11-22 13:40:44 [core.py:9] ValueError: no KV cache\n"
          "RuntimeError: Engine core initialization failed. See root cause above.\n", "ValueError: no KV cache"),
+        ("$ x\nValueError: too long\n(APIServer pid=1) WARNING 11-22 15:15:03 [x.py:2] as in `OSError: [Errno 24]`\n",
+         "ValueError: too long"),
+        ("$ x\nRuntimeError: Engine core initialization failed. See root cause above.\nwarn('leaked')\n",
+         "RuntimeError: Engine core initialization failed. See root cause above."),
         ("$ x\nINFO loading\nloading weights\n", "loading weights"),
         ("$ x\n", "it said nothing (killed from outside?)"),
     ],
