@@ -4,8 +4,17 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEMO   := $(VENV)/.demo-model
+DEMO_RUN := demo_output/.complete
 
-.PHONY: help install demo test lint bench clean
+# Evaluation has an environment of its own: vLLM needs newer packages than LLaMA-Factory admits.
+EVAL       ?= .venv-eval
+EVAL_BIN   := $(EVAL)/bin
+EVAL_STAMP := $(EVAL)/.installed
+EVAL_KIND  := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+# The generated rows have the passages that lm_eval's BoolQ shows; rows of one's own may have none.
+PROTOCOL   ?= $(if $(DATA),llm_adapters,lm_eval)
+
+.PHONY: help install demo test lint bench eval-install eval-test eval-bench eval-demo clean
 
 help:
 	@echo "make demo     train, merge and ask SmolLM2-135M on generated data (CPU, about 5 minutes after downloads)"
@@ -13,17 +22,22 @@ help:
 	@echo "make lint     ruff, mypy --strict, import-linter"
 	@echo "make bench    all benchmarks on SmolLM2-135M (CPU: about 50 minutes); DATA=<folder> for GSM8K rows"
 	@echo "make install  the environment in $(VENV), with the start-up hook"
+	@echo "make eval-install  the evaluation environment in $(EVAL): vLLM and lm-evaluation-harness"
+	@echo "make eval-test     the harness's tests, those that need its environment too (about 5 minutes)"
+	@echo "make eval-bench    the harness over vLLM's own offline batch; DATA=<folder> for GSM8K rows"
+	@echo "make eval-demo     serves and scores the demo's models (CPU, under 12 minutes after installation);"
+	@echo "                   DATA=<folder> for real rows, PROTOCOL=llm_adapters for other prompts"
 
 install: $(STAMP)
 
 # uv resolves and installs the pinned set several times faster than pip; it is bootstrapped inside the environment.
 # Debian and Ubuntu ship python3 without ensurepip: there the environment is made without pip, which then works from
 # outside.
-$(BIN)/uv:
+$(BIN)/uv $(EVAL_BIN)/uv: %/bin/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python 3.11 or newer is needed, this is " \
 		+ sys.version.split()[0] + "; set PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV) || $(PYTHON) -m venv --clear --without-pip $(VENV)
-	$(BIN)/python -m pip install --quiet uv 2>/dev/null || $(PYTHON) -m pip --python $(BIN)/python install --quiet uv
+	$(PYTHON) -m venv $* || $(PYTHON) -m venv --clear --without-pip $*
+	$*/bin/python -m pip install --quiet uv 2>/dev/null || $(PYTHON) -m pip --python $*/bin/python install --quiet uv
 
 $(STAMP): $(BIN)/uv pyproject.toml llamafactory_adaptive_hook.pth
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[demo,test,lint]"
@@ -36,7 +50,12 @@ $(DEMO): $(STAMP)
 	@touch $@
 
 demo: $(DEMO)
+	@rm -f $(DEMO_RUN)
 	$(BIN)/python examples/demo/run.py
+	@touch $(DEMO_RUN)
+
+$(DEMO_RUN):
+	$(MAKE) demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -55,5 +74,36 @@ bench: $(DEMO)
 	$(BIN)/python benchmarks/quality_pass.py $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/planted.py $(if $(DATA),--data $(DATA))
 
+eval-install: $(EVAL_STAMP)
+
+# The CPU build of torch is not on PyPI: first the places that pip is set up for (uv does not read pip's settings), then
+# PyTorch's own index. requirements-cpu.txt says why three packages are removed.
+$(EVAL_STAMP): $(EVAL_BIN)/uv eval/requirements-$(EVAL_KIND).txt
+ifeq ($(EVAL_KIND),cpu)
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" \
+		$(EVAL_BIN)/uv pip install --quiet --python $(EVAL_BIN)/python -r eval/requirements-cpu.txt 2>/dev/null || \
+		$(EVAL_BIN)/uv pip install --quiet --python $(EVAL_BIN)/python -r eval/requirements-cpu.txt --torch-backend cpu
+	$(EVAL_BIN)/uv pip uninstall --quiet --python $(EVAL_BIN)/python torchvision torchaudio torchcodec
+else
+	$(EVAL_BIN)/uv pip install --quiet --python $(EVAL_BIN)/python -r eval/requirements-cuda.txt --torch-backend auto
+endif
+	$(EVAL_BIN)/python -c "import vllm, lm_eval, matplotlib"
+	@touch $@
+
+eval-test: $(STAMP) $(EVAL_STAMP)
+	$(BIN)/python -m pytest tests/eval -m "eval_env or not eval_env"
+
+eval-bench: $(EVAL_STAMP) $(DEMO)
+	$(if $(DATA),,$(BIN)/python examples/demo/eval_rows.py demo_output/eval_data)
+	$(EVAL_BIN)/python benchmarks/eval_throughput.py --base "$$($(BIN)/python examples/demo/smollm2.py)" \
+		--data $(or $(DATA),demo_output/eval_data)
+
+eval-demo: $(EVAL_STAMP) $(DEMO) $(DEMO_RUN)
+	$(if $(DATA),,$(BIN)/python examples/demo/eval_rows.py demo_output/eval_data)
+	$(EVAL_BIN)/python -m eval.run --base "$$($(BIN)/python examples/demo/smollm2.py)" \
+		--merged adaptive=demo_output/merged --tasks gsm8k,boolq,arc_easy,arc_challenge --protocol $(PROTOCOL) \
+		--template $(if $(filter lm_eval,$(PROTOCOL)),none,training) --limit 64 --data-dir $(or $(DATA),demo_output/eval_data) \
+		--train-file demo_output/data/word_problems.jsonl --out demo_output/eval/$$(date +%Y%m%d-%H%M%S)
+
 clean:
-	rm -rf $(VENV) demo_output
+	rm -rf $(VENV) $(EVAL) demo_output

@@ -6,6 +6,7 @@ import platform
 import random
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,8 @@ def read_rows(
     return rows
 
 
-def write_result(name: str, figures: dict[str, Any]) -> Path:
-    """Write ``results/NAME.json``: the figures, the command, the machine and the versions."""
+def write_result(name: str, figures: dict[str, Any], packages: Sequence[str] = PACKAGES) -> Path:
+    """Write ``results/NAME.json``: the figures, the command, the machine and the versions of ``packages``."""
     command = " ".join(word if "/" not in word or word.startswith("benchmarks") else "<path>" for word in sys.argv)
     document = {
         "benchmark": name,
@@ -86,7 +87,7 @@ def write_result(name: str, figures: dict[str, Any]) -> Path:
         "date": time.strftime("%Y-%m-%d"),
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.system()},
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {package: version(package) for package in packages},
         **figures,
     }
     RESULTS.mkdir(exist_ok=True)

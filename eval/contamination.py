@@ -1,0 +1,149 @@
+"""Refuses to score rows that the model was trained or calibrated on."""
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eval.data import numbered_rows
+from eval.errors import EvalError, UsageError
+
+
+_WINDOW = 8  # words that must agree before texts are compared whole
+_SHORTEST = 4  # words of a question that is looked for inside longer texts; shorter ones must be a text of their own
+
+
+def words_of(text: str) -> tuple[str, ...]:
+    """A text's words without case, accents' encoding and punctuation."""
+    return tuple(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+
+
+def question_hash(text: str) -> str:
+    """Hash of the normalised text: equal for questions that differ in case, spacing or punctuation alone."""
+    return hashlib.sha256(" ".join(words_of(text)).encode()).hexdigest()
+
+
+@dataclass
+class SeenTexts:
+    """Texts a model has seen. A training row often wraps the question in an instruction, so parts count too."""
+
+    _whole: set[str] = field(default_factory=set)
+    _texts: list[tuple[str, ...]] = field(default_factory=list)
+
+    def add(self, text: str) -> None:
+        """Remember one text."""
+        self._whole.add(question_hash(text))
+        self._texts.append(words_of(text))
+
+    def seen_among(self, questions: Iterable[str]) -> list[str]:
+        """Those questions that are one of the texts or stand inside one, in their order."""
+        asked = list(questions)
+        wanted: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+        for question in asked:
+            words = words_of(question)
+            if len(words) >= _SHORTEST:
+                wanted.setdefault(words[:_WINDOW], set()).add(words)
+        inside = {found for text in self._texts for found in _contained(text, wanted)}
+        return [q for q in asked if question_hash(q) in self._whole or words_of(q) in inside]
+
+
+def _contained(
+    text: tuple[str, ...], wanted: Mapping[tuple[str, ...], set[tuple[str, ...]]]
+) -> Iterator[tuple[str, ...]]:
+    """Wanted word sequences that stand somewhere in ``text``."""
+    for length in {len(start) for start in wanted}:
+        for at in range(len(text) - length + 1):
+            for words in wanted.get(text[at : at + length], ()):
+                if text[at : at + len(words)] == words:
+                    yield words
+
+
+def texts_of(row: Any) -> Iterator[str]:
+    """Every text in a row, however deep: instruction, messages, conversations."""
+    if isinstance(row, str):
+        yield row
+    elif isinstance(row, Mapping):
+        for value in row.values():
+            yield from texts_of(value)
+    elif isinstance(row, list):
+        for value in row:
+            yield from texts_of(value)
+
+
+def read_seen(files: Iterable[Path]) -> SeenTexts:
+    """Texts of training files, JSON lines or one JSON list.
+
+    Raises:
+        EvalError: a file that does not exist or cannot be read.
+    """
+    seen = SeenTexts()
+    for path in files:
+        if not path.is_file():
+            raise UsageError([f"--train-file: {path} does not exist"])
+        for row in _rows(path):
+            for text in texts_of(row):
+                seen.add(text)
+    return seen
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    if path.suffix != ".json":
+        yield from (row for _, row in numbered_rows(path))
+        return
+    try:
+        yield from json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EvalError(f"--train-file: {path} is not JSON ({error})") from error
+
+
+def files_of_plan(plan: Path, dataset_dir: Path | None) -> list[Path]:
+    """The files behind the calibration data that a rank plan names, by way of ``dataset_info.json``.
+
+    Raises:
+        UsageError: the plan or the table cannot be read, or a data set is not a local file.
+    """
+    try:
+        names = json.loads(plan.read_text(encoding="utf-8"))["provenance"]["calibration_dataset"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError([f"--plan: {plan} is no rank plan that names its calibration data ({error!r})"]) from error
+    if dataset_dir is None:
+        raise UsageError(
+            [f"--plan: {plan} names {', '.join(names)}; give the run's dataset_dir as --dataset-dir to find the files"]
+        )
+    table = dataset_dir / "dataset_info.json"
+    try:
+        info = json.loads(table.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError([f"--dataset-dir: {table} cannot be read ({error})"]) from error
+    return [_file_of(name, info, dataset_dir) for name in names]
+
+
+def _file_of(name: str, info: Mapping[str, Any], folder: Path) -> Path:
+    entry = info.get(name)
+    if entry is None or "file_name" not in entry:
+        raise UsageError(
+            [
+                f"--plan: its data set {name!r} is no file of {folder / 'dataset_info.json'}; save its rows as JSON "
+                "lines and give them as --train-file"
+            ]
+        )
+    return folder / str(entry["file_name"])
+
+
+def refuse_seen(task: str, questions: Iterable[str], seen: SeenTexts) -> None:
+    """Refuse a task with rows the model has seen.
+
+    Raises:
+        EvalError: says how many rows and shows the first.
+    """
+    asked = list(questions)
+    found = seen.seen_among(asked)
+    if found:
+        raise EvalError(
+            f"{task}: {len(found)} of {len(asked)} rows were in the training or calibration data, first: "
+            f"{found[0][:200]!r}; score rows that the model has not seen"
+        )

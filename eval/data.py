@@ -1,0 +1,64 @@
+"""Local rows: ``DATA_DIR/TASK/SPLIT.jsonl`` in place of the hub, checked line by line before anything starts."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from eval.errors import EvalError, UsageError
+from eval.protocols import Task
+
+
+def local_files(task: Task, data_dir: Path, split: str) -> dict[str, Path]:
+    """Files of one task: ``test``, and ``train`` where examples are drawn from it."""
+    folder = data_dir / str(task.config["metadata"].get("folder", task.name))
+    files = {"test": folder / f"{split}.jsonl"}
+    return {**files, "train": folder / "train.jsonl"} if task.fewshot else files
+
+
+def check_files(task: Task, files: Mapping[str, Path]) -> None:
+    """Read every row once.
+
+    Raises:
+        UsageError: a missing or empty file, a line that is no JSON object, or a row without a field the task reads.
+    """
+    for path in files.values():
+        if not path.is_file():
+            raise UsageError([f"--data-dir: {task.name} of {task.protocol} reads {path}, which does not exist"])
+        number = 0
+        for number, row in numbered_rows(path):
+            _check_row(task, row, f"{path}:{number}")
+        if number == 0:
+            raise UsageError([f"--data-dir: {path} holds no rows"])
+
+
+def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers, from 1, and rows of a JSON-lines file; empty lines are passed over.
+
+    Raises:
+        EvalError: a line that is no JSON object.
+    """
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise EvalError(f"{path}:{number}: this line is not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise EvalError(f"{path}:{number}: a row must be a JSON object, this is {type(row).__name__}")
+            yield number, row
+
+
+def _check_row(task: Task, row: Mapping[str, Any], where: str) -> None:
+    for field in task.fields:
+        if not any(row.get(name) is not None for name in field.split("|")):
+            hint = ""
+            if field == "passage":
+                hint = (
+                    "; lm_eval's BoolQ shows the passage. Try --tasks boolq_no_passage (another task, not comparable "
+                    "with published figures) or --protocol llm_adapters, which shows none"
+                )
+            names = field.replace("|", " or ")
+            raise UsageError([f"{where}: {task.name} of {task.protocol} needs the field {names}{hint}"])

@@ -1,0 +1,128 @@
+"""The two named protocols: which tasks each has, read from ``tasks/PROTOCOL/TASK.yaml``, and how data is put in.
+
+``lm_eval`` asks as lm-evaluation-harness does; ``llm_adapters`` asks and parses as the PEFT papers do. Their figures
+are not comparable, so one run has one protocol. A task file is an ordinary lm-evaluation-harness task; its
+``metadata`` carries the version and what this harness needs to know (see ``README.md``).
+"""
+
+import difflib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eval.errors import UsageError
+
+
+FOLDER = Path(__file__).parent / "tasks"
+PROTOCOLS = ("lm_eval", "llm_adapters")
+TEMPLATES = ("none", "training")
+# The instruction prompt of Stanford Alpaca, which the adapter papers train and test with.
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of one protocol.
+
+    Attributes:
+        version: changes whenever a figure could.
+        likelihood: answers are scored by their likelihood; otherwise the model generates and its text is parsed.
+        headline: the metric that stands for the task in the mean and in comparisons.
+        fewshot: examples shown before the question, drawn from the training rows.
+        fields: what a row of a local file must have.
+        question: the field that identifies a row for the contamination guard.
+        config: the task file as lm-evaluation-harness takes it.
+    """
+
+    name: str
+    protocol: str
+    version: str
+    likelihood: bool
+    headline: str
+    fewshot: int
+    fields: tuple[str, ...]
+    question: str
+    config: Mapping[str, Any]
+
+
+class _TaskLoader(yaml.SafeLoader):
+    """YAML with lm-evaluation-harness's ``!function package.module.name``."""
+
+
+_TaskLoader.add_constructor(
+    "!function",
+    lambda loader, node: pkgutil.resolve_name(str(loader.construct_scalar(node))),  # type: ignore[arg-type]
+)
+
+
+def task_names(protocol: str) -> list[str]:
+    """Names of a protocol's tasks."""
+    return sorted(path.stem for path in (FOLDER / protocol).glob("*.yaml"))
+
+
+def load_tasks(protocol: str, names: Sequence[str]) -> list[Task]:
+    """Read tasks by name.
+
+    Raises:
+        UsageError: unknown or repeated names, each with the nearest known one.
+    """
+    known, problems = task_names(protocol), []
+    for name in dict.fromkeys(names):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            problems.append(f"--tasks: {name!r} is no task of {protocol}: {', '.join(known)}{hint}")
+        elif names.count(name) > 1:
+            problems.append(f"--tasks: {name} is named {names.count(name)} times")
+    if problems:
+        raise UsageError(problems)
+    return [_read(protocol, name) for name in names]
+
+
+def _read(protocol: str, name: str) -> Task:
+    text = (FOLDER / protocol / f"{name}.yaml").read_text(encoding="utf-8")
+    config = yaml.load(text, _TaskLoader)  # a safe loader with one constructor, on our own files
+    facts = config["metadata"]
+    return Task(
+        name=name,
+        protocol=protocol,
+        version=str(facts["version"]),
+        likelihood=config["output_type"] == "multiple_choice",
+        headline=facts["headline"],
+        fewshot=config.get("num_fewshot", 0),
+        fields=tuple(facts["fields"]),
+        question=facts["question"],
+        config=config,
+    )
+
+
+def task_config(task: Task, template: str, files: Mapping[str, Path] | None) -> dict[str, Any]:
+    """The configuration to run: local files in place of the hub, the papers' prompt around the instruction.
+
+    Args:
+        task: which.
+        template: ``training`` leaves the instruction bare, for the chat template to wrap.
+        files: ``test`` and, where examples are shown, ``train``; None for the hub.
+    """
+    config = dict(task.config)
+    if files is not None:
+        train = "train" if "train" in files else None
+        config |= {
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {split: str(path) for split, path in files.items()}},
+            "training_split": train,
+            "fewshot_split": train,
+            "validation_split": None,
+            "test_split": "test",
+        }
+    if task.protocol == "llm_adapters" and template == "none":
+        config["doc_to_text"] = ALPACA.replace("{instruction}", config["doc_to_text"])
+    return config

