@@ -77,12 +77,12 @@ def order_figures(samples: list[dict[str, Any]], term: str, shuffled: int) -> di
     return figures | {"AUC": round(float(u) / (shuffled * (len(values) - shuffled)), 4)}
 
 
-def share_in_subsets(samples: list[dict[str, Any]], shuffled: int, quantile: float, ratio: float) -> float:
+def share_in_subsets(samples: list[dict[str, Any]], shuffled: int, term: str, quantile: float, ratio: float) -> float:
     """Over subsets as a run would draw them from these qualities."""
-    quality, norms = (torch.tensor([s[key] for s in samples]).double() for key in ("quality", "gradient_norm"))
+    quality, tail = (torch.tensor([s[key] for s in samples]).double() for key in ("quality", term))
     sampling = Tsq(TsqOptions(clip_quantile=quantile, subset_ratio=ratio)).sampling
     assert sampling is not None
-    pool = Pool(quality, norms, sampling, 0)
+    pool = Pool(quality, tail, sampling, 0)
     return share_of([index for draw in range(DRAWS) for index in pool.subset(draw).tolist()], shuffled)
 
 
@@ -106,7 +106,10 @@ def main() -> None:
     for term, figures in order.items():
         print(f"order by {term}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
     subsets = {
-        f"subset_ratio {ratio:g}, clip_quantile {quantile:g}": share_in_subsets(samples, shuffled, quantile, ratio)
+        f"by {term}, subset_ratio {ratio:g}, clip_quantile {quantile:g}": share_in_subsets(
+            samples, shuffled, term, quantile, ratio
+        )
+        for term in ("loss", "gradient_norm")
         for ratio in RATIOS
         for quantile in QUANTILES
     }

@@ -26,7 +26,8 @@ class Sampling:
         projection: dimensions of the random projection for the alignment; 0 for the exact one.
         temperature: of the softmax over qualities.
         subset_ratio: share of the pool that is trained on between two refreshes.
-        clip_quantile: samples whose gradient norm lies above it are left out; 1 keeps all.
+        clip_term: ``loss`` or ``gradient_norm``: what ``clip_quantile`` looks at.
+        clip_quantile: samples whose term lies above it are left out; 1 keeps all.
         batch_size: samples per scoring batch; None for the run's.
         refresh_ratio: share of all optimizer steps between two draws.
         scales_budget: whether the rank budget follows the quality of the subset.
@@ -38,6 +39,7 @@ class Sampling:
     projection: int
     temperature: float
     subset_ratio: float
+    clip_term: str
     clip_quantile: float
     batch_size: int | None
     refresh_ratio: float
@@ -70,19 +72,19 @@ class Pool:
 
     Args:
         quality_N: higher is drawn more often.
-        gradient_norm_N: what ``clip_quantile`` looks at.
+        tail_N: what ``clip_quantile`` looks at.
         sampling: temperature, sizes.
         seed: of the draws.
     """
 
-    def __init__(self, quality_N: Tensor, gradient_norm_N: Tensor, sampling: Sampling, seed: int) -> None:
+    def __init__(self, quality_N: Tensor, tail_N: Tensor, sampling: Sampling, seed: int) -> None:
         self.quality_N, self.seed = quality_N, seed
         samples = len(quality_N)
         self.subset_size = sampling.subset_size(samples)
         self.kept_N = torch.ones(samples, dtype=torch.bool)
         clipped = samples - sampling.pool_size(samples)
-        if clipped:  # a stable sort: of equal norms the later samples go
-            self.kept_N[gradient_norm_N.sort(stable=True).indices[-clipped:]] = False
+        if clipped:  # a stable sort: of equal values the later samples go
+            self.kept_N[tail_N.sort(stable=True).indices[-clipped:]] = False
         self.temperature = sampling.temperature
         self.log_weights_N = torch.where(self.kept_N, quality_N / sampling.temperature, -torch.inf)
         self.subset = lru_cache(maxsize=4)(self._subset)

@@ -98,7 +98,7 @@ class Selection:
         quality = combine_terms(
             (self.terms.gradient_norm, self.terms.loss_drop, self.terms.alignment), self.sampling.weights
         )
-        self.pool = Pool(quality, self.terms.gradient_norm, self.sampling, self.seed)
+        self.pool = Pool(quality, getattr(self.terms, self.sampling.clip_term), self.sampling, self.seed)
         self.sampler.pool, self.sampler.timeline = self.pool, self.timeline
         if process_number() == 0:
             self._warn_if_collapsed()
@@ -213,7 +213,7 @@ class Selection:
             f"below {_LEAST_EFFECTIVE:.0%} of the subset of {self.pool.subset_size}, so that the same few lead every "
             f"draw; raise tsq_temperature from {self.sampling.temperature:g} to "
             f"{self.pool.temperature_for(wanted):.3g}"
-            + (", or leave the largest gradients out with tsq_clip_quantile: 0.95" if self.pool.kept_N.all() else "")
+            + (", or leave outliers out with tsq_clip_quantile: 0.95" if self.pool.kept_N.all() else "")
         )
 
     # -- while training ----------------------------------------------------------------------------------------------

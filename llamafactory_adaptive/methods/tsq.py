@@ -66,9 +66,14 @@ class TsqOptions:
     subset_ratio: float = option(
         0.7, "Share of the training set that is trained on between refreshes.", low=1e-6, high=1.0
     )
+    clip_term: str = option(
+        "loss",
+        "What tsq_clip_quantile looks at: wrong answers stand out by their loss more than by their gradient_norm.",
+        choices=("loss", "gradient_norm"),
+    )
     clip_quantile: float = option(
         1.0,
-        "Samples whose gradient norm lies above this quantile are left out: noise has the largest gradients.",
+        "Samples whose loss (or gradient norm, by tsq_clip_term) lies above this quantile are left out.",
         low=0.01,
         high=1.0,
     )
@@ -115,6 +120,7 @@ class TsqOptions:
         rules = [
             (not self.sampling, _OF_SAMPLING, "with tsq_sampling: false no sample is chosen"),
             (not self.reallocation, OF_REALLOCATION, "with tsq_reallocation: false ranks stay as they are"),
+            (self.clip_quantile == 1.0, ("clip_term",), "with tsq_clip_quantile: 1 nothing is left out"),
             (not self.alignment_weight, ("projection",), "with tsq_alignment_weight: 0 no alignment is measured"),
             (self.loss_drop != "exact", ("step_size",), "only tsq_loss_drop: exact takes a step"),
         ]
@@ -127,7 +133,7 @@ class TsqOptions:
 
 
 _OF_SAMPLING = ("norm_weight", "loss_drop_weight", "alignment_weight", "loss_drop", "temperature", "subset_ratio",
-                "clip_quantile", "batch_size")  # fmt: skip
+                "clip_term", "clip_quantile", "batch_size")  # fmt: skip
 OF_REALLOCATION = ("sensitivity", "beta")
 
 
@@ -167,6 +173,7 @@ class Tsq:
             projection=o.projection,
             temperature=o.temperature,
             subset_ratio=o.subset_ratio,
+            clip_term=o.clip_term,
             clip_quantile=o.clip_quantile,
             batch_size=o.batch_size,
             refresh_ratio=o.refresh_ratio,

@@ -12,6 +12,31 @@ RESULTS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "benchmar
 
 
 ROWS = {
+    "questions per second of the harness": ("eval_throughput", "throughput_ratio", "{:.2f} x"),
+    "log-probabilities in vLLM 0.32 against PEFT": ("export_parity", "vllm_vllm", "{:.0e} nats"),
+    "log-probabilities in vLLM 0.31 against PEFT": ("export_parity", "vllm_vllm_legacy", "{:.0e} nats"),
+    "peak memory of merging over the base": ("export_parity", "merging_over_base", "{:.2f} x"),
+    "scoring all samples over an epoch": ("quality_pass", "over_epoch", "{:.2f} x"),
+    "the same, over an epoch sorted by length": ("quality_pass", "over_sorted_epoch", "{:.2f} x"),
+    "one backward pass per sample over scoring": ("quality_pass", "per_sample_over_scoring", "{:.1f} x"),
+    "gradient norms against one backward pass per sample": ("quality_pass", "largest_norm_error", "{:.0e}"),
+    "shuffled answers by quality": ("planted", "order/quality/AUC", "AUC {:.2f}"),
+    "shuffled answers by loss": ("planted", "order/loss/AUC", "AUC {:.2f}"),
+    "shuffled answers in subsets, nothing clipped": (
+        "planted",
+        "share_in_subsets/by loss, subset_ratio 0.7, clip_quantile 1",
+        "{:.1%}",
+    ),
+    "shuffled answers in subsets, `tsq_clip_quantile: 0.9`": (
+        "planted",
+        "share_in_subsets/by loss, subset_ratio 0.7, clip_quantile 0.9",
+        "{:.1%}",
+    ),
+    "shuffled answers in subsets, `tsq_clip_quantile: 0.8`": (
+        "planted",
+        "share_in_subsets/by loss, subset_ratio 0.7, clip_quantile 0.8",
+        "{:.1%}",
+    ),
     "step of `igu` over plain LoRA": ("overhead", "variants/igu/time_ratio", "{:.3f} x"),
     "step of `adalora` over plain LoRA": ("overhead", "variants/adalora/time_ratio", "{:.3f} x"),
     "step of PEFT's own AdaLoRA over plain LoRA": ("overhead", "variants/peft adalora/time_ratio", "{:.3f} x"),
@@ -64,3 +89,11 @@ def test_results_name_command_date_and_versions(name):
         else {"llamafactory", "torch", "peft", "llamafactory-adaptive"}
     )
     assert set(result["versions"]) >= ours
+
+
+def test_clipping_reduces_the_share_of_planted_wrong_answers():
+    shares = RESULTS["planted"]["share_in_subsets"]
+    for ratio in ("0.7", "0.3"):
+        by_quantile = [shares[f"by loss, subset_ratio {ratio}, clip_quantile {q}"] for q in ("1", "0.9", "0.8", "0.7")]
+        assert by_quantile == sorted(by_quantile, reverse=True)
+        assert by_quantile[-1] < 0.7 * by_quantile[0]

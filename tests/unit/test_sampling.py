@@ -13,8 +13,8 @@ from llamafactory_adaptive.sampling import Pool, Sampling, SubsetSampler, Timeli
 def sampling(**more):
     settings = {
         "weights": (1.0, 1.0, 0.0), "loss_drop": "first_order", "step_size": None, "projection": 0,
-        "temperature": 1.0, "subset_ratio": 0.5, "clip_quantile": 1.0, "batch_size": None, "refresh_ratio": 0.25,
-        "scales_budget": False, **more,
+        "temperature": 1.0, "subset_ratio": 0.5, "clip_term": "loss", "clip_quantile": 1.0, "batch_size": None,
+        "refresh_ratio": 0.25, "scales_budget": False, **more,
     }  # fmt: skip
     return Sampling(**settings)
 
@@ -53,7 +53,7 @@ def test_subsets_have_no_repetition_and_follow_seed_and_refresh():
     assert made.subset(0).tolist() != other.subset(0).tolist()
 
 
-def test_the_tail_of_gradient_norms_is_left_out():
+def test_the_tail_is_left_out():
     norms = [1.0, 9.0, 2.0, 8.0, 3.0, 7.0, 4.0, 6.0, 5.0, 5.0]
     made = pool([0.0] * 10, norms, clip_quantile=0.8, subset_ratio=1.0)
     assert (~made.kept_N).nonzero().flatten().tolist() == [1, 3]

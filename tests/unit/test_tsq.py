@@ -257,6 +257,8 @@ def test_masked_components_get_no_gradient_and_the_guard_watches_b():
         ({"projection": 0}, ["tsq_projection"]),
         ({"projection": 0, "alignment_weight": 1.0}, []),
         ({"step_size": 0.1}, ["tsq_step_size"]),
+        ({"clip_term": "gradient_norm"}, ["tsq_clip_term"]),
+        ({"clip_term": "gradient_norm", "clip_quantile": 0.9}, []),
     ],
 )
 def test_options_that_contradict_each_other(options, keys):
