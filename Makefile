@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEMO   := $(VENV)/.demo-model
 DEMO_RUN := demo_output/.complete
+JOBS   ?= 2
 
 # Evaluation has an environment of its own: vLLM needs newer packages than LLaMA-Factory admits.
 EVAL       ?= .venv-eval
@@ -57,8 +58,9 @@ demo: $(DEMO)
 $(DEMO_RUN):
 	$(MAKE) demo
 
+# Two at a time; the tests of one file share what they prepare.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,13 +1,14 @@
 """What scoring training samples costs: SmolLM2-135M, 256 rows, everything as ratios within one run.
 
-Run: ``python benchmarks/quality_pass.py [--data FOLDER] [--samples 256] [--turns 8]``.
+Run: ``python benchmarks/quality_pass.py [--data FOLDER] [--dataset gsm8k|boolq] [--samples 256] [--turns 8]``.
 
   over_epoch               one scoring pass of what a tsq run scores (live rank 32, masked to 8) / one plain forward
                            and backward pass of LoRA of rank 8 over the same rows in random order, as an epoch of
                            training runs it (loss over answers, gradients of the LoRA factors, no optimizer)
   over_sorted_epoch        the same, but the epoch's batches are sorted by length, too: what is left is the scoring
   projected_over_epoch     scoring with alignments by random projection / the epoch
-  per_sample_over_scoring  one backward pass per sample with the norm of its gradients / one scoring pass
+  per_sample_over_scoring  one backward pass per sample with the norm of its gradients / one scoring pass; what batches
+                           save shows where a device is not filled by one sample: short rows, or a GPU
 
 All kinds take turns, a part of the rows each, so that a machine whose speed drifts treats them alike. Norms of both
 ways are compared, too, in fp32 on some rows.
@@ -137,6 +138,7 @@ def times(model: torch.nn.Module, live: torch.nn.Module, rows: list, batch_size:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="folder with gsm8k/train.jsonl (default: generated word problems)")
+    parser.add_argument("--dataset", default="gsm8k", choices=("gsm8k", "boolq"), help="long rows, or short ones")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rank", type=int, default=8)
@@ -144,7 +146,7 @@ def main() -> None:
     arguments = parser.parse_args()
     path = record.smollm2()
     with tempfile.TemporaryDirectory() as scratch:
-        folder, name = record.dataset_folder(arguments.data, Path(scratch))
+        folder, name = record.dataset_folder(arguments.data, Path(scratch), arguments.dataset)
         rows = record.read_rows(folder, name, path, arguments.samples, answers_only=True)
     error = largest_norm_error(path, arguments.rank, rows)
     plain, live = adapted(path, arguments.rank, torch.bfloat16), live_form(path, arguments.rank)
@@ -158,7 +160,7 @@ def main() -> None:
     }
     for key, value in results.items():
         print(f"{key:<26} {value:<10.4g} target {TARGETS.get(key, 'none')}")
-    written = record.write_result("quality_pass", {
+    written = record.write_result("quality_pass_boolq" if name == "boolq" else "quality_pass", {
         "model": "SmolLM2-135M-Instruct", "dtype": "bfloat16", "data": name, "samples": len(rows),
         "rank": arguments.rank, "live_rank": LIVE * arguments.rank, "batch_size": arguments.batch_size,
         "tokens": sum(len(row["input_ids"]) for row in rows),

@@ -26,11 +26,11 @@ def smollm2() -> Path:
     return builder.build(builder.CACHE / "SmolLM2-135M-Instruct")
 
 
-def dataset_folder(data: str | None, scratch: Path) -> tuple[Path, str]:
+def dataset_folder(data: str | None, scratch: Path, name: str = "gsm8k") -> tuple[Path, str]:
     """A folder with ``dataset_info.json`` and the name of the training set in it.
 
-    With ``data`` (or ``$ADAPTIVE_BENCH_DATA``), a folder that holds ``gsm8k/train.jsonl`` with question and answer;
-    without, generated word problems.
+    With ``data`` (or ``$ADAPTIVE_BENCH_DATA``), a folder that holds ``gsm8k/train.jsonl`` (or another ``name``) with
+    question and answer; without, generated word problems.
     """
     data = data or os.environ.get(DATA_ENV)
     if data is None:
@@ -39,14 +39,14 @@ def dataset_folder(data: str | None, scratch: Path) -> tuple[Path, str]:
 
         word_problems.write(scratch, train=1024, held_out=64, seed=7)
         return scratch, "word_problems"
-    source = (Path(data) / "gsm8k" / "train.jsonl").resolve()
+    source = (Path(data) / name / "train.jsonl").resolve()
     if not source.is_file():
-        raise SystemExit(f"{source} does not exist; --data takes a folder that holds gsm8k/train.jsonl")
+        raise SystemExit(f"{source} does not exist; --data takes a folder that holds {name}/train.jsonl")
     columns = {"prompt": "question", "response": "answer"}
     scratch.mkdir(parents=True, exist_ok=True)
-    info = {"gsm8k": {"file_name": str(source), "columns": columns}}
+    info = {name: {"file_name": str(source), "columns": columns}}
     (scratch / "dataset_info.json").write_text(json.dumps(info))
-    return scratch, "gsm8k"
+    return scratch, name
 
 
 def read_rows(
@@ -70,7 +70,7 @@ def read_rows(
     for line in random.Random(42).sample(lines, samples):
         row = json.loads(line)
         talk = [{"role": "user", "content": row[columns["prompt"]]},
-                {"role": "assistant", "content": row[columns["response"]]}]  # fmt: skip
+                {"role": "assistant", "content": str(row[columns["response"]])}]  # fmt: skip
         ids = list(tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"])[:512]
         prompt = tokenizer.apply_chat_template(talk[:1], return_dict=True, add_generation_prompt=True)["input_ids"]
         start = len(prompt) if answers_only else 0

@@ -2,8 +2,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 
+# Tiny models gain nothing from threads, and test processes that run side by side lose by them.
+torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))
 
 
@@ -15,6 +18,7 @@ def _private_cache(tmp_path_factory):
     patch.setenv("HF_HUB_OFFLINE", "1")
     patch.setenv("CUDA_VISIBLE_DEVICES", "")
     patch.setenv("TOKENIZERS_PARALLELISM", "false")
+    patch.setenv("OMP_NUM_THREADS", "1")
     patch.delenv("LLAMAFACTORY_ADAPTIVE", raising=False)
     yield
     patch.undo()
