@@ -7,9 +7,12 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, files, version
 from pathlib import Path
 from typing import Any
@@ -182,8 +185,27 @@ def export(arguments: argparse.Namespace) -> int:
     request = export_request(arguments)
     from llamafactory_adaptive.export.run import run_export
 
-    print(run_export(request))
+    with _signals_end_in_order():
+        print(run_export(request))
     return 0
+
+
+@contextmanager
+def _signals_end_in_order() -> Iterator[None]:
+    """Within the context SIGTERM and SIGHUP end the program as an exception does: what is half-written is removed."""
+
+    def end(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not cut the cleaning up short
+        raise SystemExit(128 + number)
+
+    ours = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL]  # not under nohup
+    try:
+        for number in ours:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def doctor(arguments: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property, reduce
 from pathlib import Path
 
 import torch
@@ -41,16 +42,28 @@ class BaseCheckpoint:
         """Files with weights, in order."""
         return sorted(set(self.weights.values()))
 
+    @cached_property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        """Types of the floating-point weights as the files hold them, whatever ``config.json`` says."""
+        specs = (spec for path in self.shards for spec in read_specs(path))
+        return frozenset(spec.dtype for spec in specs if spec.dtype.is_floating_point)
+
+    @property
+    def widest(self) -> torch.dtype:
+        """The narrowest type that holds every weight exactly."""
+        return reduce(torch.promote_types, self.dtypes)
+
     def skeleton(self) -> nn.Module:
         """The model without its weights, on the meta device."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         try:
             with torch.device("meta"):
-                model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder))
+                config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+                model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             return model
         except (ValueError, ImportError, OSError, KeyError) as error:
-            why = f"it is no causal language model that transformers loads by itself ({first_line(error)})"
+            why = f"it is no causal language model that transformers loads by itself ({loading_fault(error)})"
             raise AdaptiveConfigError([Problem("base", self.name, why, "`llamafactory-cli export`")]) from error
 
     def tensor(self, name: str) -> Tensor:
@@ -93,6 +106,13 @@ def _problem(name: str | None, why: str, suggestion: str) -> Problem:
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def loading_fault(error: BaseException) -> str:
+    """Why transformers did not load something, in one line; its own advice to trust remote code is not passed on."""
+    if "trust_remote_code" in str(error):
+        return "it comes with Python code of its own, which is never run here"
+    return first_line(error)
 
 
 def _from_hub(name: str) -> Path:

@@ -3,7 +3,8 @@
 The reference is always PEFT with the original adapter. Three kinds of checks:
 
 parity     the exported files, read as the server reads them, against PEFT in fp32. For a merged model PEFT merges too,
-           in the same type, and both merged models compute in fp32: the same bits are expected.
+           in the same type, and both merged models compute in fp32. Before that the weights themselves are compared: a
+           single one that is not PEFT's, bit for bit, ends the export.
 rounding   merged models only: against PEFT before merging. A 16-bit weight cannot hold base plus update exactly. What
            that may cost is measured on the spot: log-probabilities of the merged model are taken again with random
            parts of the last place added to the adapted weights, and the merge may differ by ROUNDING_FACTOR times as
@@ -18,6 +19,7 @@ its tolerance.
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -49,8 +51,8 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is within the tolerance; NaN is not."""
-        return self.max_difference <= self.tolerance
+        """Whether the difference is within the tolerance; NaN is not, and what has no bound is no tolerance."""
+        return self.max_difference <= self.tolerance < math.inf
 
     def __str__(self) -> str:
         state = "passed" if self.passed else "FAILED"

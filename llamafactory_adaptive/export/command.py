@@ -83,6 +83,9 @@ def export_request(arguments: argparse.Namespace) -> ExportRequest:
 
 def _problems(request: ExportRequest) -> list[Problem]:
     problems = []
+    if request.out.name in ("", ".."):
+        why = "it names no new folder"
+        problems.append(Problem("out", str(request.out), why, f"--out served/{request.adapter.resolve().name}"))
     if request.server != "merged":
         for key, given in (("dtype", request.dtype != "auto"), ("quantization_aware", request.quantization_aware)):
             if given:

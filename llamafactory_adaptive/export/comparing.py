@@ -17,7 +17,7 @@ from llamafactory_adaptive.export.parity import largest_difference, log_probabil
 from llamafactory_adaptive.export.quantisation import Nf4
 from llamafactory_adaptive.export.reading import applied, read_as
 from llamafactory_adaptive.export.serving import max_lora_rank
-from llamafactory_adaptive.export.source import SourceAdapter
+from llamafactory_adaptive.export.source import ExportError, SourceAdapter
 from llamafactory_adaptive.export.vllm_check import ask_vllm, difference_of_first_tokens
 
 
@@ -51,7 +51,7 @@ class Comparer:
 
     def _three_forms(self, server: str, folder: Path) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Log-probabilities of PEFT, of the base alone, and of the export, on one loaded base."""
-        live = _peft(load(self.base.folder), self.adapter.folder)
+        live = _peft(load(self.base.folder, self.base.widest), self.adapter.folder)
         reference = log_probabilities(live, self.rows)
         plain = live.unload()
         alone = log_probabilities(plain, self.rows)
@@ -69,8 +69,12 @@ class Comparer:
         difference = difference_of_first_tokens(reference, answer.exported)
         return Check("vllm", PEFT_FP32, str(answer), difference, tolerance)
 
-    def merged(self, folder: Path, dtype: torch.dtype | None, nf4: Nf4 | None) -> Comparison:
-        """Check a merged model; ``nf4`` says how the base was quantised where the merge went into that."""
+    def merged(self, folder: Path, dtype: torch.dtype, nf4: Nf4 | None) -> Comparison:
+        """Check a merged model; ``nf4`` says how the base was quantised where the merge went into that.
+
+        Raises:
+            ExportError: a merged weight is not PEFT's.
+        """
         unmerged, effect = self._unmerged(nf4)
         by_peft, merge = self._merged_by_peft(folder, dtype, nf4)
         exported, rounding = self._merged_alone(folder)
@@ -88,21 +92,42 @@ class Comparer:
 
     def _unmerged(self, nf4: Nf4 | None) -> tuple[list[Tensor], float]:
         """PEFT's log-probabilities, and how far the adapter moves them."""
-        live = _peft(load(self.base.folder, nf4=nf4), self.adapter.folder)
+        live = _peft(load(self.base.folder, self.base.widest, nf4), self.adapter.folder)
         reference = log_probabilities(live, self.rows)
         with live.disable_adapter():
             return reference, largest_difference(reference, log_probabilities(live, self.rows))
 
-    def _merged_by_peft(self, folder: Path, dtype: torch.dtype | None, nf4: Nf4 | None) -> tuple[list[Tensor], str]:
-        """PEFT's own merge: its log-probabilities, and what it is in words."""
+    def _merged_by_peft(self, folder: Path, dtype: torch.dtype, nf4: Nf4 | None) -> tuple[list[Tensor], str]:
+        """PEFT's own merge, which the files must equal: its log-probabilities, and what it is in words."""
         model = load(self.base.folder, dtype, nf4)
         if nf4:
             model = model.dequantize()
         model = _peft(model, self.adapter.folder).merge_and_unload()
-        type_name = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
-        unequal = _unequal_weights(model, folder)
-        words = f"PEFT's merge in {type_name}, computed in float32 ({unequal} weight tensors differ)"
+        if unequal := self._unequal_weights(model, folder):
+            more = f" and {len(unequal) - 3} more" if len(unequal) > 3 else ""
+            raise ExportError(
+                f"parity failed, nothing was written: {len(unequal)} of the merged weights are not those of PEFT's "
+                f"merge: {', '.join(unequal[:3])}{more}"
+            )
+        words = f"PEFT's merge in {str(dtype).removeprefix('torch.')} (the same weights), computed in float32"
         return log_probabilities(model, self.rows), words
+
+    def _unequal_weights(self, model: nn.Module, folder: Path) -> list[str]:
+        """Names of weights that differ from PEFT's or are missing.
+
+        What is in the files and no part of the model, such as buffers that are computed anew, must be the base's.
+        """
+        weights, unequal, found = model.state_dict(), [], set()
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    found.add(name)
+                    expected, weight = weights.get(name), file.get_tensor(name)
+                    if expected is None and name in self.base.weights:
+                        expected = self.base.tensor(name)
+                    if expected is None or not torch.equal(expected.to(weight.dtype), weight):
+                        unequal.append(name)
+        return [*unequal, *sorted(self.base.weights.keys() - found)]
 
     def _merged_alone(self, folder: Path) -> tuple[list[Tensor], float]:
         """The merged model's log-probabilities, and what rounding may have done to them."""
@@ -112,11 +137,13 @@ class Comparer:
 
 
 def load(folder: Path, dtype: torch.dtype | None = None, nf4: Nf4 | None = None) -> Any:
-    """A causal language model on the CPU, as it is stored, or with its linear layers in NF4."""
+    """A causal language model on the CPU, in ``dtype`` or what its config says, or with its linear layers in NF4."""
     from transformers import AutoModelForCausalLM
 
     settings = {"quantization_config": nf4.loading(), "device_map": {"": "cpu"}} if nf4 else {}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **settings).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype or "auto", trust_remote_code=False, **settings
+    ).eval()
     keep_4bit_unpacked_on_cpu(model)
     return model
 
@@ -125,13 +152,3 @@ def _peft(model: Any, adapter: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the model had an adapter before, which was unloaded
         return PeftModel.from_pretrained(model, str(adapter)).eval()
-
-
-def _unequal_weights(model: nn.Module, folder: Path) -> int:
-    weights = model.state_dict()
-    unequal = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name in weights]  # noqa: SIM118
-            unequal += sum(not torch.equal(weights[name], file.get_tensor(name)) for name in names)
-    return unequal

@@ -29,6 +29,20 @@ def update(adapter: SourceAdapter, name: str) -> Tensor:
     return (b.float() @ a.float()) * adapter.by_name[name].scale
 
 
+def only_dtype(base: BaseCheckpoint) -> torch.dtype:
+    """The one type all weights have.
+
+    Raises:
+        AdaptiveConfigError: they have several; PEFT would merge in one, and which is not ours to choose.
+    """
+    if len(base.dtypes) == 1:
+        return next(iter(base.dtypes))
+    names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in base.dtypes))
+    why = f"the weights of {base.name} are of several types ({names}), a merged model has one"
+    suggestion = "--dtype bfloat16" if torch.bfloat16 in base.dtypes else "--dtype float16"
+    raise AdaptiveConfigError([Problem("dtype", "auto", why, suggestion)])
+
+
 def check_replaced(adapter: SourceAdapter, base: BaseCheckpoint, skeleton: nn.Module) -> None:
     """Weights the adapter holds whole must have one place to go to.
 
@@ -51,13 +65,13 @@ def merge(
     adapter: SourceAdapter,
     base: BaseCheckpoint,
     target: Path,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
     prepare: Transform = lambda name, weight: weight,
 ) -> None:
     """Write the merged weights to ``target``, shard by shard.
 
     Args:
-        dtype: type of floating-point weights, None to keep that of the base.
+        dtype: type of floating-point weights.
         prepare: applied to each weight (in the final type) before the update is added.
     """
     adapted = {f"{module.name}.weight": module.name for module in adapter.modules}
@@ -86,7 +100,7 @@ def _finite(name: str, weight: Tensor) -> Tensor:
 def _merge_shard(
     source: Path,
     target: Path,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
     make: Callable[[TensorSpec, Tensor], Tensor],
     progress: tqdm,
 ) -> int:
@@ -102,13 +116,13 @@ def _merge_shard(
     return sum(spec.bytes for spec in specs)
 
 
-def merged_bytes(base: BaseCheckpoint, dtype: torch.dtype | None) -> int:
+def merged_bytes(base: BaseCheckpoint, dtype: torch.dtype) -> int:
     """Size of the merged weights on disk."""
     return sum(_retyped(spec, dtype).bytes for path in base.shards for spec in read_specs(path))
 
 
-def _retyped(spec: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:
-    return TensorSpec(spec.name, dtype, spec.shape) if dtype and spec.dtype.is_floating_point else spec
+def _retyped(spec: TensorSpec, dtype: torch.dtype) -> TensorSpec:
+    return TensorSpec(spec.name, dtype, spec.shape) if spec.dtype.is_floating_point else spec
 
 
 def _write_index(base: BaseCheckpoint, target: Path, total: int) -> None:
@@ -120,7 +134,7 @@ def _write_index(base: BaseCheckpoint, target: Path, total: int) -> None:
 
 
 def set_dtype(target: Path, dtype: torch.dtype) -> None:
-    """Say the new type in the copied ``config.json``."""
+    """Say the type in the copied ``config.json``, by which servers load; the base's may say another one."""
     path = target / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     key = "torch_dtype" if "torch_dtype" in config else "dtype"

@@ -30,7 +30,7 @@ def tokenise(folder: Path) -> list[list[int]]:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     rows = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     if len(set(map(tuple, rows))) < len(rows):  # transformers makes an empty tokenizer where there are no files
         raise ValueError("it tells the prompts of the check not apart")

@@ -13,7 +13,7 @@ from torch import nn
 
 from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
 from llamafactory_adaptive.export import layouts, merging, quantisation
-from llamafactory_adaptive.export.base import BaseCheckpoint, check_fit, copy_side_files, find_base, first_line
+from llamafactory_adaptive.export.base import BaseCheckpoint, check_fit, copy_side_files, find_base, loading_fault
 from llamafactory_adaptive.export.certificate import certificate, failures, write_certificate
 from llamafactory_adaptive.export.command import ExportRequest
 from llamafactory_adaptive.export.comparing import Comparer
@@ -41,9 +41,10 @@ class Export:
         return max(module.rank for module in self.adapter.modules)
 
     @property
-    def dtype(self) -> torch.dtype | None:
-        """The type asked for, None to keep that of the base."""
-        return None if self.request.dtype == "auto" else getattr(torch, self.request.dtype)
+    def dtype(self) -> torch.dtype:
+        """The type of merged weights: the one asked for, or that of the base's files."""
+        asked = self.request.dtype
+        return merging.only_dtype(self.base) if asked == "auto" else getattr(torch, asked)
 
     @property
     def nf4(self) -> quantisation.Nf4 | None:
@@ -73,7 +74,7 @@ def prepare(request: ExportRequest) -> Export:
         problem = Problem("out", str(request.out), "it exists already, nothing was overwritten", "another folder")
         raise AdaptiveConfigError([problem])
     if request.vllm_python:
-        check_vllm(request.vllm_python)
+        check_vllm(request.vllm_python, request.server)
     adapter = read_adapter(request.adapter)
     base = find_base(request.base, adapter)
     skeleton = base.skeleton()
@@ -106,7 +107,7 @@ def _rows(base: BaseCheckpoint) -> list[list[int]]:
     try:
         return tokenise(base.folder)
     except (OSError, ValueError) as error:
-        why = f"its tokenizer cannot be loaded ({first_line(error)})"
+        why = f"its tokenizer cannot be loaded ({loading_fault(error)})"
         raise AdaptiveConfigError([Problem("base", base.name, why, "--base <folder with a tokenizer>")]) from error
 
 
@@ -132,8 +133,7 @@ def _write_merged(export: Export, target: Path) -> list[str]:
         options["prepare"] = report.transform(adapter, quantisation.quantised_weights(export.skeleton))
     copy_side_files(base, adapter.folder, target)
     merging.merge(adapter, base, target, export.dtype, **options)
-    if export.dtype:
-        merging.set_dtype(target, export.dtype)
+    merging.set_dtype(target, export.dtype)
     if report:
         report.save(target)
         notes.append(report.table())
@@ -183,7 +183,7 @@ def _facts(export: Export) -> dict[str, Any]:
         "base": export.base.name,
         "modules": len(ranks),
         "ranks": [min(ranks), max(ranks)],
-        "dtype": request.dtype if request.server == "merged" else None,
+        "dtype": str(export.dtype).removeprefix("torch.") if request.server == "merged" else None,
         "quantization_aware": request.quantization_aware,
     }
 

@@ -1,7 +1,10 @@
 """Ask a real vLLM, in an environment of its own, what it makes of an exported folder."""
 
+import contextlib
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -18,8 +21,10 @@ from llamafactory_adaptive.export.source import ExportError
 
 
 TIME_LIMIT_S = 1800
-_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: nothing can be left behind
+IMPORT_LIMIT_S = 120
+READS_PATTERNS = (0, 32)  # the first vLLM that reads rank_pattern and alpha_pattern
+_FORCED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # one process, which watches whether we are still there
+_DEFAULTS = {
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB; the default takes half the machine
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -40,23 +45,55 @@ class VllmAnswer:
         return f"vLLM {self.version} in {self.dtype} on {self.device}"
 
 
-def check_vllm(python: Path) -> None:
-    """Whether ``python`` is an interpreter that has vLLM.
+def check_vllm(python: Path, server: str) -> None:
+    """Whether ``python`` is an interpreter that has vLLM, and one that reads what is laid out for ``server``.
+
+    Every layout for vLLM is right in both kinds of vLLM. A check in the other kind would still say nothing about the
+    one the adapter is meant for.
 
     Raises:
         AdaptiveConfigError: it is none.
     """
-    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
-    try:
-        code = subprocess.run([str(python), "-c", probe], capture_output=True, timeout=60, check=False).returncode
-    except (OSError, subprocess.TimeoutExpired) as error:
-        why = f"it cannot be run ({getattr(error, 'strerror', None) or error})"
-    else:
-        if code == 0:
-            return
-        why = "it has no vLLM"
+    version, why = _vllm_version(python)
     suggestion = "--vllm-python <environment with vLLM>/bin/python"
+    if version and not (why := _misfit(version, server)):
+        return
+    if version:
+        other = "vllm" if server == "vllm-legacy" else "vllm-legacy"
+        suggestion = f"--for {other}, the Python of another environment, or leaving it out"
     raise AdaptiveConfigError([Problem("vllm_python", str(python), why, suggestion)])
+
+
+def _vllm_version(python: Path) -> tuple[str, str]:
+    """What vLLM calls itself in that environment; or nothing, and why."""
+    probe = "import vllm; print(vllm.__version__)"
+    # As in `_run`: packages of this environment are none of that one.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [str(python), "-c", probe]
+    try:
+        told = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=IMPORT_LIMIT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "", f"it cannot be run ({getattr(error, 'strerror', None) or error})"
+    if told.returncode == 0 and (lines := told.stdout.split()):
+        return lines[-1], ""
+    complaint = (told.stderr.strip() or f"exit code {told.returncode}").splitlines()[-1]
+    return "", f"it has no vLLM that can be imported ({complaint})"
+
+
+def _misfit(version: str, server: str) -> str:
+    """Why that vLLM says nothing about a layout; empty where it does."""
+    if server == "merged":
+        return ""
+    number = re.match(r"(\d+)\.(\d+)", version)
+    if number is None:
+        return f"its vLLM calls itself {version}, which does not tell whether it reads ranks by module"
+    reads = (int(number[1]), int(number[2])) >= READS_PATTERNS
+    if reads == (server == "vllm"):
+        return ""
+    habit = "reads rank_pattern and alpha_pattern" if reads else "does not read rank_pattern and alpha_pattern"
+    return f"its vLLM {version} {habit}: an answer from it is no check of {server}"
 
 
 def ask_vllm(python: Path, model: Path, adapter: Path | None, rank: int | None, rows: list[list[int]]) -> VllmAnswer:
@@ -86,29 +123,38 @@ def _parsed(document: dict[str, Any]) -> VllmAnswer:
 
 
 def _run(command: list[str], log: Path) -> None:
-    """Run in a session of its own, so that it can be ended with everything it started."""
+    """Run in a session of its own, so that it can be ended with everything it started.
+
+    The probe ends itself when its standard input closes, which happens however this process ends.
+    """
     # The probe must not find this environment's packages.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment = {**_ENVIRONMENT, **environment}
+    environment = {**_DEFAULTS, **environment, **_FORCED}
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=environment, start_new_session=True
+        )
         try:
             code = process.wait(TIME_LIMIT_S)
         except subprocess.TimeoutExpired as error:
             raise ExportError(f"vLLM did not answer within {TIME_LIMIT_S} s") from error
         finally:
-            if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # raised where it and all it started have ended
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.communicate()
     if code != 0:
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         raise ExportError(f"vLLM could not serve the export (exit code {code}): " + " | ".join(lines[-3:]))
 
 
 def difference_of_first_tokens(reference: list[Tensor], answer: list[dict[int, float]]) -> float:
-    """Largest distance between PEFT's log-probabilities at the last place of each prompt and vLLM's answer."""
-    return max(
+    """Largest distance between PEFT's log-probabilities at the last place of each prompt and vLLM's answer.
+
+    NaN is infinitely far away.
+    """
+    distances = [
         abs(float(expected[-1, token]) - value)
         for expected, row in zip(reference, answer, strict=True)
         for token, value in row.items()
-    )
+    ]
+    return max(math.inf if math.isnan(distance) else distance for distance in distances)

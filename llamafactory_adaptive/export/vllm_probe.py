@@ -2,10 +2,16 @@
 
 JOB is a JSON file with model, adapter (or null), max_lora_rank, rows of token ids and top_k. ANSWER gets, for each
 row, log-probabilities of the first generated token's most likely candidates: with the adapter, and without.
+
+Standard input is a pipe whose other end the caller holds. When it closes, however the caller ended, the probe kills
+its process group, of which it must be the leader.
 """
 
 import json
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +54,14 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def end_with_caller() -> None:
+    """Block until standard input closes, then kill the process group."""
+    while os.read(0, 4096):
+        pass
+    os.killpg(os.getpid(), signal.SIGKILL)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=end_with_caller, daemon=True).start()
     answer = main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     Path(sys.argv[2]).write_text(json.dumps(answer), encoding="utf-8")

@@ -95,6 +95,19 @@ def test_every_yaml_is_in_the_readme_and_every_command_names_a_file():
     assert listed <= named
 
 
+def test_the_serving_page_pins_what_was_tested_and_serves_the_base_of_the_demo():
+    page = (EXAMPLES / "inference" / "README.md").read_text()
+    pinned = set(re.findall(r"\bvllm(?:-cpu)?==[\d.]+", page))
+    for kind in ("cpu", "cuda"):
+        assert pinned & set((ROOT / "eval" / f"requirements-{kind}.txt").read_text().split())
+    installs = re.findall(r"pip install .*\bvllm.*", page)
+    assert len(installs) == 2
+    assert all("==" in line and "--torch-backend" in line for line in installs)
+    served = re.findall(r"--model (\S+)", page)
+    assert served == ["served/problems-merged", '"$BASE"']
+    assert 'BASE="$(python examples/demo/smollm2.py)"' in page  # what examples/demo/run.py trains on
+
+
 class Completions(BaseHTTPRequestHandler):
     """As much of an OpenAI-compatible server as the client example asks for."""
 

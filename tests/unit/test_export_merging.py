@@ -13,9 +13,11 @@ from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from llamafactory_adaptive.adapter import contract_arguments
+from llamafactory_adaptive.errors import AdaptiveConfigError
 from llamafactory_adaptive.export import merging, parity, run
 from llamafactory_adaptive.export.base import find_base
 from llamafactory_adaptive.export.command import ExportRequest
+from llamafactory_adaptive.export.comparing import Comparer
 from llamafactory_adaptive.export.quantisation import Nf4, QuantisationReport
 from llamafactory_adaptive.export.run import run_export
 from llamafactory_adaptive.export.source import ExportError, read_adapter
@@ -61,7 +63,7 @@ def test_merged_weights_are_those_of_peft_bit_for_bit(kind, factors, tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in found)
     assert sum(not torch.equal(found[name], tensor) for name, tensor in weights(base).items()) == 11
     assert {p.name for p in base.glob("*.safetensors*")} == {p.name for p in (tmp_path / "out").glob("*.safetensors*")}
-    assert "0 weight tensors differ" in said
+    assert "(the same weights)" in said
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
@@ -76,6 +78,60 @@ def test_another_type_is_peft_on_a_base_of_that_type(dtype, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
+
+
+@pytest.mark.parametrize(
+    ("stored", "said"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "bfloat16")]
+)
+def test_the_files_decide_where_the_config_says_another_type(stored, said, tmp_path):
+    stored = getattr(torch, stored)
+    base = save_base(tmp_path / "base", dtype=stored)
+    adapter = save_adapter(base, tmp_path / "adapter")
+    say_dtype(base, said)
+    run_export(ExportRequest(adapter, "merged", tmp_path / "out"))
+    expected, found = merged_by_peft(base, adapter, stored), weights(tmp_path / "out")
+    assert all(torch.equal(found[name], expected[name]) and found[name].dtype == stored for name in found)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == stored
+    document = json.loads((tmp_path / "out" / "parity_certificate.json").read_text())
+    assert f"torch.{document['dtype']}" == str(stored)
+    run_export(ExportRequest(adapter, "merged", tmp_path / "cast", dtype=said))
+    expected, found = merged_by_peft(base, adapter, getattr(torch, said)), weights(tmp_path / "cast")
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_the_reference_is_the_base_as_stored(tmp_path):
+    base = save_base(tmp_path / "base", dtype=torch.float32)
+    adapter = read_adapter(save_adapter(base, tmp_path / "adapter"))
+    stored = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter.folder)
+    say_dtype(base, "bfloat16")
+    rows = parity.tokenise(base)
+    found = Comparer(adapter, find_base(None, adapter), rows, 1e-3, None).layout("vllm", adapter.folder)
+    assert parity.largest_difference(found.reference, parity.log_probabilities(stored, rows)) < 1e-6
+
+
+def say_dtype(folder, dtype):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": dtype}))
+
+
+def mixed_base(folder):
+    """Norms in fp32 between weights in bf16, as some checkpoints have it."""
+    tensors = load_file(save_base(folder) / "model.safetensors")
+    save_file({n: t.float() * 1.001 if "norm" in n else t for n, t in tensors.items()}, folder / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    return folder
+
+
+def test_weights_of_several_types_need_one_to_be_named(tmp_path):
+    base = mixed_base(tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    with pytest.raises(
+        AdaptiveConfigError, match=r"'auto' .* several types \(bfloat16, float32\).*; try --dtype bfloat16"
+    ):
+        run.prepare(ExportRequest(adapter, "merged", tmp_path / "out"))
+    run_export(ExportRequest(adapter, "merged", tmp_path / "out", dtype="bfloat16"))
+    assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
+    run_export(ExportRequest(adapter, "vllm", tmp_path / "layout"))
 
 
 def test_weights_held_whole_take_their_place(tmp_path):
@@ -123,7 +179,7 @@ def test_shards_are_processed_one_weight_at_a_time(tmp_path):
 
     assert len(base.shards) > 3
     (tmp_path / "out").mkdir()
-    merging.merge(adapter, base, tmp_path / "out", None, prepare)
+    merging.merge(adapter, base, tmp_path / "out", torch.bfloat16, prepare)
     assert len(earlier) == 2 * len(base.weights)
 
 
@@ -192,9 +248,46 @@ def test_a_planted_wrong_update_fails_and_leaves_nothing(tmp_path, monkeypatch):
     adapter = save_adapter(base, tmp_path / "adapter")
     honest = merging.update
     monkeypatch.setattr(merging, "update", lambda *words: honest(*words) * 1.02)
-    with pytest.raises(ExportError, match=r"parity failed.*\n  parity    FAILED .* \(11 weight tensors differ\)"):
+    with pytest.raises(ExportError, match=r"parity failed.*: 11 of the merged weights are not .* and 8 more"):
         run_export(ExportRequest(adapter, "merged", tmp_path / "out"))
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+def rewritten(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+NORM = "model.norm.weight"
+FAULTS = {  # the first two are below any tolerance of log-probabilities
+    "one last place": lambda t: t[NORM].view(torch.int16)[:1].add_(1),
+    "no part of the model": lambda t: t["rotary.inv_freq"].add_(1),
+    "invented": lambda t: t.update(other=torch.ones(1)),
+    "missing": lambda t: t.pop("rotary.inv_freq"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_merge_must_be_pefts_in_every_weight(fault, tmp_path, monkeypatch):
+    base = save_base(tmp_path / "base")
+    rewritten(base, lambda t: t.update({"rotary.inv_freq": torch.ones(4, dtype=torch.bfloat16)}))
+    adapter = save_adapter(base, tmp_path / "adapter")
+    run_export(ExportRequest(adapter, "merged", tmp_path / "right"))  # what PEFT does not load is the base's
+    honest = run.write
+
+    def write(export, target):
+        notes = honest(export, target)
+        rewritten(target, FAULTS[fault])
+        return notes
+
+    monkeypatch.setattr(run, "write", write)
+    with pytest.raises(
+        ExportError, match=r"1 of the merged weights are not those of PEFT's merge: (model|rotary|other)"
+    ):
+        run_export(ExportRequest(adapter, "merged", tmp_path / "out", tolerance=1e9))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ending import wait_until_ended
 from lora import edit_config, save_adapter
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model
@@ -15,6 +16,7 @@ from tiny import save_tiny, tiny_model
 from llamafactory_adaptive import cli
 from llamafactory_adaptive.errors import AdaptiveConfigError
 from llamafactory_adaptive.export import comparing, run, vllm_check
+from llamafactory_adaptive.export.certificate import Check
 from llamafactory_adaptive.export.command import ExportRequest
 from llamafactory_adaptive.export.comparing import Comparer
 from llamafactory_adaptive.export.parity import TOP_K, log_probabilities, tokenise
@@ -201,6 +203,10 @@ WORDS = [
     (["--for", "sglang", "--vllm-python", "x"], "vLLM cannot check what is laid out for sglang"),
     (["--for", "peft", "--tolerance", "0"], "tolerance: 0.0 is not possible: it must be a positive number"),
     (["--for", "peft", "--tolerance", "nan"], "tolerance: nan is not possible"),
+    (["--for", "peft", "--out", "."], "out: '.' is not possible: it names no new folder; try --out served/a"),
+    (["--for", "peft", "--out", ""], "out: '.' is not possible"),
+    (["--for", "peft", "--out", "x/.."], "out: 'x/..' is not possible"),
+    (["--for", "peft", "--out", "/"], "out: '/' is not possible"),
 ]
 
 
@@ -213,7 +219,9 @@ def test_options_that_say_nothing_are_user_errors(words, message, tmp_path, caps
 def test_pythons_without_vllm(adapter, tmp_path):
     found = refusal(adapter, tmp_path, "vllm", vllm_python=tmp_path / "no_python")
     assert "no_python' is not possible: it cannot be run (No such file or directory)" in found
-    assert "it has no vLLM" in refusal(adapter, tmp_path, "vllm", vllm_python=Path(sys.executable))
+    assert "it has no vLLM that can be imported (ModuleNotFoundError: No module named 'vllm'); try" in refusal(
+        adapter, tmp_path, "vllm", vllm_python=Path(sys.executable)
+    )
 
 
 def fake_python(folder, body):
@@ -221,6 +229,46 @@ def fake_python(folder, body):
     path.write_text(f"#!{sys.executable}\n{body}\n")
     path.chmod(0o755)
     return path
+
+
+VERSIONS = [
+    ("vllm-legacy", "0.32.0", "its vLLM 0.32.0 reads rank_pattern and alpha_pattern: an answer from it is no check of "
+     "vllm-legacy; try --for vllm, the Python of another environment, or leaving it out"),
+    ("vllm-legacy", "1.0.0rc1", "its vLLM 1.0.0rc1 reads rank_pattern"),
+    ("vllm", "0.31.9", "its vLLM 0.31.9 does not read rank_pattern and alpha_pattern: an answer from it is no "
+     "check of vllm; try --for vllm-legacy"),
+    ("vllm", "dev", "its vLLM calls itself dev, which does not tell whether it reads ranks by module"),
+    ("vllm-legacy", "0.31.2+cpu", ""),
+    ("vllm", "0.32.1.dev3+g0a1b2c", ""),
+    ("merged", "0.9.1", ""),
+    ("merged", "dev", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("server", "version", "message"), VERSIONS)
+def test_a_vllm_that_reads_another_layout_is_no_check(server, version, message, adapter, tmp_path):
+    python = fake_python(tmp_path, f"print('a notice of its own')\nprint('{version}')")
+    if message:
+        assert message in refusal(adapter, tmp_path, server, vllm_python=python)
+    else:
+        run.prepare(ExportRequest(adapter, server, tmp_path / "out", vllm_python=python))
+
+
+def test_code_that_comes_with_a_checkpoint_is_not_run_nor_asked_for(adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *words: pytest.fail("the user was asked"))
+    calls = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    foreign = damaged_base(tmp_path, "foreign", model_type="foreign", auto_map=calls)
+    bomb = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    (foreign / "code.py").write_text(bomb)
+    found = refusal(adapter, tmp_path, base=str(foreign))
+    assert "loads by itself (it comes with Python code of its own, which is never run here); try" in found
+    words = damaged_base(tmp_path, "words")
+    (words / "code.py").write_text(bomb)
+    settings = {"tokenizer_class": "Foreign", "auto_map": {"AutoTokenizer": ["code.Foreign", None]}}
+    (words / "tokenizer_config.json").write_text(json.dumps(settings))
+    found = refusal(adapter, tmp_path, base=str(words))
+    assert "its tokenizer cannot be loaded (it comes with Python code of its own" in found
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_vllm_that_fails_is_quoted(tmp_path):
@@ -241,8 +289,39 @@ def test_a_vllm_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch):
         vllm_check.ask_vllm(fake_python(tmp_path, body), tmp_path, None, None, [[1]])
     started = [int(path.name) for path in (tmp_path / "pids").iterdir()]
     assert len(started) == 2
-    for pid in started:
-        assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]
+    wait_until_ended(started)
+
+
+def test_what_vllm_leaves_running_is_ended(tmp_path):
+    body = """
+import os, sys, time
+if child := os.fork():
+    open(sys.argv[-1], "w").write('{"version": "0", "device": "cpu", "dtype": "' + str(child) +
+                                  '", "exported": [], "plain": []}')
+else:
+    time.sleep(60)"""
+    child = int(vllm_check.ask_vllm(fake_python(tmp_path, body), tmp_path, None, None, [[1]]).dtype)
+    wait_until_ended([child])
+
+
+def test_the_probe_is_one_process_whatever_the_user_has_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    names = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE")
+    python = fake_python(tmp_path, f"import os, sys; print(*map(os.environ.get, {names})); sys.exit(3)")
+    with pytest.raises(ExportError, match=r"0 7$"):
+        vllm_check.ask_vllm(python, tmp_path, None, None, [[1]])
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_nan_from_vllm_is_no_agreement(place):
+    reference = [torch.tensor([[-1.0, -2.0]]), torch.tensor([[-3.0, -4.0]])]
+    rows = [{0: -1.0, 1: -2.0}, {0: -3.0}]
+    rows[place // 2][place % 2] = float("nan")
+    distance = vllm_check.difference_of_first_tokens(reference, rows)
+    assert distance == float("inf")
+    assert not Check("vllm", "", "", distance, 1e-3).passed
+    assert not Check("vllm", "", "", 0.0, distance).passed  # a base that answers NaN in 16 bits bounds nothing
 
 
 def answers(base, factor, dtype):
@@ -279,9 +358,9 @@ def test_vllm_is_held_to_fp32_or_to_how_far_its_base_is_off(factor, dtype, passe
 @pytest.mark.loads
 @pytest.mark.skipif(
     "LLAMAFACTORY_ADAPTIVE_VLLM_PYTHON" not in os.environ,
-    reason="needs vLLM: set LLAMAFACTORY_ADAPTIVE_VLLM_PYTHON to the python of an environment that has it",
+    reason="needs vLLM: set LLAMAFACTORY_ADAPTIVE_VLLM_PYTHON to the python of an environment with 0.32 or newer",
 )
-@pytest.mark.parametrize("server", ["vllm", "vllm-legacy", "merged"])
+@pytest.mark.parametrize("server", ["vllm", "merged"])
 def test_in_a_real_vllm(server, tmp_path):
     base = save_tiny(tmp_path / "base", hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64)
     adapter = save_adapter(base, tmp_path / "adapter")
