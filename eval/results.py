@@ -119,9 +119,13 @@ def comparisons(answers: Sequence[Answers]) -> list[dict[str, Any]]:
 def _mcnemar(first: Answers, second: Answers) -> list[dict[str, Any]]:
     metric = first.task.headline
     one, two = first.values[metric], second.values[metric]
-    difference = stats.mean(second.per_row(metric)) - stats.mean(first.per_row(metric))
     return [
-        {"task": first.task.name, "metric": metric, "seed": seed, "difference": difference}
+        {
+            "task": first.task.name,
+            "metric": metric,
+            "seed": seed,
+            "difference": stats.mean(two[seed]) - stats.mean(one[seed]),
+        }
         | asdict(stats.mcnemar(one[seed], two[seed]))
         for seed in one
     ]
