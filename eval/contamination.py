@@ -22,14 +22,13 @@ _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff"
 )
-_WORDS = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_WORDS = re.compile(rf"(?=\w)[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _CHARACTER = re.compile(f"[{_UNSPACED}]")
 
 
 def words_of(text: str) -> tuple[str, ...]:
     """A text's words without case, accents' encoding and punctuation; single characters of unspaced scripts."""
-    found = _WORDS.findall(unicodedata.normalize("NFKC", text).casefold())
-    return tuple(word for word in found if word.isalnum() or "_" in word or len(word) > 1)
+    return tuple(_WORDS.findall(unicodedata.normalize("NFKC", text).casefold()))
 
 
 def _long_enough(words: tuple[str, ...]) -> bool:

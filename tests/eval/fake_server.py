@@ -27,6 +27,8 @@ def number(tokens) -> int:
 
 def choice(body, tokens, index):
     if not body.get("echo"):
+        if body.get("use_beam_search"):
+            return {"index": index, "text": f"beam {index % body['n']} #### 7\n\nQuestion: what", "finish_reason": "stop"}
         return {"index": index, "text": TEXTS[number((tokens, index)) % len(TEXTS)], "finish_reason": "stop"}
     values = [None] + [-1 - number(tokens[: i + 1]) % 997 / 100 for i in range(1, len(tokens))] + [-1.0]
     tops = [None, *({"t": value} for value in values[1:])]
