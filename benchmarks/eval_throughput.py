@@ -44,8 +44,8 @@ def request(options: argparse.Namespace, scratch: str) -> arguments.Request:
 
 def harness_pass(asked: arguments.Request, place: serving.Endpoint, loaded: list) -> tuple[float, list]:
     """Seconds of one evaluation on the running server, and its samples."""
-    model = {"url": place.url, "name": place.names["base"], "tokenizer": asked.models[0].path, "max_length": place.max_length,
-             "num_beams": 1, "concurrency": asked.concurrency}  # fmt: skip
+    model = {"url": place.url, "name": place.names["base"], "tokenizer": asked.models[0].path,
+             "max_length": place.max_length, "num_beams": 1, "concurrency": asked.concurrency}  # fmt: skip
     started = time.perf_counter()
     answers = client.ask_model(model, asked.tasks, loaded, asked.seeds, asked.limit, chat=True)
     return time.perf_counter() - started, answers.samples

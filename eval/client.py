@@ -67,8 +67,8 @@ class ServedModel(LocalCompletionsAPI):  # type: ignore[misc]
     """lm-evaluation-harness's ``local-completions`` against one name on one server.
 
     Adds the tokenizer's own start token to raw text, as ``hf`` and ``vllm`` of the harness do, and beam search, for
-    which a server returns every beam and knows no stop words. Remembers in ``cut`` which rows of which task were longer
-    than the server takes: the harness cuts their beginning and warns at most.
+    which a server returns every beam and knows no stop words. Remembers in ``cut`` which rows of which task were
+    longer than the server takes: the harness cuts their beginning and warns at most.
     """
 
     def __init__(self, url: str, name: str, tokenizer: str, max_length: int, seed: int, **options: Any) -> None:
@@ -108,7 +108,6 @@ class ServedModel(LocalCompletionsAPI):  # type: ignore[misc]
         if self._beams == 1:
             return texts
         return [cut(text, request.args[1].get("until") or []) for text, request in zip(texts, requests, strict=True)]
-
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Likelihoods of continuations; the rows are kept for counting, as the tokens come without them."""

@@ -19,8 +19,7 @@ _SHORTEST = 4  # words of a question that is looked for inside longer texts; sho
 # Scripts that put no spaces between words: each character stands for itself, and two for a word. Thai, Lao, Burmese,
 # Khmer, kana and Han.
 _UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-    "\U00020000-\U0003ffff"
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
 _WORDS = re.compile(rf"(?=\w)[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _CHARACTER = re.compile(f"[{_UNSPACED}]")
@@ -149,7 +148,7 @@ def _file_of(name: str, info: Mapping[str, Any], folder: Path) -> Path:
     path = folder / str(entry["file_name"])
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise UsageError([f"--plan: the file of its data set {name!r}, {path}, {what}; give its files as --train-file"])
+        raise UsageError([f"--plan: {path}, the file of its data set {name!r}, {what}; give --train-file instead"])
     return path
 
 

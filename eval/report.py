@@ -58,7 +58,8 @@ def table(scores: Sequence[Score], means: Sequence[Mapping[str, Any]], versions:
 
 def _cut_prompts(scores: Sequence[Score]) -> list[str]:
     return [
-        f"CUT: {s.model}, {s.task}: {s.n_cut} of {s.n} prompts were longer than the server takes and lost their beginning"
+        f"CUT: {s.model}, {s.task}: {s.n_cut} of {s.n} prompts were longer than the server takes and lost their "
+        "beginning"
         for s in scores
         if s.headline and s.n_cut
     ]

@@ -20,8 +20,8 @@ from eval.arguments import RESULTS_FILE, Request, parse
 from eval.contamination import read_seen, refuse_seen
 from eval.errors import EvalError
 from eval.models import Job, Serving, plan_servings
-from eval.redaction import redacted
 from eval.protocols import Task
+from eval.redaction import redacted
 from eval.server import check_port, on_cpu, vllm_command
 from eval.serving import Command, Endpoint, endpoint
 

@@ -77,7 +77,7 @@ def _models(url: str) -> list[Mapping[str, Any]]:
     answer = ask(url, "/v1/models")
     models = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(models, list) or not all(isinstance(m, dict) and isinstance(m.get("id"), str) for m in models):
-        raise EvalError(f"--base-url: {url}/v1/models lists no models; give the address of an OpenAI-compatible server")
+        raise EvalError(f"--base-url: {url}/v1/models lists no models; give an OpenAI-compatible server's address")
     return models
 
 

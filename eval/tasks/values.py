@@ -4,7 +4,7 @@ Each function takes a row that has all fields and returns a problem in words, or
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from eval import extraction
 
@@ -30,11 +30,11 @@ def gsm8k(row: Mapping[str, Any]) -> str | None:
 def arc(row: Mapping[str, Any]) -> str | None:
     """Texts and labels of equal number, the key among the labels."""
     choices = row["choices"]
-    lists = [choices.get(name) for name in ("text", "label")] if isinstance(choices, Mapping) else []
-    if not lists or not all(map(_texts, lists)) or len(lists[0]) != len(lists[1]):
+    texts, labels = (choices.get("text"), choices.get("label")) if isinstance(choices, Mapping) else (None, None)
+    if not _texts(texts) or not _texts(labels) or len(texts) != len(labels):
         return "choices must hold two lists of texts, text and label, of one length"
-    if row["answerKey"] not in lists[1]:
-        return f"answerKey is {row['answerKey']!r}: it must be one of the labels {', '.join(lists[1])}"
+    if row["answerKey"] not in labels:
+        return f"answerKey is {row['answerKey']!r}: it must be one of the labels {', '.join(labels)}"
     return None if isinstance(row["question"], str) else _no_text("question", row)
 
 
@@ -59,7 +59,7 @@ def copa(row: Mapping[str, Any]) -> str | None:
     return None if row["label"] in (0, 1) else f"label is {row['label']!r}: it must be 0 or 1"
 
 
-def _texts(value: Any) -> bool:
+def _texts(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
