@@ -18,9 +18,10 @@ def redacted(words: Sequence[str]) -> str:
 def _shown(words: Sequence[str]) -> Iterator[str]:
     option = ""  # vLLM's --api-key takes several words: all up to the next option are hidden
     for word in words:
-        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        if name == "":
+        name, equals, value = word.partition("=")
+        if option == "--server-args" or not word.startswith("--"):
             yield _value(option, word)
+            option = option if _SECRET.fullmatch(option) else ""
         else:
             option = name
             yield f"{name}={_value(name, value)}" if equals else name

@@ -59,8 +59,8 @@ def test_a_plain_request(words, model, adapter):
         (["--dataset-dir", "/x"], "give --plan too"),
         (["--server-args", "--x 'y"], "--server-args: \"--x 'y\" is no command line (No closing quotation)"),
         (["--server-args", "--port 9"], "--port would undo what the harness sets (--port); use the harness's --port"),
-        (["--server-args", "--served_model_name=x"], "names come from --base, --adapter and --merged"),
-        (["--server-args", "--trust-remote"], "code that comes with a model is never run"),
+        (["--server-args=--served_model_name=x"], "names come from --base, --adapter and --merged"),
+        (["--server-args=--trust-remote"], "code that comes with a model is never run"),
         (["--split", "test"], "gsm8k/test.jsonl, which does not exist"),
     ],
 )  # fmt: skip
@@ -123,7 +123,7 @@ def test_a_bad_line_is_named(line, message, words, rows, capsys):
     ("task", "key", "value", "message"),
     [
         ("gsm8k", "answer", "about five", "answer ends in 'about five': it must end in '#### N', N a number"),
-        ("gsm8k", "answer", "#### nan", "it must end in '#### N'"),
+        ("gsm8k", "answer", "#### nan", "answer ends in '#### nan': it must end in"),
         ("boolq", "answer", "maybe", "answer is 'maybe': it must be true or false (1 or 0)"),
         ("arc_easy", "answerKey", "D", "answerKey is 'D': it must be one of the labels A, B, C"),
         ("arc_easy", "choices", {"text": ["x"]}, "choices must hold two lists of texts, text and label"),

@@ -125,7 +125,7 @@ def test_keys_are_in_no_log(port, tmp_path):
     ("words", "shown"),
     [
         (["--base-url", "https://me:pw@host/v1", "--limit", "4"], "--base-url 'https://***@host/v1' --limit 4"),
-        (["--server-args", "--api-key=s --seed 1"], "--server-args '--api-key='\"'\"'***'\"'\"' --seed 1'"),
+        (["--server-args", "--api-key=s --seed 1"], "--server-args ''\"'\"'--api-key=***'\"'\"' --seed 1'"),
         (["--server-args=--hf-token s"], "'--server-args=--hf-token '\"'\"'***'\"'\"''"),
     ],
 )
@@ -137,7 +137,7 @@ def test_a_second_ctrl_c_waits_until_the_server_is_gone(port, tmp_path):
     said = []
     running = server(port, tmp_path, "--child", str(tmp_path / "pids"), said=said)
     running.grace_seconds = 2.0
-    with pytest.raises(KeyboardInterrupt), running:
+    with pytest.raises(KeyboardInterrupt), running:  # noqa: PT012
         threading.Timer(1.0, signal.raise_signal, [signal.SIGINT]).start()
         pids = (tmp_path / "pids").read_text().split()
         running.stop()
@@ -152,7 +152,7 @@ def serving_of(*tasks):
 
 def test_another_server_on_our_port_is_not_taken_for_ours(port, tmp_path):
     """Two vLLM servers can share a port; the other one serves a model called base too."""
-    with server(port, tmp_path) as running, pytest.raises(EvalError, match="another server answers .* serves base"):
+    with server(port, tmp_path) as running, pytest.raises(EvalError, match=r"another server answers .* serves base"):
         _describe(running.url, serving_of("gsm8k"), running, ServerOptions(token="7f").served_name)
 
 
@@ -169,8 +169,8 @@ def test_a_foreign_server_is_tried_before_the_run(answers, tasks, beams, message
     models = {"data": [{"id": "base"}]} if answers else {}
     replies = {"/v1/models": models, "/v1/completions": answers, "/version": {}}
     monkeypatch.setattr("eval.serving.ask", lambda url, path, body=None: replies[path])
+    serving = serving_of(*tasks)
     with pytest.raises(EvalError, match=message):
-        serving = serving_of(*tasks)
         _probe(_describe("http://x", serving, None, str), serving, beams)
 
 
