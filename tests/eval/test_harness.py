@@ -183,7 +183,8 @@ def test_code_of_a_tokenizer_is_not_run(harness, tiny_llama, tmp_path):
 
 def test_the_benchmark_leaves_memory_for_both_engines():
     code = (
-        "import sys; sys.path[:0] = ['benchmarks', '.']; import eval_throughput as b; from types import SimpleNamespace\n"
+        "import sys; sys.path[:0] = ['benchmarks', '.']; import eval_throughput as b\n"
+        "from types import SimpleNamespace\n"
         "b.on_cpu = lambda: False; b.arguments.parse = print\n"
         "b.request(SimpleNamespace(base='x', data='d', rows=1, max_length=9), 'o')"
     )
