@@ -21,7 +21,8 @@ help:
 	@echo "make demo     train, merge and ask SmolLM2-135M on generated data (CPU, about 5 minutes after downloads)"
 	@echo "make test     the test suite (no network, no GPU)"
 	@echo "make lint     ruff, mypy --strict, import-linter"
-	@echo "make bench    all benchmarks on SmolLM2-135M (CPU: about 50 minutes); DATA=<folder> for GSM8K rows"
+	@echo "make bench    benchmarks of training on SmolLM2-135M (CPU: about 50 minutes), without export_parity and"
+	@echo "              eval_throughput (make eval-bench); DATA=<folder> for GSM8K rows"
 	@echo "make install  the environment in $(VENV), with the start-up hook"
 	@echo "make eval-install  the evaluation environment in $(EVAL): vLLM and lm-evaluation-harness"
 	@echo "make eval-test     the harness's tests, those that need its environment too (about 5 minutes)"
@@ -83,8 +84,9 @@ eval-install: $(EVAL_STAMP)
 $(EVAL_STAMP): $(EVAL_BIN)/uv eval/requirements-$(EVAL_KIND).txt
 ifeq ($(EVAL_KIND),cpu)
 	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" \
-		$(EVAL_BIN)/uv pip install --quiet --python $(EVAL_BIN)/python -r eval/requirements-cpu.txt 2>/dev/null || \
-		$(EVAL_BIN)/uv pip install --quiet --python $(EVAL_BIN)/python -r eval/requirements-cpu.txt --torch-backend cpu
+		$(EVAL_BIN)/uv pip install --quiet --python $(EVAL_BIN)/python -r eval/requirements-cpu.txt || { \
+		echo "not to be had there (the reason stands above); trying PyTorch's own index"; \
+		$(EVAL_BIN)/uv pip install --quiet --python $(EVAL_BIN)/python -r eval/requirements-cpu.txt --torch-backend cpu; }
 	$(EVAL_BIN)/uv pip uninstall --quiet --python $(EVAL_BIN)/python torchvision torchaudio torchcodec
 else
 	$(EVAL_BIN)/uv pip install --quiet --python $(EVAL_BIN)/python -r eval/requirements-cuda.txt --torch-backend auto
@@ -93,7 +95,8 @@ endif
 	@touch $@
 
 eval-test: $(STAMP) $(EVAL_STAMP)
-	$(BIN)/python -m pytest tests/eval -m "eval_env or not eval_env"
+	LLAMAFACTORY_ADAPTIVE_VLLM_PYTHON=$(abspath $(EVAL_BIN))/python \
+		$(BIN)/python -m pytest tests/eval tests/unit/test_export_refusals.py -m "eval_env or not eval_env"
 
 eval-bench: $(EVAL_STAMP) $(DEMO)
 	$(if $(DATA),,$(BIN)/python examples/demo/eval_rows.py demo_output/eval_data)

@@ -29,21 +29,23 @@ from eval.server import environment, on_cpu, vllm_command
 
 
 TARGET = 0.9
+GPU_SHARE = 0.4  # of the memory, for each of the two engines
 
 
 def request(options: argparse.Namespace, scratch: str) -> arguments.Request:
-    """The harness's side as a user would type it."""
+    """The harness's side as a user would type it; on a GPU the server takes what the offline engine leaves."""
+    memory = "" if on_cpu() else f" --gpu-memory-utilization {GPU_SHARE}"
     return arguments.parse(
         ["--base", options.base, "--data-dir", str(options.data), "--tasks", "gsm8k", "--protocol", "llm_adapters",
          "--template", "training", "--limit", str(options.rows), "--out", scratch,
-         "--server-args", f"--no-enable-prefix-caching --max-model-len {options.max_length}"]
+         "--server-args", f"--no-enable-prefix-caching --max-model-len {options.max_length}{memory}"]
     )  # fmt: skip
 
 
 def harness_pass(asked: arguments.Request, place: serving.Endpoint, loaded: list) -> tuple[float, list]:
     """Seconds of one evaluation on the running server, and its samples."""
-    model = {"url": place.url, "name": "base", "tokenizer": asked.models[0].path, "max_length": place.max_length,
-             "num_beams": 1, "concurrency": asked.concurrency}  # fmt: skip
+    model = {"url": place.url, "name": place.names["base"], "tokenizer": asked.models[0].path,
+             "max_length": place.max_length, "num_beams": 1, "concurrency": asked.concurrency}  # fmt: skip
     started = time.perf_counter()
     answers = client.ask_model(model, asked.tasks, loaded, asked.seeds, asked.limit, chat=True)
     return time.perf_counter() - started, answers.samples
@@ -53,7 +55,7 @@ def offline_engine(options: argparse.Namespace):
     """vLLM in this process's own workers, set up as the server is."""
     from vllm import LLM
 
-    cpu = {"dtype": "float32", "enforce_eager": True} if on_cpu() else {"gpu_memory_utilization": 0.4}
+    cpu = {"dtype": "float32", "enforce_eager": True} if on_cpu() else {"gpu_memory_utilization": GPU_SHARE}
     return LLM(options.base, max_model_len=options.max_length, enable_prefix_caching=False, generation_config="vllm",
                **cpu)  # fmt: skip
 

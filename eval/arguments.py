@@ -1,6 +1,7 @@
 """The command line of ``python -m eval.run``, checked as a whole before anything starts."""
 
 import argparse
+import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,16 @@ from eval.server import ServerOptions
 DEFAULT_SEED = 1234  # lm-evaluation-harness's own for drawing examples
 DEFAULT_TASKS = "gsm8k,boolq,arc_easy,arc_challenge"
 RESULTS_FILE = "eval_results.json"
+# Words of vLLM's command line that the harness sets and relies on, and what to give in their place.
+_OURS = {
+    "--host": "it is 127.0.0.1 always",
+    "--port": "use the harness's --port",
+    "--dtype": "use the harness's --dtype",
+    "--model": "use --base or --merged",
+    "--served-model-name": "names come from --base, --adapter and --merged",
+    "--lora-modules": "use --adapter",
+    "--trust-remote-code": "code that comes with a model is never run",
+}
 
 
 @dataclass(frozen=True)
@@ -98,7 +109,7 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         seen += files_of_plan(given.plan, given.dataset_dir) if given.plan else []
     except UsageError as error:
         problems += error.problems
-    if problems:
+    if problems := problems or list(_folder_problems(given.out)):
         raise UsageError(problems)
     return Request(
         models=models,
@@ -118,6 +129,7 @@ def parse(argv: Sequence[str] | None = None) -> Request:
             dtype=given.dtype,
             startup_seconds=given.startup_timeout,
             extra=tuple(shlex.split(given.server_args)),
+            num_beams=given.num_beams,
             offline=files is not None and all(Path(model.path).is_dir() for model in models),
         ),
         out=given.out,
@@ -158,6 +170,19 @@ def _range_problems(given: argparse.Namespace) -> Iterator[str]:
         yield f"--base-url: {given.base_url} is no URL; try http://127.0.0.1:8000"
     if given.base_url is not None and (given.port or given.dtype or given.server_args):
         yield "--base-url: --port, --dtype and --server-args are for a server we start; leave them out"
+    yield from _server_word_problems(given.server_args)
+
+
+def _server_word_problems(text: str) -> Iterator[str]:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        yield f"--server-args: {text!r} is no command line ({error})"
+        return
+    for word in words:
+        option = word.partition("=")[0].replace("_", "-")  # vLLM takes both, and any beginning that is unique
+        for ours in (ours for ours in _OURS if len(option) > 2 and ours.startswith(option)):
+            yield f"--server-args: {word} would undo what the harness sets ({ours}); {_OURS[ours]}"
 
 
 def _path_problems(given: argparse.Namespace) -> Iterator[str]:
@@ -168,6 +193,17 @@ def _path_problems(given: argparse.Namespace) -> Iterator[str]:
     if given.dataset_dir and not given.plan:
         yield "--dataset-dir: it only says where the data of --plan lies; give --plan too"
     yield from (f"--train-file: {path} does not exist" for path in given.train_file if not path.is_file())
+
+
+def _folder_problems(out: Path) -> Iterator[str]:
+    """Make the folder for the results: hours later is too late to learn that it cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        yield f"--out: {out} cannot be made ({error.strerror}); give another folder"
+        return
+    if not os.access(out, os.W_OK | os.X_OK):
+        yield f"--out: {out} cannot be written; give another folder"
 
 
 def _seeds(text: str) -> list[int]:

@@ -4,6 +4,8 @@ The only file that imports lm_eval, and it is imported only once the cheap check
 """
 
 import asyncio
+import hashlib
+import json
 import logging
 import time
 from collections import defaultdict
@@ -50,9 +52,13 @@ class Sample:
 
 @dataclass
 class Asked:
-    """What one model answered: samples, and how many requests took how long."""
+    """What one model answered: samples, and how many requests took how long.
+
+    ``cut`` holds, per task, the rows whose prompts were longer than the server takes and lost their beginning.
+    """
 
     samples: list[Sample] = field(default_factory=list)
+    cut: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     requests: int = 0
     seconds: float = 0.0
 
@@ -61,10 +67,13 @@ class ServedModel(LocalCompletionsAPI):  # type: ignore[misc]
     """lm-evaluation-harness's ``local-completions`` against one name on one server.
 
     Adds the tokenizer's own start token to raw text, as ``hf`` and ``vllm`` of the harness do, and beam search, for
-    which a server returns every beam and knows no stop words.
+    which a server returns every beam and knows no stop words. Remembers in ``cut`` which rows of which task were
+    longer than the server takes: the harness cuts their beginning and warns at most.
     """
 
     def __init__(self, url: str, name: str, tokenizer: str, max_length: int, seed: int, **options: Any) -> None:
+        self.cut: dict[str, set[int]] = defaultdict(set)
+        self._scored: list[Instance] = []
         self._beams, chat = options.pop("num_beams"), options.pop("chat")
         super().__init__(
             base_url=f"{url}/v1/completions",
@@ -92,10 +101,29 @@ class ServedModel(LocalCompletionsAPI):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate; after beam search, cut each text at its first stop word."""
+        prompts = self.tok_encode([r.args[0] for r in requests], add_special_tokens=self.add_bos_token)
+        for request, prompt in zip(requests, prompts, strict=True):
+            self._count(request, len(prompt) + request.args[1].get("max_gen_toks", self._max_gen_toks))
         texts: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
         if self._beams == 1:
             return texts
         return [cut(text, request.args[1].get("until") or []) for text, request in zip(texts, requests, strict=True)]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Likelihoods of continuations; the rows are kept for counting, as the tokens come without them."""
+        self._scored = requests
+        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return answers
+
+    def _loglikelihood_tokens(self, requests: list[Any], **more: Any) -> list[tuple[float, bool]]:
+        for request, (_, context, continuation) in zip(self._scored, requests, strict=True):
+            self._count(request, len(context) + len(continuation))
+        answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **more)
+        return answers
+
+    def _count(self, request: Instance, tokens: int) -> None:
+        if tokens > self.max_length:
+            self.cut[request.task_name].add(request.doc_id)
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
@@ -104,15 +132,25 @@ def cut(text: str, stops: Sequence[str]) -> str:
 
 
 class LastWords(logging.Handler):
-    """Keeps the last warning of lm-evaluation-harness, which carries the server's own words about a bad request."""
+    """Keeps the warnings of lm-evaluation-harness.
 
-    last = ""
+    Attributes:
+        last: the last one that carries the server's own words about a bad request.
+        warnings: the others, each once; those about cut prompts are counted row by row elsewhere.
+    """
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.last = ""
+        self.warnings: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         """Remember a record."""
         message = record.getMessage()
         if "API request failed" in message:
             self.last = message
+        elif "eft truncat" not in message and message not in self.warnings:
+            self.warnings.append(message)
 
 
 def quiet() -> LastWords:
@@ -152,8 +190,13 @@ def check_tokenizers(places: Iterable[str], template: str) -> None:
     """
     for place in sorted(places):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place)
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         except (OSError, ValueError) as error:
+            if "trust_remote_code" in str(error):
+                raise EvalError(
+                    f"the tokenizer of {place} needs code that comes with it, which is never run; evaluate a copy "
+                    "with a tokenizer of transformers"
+                ) from error
             first = str(error).strip().splitlines()[0]
             raise EvalError(f"the tokenizer of {place} cannot be loaded: {first}") from error
         if template == "training" and tokenizer.chat_template is None:
@@ -162,8 +205,20 @@ def check_tokenizers(places: Iterable[str], template: str) -> None:
 
 def questions(task: Task, loaded: Any, limit: int | None) -> list[str]:
     """The texts that identify the rows to be scored."""
+    return [str(row[task.question]) for row in _scored(loaded, limit)]
+
+
+def scored_digest(loaded: Any, limit: int | None) -> str:
+    """SHA-256 of the rows to be scored as the task sees them: one JSON line each, keys sorted, UTF-8."""
+    found = hashlib.sha256()
+    for row in _scored(loaded, limit):
+        found.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
+    return found.hexdigest()
+
+
+def _scored(loaded: Any, limit: int | None) -> Any:
     rows = loaded.eval_docs
-    return [str(row[task.question]) for row in rows.select(range(min(limit or len(rows), len(rows))))]
+    return rows.select(range(min(limit or len(rows), len(rows))))
 
 
 def ask_model(
@@ -196,9 +251,10 @@ def _one_round(
     asked: Asked, model: Mapping[str, Any], pairs: Sequence[tuple[Task, Any]], seed: int, limit: int | None, chat: bool
 ) -> None:
     beams = model["num_beams"]
+    served = ServedModel(**model, seed=seed, chat=chat)
     started = time.perf_counter()
     answer = simple_evaluate(
-        model=ServedModel(**model, seed=seed, chat=chat),
+        model=served,
         tasks=[loaded for _, loaded in pairs],
         limit=limit,
         bootstrap_iters=0,
@@ -213,6 +269,8 @@ def _one_round(
         task_manager=TaskManager(include_defaults=False),
     )
     asked.seconds += time.perf_counter() - started
+    for name, rows in served.cut.items():
+        asked.cut[name] |= rows
     for task, _ in pairs:
         samples = list(_samples(task, seed, answer["samples"][task.name]))
         asked.samples += samples

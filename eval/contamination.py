@@ -1,5 +1,6 @@
 """Refuses to score rows that the model was trained or calibrated on."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -15,11 +16,22 @@ from eval.errors import EvalError, UsageError
 
 _WINDOW = 8  # words that must agree before texts are compared whole
 _SHORTEST = 4  # words of a question that is looked for inside longer texts; shorter ones must be a text of their own
+# Scripts that put no spaces between words: each character stands for itself, and two for a word. Thai, Lao, Burmese,
+# Khmer, kana and Han.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_WORDS = re.compile(rf"(?=\w)[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_CHARACTER = re.compile(f"[{_UNSPACED}]")
 
 
 def words_of(text: str) -> tuple[str, ...]:
-    """A text's words without case, accents' encoding and punctuation."""
-    return tuple(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+    """A text's words without case, accents' encoding and punctuation; single characters of unspaced scripts."""
+    return tuple(_WORDS.findall(unicodedata.normalize("NFKC", text).casefold()))
+
+
+def _long_enough(words: tuple[str, ...]) -> bool:
+    return sum(1 if _CHARACTER.fullmatch(word) else 2 for word in words) >= 2 * _SHORTEST
 
 
 def question_hash(text: str) -> str:
@@ -45,7 +57,7 @@ class SeenTexts:
         wanted: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
         for question in asked:
             words = words_of(question)
-            if len(words) >= _SHORTEST:
+            if _long_enough(words):
                 wanted.setdefault(words[:_WINDOW], set()).add(words)
         inside = {found for text in self._texts for found in _contained(text, wanted)}
         return [q for q in asked if question_hash(q) in self._whole or words_of(q) in inside]
@@ -75,29 +87,29 @@ def texts_of(row: Any) -> Iterator[str]:
 
 
 def read_seen(files: Iterable[Path]) -> SeenTexts:
-    """Texts of training files, JSON lines or one JSON list.
+    """Texts of training files: JSON lines, or one JSON document of any shape.
 
     Raises:
-        EvalError: a file that does not exist or cannot be read.
+        EvalError: a file that does not exist, cannot be read or holds no text.
     """
     seen = SeenTexts()
     for path in files:
         if not path.is_file():
             raise UsageError([f"--train-file: {path} does not exist"])
-        for row in _rows(path):
-            for text in texts_of(row):
-                seen.add(text)
+        texts = [text for row in _rows(path) for text in texts_of(row)]
+        if not any(map(words_of, texts)):
+            raise EvalError(f"--train-file: {path} holds no text to compare with; save its rows as JSON lines")
+        for text in texts:
+            seen.add(text)
     return seen
 
 
 def _rows(path: Path) -> Iterator[Any]:
-    if path.suffix != ".json":
-        yield from (row for _, row in numbered_rows(path))
+    """Rows of JSON lines, or a whole document as one row; what a file is called does not decide what it holds."""
+    with contextlib.suppress(ValueError):  # the lines say better what is wrong
+        yield json.loads(path.read_text(encoding="utf-8"))
         return
-    try:
-        yield from json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise EvalError(f"--train-file: {path} is not JSON ({error})") from error
+    yield from (row for _, row in numbered_rows(path))
 
 
 def files_of_plan(plan: Path, dataset_dir: Path | None) -> list[Path]:
@@ -119,19 +131,25 @@ def files_of_plan(plan: Path, dataset_dir: Path | None) -> list[Path]:
         info = json.loads(table.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError([f"--dataset-dir: {table} cannot be read ({error})"]) from error
+    if not isinstance(info, Mapping):
+        raise UsageError([f"--dataset-dir: {table} must be a JSON object of data sets, this is {type(info).__name__}"])
     return [_file_of(name, info, dataset_dir) for name in names]
 
 
 def _file_of(name: str, info: Mapping[str, Any], folder: Path) -> Path:
     entry = info.get(name)
-    if entry is None or "file_name" not in entry:
+    if not isinstance(entry, Mapping) or "file_name" not in entry:
         raise UsageError(
             [
                 f"--plan: its data set {name!r} is no file of {folder / 'dataset_info.json'}; save its rows as JSON "
                 "lines and give them as --train-file"
             ]
         )
-    return folder / str(entry["file_name"])
+    path = folder / str(entry["file_name"])
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UsageError([f"--plan: {path}, the file of its data set {name!r}, {what}; give --train-file instead"])
+    return path
 
 
 def refuse_seen(task: str, questions: Iterable[str], seen: SeenTexts) -> None:

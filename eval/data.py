@@ -20,14 +20,15 @@ def check_files(task: Task, files: Mapping[str, Path]) -> None:
     """Read every row once.
 
     Raises:
-        UsageError: a missing or empty file, a line that is no JSON object, or a row without a field the task reads.
+        UsageError: a missing or empty file, a line that is no JSON object, or a row without a field the task reads,
+            or whose values it cannot score.
     """
-    for path in files.values():
+    for split, path in files.items():
         if not path.is_file():
             raise UsageError([f"--data-dir: {task.name} of {task.protocol} reads {path}, which does not exist"])
         number = 0
         for number, row in numbered_rows(path):
-            _check_row(task, row, f"{path}:{number}")
+            _check_row(task, row, f"{path}:{number}", scored=split == "test")
         if number == 0:
             raise UsageError([f"--data-dir: {path} holds no rows"])
 
@@ -38,12 +39,14 @@ def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         EvalError: a line that is no JSON object.
     """
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
+            except UnicodeDecodeError as error:
+                raise EvalError(f"{path}:{number}: this is no UTF-8 text; save the rows as JSON lines") from error
             except ValueError as error:
                 raise EvalError(f"{path}:{number}: this line is not JSON ({error})") from error
             if not isinstance(row, dict):
@@ -51,7 +54,7 @@ def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
-def _check_row(task: Task, row: Mapping[str, Any], where: str) -> None:
+def _check_row(task: Task, row: Mapping[str, Any], where: str, scored: bool) -> None:
     for field in task.fields:
         if not any(row.get(name) is not None for name in field.split("|")):
             hint = ""
@@ -62,3 +65,5 @@ def _check_row(task: Task, row: Mapping[str, Any], where: str) -> None:
                 )
             names = field.replace("|", " or ")
             raise UsageError([f"{where}: {task.name} of {task.protocol} needs the field {names}{hint}"])
+    if scored and (problem := task.problem_with(row)) is not None:
+        raise UsageError([f"{where}: {task.name} of {task.protocol} cannot be scored: {problem}"])

@@ -3,10 +3,11 @@ r"""Numbers out of worked solutions. One figure alone misleads: what counts as a
 * strict: the first ``#### N``, as lm-evaluation-harness reads it. Low for a model that was not trained to write it.
 * flexible: the last number, as lm-evaluation-harness reads it. A model that rambles on after its answer loses it.
 * training format: the last final answer in a form that training data ends with: ``#### N`` (GSM8K), "the answer is N"
-  (MetaMath, LLM-Adapters) or ``\boxed{N}`` (MATH). Compared as numbers, so 18.00 is 18.
+  (MetaMath, LLM-Adapters) or ``\boxed{N}`` (MATH). Compared as numbers, so 18.00 is 18 and 3/4 is 0.75.
 * last number: LLM-Adapters' own reading, a number within 0.001 of the label.
 """
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 STRICT = r"#### (\-?[0-9\.\,]+)"
 FLEXIBLE = r"(-?[$0-9.,]{2,})|(-?[0-9]+)"
 NOT_FOUND = "[invalid]"
-_NUMBER = r"\$?\s*(-?\$?\s*\d[\d,]*(?:\.\d+)?)"
-_FINAL = re.compile(rf"(?:####\s*|answer\s+is:?\s*(?:\*\*)?\\?\(?\s*|\\boxed\{{\s*){_NUMBER}", re.IGNORECASE)
+_NUMBER = r"\\?\$?\s*(-?\\?\$?\s*\d[\d,]*(?:\.\d+)?)(?:\s*/\s*(\d+))?"
+_FINAL = re.compile(
+    rf"(?:####\s*|answer\s+is:?\s*(?:\*\*)?\\?\(?\s*|\\boxed\{{\s*(?:\\text\{{\s*)?){_NUMBER}", re.IGNORECASE
+)
 
 
 def strict(text: str) -> str:
@@ -34,7 +37,12 @@ def flexible(text: str) -> str:
 def training_format(text: str) -> str:
     """The last final answer in a form of training data, canonical (``1,234.50`` is ``1234.5``), or ``[invalid]``."""
     found = _FINAL.findall(text)
-    return canonical(found[-1]) if found else NOT_FOUND
+    if not found:
+        return NOT_FOUND
+    number, divisor = found[-1]
+    if not divisor:
+        return canonical(number)
+    return canonical(repr(float(canonical(number)) / int(divisor))) if int(divisor) else NOT_FOUND
 
 
 def last_number(text: str) -> float:
@@ -43,13 +51,20 @@ def last_number(text: str) -> float:
     return float(found[-1]) if found else float("inf")
 
 
+def is_number(text: str) -> bool:
+    """Whether a text is a finite number, but for signs of currency and thousands."""
+    try:
+        return math.isfinite(float(re.sub(r"[,$\s]", "", text).rstrip(".")))
+    except ValueError:
+        return False
+
+
 def canonical(number: str) -> str:
     """A number's shortest spelling, without signs of currency and thousands; other text comes back as it is."""
-    plain = re.sub(r"[,$\s]", "", number).rstrip(".")
-    try:
-        value = float(plain)
-    except ValueError:
+    plain = re.sub(r"[,$\\\s]", "", number).rstrip(".")
+    if not is_number(plain):
         return plain
+    value = float(plain)
     return str(int(value)) if value == int(value) else repr(value)
 
 

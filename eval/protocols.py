@@ -7,7 +7,7 @@ are not comparable, so one run has one protocol. A task file is an ordinary lm-e
 
 import difflib
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Task:
         fewshot: examples shown before the question, drawn from the training rows.
         fields: what a row of a local file must have.
         question: the field that identifies a row for the contamination guard.
+        problem_with: what is wrong with the values of a row, or None.
         config: the task file as lm-evaluation-harness takes it.
     """
 
@@ -49,6 +50,7 @@ class Task:
     fewshot: int
     fields: tuple[str, ...]
     question: str
+    problem_with: Callable[[Mapping[str, Any]], str | None]
     config: Mapping[str, Any]
 
 
@@ -90,6 +92,7 @@ def _read(protocol: str, name: str) -> Task:
     text = (FOLDER / protocol / f"{name}.yaml").read_text(encoding="utf-8")
     config = yaml.load(text, _TaskLoader)  # a safe loader with one constructor, on our own files
     facts = config["metadata"]
+    problem_with = facts.pop("problem", lambda row: None)  # lm-evaluation-harness takes plain values here
     return Task(
         name=name,
         protocol=protocol,
@@ -99,6 +102,7 @@ def _read(protocol: str, name: str) -> Task:
         fewshot=config.get("num_fewshot", 0),
         fields=tuple(facts["fields"]),
         question=facts["question"],
+        problem_with=problem_with,
         config=config,
     )
 

@@ -53,7 +53,16 @@ def table(scores: Sequence[Score], means: Sequence[Mapping[str, Any]], versions:
     average += [[m["model"], f"{len(m['tasks'])} tasks", percent(m["value"]), percent(m["stderr"])] for m in means]
     used = ", ".join(f"{name} {versions[name]}" for name in ("vllm", "lm_eval") if name in versions)
     title = f"Protocol {protocol}: {_WORDS[protocol]} ({used})"
-    return "\n".join([title, "", *_align(rows, 5), "", *_align(average, 2)])
+    return "\n".join([title, "", *_align(rows, 5), "", *_align(average, 2), *_cut_prompts(scores)])
+
+
+def _cut_prompts(scores: Sequence[Score]) -> list[str]:
+    return [
+        f"CUT: {s.model}, {s.task}: {s.n_cut} of {s.n} prompts were longer than the server takes and lost their "
+        "beginning"
+        for s in scores
+        if s.headline and s.n_cut
+    ]
 
 
 def comparison_text(comparisons: Sequence[Mapping[str, Any]]) -> str:

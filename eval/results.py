@@ -17,13 +17,15 @@ from eval import stats
 from eval.protocols import Task
 
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SAMPLES_FILE = "samples.jsonl"
 
 
 @dataclass(frozen=True)
 class Score:
-    """One figure of the table. ``value`` and ``stderr`` are shares of 1; ``n`` counts rows."""
+    """One figure of the table. ``value`` and ``stderr`` are shares of 1; ``n`` counts rows, ``n_cut`` those of them
+    whose prompts were longer than the server takes and lost their beginning.
+    """
 
     model: str
     form: str
@@ -35,6 +37,7 @@ class Score:
     value: float
     stderr: float
     n: int
+    n_cut: int
     fewshot: int
 
 
@@ -46,19 +49,25 @@ class Answers:
     form: str
     task: Task
     values: Mapping[str, Mapping[int, Sequence[float]]]
+    n_cut: int = 0
 
     def per_row(self, metric: str) -> list[float]:
         """Mean over the seeds, one value per row."""
         return [stats.mean(values) for values in zip(*self.values[metric].values(), strict=True)]
 
 
-def gather(model: str, form: str, tasks: Sequence[Task], samples: Sequence[Any]) -> list[Answers]:
-    """Sort samples (``client.Sample``) by task, metric and seed; their order within is that of the rows."""
+def gather(
+    model: str, form: str, tasks: Sequence[Task], samples: Sequence[Any], cut: Mapping[str, set[int]] | None = None
+) -> list[Answers]:
+    """Sort samples (``client.Sample``) by task, metric and seed; their order within is that of the rows.
+
+    ``cut`` holds the rows per task whose prompts did not fit.
+    """
     found: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for sample in samples:
         for metric, value in sample.metrics.items():
             found[sample.task][metric][sample.seed].append(value)
-    return [Answers(model, form, task, found[task.name]) for task in tasks]
+    return [Answers(model, form, task, found[task.name], len((cut or {}).get(task.name, ()))) for task in tasks]
 
 
 def scores(answers: Sequence[Answers]) -> list[Score]:
@@ -75,6 +84,7 @@ def scores(answers: Sequence[Answers]) -> list[Score]:
             value=stats.mean(rows := a.per_row(metric)),
             stderr=stats.standard_error(rows),
             n=len(rows),
+            n_cut=a.n_cut,
             fewshot=a.task.fewshot,
         )
         for a in answers
@@ -119,9 +129,13 @@ def comparisons(answers: Sequence[Answers]) -> list[dict[str, Any]]:
 def _mcnemar(first: Answers, second: Answers) -> list[dict[str, Any]]:
     metric = first.task.headline
     one, two = first.values[metric], second.values[metric]
-    difference = stats.mean(second.per_row(metric)) - stats.mean(first.per_row(metric))
     return [
-        {"task": first.task.name, "metric": metric, "seed": seed, "difference": difference}
+        {
+            "task": first.task.name,
+            "metric": metric,
+            "seed": seed,
+            "difference": stats.mean(two[seed]) - stats.mean(one[seed]),
+        }
         | asdict(stats.mcnemar(one[seed], two[seed]))
         for seed in one
     ]

@@ -6,7 +6,6 @@ server that was started here is left behind.
 
 import os
 import platform
-import shlex
 import signal
 import sys
 import time
@@ -21,6 +20,8 @@ from eval.arguments import RESULTS_FILE, Request, parse
 from eval.contamination import read_seen, refuse_seen
 from eval.errors import EvalError
 from eval.models import Job, Serving, plan_servings
+from eval.protocols import Task
+from eval.redaction import redacted
 from eval.server import check_port, on_cpu, vllm_command
 from eval.serving import Command, Endpoint, endpoint
 
@@ -39,6 +40,8 @@ class Record:
     samples: dict[str, list[Any]] = field(default_factory=dict)
     timings: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 def main(argv: Sequence[str] | None = None, command: Command = vllm_command) -> int:
@@ -46,7 +49,7 @@ def main(argv: Sequence[str] | None = None, command: Command = vllm_command) -> 
     signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))  # one way out for both
     try:
         request = parse(argv)
-        _write(request, evaluate(request, command), shlex.join(sys.argv[1:] if argv is None else argv))
+        _write(request, evaluate(request, command), redacted(sys.argv[1:] if argv is None else argv))
     except EvalError as error:
         print(f"eval: error: {error}", file=sys.stderr)
         return 2
@@ -68,7 +71,7 @@ def evaluate(request: Request, command: Command = vllm_command) -> Record:
     if request.server.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # all is local; the libraries read this when they are imported
     loaded, last_words = _load(request, servings)
-    record = Record(versions=_versions())
+    record = Record(versions=_versions(), data=_data(request, loaded), warnings=last_words.warnings)
     for number, serving in enumerate(servings, 1):
         title = f"[{number}/{len(servings)}] {', '.join(job.model for job in serving.jobs)}:"
         with endpoint(request, serving, command, partial(print, title, flush=True)) as place:
@@ -119,7 +122,7 @@ def _ask(
     except client.CONNECTION_ERRORS as error:
         print(file=sys.stderr)  # ends the line of the progress bar
         raise EvalError(_why(error, place, job, last_words.last)) from error
-    record.answers += results.gather(job.model, job.form, job.tasks, asked.samples)
+    record.answers += results.gather(job.model, job.form, job.tasks, asked.samples, asked.cut)
     record.samples.setdefault(job.model, []).extend(asked.samples)
     record.timings.append(
         {"model": job.model, "form": job.form, "requests": asked.requests, "seconds": round(asked.seconds, 2)}
@@ -161,12 +164,12 @@ def _write(request: Request, record: Record, words: str) -> None:
         results.write_samples(request.out / results.SAMPLES_FILE, record.samples)
     figures = {"scores": [asdict(score) for score in scores], "means": means, "comparisons": compared}
     results.write_json(
-        request.out / RESULTS_FILE, {**_how(request), **figures, **_circumstances(request, record, words)}
+        request.out / RESULTS_FILE, {**_how(request, record), **figures, **_circumstances(request, record, words)}
     )
     print(f"\nwritten to {request.out}: {RESULTS_FILE}, {report.TABLE_FILE}, {report.CHART_FILE}")
 
 
-def _how(request: Request) -> dict[str, Any]:
+def _how(request: Request, record: Record) -> dict[str, Any]:
     """What was asked of whom, and how."""
     return {
         "schema_version": results.SCHEMA_VERSION,
@@ -175,7 +178,7 @@ def _how(request: Request) -> dict[str, Any]:
         "decoding": {"num_beams": request.num_beams, "temperature": 0.0},
         "seeds": list(request.seeds),
         "limit": request.limit,
-        "data": _data(request),
+        "data": record.data,
         "models": [asdict(model) for model in request.models],
     }
 
@@ -184,6 +187,7 @@ def _circumstances(request: Request, record: Record, words: str) -> dict[str, An
     """When, with what, how fast."""
     return {
         "timings": record.timings,
+        "warnings": record.warnings,
         "contamination_checked_against": [str(path) for path in request.seen_files],
         "command": f"python -m eval.run {words}",
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -191,11 +195,22 @@ def _circumstances(request: Request, record: Record, words: str) -> dict[str, An
     }
 
 
-def _data(request: Request) -> dict[str, Any]:
+def _data(request: Request, loaded: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the rows came from, and which ones they are whatever the source calls them."""
+    from eval import client
+
+    scored = {name: client.scored_digest(made, request.limit) for name, made in loaded.items()}
     if request.files is None:
-        return {"source": "hub", "sets": {t.name: t.config["dataset_path"] for t in request.tasks}}
-    sets = {name: {s: results.digest(path) for s, path in files.items()} for name, files in request.files.items()}
-    return {"source": "local", "split": request.split, "sha256": sets}
+        sets = {t.name: _hub_set(t) | {"scored_sha256": scored[t.name]} for t in request.tasks}
+        return {"source": "hub", "sets": sets}
+    files = {name: {s: results.digest(path) for s, path in found.items()} for name, found in request.files.items()}
+    sets = {name: {"split": request.split, "sha256": files[name], "scored_sha256": scored[name]} for name in files}
+    return {"source": "local", "sets": sets}
+
+
+def _hub_set(task: Task) -> dict[str, Any]:
+    config = task.config
+    return {"path": config["dataset_path"], "config": config["dataset_name"], "split": config["test_split"]}
 
 
 if __name__ == "__main__":

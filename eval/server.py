@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-import shlex
+import secrets
 import socket
 import subprocess
 import sys
@@ -19,11 +19,13 @@ import requests
 from eval import keeper
 from eval.errors import EvalError
 from eval.models import Serving, lora_rank_to_reserve
+from eval.redaction import redacted
 
 
 LOOPBACK = "127.0.0.1"
 _POLL_SECONDS = 0.5
 _SAY_EVERY = 15.0
+_DEFAULT_MAX_LOGPROBS = 20  # vLLM's own; beam search asks for two per beam
 # What vLLM says about a failure of which the real reason stands further up.
 _SECONDARY = ("Engine core initialization failed", "EngineDeadError", "See root cause above", "SystemExit")
 
@@ -59,19 +61,31 @@ def check_port(port: int) -> None:
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How servers are started, whatever they serve."""
+    """How servers are started, whatever they serve.
+
+    Attributes:
+        token: part of every name that is served, and so of every request. Two vLLM servers can share one port
+            (they bind with SO_REUSEPORT); a request that reaches the other one is refused there, not answered.
+    """
 
     port: int | None = None
     dtype: str | None = None
     startup_seconds: float = 900.0
     extra: tuple[str, ...] = ()
     offline: bool = False
+    num_beams: int = 1
+    token: str = field(default_factory=lambda: secrets.token_hex(4))
+
+    def served_name(self, name: str) -> str:
+        """What a model is called on servers of this run."""
+        return f"{name}-{self.token}"
 
 
 def vllm_command(serving: Serving, port: int, options: ServerOptions) -> list[str]:
     """The command line of vLLM's OpenAI server for one base or merged model with its adapters."""
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    words += ["--model", serving.model, "--served-model-name", serving.name, "--host", LOOPBACK, "--port", str(port)]
+    words += ["--model", serving.model, "--served-model-name", options.served_name(serving.name)]
+    words += ["--host", LOOPBACK, "--port", str(port)]
     # A model's generation_config.json would change greedy decoding (Qwen's repetition penalty, say).
     words += ["--generation-config", "vllm"]
     words += ["--dtype", options.dtype or ("float32" if on_cpu() else "auto")]
@@ -82,15 +96,22 @@ def vllm_command(serving: Serving, port: int, options: ServerOptions) -> list[st
     if serving.adapters:
         rank = lora_rank_to_reserve([Path(adapter.path) for adapter in serving.adapters])
         words += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(min(8, len(serving.adapters)))]
-        words += ["--lora-modules", *(f"{adapter.name}={adapter.path}" for adapter in serving.adapters)]
+        names = (f"{options.served_name(adapter.name)}={adapter.path}" for adapter in serving.adapters)
+        words += ["--lora-modules", *names]
+    if 2 * options.num_beams > _DEFAULT_MAX_LOGPROBS:
+        words += ["--max-logprobs", str(2 * options.num_beams)]
     return [*words, *options.extra]
 
 
 def environment(options: ServerOptions) -> dict[str, str]:
-    """What the server's process sees: no usage reports, a small CPU cache unless set, no hub when all is local."""
+    """What the server's process sees: no usage reports, a small CPU cache unless set, no hub when all is local.
+
+    A key for servers of the user's own is not passed on: ours is on loopback and is asked without one.
+    """
     defaults = {"VLLM_CPU_KVCACHE_SPACE": "2"} if on_cpu() else {}
     offline = {"HF_HUB_OFFLINE": "1"} if options.offline else {}
-    return {**defaults, **os.environ, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", **offline}
+    ours = {name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"}
+    return {**defaults, **ours, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", **offline}
 
 
 @dataclass
@@ -117,7 +138,7 @@ class Server:
     def __enter__(self) -> "Server":
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
-            log.write(f"$ {shlex.join(self.command)}\n".encode())
+            log.write(f"$ {redacted(self.command)}\n".encode())
             log.flush()
             self._keeper = subprocess.Popen(
                 [sys.executable, keeper.__file__, str(self.grace_seconds), *self.command],
@@ -138,14 +159,25 @@ class Server:
         self.stop()
 
     def stop(self) -> None:
-        """End the server and everything it started; safe to call twice."""
+        """End the server and everything it started; safe to call twice.
+
+        A Ctrl-C meanwhile is told and takes effect once the server is gone, at most ``grace_seconds`` later.
+        """
         process, self._keeper = self._keeper, None
         if process is None:
             return
         assert process.stdin is not None
         with contextlib.suppress(OSError):
             process.stdin.close()
-        process.wait()
+        interruption = None
+        while process.poll() is None:
+            try:
+                process.wait()
+            except KeyboardInterrupt as error:
+                interruption = error
+                self.say(f"  ending the server, at most {self.grace_seconds:.0f} s more")
+        if interruption is not None:
+            raise interruption
 
     def died(self, patience: float = 0.0) -> str | None:
         """Why the server's process ended, or None when it still runs ``patience`` seconds from now."""
@@ -172,6 +204,8 @@ class Server:
                 said = now
                 self.say(f"  waiting for the server, {now - started:.0f} s so far (log: {self.log})")
             time.sleep(_POLL_SECONDS)
+        if (why := self.died()) is not None:
+            raise EvalError(f"the server ended, and another one answers at {self.url}: {why}")
 
     def _answers(self) -> bool:
         with contextlib.suppress(requests.RequestException):
@@ -195,8 +229,8 @@ def reason(log: Path) -> str:
     return said[:300]
 
 
-def ask(url: str, path: str) -> Any:
-    """GET a JSON document of a server.
+def ask(url: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    """GET a JSON document of a server, or POST ``body`` and return the answer.
 
     Raises:
         EvalError: nobody answers there, or not in JSON.
@@ -204,7 +238,8 @@ def ask(url: str, path: str) -> Any:
     try:
         key = os.environ.get("OPENAI_API_KEY")  # lm-evaluation-harness sends it too
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        answer = requests.get(f"{url}{path}", headers=headers, timeout=30)
+        method, seconds = ("GET", 30) if body is None else ("POST", 300)
+        answer = requests.request(method, f"{url}{path}", headers=headers, timeout=seconds, json=body)
         answer.raise_for_status()
         return answer.json()
     except (requests.RequestException, ValueError) as error:

@@ -11,7 +11,7 @@ from eval import run
 
 
 def fake_command(serving, port, options):
-    names = ",".join([serving.name, *(adapter.name for adapter in serving.adapters)])
+    names = ",".join(options.served_name(name) for name in (serving.name, *(a.name for a in serving.adapters)))
     fake = str(Path(__file__).with_name("fake_server.py"))
     return [sys.executable, fake, str(port), names, *shlex.split(sys.argv[1])]
 

@@ -27,6 +27,9 @@ def number(tokens) -> int:
 
 def choice(body, tokens, index):
     if not body.get("echo"):
+        if body.get("use_beam_search"):
+            text = f"beam {index % body['n']} #### 7\n\nQuestion: what"
+            return {"index": index, "text": text, "finish_reason": "stop"}
         return {"index": index, "text": TEXTS[number((tokens, index)) % len(TEXTS)], "finish_reason": "stop"}
     values = [None] + [-1 - number(tokens[: i + 1]) % 997 / 100 for i in range(1, len(tokens))] + [-1.0]
     tops = [None, *({"t": value} for value in values[1:])]
@@ -49,7 +52,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         base, *adapters = self.server.names
-        models = [{"id": base, "root": base, "parent": None, "max_model_len": 8192}]
+        models = [{"id": base, "root": base, "parent": None, "max_model_len": self.server.length}]
         models += [{"id": name, "parent": base} for name in adapters]
         self.send({"/v1/models": {"data": models}, "/version": {"version": "0.0.fake"}}.get(self.path, {}))
 
@@ -79,6 +82,7 @@ def main():
     parser.add_argument("--say", default="")
     parser.add_argument("--exit", type=int)
     parser.add_argument("--child")
+    parser.add_argument("--length", type=int, default=8192)
     options = parser.parse_args()
     if options.child:
         child = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE)
@@ -91,6 +95,7 @@ def main():
     time.sleep(options.wait)
     server = Server(("127.0.0.1", options.port), Handler)
     server.names, server.die_after = options.names.split(","), options.die_after
+    server.length = options.length
     server.asked, server.lock = 0, threading.Lock()
     server.serve_forever()
 

@@ -57,6 +57,10 @@ def test_a_plain_request(words, model, adapter):
         (["--base-url", "http://x", "--port", "9"], "are for a server we start; leave them out"),
         (["--train-file", "/nowhere.jsonl"], "--train-file: /nowhere.jsonl does not exist"),
         (["--dataset-dir", "/x"], "give --plan too"),
+        (["--server-args", "--x 'y"], "--server-args: \"--x 'y\" is no command line (No closing quotation)"),
+        (["--server-args", "--port 9"], "--port would undo what the harness sets (--port); use the harness's --port"),
+        (["--server-args=--served_model_name=x"], "names come from --base, --adapter and --merged"),
+        (["--server-args=--trust-remote"], "code that comes with a model is never run"),
         (["--split", "test"], "gsm8k/test.jsonl, which does not exist"),
     ],
 )  # fmt: skip
@@ -113,6 +117,34 @@ def test_a_bad_line_is_named(line, message, words, rows, capsys):
     path.write_text(path.read_text().splitlines()[0] + "\n" + line + "\n")
     assert run.main(words()) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("task", "key", "value", "message"),
+    [
+        ("gsm8k", "answer", "about five", "answer ends in 'about five': it must end in '#### N', N a number"),
+        ("gsm8k", "answer", "#### nan", "answer ends in '#### nan': it must end in"),
+        ("boolq", "answer", "maybe", "answer is 'maybe': it must be true or false (1 or 0)"),
+        ("arc_easy", "answerKey", "D", "answerKey is 'D': it must be one of the labels A, B, C"),
+        ("arc_easy", "choices", {"text": ["x"]}, "choices must hold two lists of texts, text and label"),
+        ("aqua", "correct", "F", "correct is 'F': it must be one of A, B, C, D, E"),
+        ("copa", "question", "why", "question is 'why': it must be cause or effect"),
+        ("copa", "label", 2, "label is 2: it must be 0 or 1"),
+    ],
+)
+@pytest.mark.parametrize("protocol", ["lm_eval", "llm_adapters"])
+def test_a_value_that_cannot_be_scored_is_named(task, key, value, message, protocol, words, rows):
+    path = rows / task / "dev.jsonl"
+    row = json.loads(path.read_text().splitlines()[0]) | {key: value}
+    path.write_text(path.read_text() + json.dumps(row) + "\n")
+    assert f"{path}:6: {task} of {protocol} cannot be scored: {message}" in problems(
+        words("--tasks", task, protocol=protocol)
+    )
+
+
+def test_a_folder_that_cannot_be_made_is_told_first(words, tmp_path):
+    (tmp_path / "file").touch()
+    assert f"--out: {tmp_path}/file/out cannot be made (Not a directory); give" in problems(words(out="file/out"))
 
 
 def test_an_empty_file_is_no_data(words, rows):

@@ -68,6 +68,45 @@ def test_json_lists_are_read_too(tmp_path):
     assert read_seen([path]).seen_among([LONG]) == [LONG]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps({"train": [{"instruction": LONG}], "version": 1}),
+        json.dumps({"question": "x"}) + "\n" + json.dumps({"question": LONG}) + "\n",
+    ],
+)
+def test_json_of_any_shape_is_read(text, tmp_path):
+    path = tmp_path / "train.json"
+    path.write_text(text)
+    assert read_seen([path]).seen_among([LONG]) == [LONG]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"PAR1\x15\x04\xff\xfe\n", "train.parquet:1: this is no UTF-8 text; save the rows as JSON lines"),
+        (b"[1, 2]", "train.parquet holds no text to compare with"),
+        (b"", "train.parquet holds no text to compare with"),
+    ],
+)
+def test_a_file_without_texts_is_refused(content, words, tmp_path):
+    path = tmp_path / "train.parquet"
+    path.write_bytes(content)
+    with pytest.raises(EvalError, match=words):
+        read_seen([path])
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["\u5c0f\u660e\u6709\u4e09\u4e2a\u82f9\u679c\u53c8\u4e70\u4e86\u56db\u4e2a\u4e00\u5171\u51e0\u4e2a",
+     "\u0e01\u0e02\u0e04\u0e07\u0e08\u0e0a\u0e0b\u0e0d\u0e14\u0e15"],
+)  # fmt: skip
+def test_scripts_without_spaces_are_found_inside_texts(question, tmp_path):
+    around = question[:3]
+    assert seen_in(tmp_path, {"text": around + question + around}).seen_among([question]) == [question]
+    assert seen_in(tmp_path, {"text": around + question[:-1]}).seen_among([question]) == []
+
+
 def plan(tmp_path, names):
     path = tmp_path / "adaptive_rank_plan.json"
     path.write_text(json.dumps({"provenance": {"calibration_dataset": names}}))
@@ -76,6 +115,13 @@ def plan(tmp_path, names):
 
 def test_a_plan_leads_to_its_files(tmp_path):
     (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "mine.jsonl"}}))
+    with pytest.raises(UsageError, match=r"--plan: .*mine.jsonl, the file of its data set 'mine', does not exist"):
+        files_of_plan(plan(tmp_path, ["mine"]), tmp_path)
+    (tmp_path / "mine.jsonl").mkdir()
+    with pytest.raises(UsageError, match="is a folder; give --train-file instead"):
+        files_of_plan(plan(tmp_path, ["mine"]), tmp_path)
+    (tmp_path / "mine.jsonl").rmdir()
+    (tmp_path / "mine.jsonl").touch()
     assert files_of_plan(plan(tmp_path, ["mine"]), tmp_path) == [tmp_path / "mine.jsonl"]
 
 

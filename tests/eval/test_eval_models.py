@@ -57,14 +57,21 @@ def test_the_reserved_rank_is_one_that_vllm_takes(config, rank, tmp_path):
     assert lora_rank_to_reserve([tmp_path]) == rank
 
 
+def test_many_beams_get_their_log_probabilities():
+    (serving,) = plan_servings([BASE], TASKS[:1], on_cpu=False)
+    assert "--max-logprobs" not in vllm_command(serving, 9, ServerOptions(num_beams=10))
+    words = vllm_command(serving, 9, ServerOptions(num_beams=11))
+    assert words[words.index("--max-logprobs") + 1] == "22"
+
+
 def test_the_command_line_of_vllm(adapter, monkeypatch):
     monkeypatch.setattr("eval.server.on_cpu", lambda: True)
     (serving,) = plan_servings([BASE, Model("one", "adapter", str(adapter))], TASKS[:1], on_cpu=True)
-    words = " ".join(vllm_command(serving, 9, ServerOptions(extra=("--seed", "1"))))
+    words = " ".join(vllm_command(serving, 9, ServerOptions(extra=("--seed", "1"), token="7f")))
     assert words.split(" ", 1)[1] == (
-        "-m vllm.entrypoints.openai.api_server --model /b --served-model-name base --host 127.0.0.1 --port 9 "
+        "-m vllm.entrypoints.openai.api_server --model /b --served-model-name base-7f --host 127.0.0.1 --port 9 "
         "--generation-config vllm --dtype float32 --enforce-eager --enable-lora --max-lora-rank 64 --max-loras 1 "
-        f"--lora-modules one={adapter} --seed 1"
+        f"--lora-modules one-7f={adapter} --seed 1"
     )
     assert "trust" not in words
 

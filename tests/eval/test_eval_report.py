@@ -51,10 +51,10 @@ def test_comparison_pairs_rows(answers):
 def test_seeds_are_averaged_per_row_and_compared_one_by_one():
     (task,) = load_tasks("llm_adapters", ["gsm8k"])
     a = results.gather("a", "base", [task], samples("gsm8k", "acc", [1, 0], [0, 0]))
-    b = results.gather("b", "merged", [task], samples("gsm8k", "acc", [1, 1], [1, 0]))
+    b = results.gather("b", "merged", [task], samples("gsm8k", "acc", [1, 1], [1, 1]))
     assert [(s.value, s.n) for s in results.scores(a)] == [(0.25, 2)]
     (found,) = results.comparisons([*a, *b])
-    assert [(t["seed"], t["only_second"], t["difference"]) for t in found["tasks"]] == [(0, 1, 0.5), (1, 1, 0.5)]
+    assert [(t["seed"], t["only_second"], t["difference"]) for t in found["tasks"]] == [(0, 1, 0.5), (1, 2, 1.0)]
     assert "gsm8k (seed 1)" in report.comparison_text([found])
 
 

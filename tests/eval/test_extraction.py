@@ -20,6 +20,10 @@ from eval.tasks import parsing, rows
         ("The answer is 18.", "[invalid]", "18.", "18"),
         ("So the answer is: $1,200", "[invalid]", "$1,200", "1200"),
         (r"hence \boxed{-3}", "[invalid]", "-3", "-3"),
+        (r"so \boxed{\$18}", "[invalid]", "$18", "18"),
+        (r"so \boxed{\text{18}}", "[invalid]", "18", "18"),
+        ("The answer is 3/4", "[invalid]", "4", "0.75"),
+        ("The answer is 3/0", "[invalid]", "0", "[invalid]"),
         ("18 eggs", "[invalid]", "18", "[invalid]"),
         ("no idea", "[invalid]", "[invalid]", "[invalid]"),
         ("", "[invalid]", "[invalid]", "[invalid]"),
@@ -43,7 +47,8 @@ def test_training_filter_keeps_the_shape():
 
 
 @pytest.mark.parametrize(
-    ("number", "spelled"), [("1,000", "1000"), ("$3.50", "3.5"), ("18.", "18"), ("-2.0", "-2"), ("1.2.3", "1.2.3")]
+    ("number", "spelled"),
+    [("1,000", "1000"), ("$3.50", "3.5"), ("18.", "18"), ("-2.0", "-2"), ("1.2.3", "1.2.3"), ("9" * 400, "9" * 400)],
 )
 def test_canonical(number, spelled):
     assert extraction.canonical(number) == spelled

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,11 @@ import pytest
 from processes import ROOT, alive, processes_naming
 
 from eval.errors import EvalError
-from eval.server import Server, ask, check_port, reason
+from eval.models import Job, Serving
+from eval.protocols import load_tasks
+from eval.redaction import redacted
+from eval.server import Server, ServerOptions, ask, check_port, environment, reason
+from eval.serving import _describe, _probe
 
 
 FAKE = str(Path(__file__).with_name("fake_server.py"))
@@ -100,6 +105,73 @@ def test_a_taken_port_is_refused_before_anything_starts(port):
         taken.listen()
         with pytest.raises(EvalError, match=rf"--port: {port} on 127.0.0.1 cannot be used \(Address already in use\)"):
             check_port(port)
+
+
+def test_a_key_of_other_servers_is_not_given_to_ours(monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    assert "VLLM_API_KEY" not in environment(ServerOptions())
+
+
+def test_keys_are_in_no_log(port, tmp_path):
+    with server(port, tmp_path, "--say", "x"):
+        pass
+    with pytest.raises(EvalError), Server(["false", "--api-key", "s1", "s2", "--x"], "http://127.0.0.1:9",
+                                          tmp_path / "log"):  # fmt: skip
+        pass
+    assert (tmp_path / "log").read_text().splitlines()[0] == "$ false --api-key '***' '***' --x"
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["--base-url", "https://me:pw@host/v1", "--limit", "4"], "--base-url 'https://***@host/v1' --limit 4"),
+        (["--server-args", "--api-key=s --seed 1"], "--server-args ''\"'\"'--api-key=***'\"'\"' --seed 1'"),
+        (["--server-args=--hf-token s"], "'--server-args=--hf-token '\"'\"'***'\"'\"''"),
+    ],
+)
+def test_command_lines_are_written_down_without_secrets(words, shown):
+    assert redacted(words) == shown
+
+
+def test_a_second_ctrl_c_waits_until_the_server_is_gone(port, tmp_path):
+    said = []
+    running = server(port, tmp_path, "--child", str(tmp_path / "pids"), said=said)
+    running.grace_seconds = 2.0
+    with pytest.raises(KeyboardInterrupt), running:  # noqa: PT012
+        threading.Timer(1.0, signal.raise_signal, [signal.SIGINT]).start()
+        pids = (tmp_path / "pids").read_text().split()
+        running.stop()
+    assert said[-1] == "  ending the server, at most 2 s more"
+    assert not any(alive(pid) for pid in pids)
+
+
+def serving_of(*tasks):
+    job = Job("base", "base", "base", "/b", tuple(load_tasks("lm_eval", tasks)))
+    return Serving("/b", "base", (), (job,), "/b")
+
+
+def test_another_server_on_our_port_is_not_taken_for_ours(port, tmp_path):
+    """Two vLLM servers can share a port; the other one serves a model called base too."""
+    with server(port, tmp_path) as running, pytest.raises(EvalError, match=r"another server answers .* serves base"):
+        _describe(running.url, serving_of("gsm8k"), running, ServerOptions(token="7f").served_name)
+
+
+@pytest.mark.parametrize(
+    ("answers", "tasks", "beams", "message"),
+    [
+        ({}, ["gsm8k"], 1, "/v1/models lists no models; give an OpenAI-compatible server's address"),
+        ({"choices": [{"text": "x", "logprobs": None}]}, ["arc_easy"], 1, "cannot score the tokens of a prompt"),
+        ({"choices": []}, ["gsm8k"], 1, r"cannot generate \(its answer lacks it\)"),
+        ({"choices": []}, ["gsm8k"], 11, "with --num-beams 11; vLLM needs --max-logprobs 22"),
+    ],
+)
+def test_a_foreign_server_is_tried_before_the_run(answers, tasks, beams, message, monkeypatch):
+    models = {"data": [{"id": "base"}]} if answers else {}
+    replies = {"/v1/models": models, "/v1/completions": answers, "/version": {}}
+    monkeypatch.setattr("eval.serving.ask", lambda url, path, body=None: replies[path])
+    serving = serving_of(*tasks)
+    with pytest.raises(EvalError, match=message):
+        _probe(_describe("http://x", serving, None, str), serving, beams)
 
 
 def test_an_unreachable_server_is_one_sentence(port):

@@ -1,0 +1,67 @@
+"""What is wrong with the values of a row that is to be scored; told before a server starts, not after all answers.
+
+Each function takes a row that has all fields and returns a problem in words, or None.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+from eval import extraction
+
+
+def boolq(row: Mapping[str, Any]) -> str | None:
+    """The label, or the answer of the original set."""
+    name = "label" if row.get("label") is not None else "answer"
+    if not isinstance(row["question"], str):
+        return _no_text("question", row)
+    return None if row[name] in (0, 1) else f"{name} is {row[name]!r}: it must be true or false (1 or 0)"
+
+
+def gsm8k(row: Mapping[str, Any]) -> str | None:
+    """A number after the last ``####``, or alone."""
+    for name in ("question", "answer"):
+        if not isinstance(row[name], str):
+            return _no_text(name, row)
+    if extraction.is_number(row["answer"].split("####")[-1]):
+        return None
+    return f"answer ends in {row['answer'][-40:]!r}: it must end in '#### N', N a number"
+
+
+def arc(row: Mapping[str, Any]) -> str | None:
+    """Texts and labels of equal number, the key among the labels."""
+    choices = row["choices"]
+    texts, labels = (choices.get("text"), choices.get("label")) if isinstance(choices, Mapping) else (None, None)
+    if not _texts(texts) or not _texts(labels) or len(texts) != len(labels):
+        return "choices must hold two lists of texts, text and label, of one length"
+    if row["answerKey"] not in labels:
+        return f"answerKey is {row['answerKey']!r}: it must be one of the labels {', '.join(labels)}"
+    return None if isinstance(row["question"], str) else _no_text("question", row)
+
+
+def aqua(row: Mapping[str, Any]) -> str | None:
+    """Up to five options, the letter of one of them."""
+    options = row["options"]
+    if not _texts(options) or len(options) > 5:
+        return "options must be a list of at most 5 texts"
+    letters = "ABCDE"[: len(options)]
+    if row["correct"] not in tuple(letters):
+        return f"correct is {row['correct']!r}: it must be one of {', '.join(letters)}"
+    return None if isinstance(row["question"], str) else _no_text("question", row)
+
+
+def copa(row: Mapping[str, Any]) -> str | None:
+    """A cause or an effect, one of two."""
+    for name in ("premise", "choice1", "choice2"):
+        if not isinstance(row[name], str):
+            return _no_text(name, row)
+    if row["question"] not in ("cause", "effect"):
+        return f"question is {row['question']!r}: it must be cause or effect"
+    return None if row["label"] in (0, 1) else f"label is {row['label']!r}: it must be 0 or 1"
+
+
+def _texts(value: Any) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+def _no_text(name: str, row: Mapping[str, Any]) -> str:
+    return f"{name} is {row[name]!r}: it must be a text"
