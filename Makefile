@@ -74,7 +74,7 @@ bench: $(DEMO)
 	$(BIN)/python benchmarks/recomputation.py $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/overhead.py $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/engines.py $(if $(DATA),--data $(DATA))
-	$(BIN)/python benchmarks/quality_pass.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python benchmarks/quality_pass.py $(if $(DATA),--data $(DATA) --dataset boolq --batch-size 32)
 	$(BIN)/python benchmarks/planted.py $(if $(DATA),--data $(DATA))
 
 eval-install: $(EVAL_STAMP)

@@ -160,7 +160,7 @@ def main() -> None:
     }
     for key, value in results.items():
         print(f"{key:<26} {value:<10.4g} target {TARGETS.get(key, 'none')}")
-    written = record.write_result("quality_pass_boolq" if name == "boolq" else "quality_pass", {
+    written = record.write_result("quality_pass", {
         "model": "SmolLM2-135M-Instruct", "dtype": "bfloat16", "data": name, "samples": len(rows),
         "rank": arguments.rank, "live_rank": LIVE * arguments.rank, "batch_size": arguments.batch_size,
         "tokens": sum(len(row["input_ids"]) for row in rows),

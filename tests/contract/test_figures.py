@@ -18,7 +18,6 @@ ROWS = {
     "peak memory of merging over the base": ("export_parity", "merging_over_base", "{:.2f} x"),
     "scoring all samples over an epoch": ("quality_pass", "over_epoch", "{:.2f} x"),
     "the same, over an epoch sorted by length": ("quality_pass", "over_sorted_epoch", "{:.2f} x"),
-    "the same, short rows": ("quality_pass_boolq", "per_sample_over_scoring", "{:.1f} x"),
     "one backward pass per sample over scoring": ("quality_pass", "per_sample_over_scoring", "{:.1f} x"),
     "gradient norms against one backward pass per sample": ("quality_pass", "largest_norm_error", "{:.0e}"),
     "shuffled answers by quality": ("planted", "order/quality/AUC", "AUC {:.2f}"),
