@@ -133,7 +133,15 @@ def test_command_lines_are_written_down_without_secrets(words, shown):
     assert redacted(words) == shown
 
 
-def test_a_second_ctrl_c_waits_until_the_server_is_gone(port, tmp_path):
+@pytest.fixture
+def ctrl_c():
+    """Python's own way with Ctrl-C: workers of pytest-xdist ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_ctrl_c_waits_until_the_server_is_gone(port, tmp_path, ctrl_c):
     said = []
     running = server(port, tmp_path, "--child", str(tmp_path / "pids"), said=said)
     running.grace_seconds = 2.0
