@@ -27,19 +27,20 @@ def _on(key: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda flat: bool(flat.get(key))
 
 
-def _deepspeed_document(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The named or in-line configuration; empty without one."""
-    given = flat.get("deepspeed")
+def _document(flat: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A configuration given as a mapping, as JSON or as the name of a file with it; empty without one."""
+    given = flat.get(key)
     try:
-        document = given if isinstance(given, dict) else json.loads(Path(str(given)).read_text(encoding="utf-8"))
-        return document if isinstance(document, dict) else {}
-    except (OSError, ValueError):
+        if isinstance(given, str):
+            given = json.loads(given if given.startswith("{") else Path(given).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # the host says so when it reads it
         return {}
+    return given if isinstance(given, dict) else {}
 
 
 def _deepspeed_stage(flat: Mapping[str, Any]) -> int:
     """ZeRO stage; 0 without DeepSpeed."""
-    return int(_deepspeed_document(flat).get("zero_optimization", {}).get("stage", 0))
+    return int(_document(flat, "deepspeed").get("zero_optimization", {}).get("stage", 0))
 
 
 CONFLICTS = (
@@ -146,7 +147,7 @@ MASKING_CONFLICTS = (
         "deepspeed",
         lambda flat: (
             _deepspeed_stage(flat) == 1
-            and _deepspeed_document(flat).get("data_types", {}).get("grad_accum_dtype") == "fp32"
+            and _document(flat, "deepspeed").get("data_types", {}).get("grad_accum_dtype") == "fp32"
         ),
         "DeepSpeed's bf16 optimizer (ZeRO-1 with grad_accum_dtype fp32) keeps gradients where scores cannot read them",
         "ZeRO-2, or leaving data_types out",
@@ -170,18 +171,19 @@ MASKING_CONFLICTS = (
         "auto_find_batch_size: false",
     ),
 )
-# Optimizers whose states are one number per weight, so that those of a component that comes back can be cleared.
+# Optimizers whose states are one number per weight, so that those of a component that comes back can be set anew.
+# Not rmsprop_bnb: its squares lie where those of its siblings keep momenta.
 _ELEMENTWISE_OPTIMIZERS = {
     "adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "sgd", "adagrad", "rmsprop",
     "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "paged_adamw", "paged_adamw_32bit",
-    "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit", "rmsprop_bnb", "rmsprop_bnb_32bit",
+    "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
 }  # fmt: skip
 _OWN_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
 REALLOCATION_CONFLICTS = (
     Conflict(
         "optim",
         lambda flat: str(flat.get("optim") or "adamw_torch") not in _ELEMENTWISE_OPTIMIZERS,
-        "components that come back need empty optimizer states, which this optimizer does not keep per weight",
+        "components that come back need fresh optimizer states, and where this one keeps them per weight is not known",
         "optim: adamw_torch",
     ),
     *(
@@ -199,12 +201,7 @@ REALLOCATION_CONFLICTS = (
 
 def _regroups(flat: Mapping[str, Any]) -> bool:
     """Whether accelerate is told to batch otherwise than by default."""
-    given = flat.get("accelerator_config") or {}
-    try:
-        settings = json.loads(given) if isinstance(given, str) and given.lstrip().startswith("{") else given
-        settings = settings if isinstance(settings, dict) else json.loads(Path(str(given)).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+    settings = _document(flat, "accelerator_config")
     return bool(settings.get("split_batches") or settings.get("even_batches") is False)
 
 

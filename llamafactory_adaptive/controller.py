@@ -77,7 +77,7 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
         if self.selection is not None:
             self.selection.attach(trainer)
 
-    def select(self, args: Any, state: Any, model: nn.Module, dataloader: Any) -> None:
+    def select(self, args: Any, state: Any, dataloader: Any) -> None:
         """Have samples scored, or take back what was known of them, before the first step draws any."""
         if self.selection is None:
             return
@@ -102,7 +102,7 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Prove the plan, then put it with picture and log line into ``output_dir``."""
         self.prove(args, model)
-        self.select(args, state, model, kwargs.get("train_dataloader"))
+        self.select(args, state, kwargs.get("train_dataloader"))
         if args.should_save:  # one process, or one per node with save_on_each_node
             output = Path(args.output_dir)
             self.plan.save(output / PLAN_FILE)
@@ -180,7 +180,11 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
         if args.should_save:
             if self.selection is not None:
                 self.selection.save(folder)
-            self.plan.save(folder / PLAN_FILE)
+            self.current_plan().save(folder / PLAN_FILE)
+
+    def current_plan(self) -> RankPlan:
+        """With the ranks now in use."""
+        return self.plan
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """With ``save_only_model`` the Trainer passes over the place where checkpoints get their plan."""

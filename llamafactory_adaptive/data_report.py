@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llamafactory_adaptive.errors import PlanError
-from llamafactory_adaptive.plan import write_atomically
+from llamafactory_adaptive.plan import read_json, write_atomically
 from llamafactory_adaptive.quality import Terms
 from llamafactory_adaptive.report import align
 from llamafactory_adaptive.sampling import Pool
@@ -46,11 +46,12 @@ def save_data_report(
         text: prompt and answer of a sample; None leaves texts out.
     """
     output.mkdir(parents=True, exist_ok=True)
-    samples = _sample_lines(terms, pool, usage_N, row_digests)
+    groups = _duplicates(row_digests)
+    samples = _sample_lines(terms, pool, usage_N, row_digests, groups)
     write_atomically(output / SAMPLES_FILE, "".join(json.dumps(sample) + "\n" for sample in samples))
     order = sorted(range(len(samples)), key=lambda index: -samples[index]["quality"])
-    groups = _duplicates(row_digests)
     used = int((usage_N > 0).sum())
+    places = torch.tensor(list(_QUANTILES.values()), dtype=torch.float64)
     document = {
         "schema_version": REPORT_SCHEMA,
         "samples": len(samples),
@@ -63,7 +64,7 @@ def save_data_report(
         "most_used": int(usage_N.max()),
         "without_loss_tokens": int((terms.loss == 0).sum()),  # a loss of exactly 0 has no other cause
         "distribution": {
-            name: {label: float(values.quantile(q)) for label, q in _QUANTILES.items()}
+            name: dict(zip(_QUANTILES, values.quantile(places).tolist(), strict=True))
             for name, values in {"quality": pool.quality_N, **vars(terms)}.items()
         },
         "duplicates": {"groups": len(groups), "samples": sum(map(len, groups)), "largest": groups[:_SHOWN]},
@@ -74,7 +75,9 @@ def save_data_report(
     _save_plot(terms, pool, usage_N, output / DATA_PLOT_FILE)
 
 
-def _sample_lines(terms: Terms, pool: Pool, usage_N: Tensor, row_digests: Sequence[str]) -> list[dict[str, Any]]:
+def _sample_lines(
+    terms: Terms, pool: Pool, usage_N: Tensor, row_digests: Sequence[str], groups: Sequence[Sequence[int]]
+) -> list[dict[str, Any]]:
     columns = {
         "quality": pool.quality_N.tolist(),
         "probability": pool.probabilities.tolist(),
@@ -82,12 +85,13 @@ def _sample_lines(terms: Terms, pool: Pool, usage_N: Tensor, row_digests: Sequen
         "clipped": (~pool.kept_N).tolist(),
         "used": usage_N.tolist(),
     }
-    first: dict[str, int] = {}
-    lines = []
-    for index, digest in enumerate(row_digests):
-        original = first.setdefault(digest, index)
-        line = {"index": index, "digest": digest[:16], **{name: values[index] for name, values in columns.items()}}
-        lines.append(line | ({"duplicate_of": original} if original != index else {}))
+    lines = [
+        {"index": index, "digest": digest[:16], **{name: values[index] for name, values in columns.items()}}
+        for index, digest in enumerate(row_digests)
+    ]
+    for original, *copies in groups:
+        for index in copies:
+            lines[index]["duplicate_of"] = original
     return lines
 
 
@@ -131,19 +135,14 @@ def _save_plot(terms: Terms, pool: Pool, usage_N: Tensor, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def read_data_report(path: Path) -> dict[str, Any]:
-    """The summary of a run, from its ``output_dir`` or from the file itself.
+def read_data_report(output: Path) -> dict[str, Any]:
+    """The summary of a run, from its ``output_dir``.
 
     Raises:
         PlanError: there is none, or one of another schema.
     """
-    path = path / DATA_REPORT_FILE if path.is_dir() else path
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlanError(f"cannot read {path}: {error.strerror or error}; runs with tsq_sampling write it") from error
-    except ValueError as error:
-        raise PlanError(f"{path} is not valid JSON: {error}") from error
+    path = output / DATA_REPORT_FILE
+    document = read_json(path, str(path), "; runs with tsq_sampling write it")
     if not isinstance(document, dict) or document.get("schema_version") != REPORT_SCHEMA:
         raise PlanError(f"{path} is no data report of schema {REPORT_SCHEMA}")
     return document

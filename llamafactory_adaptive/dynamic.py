@@ -101,7 +101,7 @@ class DynamicCallback(AdaptiveCallback):
             self.overhead_seconds += document["overhead_seconds"]
             for name in ("observations", "probes", "allocations", "steps"):
                 setattr(self.counters, name, document["counters"][name])
-        self.select(args, state, model, kwargs["train_dataloader"])
+        self.select(args, state, kwargs["train_dataloader"])
         if args.should_save:
             event = "resumed" if self.step else "begin"
             self.write_log(Path(args.output_dir), {"step": self.step, "event": event, **self.data_figures(self.step)})
@@ -208,12 +208,13 @@ class DynamicCallback(AdaptiveCallback):
                 for module in self.triplets.modules
                 for kind, parameter in module.parameters().items()
             }
-        if self.selection is not None and args.should_save:
-            self.selection.save(folder)
         write_state(folder, tensors, document, self.components.engine.partitioned, args.should_save)
         wait_for_all()
-        if args.should_save:
-            self.course.found(self.triplets.masks).save(folder / PLAN_FILE)
+        super().save_into(folder, args, state)
+
+    def current_plan(self) -> RankPlan:
+        """What the masks amount to."""
+        return self.course.found(self.triplets.masks)
 
     def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """While ranks are being found, what lies in ``output_dir`` is not yet this run's."""
@@ -263,7 +264,7 @@ class DynamicCallback(AdaptiveCallback):
                     f"{self.schedule.end}); they are chosen now, without training afterwards"
                 )
             self._allocate(self.schedule.target_budget, final=True)
-        self.plan = self.course.found(self.triplets.masks)
+        self.plan = self.current_plan()
         self.triplets.finish(kwargs["model"], self.plan)
         if args.should_save:
             output = Path(args.output_dir)

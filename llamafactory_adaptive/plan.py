@@ -206,19 +206,27 @@ def is_complete(checkpoint: Path) -> bool:
         return False
 
 
+def read_json(path: Path, name: str, hint: str = "") -> Any:
+    """A document from disk; in errors it is called ``name``, and ``hint`` follows where there is none.
+
+    Raises:
+        PlanError: the file is missing or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(f"cannot read {name}: {error.strerror or error}{hint}") from error
+    except ValueError as error:
+        raise PlanError(f"{name} is not valid JSON: {error}") from error
+
+
 def load_plan(path: Path) -> RankPlan:
     """Read and validate a plan.
 
     Raises:
         PlanError: the file is missing, is no JSON, has another schema version, or an entry is wrong.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlanError(f"cannot read the plan {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise PlanError(f"the plan {path} is not valid JSON: {error}") from error
-    return parse_plan(document, str(path))
+    return parse_plan(read_json(path, f"the plan {path}"), str(path))
 
 
 def parse_plan(document: Any, source: str) -> RankPlan:

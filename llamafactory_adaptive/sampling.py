@@ -97,13 +97,13 @@ class Pool:
 
     @property
     def effective_size(self) -> float:
-        """``1 / sum p^2``: how many equally likely samples the weights amount to (Kish)."""
-        return float(1.0 / self.probabilities.square().sum())
+        """How many equally likely samples the weights amount to."""
+        return _effective_size(self.log_weights_N)
 
     def temperature_for(self, effective_size: float) -> float:
         """A temperature, doubled as often as it takes, whose weights amount to that many equally likely samples."""
         factor = 1.0
-        while factor < 2.0**40 and 1.0 / torch.softmax(self.log_weights_N / factor, 0).square().sum() < effective_size:
+        while factor < 2.0**40 and _effective_size(self.log_weights_N / factor) < effective_size:
             factor *= 2.0
         return self.temperature * factor
 
@@ -136,6 +136,11 @@ class Pool:
         order = self.quality_N[kept].sort(stable=True).indices
         place_N[kept[order]] = torch.linspace(0.0, 1.0, len(kept), dtype=torch.float64)
         return float(place_N[self.subset(refresh)].mean())
+
+
+def _effective_size(log_weights_N: Tensor) -> float:
+    """``1 / sum p^2`` (Kish)."""
+    return float(1.0 / torch.softmax(log_weights_N, 0).square().sum())
 
 
 @dataclass(frozen=True)

@@ -123,9 +123,9 @@ class Selection:
 
     def _measured(self, lengths: Sequence[int]) -> Terms:
         wanted, args = self._wanted(), self.trainer.args
-        path = self.cache / f"{self._cache_key(wanted)}.safetensors"
         # The main process's cache decides: other nodes may have none.
-        found = _read_terms(path, self.rows_digest) if process_number() == 0 else None
+        path = self.cache / f"{self._cache_key(wanted)}.safetensors" if process_number() == 0 else None
+        found = None if path is None else _read_terms(path, self.rows_digest)
         if int(add_up(torch.tensor(int(found is not None), device=args.device))):
             return self._shared(found)
         size = self.sampling.batch_size or args.train_batch_size
@@ -140,9 +140,9 @@ class Selection:
                 len(lengths),
                 wanted,
                 add_up,
-                quiet=process_number() != 0,
+                quiet=path is None,
             )
-        if process_number() == 0:
+        if path is not None:
             _write_terms(path, terms, self.rows_digest)
         return terms
 

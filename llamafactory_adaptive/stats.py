@@ -98,12 +98,30 @@ def normalise_within(metric_M: Tensor, groups: list[str]) -> Tensor:
     return result_M
 
 
-class SmoothedImportance:
+class _Blockwise:
+    """Numbers per element in named blocks, under the attributes that ``kinds`` names: how they are kept and read."""
+
+    kinds: tuple[str, ...]
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything needed to go on, by name."""
+        return {f"{kind}.{block}": value for kind in self.kinds for block, value in getattr(self, kind).items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave."""
+        for name, value in state.items():
+            kind, _, block = name.partition(".")
+            getattr(self, kind)[block] = value
+
+
+class SmoothedImportance(_Blockwise):
     """Running mean and running deviation of element importances (AdaLoRA, Eq. 9-10; IGU-LoRA, Eq. 10-12).
 
     ``S <- b1 S + (1 - b1) s`` and ``U <- b2 U + (1 - b2) |s - S|`` with the new S; both start at zero. Elements come
     in named blocks, flat, in fp32. Memory: two numbers per element.
     """
+
+    kinds = ("mean", "deviation")
 
     def __init__(self, beta1: float, beta2: float) -> None:
         self.beta1, self.beta2 = beta1, beta2
@@ -140,26 +158,16 @@ class SmoothedImportance:
         """``S * U`` (AdaLoRA, Eq. 11)."""
         return self.mean[block] * self.deviation[block]
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything needed to go on, by name."""
-        return {f"mean.{block}": value for block, value in self.mean.items()} | {
-            f"deviation.{block}": value for block, value in self.deviation.items()
-        }
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what :meth:`state` gave."""
-        for name, value in state.items():
-            kind, _, block = name.partition(".")
-            (self.mean if kind == "mean" else self.deviation)[block] = value
-
-
-class DiscountedMean:
+class DiscountedMean(_Blockwise):
     """Mean of all observations, in which those from before the last :meth:`fade` count ``beta`` times as much.
 
     After K intervals of equal length with means ``m_k`` it is ``sum_k beta^(K-k) m_k / sum_k beta^(K-k)``: an
     exponential moving average over intervals, without its bias towards the start. Elements come in named blocks, flat,
     in fp32. Memory: two numbers per element.
     """
+
+    kinds = ("total", "weight")
 
     def __init__(self, beta: float) -> None:
         self.beta = beta
@@ -198,18 +206,6 @@ class DiscountedMean:
         if block in self.total:
             self.total[block].mul_(1.0 - fresh)
             self.weight[block].mul_(1.0 - fresh)
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything needed to go on, by name."""
-        return {f"total.{block}": value for block, value in self.total.items()} | {
-            f"weight.{block}": value for block, value in self.weight.items()
-        }
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what :meth:`state` gave."""
-        for name, value in state.items():
-            kind, _, block = name.partition(".")
-            (self.total if kind == "total" else self.weight)[block] = value
 
 
 def draw(seed: int, step: int, micro_batch: int, choices: int) -> int:

@@ -47,7 +47,7 @@ class _MaskedScale(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, lambda_r: Tensor, mask_r: Tensor, factor: float) -> Tensor:
-        gate_r1 = _gate(lambda_r, mask_r, factor)
+        gate_r1 = _column(lambda_r * mask_r, factor)
         ctx.save_for_backward(q, gate_r1)
         ctx.factor = factor
         return q * gate_r1
@@ -61,10 +61,9 @@ class _MaskedScale(torch.autograd.Function):
         return grad * gate_r1, grad_lambda if ctx.factor == 1.0 else grad_lambda * ctx.factor, None, None
 
 
-def _gate(lambda_r: Tensor, mask_r: Tensor, factor: float) -> Tensor:
+def _column(gate_r: Tensor, factor: float) -> Tensor:
     """What a row of Q is multiplied by, (r, 1)."""
-    gate_r = lambda_r * mask_r if factor == 1.0 else lambda_r * mask_r * factor
-    return gate_r.unsqueeze(1)
+    return (gate_r if factor == 1.0 else gate_r * factor).unsqueeze(1)
 
 
 class MaskedLinear(nn.Linear):
@@ -94,9 +93,9 @@ class MaskedLinear(nn.Linear):
         """``diag(lambda * mask) Q`` at the current position, (r, d_in): bit for bit what is saved as ``lora_A``."""
         factor = self.position.cube
         if self.lambda_r is None:
-            return self.weight * _gate(self.mask_r, self.mask_r, factor)
+            return self.weight * _column(self.mask_r, factor)
         if not torch.is_grad_enabled():  # the first pass of gradient checkpointing, and evaluation
-            return self.weight * _gate(self.lambda_r, self.mask_r, factor)
+            return self.weight * _column(self.lambda_r * self.mask_r, factor)
         masked: Tensor = _MaskedScale.apply(self.weight, self.lambda_r, self.mask_r, factor)  # type: ignore[no-untyped-call]
         return masked
 

@@ -1,5 +1,6 @@
 """The engines of DeepSpeed's ZeRO stages. The only file that imports DeepSpeed."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -22,7 +23,7 @@ def init_deepspeed_on_cpu() -> None:
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
 
-class _ZeroEngine:
+class _ZeroEngine(ABC):
     """What the ZeRO stages share: the optimizer that owns the pieces."""
 
     partitioned = True
@@ -33,6 +34,19 @@ class _ZeroEngine:
     def loss_scale(self) -> float:
         """1 for bf16 and fp32."""
         return float(self.optimizer.cur_scale)
+
+    @abstractmethod
+    def piece(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """Start and length of what this process owns of it, flat."""
+
+    @abstractmethod
+    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The optimizer's states of the owned piece."""
+
+    def square_sums(self, parameter: nn.Parameter, others: Tensor) -> Tensor:
+        """Of the owned piece."""
+        start, length = self.piece(parameter)
+        return square_sums(self._state(parameter), others[start:][:length])
 
 
 class Zero12Engine(_ZeroEngine):
@@ -108,11 +122,6 @@ class Zero12Engine(_ZeroEngine):
         state = self.optimizer.optimizer.state[flat]
         return {key: v.view(-1).narrow(0, place, length) for key, v in state.items() if is_like(v, flat)}
 
-    def square_sums(self, parameter: nn.Parameter, others: Tensor) -> Tensor:
-        """Of the owned piece."""
-        start, length = self.piece(parameter)
-        return square_sums(self._state(parameter), others[start:][:length])
-
     def overwrite(self, parameter: nn.Parameter, where: Tensor, values: Tensor, square: float) -> None:
         """The whole working copy, on every process, and the owned piece of the fp32 copy."""
         put(parameter.data, where, values)
@@ -165,11 +174,6 @@ class Zero3Engine(_ZeroEngine):
             for key, v in state.items()
             if is_like(v, flat)
         }
-
-    def square_sums(self, parameter: nn.Parameter, others: Tensor) -> Tensor:
-        """Of the owned piece."""
-        start, length = self.piece(parameter)
-        return square_sums(self._state(parameter), others[start:][:length])
 
     def overwrite(self, parameter: nn.Parameter, where: Tensor, values: Tensor, square: float) -> None:
         """The owned piece: the working copy, the fp32 copy and the states beside it.

@@ -8,8 +8,8 @@ import sys
 import time
 
 import pytest
-from ending import wait_until_ended
 from lora import save_adapter
+from processes import wait_until_ended
 from tiny import save_tiny
 
 from llamafactory_adaptive import cli

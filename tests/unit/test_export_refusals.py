@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ending import wait_until_ended
 from lora import edit_config, save_adapter
+from processes import wait_until_ended
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model
 
