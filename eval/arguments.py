@@ -14,6 +14,7 @@ from eval.data import check_files, local_files
 from eval.errors import UsageError
 from eval.models import BASE, Model, problem_with
 from eval.protocols import PROTOCOLS, TEMPLATES, Task, load_tasks
+from eval.redaction import without_user
 from eval.server import ServerOptions
 
 
@@ -167,7 +168,7 @@ def _range_problems(given: argparse.Namespace) -> Iterator[str]:
     if not given.tasks.strip(","):
         yield f"--tasks: none is named; try {DEFAULT_TASKS}"
     if given.base_url is not None and (urlsplit(given.base_url).scheme not in ("http", "https")):
-        yield f"--base-url: {given.base_url} is no URL; try http://127.0.0.1:8000"
+        yield f"--base-url: {without_user(given.base_url)} is no URL; try http://127.0.0.1:8000"
     if given.base_url is not None and (given.port or given.dtype or given.server_args):
         yield "--base-url: --port, --dtype and --server-args are for a server we start; leave them out"
     yield from _server_word_problems(given.server_args)

@@ -15,6 +15,11 @@ def redacted(words: Sequence[str]) -> str:
     return shlex.join(_shown(words))
 
 
+def without_user(url: str) -> str:
+    """An address as messages may show it."""
+    return _USER.sub(HIDDEN, url)
+
+
 def _shown(words: Sequence[str]) -> Iterator[str]:
     option = ""  # vLLM's --api-key takes several words: all up to the next option are hidden
     for word in words:
@@ -32,4 +37,4 @@ def _value(option: str, value: str) -> str:
         return HIDDEN
     if option == "--server-args":
         return redacted(shlex.split(value))
-    return _USER.sub(HIDDEN, value)
+    return without_user(value)

@@ -29,6 +29,10 @@ def rows(tmp_path):
     write_jsonl(data / "aqua" / "dev.jsonl", [
         {"question": f"What is {i} x 2?", "options": [f"A){2 * i}", "B)90", "C)91", "D)92", "E)93"], "rationale": "",
          "correct": "A"} for i in range(5)])  # fmt: skip
+    write_jsonl(data / "aqua" / "agieval.jsonl", [  # the same five, as AGIEval publishes the set
+        {"query": f"Q: What is {i} x 2? Answer Choices: (A){2 * i} (B)90 (C)91 (D)92 (E)93\n"
+                  "A: Among A through E, the answer is",
+         "choices": [f"(A){2 * i}", "(B)90", "(C)91", "(D)92", "(E)93"], "gold": [0]} for i in range(5)])  # fmt: skip
     write_jsonl(data / "copa" / "dev.jsonl", [
         {"premise": f"The man counted to {i}.", "choice1": "He was bored.", "choice2": "He slept.",
          "question": ("cause", "effect")[i % 2], "label": i % 2} for i in range(5)])  # fmt: skip

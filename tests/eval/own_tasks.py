@@ -1,7 +1,7 @@
 """lm-evaluation-harness's own task files on local rows: ``python own_tasks.py URL TOKENIZER DATA_DIR [LIMIT]``.
 
-Only the place of the data is replaced, and the columns that a local BoolQ names otherwise. Prints one JSON object:
-task and row to prompt and metrics.
+Only the place of the data is replaced, and the columns that a local BoolQ names otherwise; for AQuA-RAT the rows are
+read in AGIEval's form. Prints one JSON object: task and row to prompt and metrics.
 """
 
 import json
@@ -16,14 +16,20 @@ from lm_eval.tasks import TaskManager
 
 FOLDER = Path(lm_eval.__file__).parent / "tasks"
 OWN = {"gsm8k": "gsm8k/gsm8k.yaml", "boolq": "super_glue/boolq/default.yaml", "arc_easy": "arc/arc_easy.yaml",
-       "arc_challenge": "arc/arc_challenge.yaml", "copa": "super_glue/copa/default.yaml"}  # fmt: skip
+       "arc_challenge": "arc/arc_challenge.yaml", "copa": "super_glue/copa/default.yaml",
+       "aqua": "agieval/aqua-rat.yaml"}  # fmt: skip
 LOCAL_BOOLQ = {"doc_to_target": "{{answer | int}}",
                "doc_to_text": "{{passage}}\nQuestion: {{question | replace('?', '')}}?\nAnswer:"}  # fmt: skip
 
 
+def rows_of(name: str, data: Path) -> Path:
+    """The rows to score."""
+    return data / name / ("agieval.jsonl" if name == "aqua" else "dev.jsonl")
+
+
 def write_task(folder: Path, name: str, data: Path) -> str:
     """A task file that includes the harness's own and replaces its data."""
-    places = {"test": data / name / "dev.jsonl", "train": data / name / "train.jsonl"}
+    places = {"test": rows_of(name, data), "train": data / name / "train.jsonl"}
     files = {split: str(path) for split, path in places.items() if path.exists()}
     config = {
         "include": str(FOLDER / OWN[name]),
@@ -45,7 +51,7 @@ def main(url: str, tokenizer: str, data: Path, limit: int | None) -> None:
     arguments = {"model": "base", "base_url": f"{url}/v1/completions", "tokenizer": tokenizer, "max_length": 8192,
                  "tokenizer_backend": "huggingface", "num_concurrent": 16, "revision": None}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        names = [write_task(Path(folder), name, data) for name in OWN if (data / name).exists()]
+        names = [write_task(Path(folder), name, data) for name in OWN if rows_of(name, data).exists()]
         manager = TaskManager(include_path=folder, include_defaults=False)
         found = lm_eval.simple_evaluate("local-completions", arguments, names, bootstrap_iters=0, limit=limit,
                                         task_manager=manager)  # fmt: skip
