@@ -7,8 +7,9 @@ Run: ``python benchmarks/quality_pass.py [--data FOLDER] [--dataset gsm8k|boolq]
                            training runs it (loss over answers, gradients of the LoRA factors, no optimizer)
   over_sorted_epoch        the same, but the epoch's batches are sorted by length, too: what is left is the scoring
   projected_over_epoch     scoring with alignments by random projection / the epoch
-  per_sample_over_scoring  one backward pass per sample with the norm of its gradients / one scoring pass; what batches
-                           save shows where a device is not filled by one sample: short rows, or a GPU
+  per_sample_over_scoring  one backward pass per sample of that same live adapter, with the norm of its gradients / one
+                           scoring pass; what batches save shows where one sample does not fill a device: short rows,
+                           or a GPU
 
 All kinds take turns, a part of the rows each, so that a machine whose speed drifts treats them alike. Norms of both
 ways are compared, too, in fp32 on some rows.
@@ -118,7 +119,7 @@ def times(model: torch.nn.Module, live: torch.nn.Module, rows: list, batch_size:
         "sorted_epoch": lambda part: epoch(by_length[part]),
         "scoring": lambda part: score(part, WANTED),
         "projected": lambda part: score(part, PROJECTED),
-        "per_sample": lambda part: one_by_one(model, rows, order[part.start * batch_size : part.stop * batch_size]),
+        "per_sample": lambda part: one_by_one(live, rows, order[part.start * batch_size : part.stop * batch_size]),
     }
     seconds = dict.fromkeys(kinds, 0.0)
     edges = [round(turn * len(by_length) / turns) for turn in range(turns + 1)]
