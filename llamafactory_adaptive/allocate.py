@@ -2,16 +2,20 @@
 
 Static methods score modules: ranks are proportional to the scores within their bounds (water-filling: what a capped
 module cannot take goes to the rest by the same proportions), then rounded down and completed by the largest
-remainders. Dynamic methods score rank-1 components: the globally best are kept, or modules share the budget by the
-mean score of theirs. Deterministic: ties go by module order.
+remainders. Dynamic methods score rank-1 components: the globally best are kept, or modules share the budget by their
+sensitivities. Deterministic: ties go by module order.
 """
 
+import bisect
 import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llamafactory_adaptive.errors import InfeasibleBudgetError
+
+
+_LEAST_SCORE = 1e-250  # of the largest: below it a score is 0, so that bound / score stays finite
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ def water_fill(
     """Real-valued ranks ``clip(level * score, lower, upper)`` whose cost is exactly ``budget``.
 
     The cost is piecewise linear in ``level``: each module joins the slope at ``lower/score`` and leaves it at
-    ``upper/score``. One sweep over the sorted break points finds the level, O(n log n).
+    ``upper/score``. A search over the sorted break points finds the piece, and the piece gives the level. Costs are
+    summed exactly at each look: a running sum would lose scores many orders of magnitude below the largest.
 
     Modules with score 0 stay at their lower bound unless all others are capped; what is then left is shared among
     them equally.
@@ -102,53 +107,27 @@ def water_fill(
     top = max(scores, default=0.0)
     if top <= 0.0:
         return _fill_equally(costs, budget, lower, upper)
-    scaled = [score / top for score in scores]
-    cost = float(sum(low * unit for low, unit in zip(lower, costs, strict=True)))
-    events = sorted(
-        event
-        for score, unit, low, high in zip(scaled, costs, lower, upper, strict=True)
-        if score > 0 and high > low
-        for event in ((low / score, score * unit), (high / score, -score * unit))
-    )
-    level = slope = 0.0
-    for point, change in events:
-        if math.isfinite(point):
-            step = slope * (point - level)
-            if cost + step >= budget:
-                break
-            cost, level = cost + step, point
-        slope += change
-    if slope > 0:
-        level = _polish(level + (budget - cost) / slope, scaled, costs, budget, lower, upper)
-    ranks = [
-        min(max(level * score, float(low)), float(high)) for score, low, high in zip(scaled, lower, upper, strict=True)
+    scaled = [score / top if score / top > _LEAST_SCORE else 0.0 for score in scores]
+    modules = list(zip(scaled, costs, lower, upper, strict=True))
+
+    def ranks_at(level: float) -> list[float]:
+        return [min(max(level * score, float(low)), float(high)) for score, _, low, high in modules]
+
+    def cost_at(level: float) -> float:
+        return math.fsum(rank * unit for rank, unit in zip(ranks_at(level), costs, strict=True))
+
+    points = sorted({bound / score for score, _, low, high in modules if score for bound in (low, high)})
+    place = bisect.bisect_right(points, budget, key=cost_at)
+    level = points[max(0, place - 1)]
+    slopes = [
+        unit * score if score and low / score <= level < high / score else 0.0 for score, unit, low, high in modules
     ]
-    return _spend_rest_on_unscored(ranks, scaled, costs, budget, lower, upper)
-
-
-def _polish(
-    level: float,
-    scores: Sequence[float],
-    costs: Sequence[int],
-    budget: float,
-    lower: Sequence[int],
-    upper: Sequence[int],
-) -> float:
-    """Newton steps on the piecewise linear cost, summed exactly: the running slope loses the smallest scores."""
-    for _ in range(8):
-        fixed, slopes = [], []
-        for score, unit, low, high in zip(scores, costs, lower, upper, strict=True):
-            if low < level * score < high:
-                slopes.append(score * unit)
-            else:
-                fixed.append(unit * min(max(level * score, float(low)), float(high)))
-        if not slopes:
-            break
-        better = (budget - math.fsum(fixed)) / math.fsum(slopes)
-        if better == level:
-            break
-        level = better
-    return level
+    if place < len(points) and any(slopes):
+        fixed = math.fsum(
+            rank * unit for rank, unit, slope in zip(ranks_at(level), costs, slopes, strict=True) if not slope
+        )
+        level = min((budget - fixed) / math.fsum(slopes), points[place])
+    return _spend_rest_on_unscored(ranks_at(level), scaled, costs, budget, lower, upper)
 
 
 def _spend_rest_on_unscored(
@@ -240,6 +219,7 @@ def keep_components(
 
 
 def reallocate_components(
+    sensitivities: Sequence[float],
     scores: Sequence[Sequence[float]],
     on: Sequence[Sequence[bool]],
     costs: Sequence[int],
@@ -247,12 +227,13 @@ def reallocate_components(
     lower: Sequence[int],
     upper: Sequence[int],
 ) -> list[list[bool]]:
-    """Share the budget among modules by the mean score of their components in use; ranks grow and shrink.
+    """Share the budget among modules in proportion to their sensitivities; ranks grow and shrink.
 
     A module that shrinks keeps its best components. One that grows turns on the first of those that are off, which
-    have no score worth the name. A module without any in use has score 0.
+    have no score worth the name.
 
     Args:
+        sensitivities: per module, non-negative and finite.
         scores: per module, one non-negative finite score per component.
         on: which components are in use.
         costs, budget, lower, upper: as in :func:`allocate`.
@@ -263,11 +244,7 @@ def reallocate_components(
     Raises:
         InfeasibleBudgetError, ValueError: as :func:`allocate`.
     """
-    used = [
-        [score for score, flag in zip(row, flags, strict=True) if flag] for row, flags in zip(scores, on, strict=True)
-    ]
-    modules = [sum(row) / len(row) if row else 0.0 for row in used]
-    ranks = allocate(modules, costs, budget, lower, upper).ranks
+    ranks = allocate(sensitivities, costs, budget, lower, upper).ranks
     keep = []
     for row, flags, rank in zip(scores, on, ranks, strict=True):
         order = sorted(range(len(row)), key=lambda index: (not flags[index], -row[index] if flags[index] else 0.0))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.gradients import Engine, full_shape
-from llamafactory_adaptive.methods import DynamicMethod, Orthogonality, ReallocatingMethod
+from llamafactory_adaptive.methods import DynamicMethod, Orthogonality
 from llamafactory_adaptive.processes import add_up, processes
 from llamafactory_adaptive.triplet import Triplets, fresh_rows
 
@@ -162,14 +162,13 @@ class Components:
         ]
         return torch.tensor([held / count for count in every], device=self.triplets.modules[0].a.mask_r.device)
 
-    def restart(self, method: ReallocatingMethod, fresh: Sequence[Sequence[bool]], seed: int) -> None:
+    def restart(self, fresh: Sequence[Sequence[bool]], seed: int) -> None:
         """Start components anew that were off: no effect on the output, nothing remembered.
 
-        Column of P zero, row of Q as at the start of LoRA, momenta and running scores empty. The optimizer's squared
+        Column of P zero, row of Q as at the start of LoRA, momenta empty. The optimizer's squared
         gradients start from their mean over the components of the same factor that were in use.
 
         Args:
-            method: forgets them, too.
             fresh: per module, which components.
             seed: of the new rows; equal on every process.
         """
@@ -179,7 +178,6 @@ class Components:
             if not bool(fresh_Mr.any()):
                 continue
             flags_MX = block.spread(fresh_Mr)
-            method.restart(block.name, self._to_device(self._owned(block, flags_MX.float())))
             squares_M = self._mean_squares(block)
             for parameter, flags_X, square in zip(block.parameters, flags_MX, squares_M, strict=True):
                 if bool(flags_X.any()):

@@ -98,11 +98,13 @@ class ReallocationConfig:
     Attributes:
         live_rank: rank of the tensors that train: what a module can grow to.
         refresh_ratio: share of all optimizer steps between two allocations.
+        beta: what the sensitivities of earlier intervals count, compared with those of the next.
         seed: of the factors.
     """
 
     live_rank: int
     refresh_ratio: float
+    beta: float
     seed: int
 
 

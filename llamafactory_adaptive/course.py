@@ -31,6 +31,8 @@ class Course:
         self.history: list[dict[str, Any]] = []
         self.module_scores: list[float] = [0.0] * len(start.modules)
         self.metrics: dict[str, float] = {}
+        self.sensitivities: list[float] = [0.0] * len(start.modules)
+        self.fresh: list[list[int]] = [[] for _ in start.modules]
         self.upper = [min(config.max_rank, module.rank) for module in start.modules]
         self.lower = [min(config.min_rank, high) for high in self.upper]
 
@@ -65,22 +67,48 @@ class Course:
             GuardError: a score is not finite.
         """
         try:
-            if self.reallocates:
-                return reallocate_components(scores, before, self.costs, budget, self.lower, self.upper)
-            return keep_components(scores, self.costs, budget, self.lower, self.upper)
+            if not self.reallocates:
+                return keep_components(scores, self.costs, budget, self.lower, self.upper)
+            self._learn(scores, before)
+            after = reallocate_components(
+                self.sensitivities, scores, before, self.costs, budget, self.lower, self.upper
+            )
         except ValueError as error:
             raise GuardError(f"step {step}: {error}; training has diverged, lower learning_rate") from error
+        self.fresh = [
+            [index for index, (old, new) in enumerate(zip(*rows, strict=True)) if new and not old]
+            for rows in zip(before, after, strict=True)
+        ]
+        return after
+
+    def _learn(self, scores: Sequence[Sequence[float]], on: Masks) -> None:
+        """Add an interval to what is known of the modules' sensitivities.
+
+        An interval's sensitivity of a module is the mean over its components in use, as a share of all modules'; those
+        that came back when the interval began have a B of zero, which says nothing of the module. Earlier intervals
+        count ``beta`` times as much: without a memory a module that grew would look insensitive, since its new
+        components are small as yet, and shrink again.
+        """
+        means = []
+        for row, flags, fresh in zip(scores, on, self.fresh, strict=True):
+            used = [index for index, flag in enumerate(flags) if flag]
+            judged = [index for index in used if index not in fresh] or used
+            means.append(sum(row[index] for index in judged) / max(1, len(judged)))
+        total = sum(means) or 1.0
+        beta = self.config.course.beta  # type: ignore[union-attr]
+        self.sensitivities = [beta * old + new / total for old, new in zip(self.sensitivities, means, strict=True)]
 
     def record(
         self, step: int, budget: int, final: bool, scores: Sequence[Sequence[float]], before: Masks, after: Masks
     ) -> dict[str, Any]:
         """Take note of a choice; returns its line for the log."""
         self.final = final
-        used = [
-            [score for score, on in zip(row, flags, strict=True) if on]
-            for row, flags in zip(scores, before if self.reallocates else after, strict=True)
-        ]
-        self.module_scores = [sum(row) / len(row) if row and self.reallocates else sum(row) for row in used]
+        kept = zip(scores, after, strict=True)
+        self.module_scores = (
+            self.sensitivities
+            if self.reallocates
+            else [sum(score for score, on in zip(row, flags, strict=True) if on) for row, flags in kept]
+        )
         ranks = [(sum(old), sum(new)) for old, new in zip(before, after, strict=True)]
         line: dict[str, Any] = {
             "step": step,
@@ -112,7 +140,8 @@ class Course:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {key: getattr(self, key) for key in ("final", "history", "module_scores", "metrics")}
+        keys = ("final", "history", "module_scores", "metrics", "sensitivities", "fresh")
+        return {key: getattr(self, key) for key in keys}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state` gave."""

@@ -169,10 +169,9 @@ class DynamicCallback(AdaptiveCallback):
 
     def _restart(self, before: Masks, after: Masks) -> None:
         """Components that come back start as new ones do; the method begins another interval."""
-        method = cast(ReallocatingMethod, self.method)
-        method.allocated()
+        cast(ReallocatingMethod, self.method).allocated()
         fresh = [[new and not old for old, new in zip(*rows, strict=True)] for rows in zip(before, after, strict=True)]
-        self.components.restart(method, fresh, draw(self.config.seed, self.step, 0, 2**62))
+        self.components.restart(fresh, draw(self.config.seed, self.step, 0, 2**62))
 
     def write_log(self, output: Path, line: Mapping[str, Any]) -> None:
         """With what probing cost so far."""

@@ -82,7 +82,7 @@ def _course(config: AdaptiveConfig) -> dict[str, Any]:
     return {_course_key(key): value for key, value in asdict(config.course).items() if key not in _SAID_ELSEWHERE}
 
 
-_SAID_ELSEWHERE = ("max_overhead", "live_rank", "refresh_ratio")
+_SAID_ELSEWHERE = ("max_overhead", "live_rank", "refresh_ratio", "beta")
 
 
 def _course_key(name: str) -> str:

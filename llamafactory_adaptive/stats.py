@@ -159,53 +159,31 @@ class SmoothedImportance(_Blockwise):
         return self.mean[block] * self.deviation[block]
 
 
-class DiscountedMean(_Blockwise):
-    """Mean of all observations, in which those from before the last :meth:`fade` count ``beta`` times as much.
+class IntervalMean(_Blockwise):
+    """Mean of the observations of one interval. Elements come in named blocks, flat, in fp32: a number per element."""
 
-    After K intervals of equal length with means ``m_k`` it is ``sum_k beta^(K-k) m_k / sum_k beta^(K-k)``: an
-    exponential moving average over intervals, without its bias towards the start. Elements come in named blocks, flat,
-    in fp32. Memory: two numbers per element.
-    """
+    kinds = ("total", "count")
 
-    kinds = ("total", "weight")
-
-    def __init__(self, beta: float) -> None:
-        self.beta = beta
+    def __init__(self) -> None:
         self.total: dict[str, Tensor] = {}
-        self.weight: dict[str, Tensor] = {}
+        self.count: dict[str, Tensor] = {}
 
-    def update(self, block: str, values: Tensor, observed: Tensor | None = None) -> None:
-        """Take one observation; ``values`` is used up as scratch.
-
-        Args:
-            block: name of the block.
-            values: any shape that stays the same.
-            observed: 1.0 for elements to update, of that shape. All when None.
-        """
+    def update(self, block: str, values: Tensor) -> None:
+        """Take one observation; ``values`` is used up."""
         if block not in self.total:
-            self.total[block] = torch.zeros_like(values)
-            self.weight[block] = torch.zeros_like(values)
-        if observed is None:
-            self.total[block].add_(values)
-            self.weight[block].add_(1.0)
+            self.total[block], self.count[block] = values, torch.ones(())
         else:
-            self.total[block].add_(values.mul_(observed))
-            self.weight[block].add_(observed)
+            self.total[block].add_(values)
+            self.count[block] += 1
 
     def mean(self, block: str) -> Tensor:
-        """Per element; 0 where nothing was observed."""
-        return self.total[block] / self.weight[block].clamp(min=torch.finfo(torch.float32).tiny)
+        """Per element."""
+        return self.total[block] / self.count[block].item()
 
-    def fade(self) -> None:
-        """An interval ends: what was seen so far counts less from now on."""
-        for tensor in (*self.total.values(), *self.weight.values()):
-            tensor.mul_(self.beta)
-
-    def restart(self, block: str, fresh: Tensor) -> None:
-        """Forget what was seen of the elements where ``fresh`` is 1.0."""
-        if block in self.total:
-            self.total[block].mul_(1.0 - fresh)
-            self.weight[block].mul_(1.0 - fresh)
+    def clear(self) -> None:
+        """Another interval begins."""
+        self.total.clear()
+        self.count.clear()
 
 
 def draw(seed: int, step: int, micro_batch: int, choices: int) -> int:

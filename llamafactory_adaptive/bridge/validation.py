@@ -103,7 +103,7 @@ def _course(
         if made.sampling is not None and made.sampling.scales_budget and 2 * low > lora_rank:
             reason = f"the budget may fall to half of lora_rank ({lora_rank}) with {name}_phi: quality"
             problems.append(Problem("adaptive_min_rank", low, reason, f"adaptive_min_rank: {lora_rank // 2}"))
-        return ReallocationConfig(max_rank, made.refresh_ratio, run_seed(args)), problems
+        return ReallocationConfig(max_rank, made.refresh_ratio, made.beta, run_seed(args)), problems
     pruning, faults = check_pruning(common, lora_rank, max_rank, run_seed(args))
     return pruning, problems + faults
 

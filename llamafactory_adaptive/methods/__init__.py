@@ -147,14 +147,15 @@ class ReallocatingMethod(DynamicMethod, Protocol):
         """Share of all optimizer steps between two allocations."""
 
     @property
+    def beta(self) -> float:
+        """What the sensitivities of earlier intervals count, compared with those of the next; 0 to 1."""
+
+    @property
     def idle_on_a_plan(self) -> tuple[str, ...]:
         """Options that are not read when ranks come from ``adaptive_plan``; those of its sampling still are."""
 
     def allocated(self) -> None:
-        """Ranks were shared anew: another interval begins."""
-
-    def restart(self, block: str, fresh: Tensor) -> None:
-        """Forget the elements where ``fresh`` is 1.0: their component was off and starts anew."""
+        """Ranks were shared anew: another interval begins, and what was seen of elements is over."""
 
 
 def is_dynamic(method: type[Any]) -> bool:

@@ -12,15 +12,18 @@ without replacement by p_i = softmax(Q_i / tau). Ranks follow the sensitivity of
 What differs, since no full text is public: the second term is eta |g_i|^2 unless ``loss_drop: exact``; the third is
 ours, as are the z-scores, the draw without replacement, phi (1, so that the budget holds; ``quality`` is the mean
 place of S in the quality order, mapped to [0.5, 1]), the refresh every ``refresh_ratio`` of all steps, and the
-smoothing of S_m: E is the mean over all steps of a refresh interval, and earlier intervals count ``beta`` times as
-much as the next, without a bias towards the start. Samples are scored once, before the first step, when B is zero:
-|g_i| is then the gradient of the B factors. The adapter is plain LoRA with live rank ``adaptive_max_rank`` and a mask;
-all modules start at ``lora_rank``. Within a module the components with the highest mean importance stay; one that
+smoothing of S_m: E is the mean over all steps of a refresh interval, S_m / sum S is taken per interval, and earlier
+intervals count ``beta`` times as much as the next. A component that came back does not count in its first interval:
+its B starts at zero, and a module would look insensitive for having grown. Samples are scored once, before the first
+step, when B is zero: |g_i| is then the gradient of the B factors.
+
+The adapter is plain LoRA with live rank ``adaptive_max_rank`` and a mask;
+all modules start at ``lora_rank``. Within a module the components most important in the last interval stay; one that
 comes back starts with column of B zero, a fresh row of A, no momentum, and the mean of the factor's squared gradients.
 
 Cost: one scoring pass (about one forward and backward pass over the data without weight gradients; two for the exact
-alignment, a forward pass more for the exact loss drop); optimizer states for ``adaptive_max_rank``, two more fp32
-numbers per factor element and an element-wise pass over the adapter per step.
+alignment, a forward pass more for the exact loss drop); optimizer states for ``adaptive_max_rank``, one more fp32
+number per factor element and an element-wise pass over the adapter per step.
 """
 
 from collections.abc import Mapping
@@ -33,7 +36,7 @@ from llamafactory_adaptive.errors import Problem
 from llamafactory_adaptive.fields import option
 from llamafactory_adaptive.methods import Scores, ScoringContext
 from llamafactory_adaptive.sampling import Sampling
-from llamafactory_adaptive.stats import DiscountedMean
+from llamafactory_adaptive.stats import IntervalMean
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ class Tsq:
 
     def __init__(self, options: TsqOptions) -> None:
         self.options = options
-        self.importance = DiscountedMean(options.beta)
+        self.importance = IntervalMean()
 
     @property
     def course(self) -> str:
@@ -159,6 +162,11 @@ class Tsq:
     def refresh_ratio(self) -> float:
         """As configured."""
         return self.options.refresh_ratio
+
+    @property
+    def beta(self) -> float:
+        """As configured."""
+        return self.options.beta
 
     @property
     def sampling(self) -> Sampling | None:
@@ -196,26 +204,20 @@ class Tsq:
         return None
 
     def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
-        """Average ``|w g|`` or ``g^2``."""
-        if self.options.sensitivity == "fisher":
-            self.importance.update(block, gradients.square_(), live)
-        else:
-            self.importance.update(block, gradients.mul_(weights).abs_(), live)
+        """Average ``|w g|`` or ``g^2``; what is masked has neither."""
+        fisher = self.options.sensitivity == "fisher"
+        self.importance.update(block, gradients.square_() if fisher else gradients.mul_(weights).abs_())
 
     def element_scores(self, block: str, weights: Tensor) -> Tensor:
-        """The mean since training began, recent intervals first."""
+        """The mean since the last allocation."""
         return self.importance.mean(block)
 
     def allocated(self) -> None:
-        """What was seen up to here counts less at the next allocation."""
-        self.importance.fade()
-
-    def restart(self, block: str, fresh: Tensor) -> None:
-        """Components that come back have no past."""
-        self.importance.restart(block, fresh)
+        """Another interval begins."""
+        self.importance.clear()
 
     def state(self) -> dict[str, Tensor]:
-        """Sums and weights."""
+        """Sums and counts."""
         return self.importance.state()
 
     def load(self, state: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import reference
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llamafactory_adaptive.allocate import allocate, water_fill
@@ -15,17 +15,18 @@ from llamafactory_adaptive.errors import InfeasibleBudgetError
 
 
 @st.composite
-def problems(draw):
+def problems(draw, positive=st.floats(1e-6, 1e6)):  # noqa: B008
     n = draw(st.integers(1, 12))
     costs = draw(st.lists(st.integers(1, 50), min_size=n, max_size=n))
     lower = draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))
     upper = [low + draw(st.integers(0, 12)) for low in lower]
     least, most = (sum(r * c for r, c in zip(bound, costs, strict=True)) for bound in (lower, upper))
-    scores = draw(st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), min_size=n, max_size=n))
+    scores = draw(st.lists(st.one_of(st.just(0.0), positive), min_size=n, max_size=n))
     return scores, costs, draw(st.integers(least, most)), lower, upper
 
 
-@given(problems())
+@given(problems(st.floats(0.0, 1e6) | st.floats(0.0, 1e-290)))
+@example(([0.0, 0.0, 0.0, 36056.0, 124360.5, 4.5447163373705554e-120], [1] * 6, 18, [1] * 6, [6] * 6))
 @settings(max_examples=400, deadline=None)
 def test_budget_and_bounds_hold_and_what_is_left_buys_nothing(problem):
     _, costs, budget, lower, upper = problem

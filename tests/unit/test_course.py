@@ -2,7 +2,7 @@
 
 import pytest
 
-from llamafactory_adaptive.config import AdaptiveConfig, CalibrationConfig
+from llamafactory_adaptive.config import AdaptiveConfig, CalibrationConfig, ReallocationConfig
 from llamafactory_adaptive.course import Course
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.plan import ModulePlan, RankPlan
@@ -11,10 +11,11 @@ from llamafactory_adaptive.plan import ModulePlan, RankPlan
 def course(**more):
     modules = (ModulePlan("a", 3, 5, rank=3), ModulePlan("b", 10, 10, rank=3))
     start = RankPlan("igu", {}, "params", 2, 4.0, modules)
-    settings = {"min_rank": 1, "max_rank": 8, **more}
+    settings = {"min_rank": 1, "max_rank": 8, "budget_unit": "params", **more}
     calibration = CalibrationConfig(None, 1, 1, 0)
     return Course(
-        start, AdaptiveConfig("igu", {}, "params", 2, 4.0, plan_path=None, calibration=calibration, **settings)
+        start,
+        AdaptiveConfig("igu", {}, lora_rank=2, lora_alpha=4.0, plan_path=None, calibration=calibration, **settings),
     )
 
 
@@ -33,6 +34,23 @@ def test_bounds_are_kept_and_nan_is_a_diverged_run():
     assert course(max_rank=2).choose(4, scores, 56, ALL) == [[True, True, False], [True, True, False]]
     with pytest.raises(GuardError, match=r"step 4: module 0 .* not finite; training has diverged"):
         course().choose(4, [[float("inf"), 1.0, 1.0], [1.0] * 3], 56, ALL)
+
+
+def test_sensitivities_are_discounted_shares_in_which_new_components_do_not_count():
+    found = course(budget_unit="ranks", course=ReallocationConfig(3, 0.25, 0.5, 0))
+    on = [[True, True, False], [True, True, False]]
+    # Means 3 and 1: shares 3/4 and 1/4 of four ranks. The module that grows turns on its third component.
+    on = found.choose(4, [[4.0, 2.0, 0.0], [1.5, 0.5, 0.0]], 4, on)
+    assert on == [[True, True, True], [True, False, False]]
+    # Again 3 to 1 where components count; with the new one, 0, the mean of the first would be 2.
+    found.choose(8, [[4.0, 2.0, 0.0], [1.0, 0.0, 0.0]], 4, on)
+    assert found.sensitivities == [0.5 * 0.75 + 0.75, 0.5 * 0.25 + 0.25]
+    # An interval later it counts: 2 and 6, shares 1/4 and 3/4.
+    on = found.choose(12, [[4.0, 2.0, 0.0], [6.0, 0.0, 0.0]], 4, on)
+    assert found.sensitivities == pytest.approx([0.5 * 1.125 + 0.25, 0.5 * 0.375 + 0.75])
+    again = course(budget_unit="ranks", course=found.config.course)
+    again.load(found.state())
+    assert again.choose(16, [[1.0] * 3] * 2, 4, on) == found.choose(16, [[1.0] * 3] * 2, 4, on)
 
 
 def test_a_choice_is_noted_with_what_changed():
