@@ -14,7 +14,6 @@ from eval.data import check_files, local_files
 from eval.errors import UsageError
 from eval.models import BASE, Model, problem_with
 from eval.protocols import PROTOCOLS, TEMPLATES, Task, load_tasks
-from eval.redaction import without_user
 from eval.server import ServerOptions
 
 
@@ -167,8 +166,10 @@ def _range_problems(given: argparse.Namespace) -> Iterator[str]:
         yield f"--seeds: {given.seeds!r} is not possible: it must be whole numbers from 0, comma separated; try 1,2,3"
     if not given.tasks.strip(","):
         yield f"--tasks: none is named; try {DEFAULT_TASKS}"
-    if given.base_url is not None and (urlsplit(given.base_url).scheme not in ("http", "https")):
-        yield f"--base-url: {without_user(given.base_url)} is no URL; try http://127.0.0.1:8000"
+    if given.base_url is not None and "@" in given.base_url:
+        yield "--base-url: an address with a user or a password is not possible; put a key into OPENAI_API_KEY"
+    elif given.base_url is not None and (urlsplit(given.base_url).scheme not in ("http", "https")):
+        yield f"--base-url: {given.base_url} is no URL; try http://127.0.0.1:8000"
     if given.base_url is not None and (given.port or given.dtype or given.server_args):
         yield "--base-url: --port, --dtype and --server-args are for a server we start; leave them out"
     yield from _server_word_problems(given.server_args)
@@ -178,7 +179,7 @@ def _server_word_problems(text: str) -> Iterator[str]:
     try:
         words = shlex.split(text)
     except ValueError as error:
-        yield f"--server-args: {text!r} is no command line ({error})"
+        yield f"--server-args: this is no command line ({error})"  # which may hold a key
         return
     for word in words:
         option = word.partition("=")[0].replace("_", "-")  # vLLM takes both, and any beginning that is unique

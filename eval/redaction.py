@@ -7,17 +7,12 @@ from collections.abc import Iterator, Sequence
 
 HIDDEN = "***"
 _SECRET = re.compile(r"--(api[-_]key|hf[-_]token|.*password.*)")
-_USER = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_USER = re.compile(r"(?<=://)\S+(?=@)")  # up to the last @: a password may hold one; rather too much than too little
 
 
 def redacted(words: Sequence[str]) -> str:
     """``words`` as one shell line, every secret shown as ``***``; a command line within ``--server-args`` too."""
     return shlex.join(_shown(words))
-
-
-def without_user(url: str) -> str:
-    """An address as messages may show it."""
-    return _USER.sub(HIDDEN, url)
 
 
 def _shown(words: Sequence[str]) -> Iterator[str]:
@@ -37,4 +32,4 @@ def _value(option: str, value: str) -> str:
         return HIDDEN
     if option == "--server-args":
         return redacted(shlex.split(value))
-    return without_user(value)
+    return _USER.sub(HIDDEN, value)

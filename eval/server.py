@@ -19,7 +19,7 @@ import requests
 from eval import keeper
 from eval.errors import EvalError
 from eval.models import Serving, lora_rank_to_reserve
-from eval.redaction import redacted, without_user
+from eval.redaction import redacted
 
 
 LOOPBACK = "127.0.0.1"
@@ -243,8 +243,7 @@ def ask(url: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         answer.raise_for_status()
         return answer.json()
     except (requests.RequestException, ValueError) as error:
-        place = without_user(f"{url}{path}")
-        raise EvalError(f"no OpenAI-compatible server answers at {place}: {without_user(_cause(error))}") from error
+        raise EvalError(f"no OpenAI-compatible server answers at {url}{path}: {_cause(error)}") from error
 
 
 def _cause(error: Exception) -> str:

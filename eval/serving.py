@@ -8,7 +8,7 @@ from typing import Any
 from eval.arguments import Request
 from eval.errors import EvalError
 from eval.models import Serving
-from eval.redaction import without_user
+from eval.redaction import redacted
 from eval.server import LOOPBACK, Server, ServerOptions, ask, check_port, environment, free_port
 
 
@@ -42,7 +42,7 @@ def endpoint(request: Request, serving: Serving, command: Command, say: Callable
         EvalError: the port is taken, the server does not start, nobody answers, or a model is not served.
     """
     if request.url is not None:
-        say(f"asking the server at {without_user(request.url)}")
+        say(f"asking the server at {redacted([request.url])}")
         place = _describe(request.url, serving, None, str)
         _probe(place, serving, request.num_beams)
         yield place
@@ -77,9 +77,7 @@ def _models(url: str) -> list[Mapping[str, Any]]:
     answer = ask(url, "/v1/models")
     models = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(models, list) or not all(isinstance(m, dict) and isinstance(m.get("id"), str) for m in models):
-        raise EvalError(
-            f"--base-url: {without_user(url)}/v1/models lists no models; give an OpenAI-compatible server's address"
-        )
+        raise EvalError(f"--base-url: {url}/v1/models lists no models; give an OpenAI-compatible server's address")
     return models
 
 
@@ -109,7 +107,7 @@ def _require(url: str, body: Mapping[str, Any], fits: Callable[[Any], bool], wha
         why = str(error)
     except (KeyError, IndexError, TypeError):
         pass
-    raise EvalError(f"--base-url: the server at {without_user(url)} cannot {what} ({why})")
+    raise EvalError(f"--base-url: the server at {url} cannot {what} ({why})")
 
 
 def _scores_prompts(choice: Any) -> bool:
@@ -126,8 +124,7 @@ def _find(name: str, serving: Serving, models: Sequence[Mapping[str, Any]], url:
         rooted = [m["id"] for m in models if serving.model in (m["id"], m.get("root"))]
         if len(found := rooted[:1] or (bases if serving.name == "base" else [])) == 1:
             return str(found[0])
-    served = ", ".join(m["id"] for m in models)
-    raise EvalError(f"the server at {without_user(url)} does not serve {name}; it serves {served}")
+    raise EvalError(f"the server at {url} does not serve {name}; it serves {', '.join(m['id'] for m in models)}")
 
 
 def _version(url: str) -> str:

@@ -3,6 +3,7 @@
 Knows neither Trainer nor tensors; ``dynamic`` drives it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -90,10 +91,11 @@ class Course:
         components are small as yet, and shrink again.
         """
         means = []
-        for row, flags, fresh in zip(scores, on, self.fresh, strict=True):
-            used = [index for index, flag in enumerate(flags) if flag]
-            judged = [index for index in used if index not in fresh] or used
-            means.append(sum(row[index] for index in judged) / max(1, len(judged)))
+        for module, (row, flags, fresh) in enumerate(zip(scores, on, self.fresh, strict=True)):
+            judged = [score for index, score in enumerate(row) if flags[index] and index not in fresh]
+            means.append(sum(judged) / len(judged))  # of a module's components the best always stay
+            if not math.isfinite(means[-1]):
+                raise ValueError(f"module {module} has a component whose score is not finite")
         total = sum(means) or 1.0
         beta = self.config.course.beta  # type: ignore[union-attr]
         self.sensitivities = [beta * old + new / total for old, new in zip(self.sensitivities, means, strict=True)]

@@ -256,7 +256,7 @@ class DynamicCallback(AdaptiveCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.step = int(state.best_model_checkpoint.rpartition("-")[2])
             self._restore(Path(state.best_model_checkpoint), state.max_steps)
-        if self.counters.allocations == 0 or self.course.cost(self.triplets.masks) > self.course.asked:
+        if not self.course.history or self.course.cost(self.triplets.masks) > self.course.asked:
             if args.should_save:
                 logger.warning(
                     f"adaptive: ranks were not yet found at step {self.step} (they are final from step "

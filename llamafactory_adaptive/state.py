@@ -18,7 +18,7 @@ from llamafactory_adaptive.plan import STATE_JSON, replacing, write_atomically
 from llamafactory_adaptive.processes import processes
 
 
-STATE_SCHEMA = 1
+STATE_SCHEMA = 2
 
 
 def tensor_file(folder: Path, partitioned: bool) -> Path:

@@ -99,7 +99,7 @@ def normalise_within(metric_M: Tensor, groups: list[str]) -> Tensor:
 
 
 class _Blockwise:
-    """Numbers per element in named blocks, under the attributes that ``kinds`` names: how they are kept and read."""
+    """Tensors by named block, under the attributes that ``kinds`` names: how they are kept and read back."""
 
     kinds: tuple[str, ...]
 
@@ -108,7 +108,9 @@ class _Blockwise:
         return {f"{kind}.{block}": value for kind in self.kinds for block, value in getattr(self, kind).items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what :meth:`state` gave."""
+        """Take back what :meth:`state` gave; what is there now is forgotten."""
+        for kind in self.kinds:
+            getattr(self, kind).clear()
         for name, value in state.items():
             kind, _, block = name.partition(".")
             getattr(self, kind)[block] = value
@@ -169,7 +171,7 @@ class IntervalMean(_Blockwise):
         self.count: dict[str, Tensor] = {}
 
     def update(self, block: str, values: Tensor) -> None:
-        """Take one observation; ``values`` is used up."""
+        """Take one observation; ``values`` is kept, or used up as scratch."""
         if block not in self.total:
             self.total[block], self.count[block] = values, torch.ones(())
         else:

@@ -98,7 +98,8 @@ class DynamicMethod(Protocol):
         """How ranks change.
 
         ``prune``: over-ranked at first, the globally best components stay under a falling budget. ``reallocate``:
-        module ranks proportional to the mean score of their elements, anew at every refresh, under a constant budget;
+        module ranks proportional to the mean score of their elements in use, discounted over refreshes (a component's
+        first interval does not count), under a constant budget;
         see :class:`ReallocatingMethod`. ``fixed``: not at all; the method is a :class:`StaticMethod` then.
         """
 
@@ -124,7 +125,7 @@ class DynamicMethod(Protocol):
 
         Args:
             block: its name, ``<kind>/<shape>``.
-            weights, gradients: fp32, flat; ``gradients`` may be used up as scratch.
+            weights, gradients: fp32, flat; ``gradients`` is the method's own, to keep or to use up as scratch.
             live: 1.0 for elements that took part, 0.0 for P and Q of components that are masked (whose gradient is
                 zero by construction and says nothing); None when all did.
         """

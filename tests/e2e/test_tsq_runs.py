@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_pruning import adapters_equal, allocations, lines
+from test_pruning import EVALUATE, adapters_equal, allocations, lines
 from test_training import logits, peft_logits, train
 from tiny import tsq_settings
 
@@ -307,6 +307,28 @@ def test_wrong_options_are_named_before_anything_is_loaded(tiny_llama, data_dir,
             train(tsq_settings(tiny_llama, data_dir, tmp_path / name, **change))
         assert message in str(caught.value), name
         assert not (tmp_path / name).exists()
+
+
+def test_load_best_from_before_the_first_refresh_does_not_end_as_uniform_lora(
+    tiny_llama, data_dir, tmp_path, monkeypatch
+):
+    from llamafactory_adaptive import dynamic
+
+    said: list[str] = []
+    monkeypatch.setattr(dynamic.logger, "warning", said.append)
+    out = tmp_path / "out"
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    every_two = {**EVALUATE, "eval_steps": 2, "save_steps": 2}  # at step 1 all sensitivities are 0, since B is
+    train(tsq_settings(tiny_llama, data_dir, out, tsq_sampling=False, learning_rate=1e-2, **every_two, **best))
+    state = json.loads((out / "trainer_state.json").read_text())
+    step = int(state["best_model_checkpoint"].rpartition("-")[2])
+    assert step < 3, "before the first refresh"
+    assert allocations(out)[-1]["step"] == step
+    ranks = load_plan(out / "adaptive_rank_plan.json").ranks()
+    assert list(ranks.values()) == allocations(out)[-1]["ranks"]
+    assert len(set(ranks.values())) > 2
+    (warning,) = said
+    assert f"ranks were not yet found at step {step} " in warning
 
 
 def test_restarted_components_train_again(tiny_llama, data_dir, tmp_path):

@@ -125,6 +125,7 @@ def test_keys_are_in_no_log(port, tmp_path):
     ("words", "shown"),
     [
         (["--base-url", "https://me:pw@host/v1", "--limit", "4"], "--base-url 'https://***@host/v1' --limit 4"),
+        (["--base-url=https://me:p@s/s@host/v1"], "'--base-url=https://***@host/v1'"),
         (["--server-args", "--api-key=s --seed 1"], "--server-args ''\"'\"'--api-key=***'\"'\"' --seed 1'"),
         (["--server-args=--hf-token s"], "'--server-args=--hf-token '\"'\"'***'\"'\"''"),
     ],

@@ -1,5 +1,7 @@
 """What is chosen, what is noted of it, and the plan it makes up."""
 
+import json
+
 import pytest
 
 from llamafactory_adaptive.config import AdaptiveConfig, CalibrationConfig, ReallocationConfig
@@ -48,9 +50,15 @@ def test_sensitivities_are_discounted_shares_in_which_new_components_do_not_coun
     # An interval later it counts: 2 and 6, shares 1/4 and 3/4.
     on = found.choose(12, [[4.0, 2.0, 0.0], [6.0, 0.0, 0.0]], 4, on)
     assert found.sensitivities == pytest.approx([0.5 * 1.125 + 0.25, 0.5 * 0.375 + 0.75])
+    assert on == [[True, True, False], [True, True, False]]
+    assert found.fresh == [[], [1]]
     again = course(budget_unit="ranks", course=found.config.course)
-    again.load(found.state())
-    assert again.choose(16, [[1.0] * 3] * 2, 4, on) == found.choose(16, [[1.0] * 3] * 2, 4, on)
+    again.load(json.loads(json.dumps(found.state())))
+    for resumed in (found, again):  # 3 and 9 where components count
+        resumed.choose(16, [[4.0, 2.0, 0.0], [9.0, 0.0, 0.0]], 4, on)
+        assert resumed.sensitivities == pytest.approx([0.5 * 0.8125 + 0.25, 0.5 * 0.9375 + 0.75])
+    with pytest.raises(GuardError, match=r"step 20: module 1 .* not finite; training has diverged"):
+        found.choose(20, [[4.0, 2.0, 0.0], [float("nan"), 1.0, 0.0]], 4, on)
 
 
 def test_a_choice_is_noted_with_what_changed():
