@@ -10,6 +10,7 @@ Run: ``python benchmarks/quality_pass.py [--data FOLDER] [--dataset gsm8k|boolq]
   per_sample_over_scoring  one backward pass per sample of that same live adapter, with the norm of its gradients / one
                            scoring pass; what batches save shows where one sample does not fill a device: short rows,
                            or a GPU
+  plain_per_sample_over_scoring  the same backward passes on plain LoRA of rank 8, which has the same norms
 
 All kinds take turns, a part of the rows each, so that a machine whose speed drifts treats them alike. Norms of both
 ways are compared, too, in fp32 on some rows.
@@ -114,12 +115,16 @@ def times(model: torch.nn.Module, live: torch.nn.Module, rows: list, batch_size:
             train_batch(model, batch_of(rows, group))
         model.zero_grad()
 
+    def picked(part):
+        return order[part.start * batch_size : part.stop * batch_size]
+
     kinds = {
         "epoch": lambda part: epoch(shuffled[part]),
         "sorted_epoch": lambda part: epoch(by_length[part]),
         "scoring": lambda part: score(part, WANTED),
         "projected": lambda part: score(part, PROJECTED),
-        "per_sample": lambda part: one_by_one(live, rows, order[part.start * batch_size : part.stop * batch_size]),
+        "plain_per_sample": lambda part: one_by_one(model, rows, picked(part)),
+        "per_sample": lambda part: one_by_one(live, rows, picked(part)),
     }
     seconds = dict.fromkeys(kinds, 0.0)
     edges = [round(turn * len(by_length) / turns) for turn in range(turns + 1)]
@@ -157,11 +162,12 @@ def main() -> None:
         "over_sorted_epoch": round(seconds["scoring"] / seconds["sorted_epoch"], 4),
         "projected_over_epoch": round(seconds["projected"] / seconds["epoch"], 4),
         "per_sample_over_scoring": round(seconds["per_sample"] / seconds["scoring"], 4),
+        "plain_per_sample_over_scoring": round(seconds["plain_per_sample"] / seconds["scoring"], 4),
         "largest_norm_error": error,
     }
     for key, value in results.items():
-        print(f"{key:<26} {value:<10.4g} target {TARGETS.get(key, 'none')}")
-    written = record.write_result("quality_pass", {
+        print(f"{key:<30} {value:<10.4g} target {TARGETS.get(key, 'none')}")
+    written = record.write_result("quality_pass" if name == "boolq" else f"quality_pass_{name}", {
         "model": "SmolLM2-135M-Instruct", "dtype": "bfloat16", "data": name, "samples": len(rows),
         "rank": arguments.rank, "live_rank": LIVE * arguments.rank, "batch_size": arguments.batch_size,
         "tokens": sum(len(row["input_ids"]) for row in rows),
