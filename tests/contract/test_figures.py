@@ -43,6 +43,9 @@ ROWS = {
         "share_in_subsets/by loss, subset_ratio 0.7, clip_quantile 0.8",
         "{:.1%}",
     ),
+    "held-out loss, `sensitivity` less plain LoRA": ("worth_it", "results/sensitivity/over_lora/mean", "{:+.4f}"),
+    "the same, `tsq` with ranks alone": ("worth_it", "results/tsq, ranks alone/over_lora/mean", "{:+.4f}"),
+    "the same, `random`": ("worth_it", "results/random/over_lora/mean", "{:+.4f}"),
     "step of `igu` over plain LoRA": ("overhead", "variants/igu/time_ratio", "{:.3f} x"),
     "step of `adalora` over plain LoRA": ("overhead", "variants/adalora/time_ratio", "{:.3f} x"),
     "step of PEFT's own AdaLoRA over plain LoRA": ("overhead", "variants/peft adalora/time_ratio", "{:.3f} x"),
@@ -95,6 +98,19 @@ def test_results_name_command_date_and_versions(name):
         else {"llamafactory", "torch", "peft", "llamafactory-adaptive"}
     )
     assert set(result["versions"]) >= ours
+
+
+def test_verdicts_of_readme_are_those_of_the_comparison():
+    for method in ("sensitivity", "tsq, ranks alone", "random"):
+        assert RESULTS["worth_it"]["results"][method]["verdict"] == "no difference shown"
+
+
+def test_ranks_of_smollm2_grew_and_shrank_within_the_budget():
+    for run in RESULTS["worth_it"]["runs"]["tsq, ranks alone"]["5e-4"]:
+        assert len(run["allocations"]) == 3
+        for found in run["allocations"]:
+            assert 0 <= found["budget_asked"] - found["budget_used"] < 768  # the cheapest rank of its modules
+            assert min(found["grown"], found["shrunk"]) > 0
 
 
 def test_clipping_reduces_the_share_of_planted_wrong_answers():
