@@ -33,15 +33,13 @@ TOPS = (0.05, 0.1, 0.2, 0.5)
 
 def write_pool(source: Path, name: str, folder: Path, samples: int, share: float) -> int:
     """The first rows of the pool with each other's answers; returns how many."""
-    info = json.loads((source / "dataset_info.json").read_text())[name]
-    columns = info.get("columns", {"prompt": "instruction", "response": "output"})
-    lines = (source / info["file_name"]).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines[:samples]]
+    lines, pair = record.read_lines(source, name)
+    rows = [pair(line) for line in lines[:samples]]
     shuffled = round(share * len(rows))
-    answers = [row[columns["response"]] for row in rows]
+    answers = [answer for _, answer in rows]
     answers[:shuffled] = answers[1:shuffled] + answers[:1]
     pool = [
-        {"instruction": row[columns["prompt"]], "input": "", "output": a} for row, a in zip(rows, answers, strict=True)
+        {"instruction": question, "input": "", "output": a} for (question, _), a in zip(rows, answers, strict=True)
     ]
     folder.mkdir()
     (folder / "pool.json").write_text(json.dumps(pool), encoding="utf-8")

@@ -6,7 +6,7 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,19 @@ def dataset_folder(data: str | None, scratch: Path, name: str = "gsm8k") -> tupl
     return scratch, name
 
 
+def read_lines(folder: Path, name: str) -> tuple[list[str], Callable[[str], tuple[str, str]]]:
+    """Lines of a data set, as :func:`dataset_folder` gives it, and what makes prompt and answer of one."""
+    info = json.loads((folder / "dataset_info.json").read_text())[name]
+    columns = info.get("columns", {"prompt": "instruction", "response": "output"})
+    lines = (folder / info["file_name"]).read_text(encoding="utf-8").splitlines()
+
+    def pair(line: str) -> tuple[str, str]:
+        row = json.loads(line)
+        return row[columns["prompt"]], str(row[columns["response"]])
+
+    return lines, pair
+
+
 def read_rows(
     folder: Path, name: str, model: Path, samples: int, answers_only: bool = False
 ) -> list[dict[str, list[int]]]:
@@ -62,15 +75,11 @@ def read_rows(
     """
     from transformers import AutoTokenizer
 
-    info = json.loads((folder / "dataset_info.json").read_text())[name]
-    columns = info.get("columns", {"prompt": "instruction", "response": "output"})
-    lines = (folder / info["file_name"]).read_text(encoding="utf-8").splitlines()
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows = []
-    for line in random.Random(42).sample(lines, samples):
-        row = json.loads(line)
-        talk = [{"role": "user", "content": row[columns["prompt"]]},
-                {"role": "assistant", "content": str(row[columns["response"]])}]  # fmt: skip
+    lines, pair = read_lines(folder, name)
+    for question, answer in map(pair, random.Random(42).sample(lines, samples)):
+        talk = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         ids = list(tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"])[:512]
         prompt = tokenizer.apply_chat_template(talk[:1], return_dict=True, add_generation_prompt=True)["input_ids"]
         start = len(prompt) if answers_only else 0

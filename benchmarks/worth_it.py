@@ -50,16 +50,14 @@ MOVED = ("step", "grown", "shrunk", "budget_asked", "budget_used")
 def prepare(data: str | None, folder: Path, train: int, held_out: int) -> str:
     """Training rows, and the held-out rows in two halves; returns where they come from."""
     source, name = record.dataset_folder(data, folder / "source")
-    columns = json.loads((source / "dataset_info.json").read_text())[name].get("columns", {})
-    prompt, answer = columns.get("prompt", "instruction"), columns.get("response", "output")
-    path = source / json.loads((source / "dataset_info.json").read_text())[name]["file_name"]
-    lines = list(dict.fromkeys(path.read_text(encoding="utf-8").splitlines()))
-    rows = [json.loads(line) for line in random.Random(0).sample(lines, min(len(lines), train + 2 * held_out))]
+    lines, pair = record.read_lines(source, name)
+    lines = list(dict.fromkeys(lines))
+    rows = [pair(line) for line in random.Random(0).sample(lines, min(len(lines), train + 2 * held_out))]
     parts = {"dev": rows[:held_out], "test": rows[held_out : 2 * held_out], "train": rows[2 * held_out :]}
     if len(parts["train"]) < held_out:
-        raise SystemExit(f"{path} has {len(rows)} rows, too few for 2 x {held_out} held-out ones; lower --held-out")
+        raise SystemExit(f"{name} has {len(rows)} rows, too few for 2 x {held_out} held-out ones; lower --held-out")
     for part, chosen in parts.items():
-        texts = [{"instruction": row[prompt], "input": "", "output": str(row[answer])} for row in chosen]
+        texts = [{"instruction": question, "input": "", "output": answer} for question, answer in chosen]
         (folder / f"{part}.json").write_text(json.dumps(texts), encoding="utf-8")
     (folder / "dataset_info.json").write_text(json.dumps({part: {"file_name": f"{part}.json"} for part in parts}))
     return name

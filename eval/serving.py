@@ -8,7 +8,6 @@ from typing import Any
 from eval.arguments import Request
 from eval.errors import EvalError
 from eval.models import Serving
-from eval.redaction import redacted
 from eval.server import LOOPBACK, Server, ServerOptions, ask, check_port, environment, free_port
 
 
@@ -42,7 +41,7 @@ def endpoint(request: Request, serving: Serving, command: Command, say: Callable
         EvalError: the port is taken, the server does not start, nobody answers, or a model is not served.
     """
     if request.url is not None:
-        say(f"asking the server at {redacted([request.url])}")
+        say(f"asking the server at {request.url}")
         place = _describe(request.url, serving, None, str)
         _probe(place, serving, request.num_beams)
         yield place

@@ -33,7 +33,7 @@ class Course:
         self.module_scores: list[float] = [0.0] * len(start.modules)
         self.metrics: dict[str, float] = {}
         self.sensitivities: list[float] = [0.0] * len(start.modules)
-        self.fresh: list[list[int]] = [[] for _ in start.modules]
+        self.fresh: Masks = [[False] * module.rank for module in start.modules]
         self.upper = [min(config.max_rank, module.rank) for module in start.modules]
         self.lower = [min(config.min_rank, high) for high in self.upper]
 
@@ -77,8 +77,7 @@ class Course:
         except ValueError as error:
             raise GuardError(f"step {step}: {error}; training has diverged, lower learning_rate") from error
         self.fresh = [
-            [index for index, (old, new) in enumerate(zip(*rows, strict=True)) if new and not old]
-            for rows in zip(before, after, strict=True)
+            [new and not old for old, new in zip(*rows, strict=True)] for rows in zip(before, after, strict=True)
         ]
         return after
 
@@ -92,7 +91,7 @@ class Course:
         """
         means = []
         for module, (row, flags, fresh) in enumerate(zip(scores, on, self.fresh, strict=True)):
-            judged = [score for index, score in enumerate(row) if flags[index] and index not in fresh]
+            judged = [score for score, flag, new in zip(row, flags, fresh, strict=True) if flag and not new]
             means.append(sum(judged) / len(judged))  # of a module's components the best always stay
             if not math.isfinite(means[-1]):
                 raise ValueError(f"module {module} has a component whose score is not finite")

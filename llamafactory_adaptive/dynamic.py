@@ -16,7 +16,7 @@ from torch import nn
 from llamafactory_adaptive.components import Components
 from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.controller import AdaptiveCallback, agree_across_ranks
-from llamafactory_adaptive.course import Course, Masks
+from llamafactory_adaptive.course import Course
 from llamafactory_adaptive.errors import GuardError, PlanError
 from llamafactory_adaptive.gradients import before_clipping, before_deepspeed_step, find_engine
 from llamafactory_adaptive.methods import DynamicMethod, ReallocatingMethod
@@ -158,20 +158,15 @@ class DynamicCallback(AdaptiveCallback):
         scores, before = self.components.scores(self.method, mean=self.course.reallocates), self.triplets.masks
         masks = self.course.choose(self.step, scores, budget, before)
         agree_across_ranks(digest_of(masks), args.device, DECISIONS_DIFFER)
-        if self.course.reallocates:
-            self._restart(before, masks)
+        if self.course.reallocates:  # what comes back starts as new components do; the method begins another interval
+            cast(ReallocatingMethod, self.method).allocated()
+            self.components.restart(self.course.fresh, draw(self.config.seed, self.step, 0, 2**62))
         self.triplets.mask(masks)
         self.counters.allocations += 1
         self.overhead_seconds += time.perf_counter() - started
         line = self.course.record(self.step, budget, final, scores, before, masks)
         if args.should_save:
             self.write_log(Path(args.output_dir), {**line, **self.data_figures(self.step)})
-
-    def _restart(self, before: Masks, after: Masks) -> None:
-        """Components that come back start as new ones do; the method begins another interval."""
-        cast(ReallocatingMethod, self.method).allocated()
-        fresh = [[new and not old for old, new in zip(*rows, strict=True)] for rows in zip(before, after, strict=True)]
-        self.components.restart(fresh, draw(self.config.seed, self.step, 0, 2**62))
 
     def write_log(self, output: Path, line: Mapping[str, Any]) -> None:
         """With what probing cost so far."""

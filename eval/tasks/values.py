@@ -12,16 +12,15 @@ from eval import extraction
 def boolq(row: Mapping[str, Any]) -> str | None:
     """The label, or the answer of the original set."""
     name = "label" if row.get("label") is not None else "answer"
-    if not isinstance(row["question"], str):
-        return _no_text("question", row)
+    if problem := _no_text(row, "question"):
+        return problem
     return None if row[name] in (0, 1) else f"{name} is {row[name]!r}: it must be true or false (1 or 0)"
 
 
 def gsm8k(row: Mapping[str, Any]) -> str | None:
     """A number after the last ``####``, or alone."""
-    for name in ("question", "answer"):
-        if not isinstance(row[name], str):
-            return _no_text(name, row)
+    if problem := _no_text(row, "question", "answer"):
+        return problem
     if extraction.is_number(row["answer"].split("####")[-1]):
         return None
     return f"answer ends in {row['answer'][-40:]!r}: it must end in '#### N', N a number"
@@ -35,7 +34,7 @@ def arc(row: Mapping[str, Any]) -> str | None:
         return "choices must hold two lists of texts, text and label, of one length"
     if row["answerKey"] not in labels:
         return f"answerKey is {row['answerKey']!r}: it must be one of the labels {', '.join(labels)}"
-    return None if isinstance(row["question"], str) else _no_text("question", row)
+    return _no_text(row, "question")
 
 
 def aqua(row: Mapping[str, Any]) -> str | None:
@@ -46,14 +45,13 @@ def aqua(row: Mapping[str, Any]) -> str | None:
     letters = "ABCDE"[: len(options)]
     if row["correct"] not in tuple(letters):
         return f"correct is {row['correct']!r}: it must be one of {', '.join(letters)}"
-    return None if isinstance(row["question"], str) else _no_text("question", row)
+    return _no_text(row, "question")
 
 
 def copa(row: Mapping[str, Any]) -> str | None:
     """A cause or an effect, one of two."""
-    for name in ("premise", "choice1", "choice2"):
-        if not isinstance(row[name], str):
-            return _no_text(name, row)
+    if problem := _no_text(row, "premise", "choice1", "choice2"):
+        return problem
     if row["question"] not in ("cause", "effect"):
         return f"question is {row['question']!r}: it must be cause or effect"
     return None if row["label"] in (0, 1) else f"label is {row['label']!r}: it must be 0 or 1"
@@ -63,5 +61,7 @@ def _texts(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
-def _no_text(name: str, row: Mapping[str, Any]) -> str:
-    return f"{name} is {row[name]!r}: it must be a text"
+def _no_text(row: Mapping[str, Any], *names: str) -> str | None:
+    """Which of the fields is the first that is no text."""
+    found = (f"{name} is {row[name]!r}: it must be a text" for name in names if not isinstance(row[name], str))
+    return next(found, None)

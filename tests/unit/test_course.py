@@ -51,7 +51,7 @@ def test_sensitivities_are_discounted_shares_in_which_new_components_do_not_coun
     on = found.choose(12, [[4.0, 2.0, 0.0], [6.0, 0.0, 0.0]], 4, on)
     assert found.sensitivities == pytest.approx([0.5 * 1.125 + 0.25, 0.5 * 0.375 + 0.75])
     assert on == [[True, True, False], [True, True, False]]
-    assert found.fresh == [[], [1]]
+    assert found.fresh == [[False] * 3, [False, True, False]]
     again = course(budget_unit="ranks", course=found.config.course)
     again.load(json.loads(json.dumps(found.state())))
     for resumed in (found, again):  # 3 and 9 where components count
