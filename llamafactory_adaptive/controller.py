@@ -23,7 +23,8 @@ from llamafactory_adaptive.adapter import (
     name_targets_in_full,
 )
 from llamafactory_adaptive.errors import GuardError
-from llamafactory_adaptive.plan import COMPLETE, LOG_FILE, PLAN_FILE, RankPlan
+from llamafactory_adaptive.files import COMPLETE, LOG_FILE, PLAN_FILE
+from llamafactory_adaptive.plan import RankPlan
 from llamafactory_adaptive.processes import gather_digests
 from llamafactory_adaptive.report import HEATMAP_FILE, save_heatmap, update_card
 from llamafactory_adaptive.selection import Selection

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llamafactory_adaptive.errors import PlanError
-from llamafactory_adaptive.plan import read_json, write_atomically
+from llamafactory_adaptive.files import read_json, write_atomically
 from llamafactory_adaptive.quality import Terms
 from llamafactory_adaptive.report import align
 from llamafactory_adaptive.sampling import Pool

@@ -44,6 +44,10 @@ class PlanError(AdaptiveError, ValueError):
     """A rank plan that cannot be read, or does not fit the model or the budget."""
 
 
+class OutputError(AdaptiveError, RuntimeError):
+    """A file or folder cannot be written, or another run works in it."""
+
+
 class CalibrationError(AdaptiveError, RuntimeError):
     """Calibration could not produce trustworthy statistics."""
 

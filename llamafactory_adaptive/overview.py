@@ -9,7 +9,8 @@ from typing import Any
 
 from llamafactory_adaptive.data_report import DATA_REPORT_FILE, data_table, read_data_report
 from llamafactory_adaptive.errors import PlanError
-from llamafactory_adaptive.plan import LOG_FILE, PLAN_FILE, RankPlan, load_plan
+from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE
+from llamafactory_adaptive.plan import RankPlan, load_plan
 from llamafactory_adaptive.report import align, rank_table
 
 

@@ -18,13 +18,13 @@ from llamafactory_adaptive.allocate import Allocation, allocate
 from llamafactory_adaptive.calibration import Measurement
 from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, CalibrationError, PlanError, Problem
+from llamafactory_adaptive.files import digest_of
 from llamafactory_adaptive.methods import Scores, ScoringContext, StaticMethod
 from llamafactory_adaptive.plan import (
     SCHEMA_VERSION,
     ModulePlan,
     ModuleShape,
     RankPlan,
-    digest_of,
     load_plan,
     plan_from_allocation,
 )

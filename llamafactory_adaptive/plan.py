@@ -3,27 +3,18 @@
 JSON on disk, never pickle. A person may edit the ranks; everything derived from them is recomputed on load.
 """
 
-import hashlib
 import json
-import os
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.allocate import Allocation
 from llamafactory_adaptive.errors import PlanError
+from llamafactory_adaptive.files import digest_of, file_digest, read_json, write_atomically
 
 
 SCHEMA_VERSION = 1
-PLAN_FILE = "adaptive_rank_plan.json"
-STATE_JSON = "adaptive_state.json"  # in checkpoints of runs that find their ranks
-# A checkpoint that can be resumed has both; the Trainer writes its state last.
-COMPLETE = (PLAN_FILE, "trainer_state.json")
-QUALITY_FILE = "adaptive_quality.safetensors"  # what was measured of each training sample, in checkpoints
-LOG_FILE = "adaptive_log.jsonl"  # written as a run begins, and at each allocation
 
 
 @dataclass(frozen=True)
@@ -198,28 +189,6 @@ def plan_from_allocation(
     return RankPlan(modules=modules, **header)
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint folder was written to its end."""
-    try:
-        return all(isinstance(json.loads((checkpoint / name).read_text(encoding="utf-8")), dict) for name in COMPLETE)
-    except (OSError, ValueError):
-        return False
-
-
-def read_json(path: Path, name: str, hint: str = "") -> Any:
-    """A document from disk; in errors it is called ``name``, and ``hint`` follows where there is none.
-
-    Raises:
-        PlanError: the file is missing or is no JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlanError(f"cannot read {name}: {error.strerror or error}{hint}") from error
-    except ValueError as error:
-        raise PlanError(f"{name} is not valid JSON: {error}") from error
-
-
 def load_plan(path: Path) -> RankPlan:
     """Read and validate a plan.
 
@@ -272,28 +241,6 @@ def _parse_module(entry: Mapping[str, Any], source: str) -> ModulePlan:
     )
 
 
-def digest_of(value: Any) -> str:
-    """SHA-256 of a JSON-able value in canonical form."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A scratch name beside ``path`` that takes its place on success; unique on every node of a shared folder."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside the target and rename into place, so that a reader or a crash never sees half a file."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def keep_previous(path: Path, new_digest: str) -> None:
     """Move a different plan out of the way, under a name that carries its digest, rather than overwrite it."""
     if not path.exists():
@@ -301,6 +248,6 @@ def keep_previous(path: Path, new_digest: str) -> None:
     try:
         old_digest = load_plan(path).digest()
     except PlanError:
-        old_digest = "unreadable-" + hashlib.sha256(path.read_bytes()).hexdigest()
+        old_digest = "unreadable-" + file_digest(path)
     if old_digest != new_digest:
         path.rename(path.with_name(f"{path.stem}.{old_digest[:12]}{path.suffix}"))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from llamafactory_adaptive.adapter import factors, live_layers
 from llamafactory_adaptive.data_report import save_data_report
 from llamafactory_adaptive.errors import CalibrationError, GuardError, PlanError
-from llamafactory_adaptive.plan import QUALITY_FILE, digest_of, replacing
+from llamafactory_adaptive.files import QUALITY_FILE, digest_of, replacing
 from llamafactory_adaptive.processes import add_up, process_number, processes
 from llamafactory_adaptive.quality import Terms, length_sorted, measure
 from llamafactory_adaptive.recording import Wanted

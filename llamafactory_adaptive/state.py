@@ -14,7 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from llamafactory_adaptive.errors import PlanError
-from llamafactory_adaptive.plan import STATE_JSON, replacing, write_atomically
+from llamafactory_adaptive.files import STATE_JSON, replacing, write_atomically
 from llamafactory_adaptive.processes import processes
 
 

@@ -17,8 +17,8 @@ from llamafactory_adaptive.bridge.loading import calibration_names, target_shape
 from llamafactory_adaptive.calibration import Measurement, count_tokens, make_batches
 from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.errors import CalibrationError
+from llamafactory_adaptive.files import digest_of, replacing
 from llamafactory_adaptive.pipeline import make_method
-from llamafactory_adaptive.plan import digest_of, replacing
 
 
 # What a launcher tells its workers; the measuring process is none of them.

@@ -8,7 +8,8 @@ from typing import Any
 from llamafactory_adaptive.bridge.arguments import Args, local_rank, our_keys, split_names
 from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
-from llamafactory_adaptive.plan import LOG_FILE, PLAN_FILE, STATE_JSON, RankPlan, is_complete, load_plan
+from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, STATE_JSON, is_complete
+from llamafactory_adaptive.plan import RankPlan, load_plan
 from llamafactory_adaptive.registry import get_method, methods
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llamafactory_adaptive.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TENSOR_PREFIX
 from llamafactory_adaptive.errors import AdaptiveConfigError, AdaptiveError, Problem
-from llamafactory_adaptive.plan import STATE_JSON
+from llamafactory_adaptive.files import STATE_JSON
 
 
 # What LLaMA-Factory's reward stage writes beside an adapter.

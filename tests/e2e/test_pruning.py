@@ -15,7 +15,8 @@ from test_training import Keep, logits, peft_logits, train
 from tiny import ARCHITECTURES, pruning_settings, save_tiny, settings
 
 from llamafactory_adaptive.errors import AdaptiveConfigError, GuardError, PlanError
-from llamafactory_adaptive.plan import is_complete, load_plan
+from llamafactory_adaptive.files import is_complete
+from llamafactory_adaptive.plan import load_plan
 
 
 pytestmark = pytest.mark.slow

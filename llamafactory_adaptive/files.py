@@ -1,0 +1,257 @@
+"""Files of a run: their names, whole writes, checked reads of JSON, digests of a folder, one lock per folder."""
+
+import hashlib
+import json
+import math
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from llamafactory_adaptive.errors import AdaptiveError, OutputError, PlanError
+
+
+PLAN_FILE = "adaptive_rank_plan.json"
+STATE_JSON = "adaptive_state.json"  # in checkpoints of runs that find their ranks
+# A checkpoint that can be resumed has both; the Trainer writes its state last.
+COMPLETE = (PLAN_FILE, "trainer_state.json")
+QUALITY_FILE = "adaptive_quality.safetensors"  # what was measured of each training sample, in checkpoints
+LOG_FILE = "adaptive_log.jsonl"  # written as a run begins, and at each allocation
+DIGESTS_FILE = "adaptive_digests.json"  # of every other file of a checkpoint
+LOCK_FILE = ".adaptive_lock"
+
+_MOST_BYTES = 256 * 2**20
+_DEEPEST = 64
+# A run that was killed leaves its data loader's workers behind for some seconds, and they still hold its lock.
+_LOCK_SECONDS = 15.0
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint folder was written to its end."""
+    try:
+        # The Trainer's history may hold a loss that is not a number.
+        for name in COMPLETE:
+            read_mapping(checkpoint / name, name, finite=False)
+    except PlanError:
+        return False
+    return True
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_json(
+    path: Path, name: str, hint: str = "", *, error: type[AdaptiveError] = PlanError, finite: bool = True
+) -> Any:
+    """Read a JSON document that may come from anywhere.
+
+    Args:
+        path: of a regular file.
+        name: what errors call it.
+        hint: follows in the message where there is no such file.
+        error: the class of errors raised.
+        finite: whether NaN and infinity are refused.
+
+    Raises:
+        AdaptiveError: (of class ``error``) there is no file, or it is too large, too deeply nested or no JSON.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise error(f"{name} is no regular file")
+        if (size := path.stat().st_size) > _MOST_BYTES:
+            raise error(f"{name} has {size:,} bytes; at most {_MOST_BYTES:,} are read")
+        document = json.loads(
+            path.read_text(encoding="utf-8"),
+            parse_constant=_refuse_constant if finite else None,
+            parse_float=_finite_float if finite else None,
+        )
+    except OSError as fault:
+        raise error(f"cannot read {name}: {fault.strerror or fault}{hint}") from fault
+    except ValueError as fault:
+        raise error(f"{name} is not valid JSON: {fault}") from fault
+    except RecursionError as fault:
+        raise error(f"{name} is nested more than {_DEEPEST} levels deep") from fault
+    if _deeper_than(document, _DEEPEST):
+        raise error(f"{name} is nested more than {_DEEPEST} levels deep")
+    return document
+
+
+def read_mapping(path: Path, name: str, hint: str = "", **how: Any) -> dict[str, Any]:
+    """Read a JSON document that has to be a mapping; arguments and errors as in :func:`read_json`."""
+    document = read_json(path, name, hint, **how)
+    if not isinstance(document, dict):
+        raise how.get("error", PlanError)(f"{name} is no JSON mapping but a {type(document).__name__}")
+    return document
+
+
+def _refuse_constant(word: str) -> float:
+    raise ValueError(f"{word} is no JSON number")
+
+
+def _finite_float(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits[:40]} is out of range")
+    return number
+
+
+def _deeper_than(document: Any, levels: int) -> bool:
+    """Tell whether a document nests deeper; level by level, so that no depth can exhaust the stack."""
+    layer = [document]
+    for _ in range(levels):
+        layer = [inner for value in layer for inner in _inside(value)]
+        if not layer:
+            return False
+    return True
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a scratch name beside ``path`` that takes its place on success; unique on every node of a shared folder.
+
+    Raises:
+        OutputError: the disk is full, say; ``path`` is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside the target and rename into place, so that a reader or a crash never sees half a file."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def cannot_write(path: Path, error: Exception) -> OutputError:
+    """Say in one line why ``path`` was not written, and what to do."""
+    why = getattr(error, "strerror", None) or str(error)
+    return OutputError(f"{path} cannot be written ({why}); free space there or choose another folder, then run again")
+
+
+def check_writable(folder: Path) -> str | None:
+    """Say why nothing can be written into ``folder``, which need not exist yet; None where it can.
+
+    A file is really written: permissions alone do not tell of read-only and full disks. What was made on the way is
+    removed again.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".adaptive-{uuid.uuid4().hex}.tmp"
+        try:
+            probe.write_bytes(b"\0" * 4096)
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        return error.strerror or str(error)
+    finally:
+        for place in made:
+            if place.is_dir():
+                place.rmdir()
+    return None
+
+
+# -- digests ----------------------------------------------------------------------------------------------------------
+
+
+def digest_of(value: Any) -> str:
+    """Compute SHA-256 of a JSON-able value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Compute SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_digests(folder: Path) -> None:
+    """Note the digest of every file in ``folder``, so that damage is found when they are read."""
+    files = {str(path.relative_to(folder)): file_digest(path) for path in _files_below(folder)}
+    write_atomically(folder / DIGESTS_FILE, json.dumps({"schema_version": 1, "sha256": files}, indent=1) + "\n")
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """Say which files of ``folder`` are not as :func:`write_digests` found them; empty also where it never ran.
+
+    Files that came later do not matter.
+
+    Raises:
+        PlanError: the list of digests itself cannot be read.
+    """
+    path = folder / DIGESTS_FILE
+    if not path.is_file():
+        return []
+    noted = read_mapping(path, str(path)).get("sha256")
+    if not isinstance(noted, dict):
+        raise PlanError(f"{path} holds no digests")
+    faults = []
+    for name, digest in noted.items():
+        file = folder / name
+        if not file.is_file():
+            faults.append(f"{name} is missing")
+        elif file_digest(file) != digest:
+            faults.append(f"{name} has changed since it was written")
+    return faults
+
+
+def _files_below(folder: Path) -> list[Path]:
+    hidden = (DIGESTS_FILE, LOCK_FILE)
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in hidden)
+
+
+# -- one run per folder -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(folder: Path, seconds: float = _LOCK_SECONDS) -> Iterator[None]:
+    """Hold ``folder`` for this process alone; the operating system lets go of it however the process ends.
+
+    Raises:
+        OutputError: another process holds it and did not let go within ``seconds``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK_FILE
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout as error:
+        raise OutputError(
+            f"another run works in {folder} ({_owner(path)}): wait until it has ended, or choose another folder"
+        ) from error
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    try:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')}\n")
+        yield
+    finally:
+        lock.release()
+
+
+def _owner(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()[:200] or "it does not say which"
+    except OSError:
+        return "it does not say which"
