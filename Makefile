@@ -15,11 +15,12 @@ EVAL_KIND  := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 # The generated rows have the passages that lm_eval's BoolQ shows; rows of one's own may have none.
 PROTOCOL   ?= $(if $(DATA),llm_adapters,lm_eval)
 
-.PHONY: help install demo test lint bench worth-it eval-install eval-test eval-bench eval-demo clean
+.PHONY: help install demo test faults lint bench worth-it eval-install eval-test eval-bench eval-demo clean
 
 help:
 	@echo "make demo     train, merge and ask SmolLM2-135M on generated data (CPU, about 5 minutes after downloads)"
 	@echo "make test     the test suite (no network, no GPU)"
+	@echo "make faults   kills, damaged files, full disks, hostile servers; a table of what came of each (about 40 minutes)"
 	@echo "make lint     ruff, mypy --strict, import-linter"
 	@echo "make bench    benchmarks of training on SmolLM2-135M (CPU: about 50 minutes), without export_parity and"
 	@echo "              eval_throughput (make eval-bench); DATA=<folder> for GSM8K rows"
@@ -64,6 +65,11 @@ $(DEMO_RUN):
 # Two at a time; the tests of one file share what they prepare.
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+# Kills, damage, full disks, rivals, hostile servers; one at a time, since moments are drawn from measured seconds.
+faults: $(STAMP) $(EVAL_STAMP)
+	LLAMAFACTORY_ADAPTIVE_VLLM_PYTHON=$(abspath $(EVAL_BIN))/python \
+		$(BIN)/python -m pytest tests/faults -m faults --faults-record faults
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,0 +1,137 @@
+"""Full disks, folders that cannot be written, proxies, and two runs at once."""
+
+import shutil
+import subprocess
+
+import pytest
+from scene import Command, digests, wait_for
+
+
+pytestmark = pytest.mark.faults
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system that is soon full: a tmpfs of half a megabyte where this process may mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no small file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_while_training(scene, small_disk, tell, tmp_path):
+    """Checkpoints of a tiny model take some hundred kilobytes: the second or third finds no room."""
+    output = small_disk / "out"
+    config = scene.yaml("igu", tmp_path / "unused", output_dir=str(output))
+    command = scene.train(config, tmp_path / "log")
+    assert command.wait() in (1, 2), command.said()[-3000:]
+    assert "No space left" in command.said()
+    whole = [path for path in output.glob("checkpoint-*") if (path / "adaptive_digests.json").is_file()]
+    moved = tmp_path / "moved"
+    shutil.copytree(output, moved, ignore=shutil.ignore_patterns(".adaptive_lock"))
+    scene.train(scene.yaml("igu", moved), tmp_path / "log").finish()
+    reference, _ = scene.reference("igu")
+    assert digests(moved, WEIGHTS)[WEIGHTS] == digests(reference, WEIGHTS)[WEIGHTS]
+    tell("full disk", "igu: the disk filled up while checkpoints were written",
+         f"it said so; moved to a larger disk it went on from what was whole ({len(whole)} checkpoints), same adapter")  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [0, 1000, 5000])
+def test_a_limit_on_files_while_planning(size, scene, tell, tmp_path):
+    words = ["llamafactory-adaptive", "plan", scene.yaml("igu", tmp_path / "unused"), "--out", tmp_path / "planned"]
+    code = Command(words, tmp_path / "log", file_limit=size).wait()
+    assert code in (0, 2)
+    tell("full disk", f"igu: plan with files of at most {size} bytes", f"exit {code}, no traceback")
+
+
+def test_a_full_cache_does_not_lose_the_scores(scene, small_disk, tell, tmp_path):
+    (small_disk / "filling").write_bytes(b"\0" * 500 * 1024)
+    config = scene.yaml("sensitivity", tmp_path / "unused")
+    words = ["llamafactory-adaptive", "plan", config, "--out", tmp_path / "planned"]
+    command = Command(words, tmp_path / "log", environment={"LLAMAFACTORY_ADAPTIVE_CACHE": str(small_disk / "cache")})
+    code, said = command.wait(), command.said()
+    assert code in (0, 2), said[-3000:]
+    assert "Traceback" not in said
+    assert code == 2 or (tmp_path / "planned" / "adaptive_rank_plan.json").is_file()
+    tell("full disk", "sensitivity: the cache's disk is full", f"exit {code}, one message, no traceback")
+
+
+@pytest.mark.parametrize("server", ["vllm", "merged"])
+def test_a_disk_too_small_for_an_export(server, scene, small_disk, tell, tmp_path):
+    (small_disk / "filling").write_bytes(b"\0" * 480 * 1024)
+    words = ["llamafactory-adaptive", "export", scene.adapter, "--base", scene.base, "--for", server, "--out",
+             small_disk / "served"]  # fmt: skip
+    Command(words, tmp_path / "log").finish(2)
+    assert [path.name for path in small_disk.iterdir()] == ["filling"]
+    tell("full disk", f"{server}: no room for the export", "one line, exit 2, nothing left behind")
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "export"])
+def test_an_output_folder_that_cannot_be_written(command, scene, tell, tmp_path):
+    (tmp_path / "file").write_text("this is no folder")
+    place = tmp_path / "file" / "out"
+    config = scene.yaml("sensitivity", tmp_path / "unused", output_dir=str(place))
+    words = {
+        "train": ["llamafactory-cli", "train", config],
+        "plan": ["llamafactory-adaptive", "plan", config],
+        "export": ["llamafactory-adaptive", "export", scene.adapter, "--base", scene.base, "--for", "peft", "--out",
+                   place],
+    }[command]  # fmt: skip
+    said = Command(words, tmp_path / "log").finish(2)
+    assert "file" in said
+    tell("full disk", f"{command}: a file stands where the output folder should be", "one line, exit 2")
+
+
+def test_a_proxy_that_leads_nowhere(scene, tell, tmp_path):
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    output = tmp_path / "out"
+    scene.train(scene.yaml("igu", output), tmp_path / "log", environment=proxies).finish()
+    reference, _ = scene.reference("igu")
+    assert digests(output, WEIGHTS) | digests(reference, WEIGHTS)
+    assert digests(output, WEIGHTS)[WEIGHTS] == digests(reference, WEIGHTS)[WEIGHTS]
+    tell("proxies", "igu: proxies set that answer nothing", "the run needs none: same adapter")
+
+
+def test_two_trainings_in_one_folder(scene, tell, tmp_path):
+    output = tmp_path / "out"
+    config = scene.yaml("igu", output)
+    first = scene.train(config, tmp_path / "first.log")
+    wait_for((output / ".adaptive_lock").exists, first)
+    second = scene.train(config, tmp_path / "second.log").finish(2)
+    assert "another run works in" in second or "holds a finished run" in second
+    first.finish()
+    reference, _ = scene.reference("igu")
+    assert digests(output, WEIGHTS)[WEIGHTS] == digests(reference, WEIGHTS)[WEIGHTS]
+    tell("two at once", "igu: a second training in the same folder", "refused in one line; the first ended undisturbed")
+
+
+def test_two_plans_of_one_request(scene, tell, tmp_path):
+    environment = {"LLAMAFACTORY_ADAPTIVE_CACHE": str(tmp_path / "cache")}
+    config = scene.yaml("sensitivity", tmp_path / "unused")
+    both = [
+        Command(["llamafactory-adaptive", "plan", config, "--out", tmp_path / name], tmp_path / f"{name}.log",
+                environment=environment)
+        for name in ("one", "two")
+    ]  # fmt: skip
+    for command in both:
+        command.finish()
+    one, two = (digests(tmp_path / name, "adaptive_rank_plan.json") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert len(list((tmp_path / "cache" / "plans").glob("*.json"))) == 1
+    tell("two at once", "sensitivity: the same plan asked for twice", "both exit 0, one plan in the cache")
+
+
+def test_two_exports_of_one_name(scene, tell, tmp_path):
+    words = ["llamafactory-adaptive", "export", scene.adapter, "--base", scene.base, "--for", "merged", "--out",
+             tmp_path / "served"]  # fmt: skip
+    both = [Command(words, tmp_path / f"{name}.log") for name in ("one", "two")]
+    codes = sorted(command.wait() for command in both)
+    assert codes in ([0, 2], [0, 0])
+    assert all("Traceback" not in command.said() for command in both)
+    assert (tmp_path / "served" / "parity_certificate.json").is_file()
+    assert not list(tmp_path.glob(".served.*"))
+    tell("two at once", "merged: the same export twice", f"exit {codes[0]} and {codes[1]}, one whole folder")
