@@ -102,4 +102,4 @@ def test_export(moment, scene, exported, tell, tmp_path):
         _export(scene, server, out, tmp_path / "log").finish()
     assert digests(out, "*.safetensors") == expected
     assert not list(tmp_path.glob(".served.*")), "the scratch folder of the killed one is still there"
-    tell("export", fault, "no half export took the name; the same command wrote the same files and no scratch was left")
+    tell("export", fault, "no half export took the name; the same command wrote the same files")

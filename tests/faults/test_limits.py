@@ -36,8 +36,8 @@ def test_a_disk_that_fills_up_while_training(scene, small_disk, tell, tmp_path):
     scene.train(scene.yaml("igu", moved), tmp_path / "log").finish()
     reference, _ = scene.reference("igu")
     assert digests(moved, WEIGHTS)[WEIGHTS] == digests(reference, WEIGHTS)[WEIGHTS]
-    tell("full disk", "igu: the disk filled up while checkpoints were written",
-         f"it said so; moved to a larger disk it went on from what was whole ({len(whole)} checkpoints), same adapter")  # fmt: skip
+    outcome = f"it said so; on a larger disk it went on from {len(whole)} whole checkpoints, same adapter"
+    tell("full disk", "igu: the disk filled up while checkpoints were written", outcome)
 
 
 @pytest.mark.parametrize("size", [0, 1000, 5000])
@@ -91,7 +91,6 @@ def test_a_proxy_that_leads_nowhere(scene, tell, tmp_path):
     output = tmp_path / "out"
     scene.train(scene.yaml("igu", output), tmp_path / "log", environment=proxies).finish()
     reference, _ = scene.reference("igu")
-    assert digests(output, WEIGHTS) | digests(reference, WEIGHTS)
     assert digests(output, WEIGHTS)[WEIGHTS] == digests(reference, WEIGHTS)[WEIGHTS]
     tell("proxies", "igu: proxies set that answer nothing", "the run needs none: same adapter")
 
@@ -106,7 +105,7 @@ def test_two_trainings_in_one_folder(scene, tell, tmp_path):
     first.finish()
     reference, _ = scene.reference("igu")
     assert digests(output, WEIGHTS)[WEIGHTS] == digests(reference, WEIGHTS)[WEIGHTS]
-    tell("two at once", "igu: a second training in the same folder", "refused in one line; the first ended undisturbed")
+    tell("two at once", "igu: a second training in the same folder", "refused in one line, first undisturbed")
 
 
 def test_two_plans_of_one_request(scene, tell, tmp_path):
