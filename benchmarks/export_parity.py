@@ -104,7 +104,7 @@ def planted(adapter: Path, server: str, scratch: Path) -> str:
     from llamafactory_adaptive.adapter import ADAPTER_CONFIG
     from llamafactory_adaptive.export import merging, run
     from llamafactory_adaptive.export.command import ExportRequest
-    from llamafactory_adaptive.export.source import ExportError
+    from llamafactory_adaptive.export.faults import ExportError
 
     job, folder, honest = (
         run.prepare(ExportRequest(adapter, server, scratch / "never")),
