@@ -84,8 +84,11 @@ class InMerged:
         self.folder, self.base, self.key = folder, read(base), f"{module}.weight"
 
     def _set(self, make: Callable[[Tensor, Tensor], Tensor]) -> None:
-        base = self.base[self.key]
-        rewrite(self.folder, lambda t: t.update({self.key: make(base, t[self.key] - base)}))
+        def change(tensors: Tensors) -> None:
+            base = self.base[self.key].to(tensors[self.key].dtype)
+            tensors[self.key] = make(base, tensors[self.key] - base)
+
+        rewrite(self.folder, change)
 
     def one_per_cent(self) -> None:
         """Make the update 1 % too strong."""
