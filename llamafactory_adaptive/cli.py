@@ -22,6 +22,7 @@ from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, AdaptiveError, Problem, SeamError
 from llamafactory_adaptive.export.command import add_export_arguments, export_request
 from llamafactory_adaptive.fields import coerce
+from llamafactory_adaptive.plaintext import plain_lines
 
 
 PACKAGES = ("llamafactory", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return handlers[arguments.command](arguments)
     except AdaptiveError as error:
-        print(f"llamafactory-adaptive: error: {error}", file=sys.stderr)
+        print(f"llamafactory-adaptive: error: {plain_lines(str(error))}", file=sys.stderr)
         return 2
 
 
@@ -186,7 +187,7 @@ def export(arguments: argparse.Namespace) -> int:
     from llamafactory_adaptive.export.run import run_export
 
     with _signals_end_in_order():
-        print(run_export(request))
+        print(plain_lines(run_export(request)))
     return 0
 
 

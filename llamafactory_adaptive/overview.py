@@ -10,6 +10,7 @@ from typing import Any
 from llamafactory_adaptive.data_report import DATA_REPORT_FILE, data_table, read_data_report
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE
+from llamafactory_adaptive.plaintext import plain
 from llamafactory_adaptive.plan import RankPlan, load_plan
 from llamafactory_adaptive.report import align, rank_table
 
@@ -88,8 +89,8 @@ def comparison(runs: Sequence[Run]) -> str:
         ranks = [module.rank for module in run.plan.modules]
         rows.append(
             [
-                run.folder.name,
-                run.plan.method,
+                plain(run.folder.name),
+                plain(run.plan.method),
                 f"{run.plan.budget()['used_parameters']:,}",
                 f"{min(ranks)}-{max(ranks)}",
                 str(run.steps),
@@ -111,7 +112,7 @@ def _by_method(runs: Sequence[Run]) -> list[str]:
     rows = [["method", "runs", "mean loss", "standard error"]]
     for method, losses in groups.items():
         error = f"{statistics.stdev(losses) / len(losses) ** 0.5:.4f}" if len(losses) > 1 else "one run: unknown"
-        rows.append([method, str(len(losses)), f"{statistics.fmean(losses):.4f}", error])
+        rows.append([plain(method), str(len(losses)), f"{statistics.fmean(losses):.4f}", error])
     note = "differences below two standard errors are noise; compare runs of equal parameters, with several seeds"
     return [*align(rows), note]
 
