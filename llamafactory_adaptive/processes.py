@@ -123,7 +123,13 @@ def _store() -> Any:
     """Where the launcher's processes meet; the process group that comes later shares it."""
     from torch.distributed.rendezvous import rendezvous
 
-    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=LIMIT_SECONDS)))
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=LIMIT_SECONDS)))
+    except RuntimeError as error:
+        raise GuardError(
+            f"the {launched_processes()} processes of the job did not all meet within {LIMIT_SECONDS:g} s at "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {error}"
+        ) from error
     return dist.PrefixStore("llamafactory_adaptive", store)  # type: ignore[attr-defined]
 
 
