@@ -97,7 +97,7 @@ def plan(arguments: argparse.Namespace) -> int:
     from llamafactory_adaptive.bridge.plans import advice, fresh_plan
     from llamafactory_adaptive.bridge.seams import require_seams
     from llamafactory_adaptive.bridge.validation import parse_config
-    from llamafactory_adaptive.files import PLAN_FILE
+    from llamafactory_adaptive.files import PLAN_FILE, locked
     from llamafactory_adaptive.report import HEATMAP_FILE, rank_table, save_heatmap
 
     require_seams()
@@ -121,9 +121,10 @@ def plan(arguments: argparse.Namespace) -> int:
         raise AdaptiveConfigError(
             [Problem("output_dir", str(folder), "it holds a trained adapter with its plan", "--out <another folder>")]
         )
-    found = fresh_plan(args, config)
-    found.save(folder / PLAN_FILE)
-    save_heatmap(found, folder / HEATMAP_FILE)
+    with locked(folder):
+        found = fresh_plan(args, config)
+        found.save(folder / PLAN_FILE)
+        save_heatmap(found, folder / HEATMAP_FILE)
     print(rank_table(found))
     for line in advice(found, config):
         print(f"warning: {line}")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamafactory_adaptive.data_report import DATA_REPORT_FILE, data_table, read_data_report
+from llamafactory_adaptive.data_report import DATA_REPORT_FILE, data_report_of, data_table, read_data_report
 from llamafactory_adaptive.errors import PlanError
-from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE
+from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, read_lines
 from llamafactory_adaptive.plaintext import plain
 from llamafactory_adaptive.plan import RankPlan, load_plan
 from llamafactory_adaptive.report import align, rank_table
@@ -47,7 +47,7 @@ def read_run(folder: Path) -> Run:
         raise PlanError(f"there is no run in {folder}: {PLAN_FILE} is missing; give the output_dir of a training")
     try:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        lines = (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
+        lines = read_lines(folder / LOG_FILE)
         history, last = state["log_history"], json.loads(lines[-1])
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise PlanError(f"the run in {folder} has not ended: {type(error).__name__}: {error}") from error
@@ -77,8 +77,9 @@ def data_of_unfinished_run(folder: Path) -> str | None:
 def run_text(run: Run) -> str:
     """Everything about one run."""
     parts = [f"{run.folder}", rank_table(run.plan)]
-    if (run.folder / DATA_REPORT_FILE).is_file():
-        parts.append("Training data\n" + data_table(read_data_report(run.folder)))
+    data = data_report_of(run.folder, run.plan)
+    if data is not None:
+        parts.append("Training data\n" + data_table(data))
     return "\n\n".join(parts)
 
 
