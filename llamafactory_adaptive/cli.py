@@ -81,6 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     except AdaptiveError as error:
         print(f"llamafactory-adaptive: error: {plain_lines(str(error))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nllamafactory-adaptive: interrupted", file=sys.stderr)
+        return 130
 
 
 def _require_enabled() -> None:
@@ -265,9 +268,11 @@ def examples_folder() -> Path:
 def measure(arguments: argparse.Namespace) -> int:
     """Body of the measuring process; its answer file carries a user error back to the parent."""
     _require_enabled()
+    from llamafactory_adaptive.bridge.child import end_with_parent
     from llamafactory_adaptive.bridge.measuring import run_measurement_job
     from llamafactory_adaptive.bridge.validation import parse_config
 
+    end_with_parent(arguments.job.parent)
     job = json.loads(arguments.job.read_text(encoding="utf-8"))
     try:
         run_measurement_job(job, parse_config(job["args"]))

@@ -52,6 +52,7 @@ CONFLICTS = (
     ),
     Conflict("use_dora", _on("use_dora"), "DoRA magnitudes are not served right at mixed ranks", "use_dora: false"),
     Conflict("pissa_init", _on("pissa_init"), "PiSSA changes the base weights per rank", "pissa_init: false"),
+    Conflict("pissa_convert", _on("pissa_convert"), "PiSSA changes the base weights per rank", "pissa_convert: false"),
     Conflict("use_unsloth", _on("use_unsloth"), "Unsloth takes one rank for all modules", "use_unsloth: false"),
     Conflict("use_kt", _on("use_kt"), "KTransformers takes one rank for all modules", "use_kt: false"),
     Conflict(

@@ -16,10 +16,15 @@ def init_deepspeed_on_cpu() -> None:
 
     Without it ``zero.Init`` of ZeRO-3 computes its batch size against a world of one process on CPU and asserts.
     Only called where there is no accelerator; elsewhere the Trainer does this in time.
+
+    DeepSpeed would build an operator for reductions in shared memory first. gloo does that work as well, and the build
+    costs a minute, needs a compiler, and when it is killed leaves a lock that holds up every later run.
     """
     import deepspeed
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
     if not deepspeed.comm.is_initialized():
+        deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
 

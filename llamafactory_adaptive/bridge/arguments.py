@@ -14,6 +14,7 @@ from typing import Any, Literal
 from llamafactory_adaptive.checks import unknown_key_problems
 from llamafactory_adaptive.config import AdaptiveArguments
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.fields import coerce
 from llamafactory_adaptive.registry import get_method, methods
 
 
@@ -158,9 +159,11 @@ def split_names(value: Any) -> list[str]:
 
 
 def run_seed(args: Mapping[str, Any]) -> int:
-    """The run's seed; the Trainer's default when none is set."""
-    seed = args.get("seed")
-    return 42 if seed is None else int(seed)
+    """The run's seed; the Trainer's default when none is set or, as is told elsewhere, it is none."""
+    try:
+        return int(coerce(args.get("seed"), int))
+    except (ValueError, TypeError, OverflowError):
+        return 42
 
 
 def local_rank() -> int:

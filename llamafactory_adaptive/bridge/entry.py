@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings, local_rank
+from llamafactory_adaptive.bridge.host_check import check_host_settings, check_output
 from llamafactory_adaptive.bridge.plans import held, obtain_plan, refuse_finished_run
 from llamafactory_adaptive.bridge.resuming import checkpoint_to_resume
 from llamafactory_adaptive.bridge.runs import no_accelerator
@@ -81,6 +82,9 @@ def checked_launch(original: Callable[[], None], require_seams: Callable[[], Non
             adaptive = prepare_launch(sys.argv[2:], require_seams)
         except AdaptiveError as error:
             exit_with(error)
+        except KeyboardInterrupt:
+            print("\nllamafactory-adaptive: interrupted before training began", file=sys.stderr)
+            raise SystemExit(130) from None
         try:
             return original()
         except subprocess.CalledProcessError as error:
@@ -108,6 +112,8 @@ def prepare_launch(words: list[str], require_seams: Callable[[], None]) -> bool:
         return False
     require_seams()
     config = parse_config(args)
+    check_output(args)
+    check_host_settings(args)
     if args.get("do_train") and _starts_torchrun():
         with held(Path(str(args["output_dir"]))) if os.environ.get("NODE_RANK", "0") == "0" else nullcontext():
             checkpoint = checkpoint_to_resume(args)

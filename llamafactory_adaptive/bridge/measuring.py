@@ -3,22 +3,25 @@
 import json
 import os
 import random
-import subprocess
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import Args, our_keys, split_names
+from llamafactory_adaptive.bridge.child import run_child
 from llamafactory_adaptive.bridge.loading import calibration_names, target_shapes, uses_tokenized_folder
 from llamafactory_adaptive.calibration import Measurement, count_tokens, make_batches
 from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.files import digest_of, replacing
-from llamafactory_adaptive.pipeline import make_method
+from llamafactory_adaptive.pipeline import cache_folder, make_method
 
 
 # What a launcher tells its workers; the measuring process is none of them.
@@ -31,8 +34,7 @@ def measure_in_own_process(args: Args, measurement: Measurement, path: Path) -> 
     """Run a measurement in a fresh single process, which leaves no memory, random state or process group behind.
 
     Raises:
-        CalibrationError: with the child's own message.
-        RuntimeError: the child crashed.
+        CalibrationError: with the child's own message, or its last words when it crashed.
     """
     environment = {
         key: value
@@ -46,12 +48,30 @@ def measure_in_own_process(args: Args, measurement: Measurement, path: Path) -> 
         job, answer = Path(folder) / "job.json", Path(folder) / "answer.json"
         job.write_text(json.dumps({"args": args, "measurement": measurement.key, "path": str(path)}, default=str))
         command = [sys.executable, "-m", "llamafactory_adaptive.cli", "measure", str(job), str(answer)]
-        code = subprocess.run(command, env=environment, stdout=2, check=False).returncode
+        code, said = run_child(command, environment, log := cache_folder() / "logs" / f"scoring-{os.getpid()}.log")
         message = json.loads(answer.read_text())["error"] if answer.exists() else None
-    if message:
-        raise CalibrationError(message)
-    if code != 0:
-        raise RuntimeError(f"the scoring process ended with exit code {code}; its own messages stand above")
+    if code == 0:
+        log.unlink(missing_ok=True)
+    elif message:
+        raise CalibrationError(f"{message} (the scoring process's whole log: {log})")
+    else:
+        raise CalibrationError(f"{_last_words(code, said)} (the whole log: {log})")
+
+
+def _last_words(code: int, said: str) -> str:
+    """Say in one line why the scoring process ended."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    words = f"; its last line: {lines[-1].strip()[:300]}" if lines else ""
+    if code == -signal.SIGKILL:
+        return f"the scoring process was killed, as a rule because memory ran out: {_LESS_MEMORY}{words}"
+    how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    return f"the scoring process {how}{words}"
+
+
+_LESS_MEMORY = (
+    "score the base in 4-bit (docs/how-to.md), lower adaptive_calibration_batch_size or cutoff_len, or use a machine "
+    "with more memory"
+)
 
 
 def run_measurement_job(job: Mapping[str, Any], config: AdaptiveConfig) -> None:
@@ -66,10 +86,7 @@ def run_measurement_job(job: Mapping[str, Any], config: AdaptiveConfig) -> None:
     assert measurement is not None
     assert measurement.key == job["measurement"]
     shapes = target_shapes(args)
-    try:
-        model, rows, pad_id = _load(args, config)
-    except (OSError, ValueError) as error:
-        raise CalibrationError(f"LLaMA-Factory cannot load model and data for scoring: {error}") from error
+    model, rows, pad_id = _load(args, config)
     keep_4bit_unpacked_on_cpu(model)
     device = next(model.parameters()).device
     batches = [batch.to(device) for batch in make_batches(rows, config.calibration.batch_size, pad_id)]
@@ -96,28 +113,45 @@ def _load(args: Args, config: AdaptiveConfig) -> tuple[Any, list[dict[str, list[
     """Model ready for inference, calibration rows, padding id: as the host would load them for this run."""
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
-    from llamafactory.hparams import parser as host
     from llamafactory.model import load_model, load_tokenizer
-    from transformers import HfArgumentParser
-
-    # The whole settings once through the host's own checks: what it refuses must not wait until after scoring.
-    whole = {key: value for key, value in args.items() if key not in _OTHER_PROCESS}
-    HfArgumentParser(host._TRAIN_ARGS).parse_dict(whole, allow_extra_keys=True)
 
     with tempfile.TemporaryDirectory(prefix="adaptive-") as scratch:
-        model_args, data_args, training_args, finetuning_args, _ = get_train_args(_single_process(args, scratch))
-        modules = load_tokenizer(model_args)
+        with _told("the settings cannot be used for scoring"):
+            model_args, data_args, training_args, finetuning_args, _ = get_train_args(_single_process(args, scratch))
+        with _told(f"the tokenizer of {args['model_name_or_path']} cannot be loaded"):
+            modules = load_tokenizer(model_args)
         tokenizer = modules["tokenizer"]
-        template = get_template_and_fix_tokenizer(tokenizer, data_args)
         stage = "rm" if finetuning_args.stage == "dpo" else finetuning_args.stage
-        dataset = get_dataset(template, model_args, data_args, training_args, stage=stage, **modules)["train_dataset"]
-        rows = _draw_rows(dataset, config, data_args.streaming)
-        model = load_model(tokenizer, model_args, finetuning_args, is_trainable=False)
+        with _told(f"the data set {', '.join(calibration_names(args))} cannot be read for scoring"):
+            template = get_template_and_fix_tokenizer(tokenizer, data_args)
+            data = get_dataset(template, model_args, data_args, training_args, stage=stage, **modules)
+            rows = _draw_rows(data["train_dataset"], config, data_args.streaming)
+        with _told(f"the model {args['model_name_or_path']} cannot be loaded for scoring"):
+            model = load_model(tokenizer, model_args, finetuning_args, is_trainable=False)
     return model, rows, tokenizer.pad_token_id or 0
 
 
-_OTHER_PROCESS = ("deepspeed", "fsdp", "fsdp_config", "resume_from_checkpoint", "report_to")
-_TRAINING_ONLY = (*_OTHER_PROCESS, "eval_dataset", "eval_strategy",
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turn whatever the host raises within the context into one line; its traceback goes to the log.
+
+    Raises:
+        CalibrationError: naming ``what`` and the cause.
+    """
+    try:
+        yield
+    except CalibrationError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        memory = isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
+        why = str(error).strip().splitlines()
+        cause = f"memory ran out: {_LESS_MEMORY}" if memory else f"{type(error).__name__}: {why[0] if why else what}"
+        raise CalibrationError(f"{what} ({cause})") from error
+
+
+OTHER_PROCESS = ("deepspeed", "fsdp", "fsdp_config", "resume_from_checkpoint", "report_to")
+_TRAINING_ONLY = (*OTHER_PROCESS, "eval_dataset", "eval_strategy",
                   "load_best_model_at_end", "metric_for_best_model", "push_to_hub", "do_eval", "do_predict",
                   "predict_with_generate", "early_stopping_steps", "overwrite_output_dir", "ref_model",
                   "ref_model_adapters", "use_swanlab", "plot_loss", "save_on_each_node", "eval_steps")  # fmt: skip

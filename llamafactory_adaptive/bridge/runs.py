@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
@@ -20,6 +21,7 @@ from llamafactory_adaptive.bridge.arguments import (
     run_seed,
     to_mapping,
 )
+from llamafactory_adaptive.bridge.host_check import check_host_settings, check_output
 from llamafactory_adaptive.bridge.plans import advice, agreed_plan, held, refuse_finished_run
 from llamafactory_adaptive.bridge.resuming import (
     checkpoint_to_resume,
@@ -74,6 +76,9 @@ def adaptive_training_function(
         require_seams()
         args = to_mapping(raw)
         adaptive = parse_config(args)
+        if "LOCAL_RANK" not in os.environ:  # workers of a launcher, which has done so, must not meet devices yet
+            check_output(args)
+            check_host_settings(args)
         if not args.get("do_train"):
             return original(config)  # evaluation of an existing adapter: nothing to allocate
         with held(Path(str(args["output_dir"]))):
@@ -85,6 +90,7 @@ def adaptive_training_function(
 def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], args: Args, adaptive: AdaptiveConfig
            ) -> None:  # fmt: skip
     from llamafactory_adaptive.controller import finish
+    from llamafactory_adaptive.operator_locks import bounded_waits
     from llamafactory_adaptive.zero import init_deepspeed_on_cpu
 
     started = time.perf_counter()
@@ -108,7 +114,8 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], a
     token = _current.set(callback)
     settings = config["args"] if host_args is args else host_args
     try:
-        original({**config, "args": settings, "callbacks": [*(config.get("callbacks") or []), callback]})
+        with bounded_waits() if args.get("deepspeed") else nullcontext():
+            original({**config, "args": settings, "callbacks": [*(config.get("callbacks") or []), callback]})
     finally:
         _current.reset(token)
     if int(os.environ.get("RANK", "0")) == 0:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import Args, flag_parser, our_keys, own_names, run_seed, split_names
+from llamafactory_adaptive.bridge.host_check import host_value_problems
 from llamafactory_adaptive.checks import check_budget, check_kind, check_pruning, unknown_key_problems
 from llamafactory_adaptive.config import (
     AdaptiveArguments,
@@ -21,6 +22,7 @@ from llamafactory_adaptive.config import (
     ReallocationConfig,
 )
 from llamafactory_adaptive.conflicts import check_conflicts, check_course_conflicts, check_sampling_conflicts
+from llamafactory_adaptive.environment import check_environment
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
 from llamafactory_adaptive.fields import check_fields
 from llamafactory_adaptive.methods import is_dynamic
@@ -57,7 +59,9 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
     if common["adaptive_method"] in methods():
         course, faults = _course(args, common, options, lora_rank, max_rank)
         problems += faults
-    problems += check_conflicts(args) + _wrong_choices(args) + _missing_files(args, common)
+    problems += check_conflicts(args) + check_environment(args) + _wrong_choices(args) + _missing_files(args, common)
+    told = {problem.key for problem in problems}
+    problems += [problem for problem in host_value_problems(args) if problem.key not in told]
     if problems:
         raise AdaptiveConfigError(problems)
     seed = common["adaptive_calibration_seed"]
