@@ -160,3 +160,16 @@ def test_switched_off_the_plugin_is_not_there(write):
     assert "Invalid fine-tuning method" in done.stderr  # upstream's own words: never silently plain LoRA
     done = run(BIN / "llamafactory-adaptive", "plan", write(), expect=2, LLAMAFACTORY_ADAPTIVE="0")
     assert "switches the plugin off" in done.stderr
+
+
+def test_a_lock_left_by_a_killed_compiler_holds_nobody_up(write, tmp_path, monkeypatch):
+    """On a CPU DeepSpeed would build an operator first, and wait for ever for a build that is dead."""
+    extensions = tmp_path / "extensions"
+    (extensions / "deepspeed_shm_comm").mkdir(parents=True)
+    (extensions / "deepspeed_shm_comm" / "lock").write_text("")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
+    config = str(EXAMPLES / "deepspeed" / "ds_z2_config.json")
+    args = yaml.safe_load(write(adaptive_method="uniform", deepspeed=config).read_text())
+    train_on_two(args, tmp_path / "logs")
+    assert ranks(tmp_path / "out")
+    assert [path.name for path in extensions.rglob("*")] == ["deepspeed_shm_comm", "lock"], "nothing was built"

@@ -1,0 +1,69 @@
+"""A child process that ends with its parent and keeps its log to itself."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from processes import alive, wait_until_ended
+
+from llamafactory_adaptive.bridge.child import run_child
+
+
+CHILD = """
+import os, sys, time
+from pathlib import Path
+from llamafactory_adaptive.bridge.child import end_with_parent
+end_with_parent(Path(sys.argv[1]))
+Path(sys.argv[2]).write_text(str(os.getpid()))
+time.sleep(600)
+"""
+PARENT = """
+import os, sys
+from pathlib import Path
+from llamafactory_adaptive.bridge.child import run_child
+run_child([sys.executable, "-c", sys.argv[1], sys.argv[2], sys.argv[3]], os.environ, Path(sys.argv[4]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_it_ends_with_its_parent_however_that_ends(number, tmp_path):
+    scratch, pid = tmp_path / "scratch", tmp_path / "pid"
+    scratch.mkdir()
+    words = [sys.executable, "-c", PARENT, CHILD, scratch, pid, tmp_path / "log"]
+    parent = subprocess.Popen(list(map(str, words)), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    child = int(pid.read_text())
+    assert alive(child)
+    parent.send_signal(number)
+    parent.wait(30)
+    wait_until_ended([child])
+    if number != signal.SIGINT:  # there the parent, still alive, ends it and removes what is its own
+        deadline = time.monotonic() + 10
+        while scratch.exists():
+            assert time.monotonic() < deadline, "nobody else removes this folder"
+            time.sleep(0.01)
+
+
+def test_its_log_goes_to_a_file_and_only_warnings_and_progress_to_the_terminal(tmp_path, capsys):
+    said = ["[INFO|config.py:1] Model config {", "[WARNING|2026] llamafactory.adaptive:1 >> mind this",
+            "Scoring modules: 100%|##| 2/2", "the last line"]  # fmt: skip
+    command = [sys.executable, "-c", f"print({chr(10).join(said)!r}); raise SystemExit(3)"]
+    code, lines = run_child(command, os.environ, tmp_path / "logs" / "log")
+    assert code == 3
+    assert lines.split("\n")[:4] == said
+    assert (tmp_path / "logs" / "log").read_text().split("\n")[:4] == said
+    assert capsys.readouterr().err.splitlines() == said[1:3]
+
+
+def test_a_child_that_is_killed_has_a_negative_code_and_a_full_disk_is_no_reason_to_end(tmp_path):
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "-c", "import os; print('so far', flush=True); os.kill(os.getpid(), 9)"]
+    code, lines = run_child(command, os.environ, tmp_path / "file" / "log")
+    assert code == -signal.SIGKILL
+    assert lines.startswith("so far")
