@@ -100,7 +100,8 @@ def plan(arguments: argparse.Namespace) -> int:
     from llamafactory_adaptive.bridge.plans import advice, fresh_plan
     from llamafactory_adaptive.bridge.seams import require_seams
     from llamafactory_adaptive.bridge.validation import parse_config
-    from llamafactory_adaptive.files import PLAN_FILE, locked
+    from llamafactory_adaptive.files import PLAN_FILE
+    from llamafactory_adaptive.folder_lock import locked
     from llamafactory_adaptive.report import HEATMAP_FILE, rank_table, save_heatmap
 
     require_seams()

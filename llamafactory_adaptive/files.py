@@ -5,15 +5,12 @@ import json
 import logging
 import math
 import os
-import socket
-import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from llamafactory_adaptive.errors import AdaptiveError, OutputError, PlanError
@@ -32,8 +29,6 @@ PREVIOUS_FOLDER = "_adaptive_previous"  # what an older run in the same folder l
 
 _MOST_BYTES = 256 * 2**20
 _DEEPEST = 64
-# A run that was killed may take some seconds to be gone: its processes are still collecting each other.
-_LOCK_SECONDS = 15.0
 logger = logging.getLogger("llamafactory.adaptive")
 
 
@@ -276,41 +271,3 @@ def _checksum_path(path: Path) -> Path:
 def _files_below(folder: Path) -> list[Path]:
     hidden = (DIGESTS_FILE, LOCK_FILE)
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in hidden)
-
-
-# -- one run per folder -----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def locked(folder: Path, seconds: float = _LOCK_SECONDS) -> Iterator[None]:
-    """Hold ``folder`` for this process alone; the operating system lets go of it however the process ends.
-
-    Raises:
-        OutputError: another process holds it and did not let go within ``seconds``.
-    """
-    path, made = folder / LOCK_FILE, not folder.exists()
-    lock = FileLock(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=seconds)
-    except Timeout as error:
-        raise OutputError(
-            f"another run works in {folder} ({_owner(path)}): wait until it has ended, or choose another folder"
-        ) from error
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    try:
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')}\n")
-        yield
-    finally:
-        if made and os.listdir(folder) == [path.name]:  # nothing came of it
-            path.unlink()
-            folder.rmdir()
-        lock.release()
-
-
-def _owner(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()[:200] or "it does not say which"
-    except OSError:
-        return "it does not say which"

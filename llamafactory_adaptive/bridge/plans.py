@@ -10,7 +10,8 @@ from typing import Any
 from llamafactory_adaptive.bridge.arguments import Args, local_rank, our_keys, split_names
 from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
-from llamafactory_adaptive.files import PLAN_FILE, STATE_JSON, digest_of, locked
+from llamafactory_adaptive.files import PLAN_FILE, STATE_JSON, digest_of
+from llamafactory_adaptive.folder_lock import locked
 from llamafactory_adaptive.plan import RankPlan, load_plan
 from llamafactory_adaptive.registry import get_method, methods
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from llamafactory_adaptive.errors import OutputError
 from llamafactory_adaptive.export.faults import ExportError
-from llamafactory_adaptive.files import LOCK_FILE, locked
+from llamafactory_adaptive.files import LOCK_FILE
+from llamafactory_adaptive.folder_lock import locked
 
 
 # Between making its folder and locking it, or unlocking and naming it, an export is a moment without a lock.

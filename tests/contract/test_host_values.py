@@ -1,4 +1,4 @@
-"""The host's own keys with wrong values: one message each before anything is loaded, where the host has a traceback."""
+"""The host's own keys with wrong values: one message each before anything is loaded, no traceback."""
 
 import pytest
 from tiny import settings
@@ -86,7 +86,7 @@ def test_good_settings_pass_and_no_process_state_is_made(tiny_llama, data_dir, t
 def test_a_folder_that_cannot_be_written_is_told_before_anything(tiny_llama, data_dir, tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "out", "/proc/out"):
-        with pytest.raises(AdaptiveConfigError, match="output_dir: .* is not possible: nothing can be written there"):
+        with pytest.raises(AdaptiveConfigError, match=r"output_dir: .* is not possible: nothing can be written there"):
             check_output(settings(tiny_llama, data_dir, place))
     check_output(settings(tiny_llama, data_dir, tmp_path / "good"))
     assert not (tmp_path / "good").exists()

@@ -103,7 +103,7 @@ def test_a_stale_lock_of_the_output_folder(scene, tell, tmp_path):
     output = tmp_path / "out"
     config = scene.yaml("igu", output)
     first = scene.train(config, tmp_path / "log")
-    wait_for((output / ".adaptive_lock").exists, first)
+    wait_for((output / "_adaptive_lock").exists, first)
     first.kill()
     scene.train(config, tmp_path / "log").finish()
     tell("locks", "igu: killed while it held its output folder", "the next run took the folder over at once")

@@ -32,7 +32,7 @@ def test_a_disk_that_fills_up_while_training(scene, small_disk, tell, tmp_path):
     assert "No space left" in command.said()
     whole = [path for path in output.glob("checkpoint-*") if (path / "adaptive_digests.json").is_file()]
     moved = tmp_path / "moved"
-    shutil.copytree(output, moved, ignore=shutil.ignore_patterns(".adaptive_lock"))
+    shutil.copytree(output, moved, ignore=shutil.ignore_patterns("_adaptive_lock"))
     scene.train(scene.yaml("igu", moved), tmp_path / "log").finish()
     reference, _ = scene.reference("igu")
     assert digests(moved, WEIGHTS)[WEIGHTS] == digests(reference, WEIGHTS)[WEIGHTS]
@@ -99,7 +99,7 @@ def test_two_trainings_in_one_folder(scene, tell, tmp_path):
     output = tmp_path / "out"
     config = scene.yaml("igu", output)
     first = scene.train(config, tmp_path / "first.log")
-    wait_for((output / ".adaptive_lock").exists, first)
+    wait_for((output / "_adaptive_lock").exists, first)
     second = scene.train(config, tmp_path / "second.log").finish(2)
     assert "another run works in" in second or "holds a finished run" in second
     first.finish()

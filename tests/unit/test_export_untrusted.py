@@ -19,7 +19,8 @@ from llamafactory_adaptive.export.command import ExportRequest
 from llamafactory_adaptive.export.faults import ExportError
 from llamafactory_adaptive.export.reading import RULES, read_as
 from llamafactory_adaptive.export.scratch import remove_left_behind
-from llamafactory_adaptive.files import locked
+from llamafactory_adaptive.files import LOCK_FILE
+from llamafactory_adaptive.folder_lock import locked
 from llamafactory_adaptive.folders import OutsideError, inside
 from llamafactory_adaptive.module_names import NamePattern, is_plain_key
 from llamafactory_adaptive.plaintext import plain_lines
@@ -245,7 +246,7 @@ def test_what_killed_exports_left_goes_and_what_is_in_use_stays(tmp_path):
     for name in [*names, ".other." + "f" * 32 + ".tmp"]:
         (tmp_path / name).mkdir()
     for name in names[:2]:
-        (tmp_path / name / ".adaptive_lock").touch()
+        (tmp_path / name / LOCK_FILE).touch()
     old = time.time() - 7200
     os.utime(tmp_path / names[2], (old, old))
     with locked(tmp_path / names[1], 0):

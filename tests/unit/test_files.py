@@ -10,6 +10,7 @@ import pytest
 
 from llamafactory_adaptive import files
 from llamafactory_adaptive.errors import AdaptiveError, OutputError, PlanError
+from llamafactory_adaptive.folder_lock import locked
 
 
 HOSTILE = {
@@ -101,8 +102,8 @@ def test_every_kind_of_damage_is_named(tmp_path: Path) -> None:
 
 def _holder(folder: Path) -> "subprocess.Popen[bytes]":
     code = (
-        "import sys, time; from pathlib import Path; from llamafactory_adaptive import files\n"
-        "with files.locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+        "import sys, time; from pathlib import Path; from llamafactory_adaptive.folder_lock import locked\n"
+        "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -115,13 +116,13 @@ def test_a_folder_is_held_by_one_process_until_that_is_killed(tmp_path: Path) ->
     try:
         with (
             pytest.raises(OutputError, match=rf"another run works in .*out \(process {other.pid} on "),
-            files.locked(tmp_path / "out", seconds=0),
+            locked(tmp_path / "out", seconds=0),
         ):
             pass
     finally:
         other.kill()
         other.wait()
-    with files.locked(tmp_path / "out", seconds=10):
+    with locked(tmp_path / "out", seconds=10):
         assert f"process {os.getpid()}" in (tmp_path / "out" / files.LOCK_FILE).read_text()
 
 
