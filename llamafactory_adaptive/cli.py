@@ -97,6 +97,7 @@ def plan(arguments: argparse.Namespace) -> int:
     _require_enabled()
     from llamafactory_adaptive.adapter import ADAPTER_WEIGHTS
     from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings
+    from llamafactory_adaptive.bridge.host_check import check_host_settings
     from llamafactory_adaptive.bridge.plans import advice, fresh_plan
     from llamafactory_adaptive.bridge.seams import require_seams
     from llamafactory_adaptive.bridge.validation import parse_config
@@ -117,6 +118,7 @@ def plan(arguments: argparse.Namespace) -> int:
             [Problem("finetuning_type", kind, "there are no ranks to plan", "finetuning_type: adaptive")]
         )
     config = parse_config(args)
+    check_host_settings(args)
     if config.course is not None:
         return _plan_of_a_dynamic_run(args, config)
     started = time.perf_counter()

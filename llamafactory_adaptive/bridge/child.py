@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 
-_SHOWN = re.compile(r"^\[(WARNING|ERROR)\||Scoring modules")
+_SHOWN = re.compile(r"^\[(WARNING|ERROR)\|.*llamafactory\.adaptive|Scoring modules")
 _EVERY_SECONDS = 15.0  # progress where nobody watches a terminal
 _KEPT_LINES = 2000
 _END_SECONDS = 10.0

@@ -130,7 +130,7 @@ def test_plan_keeps_its_hands_off_a_trained_adapter(write, tmp_path):
 
 def test_what_the_host_refuses_is_one_message_before_scoring(write):
     done = run(BIN / "llamafactory-adaptive", "plan", write(val_size=0.1, eval_dataset="tiny_eval"), expect=2)
-    assert "LLaMA-Factory cannot load model and data for scoring: Cannot specify `val_size`" in done.stderr
+    assert "val_size: 0.1 is not possible: LLaMA-Factory refuses it (Cannot specify `val_size`" in done.stderr
     assert "Traceback" not in done.stderr
     assert "Scoring modules" not in done.stderr
 
