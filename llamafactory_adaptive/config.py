@@ -45,6 +45,13 @@ class AdaptiveArguments:
         low=0.001,
         high=10.0,
     )
+    adaptive_max_nonfinite_steps: int = option(
+        3,
+        "Optimizer steps in a row whose loss may be NaN or infinite before the run is ended; a large number never "
+        "ends it.",
+        unit="steps",
+        low=1,
+    )
     adaptive_plan: str | None = option(
         None, "Path of a saved adaptive_rank_plan.json to train on; nothing is computed then."
     )
@@ -135,6 +142,7 @@ class AdaptiveConfig:
     plan_path: str | None
     calibration: CalibrationConfig
     course: PruningConfig | ReallocationConfig | None = None
+    max_nonfinite_steps: int = 3
 
     @property
     def scale(self) -> float:

@@ -22,6 +22,7 @@ from llamafactory_adaptive.adapter import (
     name_targets_in_full,
 )
 from llamafactory_adaptive.checkpoints import damage, is_sealed, unseal, write_layout
+from llamafactory_adaptive.divergence import DivergenceWatch
 from llamafactory_adaptive.errors import GuardError, PlanError
 from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, append_line, write_digests
 from llamafactory_adaptive.plan import RankPlan
@@ -71,6 +72,7 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
         self.counters = Counters()
         self.overhead_seconds = overhead_seconds
         self.checkpoint, self.selection = checkpoint, selection
+        self.watch: DivergenceWatch | None = None
         self.layout: Mapping[str, Any] | None = None  # how weights are spread over processes, for checkpoints
         self.deepspeed = False
 
@@ -154,8 +156,10 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
         self.counters.largest_learning_rate = max(self.counters.largest_learning_rate, *map(float, rates))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count optimizer steps; say when another subset begins."""
+        """Count optimizer steps; stop a run that has gone wrong; say when another subset begins."""
         self.counters.steps += 1
+        if self.watch is not None:
+            self.watch.end_step(state.global_step, kwargs["model"])
         if self.selection is not None and args.should_save and self.selection.begins_at(state.global_step):
             self.log_subset(Path(args.output_dir), state.global_step)
 
@@ -164,7 +168,9 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
         self.write_log(output, {"step": step, "event": "sampling", **self.data_figures(step)})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say how often each sample was used."""
+        """Refuse an adapter that is not finite; say how often each sample was used."""
+        if self.watch is not None and not self.deepspeed:  # whose weights may lie in pieces; its files are checked
+            self.watch.refuse_end(state.global_step, kwargs["model"])
         if self.selection is not None and args.should_save:
             self.selection.report(Path(args.output_dir), state.global_step, self.plan)
 

@@ -151,6 +151,8 @@ class DynamicCallback(AdaptiveCallback):
     def _allocate(self, budget: int, final: bool) -> None:
         """Keep the best components under ``budget``, and prove that every process kept the same."""
         started, args = time.perf_counter(), self.trainer.args
+        if self.watch is not None:
+            self.watch.refuse(self.step, "choosing ranks")
         if self.counters.observations == 0:
             raise GuardError(
                 f"components are to be chosen at step {self.step}, but none was observed: {self.counters}"

@@ -71,7 +71,8 @@ class PlanRequest:
 
     def digest(self) -> str:
         """Names the plan in the cache: equal requests share one plan."""
-        return digest_of({"identity": self.identity, "config": asdict(self.config), "schema": SCHEMA_VERSION})
+        asked = {key: value for key, value in asdict(self.config).items() if key != "max_nonfinite_steps"}
+        return digest_of({"identity": self.identity, "config": asked, "schema": SCHEMA_VERSION})
 
     def plan_path(self) -> Path:
         """Where the plan of this request is kept."""

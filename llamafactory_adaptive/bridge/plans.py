@@ -108,7 +108,7 @@ def fresh_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
     if config.plan_path:
         method = pipeline.make_method(config)
         samples = getattr(method, "sampling", None) is not None
-        used = {"adaptive_plan", "adaptive_budget_unit"}
+        used = {"adaptive_plan", "adaptive_budget_unit", "adaptive_max_nonfinite_steps"}
         if samples:
             read = set(config.options) - set(method.idle_on_a_plan)
             used |= {"adaptive_method", *(f"{config.method}_{option}" for option in read)}

@@ -90,6 +90,7 @@ def adaptive_training_function(
 def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], args: Args, adaptive: AdaptiveConfig
            ) -> None:  # fmt: skip
     from llamafactory_adaptive.controller import finish
+    from llamafactory_adaptive.divergence import DivergenceWatch
     from llamafactory_adaptive.operator_locks import bounded_waits
     from llamafactory_adaptive.zero import init_deepspeed_on_cpu
 
@@ -109,6 +110,7 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], a
         _begin_afresh(args)
     callback = _make_callback(args, plan, adaptive, checkpoint, started)
     callback.layout = layout(args)
+    callback.watch = DivergenceWatch(adaptive.max_nonfinite_steps, Path(str(args["output_dir"])))
     if args.get("deepspeed") and no_accelerator():
         init_deepspeed_on_cpu()
     token = _current.set(callback)
@@ -178,6 +180,13 @@ def meet_trainer(trainer_class: type) -> type:
             self.adaptive_callback = callback
             if callback is not None:
                 callback.attach(self)
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(*args, **kwargs)
+            watch = getattr(self.adaptive_callback, "watch", None)
+            if watch is not None:
+                watch.see(loss)
+            return loss
 
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
             selection = getattr(self.adaptive_callback, "selection", None)

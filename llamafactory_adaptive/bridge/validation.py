@@ -81,6 +81,7 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
             seed=run_seed(args) if seed is None else seed,
         ),
         course=course,
+        max_nonfinite_steps=common["adaptive_max_nonfinite_steps"],
     )
 
 

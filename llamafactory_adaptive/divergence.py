@@ -1,0 +1,110 @@
+"""Stop a run whose loss is no longer a number: say since when, why if that can be told, and where to go on from."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from llamafactory_adaptive.adapter import ADAPTER_WEIGHTS, factors, live_layers
+from llamafactory_adaptive.checkpoints import damage
+from llamafactory_adaptive.errors import GuardError
+from llamafactory_adaptive.processes import add_up, from_main
+
+
+class DivergenceWatch:
+    """Counts optimizer steps in a row whose loss is NaN or infinite, over all processes.
+
+    A gradient that is not finite needs no count of its own: it makes the weights, and with them the next loss, NaN;
+    where a loss scaler skips such a step instead, the step is meant to be skipped.
+
+    Args:
+        limit: steps in a row that are borne; the run ends with the next look after them.
+        output: the run's ``output_dir``.
+    """
+
+    def __init__(self, limit: int, output: Path) -> None:
+        self.limit, self.output = limit, output
+        self.in_a_row = 0
+        self._bad: Tensor | None = None
+
+    def see(self, loss: Tensor) -> None:
+        """Take note of one micro-batch's loss; stays on its device."""
+        bad = (~torch.isfinite(loss.detach())).any().float()
+        self._bad = bad if self._bad is None else self._bad + bad
+
+    def end_step(self, step: int, model: nn.Module) -> None:
+        """Look at the optimizer step that has just been made, its ``step`` counted from 1.
+
+        The Trainer itself reads every loss on the host to filter NaN, so that this look waits for nothing more.
+
+        Raises:
+            GuardError: on every process.
+        """
+        if self._bad is None:
+            return
+        bad, self._bad = add_up(self._bad.clone()), None
+        if not bool(bad > 0):
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        if self.in_a_row == 1 and (weight := _first_bad_weight(model)):
+            raise GuardError(
+                f"the loss of step {step} is NaN or infinite because the base model itself is: {weight} holds such "
+                "values; use another copy of the model, or another precision"
+            )
+        if self.in_a_row >= self.limit:
+            raise GuardError(self._words(step))
+
+    def refuse(self, step: int, what: str) -> None:
+        """Raise GuardError where the last step's loss was not finite and ``what`` cannot be done on such figures."""
+        if self.in_a_row:
+            raise GuardError(f"{what} at step {step} is not possible: {self._words(step)}")
+
+    def refuse_end(self, step: int, model: nn.Module) -> None:
+        """Raise GuardError where the adapter that is about to be saved is not finite."""
+        live = live_layers(model).items()
+        names = [name for name, (layer, adapter) in live if not _finite(factors(layer, adapter))]
+        if names:
+            since = f": {self._words(step)}" if self.in_a_row else "; lower learning_rate"
+            raise GuardError(f"the trained adapter holds NaN or infinity ({names[0]}, of {len(names)} modules){since}")
+
+    def _words(self, step: int) -> str:
+        first = step - self.in_a_row + 1
+        good = from_main("the search for a good checkpoint", lambda: _last_good(self.output, first))
+        back = f"resume from {good}" if good else "no checkpoint from before is there: start afresh"
+        return (
+            f"the loss has been NaN or infinite since step {first} ({self.in_a_row} steps): training diverged; lower "
+            f"learning_rate, and {back} (adaptive_max_nonfinite_steps: {self.limit} can be raised to bear more)"
+        )
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def _first_bad_weight(model: nn.Module) -> str:
+    """Name a frozen weight that is not finite; empty where none is. Quantised ones cannot be read."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and parameter.is_floating_point() and not _finite([parameter]):
+            return name
+    return ""
+
+
+def _last_good(output: Path, before: int) -> str | None:
+    """The newest whole checkpoint of a step before ``before`` whose adapter is finite."""
+    steps = {path: path.name.rpartition("-")[2] for path in output.glob("checkpoint-*")}
+    older = sorted((int(step), path) for path, step in steps.items() if step.isdigit() and int(step) < before)
+    for _, path in reversed(older):
+        if not damage(path) and _saved_finite(path / ADAPTER_WEIGHTS):
+            return str(path)
+    return None
+
+
+def _saved_finite(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _finite(map(file.get_tensor, file.keys()))
+    except (OSError, SafetensorError):
+        return False
