@@ -1,7 +1,6 @@
 """JSON that others wrote, read with limits: a file too large, nested too deeply or of other types is one message."""
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from eval.errors import EvalError
 
 MAX_DEPTH = 100
 MAX_RESULTS = 64 * 2**20  # bytes of a results file; real ones take kilobytes
+_LARGEST = 2**63
 MAX_LINE = 16 * 2**20  # bytes of one row or sample
 
 
@@ -98,7 +98,7 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
 
 
 def field(record: Mapping[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """Take a value of a certain type; true and false are no numbers, and numbers are finite.
+    """Take a value of a certain type; true and false are no numbers, and numbers are finite and below 2^63.
 
     Raises:
         EvalError: it is missing or of another type.
@@ -106,7 +106,7 @@ def field(record: Mapping[str, Any], key: str, kind: type | tuple[type, ...], wh
     value = record.get(key)
     kinds = kind if isinstance(kind, tuple) else (kind,)
     fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
-    if not fits or (isinstance(value, float) and not math.isfinite(value)):
+    if not fits or (isinstance(value, (int, float)) and not abs(value) < _LARGEST):
         names = " or ".join(one.__name__ for one in kinds)
         shown = "missing" if key not in record else f"{value!r:.60}"
         raise EvalError(f"{where}: {key!r} is {shown}, it must be {names}; this file is damaged or not ours")

@@ -18,6 +18,7 @@ from eval.protocols import Task
 
 
 SCHEMA_VERSION = 3
+RESULTS_FILE = "eval_results.json"
 SAMPLES_FILE = "samples.jsonl"
 NO_ANSWER = ("", extraction.NOT_FOUND, "inf")  # what the readers of answers give where there is none
 
