@@ -16,7 +16,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from eval import gates, report, results
+from eval import gates, report, results, samples_page
 from eval.arguments import RESULTS_FILE, Request, parse
 from eval.contamination import read_seen, refuse_seen
 from eval.errors import EvalError
@@ -173,6 +173,8 @@ def _write(request: Request, record: Record, words: str) -> list[str]:
     results.write_json(
         request.out / RESULTS_FILE, {**_how(request, record), **figures, **_circumstances(request, record, words)}
     )
+    if request.log_samples:
+        samples_page.write_page(request.out)
     print(f"\nwritten to {request.out}: {RESULTS_FILE}, {report.TABLE_FILE}, {report.CHART_FILE}")
     return gates.failures(request.gates, figures["scores"], means, compared)
 
