@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from eval import gates
 from eval.contamination import files_of_plan
 from eval.data import check_files, local_files
 from eval.errors import UsageError
@@ -54,6 +55,8 @@ class Request:
     server: ServerOptions
     out: Path
     log_samples: bool
+    strip_thinking: bool
+    gates: gates.Gates
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,6 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
     server.add_argument("--server-args", default="", metavar="WORDS", help="further words for vLLM's command line")
     server.add_argument("--concurrency", type=int, default=64, metavar="N", help="requests under way at a time")
     add("--out", type=Path, required=True, metavar="DIR", help=f"folder for {RESULTS_FILE}, table, chart and logs")
+    add("--strip-thinking", action="store_true", help="drop <think> blocks before an answer is read")
+    gates.add_arguments(parser)
     add("--log-samples", action="store_true", help="also write samples.jsonl: every prompt, answer and metric")
     return parser
 
@@ -109,6 +114,10 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         seen += files_of_plan(given.plan, given.dataset_dir) if given.plan else []
     except UsageError as error:
         problems += error.problems
+    conditions, found = gates.parse(given, [model.name for model in models], [task.name for task in tasks])
+    problems += found if tasks else []
+    if given.strip_thinking and tasks and all(task.likelihood for task in tasks):
+        problems.append("--strip-thinking: no task of these generates text; leave it out")
     if problems := problems or list(_folder_problems(given.out)):
         raise UsageError(problems)
     return Request(
@@ -134,6 +143,8 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         ),
         out=given.out,
         log_samples=given.log_samples,
+        strip_thinking=given.strip_thinking,
+        gates=conditions,
     )
 
 

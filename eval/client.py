@@ -24,6 +24,7 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
+from eval.data import read_splits
 from eval.errors import EvalError
 from eval.protocols import Task, task_config
 
@@ -48,6 +49,8 @@ class Sample:
     target: str
     response: Any
     metrics: Mapping[str, float]
+    repeat: int = 0
+    extracted: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -165,7 +168,24 @@ def quiet() -> LastWords:
     return words
 
 
-def load(tasks: Sequence[Task], template: str, files: Mapping[str, Mapping[str, Path]] | None) -> list[Any]:
+class LocalTask(ConfigurableTask):  # type: ignore[misc]
+    """A task on rows that were read and checked here, in place of a set of the hub."""
+
+    def __init__(self, config: dict[str, Any], rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        self._rows = rows
+        super().__init__(config=config)
+
+    def download(self, dataset_kwargs: Any = None, **more: Any) -> None:
+        """Make a data set of the rows."""
+        self.dataset = {split: datasets.Dataset.from_list(list(rows)) for split, rows in self._rows.items()}
+
+
+def load(
+    tasks: Sequence[Task],
+    template: str,
+    files: Mapping[str, Mapping[str, Path]] | None,
+    strip_thinking: bool = False,
+) -> list[Any]:
     """Tasks with their data loaded, from local files or from the hub.
 
     Raises:
@@ -175,8 +195,10 @@ def load(tasks: Sequence[Task], template: str, files: Mapping[str, Mapping[str, 
     for task in tasks:
         local = None if files is None else files[task.name]
         try:
-            loaded.append(ConfigurableTask(config=task_config(task, template, local)))
-        except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetGenerationError) as error:
+            config = task_config(task, template, local, strip_thinking)
+            made = ConfigurableTask(config=config) if local is None else LocalTask(config, read_splits(local))
+            loaded.append(made)
+        except (OSError, ValueError, TypeError, datasets.exceptions.DatasetGenerationError) as error:
             where = "--data-dir" if files else f"{task.config['dataset_path']}, try --data-dir for local rows"
             raise EvalError(f"the rows of {task.name} cannot be loaded ({where}): {error}") from error
     return loaded

@@ -1,7 +1,8 @@
 """Evaluates a base model, adapters and merged models: ``python -m eval.run --help``, and ``eval/README.md``.
 
-Exit codes: 0 done, 2 user error (one message on stderr, no traceback), 130 interrupted, 1 a bug. Whatever happens, no
-server that was started here is left behind.
+Exit codes: 0 done, 2 user error (one message on stderr, no traceback), 3 a condition of ``--fail-under`` or
+``--fail-if-worse-than`` not met, 130 interrupted, 1 a bug. Whatever happens, no server that was started here is left
+behind.
 """
 
 import os
@@ -15,7 +16,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from eval import report, results
+from eval import gates, report, results, samples_page
 from eval.arguments import RESULTS_FILE, Request, parse
 from eval.contamination import read_seen, refuse_seen
 from eval.errors import EvalError
@@ -49,14 +50,16 @@ def main(argv: Sequence[str] | None = None, command: Command = vllm_command) -> 
     signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))  # one way out for both
     try:
         request = parse(argv)
-        _write(request, evaluate(request, command), redacted(sys.argv[1:] if argv is None else argv))
+        failed = _write(request, evaluate(request, command), redacted(sys.argv[1:] if argv is None else argv))
     except EvalError as error:
         print(f"eval: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\neval: interrupted; no server was left running, no results were written", file=sys.stderr)
         return 130
-    return 0
+    for sentence in failed:
+        print(f"eval: failed: {sentence}", file=sys.stderr)
+    return gates.FAILED if failed else 0
 
 
 def evaluate(request: Request, command: Command = vllm_command) -> Record:
@@ -87,7 +90,7 @@ def _load(request: Request, servings: Sequence[Serving]) -> tuple[dict[str, Any]
     from eval import client  # takes seconds, so not before the checks above
 
     last_words = client.quiet()
-    loaded = client.load(request.tasks, request.template, request.files)
+    loaded = client.load(request.tasks, request.template, request.files, request.strip_thinking)
     _guard(request, [client.questions(t, made, request.limit) for t, made in zip(request.tasks, loaded, strict=True)])
     client.check_tokenizers({job.tokenizer for s in servings for job in s.jobs}, request.template)
     return {task.name: made for task, made in zip(request.tasks, loaded, strict=True)}, last_words
@@ -149,8 +152,12 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _write(request: Request, record: Record, words: str) -> None:
-    """Print the table and write every file; the results last, so that a folder that has them is whole."""
+def _write(request: Request, record: Record, words: str) -> list[str]:
+    """Print the table and write every file; the results last, so that a folder that has them is whole.
+
+    Returns:
+        What conditions are not met.
+    """
     models, tasks = [model.name for model in request.models], [task.name for task in request.tasks]
     answers = sorted(record.answers, key=lambda a: (models.index(a.model), tasks.index(a.task.name)))
     scores, means, compared = results.scores(answers), results.means(answers), results.comparisons(answers)
@@ -166,7 +173,10 @@ def _write(request: Request, record: Record, words: str) -> None:
     results.write_json(
         request.out / RESULTS_FILE, {**_how(request, record), **figures, **_circumstances(request, record, words)}
     )
+    if request.log_samples:
+        samples_page.write_page(request.out)
     print(f"\nwritten to {request.out}: {RESULTS_FILE}, {report.TABLE_FILE}, {report.CHART_FILE}")
+    return gates.failures(request.gates, figures["scores"], means, compared)
 
 
 def _how(request: Request, record: Record) -> dict[str, Any]:
@@ -175,7 +185,7 @@ def _how(request: Request, record: Record) -> dict[str, Any]:
         "schema_version": results.SCHEMA_VERSION,
         "protocol": request.protocol,
         "template": request.template,
-        "decoding": {"num_beams": request.num_beams, "temperature": 0.0},
+        "decoding": {"num_beams": request.num_beams, "temperature": 0.0, "strip_thinking": request.strip_thinking},
         "seeds": list(request.seeds),
         "limit": request.limit,
         "data": record.data,
