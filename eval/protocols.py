@@ -8,7 +8,7 @@ are not comparable, so one run has one protocol. A task file is an ordinary lm-e
 import difflib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,12 @@ def _read(protocol: str, name: str) -> Task:
         reads=reads,
         config=config,
     )
+
+
+def with_fewshot(task: Task, examples: int) -> Task:
+    """``task`` with another number of examples before its question, drawn from its training rows."""
+    drawn = {"training_split": "train", "fewshot_split": "train"} if examples else {}
+    return replace(task, fewshot=examples, config={**drawn, **task.config, "num_fewshot": examples})
 
 
 def task_config(
