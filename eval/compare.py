@@ -137,6 +137,7 @@ def _asked(run: Finished) -> dict[str, dict[str, Any]]:
                 "headline metric": score.metric,
                 "number of examples": score.fewshot,
                 "number of rows": score.n,
+                "number of answers to a row": score.repeats,
                 "set of rows (scored_sha256)": field(rows, "scored_sha256", str, f"{run.path}: {score.task}"),
             }
             if found.setdefault(score.task, facts) != facts:

@@ -119,6 +119,8 @@ def files_of_plan(plan: Path, dataset_dir: Path | None) -> list[Path]:
     """
     try:
         names = loads(plan.read_text(encoding="utf-8"), str(plan))["provenance"]["calibration_dataset"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"calibration_dataset is {names!r:.60}, not a list of names")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError([f"--plan: {plan} is no rank plan that names its calibration data ({error!r})"]) from error
     if dataset_dir is None:

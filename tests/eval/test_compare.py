@@ -128,6 +128,7 @@ def changed(*path, value):
             "boolq has another set of rows (scored_sha256)",
         ),
         (changed("scores", 0, "task_version", value="2.0"), "gsm8k has another version, '1.0' and '2.0'"),
+        (changed("scores", 0, "repeats", value=4), "gsm8k has another number of answers to a row, 1 and 4"),
         (changed("scores", 0, "fewshot", value=5), "gsm8k has another number of examples, 0 and 5"),
     ],
 )

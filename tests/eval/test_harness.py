@@ -61,7 +61,7 @@ def harness(tiny_llama, rows, tmp_path):
 def test_a_whole_run(protocol, harness, model):
     out, _ = harness.run("--merged", f"tuned={model}", "--log-samples", "--limit", 4, protocol=protocol)
     found = harness.results()
-    assert (found["schema_version"], found["protocol"], found["limit"]) == (2, protocol, 4)
+    assert (found["schema_version"], found["protocol"], found["limit"]) == (3, protocol, 4)
     assert {(s["model"], s["task"]) for s in found["scores"]} == {
         (m, t) for m in ("base", "tuned") for t in ALL.split(",")}  # fmt: skip
     assert all(s["n"] == 4 and s["protocol"] == protocol for s in found["scores"])
