@@ -4,7 +4,6 @@ What is saved obeys one rule: every module has the same alpha/r, and it equals `
 ``r`` is the largest rank in use. A server that ignores ``rank_pattern`` and ``alpha_pattern`` is then right too.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,12 +11,13 @@ from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import nn
 
 from llamafactory_adaptive.errors import GuardError
+from llamafactory_adaptive.files import read_mapping
 from llamafactory_adaptive.gradients import full_shape
+from llamafactory_adaptive.module_names import NamePattern
 from llamafactory_adaptive.plan import RankPlan
 
 
@@ -148,7 +148,7 @@ def check_saved(folder: Path, plan: RankPlan) -> int:
     for path in (config_path, weights_path):
         if not path.is_file():
             raise GuardError(f"no adapter was saved: {path} is missing")
-    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config = read_mapping(config_path, str(config_path), error=GuardError)
     faults = _config_faults(config, plan)
     tensor_faults, untrained = _tensor_faults(weights_path, plan)
     _raise(faults + tensor_faults, f"the adapter saved in {folder} does not match the plan")
@@ -162,23 +162,33 @@ def _config_faults(config: dict[str, Any], plan: RankPlan) -> list[str]:
     faults += [f"{key} is set" for key in ("use_rslora", "use_dora") if config.get(key)]
     if config.get("r") != plan.largest_rank:
         faults.append(f"r is {config.get('r')}, the largest rank in use is {plan.largest_rank}")
-    elif not math.isclose(config["lora_alpha"] / config["r"], plan.scale, rel_tol=1e-6):
-        faults.append(f"lora_alpha / r is {config['lora_alpha'] / config['r']}, not {plan.scale}")
+    elif not math.isclose(alpha := _number(config.get("lora_alpha")) / config["r"], plan.scale, rel_tol=1e-6):
+        faults.append(f"lora_alpha / r is {alpha}, not {plan.scale}")
     targets = config.get("target_modules")
     faults += [
         f"target_modules: {fault}" for fault in _name_faults(targets if isinstance(targets, list) else [], plan)
     ]
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    ranks, alphas = (_mapping(config.get(key)) for key in ("rank_pattern", "alpha_pattern"))
     faults += _name_faults(ranks, plan)
+    keys = NamePattern(ranks)
     for module in plan.active:
-        key = get_pattern_key(list(ranks), module.name)
+        key = keys.key_of(module.name) or module.name
         if key != module.name:
             faults.append(f"the pattern {key} also hits {module.name}")
         elif ranks.get(key) != module.rank:
             faults.append(f"rank_pattern gives {module.name} {ranks.get(key)}, planned {module.rank}")
-        elif not math.isclose(alphas.get(key, math.nan) / module.rank, plan.scale, rel_tol=1e-6):
+        elif not math.isclose(_number(alphas.get(key)) / module.rank, plan.scale, rel_tol=1e-6):
             faults.append(f"alpha_pattern gives {module.name} {alphas.get(key)}")
     return faults
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _number(value: object) -> float:
+    """The number a config holds; NaN, which is close to nothing, where it is none."""
+    return float(value) if isinstance(value, (int, float)) else math.nan
 
 
 def _tensor_faults(path: Path, plan: RankPlan) -> tuple[list[str], int]:

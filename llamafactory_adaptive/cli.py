@@ -22,6 +22,7 @@ from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, AdaptiveError, Problem, SeamError
 from llamafactory_adaptive.export.command import add_export_arguments, export_request
 from llamafactory_adaptive.fields import coerce
+from llamafactory_adaptive.plaintext import plain_lines
 
 
 PACKAGES = ("llamafactory", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return handlers[arguments.command](arguments)
     except AdaptiveError as error:
-        print(f"llamafactory-adaptive: error: {error}", file=sys.stderr)
+        print(f"llamafactory-adaptive: error: {plain_lines(str(error))}", file=sys.stderr)
         return 2
 
 
@@ -96,7 +97,7 @@ def plan(arguments: argparse.Namespace) -> int:
     from llamafactory_adaptive.bridge.plans import advice, fresh_plan
     from llamafactory_adaptive.bridge.seams import require_seams
     from llamafactory_adaptive.bridge.validation import parse_config
-    from llamafactory_adaptive.files import PLAN_FILE
+    from llamafactory_adaptive.files import PLAN_FILE, locked
     from llamafactory_adaptive.report import HEATMAP_FILE, rank_table, save_heatmap
 
     require_seams()
@@ -120,9 +121,10 @@ def plan(arguments: argparse.Namespace) -> int:
         raise AdaptiveConfigError(
             [Problem("output_dir", str(folder), "it holds a trained adapter with its plan", "--out <another folder>")]
         )
-    found = fresh_plan(args, config)
-    found.save(folder / PLAN_FILE)
-    save_heatmap(found, folder / HEATMAP_FILE)
+    with locked(folder):
+        found = fresh_plan(args, config)
+        found.save(folder / PLAN_FILE)
+        save_heatmap(found, folder / HEATMAP_FILE)
     print(rank_table(found))
     for line in advice(found, config):
         print(f"warning: {line}")
@@ -186,7 +188,7 @@ def export(arguments: argparse.Namespace) -> int:
     from llamafactory_adaptive.export.run import run_export
 
     with _signals_end_in_order():
-        print(run_export(request))
+        print(plain_lines(run_export(request)))
     return 0
 
 

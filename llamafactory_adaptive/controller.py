@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback
 
@@ -22,10 +21,11 @@ from llamafactory_adaptive.adapter import (
     live_layers,
     name_targets_in_full,
 )
-from llamafactory_adaptive.errors import GuardError
-from llamafactory_adaptive.files import COMPLETE, LOG_FILE, PLAN_FILE
+from llamafactory_adaptive.checkpoints import damage, is_sealed, unseal, write_layout
+from llamafactory_adaptive.errors import GuardError, PlanError
+from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, append_line, write_digests
 from llamafactory_adaptive.plan import RankPlan
-from llamafactory_adaptive.processes import gather_digests
+from llamafactory_adaptive.processes import from_main, gather, gather_digests, refuse_differences, wait_for_all
 from llamafactory_adaptive.report import HEATMAP_FILE, save_heatmap, update_card
 from llamafactory_adaptive.selection import Selection
 
@@ -71,6 +71,7 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
         self.counters = Counters()
         self.overhead_seconds = overhead_seconds
         self.checkpoint, self.selection = checkpoint, selection
+        self.layout: Mapping[str, Any] | None = None  # how weights are spread over processes, for checkpoints
         self.deepspeed = False
 
     def attach(self, trainer: Any) -> None:
@@ -84,9 +85,9 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
             return
         resumed = self.checkpoint if state.global_step > 0 else None
         self.overhead_seconds += self.selection.begin(state.max_steps, dataloader, resumed)
-        agree_across_ranks(self.selection.digest(), args.device, QUALITIES_DIFFER)
+        agree_across_ranks(self.selection.digest(), QUALITIES_DIFFER)
         if args.should_save:
-            self.selection.report(Path(args.output_dir), state.global_step)
+            self.selection.report(Path(args.output_dir), state.global_step, self.plan)
 
     def data_figures(self, step: int) -> dict[str, Any]:
         """What log lines say of the samples in use from ``step`` on."""
@@ -95,14 +96,21 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
     def prove(self, args: Any, model: nn.Module) -> None:
         """Refuse to train anything but the plan."""
         self.deepspeed = bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-        agree_across_ranks(self.plan.digest(), args.device, PLANS_DIFFER)
+        agree_across_ranks(self.plan.digest(), PLANS_DIFFER)
         keep_4bit_unpacked_on_cpu(model)
         name_targets_in_full(model, self.plan)
         self.counters.modules_checked = check_live(model, self.plan)
 
+    def agree_on_steps(self, state: Any) -> None:
+        """Processes that would begin or end at other steps stop here, and not in a collective that never ends."""
+        facts = {"global_step": state.global_step, "max_steps": state.max_steps}
+        everyone = gather("the first step", lambda: facts)
+        refuse_differences(everyone, f"would train other steps than rank 0: {everyone}")
+
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Prove the plan, then put it with picture and log line into ``output_dir``."""
         self.prove(args, model)
+        self.agree_on_steps(state)
         self.select(args, state, kwargs.get("train_dataloader"))
         if args.should_save:  # one process, or one per node with save_on_each_node
             output = Path(args.output_dir)
@@ -125,9 +133,7 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
             "overhead_seconds": round(self.overhead_seconds, 3),
             "time": time.time(),
         }
-        output.mkdir(parents=True, exist_ok=True)
-        with open(output / LOG_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps({**line, **facts}) + "\n")
+        append_line(output / LOG_FILE, json.dumps({**line, **facts}))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the data loader asks for the samples of an epoch."""
@@ -160,7 +166,7 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say how often each sample was used."""
         if self.selection is not None and args.should_save:
-            self.selection.report(Path(args.output_dir), state.global_step)
+            self.selection.report(Path(args.output_dir), state.global_step, self.plan)
 
     def judge(self) -> None:
         """Raise where a finished run did not do what was asked, beyond what the files show."""
@@ -173,8 +179,7 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
     def begin_checkpoint(self, folder: Path, args: Any) -> None:
         """What marks an older checkpoint of that name as complete goes before it is written over."""
         if args.should_save:
-            for name in COMPLETE:
-                (folder / name).unlink(missing_ok=True)
+            unseal(folder)
 
     def save_into(self, folder: Path, args: Any, state: Any) -> None:
         """A checkpoint carries the plan it was trained on; resuming checks it."""
@@ -182,6 +187,27 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
             if self.selection is not None:
                 self.selection.save(folder)
             self.current_plan().save(folder / PLAN_FILE)
+            if self.layout is not None:
+                write_layout(folder, self.layout)
+
+    def seal(self, folder: Path, args: Any) -> None:
+        """Note the digests of a checkpoint once every process has written its files into it."""
+        wait_for_all(f"the end of saving {folder.name}")
+        if args.should_save and folder.is_dir() and not is_sealed(folder):
+            write_digests(folder)
+
+    def check_best(self, folder: Path) -> None:
+        """Refuse to end with a damaged checkpoint.
+
+        Raises:
+            PlanError: on every process.
+        """
+        fault = from_main(f"the check of {folder.name}", lambda: damage(folder))
+        if fault:
+            raise PlanError(
+                f"{folder}, the best checkpoint, is damaged: {fault}; run the same command with "
+                "load_best_model_at_end: false, which resumes from the newest checkpoint"
+            )
 
     def current_plan(self) -> RankPlan:
         """With the ranks now in use."""
@@ -190,7 +216,9 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """With ``save_only_model`` the Trainer passes over the place where checkpoints get their plan."""
         if args.save_only_model:
-            self.save_into(Path(args.output_dir) / f"checkpoint-{state.global_step}", args, state)
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self.save_into(folder, args, state)
+            self.seal(folder, args)
 
 
 QUALITIES_DIFFER = (
@@ -202,12 +230,9 @@ PLANS_DIFFER = (
 )
 
 
-def agree_across_ranks(digest: str, device: torch.device, difference: str) -> None:
+def agree_across_ranks(digest: str, difference: str) -> None:
     """Stop unless every process holds the same; ``difference`` says what it means when they do not."""
-    everyone = gather_digests(digest, device)
-    different = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
-    if different:
-        raise GuardError(f"ranks {different} {difference}")
+    refuse_differences(gather_digests(digest), difference)
 
 
 def finish(output: Path, callback: AdaptiveCallback, trained_before: bool) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from llamafactory_adaptive.errors import PlanError
-from llamafactory_adaptive.files import read_json, write_atomically
+from llamafactory_adaptive.files import digest_of, read_json, write_atomically
+from llamafactory_adaptive.plan import RankPlan
 from llamafactory_adaptive.quality import Terms
 from llamafactory_adaptive.report import align
 from llamafactory_adaptive.sampling import Pool
@@ -27,6 +28,7 @@ _QUANTILES = {"lowest": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "highest": 
 
 def save_data_report(
     output: Path,
+    plan: RankPlan,
     terms: Terms,
     pool: Pool,
     usage_N: Tensor,
@@ -38,6 +40,7 @@ def save_data_report(
 
     Args:
         output: the run's ``output_dir``.
+        plan: any of the run, for its identity.
         terms: what was measured.
         pool: qualities and weights.
         usage_N: how often each sample was drawn.
@@ -54,6 +57,7 @@ def save_data_report(
     places = torch.tensor(list(_QUANTILES.values()), dtype=torch.float64)
     document = {
         "schema_version": REPORT_SCHEMA,
+        "run": run_identity(plan),
         "samples": len(samples),
         "clipped": int((~pool.kept_N).sum()),
         "subset_size": pool.subset_size,
@@ -146,6 +150,22 @@ def read_data_report(output: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or document.get("schema_version") != REPORT_SCHEMA:
         raise PlanError(f"{path} is no data report of schema {REPORT_SCHEMA}")
     return document
+
+
+def run_identity(plan: RankPlan) -> str:
+    """Name a run by what was asked of it, which every plan on its way says alike, whatever its ranks."""
+    shapes = [[module.name, module.in_features, module.out_features] for module in plan.modules]
+    facts = [plan.method, dict(plan.options), plan.budget_unit, plan.lora_rank, plan.lora_alpha, shapes]
+    return digest_of([*facts, {key: plan.provenance.get(key) for key in ("base_model", "seed", "course", "sampling")}])
+
+
+def data_report_of(output: Path, plan: RankPlan) -> dict[str, Any] | None:
+    """The summary in ``output``, if there is one and it is of the run that ``plan`` belongs to."""
+    if not (output / DATA_REPORT_FILE).is_file():
+        return None
+    report = read_data_report(output)
+    # Older versions wrote no identity.
+    return report if report.get("run") in (None, run_identity(plan)) else None
 
 
 def data_table(report: Mapping[str, Any]) -> str:

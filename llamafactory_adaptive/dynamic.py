@@ -86,6 +86,7 @@ class DynamicCallback(AdaptiveCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Everything is where it will stay: find engine and blocks, take back the state of a resumed run."""
         self.prove(args, model)
+        self.agree_on_steps(state)
         engine = find_engine(self.triplets.modules[0].q, self.trainer)
         if self.deepspeed:
             before_deepspeed_step(self.trainer.deepspeed, self._before_step)
@@ -158,7 +159,7 @@ class DynamicCallback(AdaptiveCallback):
             budget = int(budget * self.selection.budget_share(self.step))
         scores, before = self.components.scores(self.method, mean=self.course.reallocates), self.triplets.masks
         masks = self.course.choose(self.step, scores, budget, before)
-        agree_across_ranks(digest_of(masks), args.device, DECISIONS_DIFFER)
+        agree_across_ranks(digest_of(masks), DECISIONS_DIFFER)
         if self.course.reallocates:  # what comes back starts as new components do; the method begins another interval
             cast(ReallocatingMethod, self.method).allocated()
             self.components.restart(self.course.fresh, draw(self.config.seed, self.step, 0, 2**62))
@@ -204,7 +205,7 @@ class DynamicCallback(AdaptiveCallback):
                 for kind, parameter in module.parameters().items()
             }
         write_state(folder, tensors, document, self.components.engine.partitioned, args.should_save)
-        wait_for_all()
+        wait_for_all(f"the adaptive state of {folder.name}")
         super().save_into(folder, args, state)
 
     def current_plan(self) -> RankPlan:

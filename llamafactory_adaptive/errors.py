@@ -48,6 +48,10 @@ class OutputError(AdaptiveError, RuntimeError):
     """A file or folder cannot be written, or another run works in it."""
 
 
+class OtherProcessError(AdaptiveError, RuntimeError):
+    """Another process of the job cannot go on; its message is quoted."""
+
+
 class CalibrationError(AdaptiveError, RuntimeError):
     """Calibration could not produce trustworthy statistics."""
 

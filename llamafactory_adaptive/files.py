@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
 import socket
@@ -25,23 +26,15 @@ COMPLETE = (PLAN_FILE, "trainer_state.json")
 QUALITY_FILE = "adaptive_quality.safetensors"  # what was measured of each training sample, in checkpoints
 LOG_FILE = "adaptive_log.jsonl"  # written as a run begins, and at each allocation
 DIGESTS_FILE = "adaptive_digests.json"  # of every other file of a checkpoint
-LOCK_FILE = ".adaptive_lock"
+# The Trainer pushes nothing whose name begins with an underscore: host names and an older run's texts stay here.
+LOCK_FILE = "_adaptive_lock"
+PREVIOUS_FOLDER = "_adaptive_previous"  # what an older run in the same folder left behind
 
 _MOST_BYTES = 256 * 2**20
 _DEEPEST = 64
-# A run that was killed leaves its data loader's workers behind for some seconds, and they still hold its lock.
+# A run that was killed may take some seconds to be gone: its processes are still collecting each other.
 _LOCK_SECONDS = 15.0
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint folder was written to its end."""
-    try:
-        # The Trainer's history may hold a loss that is not a number.
-        for name in COMPLETE:
-            read_mapping(checkpoint / name, name, finite=False)
-    except PlanError:
-        return False
-    return True
+logger = logging.getLogger("llamafactory.adaptive")
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -118,6 +111,19 @@ def _inside(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else ()
 
 
+def read_lines(path: Path) -> list[str]:
+    """Lines of a log; half a last one, which a killed process leaves, is dropped.
+
+    Raises:
+        PlanError: the file cannot be read.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as fault:
+        raise PlanError(f"cannot read {path}: {fault.strerror or fault}") from fault
+    return text[: text.rfind(b"\n") + 1].decode("utf-8", errors="replace").splitlines()
+
+
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +148,23 @@ def write_atomically(path: Path, text: str) -> None:
     """Write beside the target and rename into place, so that a reader or a crash never sees half a file."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a log, in place of half a line that a killed process left at its end.
+
+    Raises:
+        OutputError: the disk is full, say; the lines before are as they were.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            file.seek(0)
+            end = file.read().rfind(b"\n") + 1
+            file.truncate(end)
+            file.write(line.encode() + b"\n")
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def cannot_write(path: Path, error: Exception) -> OutputError:
@@ -217,6 +240,39 @@ def damaged_files(folder: Path) -> list[str]:
     return faults
 
 
+def note_checksum(path: Path) -> None:
+    """Write the digest of a cache entry beside it; only from then on the entry counts."""
+    write_atomically(_checksum_path(path), file_digest(path) + "\n")
+
+
+def is_intact(path: Path) -> bool:
+    """Tell whether a cache entry is there and as :func:`note_checksum` found it."""
+    try:
+        return _checksum_path(path).read_text(encoding="ascii").strip() == file_digest(path)
+    except (OSError, ValueError):
+        return False
+
+
+def usable_entry(path: Path) -> bool:
+    """Tell whether a cache entry can be used; a damaged one is told of and set aside, so that it is made anew."""
+    if not path.exists():
+        return False
+    if is_intact(path):
+        return True
+    aside = path.with_name(path.name + ".damaged")
+    try:
+        os.replace(path, aside)
+        _checksum_path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    logger.warning(f"{path} in the cache is damaged or was not written to its end: kept as {aside.name}, made anew")
+    return False
+
+
+def _checksum_path(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
 def _files_below(folder: Path) -> list[Path]:
     hidden = (DIGESTS_FILE, LOCK_FILE)
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in hidden)
@@ -232,10 +288,10 @@ def locked(folder: Path, seconds: float = _LOCK_SECONDS) -> Iterator[None]:
     Raises:
         OutputError: another process holds it and did not let go within ``seconds``.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK_FILE
+    path, made = folder / LOCK_FILE, not folder.exists()
     lock = FileLock(path)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=seconds)
     except Timeout as error:
         raise OutputError(
@@ -247,6 +303,9 @@ def locked(folder: Path, seconds: float = _LOCK_SECONDS) -> Iterator[None]:
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')}\n")
         yield
     finally:
+        if made and os.listdir(folder) == [path.name]:  # nothing came of it
+            path.unlink()
+            folder.rmdir()
         lock.release()
 
 

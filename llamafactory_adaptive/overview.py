@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamafactory_adaptive.data_report import DATA_REPORT_FILE, data_table, read_data_report
+from llamafactory_adaptive.data_report import DATA_REPORT_FILE, data_report_of, data_table, read_data_report
 from llamafactory_adaptive.errors import PlanError
-from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE
+from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, read_lines
+from llamafactory_adaptive.plaintext import plain
 from llamafactory_adaptive.plan import RankPlan, load_plan
 from llamafactory_adaptive.report import align, rank_table
 
@@ -46,7 +47,7 @@ def read_run(folder: Path) -> Run:
         raise PlanError(f"there is no run in {folder}: {PLAN_FILE} is missing; give the output_dir of a training")
     try:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        lines = (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
+        lines = read_lines(folder / LOG_FILE)
         history, last = state["log_history"], json.loads(lines[-1])
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise PlanError(f"the run in {folder} has not ended: {type(error).__name__}: {error}") from error
@@ -76,8 +77,9 @@ def data_of_unfinished_run(folder: Path) -> str | None:
 def run_text(run: Run) -> str:
     """Everything about one run."""
     parts = [f"{run.folder}", rank_table(run.plan)]
-    if (run.folder / DATA_REPORT_FILE).is_file():
-        parts.append("Training data\n" + data_table(read_data_report(run.folder)))
+    data = data_report_of(run.folder, run.plan)
+    if data is not None:
+        parts.append("Training data\n" + data_table(data))
     return "\n\n".join(parts)
 
 
@@ -88,8 +90,8 @@ def comparison(runs: Sequence[Run]) -> str:
         ranks = [module.rank for module in run.plan.modules]
         rows.append(
             [
-                run.folder.name,
-                run.plan.method,
+                plain(run.folder.name),
+                plain(run.plan.method),
                 f"{run.plan.budget()['used_parameters']:,}",
                 f"{min(ranks)}-{max(ranks)}",
                 str(run.steps),
@@ -111,7 +113,7 @@ def _by_method(runs: Sequence[Run]) -> list[str]:
     rows = [["method", "runs", "mean loss", "standard error"]]
     for method, losses in groups.items():
         error = f"{statistics.stdev(losses) / len(losses) ** 0.5:.4f}" if len(losses) > 1 else "one run: unknown"
-        rows.append([method, str(len(losses)), f"{statistics.fmean(losses):.4f}", error])
+        rows.append([plain(method), str(len(losses)), f"{statistics.fmean(losses):.4f}", error])
     note = "differences below two standard errors are noise; compare runs of equal parameters, with several seeds"
     return [*align(rows), note]
 

@@ -4,13 +4,15 @@ The host hands in the target modules, what identifies model and data, and a way 
 its own; everything else is decided here.
 """
 
+import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from llamafactory_adaptive.allocate import Allocation, allocate
 from llamafactory_adaptive.calibration import Measurement
 from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, CalibrationError, PlanError, Problem
-from llamafactory_adaptive.files import digest_of
+from llamafactory_adaptive.files import digest_of, is_intact, note_checksum, usable_entry
 from llamafactory_adaptive.methods import Scores, ScoringContext, StaticMethod
 from llamafactory_adaptive.plan import (
     SCHEMA_VERSION,
@@ -105,9 +107,10 @@ def build_plan(request: PlanRequest, shapes: list[ModuleShape], measure: Measure
     facts: dict[str, Any] = {}
     if measurement is not None:
         path = statistics_path(request, measurement)
-        facts["statistics_reused"] = path.exists()
-        if not path.exists():
+        facts["statistics_reused"] = usable_entry(path)
+        if not facts["statistics_reused"]:
             measure(measurement, path)
+            note_checksum(path)
         statistics, measured = read_statistics(path, shapes)
         facts |= measured
     scores = method.score(statistics, ScoringContext(tuple(shapes), config.lora_rank, config.calibration.seed))
@@ -154,8 +157,15 @@ def _bounds(config: AdaptiveConfig) -> dict[str, Any]:
 def allocate_plan(
     request: PlanRequest, shapes: list[ModuleShape], scores: Scores, facts: Mapping[str, Any]
 ) -> RankPlan:
-    """Ranks for the scores under the configured budget and bounds, with where they came from."""
+    """Ranks for the scores under the configured budget and bounds, with where they came from.
+
+    Raises:
+        CalibrationError: a score is no number.
+    """
     config = request.config
+    wrong = [name for name, score in scores.values.items() if not math.isfinite(score)]
+    if wrong:
+        raise CalibrationError(f"{config.method} gave no finite score for {_some(wrong)}: no ranks follow from that")
     allocation = _spend(config, shapes, [scores.values[shape.name] for shape in shapes])
     return plan_from_allocation(
         shapes,
@@ -188,19 +198,45 @@ def statistics_path(request: PlanRequest, measurement: Measurement) -> Path:
 
 
 def read_statistics(path: Path, shapes: list[ModuleShape]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Load cached statistics of the target modules, and the facts noted with them."""
+    """Load cached statistics of the target modules, and the facts noted with them.
+
+    Raises:
+        CalibrationError: they are of other modules, or hold what is no number.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {shape.name: file.get_tensor(shape.name) for shape in shapes}
             facts = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise CalibrationError(f"the statistics in {path} do not fit this model ({error}); delete the file") from error
+    wrong = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if wrong:
+        raise CalibrationError(
+            f"the statistics in {path} hold NaN or infinity for {_some(wrong)}; delete the file and run again"
+        )
     return tensors, {
         "calibration_tokens": int(facts.get("tokens", 0)),
         "calibration_samples": int(facts.get("samples", 0)),
         "calibration_rows_sha256": facts.get("rows_sha256", ""),
         "calibration_seconds": float(facts.get("seconds", 0.0)),
     }
+
+
+def _some(names: Iterable[str]) -> str:
+    first, *others = names
+    return f"{first} and {len(others)} more" if others else first
+
+
+def cached_plan(path: Path) -> RankPlan | None:
+    """Read a plan from the cache; None where there is none, or a damaged one, which is told of and set aside."""
+    return load_plan(path) if usable_entry(path) else None
+
+
+def keep_plan(plan: RankPlan, path: Path) -> RankPlan:
+    """Write a plan into the cache; returns it as others will read it."""
+    plan.write(path)
+    note_checksum(path)
+    return load_plan(path)
 
 
 def check_shapes(plan: RankPlan, shapes: list[ModuleShape], source: str) -> None:
@@ -245,14 +281,16 @@ def check_plan(plan: RankPlan, shapes: list[ModuleShape], config: AdaptiveConfig
 
 
 def wait_for_plan(path: Path, seconds: float) -> RankPlan:
-    """Other processes of the job wait here until the planning one has renamed its file into place.
+    """Other processes of the node wait here until the planning one has written its file and its checksum.
 
     Raises:
         CalibrationError: the time limit passed.
     """
     deadline = time.monotonic() + seconds
-    while not path.exists():
+    while not is_intact(path):
         if time.monotonic() > deadline:
-            raise CalibrationError(f"no plan appeared within {seconds:g} s (ddp_timeout): see the messages of rank 0")
+            raise CalibrationError(
+                f"no plan appeared at {path} within {seconds:g} s: see the messages of the process that scores"
+            )
         time.sleep(0.2)
     return load_plan(path)

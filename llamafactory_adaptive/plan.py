@@ -4,6 +4,7 @@ JSON on disk, never pickle. A person may edit the ranks; everything derived from
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from llamafactory_adaptive.allocate import Allocation
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import digest_of, file_digest, read_json, write_atomically
+from llamafactory_adaptive.plan_values import Values, shortened
 
 
 SCHEMA_VERSION = 1
@@ -202,42 +204,47 @@ def parse_plan(document: Any, source: str) -> RankPlan:
     """Turn a plan document into a RankPlan; ``source`` names it in errors."""
     if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
         found = document.get("schema_version") if isinstance(document, dict) else None
-        raise PlanError(f"{source} has plan schema {found!r}; this version reads schema {SCHEMA_VERSION}")
-    try:
-        modules = tuple(_parse_module(entry, source) for entry in document["modules"])
-        plan = RankPlan(
-            method=str(document["method"]),
-            options=dict(document["options"]),
-            budget_unit=str(document["budget"]["unit"]),
-            lora_rank=int(document["lora_rank"]),
-            lora_alpha=float(document["lora_alpha"]),
-            modules=modules,
-            provenance=dict(document.get("provenance", {})),
-        )
-    except PlanError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise PlanError(f"{source} is not a complete plan: {type(error).__name__}: {error}") from error
+        raise PlanError(f"{source} has plan schema {shortened(found)}; this version reads schema {SCHEMA_VERSION}")
+    values = Values(document, source)
+    modules = tuple(_parse_module(entry, source) for entry in values.sequence("modules"))
+    plan = RankPlan(
+        method=values.method("method"),
+        options=values.mapping("options"),
+        budget_unit=values.part("budget").unit("unit"),
+        lora_rank=values.whole("lora_rank", 1),
+        lora_alpha=values.positive("lora_alpha"),
+        modules=modules,
+        provenance=_provenance(values),
+    )
     names = [module.name for module in modules]
     if len(set(names)) != len(names):
-        raise PlanError(f"{source} lists {next(n for n in names if names.count(n) > 1)} twice")
+        raise PlanError(f"{source} lists {Counter(names).most_common(1)[0][0]} twice")
     if not plan.active:
         raise PlanError(f"{source} gives every module rank 0: there is nothing to train")
     return plan
 
 
-def _parse_module(entry: Mapping[str, Any], source: str) -> ModulePlan:
-    rank = entry["rank"]
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-        raise PlanError(f"{source}: {entry['name']} has rank {rank!r}; it must be a whole number of at least 0")
+def _provenance(values: Values) -> dict[str, Any]:
+    """Where the plan came from; the parts that a resumed run is compared with are mappings."""
+    found = values.mapping("provenance")
+    parts = Values(found, f"{values.place}: provenance")
+    for key in ("bounds", "calibration", "course", "sampling"):
+        if found.get(key) is not None:
+            parts.mapping(key)
+    return found
+
+
+def _parse_module(entry: Any, source: str) -> ModulePlan:
+    name = Values(entry, f"{source}: an entry of modules").module_name("name")
+    values = Values(entry, f"{source}: {name}")
     return ModulePlan(
-        name=str(entry["name"]),
-        in_features=int(entry["in_features"]),
-        out_features=int(entry["out_features"]),
-        rank=rank,
-        score=float(entry.get("score", 0.0)),
-        share=float(entry.get("share", 0.0)),
-        metrics={str(column): float(value) for column, value in entry.get("metrics", {}).items()},
+        name=name,
+        in_features=values.whole("in_features", 1),
+        out_features=values.whole("out_features", 1),
+        rank=values.whole("rank", 0),
+        score=values.number("score", 0.0),
+        share=values.number("share", 0.0),
+        metrics=values.numbers("metrics"),
     )
 
 

@@ -1,8 +1,30 @@
-"""What the processes of a job tell each other. Alone, every call is free."""
+"""What the processes of a job tell each other. Alone, every call is free.
+
+Sums over tensors go through the training's own process group, whose limit is ``ddp_timeout``. Everything else goes
+through the store at which the job's processes met: it is there before any process group and any model, needs no
+accelerator, and every wait on it has a limit of its own and says who is missing.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
+from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+from llamafactory_adaptive.errors import GuardError, OtherProcessError
+
+
+LIMIT_SECONDS = 1800.0  # no process of a job may come later than this to where the others wait
+_LINGER_SECONDS = 30.0
+_rounds = count()
+_last_round = 0
 
 
 def processes() -> int:
@@ -15,21 +37,21 @@ def process_number() -> int:
     return dist.get_rank() if processes() > 1 else 0
 
 
+def launched_number() -> int:
+    """This process's rank as its launcher set it, known before any process group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launched_processes() -> int:
+    """How many processes the launcher starts for this job."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def add_up(tensor: Tensor) -> Tensor:
     """Sum over all processes, in place, in one collective."""
     if processes() > 1:
         dist.all_reduce(tensor)
     return tensor
-
-
-def gather_digests(digest: str, device: torch.device) -> list[str]:
-    """A hexadecimal digest of every process, by rank."""
-    if processes() == 1:
-        return [digest]
-    mine = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=device)
-    everyone = [torch.empty_like(mine) for _ in range(processes())]
-    dist.all_gather(everyone, mine)
-    return [bytes(theirs.tolist()).hex() for theirs in everyone]
 
 
 def latest(step: int, device: torch.device) -> int:
@@ -41,10 +63,106 @@ def latest(step: int, device: torch.device) -> int:
     return int(number.item())
 
 
-def wait_for_all() -> None:
+def gather(what: str, work: Callable[[], Any], seconds: float = LIMIT_SECONDS) -> list[Any]:
+    """Do something on every process; returns what came of it on each, by rank. All processes must call it.
+
+    Args:
+        what: names the place in messages.
+        work: gives something JSON-able.
+        seconds: how much later than the first the last process may come.
+
+    Raises:
+        OtherProcessError: it failed on another process, whose message is quoted. Where it failed, its own error.
+        GuardError: a process did not come within the limit.
+    """
+    if launched_processes() == 1:
+        return [work()]
+    try:
+        mine = {"value": work()}
+    except Exception as error:
+        _exchange(what, {"error": str(error) or type(error).__name__}, seconds)
+        _linger()
+        raise
+    said = _exchange(what, mine, seconds)
+    for rank, answer in enumerate(said):
+        if "error" in answer:
+            _linger()
+            raise OtherProcessError(f"rank {rank}: {answer['error']}")
+    return [answer["value"] for answer in said]
+
+
+def from_main(what: str, work: Callable[[], Any]) -> Any:
+    """Do something on rank 0 alone; every process gets what came of it, or stops with rank 0's message."""
+    return gather(what, lambda: work() if launched_number() == 0 else None)[0]
+
+
+def gather_digests(digest: str) -> list[str]:
+    """A digest of every process, by rank."""
+    return gather("a comparison with the other processes", lambda: digest)
+
+
+def refuse_differences(everyone: list[Any], difference: str) -> None:
+    """Stop every process unless all gave the same; ``difference`` says what it means when they did not.
+
+    Raises:
+        GuardError: on every process, with one text.
+    """
+    different = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
+    if different:
+        _linger()
+        raise GuardError(f"ranks {different} {difference}")
+
+
+def wait_for_all(what: str) -> None:
     """Until every process is here."""
-    if processes() > 1:
-        dist.barrier()
+    gather(what, lambda: None)
+
+
+@cache
+def _store() -> Any:
+    """Where the launcher's processes meet; the process group that comes later shares it."""
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=LIMIT_SECONDS)))
+    except RuntimeError as error:
+        raise GuardError(
+            f"the {launched_processes()} processes of the job did not all meet within {LIMIT_SECONDS:g} s at "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {error}"
+        ) from error
+    return dist.PrefixStore("llamafactory_adaptive", store)  # type: ignore[attr-defined]
+
+
+def _exchange(what: str, mine: Any, seconds: float) -> list[Any]:
+    """Every process's document, by rank."""
+    global _last_round
+    store, rank, deadline = _store(), launched_number(), time.monotonic() + seconds
+    _last_round = next(_rounds)
+    store.set(f"{_last_round}/{rank}", json.dumps(mine))
+    found = []
+    for other in range(launched_processes()):
+        key = f"{_last_round}/{other}"
+        try:
+            store.wait([key], timedelta(seconds=max(0.1, deadline - time.monotonic())))
+            found.append(json.loads(store.get(key)))
+        except RuntimeError as error:  # the store's own errors: time is up, or its host is gone
+            raise GuardError(
+                f"rank {other} did not come to {what} within {seconds:g} s, or it has ended: see its own messages"
+            ) from error
+    store.set(f"{_last_round}/{rank}/read", "")
+    for old in (f"{_last_round - 1}/{rank}", f"{_last_round - 1}/{rank}/read"):  # everyone has come further
+        store.delete_key(old)
+    return found
+
+
+def _linger() -> None:
+    """Rank 0 may keep the store: before it stops, everyone must have read what it said."""
+    if launched_processes() > 1 and launched_number() == 0:
+        keys = [f"{_last_round}/{rank}/read" for rank in range(launched_processes())]
+        try:
+            _store().wait(keys, timedelta(seconds=_LINGER_SECONDS))
+        except RuntimeError:
+            return  # they are gone, or see that rank 0 is
 
 
 def synchronize() -> None:

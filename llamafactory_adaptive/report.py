@@ -1,10 +1,12 @@
 """Tables, heat-maps and the model-card section: what a person sees of a plan. No method is known here."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llamafactory_adaptive.files import replacing
+from llamafactory_adaptive.plaintext import markdown, plain, plot_label
 from llamafactory_adaptive.plan import ModulePlan, RankPlan
 from llamafactory_adaptive.schedule import Schedule
 
@@ -12,6 +14,9 @@ from llamafactory_adaptive.schedule import Schedule
 HEATMAP_FILE = "adaptive_ranks.png"
 HISTORY_FILE = "adaptive_rank_history.png"
 _CARD_START, _CARD_END = "<!-- llamafactory-adaptive: ranks -->", "<!-- /llamafactory-adaptive -->"
+# From the last start before an end: a start that a person left alone takes no text with it.
+_CARD = re.compile(f"{_CARD_START}(?:(?!{_CARD_START}).)*?{_CARD_END}", re.DOTALL)
+_WIDEST = 120.0  # inches; matplotlib refuses pictures of more than 65,536 dots
 _BYTES_PER_PARAMETER = 4  # LLaMA-Factory trains and saves LoRA factors in fp32
 
 
@@ -40,15 +45,17 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
 def rank_table(plan: RankPlan) -> str:
     """The plan as text: rank per layer and module type, a summary per type, totals against uniform LoRA."""
     layers, types, cells = _grid(plan)
-    grid = [["layer", *types]]
+    grid = [["layer", *map(plain, types)]]
     for layer in layers:
         values = [cells.get((layer, kind)) for kind in types]
         grid.append(["-" if layer is None else str(layer), *("" if v is None else f"{v:g}" for v in values)])
-    lines = [f"Ranks ({plan.method}, {len(plan.modules)} modules)", *align(grid), "", *align(_type_rows(plan)), ""]
+    title = f"Ranks ({plain(plan.method)}, {len(plan.modules)} modules)"
+    lines = [title, *align(grid), "", *align(_type_rows(plan)), ""]
     return "\n".join(lines + totals(plan))
 
 
-def _type_rows(plan: RankPlan) -> list[list[str]]:
+def _type_rows(plan: RankPlan, written: Callable[[str], str] = plain) -> list[list[str]]:
+    """Summarise each module type; ``written`` makes names fit for where the rows go."""
     rows = [["module type", "modules", "mean rank", "range", "share", "parameters"]]
     by_type: dict[str, list[ModulePlan]] = {}
     for module in plan.modules:
@@ -57,7 +64,7 @@ def _type_rows(plan: RankPlan) -> list[list[str]]:
         ranks = [module.rank for module in modules]
         rows.append(
             [
-                kind,
+                written(kind),
                 str(len(modules)),
                 f"{sum(ranks) / len(ranks):.1f}",
                 f"{min(ranks)}-{max(ranks)}",
@@ -98,16 +105,18 @@ def save_heatmap(plan: RankPlan, path: Path) -> None:
 
     layers, types, cells = _grid(plan)
     values = [[cells.get((layer, kind), float("nan")) for layer in layers] for kind in types]
-    figure = Figure(figsize=(max(6.0, 1.5 + 0.3 * len(layers)), 1.4 + 0.42 * len(types)), layout="constrained")
+    size = min(_WIDEST, max(6.0, 1.5 + 0.3 * len(layers))), min(_WIDEST, 1.4 + 0.42 * len(types))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0)
-    axes.set_yticks(range(len(types)), types)
+    axes.set_yticks(range(len(types)), [plot_label(kind) for kind in types])
     step = max(1, len(layers) // 16)
     axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     axes.set_xlabel("layer")
     b = plan.budget()
     axes.set_title(
-        f"{plan.method}: {b['used_parameters']:,} parameters, the cost of uniform rank {plan.lora_rank}", fontsize=10
+        f"{plot_label(plan.method)}: {b['used_parameters']:,} parameters, the cost of uniform rank {plan.lora_rank}",
+        fontsize=10,
     )
     figure.colorbar(image, ax=axes, label="rank")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,12 +152,12 @@ def save_history(
         means = [
             sum(rank for rank, k in zip(ranks, kinds, strict=True) if k == kind) / kinds.count(kind) for ranks in rows
         ]
-        axes.step(steps, means, where="post", label=kind)
+        axes.step(steps, means, where="post", label=plot_label(kind))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("mean rank")
     axes.set_ylim(bottom=0)
     axes.axhline(start.lora_rank, color="0.6", linestyle=":", linewidth=1)
-    axes.set_title(f"{start.method}: from rank {max(begin)} to the cost of uniform rank {start.lora_rank}")
+    axes.set_title(f"{plot_label(start.method)}: from rank {max(begin)} to the cost of uniform rank {start.lora_rank}")
     axes.legend(ncols=2, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
@@ -160,33 +169,34 @@ def schedule_table(start: RankPlan, schedule: Schedule, total_steps: int) -> str
     points = sorted({0, *between, total_steps})
     rows = [["step", f"budget ({start.budget_unit})", "of the start"]]
     rows += [[str(t), f"{schedule.budget(t):,}", f"{schedule.budget(t) / schedule.start_budget:.0%}"] for t in points]
-    return "\n".join(
-        [
-            f"Ranks are found during training ({start.method}, {len(start.active)} modules): all start at up to rank "
-            f"{start.largest_rank}, an allocation every {schedule.interval} steps, final from step {schedule.end} of "
-            f"{total_steps}",
-            *align(rows),
-        ]
+    head = (
+        f"Ranks are found during training ({plain(start.method)}, {len(start.active)} modules): all start at up to "
+        f"rank {start.largest_rank}, an allocation every {schedule.interval} steps, final from step "
+        f"{schedule.end} of {total_steps}"
     )
+    return "\n".join([head, *align(rows)])
 
 
 def card_section(plan: RankPlan) -> str:
     """Markdown for the model card, between markers so that a second run replaces it."""
-    rows = _type_rows(plan)
+    rows = _type_rows(plan, markdown)
     table = ["| " + " | ".join(row) + " |" for row in rows]
     table.insert(1, "|" + " --- |" * len(rows[0]))
-    body = [f"## Adaptive ranks: {plan.method}", "", *table, "", *(f"- {line}" for line in totals(plan))]
+    body = [f"## Adaptive ranks: {markdown(plan.method)}", "", *table, "", *(f"- {line}" for line in totals(plan))]
     note = f"A plain PEFT LoRA adapter; ranks per module are in `adapter_config.json`. ![ranks]({HEATMAP_FILE})"
     return "\n".join([_CARD_START, *body, "", note, _CARD_END])
 
 
 def update_card(path: Path, plan: RankPlan) -> None:
-    """Append the section to a model card, or replace the one an earlier run left; other text stays."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    pattern = re.compile(re.escape(_CARD_START) + ".*?" + re.escape(_CARD_END), re.DOTALL)
-    section = card_section(plan)
-    if pattern.search(text):
-        text = pattern.sub(lambda _: section, text)
+    """Append the section to a model card, or replace the one an earlier run left; other text stays.
+
+    Bytes that are no UTF-8 stay as they are, too.
+    """
+    text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
+    section, first, *more = card_section(plan), *_CARD.split(text)
+    if more:
+        text = first + section + "".join(more)
     else:
         text = text.rstrip() + "\n\n" + section + "\n"
-    path.write_text(text, encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")

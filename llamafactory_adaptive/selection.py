@@ -19,8 +19,9 @@ from tqdm import tqdm
 from llamafactory_adaptive.adapter import factors, live_layers
 from llamafactory_adaptive.data_report import save_data_report
 from llamafactory_adaptive.errors import CalibrationError, GuardError, PlanError
-from llamafactory_adaptive.files import QUALITY_FILE, digest_of, replacing
-from llamafactory_adaptive.processes import add_up, process_number, processes
+from llamafactory_adaptive.files import QUALITY_FILE, digest_of, note_checksum, replacing, usable_entry
+from llamafactory_adaptive.plan import RankPlan
+from llamafactory_adaptive.processes import add_up, gather, process_number, processes, refuse_differences
 from llamafactory_adaptive.quality import Terms, length_sorted, measure
 from llamafactory_adaptive.recording import Wanted
 from llamafactory_adaptive.sampling import Pool, Sampling, SubsetSampler, Timeline, combine_terms
@@ -92,8 +93,16 @@ class Selection:
             PlanError: the checkpoint was trained on other rows.
         """
         started = time.perf_counter()
-        self.timeline = self._make_timeline(max_steps, dataloader)
-        lengths = self._read_rows()
+        lengths: list[int] = []
+
+        def read() -> tuple[int, str]:
+            self.timeline = self._make_timeline(max_steps, dataloader)
+            lengths[:] = self._read_rows()
+            return len(lengths), self.rows_digest
+
+        everyone = gather("the reading of training samples", read)
+        sizes = [size for size, _ in everyone]
+        refuse_differences(everyone, f"have other training samples than rank 0 (numbers by rank: {sizes})")
         self.terms = self._measured(lengths) if resumed is None else self._restored(resumed)
         quality = combine_terms(
             (self.terms.gradient_norm, self.terms.loss_drop, self.terms.alignment), self.sampling.weights
@@ -125,7 +134,7 @@ class Selection:
         wanted, args = self._wanted(), self.trainer.args
         # The main process's cache decides: other nodes may have none.
         path = self.cache / f"{self._cache_key(wanted)}.safetensors" if process_number() == 0 else None
-        found = None if path is None else _read_terms(path, self.rows_digest)
+        found = _read_terms(path, self.rows_digest) if path is not None and usable_entry(path) else None
         if int(add_up(torch.tensor(int(found is not None), device=args.device))):
             return self._shared(found)
         size = self.sampling.batch_size or args.train_batch_size
@@ -144,6 +153,7 @@ class Selection:
             )
         if path is not None:
             _write_terms(path, terms, self.rows_digest)
+            note_checksum(path)
         return terms
 
     def _shared(self, found: Terms | None) -> Terms:
@@ -252,11 +262,12 @@ class Selection:
         folder.mkdir(parents=True, exist_ok=True)
         _write_terms(folder / QUALITY_FILE, self.terms, self.rows_digest)
 
-    def report(self, output: Path, steps: int) -> None:
-        """Write what a person wants to see of the data, ``steps`` optimizer steps into the run."""
+    def report(self, output: Path, steps: int, plan: RankPlan) -> None:
+        """Write what a person wants to see of the data, ``steps`` optimizer steps into the run of ``plan``."""
         # What lies in output_dir is pushed with it: nobody's training text goes to a hub unasked.
         text = None if self.trainer.args.push_to_hub else self._text
-        save_data_report(output, self.terms, self.pool, self.sampler.usage(steps), steps, self.row_digests, text)
+        usage_N = self.sampler.usage(steps)
+        save_data_report(output, plan, self.terms, self.pool, usage_N, steps, self.row_digests, text)
 
     def _text(self, index: int) -> tuple[str, str]:
         """Prompt and answer of a sample."""
@@ -277,11 +288,12 @@ def _write_terms(path: Path, terms: Terms, rows: str) -> None:
 
 
 def _read_terms(path: Path, rows: str) -> Terms | None:
-    """None where there is no file, or one of other rows."""
+    """None where there is no file, or one of other rows, or one with what is no number."""
     try:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("rows") != rows:
                 return None
-            return Terms(*(file.get_tensor(entry.name) for entry in fields(Terms)))
+            vectors = [file.get_tensor(entry.name) for entry in fields(Terms)]
+            return Terms(*vectors) if all(bool(vector.isfinite().all()) for vector in vectors) else None
     except (OSError, SafetensorError):
         return None

@@ -5,15 +5,24 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
 from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings, local_rank
-from llamafactory_adaptive.bridge.plans import obtain_plan, refuse_finished_run
+from llamafactory_adaptive.bridge.plans import held, obtain_plan, refuse_finished_run
+from llamafactory_adaptive.bridge.resuming import checkpoint_to_resume
 from llamafactory_adaptive.bridge.runs import no_accelerator
 from llamafactory_adaptive.bridge.validation import parse_config
-from llamafactory_adaptive.errors import AdaptiveConfigError, AdaptiveError, InfeasibleBudgetError, PlanError
+from llamafactory_adaptive.errors import (
+    AdaptiveConfigError,
+    AdaptiveError,
+    InfeasibleBudgetError,
+    OtherProcessError,
+    OutputError,
+    PlanError,
+)
 
 
 def with_clean_exit(run_exp: Callable[..., None]) -> Callable[..., None]:
@@ -54,7 +63,8 @@ def _leave_without_finalizing() -> NoReturn:
 def exit_with(error: AdaptiveError) -> NoReturn:
     """Print a user error once and leave with code 2."""
     # Configuration and plan are the same in every worker of a node: one of them says what is wrong.
-    everywhere = isinstance(error, (AdaptiveConfigError, PlanError, InfeasibleBudgetError))
+    everywhere = isinstance(error, (AdaptiveConfigError, PlanError, InfeasibleBudgetError, OutputError,
+                                   OtherProcessError))  # fmt: skip
     if not everywhere or local_rank() == 0:
         print(f"llamafactory-adaptive: error: {error}", file=sys.stderr, flush=True)
     raise SystemExit(2) from error
@@ -99,8 +109,10 @@ def prepare_launch(words: list[str], require_seams: Callable[[], None]) -> bool:
     require_seams()
     config = parse_config(args)
     if args.get("do_train") and _starts_torchrun():
-        refuse_finished_run(args)
-        obtain_plan(args, config)
+        with held(Path(str(args["output_dir"]))) if os.environ.get("NODE_RANK", "0") == "0" else nullcontext():
+            checkpoint = checkpoint_to_resume(args)
+            refuse_finished_run(args, checkpoint)
+            obtain_plan(args, config, checkpoint)
     return True
 
 

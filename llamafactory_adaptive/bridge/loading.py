@@ -175,10 +175,22 @@ def _versions() -> dict[str, str]:
                                              "llamafactory-adaptive")}  # fmt: skip
 
 
+def _architecture(model: str) -> str | None:
+    """Class name in the base model's own config; None where that cannot be read here."""
+    from transformers import PretrainedConfig
+
+    try:
+        names = PretrainedConfig.get_config_dict(model)[0].get("architectures")
+    except (OSError, ValueError):
+        return None
+    return str(names[0]) if isinstance(names, list) and names else None
+
+
 def provenance(args: Args) -> dict[str, Any]:
     """What a reader of the plan wants to know about where it came from."""
     return {
         "base_model": str(args["model_name_or_path"]),
+        "architecture": _architecture(str(args["model_name_or_path"])),
         "quantization_bit": args.get("quantization_bit"),
         "calibration_dataset": calibration_names(args),
         "seed": run_seed(args),

@@ -1,22 +1,65 @@
 """The plan of a run: from a checkpoint, an adapter to go on with, a given file, or computed once and shared."""
 
 import logging
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import Args, local_rank, our_keys, split_names
 from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
-from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, STATE_JSON, is_complete
+from llamafactory_adaptive.files import PLAN_FILE, STATE_JSON, digest_of, locked
 from llamafactory_adaptive.plan import RankPlan, load_plan
 from llamafactory_adaptive.registry import get_method, methods
 
 
 logger = logging.getLogger("llamafactory.adaptive")
+_LONGEST_SCORING = 6 * 3600.0  # ddp_timeout is often set to years
 
 
-def obtain_plan(args: Args, config: AdaptiveConfig) -> tuple[RankPlan, bool]:
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold ``output_dir`` for this run: rank 0 of the job does, and where it is refused every process stops.
+
+    Raises:
+        AdaptiveError: another run works there.
+    """
+    from llamafactory_adaptive.processes import from_main
+
+    with ExitStack() as stack:
+        from_main(f"the lock of {folder}", lambda: stack.enter_context(locked(folder)))
+        yield
+
+
+def agreed_plan(args: Args, config: AdaptiveConfig, checkpoint: Path | None) -> tuple[RankPlan, bool]:
+    """What :func:`obtain_plan` gives, once it is known that every process of the job has the same.
+
+    Raises:
+        AdaptiveError: on every process, before any of them loads the model.
+    """
+    from llamafactory_adaptive.controller import PLANS_DIFFER
+    from llamafactory_adaptive.processes import gather, refuse_differences
+
+    found: list[tuple[RankPlan, bool]] = []
+
+    def work() -> tuple[str, str]:
+        found.append(obtain_plan(args, config, checkpoint))
+        asked = {key: value for key, value in asdict(config).items() if key != "plan_path"}
+        return found[0][0].digest(), digest_of(asked)
+
+    everyone = gather("the start of training with its rank plan", work, _scoring_limit(args))
+    refuse_differences([plan for plan, _ in everyone], PLANS_DIFFER)
+    refuse_differences([asked for _, asked in everyone], "were given other adaptive settings than rank 0")
+    return found[0]
+
+
+def _scoring_limit(args: Args) -> float:
+    return min(float(args.get("ddp_timeout") or 1800), _LONGEST_SCORING)
+
+
+def obtain_plan(args: Args, config: AdaptiveConfig, checkpoint: Path | None) -> tuple[RankPlan, bool]:
     """The plan this run trains (a dynamic method's over-ranked start), and whether the host will load its adapter.
 
     Raises:
@@ -24,8 +67,8 @@ def obtain_plan(args: Args, config: AdaptiveConfig) -> tuple[RankPlan, bool]:
     """
     from llamafactory_adaptive import pipeline, sameness
     from llamafactory_adaptive.bridge import loading
+    from llamafactory_adaptive.checkpoints import damage, is_sealed
 
-    checkpoint = checkpoint_to_resume(args)
     going_on = [] if args.get("create_new_adapter") else split_names(args.get("adapter_name_or_path"))
     if checkpoint is not None:
         if args.get("stage") == "rm" and not args.get("deepspeed"):
@@ -48,6 +91,8 @@ def obtain_plan(args: Args, config: AdaptiveConfig) -> tuple[RankPlan, bool]:
                 "on with the adapter it ended with"
             )
         plan = _plan_beside(adapter)
+        if is_sealed(adapter) and (fault := damage(adapter)):
+            raise PlanError(f"{adapter} is damaged: {fault}; go on from another checkpoint or adapter")
         sameness.check_same_scale(plan, config, str(adapter))
         return pipeline.check_plan(plan, loading.target_shapes(args), config, str(adapter / PLAN_FILE)), True
     return fresh_plan(args, config), False
@@ -72,7 +117,7 @@ def fresh_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
         plan = pipeline.check_plan(
             load_plan(Path(config.plan_path)), loading.target_shapes(args), config, config.plan_path
         )
-        facts: dict[str, Any] = {"adaptive_plan": config.plan_path}
+        facts: dict[str, Any] = {"adaptive_plan": config.plan_path, **_this_run(plan, loading.provenance(args))}
         if samples:
             facts["sampling"] = {"adaptive_method": config.method, **flat_options(config)}
         return replace(plan, provenance={**plan.provenance, **facts})
@@ -81,7 +126,22 @@ def fresh_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
     return compute_plan(args, config)
 
 
-def refuse_finished_run(args: Args) -> None:
+_OF_THE_RUN = ("base_model", "architecture", "quantization_bit", "seed", "versions")
+
+
+def _this_run(plan: RankPlan, here: dict[str, Any]) -> dict[str, Any]:
+    """What a run on a given plan says of itself; what the plan was made for is noted apart."""
+    there = {key: plan.provenance.get(key) for key in _OF_THE_RUN if key in plan.provenance}
+    for_one, for_other = there.get("architecture"), here.get("architecture")
+    if for_one and for_other and for_one != for_other and local_rank() == 0:
+        logger.warning(
+            f"the plan was made for {there.get('base_model')} ({for_one}), this run trains {here['base_model']} "
+            f"({for_other}): the shapes fit, but its ranks were found on another architecture"
+        )
+    return {**{key: here[key] for key in _OF_THE_RUN if key in here}, "planned_for": there}
+
+
+def refuse_finished_run(args: Args, checkpoint: Path | None) -> None:
     """The host's own rule for a filled ``output_dir``, applied before anything is scored.
 
     Raises:
@@ -92,7 +152,7 @@ def refuse_finished_run(args: Args) -> None:
     output = Path(str(args["output_dir"]))
     if args.get("resume_from_checkpoint") is not None or args.get("overwrite_output_dir"):
         return
-    if any((output / name).is_file() for name in CHECKPOINT_NAMES) and checkpoint_to_resume(args) is None:
+    if any((output / name).is_file() for name in CHECKPOINT_NAMES) and checkpoint is None:
         problem = Problem("output_dir", str(output), "it holds a finished run", "overwrite_output_dir: true")
         raise AdaptiveConfigError([problem])
 
@@ -105,14 +165,16 @@ def compute_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
     request = pipeline.PlanRequest(config, loading.identity(args), loading.provenance(args))
     path = request.plan_path()
     if local_rank() != 0:
-        return pipeline.wait_for_plan(path, float(args.get("ddp_timeout") or 1800))
-    if not path.exists():
-        shapes = loading.target_shapes(args)
-        plan = pipeline.build_plan(
-            request, shapes, lambda measurement, target: measuring.measure_in_own_process(args, measurement, target)
-        )
-        plan.write(path)
-    return load_plan(path)
+        return pipeline.wait_for_plan(path, _scoring_limit(args))
+    cached = pipeline.cached_plan(path)
+    if cached is not None:
+        return cached
+    plan = pipeline.build_plan(
+        request,
+        loading.target_shapes(args),
+        lambda measurement, target: measuring.measure_in_own_process(args, measurement, target),
+    )
+    return pipeline.keep_plan(plan, path)
 
 
 def advice(plan: RankPlan, config: AdaptiveConfig) -> list[str]:
@@ -124,57 +186,23 @@ def advice(plan: RankPlan, config: AdaptiveConfig) -> list[str]:
     return [f"{warning} ({remedy})"] if warning else []
 
 
-def checkpoint_to_resume(args: Args) -> Path | None:
-    """The checkpoint the host would resume from, by its own rules, but only one that was written to its end."""
-    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
-    wanted, output = args.get("resume_from_checkpoint"), Path(str(args["output_dir"]))
-    if isinstance(wanted, str):
-        if not Path(wanted).is_dir():
-            raise AdaptiveConfigError(
-                [Problem("resume_from_checkpoint", wanted, "there is no such folder", f"{output}/checkpoint-<step>")]
-            )
-        return Path(wanted)
-    last = _newest_for_the_host(args)
-    if last is None or not (output / LOG_FILE).is_file():
-        return last
-    complete = [path for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_complete(path)]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _newest_for_the_host(args: Args) -> Path | None:
-    """The checkpoint in ``output_dir`` that the host would resume from, complete or not, when none is named."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    wanted, output = args.get("resume_from_checkpoint"), Path(str(args["output_dir"]))
-    if wanted is False or not output.is_dir() or (wanted is None and args.get("overwrite_output_dir")):
-        return None
-    last = get_last_checkpoint(str(output))
-    return Path(last) if last else None
-
-
-def what_the_host_resumes(args: Args, checkpoint: Path | None) -> Args:
-    """The settings, with the checkpoint spelled out where the host would take one that was not written to its end.
-
-    A process killed while it saves leaves such a folder.
-    """
-    last = None if isinstance(args.get("resume_from_checkpoint"), str) else _newest_for_the_host(args)
-    if last is None or checkpoint == last:
-        return args
-    if local_rank() == 0:
-        instead = f"resuming from {checkpoint.name}" if checkpoint else "starting afresh"
-        logger.warning(f"{last} was not written to its end; {instead}")
-    return {**args, "resume_from_checkpoint": str(checkpoint) if checkpoint else False}
-
-
 def _check_same_base(plan: RankPlan, args: Args, checkpoint: Path) -> None:
     """Same shapes are not the same model; a folder may have moved, so its own name is what counts."""
-    there, here = (str(name).rstrip("/") for name in (plan.provenance.get("base_model"), args["model_name_or_path"]))
-    if plan.provenance.get("base_model") and Path(there).name != Path(here).name:
-        raise PlanError(
-            f"{checkpoint} belongs to another run: model_name_or_path is {there} there and {here} here; change it "
-            "back or use another output_dir"
-        )
+    facts, here = plan.provenance, str(args["model_name_or_path"]).rstrip("/")
+    there = str(facts.get("base_model") or here).rstrip("/")
+    if Path(there).name == Path(here).name or (Path(here).exists() and Path(there).resolve() == Path(here).resolve()):
+        return
+    if facts.get("adaptive_plan") and "planned_for" not in facts:  # an older version noted the plan's model here
+        if local_rank() == 0:
+            logger.warning(
+                f"{checkpoint} was written by an older version, which noted {there}, the model its plan was made "
+                f"for, and not the one it trained; make sure that this was {here}"
+            )
+        return
+    raise PlanError(
+        f"{checkpoint} belongs to another run: model_name_or_path is {there} there and {here} here; change it "
+        "back or use another output_dir"
+    )
 
 
 def _plan_beside(adapter: Path) -> RankPlan:

@@ -1,5 +1,6 @@
 """One training run inside LLaMA-Factory: hand the plan over to the host, prove the result."""
 
+import errno
 import logging
 import os
 import time
@@ -9,6 +10,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from llamafactory_adaptive.bridge.arguments import (
     Args,
     asks_for_adaptive,
@@ -17,16 +20,19 @@ from llamafactory_adaptive.bridge.arguments import (
     run_seed,
     to_mapping,
 )
-from llamafactory_adaptive.bridge.plans import (
-    advice,
+from llamafactory_adaptive.bridge.plans import advice, agreed_plan, held, refuse_finished_run
+from llamafactory_adaptive.bridge.resuming import (
     checkpoint_to_resume,
-    obtain_plan,
-    refuse_finished_run,
+    layout,
+    named_paths,
+    refuse_ranks_in_plain_run,
     what_the_host_resumes,
 )
 from llamafactory_adaptive.bridge.validation import parse_config
 from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.files import cannot_write
+from llamafactory_adaptive.leftovers import set_older_run_aside
 from llamafactory_adaptive.plan import RankPlan
 
 
@@ -62,13 +68,16 @@ def adaptive_training_function(
         raw = config["args"]
         if not asks_for_adaptive(raw):
             _refuse_stray_keys(raw)
+            if isinstance(raw, Mapping):
+                refuse_ranks_in_plain_run(dict(raw))
             return original(config)
         require_seams()
         args = to_mapping(raw)
         adaptive = parse_config(args)
         if not args.get("do_train"):
             return original(config)  # evaluation of an existing adapter: nothing to allocate
-        return _train(original, config, args, adaptive)
+        with held(Path(str(args["output_dir"]))):
+            return _train(original, config, args, adaptive)
 
     return run
 
@@ -83,17 +92,20 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], a
         raise AdaptiveConfigError(
             [Problem("deepspeed", args["deepspeed"], "DeepSpeed runs under torchrun", "FORCE_TORCHRUN=1")]
         )
-    refuse_finished_run(args)
-    plan, trained_before = obtain_plan(args, adaptive)
+    checkpoint = checkpoint_to_resume(args)
+    refuse_finished_run(args, checkpoint)
+    plan, trained_before = agreed_plan(args, adaptive, checkpoint)
     if local_rank() == 0:
         for line in advice(plan, adaptive):
             logger.warning(line)
-    checkpoint = checkpoint_to_resume(args)
+    host_args = what_the_host_resumes(args, checkpoint)
+    if checkpoint is None:
+        _begin_afresh(args)
     callback = _make_callback(args, plan, adaptive, checkpoint, started)
+    callback.layout = layout(args)
     if args.get("deepspeed") and no_accelerator():
         init_deepspeed_on_cpu()
     token = _current.set(callback)
-    host_args = what_the_host_resumes(args, checkpoint)
     settings = config["args"] if host_args is args else host_args
     try:
         original({**config, "args": settings, "callbacks": [*(config.get("callbacks") or []), callback]})
@@ -101,6 +113,20 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], a
         _current.reset(token)
     if int(os.environ.get("RANK", "0")) == 0:
         finish(Path(args["output_dir"]), callback, trained_before)
+
+
+def _begin_afresh(args: Args) -> None:
+    """Nothing of an older run in the folder may be taken for this one's; every process goes on when that is done."""
+    from llamafactory_adaptive.processes import gather, launched_number
+
+    writes = launched_number() == 0 or (args.get("save_on_each_node") and local_rank() == 0)
+
+    def move() -> None:
+        aside = set_older_run_aside(Path(str(args["output_dir"])), named_paths(args)) if writes else None
+        if aside:
+            logger.warning(f"the records and checkpoints of an older run in this output_dir were moved to {aside}")
+
+    gather("the beginning of a fresh run", move)
 
 
 def _make_callback(
@@ -153,10 +179,29 @@ def meet_trainer(trainer_class: type) -> type:
             return super()._get_train_sampler(*args, **kwargs)
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            if self.adaptive_callback is None:
+                super()._save_checkpoint(*args, **kwargs)
+                return
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            self.adaptive_callback.begin_checkpoint(folder, self.args)
+            try:
+                super()._save_checkpoint(*args, **kwargs)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                if not _could_not_write(error):
+                    raise
+                raise cannot_write(folder, error) from error
+            if not self.args.save_only_model:
+                self.adaptive_callback.seal(folder, self.args)
+
+        def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+            if self.adaptive_callback is not None and not self.args.save_only_model:
+                self.adaptive_callback.seal(Path(checkpoint_folder), self.args)
+            super()._push_from_checkpoint(checkpoint_folder)
+
+        def _load_best_model(self) -> None:
             if self.adaptive_callback is not None:
-                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-                self.adaptive_callback.begin_checkpoint(folder, self.args)
-            super()._save_checkpoint(*args, **kwargs)
+                self.adaptive_callback.check_best(Path(self.state.best_model_checkpoint))
+            super()._load_best_model()
 
         def _save_rng_state(self, output_dir: str) -> None:
             # Before the Trainer writes its own state, pushes the checkpoint and deletes older ones.
@@ -166,6 +211,15 @@ def meet_trainer(trainer_class: type) -> type:
 
     Met.__name__, Met.__qualname__, Met.__module__ = trainer_class.__name__, trainer_class.__qualname__, __name__
     return Met
+
+
+def _could_not_write(error: Exception) -> bool:
+    """Whether a save failed for want of space; torch and safetensors say so in words of their own."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return (
+        isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+    )
 
 
 def _refuse_stray_keys(raw: Mapping[str, Any] | list[str]) -> None:

@@ -1,19 +1,22 @@
 """The base model as files: where it is, which shard holds which weight, and whether an adapter fits it."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.export.adapter_config import ELSEWHERE
+from llamafactory_adaptive.export.faults import first_line, loading_fault, read_untrusted, refuse_entries_outside
 from llamafactory_adaptive.export.source import SourceAdapter
 from llamafactory_adaptive.export.tensor_files import read_specs
+from llamafactory_adaptive.folders import entries_inside, inside
 
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -62,7 +65,7 @@ class BaseCheckpoint:
                 config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
                 model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             return model
-        except (ValueError, ImportError, OSError, KeyError) as error:
+        except Exception as error:  # whatever a config from elsewhere makes of transformers' own code
             why = f"it is no causal language model that transformers loads by itself ({loading_fault(error)})"
             raise AdaptiveConfigError([Problem("base", self.name, why, "`llamafactory-cli export`")]) from error
 
@@ -82,37 +85,46 @@ def find_base(name: str | None, adapter: SourceAdapter) -> BaseCheckpoint:
     name = name or adapter.config.get("base_model_name_or_path")
     if not name:
         raise AdaptiveConfigError([_problem(None, "the adapter's config names no base model", "--base <folder>")])
-    folder = Path(name) if Path(name).is_dir() else _from_hub(name)
-    path = folder / "config.json"
-    if not path.is_file():
+    folder = Path(name) if _is_folder(name) else _from_hub(name)
+    if not (folder / "config.json").is_file():
         raise AdaptiveConfigError([_problem(name, "it has no config.json", "the folder of a checkpoint")])
+    refuse_entries_outside(folder, "base")
+    config = read_untrusted(folder, "config.json", "base")
+    if config.get("quantization_config"):
+        raise AdaptiveConfigError([_problem(name, "it is quantised", "--base <the 16-bit checkpoint it came from>")])
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if config.get("quantization_config"):
-            why = "it is quantised"
-            raise AdaptiveConfigError([_problem(name, why, "--base <the 16-bit checkpoint it came from>")])
-        return BaseCheckpoint(name, folder, _weight_map(folder, name))
+        weights = _weight_map(folder, name)
+        _check_layers(config, len(weights))
+        return BaseCheckpoint(name, folder, weights)
     except AdaptiveConfigError:
         raise
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         why = f"its files cannot be read ({first_line(error)})"
         raise AdaptiveConfigError([_problem(name, why, "a complete copy of a 16-bit checkpoint")]) from error
 
 
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except (OSError, ValueError):  # no name that a folder could have
+        return False
+
+
+def _check_layers(config: Mapping[str, Any], weights: int) -> None:
+    """Every layer has a weight; a number of layers out of the air would take for ever to build.
+
+    Raises:
+        ValueError: there are fewer weights than layers.
+    """
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+            count = part.get(key)
+            if isinstance(count, (int, float)) and count > weights:
+                raise ValueError(f"config.json has {key} {count}, there are {weights} weights")
+
+
 def _problem(name: str | None, why: str, suggestion: str) -> Problem:
     return Problem("base", name, why, suggestion)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def loading_fault(error: BaseException) -> str:
-    """Why transformers did not load something, in one line; its own advice to trust remote code is not passed on."""
-    if "trust_remote_code" in str(error):
-        return "it comes with Python code of its own, which is never run here"
-    return first_line(error)
 
 
 def _from_hub(name: str) -> Path:
@@ -129,15 +141,22 @@ def _weight_map(folder: Path, name: str) -> dict[str, Path]:
     """By the headers of the files themselves, which also tells whether they are whole."""
     index = folder / INDEX_FILE
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = _files_of(read_untrusted(folder, INDEX_FILE, "base"))
     elif (folder / WEIGHTS_FILE).is_file():
         files = [WEIGHTS_FILE]
     else:
         why = "it has no weights as safetensors (pickled ones are not opened)"
         raise AdaptiveConfigError([_problem(name, why, "a checkpoint saved with safe_serialization")])
-    if missing := [file for file in files if not (folder / file).is_file()]:
+    if missing := [file for file in files if not inside(folder, file).is_file()]:
         raise AdaptiveConfigError([_problem(name, f"{missing[0]} is missing", "a complete copy of the checkpoint")])
-    return {spec.name: folder / file for file in files for spec in read_specs(folder / file)}
+    return {spec.name: path for path in (inside(folder, file) for file in files) for spec in read_specs(path)}
+
+
+def _files_of(index: Mapping[str, Any]) -> list[str]:
+    places = index.get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise ValueError(f"{INDEX_FILE} has no weight_map of file names")
+    return sorted(set(places.values()))
 
 
 def tied_weights(skeleton: nn.Module) -> set[str]:
@@ -153,9 +172,11 @@ def check_fit(adapter: SourceAdapter, base: BaseCheckpoint, skeleton: nn.Module)
         AdaptiveConfigError: naming the first layers that do not fit.
     """
     linears = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
-    faults = []
+    faults, suggestion = [], ELSEWHERE
     for module in adapter.modules:
         linear = linears.get(module.name)
+        if linear is None or (linear.in_features, linear.out_features) != (module.in_features, module.out_features):
+            suggestion = "--base <the model it was trained on>"
         if linear is None:
             faults.append(f"{module.name} is no linear layer of it")
         elif (linear.in_features, linear.out_features) != (module.in_features, module.out_features):
@@ -170,7 +191,7 @@ def check_fit(adapter: SourceAdapter, base: BaseCheckpoint, skeleton: nn.Module)
     if faults:
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
         why = "the adapter does not fit: " + "; ".join(faults[:3]) + more
-        raise AdaptiveConfigError([_problem(base.name, why, "--base <the model it was trained on>")])
+        raise AdaptiveConfigError([_problem(base.name, why, suggestion)])
 
 
 def copy_side_files(base: BaseCheckpoint, adapter: Path, target: Path) -> None:
@@ -178,11 +199,11 @@ def copy_side_files(base: BaseCheckpoint, adapter: Path, target: Path) -> None:
 
     LLaMA-Factory saves the tokenizer beside the adapter, set up for the template that was trained.
     """
-    copies = {path.relative_to(base.folder): path for pattern in SIDE_FILES for path in base.folder.glob(pattern)}
+    copies = {path.relative_to(base.folder): path for path in entries_inside(base.folder, *SIDE_FILES)}
     copies = {name: path for name, path in copies.items() if not name.name.endswith(".index.json")}
     if (adapter / "tokenizer_config.json").is_file():
         kept = {name: path for name, path in copies.items() if not any(name.match(p) for p in _TOKENIZER_FILES)}
-        own = {path.relative_to(adapter): path for pattern in _TOKENIZER_FILES for path in adapter.glob(pattern)}
+        own = {path.relative_to(adapter): path for path in entries_inside(adapter, *_TOKENIZER_FILES)}
         copies = kept | own
     for name, path in copies.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)

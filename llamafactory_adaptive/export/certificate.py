@@ -1,10 +1,13 @@
 """The parity certificate: what was compared with what, how far apart it was, and with which files and versions.
 
-The reference is always PEFT with the original adapter. Three kinds of checks:
+The reference is always PEFT with the original adapter. Five kinds of checks:
 
+modules    LoRA layouts only: the update of every single module, scale * B A, as the server reads the exported files,
+           against the one PEFT computes with. Relative to the module's own size, so that neither a weak adapter nor
+           the number of modules hides a fault.
+weights    merged models only: every weight against PEFT's merge, bit for bit.
 parity     the exported files, read as the server reads them, against PEFT in fp32. For a merged model PEFT merges too,
-           in the same type, and both merged models compute in fp32. Before that the weights themselves are compared: a
-           single one that is not PEFT's, bit for bit, ends the export.
+           in the same type, and both merged models compute in fp32.
 rounding   merged models only: against PEFT before merging. A 16-bit weight cannot hold base plus update exactly. What
            that may cost is measured on the spot: log-probabilities of the merged model are taken again with random
            parts of the last place added to the adapted weights, and the merge may differ by ROUNDING_FACTOR times as
@@ -13,11 +16,10 @@ vllm       the same comparison in a real vLLM, when its Python is given: the fir
            GPUs vLLM's LoRA kernels take 16 bits only; there the distance of the base alone, times ROUNDING_FACTOR, is
            allowed.
 
-How much the adapter changes at all stands beside them (``adapter_effect``): a check can only see what is larger than
-its tolerance.
+How much the adapter changes at all stands beside them (``adapter_effect``): a check of log-probabilities can only see
+what is larger than its tolerance.
 """
 
-import hashlib
 import json
 import math
 import time
@@ -30,6 +32,9 @@ from typing import Any
 from torch import Tensor
 
 from llamafactory_adaptive.export.parity import PROMPTS, TOP_K
+from llamafactory_adaptive.export.updates import TOLERANCE as TOLERANCE_OF_UPDATES
+from llamafactory_adaptive.export.updates import UpdateComparison
+from llamafactory_adaptive.files import LOCK_FILE, file_digest
 
 
 CERTIFICATE_FILE = "parity_certificate.json"
@@ -41,13 +46,20 @@ PACKAGES = ("llamafactory-adaptive", "torch", "transformers", "peft", "safetenso
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison; differences are of natural log-probabilities among the reference's top-k tokens."""
+    """One comparison.
+
+    Attributes:
+        unit: of difference and tolerance; nats are of natural log-probabilities among the reference's top-k tokens.
+        worst: the module with the largest difference, where the comparison is by module.
+    """
 
     name: str
     reference: str
     exported: str
     max_difference: float
     tolerance: float
+    unit: str = "nats"
+    worst: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -58,8 +70,14 @@ class Check:
         state = "passed" if self.passed else "FAILED"
         return (
             f"{self.name:<9} {state}  largest difference {self.max_difference:.2e} (tolerance {self.tolerance:.2e}): "
-            f"{self.exported} against {self.reference}"
+            f"{self.exported} against {self.reference}" + (f", worst in {self.worst}" if self.worst else "")
         )
+
+
+def update_check(found: UpdateComparison, reader: str) -> Check:
+    """The comparison by module as a check."""
+    words = f"the update of each of {found.compared} modules in PEFT"
+    return Check("modules", words, reader, found.difference, TOLERANCE_OF_UPDATES, "relative", found.worst)
 
 
 @dataclass(frozen=True)
@@ -84,7 +102,7 @@ class Comparison:
 
     def warnings(self) -> list[str]:
         """What a passed comparison does not show, because the adapter changes too little."""
-        loosest = max(self.checks, key=lambda check: check.tolerance)
+        loosest = max((check for check in self.checks if check.unit == "nats"), key=lambda check: check.tolerance)
         if self.adapter_effect > loosest.tolerance:
             return []
         return [
@@ -102,7 +120,7 @@ def certificate(
         "passed": comparison.passed,
         **facts,
         "date": time.strftime("%Y-%m-%d"),
-        "unit": "nats (differences of natural log-probabilities)",
+        "unit": "nats (differences of natural log-probabilities), where a check has no other",
         "top_k": TOP_K,
         "places": sum(map(len, rows)),
         "adapter_effect": comparison.adapter_effect,
@@ -128,12 +146,8 @@ def _last_places(comparison: Comparison, rows: list[list[int]]) -> list[dict[str
 
 def digests(folder: Path, paths: Any) -> dict[str, str]:
     """SHA-256 of files by their name inside ``folder``."""
-    return {str(path.relative_to(folder)): _digest(path) for path in sorted(paths) if path.is_file()}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    files = (path for path in sorted(paths) if path.is_file() and path.name != LOCK_FILE)
+    return {str(path.relative_to(folder)): file_digest(path) for path in files}
 
 
 def write_certificate(document: dict[str, Any], folder: Path) -> None:

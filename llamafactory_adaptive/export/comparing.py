@@ -6,18 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from llamafactory_adaptive.adapter import keep_4bit_unpacked_on_cpu
 from llamafactory_adaptive.export.base import BaseCheckpoint
-from llamafactory_adaptive.export.certificate import ROUNDING_FACTOR, Check, Comparison
+from llamafactory_adaptive.export.certificate import ROUNDING_FACTOR, Check, Comparison, update_check
+from llamafactory_adaptive.export.faults import ExportError, first_line, loading_fault
 from llamafactory_adaptive.export.parity import largest_difference, log_probabilities
 from llamafactory_adaptive.export.quantisation import Nf4
-from llamafactory_adaptive.export.reading import applied, read_as
+from llamafactory_adaptive.export.reading import applied, only_in, read_as
 from llamafactory_adaptive.export.serving import max_lora_rank
-from llamafactory_adaptive.export.source import ExportError, SourceAdapter
+from llamafactory_adaptive.export.source import SourceAdapter
+from llamafactory_adaptive.export.updates import Update, compare_updates, updates_of_peft
 from llamafactory_adaptive.export.vllm_check import ask_vllm, difference_of_first_tokens
 
 
@@ -41,24 +43,29 @@ class Comparer:
     vllm_python: Path | None
 
     def layout(self, server: str, folder: Path) -> Comparison:
-        """Check a LoRA layout by the rule of its server."""
-        reference, alone, exported = self._three_forms(server, folder)
+        """Check a LoRA layout by the rule of its server: each module's update, then what the whole model answers."""
+        live = load_peft(load(self.base.folder, self.base.widest), self.adapter)
+        reference, expected = log_probabilities(live, self.rows), updates_of_peft(live)
+        plain = live.unload()
+        alone = log_probabilities(plain, self.rows)
+        found, exported = self._as_read(server, folder, plain)
         reader = "PEFT" if server == "peft" else f"the reading rule of {server}"
-        checks = [Check("parity", PEFT_FP32, reader, largest_difference(reference, exported), self.tolerance)]
+        checks = [
+            update_check(compare_updates(expected, found), reader),
+            Check("parity", PEFT_FP32, reader, largest_difference(reference, exported), self.tolerance),
+        ]
         if self.vllm_python:
             checks.append(self._layout_in_vllm(self.vllm_python, folder, reference, alone))
         return Comparison(tuple(checks), reference, exported, largest_difference(reference, alone))
 
-    def _three_forms(self, server: str, folder: Path) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Log-probabilities of PEFT, of the base alone, and of the export, on one loaded base."""
-        live = _peft(load(self.base.folder, self.base.widest), self.adapter.folder)
-        reference = log_probabilities(live, self.rows)
-        plain = live.unload()
-        alone = log_probabilities(plain, self.rows)
+    def _as_read(self, server: str, folder: Path, plain: Any) -> tuple[dict[str, Update], list[Tensor]]:
+        """The updates in an exported folder as its server reads them, and the answers of the base with them."""
         if server == "peft":
-            return reference, alone, log_probabilities(_peft(plain, folder), self.rows)
-        with applied(plain, read_as(server, folder)):
-            return reference, alone, log_probabilities(plain, self.rows)
+            live = load_peft(plain, folder)
+            return only_in(folder, updates_of_peft(live)), log_probabilities(live, self.rows)
+        found = read_as(server, folder)
+        with applied(plain, found):
+            return found, log_probabilities(plain, self.rows)
 
     def _layout_in_vllm(self, python: Path, folder: Path, reference: list[Tensor], alone: list[Tensor]) -> Check:
         rank = max_lora_rank(max(module.rank for module in self.adapter.modules))
@@ -81,6 +88,7 @@ class Comparer:
         start = f"{PEFT_FP32} on the {'4-bit ' if nf4 else ''}base, not merged"
         own = "the merged weights, computed in float32"
         checks = [
+            Check("weights", merge, "the merged files, bit for bit", 0.0, 0.0, "weights that differ"),
             Check("parity", merge, own, largest_difference(by_peft, exported), self.tolerance),
             Check("rounding", start, own, largest_difference(unmerged, exported), max(self.tolerance, rounding)),
         ]
@@ -92,7 +100,7 @@ class Comparer:
 
     def _unmerged(self, nf4: Nf4 | None) -> tuple[list[Tensor], float]:
         """PEFT's log-probabilities, and how far the adapter moves them."""
-        live = _peft(load(self.base.folder, self.base.widest, nf4), self.adapter.folder)
+        live = load_peft(load(self.base.folder, self.base.widest, nf4), self.adapter)
         reference = log_probabilities(live, self.rows)
         with live.disable_adapter():
             return reference, largest_difference(reference, log_probabilities(live, self.rows))
@@ -102,8 +110,8 @@ class Comparer:
         model = load(self.base.folder, dtype, nf4)
         if nf4:
             model = model.dequantize()
-        model = _peft(model, self.adapter.folder).merge_and_unload()
-        if unequal := self._unequal_weights(model, folder):
+        model = load_peft(model, self.adapter).merge_and_unload()
+        if unequal := self._unequal_weights(model, folder, dtype, nf4):
             more = f" and {len(unequal) - 3} more" if len(unequal) > 3 else ""
             raise ExportError(
                 f"parity failed, nothing was written: {len(unequal)} of the merged weights are not those of PEFT's "
@@ -112,20 +120,23 @@ class Comparer:
         words = f"PEFT's merge in {str(dtype).removeprefix('torch.')} (the same weights), computed in float32"
         return log_probabilities(model, self.rows), words
 
-    def _unequal_weights(self, model: nn.Module, folder: Path) -> list[str]:
+    def _unequal_weights(self, model: nn.Module, folder: Path, dtype: torch.dtype, nf4: Nf4 | None) -> list[str]:
         """Names of weights that differ from PEFT's or are missing.
 
-        What is in the files and no part of the model, such as buffers that are computed anew, must be the base's.
+        A weight that is neither adapted nor replaced must be the base's own, in the type of the merge; where the base
+        went through NF4, PEFT's. What is in the files and no part of the model, such as buffers that are computed
+        anew, must be the base's, too.
         """
         weights, unequal, found = model.state_dict(), [], set()
+        changed = {f"{module.name}.weight" for module in self.adapter.modules} | set(self.adapter.replaced)
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     found.add(name)
-                    expected, weight = weights.get(name), file.get_tensor(name)
-                    if expected is None and name in self.base.weights:
+                    expected = weights.get(name)
+                    if name in self.base.weights and name not in changed and (expected is None or not nf4):
                         expected = self.base.tensor(name)
-                    if expected is None or not torch.equal(expected.to(weight.dtype), weight):
+                    if expected is None or not _same(expected, file.get_tensor(name), dtype):
                         unequal.append(name)
         return [*unequal, *sorted(self.base.weights.keys() - found)]
 
@@ -136,19 +147,40 @@ class Comparer:
         return exported, ROUNDING_FACTOR * largest_difference(exported, log_probabilities(model, self.rows, adapted))
 
 
+def _same(expected: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a weight is ``expected``, bit for bit, in the type of the merge where it is no whole number."""
+    return torch.equal(expected.to(dtype) if expected.is_floating_point() else expected, weight) and (
+        weight.dtype == (dtype if expected.is_floating_point() else expected.dtype)
+    )
+
+
 def load(folder: Path, dtype: torch.dtype | None = None, nf4: Nf4 | None = None) -> Any:
     """A causal language model on the CPU, in ``dtype`` or what its config says, or with its linear layers in NF4."""
     from transformers import AutoModelForCausalLM
 
     settings = {"quantization_config": nf4.loading(), "device_map": {"": "cpu"}} if nf4 else {}
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype or "auto", trust_remote_code=False, **settings
-    ).eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", trust_remote_code=False, **settings
+        ).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise ExportError(f"transformers cannot load {folder} ({loading_fault(error)})") from error
     keep_4bit_unpacked_on_cpu(model)
     return model
 
 
-def _peft(model: Any, adapter: Path) -> Any:
+def load_peft(model: Any, adapter: SourceAdapter | Path) -> Any:
+    """PEFT's model of an adapter from elsewhere, by what was checked of its config; or of a folder written here.
+
+    Raises:
+        ExportError: PEFT refuses it.
+    """
+    settings = adapter.peft_settings if isinstance(adapter, SourceAdapter) else None
+    folder = adapter.folder if isinstance(adapter, SourceAdapter) else adapter
+    config = LoraConfig(**settings) if settings else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the model had an adapter before, which was unloaded
-        return PeftModel.from_pretrained(model, str(adapter)).eval()
+        try:
+            return PeftModel.from_pretrained(model, str(folder), config=config).eval()
+        except (ValueError, RuntimeError, TypeError, KeyError) as error:
+            raise ExportError(f"parity failed: PEFT cannot load {folder} ({first_line(error)})") from error

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llamafactory_adaptive.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, contract_arguments, whole
 from llamafactory_adaptive.export.source import SourceAdapter, factor_key
+from llamafactory_adaptive.export.tensor_files import TensorSpec, write_streaming
 
 
 Factors = Iterator[tuple[str, Tensor, Tensor]]
@@ -90,7 +90,7 @@ def _padded(adapter: SourceAdapter, scale: float, rank: int, types: list[str], s
 def _write(adapter: SourceAdapter, base: str, target: Path, settings: Mapping[str, Any], factors: Factors) -> None:
     """A PEFT adapter on disk; lists and patterns sorted, so that equal adapters are equal files."""
     config = LoraConfig(
-        task_type=adapter.config.get("task_type") or "CAUSAL_LM", base_model_name_or_path=base, inference_mode=True,
+        task_type="CAUSAL_LM", base_model_name_or_path=base, inference_mode=True,
         **settings,
     ).to_dict()  # fmt: skip
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
@@ -99,4 +99,6 @@ def _write(adapter: SourceAdapter, base: str, target: Path, settings: Mapping[st
     tensors: dict[str, Tensor] = {}
     for name, a, b in factors:
         tensors |= {factor_key(name, "A"): a.contiguous(), factor_key(name, "B"): b.contiguous()}
-    save_file(tensors, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    # Not safetensors' own writer, whose files only their owner can read, whatever the umask.
+    specs = [TensorSpec(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()]
+    write_streaming(target / ADAPTER_WEIGHTS, specs, lambda spec: tensors[spec.name])

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
 from llamafactory_adaptive.export.base import INDEX_FILE, BaseCheckpoint, tied_weights
-from llamafactory_adaptive.export.source import ExportError, SourceAdapter
+from llamafactory_adaptive.export.faults import ExportError
+from llamafactory_adaptive.export.source import SourceAdapter
 from llamafactory_adaptive.export.tensor_files import TensorSpec, read_specs, write_streaming
 
 

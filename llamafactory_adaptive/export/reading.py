@@ -12,19 +12,21 @@ llamacpp       ``lora_alpha`` over the rank of each tensor (``convert_lora_to_gg
 =============  ==========================================================================================
 """
 
-import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llamafactory_adaptive.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TENSOR_PREFIX
+from llamafactory_adaptive.export.faults import ExportError
 from llamafactory_adaptive.export.serving import max_lora_rank
-from llamafactory_adaptive.export.source import ExportError
+from llamafactory_adaptive.export.updates import Update
+from llamafactory_adaptive.files import read_mapping
+from llamafactory_adaptive.module_names import is_plain_key, key_of
 
 
 Config = Mapping[str, Any]
@@ -41,7 +43,7 @@ def _by_patterns(config: Config, name: str, rank: int) -> float:
 
 
 def _first_match(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return pattern.get(key_of(pattern, name) or "", default)
 
 
 def _one_global(config: Config, name: str, rank: int) -> float:
@@ -69,23 +71,61 @@ RULES: dict[str, Callable[[Config, str, int], float]] = {
 }
 
 
-def read_as(server: str, folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
+def read_as(server: str, folder: Path) -> dict[str, Update]:
     """Module name to A, B and scale, as ``server`` understands the folder.
 
     Raises:
         ExportError: the server would refuse it.
     """
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    tensors = load_file(folder / ADAPTER_WEIGHTS)
-    found = {}
-    for key, a in tensors.items():
-        name, is_a, _ = key.removeprefix(TENSOR_PREFIX).partition(".lora_A.weight")
-        if is_a:
-            b = tensors[key.replace(".lora_A.", ".lora_B.")]
-            found[name] = (a, b, RULES[server](config, name, b.shape[1]))
+    config = _read_config(folder)
+    try:
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{server} cannot read {ADAPTER_WEIGHTS} ({error})") from error
+    found = {name: (a, b, RULES[server](config, name, b.shape[1])) for name, a, b in _pairs(server, tensors)}
     if server == "sglang":
         _check_stacked(set(found))
     return found
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The config as far as servers read it; the keys of its patterns are names, never expressions."""
+    config = read_mapping(folder / ADAPTER_CONFIG, ADAPTER_CONFIG, error=ExportError)
+    patterns = [config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
+    for pattern in patterns:
+        if not isinstance(pattern, dict) or not all(map(is_plain_key, pattern)):
+            raise ExportError(f"{ADAPTER_CONFIG} has a pattern whose keys are not all names of modules")
+    numbers = [config.get("r"), config.get("lora_alpha"), *(value for part in patterns for value in part.values())]
+    if not all(isinstance(value, (int, float)) and value > 0 for value in numbers):
+        raise ExportError(f"{ADAPTER_CONFIG} has a rank or an alpha that is no positive number")
+    return {**config, "rank_pattern": patterns[0], "alpha_pattern": patterns[1]}
+
+
+def _pairs(server: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, A and B of every module; what belongs to no pair is refused."""
+    for key, a in tensors.items():
+        name, is_a, rest = key.removeprefix(TENSOR_PREFIX).partition(".lora_A.weight")
+        other = key.replace(".lora_A.", ".lora_B.") if is_a else key.replace(".lora_B.", ".lora_A.")
+        if other == key or other not in tensors or rest:
+            raise ExportError(f"{server} finds {key} without the other factor of its module")
+        if is_a:
+            b = tensors[other]
+            if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+                raise ExportError(f"{server} finds A {tuple(a.shape)} and B {tuple(b.shape)} for {name}")
+            yield name, a, b
+
+
+def only_in(folder: Path, updates: Mapping[str, Update]) -> dict[str, Update]:
+    """Leave out the updates of modules that PEFT made up, as the files have no factors for them.
+
+    Raises:
+        ExportError: the files have factors that PEFT passes over.
+    """
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        names = {key.removeprefix(TENSOR_PREFIX).rpartition(".lora_")[0] for key in file.keys()}  # noqa: SIM118
+    if passed_over := sorted(names - set(updates)):
+        raise ExportError(f"parity failed: PEFT passes over the factors of {passed_over[0]}")
+    return {name: update for name, update in updates.items() if name in names}
 
 
 def _check_stacked(names: set[str]) -> None:
@@ -98,13 +138,17 @@ def _check_stacked(names: set[str]) -> None:
 
 
 @contextmanager
-def applied(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor, float]]) -> Iterator[None]:
+def applied(model: nn.Module, factors: Mapping[str, Update]) -> Iterator[None]:
     """Within the context every named linear layer adds scale * B A x, in fp32."""
 
     def hook(a: Tensor, b: Tensor, scale: float) -> Callable[..., Tensor]:
         return lambda layer, inputs, output: output + (inputs[0].float() @ a.float().T @ b.float().T) * scale
 
-    handles = [model.get_submodule(name).register_forward_hook(hook(*triple)) for name, triple in factors.items()]
+    try:
+        layers = {name: model.get_submodule(name) for name in factors}
+    except AttributeError as error:
+        raise ExportError(f"parity failed: the base has no module for some factors ({error})") from error
+    handles = [layers[name].register_forward_hook(hook(*triple)) for name, triple in factors.items()]
     try:
         yield
     finally:

@@ -1,9 +1,6 @@
 """One export from start to end: check everything, write into a scratch folder, certify, and only then name it."""
 
 import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +10,16 @@ from torch import nn
 
 from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
 from llamafactory_adaptive.export import layouts, merging, quantisation
-from llamafactory_adaptive.export.base import BaseCheckpoint, check_fit, copy_side_files, find_base, loading_fault
+from llamafactory_adaptive.export.base import BaseCheckpoint, check_fit, copy_side_files, find_base
 from llamafactory_adaptive.export.certificate import certificate, failures, write_certificate
 from llamafactory_adaptive.export.command import ExportRequest
 from llamafactory_adaptive.export.comparing import Comparer
+from llamafactory_adaptive.export.faults import ExportError, loading_fault
 from llamafactory_adaptive.export.parity import tokenise
 from llamafactory_adaptive.export.reading import STACKED
+from llamafactory_adaptive.export.scratch import scratch_folder
 from llamafactory_adaptive.export.serving import max_lora_rank, serve_command
-from llamafactory_adaptive.export.source import ExportError, SourceAdapter, read_adapter
+from llamafactory_adaptive.export.source import SourceAdapter, read_adapter
 from llamafactory_adaptive.export.vllm_check import check_vllm
 from llamafactory_adaptive.files import PLAN_FILE
 from llamafactory_adaptive.plan import load_plan
@@ -61,7 +60,7 @@ def run_export(request: ExportRequest) -> str:
         ExportError: parity failed; nothing carries the name of the output folder.
     """
     export = prepare(request)
-    with _scratch(request.out) as scratch:
+    with scratch_folder(request.out) as scratch:
         notes = write(export, scratch)
         print("comparing with PEFT", flush=True)
         checks = certify(export, scratch)
@@ -71,6 +70,9 @@ def run_export(request: ExportRequest) -> str:
 
 def prepare(request: ExportRequest) -> Export:
     """Read and check everything that can be refused without loading a model."""
+    if request.out.is_symlink():
+        problem = Problem("out", str(request.out), "it is a link, nothing was overwritten", "the folder it points at")
+        raise AdaptiveConfigError([problem])
     if request.out.exists() and (not request.out.is_dir() or any(request.out.iterdir())):
         problem = Problem("out", str(request.out), "it exists already, nothing was overwritten", "another folder")
         raise AdaptiveConfigError([problem])
@@ -107,7 +109,7 @@ def _check_server(server: str, adapter: SourceAdapter, base: BaseCheckpoint, ske
 def _rows(base: BaseCheckpoint) -> list[list[int]]:
     try:
         return tokenise(base.folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a tokenizer from elsewhere makes of the libraries that load it
         why = f"its tokenizer cannot be loaded ({loading_fault(error)})"
         raise AdaptiveConfigError([Problem("base", base.name, why, "--base <folder with a tokenizer>")]) from error
 
@@ -187,18 +189,3 @@ def _facts(export: Export) -> dict[str, Any]:
         "dtype": str(export.dtype).removeprefix("torch.") if request.server == "merged" else None,
         "quantization_aware": request.quantization_aware,
     }
-
-
-@contextmanager
-def _scratch(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its name on success and is gone otherwise."""
-    folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise ExportError(f"nothing can be written to {out.parent}: {error.strerror}") from error
-    try:
-        yield folder
-        folder.replace(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

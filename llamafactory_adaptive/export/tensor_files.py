@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -48,11 +48,20 @@ def read_specs(path: Path) -> list[TensorSpec]:
     specs = []
     with safe_open(path, framework="pt") as file:
         for name in sorted(file.keys()):
-            piece = file.get_slice(name)
-            if piece.get_dtype() not in DTYPES:
-                raise ValueError(f"{path.name} holds {name} as {piece.get_dtype()}")
-            specs.append(TensorSpec(name, DTYPES[piece.get_dtype()], tuple(piece.get_shape())))
+            specs.append(read_spec(file, name))
     return specs
+
+
+def read_spec(file: Any, name: str) -> TensorSpec:
+    """Read type and shape of one tensor of an open file, not the tensor.
+
+    Raises:
+        ValueError: as for :func:`read_specs`.
+    """
+    piece = file.get_slice(name)
+    if piece.get_dtype() not in DTYPES:
+        raise ValueError(f"{name} is held as {piece.get_dtype()}")
+    return TensorSpec(name, DTYPES[piece.get_dtype()], tuple(piece.get_shape()))
 
 
 def write_streaming(path: Path, specs: Iterable[TensorSpec], make: Callable[[TensorSpec], Tensor]) -> None:

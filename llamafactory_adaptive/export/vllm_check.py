@@ -16,8 +16,8 @@ from torch import Tensor
 
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
 from llamafactory_adaptive.export import vllm_probe
+from llamafactory_adaptive.export.faults import ExportError
 from llamafactory_adaptive.export.parity import TOP_K
-from llamafactory_adaptive.export.source import ExportError
 
 
 TIME_LIMIT_S = 1800

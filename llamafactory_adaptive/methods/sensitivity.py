@@ -19,6 +19,7 @@ against massive activations and against ties of modules that read one input. Cos
 pass with ``weighting: gradient``); memory, one vector per module.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -27,9 +28,13 @@ import torch
 from torch import Tensor
 
 from llamafactory_adaptive.calibration import InputSecondMoments
+from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.fields import option
 from llamafactory_adaptive.methods import Scores, ScoringContext
 from llamafactory_adaptive.stats import combine, effective_rank, log_compress, normalise_within, top_k_mean, weigh
+
+
+logger = logging.getLogger("llamafactory.adaptive")
 
 
 @dataclass(frozen=True)
@@ -85,9 +90,13 @@ class Sensitivity:
         Args:
             statistics: module name to lambda, a vector of length ``in_features``.
             context: shapes in model order and the budget.
+
+        Raises:
+            CalibrationError: a module's statistics are no second moments, so that nothing can be said of it.
         """
         names = [shape.name for shape in context.shapes]
         lambdas = [statistics[name].double() for name in names]
+        _refuse_nonsense(names, lambdas)
         raw = {
             "trace": torch.stack([value.sum() for value in lambdas]),
             "top_k": torch.stack([top_k_mean(value, self.options.top_fraction) for value in lambdas]),
@@ -115,8 +124,14 @@ class Sensitivity:
         else:
             local_M = combine(top_k_M, rank_M, equal)
             theta_M = local_M if self.options.metric == "local" else combine(trace_M, local_M, equal)
-        # Every metric equal over all modules has no spread: nothing sets modules apart, so all weigh the same.
-        return theta_M if theta_M.sum() > 0 else torch.ones_like(theta_M)
+        # Metrics that are equal over all modules have no spread: nothing sets modules apart, so all weigh the same.
+        if bool((theta_M == 0).all()):
+            if len(theta_M) > 1:
+                logger.warning("sensitivity: all modules have the same statistics, so all get the same rank")
+            return torch.ones_like(theta_M)
+        if not bool(torch.isfinite(theta_M).all()):
+            raise CalibrationError("sensitivities of the modules are out of range: check the calibration statistics")
+        return theta_M
 
     def _class_ranks(self, theta_M: Tensor, lora_rank: int) -> Tensor:
         """PRA: class 1 holds the most sensitive modules. Ranks below zero are zero; the bounds do the rest."""
@@ -125,3 +140,19 @@ class Sensitivity:
         for index, members in enumerate(order.tensor_split(self.options.classes)):
             ranks_M[members] = max(0.0, lora_rank + (self.options.classes + 1) / 2 - (index + 1))
         return ranks_M
+
+
+def _refuse_nonsense(names: list[str], lambdas: list[Tensor]) -> None:
+    """Second moments are finite and not negative, and inputs that are zero throughout tell nothing."""
+    kinds = {
+        "NaN or infinity": [not bool(torch.isfinite(value).all()) for value in lambdas],
+        "negative second moments": [bool((value < 0).any()) for value in lambdas],
+        "zeros only": [not bool(value.any()) for value in lambdas],
+    }
+    for kind, flags in kinds.items():
+        wrong = [name for name, flag in zip(names, flags, strict=True) if flag]
+        if wrong:
+            raise CalibrationError(
+                f"statistics hold {kind} for {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}: check the base "
+                "model and the calibration data"
+            )

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from test_training import Keep, logits, peft_logits, train
 from tiny import ARCHITECTURES, pruning_settings, save_tiny, settings
 
+from llamafactory_adaptive.checkpoints import damage
 from llamafactory_adaptive.errors import AdaptiveConfigError, GuardError, PlanError
-from llamafactory_adaptive.files import is_complete
 from llamafactory_adaptive.plan import load_plan
 
 
@@ -209,7 +209,7 @@ def test_killed_and_resumed_equals_never_killed(tiny_llama, data_dir, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     folders = sorted(cut.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
-    complete = [folder for folder in folders if is_complete(folder)]
+    complete = [folder for folder in folders if not damage(folder)]
     assert not (cut / "adapter_model.safetensors").exists()
     half = cut / f"checkpoint-{int(folders[-1].name.rpartition('-')[2]) + 20}"
     shutil.copytree(complete[-1], half)
@@ -242,8 +242,8 @@ def test_killed_in_its_first_save_starts_afresh(tiny_llama, data_dir, tmp_path):
         ({"model": {}}, "model_name_or_path is .* there and .*other here"),
         ({"model": {"intermediate_size": 48}, "name": "same"}, "is 32x64 in the plan, 32x48 in the model"),
         ({"max_steps": 15}, "belongs to a run of 12 steps and this one has 15"),
-        ({"damaged": "adaptive_state.safetensors"}, "has no complete adaptive state"),
-        ({"damaged": "adaptive_state.json"}, "has no complete adaptive state"),
+        ({"damaged": "adaptive_state.safetensors"}, "adaptive_state.safetensors has changed since it was written"),
+        ({"damaged": "adaptive_state.json"}, "adaptive_state.json has changed since it was written"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -257,6 +257,7 @@ def test_a_checkpoint_of_another_run_is_refused(change, message, one_crashed_run
         base = save_tiny(tmp_path / name, **change.pop("model"))
     if "damaged" in change:
         (out / "checkpoint-3" / change.pop("damaged")).write_bytes(b"{")
+        change["resume_from_checkpoint"] = str(out / "checkpoint-3")
     with pytest.raises(PlanError, match=message):
         train(pruning_settings(base, data_dir, out, **{**SAVING, **change}))
     assert not (out / "adapter_model.safetensors").exists()
@@ -278,11 +279,11 @@ def test_a_diverged_run_is_not_pruned_by_nan(tiny_llama, data_dir, tmp_path):
 def test_processes_that_would_choose_differently_stop(tiny_llama, data_dir, tmp_path, monkeypatch):
     from llamafactory_adaptive import controller
 
-    monkeypatch.setattr(controller, "gather_digests", lambda digest, device: [digest, "00"])
+    monkeypatch.setattr(controller, "gather_digests", lambda digest: [digest, "00"])
     with pytest.raises(GuardError, match=r"ranks \[1\] hold another plan than rank 0"):
         train(pruning_settings(tiny_llama, data_dir, tmp_path / "o"))
     answers = iter([["a", "a"], ["a", "b"]])
-    monkeypatch.setattr(controller, "gather_digests", lambda digest, device: next(answers))
+    monkeypatch.setattr(controller, "gather_digests", lambda digest: next(answers))
     with pytest.raises(GuardError, match=r"ranks \[1\] chose other components than rank 0"):
         train(pruning_settings(tiny_llama, data_dir, tmp_path / "o"))
 

@@ -16,9 +16,10 @@ from llamafactory_adaptive.adapter import contract_arguments
 from llamafactory_adaptive.export import run, serving
 from llamafactory_adaptive.export.base import BaseCheckpoint
 from llamafactory_adaptive.export.command import SERVERS, ExportRequest
+from llamafactory_adaptive.export.faults import ExportError
 from llamafactory_adaptive.export.reading import RULES, read_as
 from llamafactory_adaptive.export.run import run_export
-from llamafactory_adaptive.export.source import ExportError, read_adapter
+from llamafactory_adaptive.export.source import read_adapter
 
 
 LAYOUTS = ("peft", *RULES)
@@ -112,7 +113,7 @@ def test_sixteen_bit_factors_stay_as_they_are(base, tmp_path):
 def test_files_copied_as_they_are_would_be_misread(server, name, adapters, tmp_path):
     """The reason for this command."""
     export = run.prepare(ExportRequest(adapters[name], server, tmp_path / "out"))
-    with pytest.raises(ExportError, match=r"parity failed.*\n  parity    FAILED  largest difference"):
+    with pytest.raises(ExportError, match=r"parity failed.*\n  modules   FAILED  largest difference"):
         run.certify(export, export.adapter.folder)
 
 
@@ -134,7 +135,7 @@ def test_a_planted_wrong_scale_fails_and_leaves_nothing(server, adapters, tmp_pa
         return notes
 
     monkeypatch.setattr(run, "write", tampered)
-    with pytest.raises(ExportError, match=r"parity failed, nothing was written to .*out:\n  parity    FAILED"):
+    with pytest.raises(ExportError, match=r"parity failed, nothing was written to .*out:\n  modules   FAILED"):
         run_export(ExportRequest(adapters["ours"], server, tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
 
@@ -146,7 +147,8 @@ def test_the_certificate_says_what_was_compared(adapters, base, tmp_path):
     assert document["base"] == str(base)
     assert document["ranks"] == [1, 8]
     assert document["adapter_effect"] > 0.1  # what a wrong scale would have to hide in
-    (check,) = document["checks"]
+    modules, check = document["checks"]
+    assert (modules["name"], modules["unit"], modules["passed"]) == ("modules", "relative", True)
     assert (check["name"], check["tolerance"], check["passed"]) == ("parity", 1e-4, True)
     assert check["max_difference"] <= 1e-4
     assert len(document["prompts"]) == 8

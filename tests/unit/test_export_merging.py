@@ -18,9 +18,10 @@ from llamafactory_adaptive.export import merging, parity, run
 from llamafactory_adaptive.export.base import find_base
 from llamafactory_adaptive.export.command import ExportRequest
 from llamafactory_adaptive.export.comparing import Comparer
+from llamafactory_adaptive.export.faults import ExportError
 from llamafactory_adaptive.export.quantisation import Nf4, QuantisationReport
 from llamafactory_adaptive.export.run import run_export
-from llamafactory_adaptive.export.source import ExportError, read_adapter
+from llamafactory_adaptive.export.source import read_adapter
 from llamafactory_adaptive.files import PLAN_FILE
 from llamafactory_adaptive.plan import ModulePlan, RankPlan
 

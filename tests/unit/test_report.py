@@ -1,7 +1,11 @@
 """What people see: numbers in tables are the plan's numbers, warnings come when they should."""
 
 import dataclasses
+import tempfile
+from pathlib import Path
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_plan import make_plan
 
 from llamafactory_adaptive.plan import ModulePlan
@@ -53,3 +57,70 @@ def test_model_card_section_is_replaced_not_repeated(tmp_path):
     assert text.startswith("# my model\n\nkept text\n")
     assert text.count("## Adaptive ranks") == 1
     assert "| up_proj | 2 | 4.0 | 4-4 |" in text
+
+
+END = "<!-- /llamafactory-adaptive -->"
+NASTY = [
+    "<b>x</b>",
+    "[x](http://y)",
+    "\x1b[2J\x1b]0;x\x07",
+    END,
+    r"$\\frac$",
+    "$x$",
+    "a|b\nc",
+    "\u202e",
+    "\ud800",
+    "_x",
+]
+TEXTS = st.one_of(st.sampled_from(NASTY), st.text(st.characters(), max_size=30))
+
+
+def named(method, kind):
+    modules = (ModulePlan(f"model.layers.0.{kind}", 10, 20, 3), ModulePlan("model.layers.1.mlp.up_proj", 10, 20, 5))
+    return make_plan(method=method, modules=modules)
+
+
+@settings(max_examples=60, deadline=None)
+@given(TEXTS, TEXTS)
+def test_nothing_in_a_plan_gets_out_of_its_place(method, kind):
+    plan = named(method, kind)
+    text = rank_table(plan)
+    assert all(letter.isprintable() or letter == "\n" for letter in text)
+    with tempfile.TemporaryDirectory() as place:
+        card = Path(place) / "README.md"
+        card.write_text("mine\n")
+        for _ in range(2):
+            update_card(card, plan)
+        written = card.read_text()
+        assert written.startswith("mine\n\n<!-- llamafactory-adaptive: ranks -->")
+        assert written.endswith(END + "\n")
+        assert written.count("<!--") == written.count("-->") == 2
+        assert "<b>" not in written
+        assert written.count("](") == 1  # the picture's
+
+
+@settings(max_examples=15, deadline=None)
+@given(TEXTS, TEXTS)
+def test_a_picture_is_drawn_whatever_a_plan_calls_things(method, kind):
+    with tempfile.TemporaryDirectory() as place:
+        save_heatmap(named(method, kind), Path(place) / "x.png")
+        assert (Path(place) / "x.png").stat().st_size > 0
+
+
+def test_a_plan_of_very_many_types_is_still_a_picture(tmp_path):
+    modules = tuple(ModulePlan(f"m.0.type{i}", 4, 4, 1) for i in range(2000))
+    save_heatmap(make_plan(modules=modules), tmp_path / "x.png")
+
+
+def test_text_around_the_section_stays_byte_for_byte(tmp_path):
+    card = tmp_path / "README.md"
+    start = b"<!-- llamafactory-adaptive: ranks -->"
+    card.write_bytes(b"caf\xe9 " + start + b" a start of my own\n")
+    for _ in range(2):
+        update_card(card, make_plan())
+    card.write_bytes(card.read_bytes() + b"after\xff")
+    update_card(card, make_plan((4, 4)))
+    text = card.read_bytes()
+    assert text.startswith(b"caf\xe9 " + start + b" a start of my own\n")
+    assert text.endswith(b"after\xff")
+    assert text.count(b"## Adaptive ranks") == 1

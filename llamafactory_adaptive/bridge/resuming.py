@@ -1,0 +1,164 @@
+"""Which checkpoint a run resumes from: the host's rule, but only one that is whole, and one for all processes."""
+
+import json
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from llamafactory_adaptive.bridge.arguments import Args, local_rank, split_names
+from llamafactory_adaptive.checkpoints import check_layout, damage, is_sealed
+from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
+from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, STATE_JSON
+
+
+logger = logging.getLogger("llamafactory.adaptive")
+
+
+def checkpoint_to_resume(args: Args) -> Path | None:
+    """The checkpoint all processes of the job resume from; rank 0 finds it, the others make sure that they have it.
+
+    Raises:
+        AdaptiveError: on every process, with one text.
+    """
+    from llamafactory_adaptive.processes import from_main, gather
+
+    name = from_main("the choice of a checkpoint", lambda: _name(_choose(args)))
+    chosen = Path(name) if name else None
+    gather("the check of the checkpoint", lambda: _confirm(args, chosen))
+    return chosen
+
+
+def _name(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _choose(args: Args) -> Path | None:
+    wanted, output = args.get("resume_from_checkpoint"), Path(str(args["output_dir"]))
+    if isinstance(wanted, str):
+        chosen: Path | None = _given(Path(wanted), output)
+    else:
+        last = _newest_for_the_host(args)
+        ours = last is not None and ((output / LOG_FILE).is_file() or (last / PLAN_FILE).is_file())
+        chosen = _newest_whole(output) if ours else last
+    if chosen is not None:
+        if not is_sealed(chosen) and (chosen / PLAN_FILE).is_file():
+            logger.warning(f"{chosen} has no digests: its files are there and readable, more is not known of them")
+        if advice := check_layout(chosen, layout(args)):
+            logger.warning(advice)
+    return chosen
+
+
+def _given(wanted: Path, output: Path) -> Path:
+    """The checkpoint that the settings name."""
+    if not wanted.is_dir():
+        problem = Problem(
+            "resume_from_checkpoint", str(wanted), "there is no such folder", f"{output}/checkpoint-<step>"
+        )
+        raise AdaptiveConfigError([problem])
+    if (wanted / PLAN_FILE).is_file() and (fault := damage(wanted)):
+        raise PlanError(f"{wanted} is damaged or was not written to its end: {fault}; resume from another checkpoint")
+    return wanted
+
+
+def _newest_whole(output: Path) -> Path | None:
+    """The newest checkpoint without a fault; newer ones are told of."""
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+    folders = [path for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step(path) >= 0]
+    passed = []
+    for folder in sorted(folders, key=_step, reverse=True):
+        fault = damage(folder)
+        if not fault:
+            break
+        passed.append(f"{folder} is damaged or was not written to its end ({fault})")
+    else:
+        folder = None
+    if passed:
+        logger.warning(f"{'; '.join(passed)}; {f'resuming from {folder.name}' if folder else 'starting afresh'}")
+    return folder
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
+
+
+def _confirm(args: Args, chosen: Path | None) -> None:
+    """Where output_dir is no shared folder, another node may hold other checkpoints than rank 0, or none."""
+    from llamafactory_adaptive.processes import launched_number
+
+    if launched_number() == 0:
+        return
+    host, remedy = socket.gethostname(), "copy the checkpoints of rank 0 there, or use a folder all nodes share"
+    if chosen is None:
+        mine = _newest_for_the_host(args)
+        if mine is not None and (mine / PLAN_FILE).is_file() and not damage(mine):
+            raise PlanError(f"{host} has {mine} to resume from and rank 0 has nothing; {remedy}, or start afresh with "
+                            "overwrite_output_dir: true")  # fmt: skip
+    elif not chosen.is_dir():
+        raise PlanError(f"rank 0 resumes from {chosen}, which {host} does not have; {remedy}")
+    elif local_rank() == 0 and (chosen / PLAN_FILE).is_file() and (fault := damage(chosen)):
+        raise PlanError(f"rank 0 resumes from {chosen}, which is damaged on {host} ({fault}); {remedy}")
+
+
+def _newest_for_the_host(args: Args) -> Path | None:
+    """The checkpoint in ``output_dir`` that the host would resume from, whole or not, when none is named."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    wanted, output = args.get("resume_from_checkpoint"), Path(str(args["output_dir"]))
+    if wanted is False or not output.is_dir() or (wanted is None and args.get("overwrite_output_dir")):
+        return None
+    last = get_last_checkpoint(str(output))
+    return Path(last) if last else None
+
+
+def what_the_host_resumes(args: Args, checkpoint: Path | None) -> Args:
+    """The settings, with the checkpoint spelled out where the host by itself would take another."""
+    last = None if isinstance(args.get("resume_from_checkpoint"), str) else _newest_for_the_host(args)
+    if last is None or checkpoint == last:
+        return args
+    return {**args, "resume_from_checkpoint": str(checkpoint) if checkpoint else False}
+
+
+def refuse_ranks_in_plain_run(args: Args) -> None:
+    """A plain run would load a checkpoint with live ranks, which do not fit it, and end in PyTorch's size errors.
+
+    Raises:
+        AdaptiveConfigError: naming the checkpoint.
+    """
+    wanted = args.get("resume_from_checkpoint")
+    if not args.get("output_dir") or not args.get("do_train"):
+        return
+    checkpoint = Path(wanted) if isinstance(wanted, str) else _newest_for_the_host(args)
+    if checkpoint is not None and (checkpoint / STATE_JSON).is_file():
+        kind = args.get("finetuning_type", "lora")
+        reason = f"{checkpoint} is of a run that finds its ranks, and would be resumed from"
+        problem = Problem("finetuning_type", kind, reason, "finetuning_type: adaptive, or another output_dir")
+        raise AdaptiveConfigError([problem])
+
+
+def named_paths(args: Args) -> list[Path]:
+    """Every path that the settings may name: what lies there must stay."""
+    words = [word for value in args.values() if isinstance(value, str) for word in split_names(value)]
+    return [Path(word) for word in words if word != str(args.get("output_dir"))]
+
+
+def layout(args: Args) -> dict[str, Any]:
+    """How this run spreads weights and optimizer states over processes, as its settings say."""
+    config = args.get("deepspeed") or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    zero: dict[str, Any] = {}
+    if isinstance(config, (str, Path)):
+        config = json.loads(Path(config).read_text(encoding="utf-8"))
+    if isinstance(config, dict):
+        zero = {"stage": 0, **(config.get("zero_optimization") or {})}
+    elif os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        zero = {"stage": int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
+    stage = zero.get("stage")
+    return {
+        "deepspeed_stage": stage,
+        # Stage 3 has pieces of its own kind, whatever is set.
+        "round_robin_gradients": stage in (1, 2) and bool(zero.get("round_robin_gradients", False)),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }

@@ -1,0 +1,140 @@
+"""Checkpoints that can be trusted: digests of all their files, and the layout they were written under.
+
+A checkpoint is sealed when every process has written its files: from then on any change is found. One without digests
+(written by an older version, or by a run killed just before they were) counts when its parts are there and readable.
+"""
+
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from llamafactory_adaptive.errors import PlanError
+from llamafactory_adaptive.files import (
+    COMPLETE,
+    DIGESTS_FILE,
+    PLAN_FILE,
+    STATE_JSON,
+    damaged_files,
+    read_mapping,
+    write_atomically,
+)
+
+
+LAYOUT_FILE = "adaptive_layout.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_SHOWN = 3
+
+
+def is_sealed(checkpoint: Path) -> bool:
+    """Tell whether digests were written when it was complete."""
+    return (checkpoint / DIGESTS_FILE).exists()
+
+
+def unseal(checkpoint: Path) -> None:
+    """Remove what marks a checkpoint as complete, before it is written over."""
+    for name in (DIGESTS_FILE, *COMPLETE):
+        (checkpoint / name).unlink(missing_ok=True)
+
+
+def damage(checkpoint: Path) -> str:
+    """Say what is wrong with a checkpoint, file by file; empty when it can be resumed from."""
+    try:
+        faults = damaged_files(checkpoint) if is_sealed(checkpoint) else _unreadable(checkpoint)
+    except (PlanError, OSError) as error:
+        faults = [str(error)]
+    more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+    return "; ".join(faults[:_SHOWN]) + more
+
+
+def _unreadable(checkpoint: Path) -> list[str]:
+    """Parts of a checkpoint without digests that are missing, or do not open as what their names say."""
+    if missing := [name for name in COMPLETE if not (checkpoint / name).is_file()]:
+        return [f"{name} is missing" for name in missing]
+    needed = _needed(checkpoint)
+    faults = [f"{name} is missing" for name in needed if not (checkpoint / name).exists()]
+    there = {name for name in needed if (checkpoint / name).is_file()} | {
+        path.name for path in checkpoint.iterdir() if path.suffix in (".json", ".safetensors", ".pt", ".pth", ".bin")
+    }
+    return faults + [fault for name in sorted(there) if (fault := _fault_of(checkpoint / name))]
+
+
+def _needed(checkpoint: Path) -> list[str]:
+    names = [*COMPLETE, *ADAPTER_FILES]
+    # A run told to save the model only keeps nothing of the optimizer.
+    if (checkpoint / "scheduler.pt").exists() or any(checkpoint.glob("rng_state*.pth")):
+        names += [] if (checkpoint / "latest").exists() else ["optimizer.pt"]
+    if (checkpoint / "latest").is_file():  # DeepSpeed's: names the folder of its pieces
+        names.append((checkpoint / "latest").read_text(encoding="utf-8", errors="replace").strip() or "latest")
+    plan = read_mapping(checkpoint / PLAN_FILE, PLAN_FILE)
+    if isinstance(plan.get("provenance"), dict) and "course" in plan["provenance"]:
+        names += _state_files(checkpoint)
+    return names
+
+
+def _state_files(checkpoint: Path) -> list[str]:
+    if not (checkpoint / STATE_JSON).is_file():
+        return [STATE_JSON]
+    state = read_mapping(checkpoint / STATE_JSON, STATE_JSON)
+    if not state.get("partitioned"):
+        return [STATE_JSON, "adaptive_state.safetensors"]
+    count = int(state.get("processes", 0))
+    return [STATE_JSON, *(f"adaptive_state-{rank + 1:05d}-of-{count:05d}.safetensors" for rank in range(count))]
+
+
+def _fault_of(path: Path) -> str:
+    try:
+        if path.suffix == ".json":
+            read_mapping(path, path.name, finite=False)  # a history may hold a loss that is not a number
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):  # compares the header with the file's size
+                pass
+        elif path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+            return f"{path.name} is cut off"
+    except PlanError as error:
+        return str(error)
+    except (OSError, SafetensorError) as error:
+        return f"{path.name} is damaged ({error})"
+    return ""
+
+
+# -- layout -----------------------------------------------------------------------------------------------------------
+
+
+def write_layout(checkpoint: Path, layout: Mapping[str, Any]) -> None:
+    """Note in a checkpoint how weights and optimizer states were spread over processes."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    write_atomically(checkpoint / LAYOUT_FILE, json.dumps({"schema_version": 1, **layout}, indent=1) + "\n")
+
+
+def check_layout(checkpoint: Path, here: Mapping[str, Any]) -> str:
+    """Refuse to resume a checkpoint whose pieces are cut otherwise than this run would read them.
+
+    DeepSpeed itself does not always notice: pieces of one stage, read as those of another, train on silently wrong.
+
+    Args:
+        checkpoint: one of an older version says nothing of its layout, and passes.
+        here: ``deepspeed_stage`` (None without DeepSpeed), ``round_robin_gradients``, ``processes``.
+
+    Returns:
+        What a user should be told of a difference that is allowed; empty when there is none.
+
+    Raises:
+        PlanError: naming each difference.
+    """
+    if not (checkpoint / LAYOUT_FILE).exists():
+        return ""
+    there = read_mapping(checkpoint / LAYOUT_FILE, str(checkpoint / LAYOUT_FILE))
+    faults = {key: f"{key} is {there.get(key)} there and {value} here" for key, value in here.items()
+              if there.get(key) != value}  # fmt: skip
+    if set(faults) == {"processes"} and not here["deepspeed_stage"]:
+        return f"{checkpoint.name} was written by {there.get('processes')} processes: the run goes on, but not exactly"
+    if faults:
+        raise PlanError(
+            f"{checkpoint} was written under another layout: {'; '.join(faults.values())}; set deepspeed and the "
+            "number of processes back, or use another output_dir"
+        )
+    return ""

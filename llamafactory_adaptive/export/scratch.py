@@ -1,0 +1,77 @@
+"""The folder an export is written into before it has earned its name; what killed exports leave is removed."""
+
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llamafactory_adaptive.errors import OutputError
+from llamafactory_adaptive.export.faults import ExportError
+from llamafactory_adaptive.files import LOCK_FILE, locked
+
+
+# Between making its folder and locking it, or unlocking and naming it, an export is a moment without a lock.
+_MOMENT_S = 3600.0
+
+
+@contextmanager
+def scratch_folder(out: Path) -> Iterator[Path]:
+    """Within the context give a folder beside ``out`` that takes its name on success and is gone otherwise.
+
+    It is locked as long as this process lives, so that another export knows it from one that was left behind.
+
+    Raises:
+        ExportError: nothing can be written there, or ``out`` has come into being meanwhile.
+    """
+    remove_left_behind(out)
+    folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ExportError(f"nothing can be written to {out.parent}: {error.strerror}") from error
+    try:
+        with locked(folder, 0):
+            yield folder
+            (folder / LOCK_FILE).unlink()
+            _take_name(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _take_name(folder: Path, out: Path) -> None:
+    try:
+        folder.replace(out)
+    except OSError as error:
+        raise ExportError(
+            f"{out} has come into being meanwhile ({error.strerror}); it is left as it is, export again elsewhere"
+        ) from error
+
+
+def remove_left_behind(out: Path) -> None:
+    """Remove scratch folders of exports to ``out`` whose process has ended; one in use, on any machine, stays."""
+    for folder in _scratch_folders(out):
+        try:
+            if not (folder / LOCK_FILE).exists() and time.time() - folder.stat().st_mtime < _MOMENT_S:
+                continue
+            with locked(folder, 0):
+                shutil.rmtree(folder, ignore_errors=True)
+        except (OSError, OutputError):  # in use, or of another user
+            continue
+
+
+def _scratch_folders(out: Path) -> list[Path]:
+    start, end = f".{out.name}.", ".tmp"
+    try:
+        return [
+            path
+            for path in out.parent.iterdir()
+            if path.name.startswith(start)
+            and path.name.endswith(end)
+            and len(path.name) == len(start) + 32 + len(end)
+            and path.is_dir()
+            and not path.is_symlink()
+        ]
+    except OSError:  # no such folder yet, say
+        return []

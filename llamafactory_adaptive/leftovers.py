@@ -1,0 +1,56 @@
+"""What an older run left in a folder in which a fresh one begins: moved aside, so that nothing mixes and nothing is
+lost."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, PREVIOUS_FOLDER, cannot_write
+
+
+# What tells of a run or would be resumed from. The adapter itself stays until the host writes its successor.
+_TELLING = (
+    "checkpoint-*",
+    "adaptive_*",
+    "trainer_state.json",
+    "trainer_log.jsonl",
+    "*_results.json",
+    "training_*.png",
+)
+
+
+def set_older_run_aside(output: Path, named: Iterable[Path] = ()) -> Path | None:
+    """Move an older run's records and checkpoints to a numbered folder; returns it, or None where there was no run.
+
+    A plan that was only written by ``plan`` is no run and stays.
+
+    Args:
+        output: the run's ``output_dir``.
+        named: paths that the fresh run's settings name: these stay, with what holds them.
+
+    Raises:
+        OutputError: they cannot be moved.
+    """
+    checkpoints = output.glob(f"checkpoint-*/{PLAN_FILE}")
+    if not (output / LOG_FILE).exists() and not any(checkpoints):
+        return None
+    kept = {path.resolve() for path in named}
+    moving = {path for pattern in _TELLING for path in output.glob(pattern) if not _holds(path, kept)}
+    if not moving:
+        return None
+    above = output / PREVIOUS_FOLDER
+    numbers = [int(path.name) for path in above.glob("*") if path.name.isdigit()]
+    target = above / str(max(numbers, default=0) + 1)
+    try:
+        target.mkdir(parents=True)
+        # The log goes last: a move that is cut short is finished by the next run.
+        for path in sorted(moving, key=lambda path: (path.name == LOG_FILE, path.name)):
+            os.replace(path, target / path.name)
+    except OSError as error:
+        raise cannot_write(target, error) from error
+    return target
+
+
+def _holds(path: Path, kept: set[Path]) -> bool:
+    whole = path.resolve()
+    return any(whole == other or whole in other.parents for other in kept)

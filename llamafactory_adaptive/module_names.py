@@ -1,0 +1,55 @@
+"""Names of modules, and the patterns over them in ``rank_pattern`` and ``alpha_pattern``, without regular expressions.
+
+PEFT and vLLM hand every key of these patterns to ``re``. A key from elsewhere may be an expression that never ends, so
+only names are taken: ``q_proj``, ``layers.3.q_proj``, or ``^model.layers.3.q_proj`` for the whole name. They mean what
+they mean to PEFT: the first key that is the module's name, or ends it after a dot.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+
+LONGEST = 512
+_NAME = re.compile(r"[\w\-]+(?:\.[\w\-]+)*")
+_KEY = re.compile(r"\^?[\w\-]+(?:\\?\.[\w\-]+)*\$?")
+# A pattern names modules; one that has many more keys than there are modules only costs time.
+_KEYS_PER_MODULE, _FEW_KEYS = 4, 256
+
+
+def is_module_name(name: object) -> bool:
+    """Tell whether ``name`` is a text that a module could be called: words with dots between them."""
+    return isinstance(name, str) and len(name) <= LONGEST and _NAME.fullmatch(name) is not None
+
+
+def is_plain_key(key: object) -> bool:
+    """Tell whether a key of a pattern is a module name, or the end of one; ``^``, ``$`` and ``\\.`` are understood."""
+    return isinstance(key, str) and len(key) <= LONGEST and _KEY.fullmatch(key) is not None
+
+
+def too_many_keys(pattern: Mapping[str, object], modules: int) -> bool:
+    """Tell whether a pattern has more keys than any adapter of that many modules needs."""
+    return len(pattern) > max(_FEW_KEYS, _KEYS_PER_MODULE * modules)
+
+
+class NamePattern:
+    """Which key of a pattern stands for a module; looking up takes as many steps as the name has dots."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self.whole: dict[str, tuple[int, str]] = {}
+        self.ends: dict[str, tuple[int, str]] = {}
+        for place, key in enumerate(keys):
+            table = self.whole if key.startswith("^") else self.ends
+            table.setdefault(key.removeprefix("^").removesuffix("$").replace("\\.", "."), (place, key))
+
+    def key_of(self, name: str) -> str | None:
+        """Find the first key that is ``name`` or ends it after a dot; None where there is none."""
+        words = name.split(".")
+        ends = (".".join(words[start:]) for start in range(len(words)))
+        found = [self.ends[end] for end in ends if end in self.ends]
+        found += [self.whole[name]] if name in self.whole else []
+        return min(found)[1] if found else None
+
+
+def key_of(pattern: Mapping[str, object], name: str) -> str | None:
+    """Find the key of ``pattern`` that stands for ``name``; None where there is none."""
+    return NamePattern(pattern).key_of(name)
