@@ -68,7 +68,7 @@ class AnswerCache:
             return
         line = {"key": key, "answer": answer, "check": _check(key, answer)}
         try:
-            rest = json.dumps(line, ensure_ascii=False).encode() + b"\n"
+            rest = json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
             while rest:  # a nearly full disk takes a part and refuses the next one
                 rest = rest[self._file.write(rest) :]
             if time.monotonic() - self._synced > _SYNC_SECONDS:

@@ -3,7 +3,8 @@
 Models of different folders are compared row by row, with the statistics of a run (:mod:`eval.stats`). Folders must
 agree in how they were asked and in the rows: protocol, template, decoding, seeds, limit, tasks with their versions and
 numbers of examples, and the digest of the rows that were scored. What may differ: the models, in which form they were
-served, versions of the software (said in a note), and when and where it was.
+served, the tokenizer that stands in for the base's own, versions of the software (said in a note), and when and where
+it was.
 
 Exit codes: 0 done, 2 user error (one message on stderr), 130 interrupted.
 """
@@ -25,7 +26,7 @@ from eval.reading import field
 # Whatever else a results file holds says how was asked, and must be the same.
 _MAY_DIFFER = frozenset(
     ("scores", "means", "comparisons", "data", "models", "timings", "warnings", "contamination_checked_against",
-     "command", "date", "versions")
+     "command", "date", "versions", "base_tokenizer")
 )  # fmt: skip
 
 

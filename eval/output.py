@@ -69,8 +69,9 @@ class OutputFolder:
                 "Give the command that began it to go on, or another folder"
             )
         self._state = found
-        for scratch in self.path.glob(".eval_*.[0-9]*"):  # a file that a kill left half written
-            scratch.unlink()
+        for pattern in _OURS:
+            for scratch in self.path.glob(f".{pattern.removesuffix('*')}*.[0-9]*"):  # a kill left it half written
+                scratch.unlink()
         return True
 
     def finish(self) -> None:
@@ -100,7 +101,8 @@ class OutputFolder:
 
         def add(path: Path) -> None:
             lines = [json.dumps(clean_values(dict(d)), ensure_ascii=False) + "\n" for d in documents]
-            with path.open("a" if name in self._appended else "w", encoding="utf-8") as file:
+            mode = "a" if name in self._appended else "w"
+            with path.open(mode, encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(lines)
                 file.flush()
                 os.fsync(file.fileno())

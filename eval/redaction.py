@@ -25,7 +25,7 @@ _ABBREVIATED = ("--api-key", "--hf-token")  # vLLM takes any beginning that is u
 _NAME = r"[\w.-]*(?:api[-_]?key|access[-_]?key|token|secret|password|passwd|signature)[\w.-]*"
 _IN_JSON = re.compile(rf"""(["']{_NAME}["']\s*:\s*["'])([^"']*)""", re.I)
 _IN_QUERY = re.compile(rf"([?&;]{_NAME}=)([^&#\s'\"]*)", re.I)
-_BEARER = re.compile(r"(\bBearer\s+)(?=[^\s'\"]*[\d_-])[^\s'\",;)}\]]+")
+_BEARER = re.compile(r"(\bBearer\s+)(?=[^\s'\"\\]*[\d_-])[^\s'\"\\,;)}\]]+")  # JSON around it stays JSON
 _USER = re.compile(r"(?<=://)\S+(?=@)")  # up to the last @: a password may hold one; rather too much than too little
 _learned: set[str] = set()
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from eval import extraction, stats
 from eval.protocols import Task
+from eval.redaction import clean
 
 
 SCHEMA_VERSION = 3
@@ -204,10 +205,13 @@ def digest(path: Path) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is either whole or not there."""
+    """Write a file that is either whole or not there, cleaned of secrets.
+
+    Half of a surrogate pair, which UTF-8 cannot hold, is written as its escape, which JSON reads as what it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text, encoding="utf-8")
+    scratch.write_text(clean(text), encoding="utf-8", errors="backslashreplace")
     scratch.replace(path)
 
 
@@ -222,13 +226,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in value]
     return None if isinstance(value, float) and value != value else value
-
-
-def write_samples(path: Path, samples: Mapping[str, Sequence[Any]]) -> None:
-    """One JSON line per model, task, seed and row."""
-    lines = [
-        json.dumps({"model": model, **asdict(sample)}, ensure_ascii=False) + "\n"
-        for model, asked in samples.items()
-        for sample in asked
-    ]
-    write_atomically(path, "".join(lines))

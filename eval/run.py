@@ -149,7 +149,7 @@ def _write(request: Request, folder: OutputFolder, record: Record, words: str) -
     folder.write_text(report.TABLE_FILE, text + "\n")
     folder.draw(report.CHART_FILE, lambda path: report.save_chart(scores, path))
     if request.log_samples:
-        samples_page.write_page(request.out)
+        folder.write_text(samples_page.PAGE_FILE, samples_page.page_of_folder(request.out))
     folder.finish()
     print(f"\nwritten to {request.out}: {results.RESULTS_FILE}, {report.TABLE_FILE}, {report.CHART_FILE}")
     return gates.failures(request.gates, figures["scores"], means, compared)

@@ -81,10 +81,7 @@ def write_page(folder: Path) -> Path:
     Raises:
         EvalError: no samples, damaged ones, or the page cannot be written.
     """
-    samples = folder / SAMPLES_FILE
-    if not samples.is_file():
-        raise EvalError(f"{samples} does not exist; run the evaluation with --log-samples")
-    page = page_of(samples, _headlines(folder / RESULTS_FILE), f"Samples of {folder.resolve().name}")
+    page = page_of_folder(folder)
     try:
         write_atomically(folder / PAGE_FILE, page)
     except OSError as error:
@@ -99,6 +96,18 @@ def _headlines(path: Path) -> dict[str, str]:
         [s for s in scores if isinstance(s, dict) and s.get("headline") is True] if isinstance(scores, list) else []
     )
     return {str(score.get("task")): str(score.get("metric")) for score in named}
+
+
+def page_of_folder(folder: Path) -> str:
+    """Make the page of a run's folder as text.
+
+    Raises:
+        EvalError: no samples, or damaged ones.
+    """
+    samples = folder / SAMPLES_FILE
+    if not samples.is_file():
+        raise EvalError(f"{samples} does not exist; run the evaluation with --log-samples")
+    return page_of(samples, _headlines(folder / RESULTS_FILE), f"Samples of {folder.resolve().name}")
 
 
 def page_of(samples: Path, headlines: Mapping[str, str], title: str) -> str:

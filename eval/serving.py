@@ -10,6 +10,7 @@ from eval import completions
 from eval.arguments import Request
 from eval.errors import EvalError
 from eval.models import Serving
+from eval.redaction import without_control
 from eval.server import LOOPBACK, Server, ServerOptions, check_port, environment, free_port
 from eval.transport import Patience, Site, fetch
 
@@ -133,6 +134,6 @@ def _find(name: str, serving: Serving, models: Sequence[Mapping[str, Any]], url:
 
 def _version(site: Site) -> str:
     try:
-        return str(fetch(site, "/version")["version"])[:80]
+        return without_control(str(fetch(site, "/version")["version"]))[:80]
     except (EvalError, KeyError, TypeError):
         return "unknown"  # another server than vLLM

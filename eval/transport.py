@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -45,13 +45,19 @@ class Site:
 
 @dataclass(frozen=True)
 class Patience:
-    """Limits of one question: seconds for an answer, how often it is asked again, and the pauses between."""
+    """Limits of one question: seconds for an answer, how often it is asked again, and the pauses between.
+
+    Attributes:
+        option: what sets ``seconds``, for the message; empty when nothing does.
+        longest_wished: bound of the pause that a server asks for.
+    """
 
     seconds: float = 3600.0
     retries: int = 5
     first_pause: float = 1.0
     longest_pause: float = 60.0
     longest_wished: float = 300.0
+    option: str = "--request-timeout"
 
     def pause(self, attempt: int, wished: float | None) -> float:
         """Seconds before attempt ``attempt`` + 1: what the server asked for within bounds, else twice the last."""
@@ -85,7 +91,7 @@ def fetch(site: Site, path: str, body: Mapping[str, Any] | None = None, patience
     Raises:
         ServerFailedError: nobody answers there in time, or not in JSON.
     """
-    limits = patience or Patience(seconds=30.0 if body is None else 300.0, retries=2)
+    limits = patience or Patience(seconds=30.0 if body is None else 300.0, retries=2, option="")
     found: list[Any] = []
     asker = Asker(site, path, 1, limits, connection_retries=0)
     try:
@@ -133,6 +139,7 @@ class Asker:
     patience: Patience
     ended: Callable[[], str | None] = lambda: None
     connection_retries: int | None = None
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     repeated: Counter[str] = field(default_factory=Counter)
 
     def ask(self, bodies: Sequence[Any], read: Callable[[int, Any], Any], keep: Callable[[int, Any], None]) -> None:
@@ -173,7 +180,8 @@ class Asker:
             try:
                 return await self._once(session, body)
             except TimeoutError as error:
-                raise ServerFailedError(f"it did not answer within {self.patience.seconds:g} s") from error
+                named = f" ({self.patience.option})" if self.patience.option else ""
+                raise ServerFailedError(f"it did not answer within {self.patience.seconds:g} s{named}") from error
             except _RefusalError as error:
                 if error.status not in _AGAIN or attempt == self.patience.retries:
                     raise ServerFailedError(f"{error}{_tried(attempt)}") from None
@@ -186,7 +194,7 @@ class Asker:
             if (why := self.ended()) is not None:
                 raise ServerFailedError(why)
             self.repeated[kind] += 1
-            await asyncio.sleep(self.patience.pause(attempt, wished))
+            await self.sleep(self.patience.pause(attempt, wished))
         raise AssertionError("the last attempt returns or raises")
 
     async def _once(self, session: aiohttp.ClientSession, body: Any) -> Any:
