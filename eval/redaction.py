@@ -42,7 +42,7 @@ def clean_values(value: Any) -> Any:
     if isinstance(value, str):
         return clean(value)
     if isinstance(value, dict):
-        return {key: clean_values(inner) for key, inner in value.items()}
+        return {clean_values(key): clean_values(inner) for key, inner in value.items()}
     return [clean_values(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 

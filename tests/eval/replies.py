@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @contextmanager
 def replying(*replies):
-    """Serve ``(status, headers, body)`` in turn, the last one for ever; yields the address and the requests' headers."""
+    """Serve ``(status, headers, body)`` in turn, the last one for ever; yields the address and what was asked."""
     left, seen = list(replies), []
 
     class Handler(BaseHTTPRequestHandler):
@@ -24,7 +24,11 @@ def replying(*replies):
             self.end_headers()
             self.wfile.write(body)
 
-        do_POST = do_CONNECT = do_GET
+        def do_POST(self):
+            self.do_GET()
+
+        def do_CONNECT(self):
+            self.do_GET()
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

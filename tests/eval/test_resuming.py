@@ -52,8 +52,8 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(harness, 
     log, folder = tmp_path / "asked", tmp_path / "out"
     more = ["--merged", f"tuned={model}", "--log-samples", "--concurrency", "2"]
     settings = {"protocol": "lm_eval", "tasks": TASKS}
-    harness.run(*more, fake=f"--log {tmp_path / 'plain'}", out="plain", **settings)
-    total = len(lines(tmp_path / "plain"))
+    harness.run(*more, fake=f"--log {tmp_path / 'asked_plain'}", out="plain", **settings)
+    total = len(lines(tmp_path / "asked_plain"))
     for answered in (1, total // 4, total // 2 + 1):  # the last one while the second model is asked
         process = harness.start(*more, fake=f"--log {log} --delay 0.05", **settings)
         deadline = time.monotonic() + 120
@@ -67,7 +67,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(harness, 
     (folder / "answers.jsonl").open("a").write('{"key": "half of a li')
     process = subprocess.Popen(
         harness.words(*more, fake=f"--log {log}", **settings), text=True, stdout=subprocess.PIPE, cwd=HERE.parents[1],
-        stderr=subprocess.PIPE, preexec_fn=lambda: resource.setrlimit(  # noqa: PLW1509
+        stderr=subprocess.PIPE, preexec_fn=lambda: resource.setrlimit(
             resource.RLIMIT_FSIZE, ((folder / "answers.jsonl").stat().st_size + 300,) * 2)
     )  # fmt: skip
     _, err = process.communicate(timeout=120)
@@ -78,7 +78,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(harness, 
     out, _ = harness.run(*more, fake=f"--log {log}", **settings)
     assert "going on with the run in" in out
     assert len(lines(log)) - before == total - kept
-    assert set(lines(log)) == set(lines(tmp_path / "plain"))
+    assert set(lines(log)) == set(lines(tmp_path / "asked_plain"))
     one, other = harness.results("plain"), harness.results()
     assert [one[key] for key in ("scores", "means", "comparisons")] == [
         other[key] for key in ("scores", "means", "comparisons")]  # fmt: skip
@@ -166,7 +166,7 @@ def test_template_and_settings_of_an_adapter_reach_every_prompt(harness, adapter
     warning = "mine was trained on Qwen/Qwen2.5-7B-Instruct"
     assert any(warning in said for said in harness.results()["warnings"])
     assert f"WARNING: {warning}" in out
-    assert warning in (harness.out / "out" / "eval_table.txt").read_text()
+    assert warning in (harness.out / "out" / "eval_results.txt").read_text()
 
 
 def test_the_base_need_not_be_a_row(harness, adapter_with_template):

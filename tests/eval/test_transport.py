@@ -1,4 +1,4 @@
-"""Every wait on a server has a limit, only what can be mended is asked again, and no key goes where it has no place."""
+"""Every wait on a server has a limit, only what can be mended is asked again, and a key goes to its server alone."""
 
 import json
 import socket
