@@ -3,8 +3,8 @@
 Run: ``python fake_server.py PORT NAME[,NAME...] [--wait S] [--die-after N] [--say TEXT] [--exit CODE] [--child F]
 [--log F] [--delay S] [--refuse STATUS] [--think] [--hang]``. The first name is the base,
 the others are its adapters. ``--log`` takes each question as it comes, ``--refuse`` answers the first one with a
-status and repeats its headers. ``--child`` starts a process that ignores SIGTERM, as a hanging engine would, and writes both
-ids.
+status and repeats its headers. ``--child`` starts a process that ignores SIGTERM, as a hanging engine would, and
+writes both ids.
 """
 
 import argparse

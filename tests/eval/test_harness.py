@@ -38,11 +38,14 @@ class Harness:
         return subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, env=env, cwd=ROOT)
 
     def run(self, *more, expect=0, **settings):
-        process = self.start(*more, **settings)
+        told = self.finished(self.start(*more, **settings), expect)
+        assert not processes_naming(str(HERE / "fake_server.py"))
+        return told
+
+    def finished(self, process, expect=0):
         out, err = process.communicate(timeout=120)
         assert process.returncode == expect, out[-3000:] + err[-6000:]
         assert "Traceback" not in err
-        assert not processes_naming(str(HERE / "fake_server.py"))
         return out, err
 
     def results(self, out="out"):

@@ -49,11 +49,11 @@ def questions_kept(folder):
 
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(harness, model, tmp_path):
     """kill -9 at three moments; no answer that was kept is asked again; a full disk in between is a message."""
-    log, folder = tmp_path / "asked", tmp_path / "out"
+    log, plain, folder = tmp_path / "asked", tmp_path / "asked_plain", tmp_path / "out"
     more = ["--merged", f"tuned={model}", "--log-samples", "--concurrency", "2"]
     settings = {"protocol": "lm_eval", "tasks": TASKS}
-    harness.run(*more, fake=f"--log {tmp_path / 'asked_plain'}", out="plain", **settings)
-    total = len(lines(tmp_path / "asked_plain"))
+    harness.run(*more, fake=f"--log {plain}", out="plain", **settings)
+    total = len(lines(plain))
     for answered in (1, total // 4, total // 2 + 1):  # the last one while the second model is asked
         process = harness.start(*more, fake=f"--log {log} --delay 0.05", **settings)
         deadline = time.monotonic() + 120
@@ -78,7 +78,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(harness, 
     out, _ = harness.run(*more, fake=f"--log {log}", **settings)
     assert "going on with the run in" in out
     assert len(lines(log)) - before == total - kept
-    assert set(lines(log)) == set(lines(tmp_path / "asked_plain"))
+    assert set(lines(log)) == set(lines(plain))
     one, other = harness.results("plain"), harness.results()
     assert [one[key] for key in ("scores", "means", "comparisons")] == [
         other[key] for key in ("scores", "means", "comparisons")]  # fmt: skip
@@ -92,7 +92,8 @@ def test_a_key_is_written_nowhere(status, harness, served, tmp_path, monkeypatch
     """The server repeats the header that holds the key; asking again mends 429 and cannot mend 400."""
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     url = served("--refuse", str(status), "--log", str(tmp_path / "asked"))
-    out, err = harness.run("--base-url", url, tasks="gsm8k", expect=0 if status == 429 else 2)
+    process = harness.start("--base-url", url, tasks="gsm8k")
+    out, err = harness.finished(process, 0 if status == 429 else 2)
     assert SECRET not in out + err
     for path in (tmp_path / "out").rglob("*"):
         assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
