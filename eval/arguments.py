@@ -1,42 +1,43 @@
 """The command line of ``python -m eval.run``, checked as a whole before anything starts."""
 
 import argparse
-import os
+import json
+import math
 import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
+from eval import gates, output, server_words
+from eval.command_line import DEFAULT_TASKS, build_parser
 from eval.contamination import files_of_plan
 from eval.data import check_files, local_files
+from eval.decoding import Decoding, Prompting
 from eval.errors import UsageError
 from eval.models import BASE, Model, problem_with
-from eval.protocols import PROTOCOLS, TEMPLATES, Task, load_tasks
+from eval.protocols import Task, load_tasks, with_fewshot
 from eval.server import ServerOptions
+from eval.transport import Patience
 
 
-DEFAULT_SEED = 1234  # lm-evaluation-harness's own for drawing examples
-DEFAULT_TASKS = "gsm8k,boolq,arc_easy,arc_challenge"
-RESULTS_FILE = "eval_results.json"
-# Words of vLLM's command line that the harness sets and relies on, and what to give in their place.
-_OURS = {
-    "--host": "it is 127.0.0.1 always",
-    "--port": "use the harness's --port",
-    "--dtype": "use the harness's --dtype",
-    "--model": "use --base or --merged",
-    "--served-model-name": "names come from --base, --adapter and --merged",
-    "--lora-modules": "use --adapter",
-    "--trust-remote-code": "code that comes with a model is never run",
-}
+_LARGEST_SEED = 2**32 - 1  # NumPy's
+# Arguments of a chat template that the harness sets itself.
+_TEMPLATE_OURS = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_tensors",
+                  "return_dict", "padding", "truncation", "max_length")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Request:
     """One evaluation, valid as far as can be told without loading or starting anything.
 
-    ``files`` holds the local files per task, None for the hub; ``url`` a server that runs already.
+    Attributes:
+        base_row: whether the base is a row of the table, or only carries the adapters.
+        base_tokenizer: folder or hub name of the tokenizer that stands in for the base's own; None for its own.
+        files: the local files per task, None for the hub.
+        url: a server that runs already.
     """
 
     models: tuple[Model, ...]
@@ -45,8 +46,12 @@ class Request:
     template: str
     limit: int | None
     seeds: tuple[int, ...]
-    num_beams: int
+    decoding: Decoding
+    prompting: Prompting
+    base_row: bool
+    base_tokenizer: str | None
     concurrency: int
+    patience: Patience
     files: dict[str, dict[str, Path]] | None
     split: str
     seen_files: tuple[Path, ...]
@@ -54,40 +59,8 @@ class Request:
     server: ServerOptions
     out: Path
     log_samples: bool
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Every option with its help."""
-    parser = argparse.ArgumentParser(prog="python -m eval.run", description="Serve models with vLLM and score them.")
-    add = parser.add_argument
-    models = parser.add_argument_group("models")
-    models.add_argument("--base", required=True, metavar="MODEL", help="folder or hub name; named 'base' in the table")
-    for kind, what in (("adapter", "a LoRA adapter of the base"), ("merged", "a merged model; also the form in which "
-                       "an adapter of the same NAME takes likelihood tasks on a CPU")):  # fmt: skip
-        models.add_argument(f"--{kind}", action="append", default=[], metavar="NAME=DIR", help=what)
-    add("--tasks", default=DEFAULT_TASKS, help=f"comma separated (default: {DEFAULT_TASKS}; also aqua, copa)")
-    add("--protocol", choices=PROTOCOLS, required=True, help="how questions are put and answers read")
-    add("--template", choices=TEMPLATES, default="none", help="training: the model's chat template; none: raw text")
-    add("--limit", type=int, metavar="N", help="only the first N rows of each task")
-    add("--seeds", default=str(DEFAULT_SEED), help=f"comma separated, for drawing examples (default: {DEFAULT_SEED})")
-    add("--num-beams", type=int, default=1, metavar="N", help="beam search in place of greedy decoding")
-    data = parser.add_argument_group("data")
-    data.add_argument("--data-dir", type=Path, metavar="DIR", help="DIR/TASK/SPLIT.jsonl in place of the hub")
-    data.add_argument("--split", default="dev", help="file of --data-dir that is scored (default: dev)")
-    data.add_argument("--train-file", type=Path, action="append", default=[], metavar="FILE",
-                      help="refuse rows that stand in this training or calibration file")  # fmt: skip
-    data.add_argument("--plan", type=Path, metavar="FILE", help="the same for the calibration data a rank plan names")
-    data.add_argument("--dataset-dir", type=Path, metavar="DIR", help="folder of the dataset_info.json of --plan")
-    server = parser.add_argument_group("server")
-    server.add_argument("--base-url", metavar="URL", help="a server that runs already; it is left running")
-    server.add_argument("--port", type=int, help="port of our server (default: a free one)")
-    server.add_argument("--dtype", help="of our server (default: float32 on a CPU, else the model's own)")
-    server.add_argument("--startup-timeout", type=float, default=900.0, metavar="SECONDS")
-    server.add_argument("--server-args", default="", metavar="WORDS", help="further words for vLLM's command line")
-    server.add_argument("--concurrency", type=int, default=64, metavar="N", help="requests under way at a time")
-    add("--out", type=Path, required=True, metavar="DIR", help=f"folder for {RESULTS_FILE}, table, chart and logs")
-    add("--log-samples", action="store_true", help="also write samples.jsonl: every prompt, answer and metric")
-    return parser
+    strip_thinking: bool
+    gates: gates.Gates
 
 
 def parse(argv: Sequence[str] | None = None) -> Request:
@@ -97,19 +70,31 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         UsageError: all problems at once.
     """
     given = build_parser().parse_args(argv)
-    problems: list[str] = [*_range_problems(given), *_path_problems(given)]
+    problems: list[str] = [*_range_problems(given), *_setting_problems(given), *_address_problems(given)]
+    problems += server_words.problems(given.server_args)
+    problems += _path_problems(given)
     models, found = _models(given)
+    problems += found
+    options, found = _template_options(given.chat_template_kwargs)
     problems += found
     tasks: list[Task] = []
     files: dict[str, dict[str, Path]] | None = None
     seen: list[Path] = list(given.train_file)
     try:
         tasks = load_tasks(given.protocol, [name for name in given.tasks.split(",") if name])
+        if given.num_fewshot is not None and given.num_fewshot >= 0:
+            tasks = [with_fewshot(task, given.num_fewshot) for task in tasks]
         files = _files(given, tasks)
         seen += files_of_plan(given.plan, given.dataset_dir) if given.plan else []
     except UsageError as error:
         problems += error.problems
-    if problems := problems or list(_folder_problems(given.out)):
+    conditions, found = gates.parse(
+        given, [model.name for model in models], [task.name for task in tasks], not given.no_base_row
+    )
+    problems += found if tasks else []
+    if given.strip_thinking and tasks and all(task.likelihood for task in tasks):
+        problems.append("--strip-thinking: no task of these generates text; leave it out")
+    if problems:
         raise UsageError(problems)
     return Request(
         models=models,
@@ -118,8 +103,12 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         template=given.template,
         limit=given.limit,
         seeds=tuple(_seeds(given.seeds)),
-        num_beams=given.num_beams,
+        decoding=Decoding(given.num_beams, given.temperature, given.top_p, given.max_gen_toks, given.repeats),
+        prompting=Prompting(given.template == "training", given.system_prompt, options),
+        base_row=not given.no_base_row,
+        base_tokenizer=_base_tokenizer(given.base_tokenizer, models),
         concurrency=given.concurrency,
+        patience=Patience(seconds=given.request_timeout, retries=given.max_retries),
         files=files,
         split=given.split,
         seen_files=tuple(seen),
@@ -134,6 +123,8 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         ),
         out=given.out,
         log_samples=given.log_samples,
+        strip_thinking=given.strip_thinking,
+        gates=conditions,
     )
 
 
@@ -154,63 +145,107 @@ def _models(given: argparse.Namespace) -> tuple[tuple[Model, ...], list[str]]:
     return tuple(models), problems
 
 
+def _base_tokenizer(given: str | None, models: Sequence[Model]) -> str | None:
+    """The folder behind the name of a model, or what was given."""
+    return next((model.path for model in models if model.kind != "base" and model.name == given), given)
+
+
+_RANGES = (("limit", 1, None), ("num_beams", 1, 64), ("concurrency", 1, 4096), ("port", 1, 65535),
+           ("repeats", 1, 1024), ("max_gen_toks", 1, 10**6), ("num_fewshot", 0, 64),
+           ("max_retries", 0, 100))  # fmt: skip
+
+
 def _range_problems(given: argparse.Namespace) -> Iterator[str]:
-    for key, high in (("limit", None), ("num_beams", 64), ("concurrency", 4096), ("port", 65535)):
+    for key, low, high in _RANGES:
         value = getattr(given, key)
-        if value is not None and (value < 1 or (high is not None and value > high)):
-            allowed = f"between 1 and {high}" if high else "at least 1"
+        if value is not None and (value < low or (high is not None and value > high)):
+            allowed = f"between {low} and {high}" if high else f"at least {low}"
             yield f"--{key.replace('_', '-')}: {value} is not possible: it must be {allowed}"
-    if not given.startup_timeout > 0:
-        yield f"--startup-timeout: {given.startup_timeout} is not possible: it must be above 0"
+    for key in ("startup_timeout", "request_timeout"):
+        value = getattr(given, key)
+        if not 0 < value < math.inf:
+            yield f"--{key.replace('_', '-')}: {value} is not possible: it must be above 0"
+    if not 0 <= given.temperature <= 2:
+        yield f"--temperature: {given.temperature} is not possible: it must be between 0 (greedy) and 2"
+    if not 0 < given.top_p <= 1:
+        yield f"--top-p: {given.top_p} is not possible: it must be above 0 and at most 1"
     if not list(_seeds(given.seeds)):
-        yield f"--seeds: {given.seeds!r} is not possible: it must be whole numbers from 0, comma separated; try 1,2,3"
+        yield (
+            f"--seeds: {given.seeds!r} is not possible: it must be whole numbers from 0 to {_LARGEST_SEED}, comma "
+            "separated; try 1,2,3"
+        )
     if not given.tasks.strip(","):
         yield f"--tasks: none is named; try {DEFAULT_TASKS}"
-    if given.base_url is not None and "@" in given.base_url:
-        yield "--base-url: an address with a user or a password is not possible; put a key into OPENAI_API_KEY"
-    elif given.base_url is not None and (urlsplit(given.base_url).scheme not in ("http", "https")):
-        yield f"--base-url: {given.base_url} is no URL; try http://127.0.0.1:8000"
-    if given.base_url is not None and (given.port or given.dtype or given.server_args):
-        yield "--base-url: --port, --dtype and --server-args are for a server we start; leave them out"
-    yield from _server_word_problems(given.server_args)
 
 
-def _server_word_problems(text: str) -> Iterator[str]:
+def _setting_problems(given: argparse.Namespace) -> Iterator[str]:
+    """Settings that say nothing, or nothing sensible, beside others."""
+    if given.repeats > 1 and not given.temperature > 0:
+        yield (
+            f"--repeats: {given.repeats} greedy answers to a question are {given.repeats} times the same one; give "
+            "--temperature too, 0.8 say"
+        )
+    if given.top_p != 1 and not given.temperature > 0:
+        yield "--top-p: greedy decoding takes the likeliest token whatever it is; give --temperature too, 0.8 say"
+    if given.num_beams > 1 and given.temperature > 0:
+        yield "--num-beams: beam search does not sample; leave --num-beams or --temperature out"
+    for key in ("system_prompt", "chat_template_kwargs"):
+        if getattr(given, key) is not None and given.template != "training":
+            yield f"--{key.replace('_', '-')}: raw text has no place for it; give --template training too"
+    if given.no_base_row and not (given.adapter or given.merged):
+        yield "--no-base-row: nothing is left to ask; give --adapter or --merged too"
+
+
+def _template_options(text: str | None) -> tuple[dict[str, Any], list[str]]:
+    if text is None:
+        return {}, []
     try:
-        words = shlex.split(text)
-    except ValueError as error:
-        yield f"--server-args: this is no command line ({error})"  # which may hold a key
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        return {}, ["--chat-template-kwargs: it must be a JSON object; try '{\"enable_thinking\": false}'"]
+    ours = [key for key in found if key in _TEMPLATE_OURS]
+    return found, [f"--chat-template-kwargs: {key} is set by the harness; leave it out" for key in ours]
+
+
+def _address_problems(given: argparse.Namespace) -> Iterator[str]:
+    """What is wrong with ``--base-url``; an address that may hold a key or a password is not repeated."""
+    if given.base_url is None:
         return
-    for word in words:
-        option = word.partition("=")[0].replace("_", "-")  # vLLM takes both, and any beginning that is unique
-        for ours in (ours for ours in _OURS if len(option) > 2 and ours.startswith(option)):
-            yield f"--server-args: {word} would undo what the harness sets ({ours}); {_OURS[ours]}"
+    parts = _split(given.base_url)
+    if "@" in given.base_url:
+        yield "--base-url: an address with a user or a password is not possible; put a key into OPENAI_API_KEY"
+    elif "?" in given.base_url or "#" in given.base_url:
+        yield "--base-url: an address with '?' or '#' is not possible; put a key into OPENAI_API_KEY"
+    elif parts is None or parts[0] not in ("http", "https") or not parts[1]:
+        yield f"--base-url: {given.base_url} is no URL; try http://127.0.0.1:8000"
+    if given.port or given.dtype or given.server_args:
+        yield "--base-url: --port, --dtype and --server-args are for a server we start; leave them out"
+
+
+def _split(url: str) -> tuple[str, str | None] | None:
+    """Scheme and host of an address, or None when it is none."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises when it is no number
+        return parts.scheme, parts.hostname
+    except ValueError:
+        return None
 
 
 def _path_problems(given: argparse.Namespace) -> Iterator[str]:
-    if (given.out / RESULTS_FILE).exists():
-        yield f"--out: {given.out} holds results already, nothing was overwritten; try another folder"
-    elif given.out.exists() and not given.out.is_dir():
-        yield f"--out: {given.out} is a file; give a folder"
+    if (problem := output.problem_with(given.out)) is not None:
+        yield problem
     if given.dataset_dir and not given.plan:
         yield "--dataset-dir: it only says where the data of --plan lies; give --plan too"
     yield from (f"--train-file: {path} does not exist" for path in given.train_file if not path.is_file())
 
 
-def _folder_problems(out: Path) -> Iterator[str]:
-    """Make the folder for the results: hours later is too late to learn that it cannot be written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        yield f"--out: {out} cannot be made ({error.strerror}); give another folder"
-        return
-    if not os.access(out, os.W_OK | os.X_OK):
-        yield f"--out: {out} cannot be written; give another folder"
-
-
 def _seeds(text: str) -> list[int]:
     words = text.split(",")
-    return list(dict.fromkeys(map(int, words))) if all(word.isdecimal() for word in words) else []
+    good = all(word.isdecimal() and len(word) < 12 and int(word) <= _LARGEST_SEED for word in words)
+    return list(dict.fromkeys(map(int, words))) if good else []
 
 
 def _files(given: argparse.Namespace, tasks: Sequence[Task]) -> dict[str, dict[str, Path]] | None:

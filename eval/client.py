@@ -3,10 +3,10 @@
 The only file that imports lm_eval, and it is imported only once the cheap checks have passed.
 """
 
-import asyncio
 import hashlib
 import json
 import logging
+import re
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,158 +14,111 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import datasets
-import requests
+import huggingface_hub
 from lm_eval import simple_evaluate
-from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
-from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
+from eval.data import read_splits
+from eval.decoding import Decoding, Prompting
 from eval.errors import EvalError
 from eval.protocols import Task, task_config
-
-
-# A dead server is noticed at once; this bounds a hanging one. Answers of many rows at a time take minutes on a CPU.
-_REQUEST_SECONDS = 3600
-CONNECTION_ERRORS = (aiohttp.ClientError, requests.RequestException, asyncio.TimeoutError, ConnectionError)
+from eval.redaction import clean
+from eval.served import Asking, ServedModel
 
 
 @dataclass(frozen=True)
 class Sample:
     """One row of one task, asked once: what was shown, what came back, and every metric's value.
 
-    ``response`` is the text, or the log-likelihood of each choice.
+    Attributes:
+        repeat: which of several sampled answers to the same question, from 0.
+        response: the text, or the log-likelihood of each choice.
+        extracted: of generated answers, the name of each of lm-evaluation-harness's filters to what it left.
     """
 
     task: str
     seed: int
     row: int
+    repeat: int = field(kw_only=True, default=0)
     question: str
     prompt: str
     target: str
     response: Any
     metrics: Mapping[str, float]
+    extracted: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class Asked:
     """What one model answered: samples, and how many requests took how long.
 
-    ``cut`` holds, per task, the rows whose prompts were longer than the server takes and lost their beginning.
+    Attributes:
+        cut: per task, the rows whose prompts were longer than the server takes and lost their beginning.
+        requests: questions, those among them that were answered before included.
+        fresh: questions that the server was asked.
     """
 
     samples: list[Sample] = field(default_factory=list)
     cut: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     requests: int = 0
+    fresh: int = 0
     seconds: float = 0.0
 
 
-class ServedModel(LocalCompletionsAPI):  # type: ignore[misc]
-    """lm-evaluation-harness's ``local-completions`` against one name on one server.
+class Warnings(logging.Handler):
+    """Keeps the warnings of lm-evaluation-harness, each once and cleaned of secrets.
 
-    Adds the tokenizer's own start token to raw text, as ``hf`` and ``vllm`` of the harness do, and beam search, for
-    which a server returns every beam and knows no stop words. Remembers in ``cut`` which rows of which task were
-    longer than the server takes: the harness cuts their beginning and warns at most.
+    Those about cut prompts are counted row by row elsewhere. A message with the ``repr`` of an exception may hold the
+    headers of a request: of it only the exception's name is kept.
     """
 
-    def __init__(self, url: str, name: str, tokenizer: str, max_length: int, seed: int, **options: Any) -> None:
-        self.cut: dict[str, set[int]] = defaultdict(set)
-        self._scored: list[Instance] = []
-        self._beams, chat = options.pop("num_beams"), options.pop("chat")
-        super().__init__(
-            base_url=f"{url}/v1/completions",
-            model=name,
-            tokenizer=tokenizer,
-            tokenizer_backend="huggingface",
-            revision=None,
-            max_length=max_length,
-            seed=seed,
-            timeout=_REQUEST_SECONDS,
-            num_concurrent=options.pop("concurrency"),
-        )
-        start = self.tokenizer("").input_ids
-        self.add_bos_token = bool(start) and not chat  # a chat template writes its own
-
-    @property
-    def tokenizer_name(self) -> str:
-        """Names the tokenizer in cached requests, which this harness does not keep."""
-        return str(self.tokenizer.name_or_path)
-
-    def parse_generations(self, outputs: Any, **more: Any) -> list[str]:
-        """The texts of a response; of beams only the best, which comes first."""
-        texts: list[str] = LocalCompletionsAPI.parse_generations(outputs, **more)
-        return texts[:: self._beams]
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Generate; after beam search, cut each text at its first stop word."""
-        prompts = self.tok_encode([r.args[0] for r in requests], add_special_tokens=self.add_bos_token)
-        for request, prompt in zip(requests, prompts, strict=True):
-            self._count(request, len(prompt) + request.args[1].get("max_gen_toks", self._max_gen_toks))
-        texts: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
-        if self._beams == 1:
-            return texts
-        return [cut(text, request.args[1].get("until") or []) for text, request in zip(texts, requests, strict=True)]
-
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Likelihoods of continuations; the rows are kept for counting, as the tokens come without them."""
-        self._scored = requests
-        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-        return answers
-
-    def _loglikelihood_tokens(self, requests: list[Any], **more: Any) -> list[tuple[float, bool]]:
-        for request, (_, context, continuation) in zip(self._scored, requests, strict=True):
-            self._count(request, len(context) + len(continuation))
-        answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **more)
-        return answers
-
-    def _count(self, request: Instance, tokens: int) -> None:
-        if tokens > self.max_length:
-            self.cut[request.task_name].add(request.doc_id)
-
-
-def cut(text: str, stops: Sequence[str]) -> str:
-    """``text`` up to the first of its stop words."""
-    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
-
-
-class LastWords(logging.Handler):
-    """Keeps the warnings of lm-evaluation-harness.
-
-    Attributes:
-        last: the last one that carries the server's own words about a bad request.
-        warnings: the others, each once; those about cut prompts are counted row by row elsewhere.
-    """
-
-    def __init__(self, level: int) -> None:
-        super().__init__(level)
-        self.last = ""
-        self.warnings: list[str] = []
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         """Remember a record."""
-        message = record.getMessage()
-        if "API request failed" in message:
-            self.last = message
-        elif "eft truncat" not in message and message not in self.warnings:
-            self.warnings.append(message)
+        message = clean(record.getMessage())
+        if failed := re.match(r"Exception:\s*(\w+)(?:.*?status=(\d+))?", message, re.S):
+            message = " ".join(filter(None, ("a request failed:", *failed.groups())))
+        if "eft truncat" not in message and message not in self.texts:
+            self.texts.append(message)
 
 
-def quiet() -> LastWords:
+def quiet() -> Warnings:
     """Keep what the libraries log off the screen; their progress bars stay."""
-    words = LastWords(logging.WARNING)
+    words = Warnings()
     logger = logging.getLogger("lm_eval")
     logger.handlers, logger.propagate = [words], False
     logger.setLevel(logging.WARNING)
     datasets.disable_progress_bars()
     logging.getLogger("datasets").setLevel(logging.ERROR)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # every request under way fails when a server dies
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     return words
 
 
-def load(tasks: Sequence[Task], template: str, files: Mapping[str, Mapping[str, Path]] | None) -> list[Any]:
+class LocalTask(ConfigurableTask):  # type: ignore[misc]
+    """A task on rows that were read and checked here, in place of a set of the hub."""
+
+    def __init__(self, config: dict[str, Any], rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        self._rows = rows
+        super().__init__(config=config)
+
+    def download(self, dataset_kwargs: Any = None, **more: Any) -> None:
+        """Make a data set of the rows."""
+        self.dataset = {split: datasets.Dataset.from_list(list(rows)) for split, rows in self._rows.items()}
+
+
+def load(
+    tasks: Sequence[Task],
+    template: str,
+    files: Mapping[str, Mapping[str, Path]] | None,
+    strip_thinking: bool = False,
+) -> list[Any]:
     """Tasks with their data loaded, from local files or from the hub.
 
     Raises:
@@ -175,8 +128,10 @@ def load(tasks: Sequence[Task], template: str, files: Mapping[str, Mapping[str, 
     for task in tasks:
         local = None if files is None else files[task.name]
         try:
-            loaded.append(ConfigurableTask(config=task_config(task, template, local)))
-        except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetGenerationError) as error:
+            config = task_config(task, template, local, strip_thinking)
+            made = ConfigurableTask(config=config) if local is None else LocalTask(config, read_splits(local))
+            loaded.append(made)
+        except (OSError, ValueError, TypeError, datasets.exceptions.DatasetGenerationError) as error:
             where = "--data-dir" if files else f"{task.config['dataset_path']}, try --data-dir for local rows"
             raise EvalError(f"the rows of {task.name} cannot be loaded ({where}): {error}") from error
     return loaded
@@ -200,7 +155,16 @@ def check_tokenizers(places: Iterable[str], template: str) -> None:
             first = str(error).strip().splitlines()[0]
             raise EvalError(f"the tokenizer of {place} cannot be loaded: {first}") from error
         if template == "training" and tokenizer.chat_template is None:
-            raise EvalError(f"--template training: {place} has no chat template; use --template none")
+            raise EvalError(
+                f"--template training: {place} has no chat template; use --template none, or for a base whose adapter "
+                "brings one --base-tokenizer with the adapter's NAME, or --no-base-row"
+            )
+
+
+def hub_commit(name: str) -> str | None:
+    """The commit of a hub model whose tokenizer was loaded, as the local cache knows it."""
+    found = huggingface_hub.try_to_load_from_cache(name, "tokenizer_config.json")
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def questions(task: Task, loaded: Any, limit: int | None) -> list[str]:
@@ -222,37 +186,41 @@ def _scored(loaded: Any, limit: int | None) -> Any:
 
 
 def ask_model(
-    model: Mapping[str, Any],
+    asking: Asking,
     tasks: Sequence[Task],
     loaded: Sequence[Any],
     seeds: Sequence[int],
     limit: int | None,
-    chat: bool,
+    decoding: Decoding,
+    prompting: Prompting,
 ) -> Asked:
     """Ask one served model every task.
 
     Args:
-        model: arguments of :class:`ServedModel` but seed and chat.
+        asking: whom, with the answers that are known already.
         tasks: what to ask, with ``loaded`` beside each.
         loaded: the tasks with their data.
         seeds: one round per seed; tasks without examples have nothing to draw and are asked in the first round alone.
         limit: rows per task, the first ones.
-        chat: put questions (and examples, as turns) into the chat template.
+        decoding: how answers are generated. Only generated answers are asked for repeatedly.
+        prompting: what stands around the questions.
     """
     asked = Asked()
     for number, seed in enumerate(seeds):
-        now = [(task, made) for task, made in zip(tasks, loaded, strict=True) if task.fewshot or number == 0]
-        if now:
-            _one_round(asked, model, now, seed, limit, chat)
+        for repeat in range(decoding.repeats):
+            now = [
+                (task, made)
+                for task, made in zip(tasks, loaded, strict=True)
+                if (task.fewshot or number == 0) and not (task.likelihood and repeat)
+            ]
+            if now:
+                served = ServedModel(asking, decoding, prompting, seed, repeat)
+                _one_round(asked, served, now, limit)
     return asked
 
 
-def _one_round(
-    asked: Asked, model: Mapping[str, Any], pairs: Sequence[tuple[Task, Any]], seed: int, limit: int | None, chat: bool
-) -> None:
-    beams = model["num_beams"]
-    served = ServedModel(**model, seed=seed, chat=chat)
-    started = time.perf_counter()
+def _one_round(asked: Asked, served: ServedModel, pairs: Sequence[tuple[Task, Any]], limit: int | None) -> None:
+    started, chat = time.perf_counter(), served.prompting.chat
     answer = simple_evaluate(
         model=served,
         tasks=[loaded for _, loaded in pairs],
@@ -261,40 +229,48 @@ def _one_round(
         log_samples=True,
         apply_chat_template=chat,
         fewshot_as_multiturn=chat,
-        gen_kwargs={"use_beam_search": True, "n": beams} if beams > 1 else None,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
+        system_instruction=served.prompting.system,
+        gen_kwargs=served.decoding.options(),
+        random_seed=served.seed,
+        numpy_random_seed=served.seed,
+        torch_random_seed=served.seed,
+        fewshot_random_seed=served.seed,
         task_manager=TaskManager(include_defaults=False),
     )
     asked.seconds += time.perf_counter() - started
+    asked.fresh += served.fresh
     for name, rows in served.cut.items():
         asked.cut[name] |= rows
     for task, _ in pairs:
-        samples = list(_samples(task, seed, answer["samples"][task.name]))
+        samples = list(_samples(task, served.seed, served.repeat, answer["samples"][task.name]))
         asked.samples += samples
         asked.requests += sum(len(sample.response) if task.likelihood else 1 for sample in samples)
 
 
-def _samples(task: Task, seed: int, logged: Sequence[Mapping[str, Any]]) -> list[Sample]:
+def _samples(task: Task, seed: int, repeat: int, logged: Sequence[Mapping[str, Any]]) -> list[Sample]:
     """One sample per row; the harness logs one per row and filter, whose metrics carry the filter's name."""
     metrics: dict[int, dict[str, float]] = defaultdict(dict)
+    extracted: dict[int, dict[str, str]] = defaultdict(dict)
     first: dict[int, Mapping[str, Any]] = {}
     for entry in logged:
-        first.setdefault(entry["doc_id"], entry)
+        row = entry["doc_id"]
+        first.setdefault(row, entry)
         suffix = "" if entry["filter"] == "none" else f",{entry['filter']}"
-        metrics[entry["doc_id"]] |= {f"{name}{suffix}": float(entry[name]) for name in entry["metrics"]}
+        metrics[row] |= {f"{name}{suffix}": float(entry[name]) for name in entry["metrics"]}
+        if not task.likelihood:
+            extracted[row][entry["filter"]] = str(entry["filtered_resps"][0])
     return [
         Sample(
             task=task.name,
             seed=seed,
             row=row,
+            repeat=repeat,
             question=str(entry["doc"][task.question]),
             prompt=entry["arguments"][0][0],
             target=str(entry["target"]),
             response=[r[0][0] for r in entry["resps"]] if task.likelihood else entry["resps"][0][0],
             metrics=metrics[row],
+            extracted=extracted[row],
         )
         for row, entry in sorted(first.items())
     ]

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.data import numbered_rows
 from eval.errors import EvalError, UsageError
+from eval.reading import loads, numbered_rows
 
 
 _WINDOW = 8  # words that must agree before texts are compared whole
@@ -107,7 +106,7 @@ def read_seen(files: Iterable[Path]) -> SeenTexts:
 def _rows(path: Path) -> Iterator[Any]:
     """Rows of JSON lines, or a whole document as one row; what a file is called does not decide what it holds."""
     with contextlib.suppress(ValueError):  # the lines say better what is wrong
-        yield json.loads(path.read_text(encoding="utf-8"))
+        yield loads(path.read_text(encoding="utf-8"), str(path))
         return
     yield from (row for _, row in numbered_rows(path))
 
@@ -119,7 +118,9 @@ def files_of_plan(plan: Path, dataset_dir: Path | None) -> list[Path]:
         UsageError: the plan or the table cannot be read, or a data set is not a local file.
     """
     try:
-        names = json.loads(plan.read_text(encoding="utf-8"))["provenance"]["calibration_dataset"]
+        names = loads(plan.read_text(encoding="utf-8"), str(plan))["provenance"]["calibration_dataset"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"calibration_dataset is {names!r:.60}, not a list of names")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError([f"--plan: {plan} is no rank plan that names its calibration data ({error!r})"]) from error
     if dataset_dir is None:
@@ -128,7 +129,7 @@ def files_of_plan(plan: Path, dataset_dir: Path | None) -> list[Path]:
         )
     table = dataset_dir / "dataset_info.json"
     try:
-        info = json.loads(table.read_text(encoding="utf-8"))
+        info = loads(table.read_text(encoding="utf-8"), str(table))
     except (OSError, ValueError) as error:
         raise UsageError([f"--dataset-dir: {table} cannot be read ({error})"]) from error
     if not isinstance(info, Mapping):

@@ -1,12 +1,12 @@
 """Local rows: ``DATA_DIR/TASK/SPLIT.jsonl`` in place of the hub, checked line by line before anything starts."""
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.errors import EvalError, UsageError
+from eval.errors import UsageError
 from eval.protocols import Task
+from eval.reading import numbered_rows
 
 
 def local_files(task: Task, data_dir: Path, split: str) -> dict[str, Path]:
@@ -33,25 +33,17 @@ def check_files(task: Task, files: Mapping[str, Path]) -> None:
             raise UsageError([f"--data-dir: {path} holds no rows"])
 
 
-def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers, from 1, and rows of a JSON-lines file; empty lines are passed over.
+def read_splits(files: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
+    """Read the rows of every split, each with all the keys that any row of its file has.
 
-    Raises:
-        EvalError: a line that is no JSON object.
+    What stands in the file is what is scored: no pattern in a folder's name leads elsewhere, no text becomes a date.
     """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode())
-            except UnicodeDecodeError as error:
-                raise EvalError(f"{path}:{number}: this is no UTF-8 text; save the rows as JSON lines") from error
-            except ValueError as error:
-                raise EvalError(f"{path}:{number}: this line is not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise EvalError(f"{path}:{number}: a row must be a JSON object, this is {type(row).__name__}")
-            yield number, row
+    return {split: _same_keys([row for _, row in numbered_rows(path)]) for split, path in files.items()}
+
+
+def _same_keys(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    return [{key: row.get(key) for key in keys} for row in rows]
 
 
 def _check_row(task: Task, row: Mapping[str, Any], where: str, scored: bool) -> None:

@@ -1,9 +1,12 @@
 """Which models are compared, in which form each is served for which task, and which servers that takes."""
 
+import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from eval.errors import EvalError
 from eval.protocols import Task
@@ -12,6 +15,9 @@ from eval.protocols import Task
 BASE = "base"
 # The only values that vLLM takes for --max-lora-rank.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# Files of a model folder that an answer depends on.
+_CONTENT = ("*config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "tokenizer*", "vocab*", "merges.txt",
+            "*.model", "*.jinja", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,16 +51,30 @@ class Serving:
     tokenizer: str
 
 
-def plan_servings(models: Sequence[Model], tasks: Sequence[Task], on_cpu: bool) -> list[Serving]:
+def plan_servings(
+    models: Sequence[Model],
+    tasks: Sequence[Task],
+    on_cpu: bool,
+    base_tokenizer: str | None = None,
+    base_row: bool = True,
+) -> list[Serving]:
     """Divide models and tasks among as few servers as give right answers.
 
     vLLM's CPU kernels crash on prompt log-probabilities while LoRA is enabled. There, likelihood tasks of the base go
     to a server without LoRA and those of an adapter to its merged form.
 
+    Args:
+        models: the base, adapters and merged models.
+        tasks: what each is asked.
+        on_cpu: whether our own server runs on vLLM's CPU build.
+        base_tokenizer: folder or hub name of the tokenizer that stands in for the base's own.
+        base_row: whether the base is asked too; else it only carries the adapters.
+
     Raises:
         EvalError: an adapter is asked for likelihood tasks on a CPU and has no merged form.
     """
     base = next(model for model in models if model.kind == "base")
+    tokenizer = base_tokenizer or base.path
     adapters = tuple(model for model in models if model.kind == "adapter")
     merged = {model.name: model for model in models if model.kind == "merged"}
     likelihood = tuple(task for task in tasks if task.likelihood)
@@ -62,23 +82,23 @@ def plan_servings(models: Sequence[Model], tasks: Sequence[Task], on_cpu: bool) 
     if apart:
         _require_merged([model.name for model in adapters if model.name not in merged], likelihood)
     with_lora = tuple(task for task in tasks if not (apart and task.likelihood))
-    servings = [_serving(base, (), likelihood, base)] if apart else []
-    if with_lora:
-        servings.append(_serving(base, adapters, with_lora, base))
+    asked = (base,) if base_row else ()
+    servings = [_serving(base, (), asked, likelihood, tokenizer)] if apart and base_row else []
+    if with_lora and (base_row or adapters):
+        servings.append(_serving(base, adapters, (*asked, *adapters), with_lora, tokenizer))
     named = {model.name for model in adapters}
     for name, model in merged.items():
         rest = tuple(tasks) if name not in named else (likelihood if apart else ())
         if rest:
-            servings.append(_serving(model, (), rest, base))
+            servings.append(_serving(model, (), (model,), rest, tokenizer))
     return servings
 
 
-def _serving(model: Model, adapters: tuple[Model, ...], tasks: tuple[Task, ...], base: Model) -> Serving:
-    jobs = [
-        Job(served.name, served.kind, served.name, tokenizer_of(served, base.path), tasks)
-        for served in (model, *adapters)
-    ]
-    return Serving(model.path, model.name, adapters, tuple(jobs), jobs[0].tokenizer)
+def _serving(
+    model: Model, adapters: tuple[Model, ...], asked: tuple[Model, ...], tasks: tuple[Task, ...], tokenizer: str
+) -> Serving:
+    jobs = tuple(Job(one.name, one.kind, one.name, tokenizer_of(one, tokenizer), tasks) for one in asked)
+    return Serving(model.path, model.name, adapters, jobs, tokenizer_of(model, tokenizer))
 
 
 def _require_merged(missing: list[str], likelihood: Sequence[Task]) -> None:
@@ -90,9 +110,53 @@ def _require_merged(missing: list[str], likelihood: Sequence[Task]) -> None:
         )
 
 
-def tokenizer_of(model: Model, base: str) -> str:
+def tokenizer_of(model: Model, base_tokenizer: str) -> str:
     """Where a model's tokenizer and chat template lie: in its own folder when they came along, else the base's."""
-    return model.path if (Path(model.path) / "tokenizer_config.json").is_file() else base
+    came_along = model.kind != "base" and (Path(model.path) / "tokenizer_config.json").is_file()
+    return model.path if came_along else base_tokenizer
+
+
+def content_digest(path: str) -> str | None:
+    """SHA-256 over the names and contents of the files of a model folder; None for a hub name."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return None
+    found = hashlib.sha256()
+    for file in sorted({file for pattern in _CONTENT for file in folder.glob(pattern) if file.is_file()}):
+        with file.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        found.update(f"{file.name} {digest}\n".encode())
+    return found.hexdigest()
+
+
+def base_warnings(models: Sequence[Model]) -> Iterator[str]:
+    """One sentence per adapter whose config names another base than the one it is served on."""
+    base = next(model for model in models if model.kind == "base")
+    known = {name for name in (_model_name(base.path), _model_name(_own_name(base.path))) if name}
+    for model in models:
+        if model.kind != "adapter" or not (Path(model.path) / "adapter_config.json").is_file():
+            continue
+        trained = _read_config(Path(model.path) / "adapter_config.json").get("base_model_name_or_path")
+        if isinstance(trained, str) and _model_name(trained) and _model_name(trained) not in known:
+            yield (
+                f"{model.name} was trained on {trained[:200]}, as its adapter_config.json says, and is served on "
+                f"{base.path}: unless these are the same model, its figures mean nothing"
+            )
+
+
+def _model_name(path: str) -> str:
+    """The last part of a folder or hub name in small letters; of a folder of the hub's cache the model's name."""
+    cached = re.search(r"models--(?:[^/\\]*--)?([^/\\]+)[/\\]+snapshots", path)
+    return (cached.group(1) if cached else re.split(r"[/\\]", path.rstrip("/\\"))[-1]).lower()
+
+
+def _own_name(folder: str) -> str:
+    """The name that a model folder's config.json gives, or nothing."""
+    try:
+        name = _read_config(Path(folder) / "config.json").get("_name_or_path")
+    except (OSError, ValueError):
+        return ""
+    return name if isinstance(name, str) else ""
 
 
 def lora_rank_to_reserve(adapters: Sequence[Path]) -> int:
@@ -102,9 +166,35 @@ def lora_rank_to_reserve(adapters: Sequence[Path]) -> int:
 
 
 def largest_rank(adapter: Path) -> int:
-    """The largest rank an adapter's config names."""
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    return max(int(config["r"]), *(int(rank) for rank in (config.get("rank_pattern") or {}).values()), 0)
+    """The largest rank an adapter's config names.
+
+    Raises:
+        ValueError: the config is no JSON object, or a rank in it is no whole number from 1.
+    """
+    config = _read_config(adapter / "adapter_config.json")
+    pattern = config.get("rank_pattern") or {}
+    if not isinstance(pattern, dict):
+        raise ValueError(f"rank_pattern must map module names to ranks, this is {type(pattern).__name__}")
+    ranks: dict[str, Any] = {"r": config.get("r"), **pattern}
+    for name, rank in ranks.items():
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"{name[:80]} is {str(rank)[:40]}: a rank must be a whole number from 1")
+    return int(max(ranks.values()))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """A JSON object of untrusted origin.
+
+    Raises:
+        ValueError: it is none, or nested too deeply.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"it must be a JSON object, this is {type(found).__name__}")
+    return found
 
 
 def problem_with(model: Model) -> str | None:
@@ -126,8 +216,8 @@ def problem_with(model: Model) -> str | None:
 def _problem_with_config(model: Model, option: str) -> str | None:
     try:
         rank = largest_rank(Path(model.path))
-    except (ValueError, KeyError, TypeError) as error:
-        return f"{option}: its adapter_config.json cannot be read ({error!r})"
+    except (OSError, ValueError) as error:
+        return f"{option}: its adapter_config.json cannot be read ({error})"
     if rank > LORA_RANKS[-1]:
         return f"{option}: its largest rank {rank} is above {LORA_RANKS[-1]}, the most vLLM serves; give --merged"
     return None

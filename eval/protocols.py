@@ -8,18 +8,21 @@ are not comparable, so one run has one protocol. A task file is an ordinary lm-e
 import difflib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from eval.errors import UsageError
+from eval.extraction import thinking_filter
 
 
 FOLDER = Path(__file__).parent / "tasks"
 PROTOCOLS = ("lm_eval", "llm_adapters")
 TEMPLATES = ("none", "training")
+LOCAL = "local rows"  # stands where lm-evaluation-harness names a set of the hub
+_WHOLE_TEXT = {"name": "none", "filter": [{"function": "take_first"}]}  # what tasks without filters have there
 # The instruction prompt of Stanford Alpaca, which the adapter papers train and test with.
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -39,6 +42,7 @@ class Task:
         fields: what a row of a local file must have.
         question: the field that identifies a row for the contamination guard.
         problem_with: what is wrong with the values of a row, or None.
+        reads: what each metric reads in a response, where the task parses text by itself; else None.
         config: the task file as lm-evaluation-harness takes it.
     """
 
@@ -51,6 +55,7 @@ class Task:
     fields: tuple[str, ...]
     question: str
     problem_with: Callable[[Mapping[str, Any]], str | None]
+    reads: Callable[[str], Mapping[str, str]] | None
     config: Mapping[str, Any]
 
 
@@ -93,6 +98,7 @@ def _read(protocol: str, name: str) -> Task:
     config = yaml.load(text, _TaskLoader)  # a safe loader with one constructor, on our own files
     facts = config["metadata"]
     problem_with = facts.pop("problem", lambda row: None)  # lm-evaluation-harness takes plain values here
+    reads = facts.pop("reads", None)
     return Task(
         name=name,
         protocol=protocol,
@@ -103,30 +109,46 @@ def _read(protocol: str, name: str) -> Task:
         fields=tuple(facts["fields"]),
         question=facts["question"],
         problem_with=problem_with,
+        reads=reads,
         config=config,
     )
 
 
-def task_config(task: Task, template: str, files: Mapping[str, Path] | None) -> dict[str, Any]:
-    """The configuration to run: local files in place of the hub, the papers' prompt around the instruction.
+def with_fewshot(task: Task, examples: int) -> Task:
+    """``task`` with another number of examples before its question, drawn from its training rows."""
+    drawn = {"training_split": "train", "fewshot_split": "train"} if examples else {}
+    return replace(task, fewshot=examples, config={**drawn, **task.config, "num_fewshot": examples})
+
+
+def task_config(
+    task: Task, template: str, files: Mapping[str, Path] | None, strip_thinking: bool = False
+) -> dict[str, Any]:
+    """The configuration to run: local rows in place of the hub, the papers' prompt around the instruction.
 
     Args:
         task: which.
         template: ``training`` leaves the instruction bare, for the chat template to wrap.
         files: ``test`` and, where examples are shown, ``train``; None for the hub.
+        strip_thinking: answers lose their ``<think>`` blocks before anything is read in them.
     """
     config = dict(task.config)
     if files is not None:
         train = "train" if "train" in files else None
         config |= {
-            "dataset_path": "json",
+            "dataset_path": LOCAL,
             "dataset_name": None,
-            "dataset_kwargs": {"data_files": {split: str(path) for split, path in files.items()}},
             "training_split": train,
             "fewshot_split": train,
             "validation_split": None,
             "test_split": "test",
         }
+    if strip_thinking and not task.likelihood:
+        config["filter_list"] = [_after_thinking(named) for named in config.get("filter_list", [_WHOLE_TEXT])]
     if task.protocol == "llm_adapters" and template == "none":
         config["doc_to_text"] = ALPACA.replace("{instruction}", config["doc_to_text"])
     return config
+
+
+def _after_thinking(named: Mapping[str, Any]) -> dict[str, Any]:
+    """One of lm-evaluation-harness's named filters, with the stripping of thinking before its first step."""
+    return {**named, "filter": [{"function": "custom", "filter_fn": thinking_filter}, *named["filter"]]}

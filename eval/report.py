@@ -67,21 +67,28 @@ def _cut_prompts(scores: Sequence[Score]) -> list[str]:
 
 def comparison_text(comparisons: Sequence[Mapping[str, Any]]) -> str:
     """Paired comparisons, one line per task and one for the mean."""
-    rows = [["second - first", "task", "difference", "only first right", "only second right", "p (McNemar)"]]
+    rows = [
+        ["second - first", "task", "difference", "only first right", "only second right", "p (McNemar)", "p (Holm)"]
+    ]
     lines = []
     for c in comparisons:
         pair = f"{c['second']} - {c['first']}"
         for t in c["tasks"]:
             rows.append(
                 [pair, t["task"] + (f" (seed {t['seed']})" if _several_seeds(c, t) else ""),
-                 f"{100 * t['difference']:+.2f}", str(t["only_first"]), str(t["only_second"]), f"{t['p_value']:.3g}"]
+                 f"{100 * t['difference']:+.2f}", str(t["only_first"]), str(t["only_second"]), f"{t['p_value']:.3g}",
+                 f"{t['p_holm']:.3g}"]
             )  # fmt: skip
-        d = c["mean_difference"]
-        lines.append(
-            f"{pair}, mean over tasks: {100 * d['value']:+.2f} points, 95 % interval {100 * d['low']:+.2f} to "
-            f"{100 * d['high']:+.2f} (paired bootstrap, p {d['p_value']:.3g})"
-        )
+        lines.append(f"{pair}, mean over tasks: {_in_words(c['mean_difference'])}")
     return "\n".join(["Paired comparisons on the same rows", "", *_align(rows, 2), "", *lines])
+
+
+def _in_words(difference: Mapping[str, Any]) -> str:
+    if difference["low"] is None:
+        spread = f"no interval, since the models differ on {difference['n_differ']} rows only"
+    else:
+        spread = f"95 % interval {100 * difference['low']:+.2f} to {100 * difference['high']:+.2f} (paired bootstrap)"
+    return f"{100 * difference['value']:+.2f} points, p {difference['p_value']:.3g} (sign flips), {spread}"
 
 
 def _several_seeds(comparison: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:

@@ -13,18 +13,21 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from eval import stats
+from eval import extraction, stats
 from eval.protocols import Task
+from eval.redaction import clean
 
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+RESULTS_FILE = "eval_results.json"
 SAMPLES_FILE = "samples.jsonl"
+NO_ANSWER = ("", extraction.NOT_FOUND, "inf")  # what the readers of answers give where there is none
 
 
 @dataclass(frozen=True)
 class Score:
     """One figure of the table. ``value`` and ``stderr`` are shares of 1; ``n`` counts rows, ``n_cut`` those of them
-    whose prompts were longer than the server takes and lost their beginning.
+    whose prompts were longer than the server takes and lost their beginning, ``repeats`` answers to each row.
     """
 
     model: str
@@ -39,17 +42,22 @@ class Score:
     n: int
     n_cut: int
     fewshot: int
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What one model in one form answered to one task: per metric, per seed, one value per row."""
+    """What one model in one form answered to one task: per metric, per seed, one value per row.
+
+    Where rows were asked several times, a value is the mean over the ``repeats``; see :func:`gather`.
+    """
 
     model: str
     form: str
     task: Task
     values: Mapping[str, Mapping[int, Sequence[float]]]
     n_cut: int = 0
+    repeats: int = 1
 
     def per_row(self, metric: str) -> list[float]:
         """Mean over the seeds, one value per row."""
@@ -59,15 +67,57 @@ class Answers:
 def gather(
     model: str, form: str, tasks: Sequence[Task], samples: Sequence[Any], cut: Mapping[str, set[int]] | None = None
 ) -> list[Answers]:
-    """Sort samples (``client.Sample``) by task, metric and seed; their order within is that of the rows.
+    """Sort samples (``client.Sample``) by task, metric and seed, in the order of their rows.
 
-    ``cut`` holds the rows per task whose prompts did not fit.
+    The row is the sampling unit. Rows that were asked several times (``sample.repeat``) have the mean over the repeats
+    as their value; the headline metric also has ``pass@k`` (one of k answers is right, estimated without bias) for
+    k = 2, 4, 8 ... and all, and ``maj@n`` (the answer that most repeats agree on).
+
+    Args:
+        model: its name.
+        form: what was served.
+        tasks: those asked.
+        samples: of all tasks.
+        cut: per task, the rows whose prompts did not fit.
     """
-    found: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for sample in samples:
-        for metric, value in sample.metrics.items():
-            found[sample.task][metric][sample.seed].append(value)
-    return [Answers(model, form, task, found[task.name], len((cut or {}).get(task.name, ()))) for task in tasks]
+    asked: dict[str, dict[int, dict[int, list[Any]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for sample in sorted(samples, key=lambda sample: (sample.row, sample.repeat)):
+        asked[sample.task][sample.seed][sample.row].append(sample)
+    return [_answers(model, form, task, asked[task.name], len((cut or {}).get(task.name, ()))) for task in tasks]
+
+
+def _answers(
+    model: str, form: str, task: Task, asked: Mapping[int, Mapping[int, Sequence[Any]]], n_cut: int
+) -> Answers:
+    values: dict[str, dict[int, list[float]]] = defaultdict(dict)
+    repeats = min((len(row) for rows in asked.values() for row in rows.values()), default=1)
+    for seed, rows in asked.items():
+        for row in rows.values():
+            for metric, value in _of_row(task, row[:repeats]).items():
+                values[metric].setdefault(seed, []).append(value)
+    return Answers(model, form, task, values, n_cut, repeats)
+
+
+def _of_row(task: Task, row: Sequence[Any]) -> dict[str, float]:
+    """Every metric of one row over its repeats."""
+    found = {metric: stats.mean([sample.metrics[metric] for sample in row]) for metric in row[0].metrics}
+    values = [sample.metrics.get(task.headline) for sample in row]
+    if len(row) == 1 or not set(values) <= {0.0, 1.0}:
+        return found
+    for k in sorted({2**i for i in range(1, len(row).bit_length())} | {len(row)}):
+        found[f"pass@{k}"] = stats.pass_at_k(sum(value == 1 for value in values), len(row), k)
+    answers = [answer for sample in row if (answer := _voted(task, sample.extracted)) is not None]
+    if len(answers) == len(row):
+        found[f"maj@{len(row)}"] = values[stats.majority(answers, NO_ANSWER)]
+    return found
+
+
+def _voted(task: Task, extracted: Mapping[str, str]) -> str | None:
+    """What a sample votes for, as it is compared: what the headline's filter left, or what the task reads in it."""
+    answer = extracted.get(task.headline.partition(",")[2] or task.headline)
+    if answer is None and task.reads is not None and "none" in extracted:
+        answer = task.reads(extracted["none"]).get(task.headline)
+    return None if answer is None else extraction.compared(answer)
 
 
 def scores(answers: Sequence[Answers]) -> list[Score]:
@@ -86,6 +136,7 @@ def scores(answers: Sequence[Answers]) -> list[Score]:
             n=len(rows),
             n_cut=a.n_cut,
             fewshot=a.task.fewshot,
+            repeats=a.repeats,
         )
         for a in answers
         for metric in a.values
@@ -110,20 +161,26 @@ def means(answers: Sequence[Answers]) -> list[dict[str, Any]]:
 
 
 def comparisons(answers: Sequence[Answers]) -> list[dict[str, Any]]:
-    """Every pair of models: McNemar per task and seed on the headline metric, bootstrap of the mean over tasks."""
-    found = []
-    for (first, ours), (second, theirs) in combinations(_headlines(answers).items(), 2):
-        rows = {t: a.per_row(a.task.headline) for t, a in ours.items()}
-        others = {t: a.per_row(a.task.headline) for t, a in theirs.items()}
-        found.append(
-            {
-                "first": first,
-                "second": second,
-                "mean_difference": asdict(stats.paired_bootstrap(rows, others)),
-                "tasks": [entry for t in ours for entry in _mcnemar(ours[t], theirs[t])],
-            }
-        )
-    return found
+    """Every pair of models on the headline metrics: McNemar per task and seed, sign flips for the mean over tasks.
+
+    ``p_holm`` corrects for the lines of one pair, all its tasks and seeds; not for the number of pairs.
+    """
+    return [compare(*pair) for pair in combinations(_headlines(answers).items(), 2)]
+
+
+def compare(one: tuple[str, Mapping[str, Answers]], other: tuple[str, Mapping[str, Answers]]) -> dict[str, Any]:
+    """Compare two models, each with its answers per task, on the same rows."""
+    (first, ours), (second, theirs) = one, other
+    rows = {t: a.per_row(a.task.headline) for t, a in ours.items()}
+    others = {t: theirs[t].per_row(a.task.headline) for t, a in ours.items()}
+    lines = [entry for t in ours for entry in _mcnemar(ours[t], theirs[t])]
+    adjusted = stats.holm([line["p_value"] for line in lines])
+    return {
+        "first": first,
+        "second": second,
+        "mean_difference": asdict(stats.paired_difference(rows, others)),
+        "tasks": [line | {"p_holm": p} for line, p in zip(lines, adjusted, strict=True)],
+    }
 
 
 def _mcnemar(first: Answers, second: Answers) -> list[dict[str, Any]]:
@@ -148,10 +205,13 @@ def digest(path: Path) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is either whole or not there."""
+    """Write a file that is either whole or not there, cleaned of secrets.
+
+    Half of a surrogate pair, which UTF-8 cannot hold, is written as its escape, which JSON reads as what it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text, encoding="utf-8")
+    scratch.write_text(clean(text), encoding="utf-8", errors="backslashreplace")
     scratch.replace(path)
 
 
@@ -166,13 +226,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in value]
     return None if isinstance(value, float) and value != value else value
-
-
-def write_samples(path: Path, samples: Mapping[str, Sequence[Any]]) -> None:
-    """One JSON line per model, task, seed and row."""
-    lines = [
-        json.dumps({"model": model, **asdict(sample)}, ensure_ascii=False) + "\n"
-        for model, asked in samples.items()
-        for sample in asked
-    ]
-    write_atomically(path, "".join(lines))

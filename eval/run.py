@@ -1,7 +1,8 @@
 """Evaluates a base model, adapters and merged models: ``python -m eval.run --help``, and ``eval/README.md``.
 
-Exit codes: 0 done, 2 user error (one message on stderr, no traceback), 130 interrupted, 1 a bug. Whatever happens, no
-server that was started here is left behind.
+Exit codes: 0 done, 2 user error (one message on stderr, no traceback), 3 a condition of ``--fail-under`` or
+``--fail-if-worse-than`` not met, 130 interrupted, 1 a bug. Whatever happens, no server that was started here is left
+behind, every answer that came is kept, and the same command goes on with what is open.
 """
 
 import os
@@ -10,56 +11,69 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from eval import report, results
-from eval.arguments import RESULTS_FILE, Request, parse
+from eval import gates, report, results, samples_page
+from eval.arguments import Request, parse
+from eval.asking import Record, Round, settings_of
+from eval.cache import ANSWERS_FILE, AnswerCache
 from eval.contamination import read_seen, refuse_seen
 from eval.errors import EvalError
-from eval.models import Job, Serving, plan_servings
+from eval.models import Serving, base_warnings, plan_servings
+from eval.output import OutputFolder
 from eval.protocols import Task
-from eval.redaction import redacted
+from eval.redaction import guarded, redacted
 from eval.server import check_port, on_cpu, vllm_command
-from eval.serving import Command, Endpoint, endpoint
+from eval.serving import Command
 
 
 if TYPE_CHECKING:
-    from eval.client import LastWords
+    from eval.client import Warnings
 
 PACKAGES = ("lm_eval", "torch", "transformers", "datasets")
-
-
-@dataclass
-class Record:
-    """What a run has gathered so far."""
-
-    answers: list[results.Answers] = field(default_factory=list)
-    samples: dict[str, list[Any]] = field(default_factory=dict)
-    timings: list[dict[str, Any]] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
 
 
 def main(argv: Sequence[str] | None = None, command: Command = vllm_command) -> int:
     """Run one evaluation; returns the exit code. ``command`` makes a server's command line."""
     signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))  # one way out for both
-    try:
-        request = parse(argv)
-        _write(request, evaluate(request, command), redacted(sys.argv[1:] if argv is None else argv))
-    except EvalError as error:
-        print(f"eval: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\neval: interrupted; no server was left running, no results were written", file=sys.stderr)
-        return 130
-    return 0
+    words = sys.argv[1:] if argv is None else argv
+    with guarded(words):
+        try:
+            failed = run(parse(argv), command, redacted(words))
+        except EvalError as error:
+            print(f"eval: error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("\neval: interrupted; no server was left running. Answers are kept: the same command goes on",
+                  file=sys.stderr)  # fmt: skip
+            return 130
+        for sentence in failed:
+            print(f"eval: failed: {sentence}", file=sys.stderr)
+    return gates.FAILED if failed else 0
 
 
-def evaluate(request: Request, command: Command = vllm_command) -> Record:
+def run(request: Request, command: Command, words: str) -> list[str]:
+    """Ask, score and write one evaluation; returns what conditions are not met.
+
+    Raises:
+        EvalError: nothing that was started is running any more, and what was answered is kept.
+    """
+    versions = _versions()
+    with OutputFolder(request.out) as folder:
+        goes_on = folder.claim(settings_of(request, versions))
+        with AnswerCache(request.out / ANSWERS_FILE) as cache:
+            if goes_on:
+                dropped = f", {cache.damaged} damaged lines are asked again" if cache.damaged else ""
+                print(f"going on with the run in {request.out}: {len(cache)} answers are kept{dropped}", flush=True)
+            record = evaluate(request, folder, cache, command, versions)
+            return _write(request, folder, record, words)
+
+
+def evaluate(
+    request: Request, folder: OutputFolder, cache: AnswerCache, command: Command, versions: Mapping[str, str]
+) -> Record:
     """Check everything that can be checked, then serve and ask, one server at a time.
 
     Raises:
@@ -67,30 +81,32 @@ def evaluate(request: Request, command: Command = vllm_command) -> Record:
     """
     if request.server.port is not None:
         check_port(request.server.port)
-    servings = plan_servings(request.models, request.tasks, on_cpu() and request.url is None)
+    servings = plan_servings(
+        request.models, request.tasks, on_cpu() and request.url is None, request.base_tokenizer, request.base_row
+    )
     if request.server.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # all is local; the libraries read this when they are imported
-    loaded, last_words = _load(request, servings)
-    record = Record(versions=_versions(), data=_data(request, loaded), warnings=last_words.warnings)
+    loaded, said = _load(request, servings)
+    record = Record(versions=dict(versions), data=_data(request, loaded), warnings=said.texts)
+    for warning in base_warnings(request.models) if request.url is None else ():
+        print(f"warning: {warning}", flush=True)
+        record.warnings.append(warning)
+    asking = Round(request, loaded, cache, folder, record, command)
     for number, serving in enumerate(servings, 1):
-        title = f"[{number}/{len(servings)}] {', '.join(job.model for job in serving.jobs)}:"
-        with endpoint(request, serving, command, partial(print, title, flush=True)) as place:
-            record.versions["vllm"] = place.version
-            for job in serving.jobs:
-                _ask(request, job, place, loaded, record, last_words)
+        asking.ask(serving, f"[{number}/{len(servings)}] {', '.join(job.model for job in serving.jobs)}:")
     return record
 
 
-def _load(request: Request, servings: Sequence[Serving]) -> tuple[dict[str, Any], "LastWords"]:
-    """Tasks with their rows by name, checked against what the models have seen; tokenizers checked too."""
+def _load(request: Request, servings: Sequence[Serving]) -> tuple[dict[str, Any], "Warnings"]:
+    """Load tasks with their rows by name, checked against what the models have seen; check tokenizers too."""
     print("loading tasks", flush=True)
     from eval import client  # takes seconds, so not before the checks above
 
-    last_words = client.quiet()
-    loaded = client.load(request.tasks, request.template, request.files)
+    said = client.quiet()
+    loaded = client.load(request.tasks, request.template, request.files, request.strip_thinking)
     _guard(request, [client.questions(t, made, request.limit) for t, made in zip(request.tasks, loaded, strict=True)])
     client.check_tokenizers({job.tokenizer for s in servings for job in s.jobs}, request.template)
-    return {task.name: made for task, made in zip(request.tasks, loaded, strict=True)}, last_words
+    return {task.name: made for task, made in zip(request.tasks, loaded, strict=True)}, said
 
 
 def _guard(request: Request, questions: Sequence[Sequence[str]]) -> None:
@@ -100,43 +116,6 @@ def _guard(request: Request, questions: Sequence[Sequence[str]]) -> None:
     for task, asked in zip(request.tasks, questions, strict=True):
         refuse_seen(task.name, asked, seen)
     print(f"none of {sum(map(len, questions))} rows stands in {', '.join(map(str, request.seen_files))}", flush=True)
-
-
-def _ask(
-    request: Request, job: Job, place: Endpoint, loaded: Mapping[str, Any], record: Record, last_words: "LastWords"
-) -> None:
-    from eval import client
-
-    print(f"  {job.model} ({job.form}): {', '.join(task.name for task in job.tasks)}", flush=True)
-    model = {
-        "url": place.url,
-        "name": place.names[job.served_as],
-        "tokenizer": job.tokenizer,
-        "max_length": place.max_length,
-        "num_beams": request.num_beams,
-        "concurrency": request.concurrency,
-    }
-    made, chat = [loaded[task.name] for task in job.tasks], request.template == "training"
-    try:
-        asked = client.ask_model(model, job.tasks, made, request.seeds, request.limit, chat)
-    except client.CONNECTION_ERRORS as error:
-        print(file=sys.stderr)  # ends the line of the progress bar
-        raise EvalError(_why(error, place, job, last_words.last)) from error
-    record.answers += results.gather(job.model, job.form, job.tasks, asked.samples, asked.cut)
-    record.samples.setdefault(job.model, []).extend(asked.samples)
-    record.timings.append(
-        {"model": job.model, "form": job.form, "requests": asked.requests, "seconds": round(asked.seconds, 2)}
-    )
-
-
-def _why(error: Exception, place: Endpoint, job: Job, last_words: str) -> str:
-    """One line for a connection that broke."""
-    ended = place.server.died(patience=10) if place.server else None
-    if ended is not None:
-        return f"the server ended while {job.model} was asked: {ended}"
-    words = f"; it said: {last_words[:300]}" if last_words else ""
-    log = f"; log: {place.server.log}" if place.server else ""
-    return f"{place.url} failed while {job.model} was asked: {type(error).__name__}: {error}{words}{log}"
 
 
 def _versions() -> dict[str, str]:
@@ -149,33 +128,42 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _write(request: Request, record: Record, words: str) -> None:
-    """Print the table and write every file; the results last, so that a folder that has them is whole."""
+def _write(request: Request, folder: OutputFolder, record: Record, words: str) -> list[str]:
+    """Print the table and write every file: results first, pictures and pages last.
+
+    Returns:
+        What conditions are not met.
+    """
     models, tasks = [model.name for model in request.models], [task.name for task in request.tasks]
     answers = sorted(record.answers, key=lambda a: (models.index(a.model), tasks.index(a.task.name)))
     scores, means, compared = results.scores(answers), results.means(answers), results.comparisons(answers)
+    figures = {"scores": [asdict(score) for score in scores], "means": means, "comparisons": compared}
+    folder.write_json(
+        results.RESULTS_FILE, {**_how(request, record), **figures, **_circumstances(request, record, words)}
+    )
     text = report.table(scores, means, record.versions)
     if compared:
         text += "\n\n" + report.comparison_text(compared)
+    text += "".join(f"\nWARNING: {warning}" for warning in record.all_warnings)
     print("\n" + text)
-    report.save_chart(scores, request.out / report.CHART_FILE)
-    results.write_atomically(request.out / report.TABLE_FILE, text + "\n")
+    folder.write_text(report.TABLE_FILE, text + "\n")
+    folder.draw(report.CHART_FILE, lambda path: report.save_chart(scores, path))
     if request.log_samples:
-        results.write_samples(request.out / results.SAMPLES_FILE, record.samples)
-    figures = {"scores": [asdict(score) for score in scores], "means": means, "comparisons": compared}
-    results.write_json(
-        request.out / RESULTS_FILE, {**_how(request, record), **figures, **_circumstances(request, record, words)}
-    )
-    print(f"\nwritten to {request.out}: {RESULTS_FILE}, {report.TABLE_FILE}, {report.CHART_FILE}")
+        folder.write_text(samples_page.PAGE_FILE, samples_page.page_of_folder(request.out))
+    folder.finish()
+    print(f"\nwritten to {request.out}: {results.RESULTS_FILE}, {report.TABLE_FILE}, {report.CHART_FILE}")
+    return gates.failures(request.gates, figures["scores"], means, compared)
 
 
 def _how(request: Request, record: Record) -> dict[str, Any]:
-    """What was asked of whom, and how."""
+    """Tell what was asked of whom, and how."""
     return {
         "schema_version": results.SCHEMA_VERSION,
         "protocol": request.protocol,
         "template": request.template,
-        "decoding": {"num_beams": request.num_beams, "temperature": 0.0},
+        "decoding": {**asdict(request.decoding), "strip_thinking": request.strip_thinking},
+        "prompting": asdict(request.prompting),
+        "base_tokenizer": request.base_tokenizer,
         "seeds": list(request.seeds),
         "limit": request.limit,
         "data": record.data,
@@ -184,10 +172,10 @@ def _how(request: Request, record: Record) -> dict[str, Any]:
 
 
 def _circumstances(request: Request, record: Record, words: str) -> dict[str, Any]:
-    """When, with what, how fast."""
+    """Tell when, with what and how fast the run was made."""
     return {
         "timings": record.timings,
-        "warnings": record.warnings,
+        "warnings": record.all_warnings,
         "contamination_checked_against": [str(path) for path in request.seen_files],
         "command": f"python -m eval.run {words}",
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -12,19 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-import requests
 
 from eval import keeper
 from eval.errors import EvalError
 from eval.models import Serving, lora_rank_to_reserve
 from eval.redaction import redacted
+from eval.transport import Site, healthy
 
 
 LOOPBACK = "127.0.0.1"
 _POLL_SECONDS = 0.5
 _SAY_EVERY = 15.0
+_STOP_SECONDS = 30.0  # beyond the server's own grace, until its keeper is taken to hang
+_KEYS = ("VLLM_API_KEY", "OPENAI_API_KEY")
 _DEFAULT_MAX_LOGPROBS = 20  # vLLM's own; beam search asks for two per beam
 # What vLLM says about a failure of which the real reason stands further up.
 _SECONDARY = ("Engine core initialization failed", "EngineDeadError", "See root cause above", "SystemExit")
@@ -106,11 +106,11 @@ def vllm_command(serving: Serving, port: int, options: ServerOptions) -> list[st
 def environment(options: ServerOptions) -> dict[str, str]:
     """What the server's process sees: no usage reports, a small CPU cache unless set, no hub when all is local.
 
-    A key for servers of the user's own is not passed on: ours is on loopback and is asked without one.
+    Keys for servers of the user's own are not passed on: ours is on loopback and is asked without one.
     """
     defaults = {"VLLM_CPU_KVCACHE_SPACE": "2"} if on_cpu() else {}
     offline = {"HF_HUB_OFFLINE": "1"} if options.offline else {}
-    ours = {name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"}
+    ours = {name: value for name, value in os.environ.items() if name not in _KEYS}
     return {**defaults, **ours, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", **offline}
 
 
@@ -136,6 +136,21 @@ class Server:
     _keeper: "subprocess.Popen[bytes] | None" = None
 
     def __enter__(self) -> "Server":
+        try:
+            self._start()
+        except OSError as error:
+            raise EvalError(f"the server cannot be started: {error.filename or self.log}: {error.strerror}") from error
+        try:
+            self._wait_until_healthy()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _start(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
             log.write(f"$ {redacted(self.command)}\n".encode())
@@ -148,15 +163,6 @@ class Server:
                 env=dict(self.environment),
                 start_new_session=True,  # a Ctrl-C in the terminal reaches us alone; we end the server
             )
-        try:
-            self._wait_until_healthy()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
     def stop(self) -> None:
         """End the server and everything it started; safe to call twice.
@@ -169,10 +175,13 @@ class Server:
         assert process.stdin is not None
         with contextlib.suppress(OSError):
             process.stdin.close()
-        interruption = None
+        interruption, deadline = None, time.monotonic() + self.grace_seconds + _STOP_SECONDS
         while process.poll() is None:
             try:
-                process.wait()
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self.say(f"  the server's keeper (process {process.pid}) does not end; it is left to itself")
+                break
             except KeyboardInterrupt as error:
                 interruption = error
                 self.say(f"  ending the server, at most {self.grace_seconds:.0f} s more")
@@ -208,9 +217,7 @@ class Server:
             raise EvalError(f"the server ended, and another one answers at {self.url}: {why}")
 
     def _answers(self) -> bool:
-        with contextlib.suppress(requests.RequestException):
-            return bool(requests.get(f"{self.url}/health", timeout=5).ok)
-        return False
+        return healthy(Site(self.url))
 
 
 _PREFIX = re.compile(r"^(\(.*?\) )?((ERROR|CRITICAL) \S+ \S+ (\[[^\]]*\] )?)?")
@@ -227,27 +234,3 @@ def reason(log: Path) -> str:
     first_hand = [line for line in bad if not any(word in line for word in _SECONDARY)]
     said = next((lines[-1] for lines in (first_hand, bad, told) if lines), "it said nothing (killed from outside?)")
     return said[:300]
-
-
-def ask(url: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-    """GET a JSON document of a server, or POST ``body`` and return the answer.
-
-    Raises:
-        EvalError: nobody answers there, or not in JSON.
-    """
-    try:
-        key = os.environ.get("OPENAI_API_KEY")  # lm-evaluation-harness sends it too
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        method, seconds = ("GET", 30) if body is None else ("POST", 300)
-        answer = requests.request(method, f"{url}{path}", headers=headers, timeout=seconds, json=body)
-        answer.raise_for_status()
-        return answer.json()
-    except (requests.RequestException, ValueError) as error:
-        raise EvalError(f"no OpenAI-compatible server answers at {url}{path}: {_cause(error)}") from error
-
-
-def _cause(error: Exception) -> str:
-    """The innermost words of a nested connection error."""
-    text = str(error)
-    refused = re.search(r"(\[Errno -?\d+\] [\w ]+|timed out|\d{3} (Client|Server) Error: [\w ]+)", text)
-    return refused.group(1) if refused else text[:200]

@@ -1,14 +1,18 @@
 """Where models are asked: on a server of ours, started and ended here, or on one that runs already."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from eval import completions
 from eval.arguments import Request
 from eval.errors import EvalError
 from eval.models import Serving
-from eval.server import LOOPBACK, Server, ServerOptions, ask, check_port, environment, free_port
+from eval.redaction import without_control
+from eval.server import LOOPBACK, Server, ServerOptions, check_port, environment, free_port
+from eval.transport import Patience, Site, fetch
 
 
 Command = Callable[[Serving, int, ServerOptions], Sequence[str]]
@@ -17,16 +21,17 @@ _DEFAULT_LENGTH = 2048  # of servers that do not tell
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server that answers.
+    """A server that answers, or did when its questions were asked.
 
     Attributes:
+        site: its address and key; None for one that is no longer needed, as all its answers are kept.
         names: our model names to the server's.
         max_length: tokens of prompt and answer together.
         version: of vLLM.
         server: its process, when it is ours.
     """
 
-    url: str
+    site: Site | None
     names: Mapping[str, str]
     max_length: int
     version: str
@@ -42,8 +47,9 @@ def endpoint(request: Request, serving: Serving, command: Command, say: Callable
     """
     if request.url is not None:
         say(f"asking the server at {request.url}")
-        place = _describe(request.url, serving, None, str)
-        _probe(place, serving, request.num_beams)
+        site = Site(request.url, os.environ.get("OPENAI_API_KEY") or None)
+        place = _describe(site, serving, None, str)
+        _probe(site, place, serving, request.decoding.num_beams, request.patience)
         yield place
         return
     port = request.server.port or free_port()
@@ -54,11 +60,11 @@ def endpoint(request: Request, serving: Serving, command: Command, say: Callable
     say(f"starting vLLM (log: {log})")
     with Server(words, url, log, request.server.startup_seconds, environment(request.server), say) as server:
         say(f"vLLM is up on {url}")
-        yield _describe(url, serving, server, request.server.served_name)
+        yield _describe(Site(url), serving, server, request.server.served_name)  # ours is asked without a key
 
 
-def _describe(url: str, serving: Serving, server: Server | None, name_of: Callable[[str], str]) -> Endpoint:
-    models = _models(url)
+def _describe(site: Site, serving: Serving, server: Server | None, name_of: Callable[[str], str]) -> Endpoint:
+    models, url = _models(site), site.url
     if server is None:
         names = {job.served_as: _find(job.served_as, serving, models, url) for job in serving.jobs}
     else:
@@ -68,50 +74,50 @@ def _describe(url: str, serving: Serving, server: Server | None, name_of: Callab
                 f"another server answers at {url} in place of ours (it serves {', '.join(m['id'] for m in models)}); "
                 "leave --port out to take a free one"
             )
-    length = next((m["max_model_len"] for m in models if m.get("max_model_len")), _DEFAULT_LENGTH)
-    return Endpoint(url, names, int(length), _version(url), server)
+    return Endpoint(site, names, _max_length(models, url), _version(site), server)
 
 
-def _models(url: str) -> list[Mapping[str, Any]]:
-    answer = ask(url, "/v1/models")
+def _max_length(models: Sequence[Mapping[str, Any]], url: str) -> int:
+    length = next((m["max_model_len"] for m in models if m.get("max_model_len") is not None), _DEFAULT_LENGTH)
+    if type(length) is not int or length < 2:
+        raise EvalError(f"the server at {url} says it takes {str(length)[:40]} tokens (max_model_len): it must be a "
+                        "whole number from 2")  # fmt: skip
+    return length
+
+
+def _models(site: Site) -> list[Mapping[str, Any]]:
+    answer, url = fetch(site, "/v1/models"), site.url
     models = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(models, list) or not all(isinstance(m, dict) and isinstance(m.get("id"), str) for m in models):
         raise EvalError(f"--base-url: {url}/v1/models lists no models; give an OpenAI-compatible server's address")
     return models
 
 
-def _probe(place: Endpoint, serving: Serving, num_beams: int) -> None:
+def _probe(site: Site, place: Endpoint, serving: Serving, num_beams: int, patience: Patience) -> None:
     """Ask a foreign server the shortest question of each kind that is to come.
 
     Raises:
         EvalError: it cannot score prompts, or cannot generate (with that many beams).
     """
     name, tasks = place.names[serving.jobs[0].served_as], serving.jobs[0].tasks
-    question = {"model": name, "prompt": [[1, 2, 3]], "max_tokens": 1, "temperature": 0}
+    prompt = [1, 2, 3]
+    question = {"model": name, "prompt": [prompt], "max_tokens": 1, "temperature": 0}
+
+    def require(body: Mapping[str, Any], read: Callable[[Any], Any], what: str) -> None:
+        try:
+            read(fetch(site, "/v1/completions", body, patience))
+        except EvalError as error:
+            raise EvalError(f"--base-url: the server at {site.url} cannot {what} ({error})") from error
+
     if any(task.likelihood for task in tasks):
-        _require(place.url, {**question, "echo": True, "logprobs": 1}, _scores_prompts, "score the tokens of a prompt "
-                 "(echo with logprobs), which likelihood tasks need; try --protocol llm_adapters")  # fmt: skip
+        require({**question, "echo": True, "logprobs": 1},
+                lambda answer: completions.likelihood(answer, len(prompt), 1),
+                "score the tokens of a prompt (echo with logprobs), which likelihood tasks need; try --protocol "
+                "llm_adapters")  # fmt: skip
     if not all(task.likelihood for task in tasks):
         beams = {"use_beam_search": True, "n": num_beams} if num_beams > 1 else {}
         hint = f" with --num-beams {num_beams}; vLLM needs --max-logprobs {2 * num_beams} for it" if beams else ""
-        _require(place.url, {**question, **beams}, lambda choice: isinstance(choice["text"], str), f"generate{hint}")
-
-
-def _require(url: str, body: Mapping[str, Any], fits: Callable[[Any], bool], what: str) -> None:
-    why = "its answer lacks it"
-    try:
-        if fits(ask(url, "/v1/completions", body)["choices"][0]):
-            return
-    except EvalError as error:
-        why = str(error)
-    except (KeyError, IndexError, TypeError):
-        pass
-    raise EvalError(f"--base-url: the server at {url} cannot {what} ({why})")
-
-
-def _scores_prompts(choice: Any) -> bool:
-    """Whether there are values for the tokens of the prompt, after the first one."""
-    return isinstance(choice["logprobs"]["token_logprobs"][1], float)
+        require({**question, **beams}, lambda answer: completions.texts(answer, num_beams), f"generate{hint}")
 
 
 def _find(name: str, serving: Serving, models: Sequence[Mapping[str, Any]], url: str) -> str:
@@ -126,8 +132,8 @@ def _find(name: str, serving: Serving, models: Sequence[Mapping[str, Any]], url:
     raise EvalError(f"the server at {url} does not serve {name}; it serves {', '.join(m['id'] for m in models)}")
 
 
-def _version(url: str) -> str:
+def _version(site: Site) -> str:
     try:
-        return str(ask(url, "/version")["version"])
+        return without_control(str(fetch(site, "/version")["version"]))[:80]
     except (EvalError, KeyError, TypeError):
         return "unknown"  # another server than vLLM

@@ -1,7 +1,8 @@
 """Statistics of paired evaluations. Rows are the sampling unit: every model answers the same ones."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,9 @@ import numpy.typing as npt
 
 RESAMPLES = 10_000
 _ROUNDING = 1e-12  # sums of thirds that ought to be 0
-_CHUNK = 1000  # resamples at a time, to bound memory
+_CHUNK = 200  # resamples at a time, to bound memory
+FEWEST = 20  # rows that must differ for an interval
+LISTED = 20  # rows that differ, up to which every assignment of signs is listed
 
 
 def mean(values: Sequence[float]) -> float:
@@ -55,44 +58,94 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
     return McNemar(only_first, only_second, min(1.0, float(2 * tail / 2**n)))
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p values of one family so that the chance of any false finding in it stays at the level (Holm 1979).
+
+    The smallest is multiplied by their number, the next by one less, and so on; none falls below one before it.
+    """
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
 @dataclass(frozen=True)
 class Difference:
-    """Difference of two means (second minus first), its 95 % interval and a two-sided p value, all by bootstrap."""
+    """Difference of two means (second minus first).
+
+    Attributes:
+        value: the difference.
+        low: lower end of the 95 % interval; None where fewer than ``FEWEST`` rows differ.
+        high: its upper end.
+        p_value: two-sided, of the sign-flip test.
+        n_differ: rows on which the models differ.
+    """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p_value: float
+    n_differ: int
 
 
-def paired_bootstrap(
+def paired_difference(
     first: Mapping[str, Sequence[float]],
     second: Mapping[str, Sequence[float]],
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Difference:
-    """Bootstrap of the difference in the mean over tasks; rows are drawn in pairs, within their task.
+    """Difference in the mean over tasks: p value by flipping signs, interval by bootstrap of rows within their task.
+
+    A bootstrap of few rows that differ knows nothing of those that might have: its interval is withheld then.
 
     Args:
         first: per task, one value per row.
         second: the same tasks and rows for the second model.
-        seed: of the draw.
-        resamples: number of resamples.
-
-    Returns:
-        The percentile interval; the p value is twice the smaller share of resamples on one side of 0 (Efron and
-        Tibshirani 1993, chapter 13), at least 1 / resamples.
+        seed: of the draws.
+        resamples: number of resamples, and of sign flips where there are too many to list.
     """
-    rng = np.random.default_rng(seed)
     gaps = [
         np.asarray(second[task], dtype=float) - np.asarray(first[task], dtype=float) for task in first
     ]  # one array of paired differences per task
+    differ = int(sum(np.count_nonzero(np.abs(gap) > _ROUNDING) for gap in gaps))
+    low, high = bootstrap_interval(gaps, seed, resamples) if differ >= FEWEST else (None, None)
+    value = float(np.mean([gap.mean() for gap in gaps]))
+    return Difference(value, low, high, sign_flip_p(gaps, seed, resamples), differ)
+
+
+def sign_flip_p(gaps: Sequence[npt.NDArray[np.float64]], seed: int = 0, flips: int = RESAMPLES) -> float:
+    """Two-sided p value of the mean over tasks of paired differences, by Fisher's sign-flip permutation test.
+
+    If the models are alike, each row's difference is as likely with either sign. Up to ``LISTED`` rows that differ,
+    all assignments are listed; beyond, ``flips`` are drawn and the p value is (1 + hits) / (1 + flips), never 0
+    (Phipson and Smyth 2010). Of one task that is right or wrong per row it is McNemar's exact test.
+    """
+    parts = np.concatenate([gap / (len(gap) * len(gaps)) for gap in gaps])
+    parts = parts[np.abs(parts) > _ROUNDING / len(parts)]
+    least = abs(parts.sum()) - _ROUNDING
+    if len(parts) <= LISTED:
+        sums = np.zeros(1)
+        for part in parts:
+            sums = np.concatenate([sums + part, sums - part])
+        return float(np.mean(np.abs(sums) >= least))
+    rng = np.random.default_rng(seed)
+    hits = 0
+    for done in range(0, flips, _CHUNK):
+        signs = rng.integers(2, size=(min(_CHUNK, flips - done), len(parts)), dtype=np.int8) * 2 - 1
+        hits += int(np.count_nonzero(np.abs(signs @ parts) >= least))
+    return (1 + hits) / (1 + flips)
+
+
+def bootstrap_interval(
+    gaps: Sequence[npt.NDArray[np.float64]], seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """Draw rows anew for the 95 % percentile interval of the mean over tasks (Efron and Tibshirani 1993)."""
+    rng = np.random.default_rng(seed)
     drawn = sum(_resampled_means(gap, rng, resamples) for gap in gaps) / len(gaps)
     low, high = np.percentile(drawn, [2.5, 97.5])
-    side = min(float(np.mean(drawn <= _ROUNDING)), float(np.mean(drawn >= -_ROUNDING)))
-    return Difference(
-        float(np.mean([gap.mean() for gap in gaps])), float(low), float(high), min(1.0, max(2 * side, 1 / resamples))
-    )
+    return float(low), float(high)
 
 
 def _resampled_means(
@@ -104,3 +157,17 @@ def _resampled_means(
         for done in range(0, resamples, _CHUNK)
     ]
     return np.concatenate(parts)
+
+
+def pass_at_k(right: int, n: int, k: int) -> float:
+    """Chance that one of ``k`` answers is right, estimated without bias from ``n`` of which ``right`` are (Chen 2021).
+
+    1 - C(n - right, k) / C(n, k).
+    """
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def majority(answers: Sequence[str], no_answer: Collection[str]) -> int:
+    """Place of the answer that most agree on; among equals the one given first. No answer wins only where all are."""
+    votes = Counter(answer for answer in answers if answer not in no_answer)
+    return answers.index(max(votes, key=votes.__getitem__)) if votes else 0

@@ -21,7 +21,7 @@ def gsm8k(row: Mapping[str, Any]) -> str | None:
     """A number after the last ``####``, or alone."""
     if problem := _no_text(row, "question", "answer"):
         return problem
-    if extraction.is_number(row["answer"].split("####")[-1]):
+    if extraction.label_of(row["answer"]) is not None:
         return None
     return f"answer ends in {row['answer'][-40:]!r}: it must end in '#### N', N a number"
 

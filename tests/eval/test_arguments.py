@@ -30,7 +30,7 @@ def test_a_plain_request(words, model, adapter):
     request = parse(words("--adapter", f"a={adapter}", "--merged", f"a={model}", "--seeds", "3,1,3", "--limit", "2"))
     assert [(m.name, m.kind) for m in request.models] == [("base", "base"), ("a", "adapter"), ("a", "merged")]
     assert [task.name for task in request.tasks] == ["gsm8k", "boolq", "arc_easy", "arc_challenge"]
-    assert (request.seeds, request.limit, request.num_beams, request.template) == ((3, 1), 2, 1, "none")
+    assert (request.seeds, request.limit, request.decoding.num_beams, request.template) == ((3, 1), 2, 1, "none")
     assert request.server.offline  # all is local: nothing is looked up on the hub
 
 
@@ -50,7 +50,8 @@ def test_a_plain_request(words, model, adapter):
          "export_dir of a merge"),
         (["--limit", "0"], "--limit: 0 is not possible: it must be at least 1"),
         (["--num-beams", "65"], "--num-beams: 65 is not possible: it must be between 1 and 64"),
-        (["--seeds", "1,x"], "--seeds: '1,x' is not possible: it must be whole numbers from 0, comma separated"),
+        (["--seeds", "1,x"], "--seeds: '1,x' is not possible: it must be whole numbers from 0 to 4294967295, "
+         "comma separated; try 1,2,3"),
         (["--port", "70000"], "--port: 70000 is not possible: it must be between 1 and 65535"),
         (["--startup-timeout", "0"], "--startup-timeout: 0.0 is not possible: it must be above 0"),
         (["--base-url", "localhost:8000"], "--base-url: localhost:8000 is no URL; try http://127.0.0.1:8000"),
@@ -84,7 +85,9 @@ def test_an_adapter_of_too_high_a_rank(words, adapter):
         words("--adapter", f"a={adapter}")
     )
     (adapter / "adapter_config.json").write_text("{}")
-    assert "its adapter_config.json cannot be read (KeyError('r'))" in problems(words("--adapter", f"a={adapter}"))
+    assert "its adapter_config.json cannot be read (r is None: a rank must be a whole number from 1)" in problems(
+        words("--adapter", f"a={adapter}")
+    )
     (adapter / "adapter_model.safetensors").unlink()
     assert "there are no weights (*.safetensors)" in problems(words("--adapter", f"a={adapter}"))
 
@@ -143,9 +146,12 @@ def test_a_value_that_cannot_be_scored_is_named(task, key, value, message, proto
     )
 
 
-def test_a_folder_that_cannot_be_made_is_told_first(words, tmp_path):
+def test_a_folder_that_cannot_be_made_is_told_first(words, tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert f"--out: {tmp_path}/file/out cannot be made (Not a directory); give" in problems(words(out="file/out"))
+    assert run.main(words(out="file/out")) == 2
+    told = capsys.readouterr()
+    assert f"--out: {tmp_path}/file/out cannot be made (Not a directory); give" in told.err
+    assert told.out == ""
 
 
 def test_an_empty_file_is_no_data(words, rows):

@@ -130,6 +130,9 @@ def test_a_plan_leads_to_its_files(tmp_path):
     [
         (["mine"], False, "names mine; give the run's dataset_dir as --dataset-dir"),
         (["hub"], True, "its data set 'hub' is no file of"),
+        ("mine", True, "is no rank plan that names its calibration data"),
+        ([1], True, "is no rank plan that names its calibration data"),
+        ([["mine"]], True, "is no rank plan that names its calibration data"),
         (["gone"], True, "its data set 'gone' is no file of"),
     ],
 )

@@ -98,8 +98,7 @@ def test_every_task_file_is_whole(protocol, name):
 
 def test_local_files_take_the_place_of_the_hub():
     config = task_config(TASKS[0], "none", {"test": Path("/d/dev.jsonl"), "train": Path("/d/train.jsonl")})
-    assert config["dataset_path"] == "json"
-    assert config["dataset_kwargs"] == {"data_files": {"test": "/d/dev.jsonl", "train": "/d/train.jsonl"}}
+    assert config["dataset_path"] == "local rows"
     assert (config["test_split"], config["fewshot_split"], config["dataset_name"]) == ("test", "train", None)
     assert TASKS[0].config["dataset_path"] == "openai/gsm8k"
 

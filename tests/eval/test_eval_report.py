@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from eval.protocols import load_tasks
 def samples(task, metric, *rounds):
     """One sample per row and seed."""
     return [
-        SimpleNamespace(task=task, seed=seed, row=row, metrics={metric: value})
+        SimpleNamespace(task=task, seed=seed, row=row, repeat=0, extracted={}, metrics={metric: value})
         for seed, values in enumerate(rounds)
         for row, value in enumerate(values)
     ]
@@ -66,6 +67,69 @@ def test_the_table_says_what_was_measured_how(answers):
     assert " ".join(lines[2].split()) == "model served as task metric version shots n value % stderr"
     assert lines[5].split() == ["tuned", "merged", "arc_easy", "acc*", "1.0", "0", "4", "75.00", "25.00"]
     assert lines[-1].split() == ["tuned", "2", "tasks", "75.00", "17.68"]
+
+
+def repeated(metrics, extracted):
+    """One sample per row and repeat, of one metric and what was read."""
+    return [
+        SimpleNamespace(task="gsm8k", seed=0, row=row, repeat=repeat, metrics={"acc": value}, extracted={"acc": said})
+        for row, (values, words) in enumerate(zip(metrics, extracted, strict=True))
+        for repeat, (value, said) in enumerate(zip(values, words, strict=True))
+    ]
+
+
+def test_repeats_by_hand():
+    """Four answers to each of three rows, of which 1, 3 and 0 are right.
+
+    mean: (1/4 + 3/4 + 0) / 3 = 1/3. pass@2: 1 - C(3,2)/C(4,2) = 1/2, 1 - 0 = 1, 0, on average 1/2. pass@4: 2/3.
+    maj@4: 7 beats 18 (wrong); 18 wins (right); all differ, the first counts (wrong): 1/3.
+    """
+    asked = repeated(
+        [[1, 0, 0, 0], [1, 1, 0, 1], [0, 0, 0, 0]],
+        [["18", "7", "7", "[invalid]"], ["18", "$18", "[invalid]", "1,8"], ["1", "2", "3", "4"]],
+    )
+    (task,) = load_tasks("llm_adapters", ["gsm8k"])
+    found = {s.metric: s for s in results.scores(results.gather("a", "base", [task], asked[::-1]))}
+    assert {metric: s.value for metric, s in found.items()} == pytest.approx(
+        {"acc": 1 / 3, "pass@2": 1 / 2, "pass@4": 2 / 3, "maj@4": 1 / 3}
+    )
+    assert {(s.n, s.repeats) for s in found.values()} == {(3, 4)}  # the row is the unit, not the answer
+    assert found["acc"].stderr == pytest.approx(statistics.stdev([0.25, 0.75, 0]) / math.sqrt(3))
+    assert [s.headline for s in found.values()] == [True, False, False, False]
+
+
+def test_no_answer_wins_only_where_all_are_none():
+    (task,) = load_tasks("llm_adapters", ["gsm8k"])
+    asked = repeated([[0, 0, 1], [0, 0, 0]], [["[invalid]", "[invalid]", "18"], ["[invalid]", "", "inf"]])
+    found = {s.metric: s.value for s in results.scores(results.gather("a", "base", [task], asked))}
+    assert (found["maj@3"], found["acc"]) == (0.5, pytest.approx(1 / 6))
+
+
+def test_votes_on_whole_texts_are_read_as_the_task_reads_them():
+    """LLM-Adapters' tasks have no filters: what is kept of an answer is its text."""
+    (task,) = load_tasks("llm_adapters", ["boolq"])
+    texts = ["it is false", "so true it is", "true, I say", "no idea"]
+    asked = [
+        SimpleNamespace(
+            task="boolq", seed=0, row=0, repeat=i, extracted={"none": text}, metrics={"acc": float(i in (1, 2))}
+        )
+        for i, text in enumerate(texts)
+    ]
+    found = {s.metric: s.value for s in results.scores(results.gather("a", "base", [task], asked))}
+    assert found == {"acc": 0.5, "pass@2": 1 - 1 / 6, "pass@4": 1.0, "maj@4": 1.0}
+
+
+def test_a_vote_needs_answers_that_were_kept():
+    (task,) = load_tasks("llm_adapters", ["gsm8k"])
+    asked = [SimpleNamespace(**{**vars(s), "extracted": {}}) for s in repeated([[1, 0]], [["", ""]])]
+    assert {s.metric for s in results.scores(results.gather("a", "base", [task], asked))} == {"acc", "pass@2"}
+
+
+def test_comparisons_in_words(answers):
+    (found,) = results.comparisons(answers)
+    text = report.comparison_text([found])
+    assert "+37.50 points, p 0.25 (sign flips), no interval, since the models differ on 3 rows only" in text
+    assert [t["p_holm"] for t in found["tasks"]] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("shown", [lambda s, p: report.table(s, [], {}), report.save_chart])

@@ -43,40 +43,118 @@ def test_mean_over_tasks_weighs_tasks_alike():
     assert error == pytest.approx(math.sqrt(both) / 2)
 
 
-def test_bootstrap_against_every_resample():
+def test_interval_against_every_resample():
     """Two tasks of three rows: all 27 x 27 resamples, listed."""
-    first = {"a": [0.0, 1.0, 0.0], "b": [1.0, 0.0, 0.0]}
-    second = {"a": [1.0, 1.0, 0.0], "b": [0.0, 1.0, 1.0]}
-    gaps = [[s - f for f, s in zip(first[t], second[t], strict=True)] for t in first]
+    gaps = [np.array([1.0, 0.0, 0.0]), np.array([-1.0, 1.0, 1.0])]
     exact = [
         (sum(one) / 3 + sum(two) / 3) / 2
         for one in itertools.product(gaps[0], repeat=3)
         for two in itertools.product(gaps[1], repeat=3)
     ]
-    found = stats.paired_bootstrap(first, second, resamples=50_000)
-    assert found.value == pytest.approx(1 / 3)
-    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(exact, [2.5, 97.5])))
-    below, above = (sum(sign * d >= -1e-12 for d in exact) / len(exact) for sign in (-1, 1))
-    assert found.p_value == pytest.approx(2 * min(below, above), rel=0.05)
+    found = stats.bootstrap_interval(gaps, resamples=50_000)
+    assert found == pytest.approx(tuple(np.percentile(exact, [2.5, 97.5])))
 
 
-def test_bootstrap_pairs_rows_and_is_seeded():
+def difference(first, second, **settings):
+    return stats.paired_difference({"a": first}, {"a": second}, **settings)
+
+
+def test_differences_pair_rows_and_are_seeded():
     """A model against itself has no spread; a constant shift has none either."""
-    rows = {"a": [random.Random(2).random() for _ in range(50)]}
-    assert stats.paired_bootstrap(rows, rows) == stats.Difference(0.0, 0.0, 0.0, 1.0)
-    shifted = stats.paired_bootstrap({"a": [0.0] * 20}, {"a": [1.0] * 20})
-    assert (shifted.value, shifted.low, shifted.high, shifted.p_value) == (1.0, 1.0, 1.0, 1e-4)
-    other = {"a": [value * 0.9 for value in rows["a"]]}
-    assert stats.paired_bootstrap(rows, other, seed=3) == stats.paired_bootstrap(rows, other, seed=3)
+    values = [random.Random(2).random() for _ in range(50)]
+    assert difference(values, values) == stats.Difference(0.0, None, None, 1.0, 0)
+    shifted = difference([0.0] * 20, [1.0] * 20)
+    assert (shifted.value, shifted.low, shifted.high, shifted.n_differ) == (1.0, 1.0, 1.0, 20)
+    assert shifted.p_value == pytest.approx(2 / 2**20)
+    other = [value * 0.9 for value in values]
+    assert difference(values, other, seed=3) == difference(values, other, seed=3)
 
 
-def test_bootstrap_interval_covers_as_it_says():
+def test_interval_covers_as_it_says():
     """95 of 100 intervals hold the true difference of 0.1, give or take."""
     draw = np.random.default_rng(5)
     held = 0
     for seed in range(100):
         first = draw.random(80)
         second = first + 0.1 + 0.3 * draw.standard_normal(80)
-        d = stats.paired_bootstrap({"a": first.tolist()}, {"a": second.tolist()}, seed=seed, resamples=1000)
+        d = difference(first.tolist(), second.tolist(), seed=seed, resamples=1000)
         held += d.low <= 0.1 <= d.high
     assert 88 <= held <= 100
+
+
+@pytest.mark.parametrize(("won", "p_value"), [(1, 1.0), (4, 0.125), (5, 0.0625)])
+def test_few_rows_are_no_finding(won, p_value):
+    """One row won of one, four of four: as McNemar says, and no interval."""
+    found = difference([0.0] * won + [1.0] * 3, [1.0] * won + [1.0] * 3)
+    assert found.p_value == pytest.approx(p_value) == stats.mcnemar([0.0] * won, [1.0] * won).p_value
+    assert (found.low, found.high, found.n_differ) == (None, None, won)
+
+
+def listed_p(gaps):
+    """Every assignment of signs to every row, zeros too, one by one."""
+    parts = [value / len(gap) / len(gaps) for gap in gaps for value in gap]
+    observed = abs(sum(parts))
+    sums = [
+        sum(sign * part for sign, part in zip(signs, parts, strict=True))
+        for signs in itertools.product((1, -1), repeat=len(parts))
+    ]
+    return sum(abs(total) >= observed - 1e-12 for total in sums) / len(sums)
+
+
+@pytest.mark.parametrize(
+    "gaps",
+    [
+        [[0.0, 0.0, 0.0]],
+        [[1.0, 0.0, -1.0, 1.0]],
+        [[0.5, -0.25, 1.0], [1.0, 1.0, 0.0, -1.0, 1.0]],  # two tasks, several seeds, other lengths
+        [[1 / 3, 1 / 3, -2 / 3, 1 / 3]],  # thirds, whose sums are not exact
+    ],
+)
+def test_sign_flips_against_every_assignment(gaps):
+    arrays = [np.array(gap) for gap in gaps]
+    assert stats.sign_flip_p(arrays) == pytest.approx(listed_p(gaps))
+
+
+def test_sign_flips_are_those_of_scipy():
+    scipy = pytest.importorskip("scipy.stats")
+    gap = np.random.default_rng(4).normal(0.3, 1, 12)
+    theirs = scipy.permutation_test((gap,), np.mean, permutation_type="samples", n_resamples=np.inf).pvalue
+    assert stats.sign_flip_p([gap]) == pytest.approx(theirs)
+
+
+@pytest.mark.parametrize(("lost", "won"), [(30, 45), (10, 30), (40, 40)])
+def test_drawn_sign_flips_near_the_exact_test(lost, won):
+    """More rows than are listed: within four standard errors of McNemar's exact p value, and the same each time."""
+    first, second = [1.0] * lost + [0.0] * won, [0.0] * lost + [1.0] * won
+    exact = stats.mcnemar(first, second).p_value
+    found = difference(first, second).p_value
+    assert abs(found - exact) <= 4 * math.sqrt(exact * (1 - exact) / stats.RESAMPLES) + 2 / stats.RESAMPLES
+    assert found == difference(first, second).p_value
+    assert found >= 1 / (stats.RESAMPLES + 1)
+
+
+def test_holm_by_hand():
+    """Four values: 0.01 x 4, 0.02 x 3, 0.03 x 2, 0.04 x 1 (raised to the one before); ties and a bound of 1."""
+    assert stats.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert stats.holm([0.6, 0.6]) == [1.0, 1.0]
+    assert stats.holm([0.01]) == [0.01]
+    assert stats.holm([]) == []
+
+
+@pytest.mark.parametrize("n", [1, 3, 6])
+def test_pass_at_k_against_every_draw(n):
+    """The share of all draws of k answers without replacement that hold a right one."""
+    for right, k in itertools.product(range(n + 1), range(1, n + 1)):
+        draws = list(itertools.combinations([1] * right + [0] * (n - right), k))
+        assert stats.pass_at_k(right, n, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+@pytest.mark.parametrize(
+    ("answers", "winner"),
+    [
+        (["7", "18", "18"], 1), (["7", "18", "18", "7"], 0), (["18"], 0), (["", "", "18"], 2),
+        (["-", "-", "7", "8"], 2), (["-", "", "-"], 0), (["8", "-", "-", "7", "7"], 3),
+    ],
+)  # fmt: skip
+def test_majority_by_hand(answers, winner):
+    assert stats.majority(answers, ("", "-")) == winner

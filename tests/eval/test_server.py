@@ -16,8 +16,9 @@ from eval.errors import EvalError
 from eval.models import Job, Serving
 from eval.protocols import load_tasks
 from eval.redaction import redacted
-from eval.server import Server, ServerOptions, ask, check_port, environment, reason
+from eval.server import Server, ServerOptions, check_port, environment, reason
 from eval.serving import _describe, _probe
+from eval.transport import Patience, Site, fetch
 
 
 FAKE = str(Path(__file__).with_name("fake_server.py"))
@@ -31,7 +32,7 @@ def server(port, tmp_path, *words, seconds=30.0, said=None):
 
 def test_a_server_is_waited_for_and_gone_afterwards(port, tmp_path):
     with server(port, tmp_path, "--wait", "1") as running:
-        assert ask(running.url, "/version") == {"version": "0.0.fake"}
+        assert fetch(Site(running.url), "/version") == {"version": "0.0.fake"}
         assert processes_naming(f"{FAKE}\0{port}")
     assert not processes_naming(f"{FAKE}\0{port}")
     running.stop()  # twice is as good as once
@@ -162,7 +163,7 @@ def serving_of(*tasks):
 def test_another_server_on_our_port_is_not_taken_for_ours(port, tmp_path):
     """Two vLLM servers can share a port; the other one serves a model called base too."""
     with server(port, tmp_path) as running, pytest.raises(EvalError, match=r"another server answers .* serves base"):
-        _describe(running.url, serving_of("gsm8k"), running, ServerOptions(token="7f").served_name)
+        _describe(Site(running.url), serving_of("gsm8k"), running, ServerOptions(token="7f").served_name)
 
 
 @pytest.mark.parametrize(
@@ -170,22 +171,22 @@ def test_another_server_on_our_port_is_not_taken_for_ours(port, tmp_path):
     [
         ({}, ["gsm8k"], 1, "/v1/models lists no models; give an OpenAI-compatible server's address"),
         ({"choices": [{"text": "x", "logprobs": None}]}, ["arc_easy"], 1, "cannot score the tokens of a prompt"),
-        ({"choices": []}, ["gsm8k"], 1, r"cannot generate \(its answer lacks it\)"),
+        ({"choices": []}, ["gsm8k"], 1, r"cannot generate \(its answer has 0 choices where 1 must be\)"),
         ({"choices": []}, ["gsm8k"], 11, "with --num-beams 11; vLLM needs --max-logprobs 22"),
     ],
 )
 def test_a_foreign_server_is_tried_before_the_run(answers, tasks, beams, message, monkeypatch):
     models = {"data": [{"id": "base"}]} if answers else {}
     replies = {"/v1/models": models, "/v1/completions": answers, "/version": {}}
-    monkeypatch.setattr("eval.serving.ask", lambda url, path, body=None: replies[path])
-    serving = serving_of(*tasks)
+    monkeypatch.setattr("eval.serving.fetch", lambda site, path, body=None, patience=None: replies[path])
+    serving, site = serving_of(*tasks), Site("http://x")
     with pytest.raises(EvalError, match=message):
-        _probe(_describe("http://x", serving, None, str), serving, beams)
+        _probe(site, _describe(site, serving, None, str), serving, beams, Patience())
 
 
 def test_an_unreachable_server_is_one_sentence(port):
     with pytest.raises(EvalError) as caught:
-        ask(f"http://127.0.0.1:{port}", "/v1/models")
+        fetch(Site(f"http://127.0.0.1:{port}"), "/v1/models")
     address = f"http://127.0.0.1:{port}/v1/models"
     assert str(caught.value).startswith(f"no OpenAI-compatible server answers at {address}: [Errno")
     assert "refused" in str(caught.value)

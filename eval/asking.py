@@ -1,0 +1,204 @@
+"""Ask the models of a run: from answers that are kept where those suffice, else on a server."""
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from eval import results
+from eval.arguments import Request
+from eval.cache import AnswerCache, key_of
+from eval.errors import EvalError
+from eval.models import Job, Serving, content_digest
+from eval.output import OutputFolder
+from eval.serving import Command, Endpoint, endpoint
+
+
+if TYPE_CHECKING:
+    from eval.client import Asked
+    from eval.served import Asking
+
+
+@dataclass
+class Record:
+    """What a run has gathered so far."""
+
+    answers: list[results.Answers] = field(default_factory=list)
+    timings: list[dict[str, Any]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    repeated: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def all_warnings(self) -> list[str]:
+        """Every warning once, with what was mended by asking again."""
+        again = [f"{kind}: mended by asking again, {times} times" for kind, times in sorted(self.repeated.items())]
+        return list(dict.fromkeys([*self.warnings, *again]))
+
+
+@dataclass(frozen=True)
+class Round:
+    """What asking needs besides the models.
+
+    Attributes:
+        loaded: tasks with their rows, by name.
+        command: makes a server's command line.
+    """
+
+    request: Request
+    loaded: Mapping[str, Any]
+    cache: AnswerCache
+    folder: OutputFolder
+    record: Record
+    command: Command
+
+    def ask(self, serving: Serving, title: str) -> None:
+        """Ask every job of one serving; no server is started where all answers are kept already.
+
+        Raises:
+            EvalError: the server failed; what it answered before is kept.
+        """
+        facts = key_of("server", self._identity(serving, serving.name))
+        done = self._from_kept(serving, facts)
+        rest = [job for job in serving.jobs if job.served_as not in done]
+        if not rest:
+            print(f"{title} all answers are kept from before", flush=True)
+        else:
+            with endpoint(self.request, serving, self.command, partial(print, title, flush=True)) as place:
+                self.cache.add(facts, {"max_length": place.max_length, "version": place.version})
+                self.record.versions["vllm"] = place.version
+                for job in rest:
+                    done[job.served_as] = self._on_server(serving, job, place)
+        for job in serving.jobs:
+            self._gather(job, done[job.served_as])
+
+    def _from_kept(self, serving: Serving, facts: str) -> "dict[str, Asked]":
+        """The jobs that need no server, in their order, up to the first that does."""
+        from eval.served import UnansweredError
+
+        if facts not in self.cache:
+            return {}
+        known, done = self.cache[facts], {}
+        place = Endpoint(None, {job.served_as: job.served_as for job in serving.jobs}, known["max_length"],
+                         known["version"], None)  # fmt: skip
+        for job in serving.jobs:
+            try:
+                done[job.served_as] = self._questions(job, self._asking(serving, job, place))
+            except UnansweredError:
+                return done
+        self.record.versions["vllm"] = place.version
+        return done
+
+    def _on_server(self, serving: Serving, job: Job, place: Endpoint) -> "Asked":
+        from eval.transport import ServerFailedError
+
+        print(f"  {job.model} ({job.form}): {', '.join(task.name for task in job.tasks)}", flush=True)
+        asking = self._asking(serving, job, place)
+        try:
+            return self._questions(job, asking)
+        except ServerFailedError as error:
+            raise EvalError(_why(error, place, job)) from error
+        finally:
+            self.record.repeated.update(asking.repeated)
+
+    def _questions(self, job: Job, asking: "Asking") -> "Asked":
+        from eval import client
+
+        request, made = self.request, [self.loaded[task.name] for task in job.tasks]
+        return client.ask_model(
+            asking, job.tasks, made, request.seeds, request.limit, request.decoding, request.prompting
+        )
+
+    def _asking(self, serving: Serving, job: Job, place: Endpoint) -> "Asking":
+        from eval.served import Asking
+
+        return Asking(
+            site=place.site,
+            name=place.names[job.served_as],
+            identity=self._identity(serving, job.served_as),
+            tokenizer=job.tokenizer,
+            max_length=place.max_length,
+            concurrency=self.request.concurrency,
+            patience=self.request.patience,
+            cache=self.cache,
+            ended=place.server.died if place.server else _never,
+        )
+
+    def _identity(self, serving: Serving, name: str) -> str:
+        """Name a served model by what its answers depend on, whatever server and folder it is in."""
+        server = self.request.server
+        if self.request.url is not None:
+            return key_of("running server", self.request.url, serving.model, name)
+        adapter = next((adapter.path for adapter in serving.adapters if adapter.name == name), None)
+        parts = [model_digest(serving.model), None if adapter is None else model_digest(adapter)]
+        return key_of("own server", parts, server.dtype, server.extra, bool(serving.adapters))
+
+    def _gather(self, job: Job, asked: "Asked") -> None:
+        record = self.record
+        record.answers += results.gather(job.model, job.form, job.tasks, asked.samples, asked.cut)
+        if self.request.log_samples:
+            lines = ({"model": job.model, **asdict(sample)} for sample in asked.samples)
+            self.folder.append(results.SAMPLES_FILE, lines)
+        record.timings.append(
+            {"model": job.model, "form": job.form, "requests": asked.requests, "asked": asked.fresh,
+             "seconds": round(asked.seconds, 2)}
+        )  # fmt: skip
+
+
+_digests: dict[str, str] = {}
+
+
+def model_digest(path: str) -> str:
+    """Name the content of a model: of a folder the digest of its files, of a hub name the commit that is used."""
+    if path not in _digests:
+        _digests[path] = content_digest(path) or _hub_digest(path)
+    return _digests[path]
+
+
+def _hub_digest(name: str) -> str:
+    from eval import client
+
+    return f"{name}@{client.hub_commit(name)}"
+
+
+def _never() -> None:
+    """A server of somebody else's: whether its process has ended is not for us to see."""
+
+
+def _why(error: Exception, place: Endpoint, job: Job) -> str:
+    """Say in one line why a server could not be asked any more."""
+    ended = place.server.died(patience=10) if place.server else None
+    if ended is not None:
+        return f"the server ended while {job.model} was asked: {ended}"
+    where = place.site.url if place.site else "the server"
+    log = f"; log: {place.server.log}" if place.server else ""
+    return f"{where} failed while {job.model} was asked: {error}{log}"
+
+
+def settings_of(request: Request, versions: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that the figures of a run depend on: two runs that differ here are not one."""
+    models = [
+        asdict(model) | {"content": None if request.url else model_digest(model.path)} for model in request.models
+    ]
+    files = request.files or {}
+    return {
+        "protocol": request.protocol,
+        "template": request.template,
+        "tasks": [f"{task.name} {task.version} {task.fewshot}-shot" for task in request.tasks],
+        "limit": request.limit,
+        "seeds": list(request.seeds),
+        "decoding": asdict(request.decoding),
+        "prompting": asdict(request.prompting),
+        "strip_thinking": request.strip_thinking,
+        "models": models,
+        "base_row": request.base_row,
+        "base_tokenizer": request.base_tokenizer,
+        "data": {name: {part: results.digest(path) for part, path in found.items()} for name, found in files.items()},
+        "server": {"url": request.url, "dtype": request.server.dtype, "extra": list(request.server.extra)},
+        "log_samples": request.log_samples,
+        "versions": dict(versions),
+        "hub": None if request.files else os.environ.get("HF_ENDPOINT", "default"),
+    }

@@ -1,0 +1,94 @@
+"""What a server's answer must hold to be a completion, checked before a figure is made of it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from eval.errors import EvalError
+
+
+_ROUNDING = 1e-3  # a log-probability is at most 0, up to rounding
+
+
+class BadAnswerError(EvalError):
+    """An answer that is no completion, or not the one that was asked for."""
+
+
+def texts(document: Any, expected: int) -> list[str]:
+    """The generated texts, in the order of their index.
+
+    Raises:
+        BadAnswerError: there are not ``expected`` of them, or one is no text.
+    """
+    return [_text(choice) for choice in _choices(document, expected)]
+
+
+def likelihood(document: Any, tokens: int, context: int) -> tuple[float, bool]:
+    """Log-probability of a prompt's tokens after the first ``context``, and whether each is the likeliest.
+
+    Args:
+        document: answer to a question with ``echo``, ``logprobs`` and one token to generate.
+        tokens: of the prompt. The answer must have a value for each and one for the generated token, in that order;
+            the first token has none.
+        context: tokens that are given, at least one.
+
+    Raises:
+        BadAnswerError: values are missing, or are no log-probabilities.
+    """
+    (choice,) = _choices(document, 1)
+    found = choice.get("logprobs")
+    if not isinstance(found, Mapping):
+        raise BadAnswerError("it returned no log-probabilities for the tokens of the prompt")
+    values, tops = (_list_of(found, name, tokens + 1)[context:-1] for name in ("token_logprobs", "top_logprobs"))
+    numbers = [_log_probability(value) for value in values]
+    greedy = [number == max(map(_log_probability, _top(top))) for number, top in zip(numbers, tops, strict=True)]
+    return sum(numbers), all(greedy)
+
+
+def _choices(document: Any, expected: int) -> list[Mapping[str, Any]]:
+    if isinstance(document, Mapping) and document.get("error") is not None:
+        raise BadAnswerError(f"it answered with an error: {str(document['error'])[:300]}")
+    if isinstance(document, Mapping) and document.get("object") == "error":
+        raise BadAnswerError(f"it answered with an error: {str(document.get('message', ''))[:300]}")
+    choices = document.get("choices") if isinstance(document, Mapping) else None
+    if not isinstance(choices, list) or not all(isinstance(choice, Mapping) for choice in choices):
+        raise BadAnswerError("its answer is no completion: it has no list of choices")
+    if len(choices) != expected:
+        raise BadAnswerError(f"its answer has {len(choices)} choices where {expected} must be")
+    order = [choice.get("index", at) for at, choice in enumerate(choices)]
+    if sorted(order, key=str) != sorted(range(expected), key=str):
+        raise BadAnswerError(f"its answer numbers its choices {str(order)[:100]}, not from 0 to {expected - 1}")
+    return sorted(choices, key=lambda choice: choice.get("index", 0))
+
+
+def _text(choice: Mapping[str, Any]) -> str:
+    text = choice.get("text")
+    if not isinstance(text, str):
+        raise BadAnswerError(f"the text of its answer is {type(text).__name__}, not a text")
+    # Half of a surrogate pair can be neither written nor sent; what stands for it is U+FFFD.
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _list_of(logprobs: Mapping[str, Any], name: str, expected: int) -> Sequence[Any]:
+    values = logprobs.get(name)
+    if not isinstance(values, list) or len(values) != expected:
+        number = len(values) if isinstance(values, list) else "no list of"
+        raise BadAnswerError(
+            f"it returned {number} {name} for a prompt of {expected - 1} tokens and one generated token, where "
+            f"{expected} must be"
+        )
+    return values
+
+
+def _top(top: Any) -> Sequence[Any]:
+    if not isinstance(top, Mapping) or not top:
+        raise BadAnswerError("it returned no likeliest token (top_logprobs) for a token of the prompt")
+    return list(top.values())
+
+
+def _log_probability(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BadAnswerError(f"a log-probability of the prompt is {str(value)[:40]}, not a number")
+    if not math.isfinite(value) or value > _ROUNDING:
+        raise BadAnswerError(f"a log-probability of the prompt is {value}: it must be finite and at most 0")
+    return float(value)

@@ -1,0 +1,47 @@
+"""How questions are put and answers made: settings that are the same for every model and task of a run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are generated.
+
+    Attributes:
+        max_gen_toks: tokens of an answer at most; None leaves it to each task.
+        repeats: how often a question with a generated answer is asked, each time with another seed.
+    """
+
+    num_beams: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_gen_toks: int | None = None
+    repeats: int = 1
+
+    def options(self) -> dict[str, Any] | None:
+        """What goes over a task's own settings; None when nothing does."""
+        found: dict[str, Any] = {}
+        if self.num_beams > 1:
+            found |= {"use_beam_search": True, "n": self.num_beams}
+        if self.temperature > 0:
+            found |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+        if self.max_gen_toks is not None:
+            found["max_gen_toks"] = self.max_gen_toks
+        return found or None
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """What stands around a question.
+
+    Attributes:
+        chat: whether the tokenizer's chat template goes around it.
+        system: the system message, if any.
+        template_options: what the chat template is told besides (``enable_thinking`` of Qwen3, say).
+    """
+
+    chat: bool = False
+    system: str | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,212 @@
+"""The folder that a run writes: locked for it, given to one request, and written through here alone."""
+
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from eval import results
+from eval.cache import ANSWERS_FILE
+from eval.errors import EvalError
+from eval.redaction import clean_values
+from eval.results import RESULTS_FILE
+
+
+STATE_FILE = "eval_run.json"
+LOCK_FILE = "eval_run.lock"
+STATE_VERSION = 1
+# What a run may leave: where one of these lies and nothing says whose it is, it is another run's.
+_OURS = ("eval_*", ANSWERS_FILE, "samples*.jsonl", "samples*.html")
+
+
+class OutputFolder:
+    """One run's folder as a context manager: no other run can use it meanwhile.
+
+    The lock is the kernel's (``flock``), so one whose process is dead holds nobody up.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: BinaryIO | None = None
+        self._state: dict[str, Any] = {}
+        self._appended: set[str] = set()
+
+    def __enter__(self) -> "OutputFolder":
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.path / LOCK_FILE)
+        except OSError as error:
+            raise EvalError(f"--out: {self.path} cannot be made ({error.strerror}); give another folder") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            if _holds(lock, self.path / LOCK_FILE):
+                (self.path / LOCK_FILE).unlink()
+            lock.close()
+
+    def claim(self, settings: Mapping[str, Any]) -> bool:
+        """Give the folder to the request with these settings; returns whether it goes on with one that was broken off.
+
+        Raises:
+            EvalError: the folder holds another request's run, or a finished one.
+        """
+        wanted = json.loads(json.dumps(clean_values(dict(settings)), default=str))
+        if (problem := problem_with(self.path)) is not None:
+            raise EvalError(problem)
+        found = _state_of(self.path)
+        if found is None:
+            self._write_state(wanted, complete=False)
+            return False
+        if different := sorted(k for k in {*found["settings"], *wanted} if found["settings"].get(k) != wanted.get(k)):
+            raise EvalError(
+                f"--out: {self.path} holds another run that was not finished; it differs in {', '.join(different)}. "
+                "Give the command that began it to go on, or another folder"
+            )
+        self._state = found
+        for pattern in _OURS:
+            for scratch in self.path.glob(f".{pattern.removesuffix('*')}*.[0-9]*"):  # a kill left it half written
+                scratch.unlink()
+        return True
+
+    def finish(self) -> None:
+        """Mark the run as complete: from now on the folder is only read."""
+        self._write_state(self._state["settings"], complete=True)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write one file, whole or not at all, cleaned of secrets."""
+        self._write(name, lambda path: results.write_atomically(path, text))
+
+    def write_json(self, name: str, document: Mapping[str, Any]) -> None:
+        """Write one JSON document, whole or not at all, cleaned of secrets."""
+        self._write(name, lambda path: results.write_json(path, document))
+
+    def draw(self, name: str, draw: Callable[[Path], None]) -> None:
+        """Have a picture written, whole or not at all."""
+
+        def drawn(path: Path) -> None:
+            scratch = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+            draw(scratch)
+            scratch.replace(path)
+
+        self._write(name, drawn)
+
+    def append(self, name: str, documents: Iterable[Mapping[str, Any]]) -> None:
+        """Add lines to a file that this run begins anew."""
+
+        def add(path: Path) -> None:
+            lines = [json.dumps(clean_values(dict(d)), ensure_ascii=False) + "\n" for d in documents]
+            mode = "a" if name in self._appended else "w"
+            with path.open(mode, encoding="utf-8", errors="backslashreplace") as file:
+                file.writelines(lines)
+                file.flush()
+                os.fsync(file.fileno())
+
+        self._write(name, add)
+        self._appended.add(name)
+
+    def _write(self, name: str, write: Callable[[Path], None]) -> None:
+        """Write a file of ours, or say in one sentence why it cannot be."""
+        path = self.path / name
+        self._check()
+        try:
+            write(path)
+        except OSError as error:
+            raise EvalError(
+                f"{path} cannot be written ({error.strerror or error}); answers are kept in "
+                f"{self.path / ANSWERS_FILE}: make room and give the same command again"
+            ) from error
+
+    def _check(self) -> None:
+        """Raise EvalError when the folder is no longer ours: removed and made anew by another run, say."""
+        if self._lock is None or not _holds(self._lock, self.path / LOCK_FILE):
+            raise EvalError(f"--out: {self.path} was taken away or replaced meanwhile; nothing more is written there")
+        if self._state and _state_of(self.path) != self._state:
+            raise EvalError(
+                f"--out: {self.path / STATE_FILE} was changed by another run; nothing more is written there"
+            )
+
+    def _write_state(self, settings: Mapping[str, Any], *, complete: bool) -> None:
+        state = {"schema_version": STATE_VERSION, "complete": complete, "settings": dict(settings)}
+        self.write_json(STATE_FILE, state)
+        self._state = _state_of(self.path) or state
+
+
+def problem_with(path: Path) -> str | None:
+    """Why a folder cannot take a run: it is a file, holds finished results, or files of an unknown run; or None."""
+    try:
+        if path.exists() and not path.is_dir():
+            return f"--out: {path} is a file; give a folder"
+        state = _state_of(path)
+    except OSError as error:
+        return f"--out: {path} cannot be read ({error.strerror}); give another folder"
+    except EvalError as error:
+        return str(error)
+    if state["complete"] if state else (path / RESULTS_FILE).exists():
+        return f"--out: {path} holds results already, nothing was overwritten; try another folder"
+    if state is None and (left := leftovers(path)):
+        return f"--out: {path} holds {', '.join(left[:3])} of another run; move them away or give another folder"
+    return None
+
+
+def leftovers(path: Path) -> list[str]:
+    """Names of files of ours in a folder, the lock aside."""
+    found = {file.name for pattern in _OURS for file in path.glob(pattern)}
+    return sorted(found - {LOCK_FILE})
+
+
+def _state_of(path: Path) -> dict[str, Any] | None:
+    file = path / STATE_FILE
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        if state["schema_version"] == STATE_VERSION and isinstance(state["settings"], dict):
+            return {
+                "schema_version": STATE_VERSION,
+                "complete": bool(state["complete"]),
+                "settings": state["settings"],
+            }
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise EvalError(f"--out: {file} cannot be read or is of another version; give another folder")
+
+
+def _locked(path: Path) -> BinaryIO:
+    """Open the lock file and hold it.
+
+    Raises:
+        EvalError: another process holds it, or the file system knows no locks.
+    """
+    for _ in range(10):  # the one that held it may remove it between our opening and our locking
+        file = path.open("a+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read(300).decode("utf-8", "replace").strip() or "another process"
+            file.close()
+            raise EvalError(
+                f"--out: {path.parent} is in use by {owner}; wait until it has ended, or give another folder"
+            ) from error
+        if _holds(file, path):
+            file.truncate(0)
+            start = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"process {os.getpid()} on {platform.node()}, since {start}\n".encode())
+            file.flush()
+            return file
+        file.close()
+    raise EvalError(f"--out: {path.parent} is in use by runs that come and go; give another folder")
+
+
+def _holds(lock: BinaryIO, path: Path) -> bool:
+    """Whether the locked file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
+    except OSError:
+        return False

@@ -1,0 +1,113 @@
+"""JSON that others wrote, read with limits: a file too large, nested too deeply or of other types is one message."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from eval.errors import EvalError
+
+
+MAX_DEPTH = 100
+MAX_RESULTS = 64 * 2**20  # bytes of a results file; real ones take kilobytes
+_LARGEST = 2**63
+MAX_LINE = 16 * 2**20  # bytes of one row or sample
+
+
+def loads(text: str, where: str) -> Any:
+    """Parse JSON of bounded depth.
+
+    Raises:
+        EvalError: nested more than ``MAX_DEPTH`` levels deep.
+        ValueError: no JSON.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        value, deep = None, True
+    else:
+        deep = _deeper(value, MAX_DEPTH)
+    if deep:
+        raise EvalError(f"{where}: this JSON is nested more than {MAX_DEPTH} levels deep; nothing of ours is")
+    return value
+
+
+def _deeper(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth + 1):
+        level = [inner for outer in level for inner in _children(outer)]
+        if not level:
+            return False
+    return True
+
+
+def _children(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        EvalError: no such file, too large, no UTF-8, no JSON, no object.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_RESULTS + 1)
+        if len(raw) > MAX_RESULTS:
+            raise EvalError(f"{path}: this file is larger than {MAX_RESULTS >> 20} MiB, which no results file is")
+        value = loads(raw.decode(), str(path))
+    except OSError as error:
+        raise EvalError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:  # UnicodeDecodeError too
+        raise EvalError(f"{path}: this is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise EvalError(f"{path}: it must hold a JSON object, this is {type(value).__name__}")
+    return value
+
+
+def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read line numbers, from 1, and rows of a JSON-lines file; empty lines are passed over.
+
+    Raises:
+        EvalError: a line that is no JSON object, too long or too deep; a file that cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
+                if line.strip():
+                    yield number, _row(line, f"{path}:{number}")
+    except OSError as error:
+        raise EvalError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    if len(line) > MAX_LINE:
+        raise EvalError(f"{where}: this line is longer than {MAX_LINE >> 20} MiB")
+    try:
+        row = loads(line.decode(), where)
+    except UnicodeDecodeError as error:
+        raise EvalError(f"{where}: this is no UTF-8 text; save the rows as JSON lines") from error
+    except ValueError as error:
+        raise EvalError(f"{where}: this line is not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise EvalError(f"{where}: a row must be a JSON object, this is {type(row).__name__}")
+    return row
+
+
+def field(record: Mapping[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """Take a value of a certain type; true and false are no numbers, and numbers are finite and below 2^63.
+
+    Raises:
+        EvalError: it is missing or of another type.
+    """
+    value = record.get(key)
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+    if not fits or (isinstance(value, (int, float)) and not abs(value) < _LARGEST):
+        names = " or ".join(one.__name__ for one in kinds)
+        shown = "missing" if key not in record else f"{value!r:.60}"
+        raise EvalError(f"{where}: {key!r} is {shown}, it must be {names}; this file is damaged or not ours")
+    return value

@@ -1,0 +1,207 @@
+"""A page to browse samples: ``python -m eval.samples_page FOLDER`` makes ``samples.html`` of ``samples.jsonl``.
+
+The page is one file that asks for nothing from anywhere. Texts of models are data in it, never markup: a JSON block in
+which no character can end it, put on the screen as text by one script, the only one that the page's policy lets run.
+"""
+
+import argparse
+import base64
+import hashlib
+import html
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.errors import EvalError
+from eval.reading import field, numbered_rows, read_object
+from eval.results import RESULTS_FILE, SAMPLES_FILE, write_atomically
+
+
+PAGE_FILE = "samples.html"
+_PARTS = Path(__file__).parent / "page"
+# Characters that steer a terminal, turn the direction of text or are not to be seen, shown by their numbers.
+_HIDDEN = {
+    code: f"[U+{code:04X}]"
+    for code in (*range(32), *range(0x7F, 0xA0), *range(0x200B, 0x2010), *range(0x2028, 0x202F),
+                 *range(0x2060, 0x2070), 0xFEFF, *range(0xD800, 0xE000))
+    if chr(code) not in "\n\t"
+}  # fmt: skip
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>{title}</h1>
+<nav>
+<select id="task" aria-label="task"><option value="">every task</option></select>
+<select id="model" aria-label="model"><option value="">every model</option></select>
+<select id="verdict" aria-label="verdict">
+<option value="">right and wrong</option>
+<option value="right">right</option>
+<option value="wrong">wrong</option>
+<option value="disagree">models or answers disagree</option>
+</select>
+<input id="search" type="search" placeholder="search texts" aria-label="search texts">
+<button id="back" type="button">back</button>
+<button id="next" type="button">next</button>
+<span id="count" role="status"></span>
+</nav>
+<main id="list"></main>
+<noscript>This page needs its own script, which asks for nothing from the network.</noscript>
+<script type="application/json" id="data">{data}</script>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make the page of a folder; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m eval.samples_page", description="Make a page to browse samples.")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help=f"a run's --out, with {SAMPLES_FILE}")
+    folder = parser.parse_args(argv).folder
+    try:
+        print(f"written: {write_page(folder)}")
+    except EvalError as error:
+        print(f"eval: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write_page(folder: Path) -> Path:
+    """Make ``samples.html`` beside ``samples.jsonl``.
+
+    Raises:
+        EvalError: no samples, damaged ones, or the page cannot be written.
+    """
+    page = page_of_folder(folder)
+    try:
+        write_atomically(folder / PAGE_FILE, page)
+    except OSError as error:
+        raise EvalError(f"{folder / PAGE_FILE} cannot be written ({error.strerror})") from error
+    return folder / PAGE_FILE
+
+
+def _headlines(path: Path) -> dict[str, str]:
+    """The metric by which a task's answers are right or wrong, as the results name it; none without results."""
+    scores = read_object(path).get("scores") if path.is_file() else None
+    named = (
+        [s for s in scores if isinstance(s, dict) and s.get("headline") is True] if isinstance(scores, list) else []
+    )
+    return {str(score.get("task")): str(score.get("metric")) for score in named}
+
+
+def page_of_folder(folder: Path) -> str:
+    """Make the page of a run's folder as text.
+
+    Raises:
+        EvalError: no samples, or damaged ones.
+    """
+    samples = folder / SAMPLES_FILE
+    if not samples.is_file():
+        raise EvalError(f"{samples} does not exist; run the evaluation with --log-samples")
+    return page_of(samples, _headlines(folder / RESULTS_FILE), f"Samples of {folder.resolve().name}")
+
+
+def page_of(samples: Path, headlines: Mapping[str, str], title: str) -> str:
+    """The page as text.
+
+    Args:
+        samples: a file of samples.
+        headlines: per task the metric that says right or wrong; where it is not named, the first of the sample counts.
+        title: of the page.
+    """
+    rows = _rows(samples, headlines)
+    data = {
+        "tasks": list(dict.fromkeys(row["task"] for row in rows)),
+        "models": list(dict.fromkeys(answer["model"] for row in rows for answer in row["answers"])),
+        "rows": rows,
+    }
+    script, style = ((_PARTS / name).read_text(encoding="utf-8") for name in ("samples.js", "samples.css"))
+    policy = f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; base-uri 'none'; "
+    return _PAGE.format(
+        policy=html.escape(policy + "form-action 'none'"),
+        title=html.escape(visible(title)),
+        style=style,
+        script=script,
+        data=_in_script(data),
+    )
+
+
+def visible(text: str) -> str:
+    """Show characters that would not be seen, or would steer a terminal or the direction of text, by their numbers."""
+    return text.translate(_HIDDEN)
+
+
+def _source(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _in_script(data: Any) -> str:
+    """JSON in ASCII without the characters that begin tags, comments and references."""
+    text = json.dumps(data, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _rows(path: Path, headlines: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Samples put together by task, seed and row, so that models and repeats stand side by side."""
+    found: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for number, line in numbered_rows(path):
+        where = f"{path}:{number}"
+        task, seed, row = (
+            field(line, "task", str, where),
+            field(line, "seed", int, where),
+            field(line, "row", int, where),
+        )
+        texts = {name: visible(field(line, name, str, where)) for name in ("question", "target", "prompt")}
+        shown = {"task": visible(task), "seed": seed, "row": row, **texts, "answers": []}
+        answer = _answer(line, headlines.get(task), where)
+        found.setdefault((task, seed, row), shown)["answers"].append({**answer, "prompt": texts["prompt"]})
+    seeds = {seed for _, seed, _ in found}
+    for shown in found.values():
+        _share_prompt(shown)
+        shown["seeds"] = len(seeds) > 1
+        shown["repeats"] = any(answer["repeat"] for answer in shown["answers"])
+    return list(found.values())
+
+
+def _answer(line: Mapping[str, Any], headline: str | None, where: str) -> dict[str, Any]:
+    metrics = field(line, "metrics", dict, where)
+    values = {name: float(field(metrics, name, (int, float), where)) for name in metrics}
+    by = headline if headline is not None and headline in values else str(next(iter(values), ""))
+    response, extracted = line.get("response"), line.get("extracted")
+    return {
+        "model": visible(field(line, "model", str, where)),
+        "repeat": field({"repeat": 0, **line}, "repeat", int, where),
+        "right": values.get(by, 0.0) == 1,
+        "by": visible(by),
+        "metrics": visible(", ".join(f"{name} {value:g}" for name, value in values.items())),
+        "response": visible(response if isinstance(response, str) else json.dumps(response, ensure_ascii=False)),
+        "extracted": visible("; ".join(_readings(extracted, response))),
+    }
+
+
+def _readings(extracted: Any, response: Any) -> Iterator[str]:
+    """What each filter left of the response, but for those that left all of it."""
+    for name, text in extracted.items() if isinstance(extracted, dict) else ():
+        if text != response:
+            yield f"{name} {str(text)[:200]}"
+
+
+def _share_prompt(row: dict[str, Any]) -> None:
+    """Keep a prompt once where all models were asked with the same."""
+    prompts = {answer["prompt"] for answer in row["answers"]}
+    row["prompt"] = prompts.pop() if len(prompts) == 1 else None
+    for answer in row["answers"] if row["prompt"] is not None else ():
+        answer["prompt"] = None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

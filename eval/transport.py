@@ -1,0 +1,236 @@
+"""HTTP: one way to ask a server, with a limit for everything. A loopback address is never asked through a proxy."""
+
+import asyncio
+import ipaddress
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from eval.errors import EvalError
+
+
+_LARGEST = 2**28  # bytes of one answer
+_AGAIN = {408, 425, 429, 500, 502, 503, 504}
+_CONNECT_SECONDS = 30.0
+
+
+class ServerFailedError(EvalError):
+    """A server did not answer, or not as it must."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A server: its address, and the key that is sent along, if any."""
+
+    url: str
+    key: str | None = field(default=None, repr=False)
+
+    @property
+    def loopback(self) -> bool:
+        """Whether this machine itself is asked."""
+        host = urlsplit(self.url).hostname or ""
+        try:
+            return ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return host == "localhost"
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Limits of one question: seconds for an answer, how often it is asked again, and the pauses between.
+
+    Attributes:
+        option: what sets ``seconds``, for the message; empty when nothing does.
+        longest_wished: bound of the pause that a server asks for.
+    """
+
+    seconds: float = 3600.0
+    retries: int = 5
+    first_pause: float = 1.0
+    longest_pause: float = 60.0
+    longest_wished: float = 300.0
+    option: str = "--request-timeout"
+
+    def pause(self, attempt: int, wished: float | None) -> float:
+        """Seconds before attempt ``attempt`` + 1: what the server asked for within bounds, else twice the last."""
+        if wished is not None:
+            return min(max(wished, 0.0), self.longest_wished)
+        return float(min(self.first_pause * 2.0 ** min(attempt, 30), self.longest_pause))
+
+
+class _RefusalError(Exception):
+    """An HTTP status that is no success."""
+
+    def __init__(self, status: int, words: str, retry_after: str | None) -> None:
+        self.status, self.words, self.wished = status, words, seconds_of(retry_after)
+        super().__init__(f"HTTP {status}{f': {words}' if words else ''}")
+
+
+def seconds_of(retry_after: str | None) -> float | None:
+    """Seconds that a ``Retry-After`` header asks for, given as a number or as a date; None when it says nothing."""
+    text = (retry_after or "").strip()
+    if text.isdecimal() and len(text) < 10:
+        return float(text)
+    try:
+        return parsedate_to_datetime(text).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError, OSError):
+        return None
+
+
+def fetch(site: Site, path: str, body: Mapping[str, Any] | None = None, patience: Patience | None = None) -> Any:
+    """GET a JSON document of a server, or POST ``body`` and return the answer.
+
+    Raises:
+        ServerFailedError: nobody answers there in time, or not in JSON.
+    """
+    limits = patience or Patience(seconds=30.0 if body is None else 300.0, retries=2, option="")
+    found: list[Any] = []
+    asker = Asker(site, path, 1, limits, connection_retries=0)
+    try:
+        asker.ask([body], lambda _, document: document, lambda _, document: found.append(document))
+    except ServerFailedError as error:
+        raise ServerFailedError(f"no OpenAI-compatible server answers at {site.url}{path}: {error}") from error
+    return found[0]
+
+
+def healthy(site: Site) -> bool:
+    """Whether ``/health`` answers with success within five seconds."""
+    return asyncio.run(_healthy(site))
+
+
+async def _healthy(site: Site) -> bool:
+    try:
+        async with _session(site, 5.0) as session, session.get(f"{site.url}/health") as answer:
+            return bool(answer.ok)
+    except (TimeoutError, aiohttp.ClientError, OSError):
+        return False
+
+
+def _session(site: Site, seconds: float) -> aiohttp.ClientSession:
+    """A session that knows the environment's proxies for servers elsewhere and none for this machine."""
+    timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=_CONNECT_SECONDS)
+    headers = {"Authorization": f"Bearer {site.key}"} if site.key else {}
+    connector = aiohttp.TCPConnector(limit=0)
+    return aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers, trust_env=not site.loopback)
+
+
+@dataclass
+class Asker:
+    """Asks one address many questions at a time.
+
+    Attributes:
+        concurrency: questions under way.
+        ended: why the server's process is gone, or None; asked before a question is repeated.
+        repeated: what went wrong and was mended by asking again, as kind or status alone, with counts. The exceptions
+            themselves hold headers.
+    """
+
+    site: Site
+    path: str
+    concurrency: int
+    patience: Patience
+    ended: Callable[[], str | None] = lambda: None
+    connection_retries: int | None = None
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    repeated: Counter[str] = field(default_factory=Counter)
+
+    def ask(self, bodies: Sequence[Any], read: Callable[[int, Any], Any], keep: Callable[[int, Any], None]) -> None:
+        """Post every body (GET for None); ``keep`` gets what ``read`` makes of each answer as it comes.
+
+        Raises:
+            ServerFailedError: the first failure that asking again does not mend; the others are given up.
+            EvalError: what ``read`` and ``keep`` raise.
+        """
+        asyncio.run(self._ask_all(bodies, read, keep))
+
+    async def _ask_all(
+        self, bodies: Sequence[Any], read: Callable[[int, Any], Any], keep: Callable[[int, Any], None]
+    ) -> None:
+        waiting = iter(enumerate(bodies))
+        async with _session(self.site, self.patience.seconds) as session:
+            several = range(min(self.concurrency, len(bodies)))
+            workers = [asyncio.create_task(self._work(session, waiting, read, keep)) for _ in several]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+
+    async def _work(
+        self,
+        session: aiohttp.ClientSession,
+        waiting: Iterator[tuple[int, Any]],
+        read: Callable[[int, Any], Any],
+        keep: Callable[[int, Any], None],
+    ) -> None:
+        for index, body in waiting:
+            keep(index, read(index, await self._patiently(session, body)))
+
+    async def _patiently(self, session: aiohttp.ClientSession, body: Any) -> Any:
+        for attempt in range(self.patience.retries + 1):
+            try:
+                return await self._once(session, body)
+            except TimeoutError as error:
+                named = f" ({self.patience.option})" if self.patience.option else ""
+                raise ServerFailedError(f"it did not answer within {self.patience.seconds:g} s{named}") from error
+            except _RefusalError as error:
+                if error.status not in _AGAIN or attempt == self.patience.retries:
+                    raise ServerFailedError(f"{error}{_tried(attempt)}") from None
+                kind, wished = f"HTTP {error.status}", error.wished
+            except (aiohttp.ClientError, OSError) as error:
+                allowed = self.patience.retries if self.connection_retries is None else self.connection_retries
+                if attempt >= allowed or isinstance(error, aiohttp.InvalidURL):
+                    raise ServerFailedError(f"{_words(error)}{_tried(attempt)}") from None
+                kind, wished = type(error).__name__, None
+            if (why := self.ended()) is not None:
+                raise ServerFailedError(why)
+            self.repeated[kind] += 1
+            await self.sleep(self.patience.pause(attempt, wished))
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _once(self, session: aiohttp.ClientSession, body: Any) -> Any:
+        method = "GET" if body is None else "POST"
+        address = f"{self.site.url}{self.path}"
+        async with session.request(method, address, json=body, allow_redirects=False) as answer:
+            raw = await _read(answer)
+            if answer.status in range(300, 400):
+                raise _RefusalError(answer.status, f"it sends on to {answer.headers.get('Location', '?')[:200]}", None)
+            if not answer.ok:
+                said = raw.decode("utf-8", "replace").strip()[:300]
+                raise _RefusalError(answer.status, said, answer.headers.get("Retry-After"))
+        try:
+            return json.loads(raw.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ServerFailedError(f"its answer is no JSON document ({str(error)[:120]})") from None
+
+
+async def _read(answer: aiohttp.ClientResponse) -> bytes:
+    """The body of an answer, up to a limit."""
+    parts, size = [], 0
+    async for part in answer.content.iter_chunked(2**16):
+        parts.append(part)
+        size += len(part)
+        if size > _LARGEST:
+            raise ServerFailedError(f"its answer is longer than {_LARGEST // 2**20} MiB")
+    return b"".join(parts)
+
+
+def _words(error: Exception) -> str:
+    """A connection error without headers: its number and meaning where it has them, else its kind and text."""
+    number = getattr(error, "os_error", error)
+    if isinstance(number, OSError) and number.errno is not None:
+        return f"[Errno {number.errno}] {os.strerror(number.errno) if number.errno > 0 else number.strerror}"
+    return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def _tried(attempt: int) -> str:
+    return f" (tried {attempt + 1} times)" if attempt else ""

@@ -1,0 +1,184 @@
+"""What would undo the harness's settings, hold a secret or break a reader is refused before anything starts."""
+
+import json
+
+import pytest
+
+from eval.arguments import parse
+from eval.errors import UsageError
+from eval.models import Model, base_warnings
+from eval.redaction import clean, guarded, redacted
+
+
+SECRET = "S3CR3T-value"
+
+
+@pytest.fixture
+def words(model, rows, tmp_path):
+    def make(*more):
+        folders = ["--base", str(model), "--data-dir", str(rows), "--out", str(tmp_path / "out")]
+        return [*folders, "--protocol", "llm_adapters", *more]
+
+    return make
+
+
+def refused(words):
+    with pytest.raises(UsageError) as caught:
+        parse(words)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "because"),
+    [
+        ("--config x.yaml", "name the options themselves"),
+        ("--conf=x.yaml", "name the options themselves"),
+        ("--generation-config auto", "it would change how answers are generated"),
+        ("--generation_config=auto", "it would change how answers are generated"),
+        ("--override-generation-config '{}'", "it would change how answers are generated"),
+        ("--override-generation-config.top_k 5", "it would change how answers are generated"),
+        ("--logprobs-mode raw_logits", "likelihoods are those of the model itself"),
+        ("--uds /tmp/x", "the harness asks on a port"),
+        ("--ud=/tmp/x", "the harness asks on a port"),
+        ("--headless", "the harness asks over HTTP"),
+        ("--ssl-keyfile x", "without TLS"),
+        ("--trust-remote-code", "code that comes with a model is never run"),
+        ("--trust_remote", "code that comes with a model is never run"),
+        ("--hf-overrides '{\"trust_remote_code\": true}'", "code that comes with a model is never run"),
+        ("--tokenizer x", "use --base-tokenizer"),
+        ("--lora-modules a=b", "use --adapter"),
+        (f"--api-key {SECRET}", "our own server is asked without a key"),
+        (f"--api-ke {SECRET}", "our own server is asked without a key"),
+        (f"--hf-token={SECRET}", "put it into the environment variable HF_TOKEN"),
+        (f"--x-password {SECRET}", "takes a secret"),
+        ("host 0.0.0.0", "its first word must be an option"),
+    ],
+)
+def test_words_for_the_server_that_would_undo_a_setting(given, because, words):
+    said = refused(words(f"--server-args={given}"))
+    assert because in said
+    assert SECRET not in said
+
+
+def test_other_words_for_the_server_pass(words):
+    given = (
+        "--tensor-parallel-size 2 --max-model-len=4096 --gpu-memory-utilization 0.5 -O3 --hf-overrides '{\"a\": 1}'"
+    )
+    assert parse(words(f"--server-args={given}")).server.extra[:2] == ("--tensor-parallel-size", "2")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--repeats", "4"], "--repeats: 4 greedy answers to a question are 4 times the same one"),
+        (["--repeats", "0", "--temperature", "1"], "--repeats: 0 is not possible: it must be between 1 and 1024"),
+        (["--top-p", "0.9"], "--top-p: greedy decoding takes the likeliest token"),
+        (["--top-p", "0", "--temperature", "1"], "--top-p: 0.0 is not possible"),
+        (["--temperature", "nan"], "--temperature: nan is not possible: it must be between 0 (greedy) and 2"),
+        (["--temperature", "1", "--num-beams", "2"], "--num-beams: beam search does not sample"),
+        (["--system-prompt", "x"], "--system-prompt: raw text has no place for it; give --template training too"),
+        (["--chat-template-kwargs", "[1]", "--template", "training"], "-kwargs: it must be a JSON object; try"),
+        (["--chat-template-kwargs", "[" * 9999, "--template", "training"], "it must be a JSON object"),
+        (["--chat-template-kwargs", '{"tokenize": true}', "--template", "training"], "tokenize is set by the harness"),
+        (["--no-base-row"], "--no-base-row: nothing is left to ask"),
+        (["--max-retries", "-1"], "--max-retries: -1 is not possible: it must be between 0 and 100"),
+        (["--request-timeout", "inf"], "--request-timeout: inf is not possible: it must be above 0"),
+        (["--request-timeout", "nan"], "--request-timeout: nan is not possible"),
+        (["--num-fewshot", "-1"], "--num-fewshot: -1 is not possible: it must be between 0 and 64"),
+        (["--max-gen-toks", "0"], "--max-gen-toks: 0 is not possible"),
+    ],
+)  # fmt: skip
+def test_settings_that_say_nothing_sensible(more, message, words):
+    assert message in refused(words(*more))
+
+
+@pytest.mark.parametrize("url", [f"http://h/?api_key={SECRET}", f"http://me:{SECRET}@h", f"http://h/#{SECRET}"])
+def test_an_address_with_a_key_is_refused_and_not_repeated(url, words):
+    said = refused(words("--base-url", url))
+    assert "put a key into OPENAI_API_KEY" in said
+    assert SECRET not in said
+
+
+def test_options_are_not_abbreviated(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(words("--base-u", "http://x"))
+    assert caught.value.code == 2
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--base-url", f"http://h/?api_key={SECRET}&x=1"],
+        [f"--base-url=https://me:{SECRET}@h/v1"],
+        ["--server-args", f"--api-ke {SECRET} --seed 1"],
+        ["--server-args", f"--api-key {SECRET}-1 {SECRET}-2 --seed 1"],
+        ["--server-args", f"--hf_token={SECRET}"],
+        [f'--server-args=--hf-overrides \'{{"api_key": "{SECRET}"}}\''],
+        ["--chat-template-kwargs", f'{{"access_token": "{SECRET}"}}'],
+        ["--api-key", SECRET, "-x"],
+    ],
+)
+def test_no_secret_of_a_command_line_is_shown(given, capsys):
+    assert SECRET not in redacted(given)
+    with guarded(given):
+        print(redacted(given))
+    assert SECRET not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", ["OPENAI_API_KEY", "HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD"]
+)
+def test_values_of_the_environment_are_hidden_in_every_form(name, monkeypatch):
+    value = 'k"ey+/<1>é'
+    monkeypatch.setenv(name, value)
+    for text in (value, json.dumps(value), json.dumps(value, ensure_ascii=False), repr(value), f"a{value}b"):
+        assert "ey+" not in clean(text)
+    assert "k%22ey" not in clean("http://x/k%22ey%2B%2F%3C1%3E%C3%A9")
+
+
+def test_headers_are_hidden_and_words_are_not():
+    assert clean("{'Authorization': 'Bearer abc-1.x_y'}") == "{'Authorization': 'Bearer ***'}"
+    assert clean("the Bearer of news, in 2020") == "the Bearer of news, in 2020"
+    assert json.loads(clean(json.dumps({"a": '"Bearer tok-1" x'}))) == {"a": '"Bearer ***" x'}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        '{"r": 8, "rank_pattern": [1]}',
+        '{"r": 8, "rank_pattern": {"a": "x"}}',
+        '{"r": -3}',
+        '{"r": true}',
+        '{"r": 8.5}',
+        '{"r": null}',
+        "[1]",
+        "null",
+        "{",
+        '{"a": ' * 50_000,
+    ],
+    ids=lambda text: text[:40],
+)
+def test_a_damaged_adapter_is_one_sentence(config, words, adapter):
+    (adapter / "adapter_config.json").write_text(config)
+    said = refused(words("--adapter", f"a={adapter}"))
+    assert "its adapter_config.json cannot be read (" in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("base", "named", "warned"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M", "Qwen/Qwen2.5-7B-Instruct", True),
+        ("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B-Instruct", True),
+        ("Qwen/Qwen2.5-7B", "models/Qwen2.5-7B/", False),
+        ("hub/models--Qwen--Qwen2.5-7B/snapshots/abc", "Qwen/Qwen2.5-7B", False),
+        ("Qwen/Qwen2.5-7B", None, False),
+        ("Qwen/Qwen2.5-7B", 5, False),
+    ],
+)
+def test_an_adapter_of_another_base_is_warned_of(base, named, warned, adapter):
+    (adapter / "adapter_config.json").write_text(json.dumps({"r": 8, "base_model_name_or_path": named}))
+    said = list(base_warnings([Model("base", "base", base), Model("mine", "adapter", str(adapter))]))
+    assert bool(said) == warned
+    assert not warned or said[0].startswith(f"mine was trained on {named}")
