@@ -272,10 +272,7 @@ def one_crashed_run(tiny_llama, data_dir, tmp_path_factory):
 
 
 def test_a_diverged_run_is_not_pruned_by_nan(tiny_llama, data_dir, tmp_path):
-    with pytest.raises(
-        GuardError,
-        match=r"score is not finite; training has diverged, lower learning_rate|choosing ranks at step 2 is not possible: .*training diverged",
-    ):
+    with pytest.raises(GuardError, match=r"training (has )?diverged[,;] lower learning_rate"):
         train(pruning_settings(tiny_llama, data_dir, tmp_path / "o", learning_rate=1e30, max_grad_norm=0.0))
 
 
