@@ -70,7 +70,7 @@ def settings(options: argparse.Namespace, folder: Path, method: str, seed: int, 
         "eval_dataset": "dev,test", "eval_on_each_dataset": True, "dataset_dir": str(folder), "template": "smollm2",
         "cutoff_len": 512, "max_steps": options.steps, "per_device_train_batch_size": options.batch_size,
         "per_device_eval_batch_size": options.batch_size, "learning_rate": rate, "lr_scheduler_type": "linear",
-        "warmup_ratio": 0.1, "logging_steps": 10, "save_strategy": "no", "report_to": "none", "bf16": True,
+        "warmup_steps": 0.1, "logging_steps": 10, "save_strategy": "no", "report_to": "none", "bf16": True,
         "use_cpu": not torch.accelerator.is_available(), "seed": seed, "overwrite_output_dir": True,
         **METHODS[method],
     }  # fmt: skip

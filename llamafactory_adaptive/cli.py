@@ -39,8 +39,10 @@ def build_parser() -> argparse.ArgumentParser:
         "train", help="same as llamafactory-cli train, also where the start-up hook is missing"
     )
     for command in (plan, train):
-        command.add_argument("config", metavar="CFG.yaml")
-        command.add_argument("overrides", nargs="*", metavar="key=value")
+        command.add_argument("config", metavar="CFG.yaml", help="a LLaMA-Factory training YAML, e.g. my.yaml")
+        command.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="settings over those of the file, e.g. lora_rank=16"
+        )
     report = commands.add_parser(
         "report", help="ranks, losses and training data of finished runs; two or more: compared"
     )
@@ -140,9 +142,10 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def _plan_of_a_dynamic_run(args: dict[str, Any], config: AdaptiveConfig) -> int:
     """What can be said before training: the start, and the budget over the share of the steps."""
+    from llamafactory_adaptive.bridge.loading import estimated_steps
     from llamafactory_adaptive.bridge.plans import fresh_plan
     from llamafactory_adaptive.report import schedule_table, totals
-    from llamafactory_adaptive.schedule import Schedule, make_schedule
+    from llamafactory_adaptive.schedule import Schedule, make_schedule, short_run_warning
 
     assert config.course is not None
     start = fresh_plan(args, config)
@@ -152,14 +155,19 @@ def _plan_of_a_dynamic_run(args: dict[str, Any], config: AdaptiveConfig) -> int:
     except ValueError as error:
         problem = Problem("max_steps", args["max_steps"], "it must be a whole number", "max_steps: 100")
         raise AdaptiveConfigError([problem]) from error
-    shown = steps if steps > 0 else 100
+    estimate = None if steps > 0 else estimated_steps(args)
+    shown = steps if steps > 0 else estimate or 100
     schedule = make_schedule(config.course, shown, budget[f"used_{kind}"], budget[f"asked_{kind}"])
     if isinstance(schedule, Schedule):
         print(schedule_table(start, schedule, shown))
     else:
         print(f"Ranks move about during training ({start.method}): {schedule.describe(kind)} of {shown}")
-    if steps <= 0:
+    if estimate:
+        print(f"about {estimate:,} steps, estimated from num_train_epochs and the rows of the data set")
+    elif steps <= 0:
         print("the number of steps follows from the data: the table stands for 100 of them")
+    if (steps > 0 or estimate) and (warning := short_run_warning(schedule, shown)):
+        print(f"warning: {warning}")
     print("live tensors:", *totals(start), sep="\n")
     print("ranks are found during training; nothing was written")
     return 0

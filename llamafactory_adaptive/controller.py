@@ -27,7 +27,7 @@ from llamafactory_adaptive.errors import GuardError, PlanError
 from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, append_line, write_digests
 from llamafactory_adaptive.plan import RankPlan
 from llamafactory_adaptive.processes import from_main, gather, gather_digests, refuse_differences, wait_for_all
-from llamafactory_adaptive.report import HEATMAP_FILE, save_heatmap, update_card
+from llamafactory_adaptive.report import HEATMAP_FILE, closing_words, save_heatmap, update_card
 from llamafactory_adaptive.selection import Selection
 
 
@@ -75,6 +75,13 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
         self.watch: DivergenceWatch | None = None
         self.layout: Mapping[str, Any] | None = None  # how weights are spread over processes, for checkpoints
         self.deepspeed = False
+        self.warnings: list[str] = []
+        self.started = time.perf_counter()
+
+    def warn(self, text: str) -> None:
+        """Tell the user now, and once more at the end of the run."""
+        logger.warning(text)
+        self.warnings.append(text)
 
     def attach(self, trainer: Any) -> None:
         """Meet the Trainer before it makes its data loader and its optimizer."""
@@ -262,9 +269,11 @@ def finish(output: Path, callback: AdaptiveCallback, trained_before: bool) -> No
     if moved and untrained and (everything or callback.deepspeed):
         raise GuardError(f"{untrained} modules were saved untrained (B is zero), no gradient arrived: {counters}")
     if untrained:
-        logger.warning(f"{untrained} of {len(callback.plan.active)} modules were saved untrained: B is still zero")
+        callback.warn(f"{untrained} of {len(callback.plan.active)} modules were saved untrained: B is still zero")
     update_card(output / "README.md", callback.plan)
     logger.info(
         f"adaptive: adapter in {output} checked: {len(callback.plan.active)} modules, r={callback.plan.largest_rank}, "
-        f"alpha/r={callback.plan.scale:g} everywhere; plan, log and heat-map lie beside it"
+        f"alpha/r={callback.plan.scale:g} everywhere"
     )
+    seconds = time.perf_counter() - callback.started
+    print(closing_words(callback.plan, output, callback.overhead_seconds, seconds, callback.warnings), flush=True)

@@ -25,7 +25,7 @@ from llamafactory_adaptive.observing import Observer
 from llamafactory_adaptive.plan import RankPlan
 from llamafactory_adaptive.processes import wait_for_all
 from llamafactory_adaptive.report import HEATMAP_FILE, HISTORY_FILE, save_heatmap, save_history
-from llamafactory_adaptive.schedule import Refreshes, Schedule, make_schedule
+from llamafactory_adaptive.schedule import Refreshes, Schedule, make_schedule, short_run_warning
 from llamafactory_adaptive.selection import Selection
 from llamafactory_adaptive.state import read_state, write_state
 from llamafactory_adaptive.stats import draw
@@ -105,6 +105,8 @@ class DynamicCallback(AdaptiveCallback):
                 setattr(self.counters, name, document["counters"][name])
         self.select(args, state, kwargs["train_dataloader"])
         if args.should_save:
+            if warning := short_run_warning(self.schedule, state.max_steps):
+                self.warn(warning)
             event = "resumed" if self.step else "begin"
             self.write_log(Path(args.output_dir), {"step": self.step, "event": event, **self.data_figures(self.step)})
             largest = max(sum(row) for row in self.triplets.masks)

@@ -26,6 +26,7 @@ class Run:
         train_loss, eval_loss: mean of the training, and last of the evaluations; None where there was none.
         train_seconds: of the whole training.
         overhead_seconds: of finding ranks and scoring samples.
+        losses, eval_losses: as they were logged, one after the other.
     """
 
     folder: Path
@@ -35,6 +36,8 @@ class Run:
     eval_loss: float | None
     train_seconds: float | None
     overhead_seconds: float
+    losses: tuple[float, ...] = ()
+    eval_losses: tuple[float, ...] = ()
 
 
 def read_run(folder: Path) -> Run:
@@ -59,7 +62,13 @@ def read_run(folder: Path) -> Run:
         eval_loss=_last(history, "eval_loss"),
         train_seconds=_last(history, "train_runtime"),
         overhead_seconds=float(last.get("overhead_seconds", 0.0)),
+        losses=_all(history, "loss"),
+        eval_losses=_all(history, "eval_loss"),
     )
+
+
+def _all(history: Sequence[dict[str, Any]], key: str) -> tuple[float, ...]:
+    return tuple(float(entry[key]) for entry in history if isinstance(entry.get(key), (int, float)))
 
 
 def _last(history: Sequence[dict[str, Any]], key: str) -> float | None:
@@ -76,11 +85,30 @@ def data_of_unfinished_run(folder: Path) -> str | None:
 
 def run_text(run: Run) -> str:
     """Everything about one run."""
-    parts = [f"{run.folder}", rank_table(run.plan)]
+    parts = [f"{run.folder}", rank_table(run.plan), _course_of(run)]
     data = data_report_of(run.folder, run.plan)
     if data is not None:
         parts.append("Training data\n" + data_table(data))
     return "\n\n".join(parts)
+
+
+def _course_of(run: Run) -> str:
+    """Steps, losses and seconds of one run in a line each."""
+    lines = [f"steps                 {run.steps:,}"]
+    if run.losses:
+        lines.append(
+            f"training loss         first {run.losses[0]:.4f}, last {run.losses[-1]:.4f}, "
+            f"lowest {min(run.losses):.4f}, mean {_number(run.train_loss) or 'unknown'}"
+        )
+    if run.eval_losses:
+        lines.append(f"evaluation loss       last {run.eval_losses[-1]:.4f}, lowest {min(run.eval_losses):.4f}")
+    if run.train_seconds:
+        share = run.overhead_seconds / run.train_seconds
+        lines.append(
+            f"seconds               {run.train_seconds:.1f}, finding ranks and scoring samples "
+            f"{run.overhead_seconds:.1f} ({share:.1%} of it)"
+        )
+    return "\n".join(lines)
 
 
 def comparison(runs: Sequence[Run]) -> str:

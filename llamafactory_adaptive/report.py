@@ -200,3 +200,34 @@ def update_card(path: Path, plan: RankPlan) -> None:
         text = text.rstrip() + "\n\n" + section + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def closing_words(
+    plan: RankPlan, output: Path, overhead_seconds: float, seconds: float, warnings: Sequence[str]
+) -> str:
+    """Say how a run ended: ranks by type, what finding them cost, where things lie, what can follow.
+
+    Args:
+        plan: what was trained.
+        output: the run's ``output_dir``.
+        overhead_seconds: of planning, scoring and allocating.
+        seconds: of the whole run.
+        warnings: what was warned of on the way.
+    """
+    share = overhead_seconds / seconds if seconds > 0 else 0.0
+    files = ", ".join(sorted(path.name for path in output.glob("adaptive_*") if path.is_file()))
+    return "\n".join(
+        [
+            "",
+            f"Adaptive ranks ({plain(plan.method)}), {len(plan.active)} of {len(plan.modules)} modules",
+            *align(_type_rows(plan)),
+            *totals(plan),
+            f"finding ranks took {overhead_seconds:.1f} of {seconds:.1f} s ({share:.1%})",
+            f"in {output}: {files}",
+            *(f"warning: {text}" for text in warnings),
+            "next:",
+            f"  llamafactory-adaptive report {output}",
+            f"  llamafactory-adaptive export {output} --for vllm --out served/{output.name}",
+            f"  llamafactory-cli chat with adapter_name_or_path: {output}",
+        ]
+    )

@@ -80,6 +80,25 @@ class Refreshes:
         return f"{self.target_budget:,} {kind}, shared anew every {self.interval} steps up to step {self.end}"
 
 
+_FEWEST = {"prunes": 5, "shares": 2}
+
+
+def short_run_warning(schedule: Schedule | Refreshes, total_steps: int) -> str | None:
+    """Warn of a run too short for its schedule, with what to change; None when there are allocations enough."""
+    count = sum(schedule.due(step) for step in range(1, min(schedule.end, total_steps) + 1))
+    prunes = isinstance(schedule, Schedule)
+    if count >= _FEWEST["prunes" if prunes else "shares"]:
+        return None
+    begin = schedule.begin if isinstance(schedule, Schedule) else 0
+    remedy = "train more steps (max_steps, num_train_epochs)"
+    if prunes and (width := schedule.end - begin) >= 2 * _FEWEST["prunes"]:
+        remedy += f", or set adaptive_interval: {width // (2 * _FEWEST['prunes'])}"
+    return (
+        f"ranks are chosen {'only once' if count == 1 else f'only {count} times'} between steps {begin} and "
+        f"{schedule.end} of {total_steps}, after little was seen of the components; {remedy}"
+    )
+
+
 def refresh_interval(ratio: float, total_steps: int) -> int:
     """Optimizer steps from one refresh to the next."""
     return max(1, round(ratio * total_steps))

@@ -3,14 +3,19 @@
 import dataclasses
 import hashlib
 import json
+import logging
+import math
+import os
 from pathlib import Path
 from typing import Any
 
-from llamafactory_adaptive.bridge.arguments import Args, run_seed, split_names
-from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.bridge.arguments import Args, local_rank, run_seed, split_names
+from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
+from llamafactory_adaptive.files import read_json, read_mapping
 from llamafactory_adaptive.plan import ModuleShape
 
 
+logger = logging.getLogger("llamafactory.adaptive")
 # Settings of the model and data groups that change neither weights nor token rows.
 _NO_INFLUENCE = {
     "preprocessing_num_workers", "preprocessing_batch_size", "overwrite_cache", "print_param_status", "cache_dir",
@@ -63,7 +68,9 @@ def target_shapes(args: Args) -> list[ModuleShape]:
                 ]
             )
         shapes.append(ModuleShape(name, module.in_features, module.out_features))
+    _tell_of_fused_experts(model)
     if not shapes:
+        _refuse_conv1d(model)
         names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
         raise AdaptiveConfigError(
             [
@@ -76,6 +83,70 @@ def target_shapes(args: Args) -> list[ModuleShape]:
             ]
         )
     return shapes
+
+
+_told: set[str] = set()
+
+
+def _tell_of_fused_experts(model: Any) -> None:
+    """Say once that experts kept in one tensor get no adapter, as plain LoRA gives them none."""
+    fused = [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "expert" in name]
+    if fused and local_rank() == 0 and "fused" not in _told:
+        _told.add("fused")
+        logger.warning(
+            f"{len(fused)} weights hold the experts of a layer in one tensor ({fused[0]}, ...) and get no adapter: "
+            "ranks are shared among the other modules"
+        )
+
+
+def _refuse_conv1d(model: Any) -> None:
+    """Refuse a model whose layers are transposed, as in GPT-2, by that name.
+
+    Raises:
+        AdaptiveConfigError: nothing in it can be adapted.
+    """
+    if any(type(module).__name__ == "Conv1D" for module in model.modules()):
+        reason = "the layers of this model are of type Conv1D, and ranks are planned for nn.Linear alone"
+        raise AdaptiveConfigError(
+            [Problem("model_name_or_path", type(model).__name__, reason, "finetuning_type: lora")]
+        )
+
+
+def estimated_steps(args: Args) -> int | None:
+    """Estimate the optimizer steps of a run from its epochs and local rows; None where rows cannot be counted.
+
+    Rows that the template or ``cutoff_len`` drops, and packing, are not foreseen.
+    """
+    given = args.get("dataset_dir") or "data"
+    path = Path() if isinstance(given, dict) else Path(str(given)) / "dataset_info.json"
+    if isinstance(given, dict) or not path.is_file() or args.get("packing") or args.get("streaming"):
+        return None
+    info, rows = read_mapping(path, str(path)), 0
+    for name in split_names(args.get("dataset")):
+        count = _count_rows(path.parent / str(info.get(name, {}).get("file_name", "")))
+        if count is None:
+            return None
+        rows += min(count, int(args.get("max_samples") or count))
+    held_out = float(args.get("val_size") or 0)
+    rows -= int(held_out) if held_out >= 1 else int(rows * held_out)
+    processes = int(os.environ.get("NPROC_PER_NODE", "1")) * int(os.environ.get("NNODES", "1"))
+    batch = int(args.get("per_device_train_batch_size") or 8) * processes
+    batches = math.ceil(rows / batch)
+    steps = math.ceil(batches / int(args.get("gradient_accumulation_steps") or 1))
+    return math.ceil(steps * float(args.get("num_train_epochs") or 3.0)) or None
+
+
+def _count_rows(path: Path) -> int | None:
+    if path.suffix == ".jsonl" and path.is_file():
+        with path.open("rb") as file:
+            return sum(1 for line in file if line.strip())
+    if path.suffix == ".json" and path.is_file():
+        try:
+            document = read_json(path, str(path), finite=False)
+        except PlanError:
+            return None
+        return len(document) if isinstance(document, list) else None
+    return None
 
 
 def _skeleton(args: Args) -> tuple[Any, list[str], Any]:

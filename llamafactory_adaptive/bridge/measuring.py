@@ -48,6 +48,12 @@ def measure_in_own_process(args: Args, measurement: Measurement, path: Path) -> 
         job, answer = Path(folder) / "job.json", Path(folder) / "answer.json"
         job.write_text(json.dumps({"args": args, "measurement": measurement.key, "path": str(path)}, default=str))
         command = [sys.executable, "-m", "llamafactory_adaptive.cli", "measure", str(job), str(answer)]
+        names = ", ".join(calibration_names(args)) or "the training data"
+        print(
+            f"llamafactory-adaptive: scoring {args['model_name_or_path']} on rows of {names} in a process of its own; "
+            "it loads the model once, then takes about as long as a forward pass over them",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
         code, said = run_child(command, environment, log := cache_folder() / "logs" / f"scoring-{os.getpid()}.log")
         message = json.loads(answer.read_text())["error"] if answer.exists() else None
     if code == 0:

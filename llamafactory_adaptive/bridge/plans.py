@@ -1,6 +1,7 @@
 """The plan of a run: from a checkpoint, an adapter to go on with, a given file, or computed once and shared."""
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -169,12 +170,16 @@ def compute_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
         return pipeline.wait_for_plan(path, _scoring_limit(args))
     cached = pipeline.cached_plan(path)
     if cached is not None:
+        logger.info(f"adaptive: ranks re-used, planned before for the same request ({path})")
         return cached
+    started = time.perf_counter()
     plan = pipeline.build_plan(
         request,
         loading.target_shapes(args),
         lambda measurement, target: measuring.measure_in_own_process(args, measurement, target),
     )
+    scores = "with scores measured before" if plan.provenance.get("statistics_reused") else "scores included"
+    logger.info(f"adaptive: ranks planned in {time.perf_counter() - started:.1f} s, {scores}")
     return pipeline.keep_plan(plan, path)
 
 

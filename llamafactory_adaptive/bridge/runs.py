@@ -80,6 +80,8 @@ def adaptive_training_function(
             check_output(args)
             check_host_settings(args)
         if not args.get("do_train"):
+            if local_rank() == 0:
+                logger.warning("do_train is not set, so no ranks are planned and nothing is trained")
             return original(config)  # evaluation of an existing adapter: nothing to allocate
         with held(Path(str(args["output_dir"]))):
             return _train(original, config, args, adaptive)
@@ -102,14 +104,14 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], a
     checkpoint = checkpoint_to_resume(args)
     refuse_finished_run(args, checkpoint)
     plan, trained_before = agreed_plan(args, adaptive, checkpoint)
-    if local_rank() == 0:
-        for line in advice(plan, adaptive):
-            logger.warning(line)
     host_args = what_the_host_resumes(args, checkpoint)
     if checkpoint is None:
         _begin_afresh(args)
     callback = _make_callback(args, plan, adaptive, checkpoint, started)
     callback.layout = layout(args)
+    if local_rank() == 0:
+        for line in advice(plan, adaptive):
+            callback.warn(line)
     callback.watch = DivergenceWatch(adaptive.max_nonfinite_steps, Path(str(args["output_dir"])))
     if args.get("deepspeed") and no_accelerator():
         init_deepspeed_on_cpu()

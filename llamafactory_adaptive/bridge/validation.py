@@ -159,6 +159,8 @@ def _missing_files(args: Mapping[str, Any], common: Mapping[str, Any]) -> list[P
         for key in ("model_name_or_path", "output_dir")
         if not args.get(key)
     ]
+    if args.get("lora_target") in ("", []):
+        problems.append(Problem("lora_target", args["lora_target"], "it names no layer", "lora_target: all"))
     if args.get("do_train") and not args.get("dataset"):
         problems.append(Problem("dataset", None, "training needs one", "dataset: alpaca_en_demo"))
     for key, path, remedy in (
