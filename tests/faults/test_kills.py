@@ -59,7 +59,7 @@ def _elapsed(command):
     return time.monotonic() - command.started
 
 
-@pytest.mark.parametrize("moment", range(20))
+@pytest.mark.parametrize("moment", range(8))
 def test_planning(moment, scene, planned, tell, tmp_path):
     config, expected, seconds = planned
     folder = tmp_path / "planned"
