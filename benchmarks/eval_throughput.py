@@ -23,7 +23,7 @@ import record
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eval import arguments, client, serving
+from eval import arguments, client, served, serving
 from eval.models import plan_servings
 from eval.server import environment, on_cpu, vllm_command
 
@@ -44,10 +44,12 @@ def request(options: argparse.Namespace, scratch: str) -> arguments.Request:
 
 def harness_pass(asked: arguments.Request, place: serving.Endpoint, loaded: list) -> tuple[float, list]:
     """Seconds of one evaluation on the running server, and its samples."""
-    model = {"url": place.url, "name": place.names["base"], "tokenizer": asked.models[0].path,
-             "max_length": place.max_length, "num_beams": 1, "concurrency": asked.concurrency}  # fmt: skip
+    asking = served.Asking(
+        site=place.site, name=place.names["base"], identity="base", tokenizer=asked.models[0].path,
+        max_length=place.max_length, concurrency=asked.concurrency,
+    )  # fmt: skip # with no file of answers: every pass asks everything
     started = time.perf_counter()
-    answers = client.ask_model(model, asked.tasks, loaded, asked.seeds, asked.limit, chat=True)
+    answers = client.ask_model(asking, asked.tasks, loaded, asked.seeds, asked.limit, asked.decoding, asked.prompting)
     return time.perf_counter() - started, answers.samples
 
 
