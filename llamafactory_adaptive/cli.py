@@ -227,8 +227,12 @@ def _signals_end_in_order() -> Iterator[None]:
 def doctor(arguments: argparse.Namespace) -> int:
     """Check the installation. Exit code 0 when adaptive runs will work through ``llamafactory-cli``."""
     probe = "import sys; print(any(type(f).__name__ == '_SeamFinder' for f in sys.meta_path))"
-    answer = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
-    hooked = answer.stdout.strip() == "True"
+    try:
+        answer = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False, timeout=60)
+        hooked = answer.stdout.strip() == "True"
+    except subprocess.TimeoutExpired:
+        print("a Python of this environment did not start within 60 s")
+        hooked = False
     switch = os.environ.get(_bootstrap.ENV_SWITCH, "not set")
     print(f"start-up hook   {'active' if hooked else 'NOT active'}  ({_bootstrap.ENV_SWITCH}: {switch})")
     print(f"plugin          {__version__}  python {sys.version.split()[0]}")
