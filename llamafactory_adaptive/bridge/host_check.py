@@ -137,9 +137,11 @@ def check_host_settings(args: Mapping[str, Any]) -> None:
 def _in_the_hosts_words(error: Exception, args: Mapping[str, Any]) -> Problem:
     """The host's refusal, under the first key that it names."""
     said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    words = {word.lower() for word in re.findall(r"[A-Za-z_]\w+", said)}
     known = [*args, *(action.dest for action in flag_parser()._actions)]  # what was given first
-    key = next((name for name in known if name in words or name.removeprefix("use_") in words), "settings")
+    spelled = {name.removeprefix("use_"): name for name in reversed(known)} | {name: name for name in known}
+    words = [word.lower() for word in re.findall(r"[A-Za-z_]\w+", said)]
+    named = [spelled[word] for word in words if word in spelled]
+    key = next((name for name in named if name in args), next(iter(named), "settings"))
     return Problem(key, args.get(key), f"LLaMA-Factory refuses it ({said})", "what its message asks for")
 
 
