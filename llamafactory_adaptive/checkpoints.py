@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from llamafactory_adaptive.errors import PlanError
@@ -44,10 +45,20 @@ def damage(checkpoint: Path) -> str:
     """Say what is wrong with a checkpoint, file by file; empty when it can be resumed from."""
     try:
         faults = damaged_files(checkpoint) if is_sealed(checkpoint) else _unreadable(checkpoint)
-    except (PlanError, OSError) as error:
+        faults = faults or _not_finite(checkpoint)
+    except (PlanError, OSError, SafetensorError) as error:
         faults = [str(error)]
     more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
     return "; ".join(faults[:_SHOWN]) + more
+
+
+def _not_finite(checkpoint: Path) -> list[str]:
+    """A run that has diverged saves whole checkpoints that nobody can go on from."""
+    for name in (name for name in ADAPTER_FILES if name.endswith(".safetensors") and (checkpoint / name).is_file()):
+        with safe_open(checkpoint / name, framework="pt") as file:
+            if not all(bool(torch.isfinite(file.get_tensor(key)).all()) for key in file.keys()):  # noqa: SIM118
+                return [f"{name} holds NaN or infinity: training had diverged"]
+    return []
 
 
 def _unreadable(checkpoint: Path) -> list[str]:

@@ -4,10 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from llamafactory_adaptive.adapter import ADAPTER_WEIGHTS, factors, live_layers
+from llamafactory_adaptive.adapter import factors, live_layers
 from llamafactory_adaptive.checkpoints import damage
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.processes import add_up, from_main
@@ -93,18 +92,10 @@ def _first_bad_weight(model: nn.Module) -> str:
 
 
 def _last_good(output: Path, before: int) -> str | None:
-    """The newest whole checkpoint of a step before ``before`` whose adapter is finite."""
+    """The newest whole checkpoint of a step before ``before``."""
     steps = {path: path.name.rpartition("-")[2] for path in output.glob("checkpoint-*")}
     older = sorted((int(step), path) for path, step in steps.items() if step.isdigit() and int(step) < before)
     for _, path in reversed(older):
-        if not damage(path) and _saved_finite(path / ADAPTER_WEIGHTS):
+        if not damage(path):
             return str(path)
     return None
-
-
-def _saved_finite(path: Path) -> bool:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return _finite(map(file.get_tensor, file.keys()))
-    except (OSError, SafetensorError):
-        return False

@@ -60,6 +60,21 @@ def test_it_ends_after_three_steps_with_step_and_checkpoint(method, tiny_llama, 
     assert not (out / "adapter_model.safetensors").exists()
 
 
+def test_the_same_command_goes_on_from_before_the_divergence(tiny_llama, data_dir, tmp_path, caplog):
+    """The checkpoints that were saved meanwhile are whole, but nobody can go on from them."""
+    _bootstrap.install()
+    from llamafactory.train.tuner import run_exp
+
+    args = arguments("uniform", tiny_llama, data_dir, tmp_path / "out") | {"overwrite_output_dir": False}
+    with pytest.raises(GuardError, match="training diverged"):
+        run_exp(args, [Spoil(3)])
+    assert (tmp_path / "out" / "checkpoint-3").is_dir()
+    run_exp(args)
+    assert "checkpoint-3 is damaged or was not written to its end (adapter_model.safetensors holds NaN" in caplog.text
+    assert "resuming from checkpoint-2" in caplog.text
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
 def test_a_few_bad_losses_are_borne(tiny_llama, data_dir, tmp_path):
     """The loss is infinite and its gradient zero for two steps: nothing was lost, the run goes on."""
     _bootstrap.install()
