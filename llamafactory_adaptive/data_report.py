@@ -12,7 +12,7 @@ from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import digest_of, read_json, write_atomically
 from llamafactory_adaptive.plan import RankPlan
 from llamafactory_adaptive.quality import Terms
-from llamafactory_adaptive.report import align
+from llamafactory_adaptive.report import align, save_figure
 from llamafactory_adaptive.sampling import Pool
 
 
@@ -136,7 +136,7 @@ def _save_plot(terms: Terms, pool: Pool, usage_N: Tensor, path: Path) -> None:
     right.set_xlabel("loss")
     right.set_ylabel("gradient norm")
     figure.colorbar(dots, ax=right, label="times used")
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def read_data_report(output: Path) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """Files of a run: their names, whole writes, checked reads of JSON, digests of a folder, one lock per folder."""
 
+import errno
 import hashlib
 import json
 import logging
 import math
 import os
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ PREVIOUS_FOLDER = "_adaptive_previous"  # what an older run in the same folder l
 
 _MOST_BYTES = 256 * 2**20
 _DEEPEST = 64
+_LITTLE = 2**16  # bytes: a disk with no more is full
 logger = logging.getLogger("llamafactory.adaptive")
 
 
@@ -162,9 +165,21 @@ def append_line(path: Path, line: str) -> None:
         raise cannot_write(path, error) from error
 
 
+def could_not_write(error: Exception) -> bool:
+    """Tell whether a save failed for want of space; torch and safetensors say so in words of their own."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return (
+        isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+    )
+
+
 def cannot_write(path: Path, error: Exception) -> OutputError:
     """Say in one line why ``path`` was not written, and what to do."""
     why = getattr(error, "strerror", None) or str(error)
+    place = next((folder for folder in path.parents if folder.is_dir()), None)
+    if place is not None and shutil.disk_usage(place).free < _LITTLE:  # torch's own words do not say so
+        why = os.strerror(errno.ENOSPC)
     return OutputError(f"{path} cannot be written ({why}); free space there or choose another folder, then run again")
 
 

@@ -3,13 +3,16 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llamafactory_adaptive.files import replacing
 from llamafactory_adaptive.plaintext import markdown, plain, plot_label
 from llamafactory_adaptive.plan import ModulePlan, RankPlan
 from llamafactory_adaptive.schedule import Schedule
 
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HEATMAP_FILE = "adaptive_ranks.png"
 HISTORY_FILE = "adaptive_rank_history.png"
@@ -119,8 +122,7 @@ def save_heatmap(plan: RankPlan, path: Path) -> None:
         fontsize=10,
     )
     figure.colorbar(image, ax=axes, label="rank")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def save_history(
@@ -159,8 +161,18 @@ def save_history(
     axes.axhline(start.lora_rank, color="0.6", linestyle=":", linewidth=1)
     axes.set_title(f"{plot_label(start.method)}: from rank {max(begin)} to the cost of uniform rank {start.lora_rank}")
     axes.legend(ncols=2, fontsize=8)
+    save_figure(figure, path)
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure as a whole PNG or not at all.
+
+    Raises:
+        OutputError: the folder or the disk does not take it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
 
 
 def schedule_table(start: RankPlan, schedule: Schedule, total_steps: int) -> str:

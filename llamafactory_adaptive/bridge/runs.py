@@ -1,6 +1,5 @@
 """One training run inside LLaMA-Factory: hand the plan over to the host, prove the result."""
 
-import errno
 import logging
 import os
 import time
@@ -33,7 +32,7 @@ from llamafactory_adaptive.bridge.resuming import (
 from llamafactory_adaptive.bridge.validation import parse_config
 from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
-from llamafactory_adaptive.files import cannot_write
+from llamafactory_adaptive.files import cannot_write, could_not_write
 from llamafactory_adaptive.leftovers import set_older_run_aside
 from llamafactory_adaptive.plan import RankPlan
 
@@ -205,7 +204,7 @@ def meet_trainer(trainer_class: type) -> type:
             try:
                 super()._save_checkpoint(*args, **kwargs)
             except (OSError, RuntimeError, SafetensorError) as error:
-                if not _could_not_write(error):
+                if not could_not_write(error):
                     raise
                 raise cannot_write(folder, error) from error
             if not self.args.save_only_model:
@@ -229,15 +228,6 @@ def meet_trainer(trainer_class: type) -> type:
 
     Met.__name__, Met.__qualname__, Met.__module__ = trainer_class.__name__, trainer_class.__qualname__, __name__
     return Met
-
-
-def _could_not_write(error: Exception) -> bool:
-    """Whether a save failed for want of space; torch and safetensors say so in words of their own."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return (
-        isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
-    )
 
 
 def _refuse_stray_keys(raw: Mapping[str, Any] | list[str]) -> None:

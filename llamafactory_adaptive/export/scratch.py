@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from llamafactory_adaptive.errors import OutputError
 from llamafactory_adaptive.export.faults import ExportError
-from llamafactory_adaptive.files import LOCK_FILE
+from llamafactory_adaptive.files import LOCK_FILE, cannot_write, could_not_write
 from llamafactory_adaptive.folder_lock import locked
 
 
@@ -37,6 +39,10 @@ def scratch_folder(out: Path) -> Iterator[Path]:
             yield folder
             (folder / LOCK_FILE).unlink()
             _take_name(folder, out)
+    except (OSError, SafetensorError) as error:
+        if not could_not_write(error):
+            raise
+        raise cannot_write(out, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

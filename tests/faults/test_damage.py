@@ -45,7 +45,8 @@ def test_a_checkpoint(index, kind, scene, tell, tmp_path):
     if path.name == "adaptive_digests.json" and kind == "removed":
         outcome = "a checkpoint without digests was checked by its parts and used"
     else:
-        assert path.name in said, said[-4000:]
+        # Where the list of digests is itself damaged, it may name another file.
+        assert path.name in said or path.name == "adaptive_digests.json", said[-4000:]
         assert "checkpoint-6" in said, said[-4000:]
         outcome = "said so, went on from the checkpoint before, same adapter bit for bit"
     tell("damage", f"{method}: {kind} {path.name} of the newest checkpoint", outcome)
