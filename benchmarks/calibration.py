@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from llamafactory_adaptive.calibration import Batch, InputSecondMoments, count_tokens, make_batches
 from llamafactory_adaptive.methods import ScoringContext
 from llamafactory_adaptive.methods.sensitivity import Sensitivity, SensitivityOptions
-from llamafactory_adaptive.plan import ModuleShape
+from llamafactory_adaptive.ranks.plan import ModuleShape
 
 
 TARGETS = {"time_ratio": 1.10, "memory_ratio": 1.05, "tau": 0.98}

@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM
 
 from llamafactory_adaptive.adapter import live_layers
 from llamafactory_adaptive.calibration import make_batches
-from llamafactory_adaptive.plan import ModulePlan, RankPlan
 from llamafactory_adaptive.quality import length_sorted, measure
+from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
 from llamafactory_adaptive.recording import Wanted
 from llamafactory_adaptive.triplet import Triplets
 

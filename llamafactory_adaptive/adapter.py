@@ -17,8 +17,8 @@ from torch import nn
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.files import read_mapping
 from llamafactory_adaptive.gradients import full_shape
-from llamafactory_adaptive.module_names import NamePattern
-from llamafactory_adaptive.plan import RankPlan
+from llamafactory_adaptive.ranks.module_names import NamePattern
+from llamafactory_adaptive.ranks.plan import RankPlan
 
 
 ADAPTER_CONFIG = "adapter_config.json"

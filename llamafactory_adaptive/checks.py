@@ -7,9 +7,10 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llamafactory_adaptive.config import PRUNING_KEYS, PruningConfig
+from llamafactory_adaptive.config import PRUNING_KEYS
 from llamafactory_adaptive.errors import Problem
-from llamafactory_adaptive.fields import coerce
+from llamafactory_adaptive.options import coerce
+from llamafactory_adaptive.ranks.schedule import PruningConfig
 
 
 def unknown_key_problems(given: Mapping[str, Any], known: Iterable[str]) -> list[Problem]:

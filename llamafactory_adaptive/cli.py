@@ -21,7 +21,7 @@ from llamafactory_adaptive import __version__, _bootstrap
 from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, AdaptiveError, Problem, SeamError
 from llamafactory_adaptive.export.command import add_export_arguments, export_request
-from llamafactory_adaptive.fields import coerce
+from llamafactory_adaptive.options import coerce
 from llamafactory_adaptive.plaintext import plain_lines
 
 
@@ -144,8 +144,8 @@ def _plan_of_a_dynamic_run(args: dict[str, Any], config: AdaptiveConfig) -> int:
     """What can be said before training: the start, and the budget over the share of the steps."""
     from llamafactory_adaptive.bridge.loading import estimated_steps
     from llamafactory_adaptive.bridge.plans import fresh_plan
+    from llamafactory_adaptive.ranks.schedule import Schedule, make_schedule, short_run_warning
     from llamafactory_adaptive.report import schedule_table, totals
-    from llamafactory_adaptive.schedule import Schedule, make_schedule, short_run_warning
 
     assert config.course is not None
     start = fresh_plan(args, config)

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llamafactory_adaptive.fields import option
+from llamafactory_adaptive.options import option
+from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
 
 
 @dataclass
@@ -78,40 +79,6 @@ class CalibrationConfig:
     dataset: str | None
     samples: int
     batch_size: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class PruningConfig:
-    """How a dynamic method goes from its over-ranked start to the budget. Ratios are of all optimizer steps."""
-
-    init_rank: int
-    warmup_ratio: float
-    final_ratio: float
-    interval: int
-    max_overhead: float | None
-    seed: int
-
-    @property
-    def live_rank(self) -> int:
-        """Rank of the tensors that train."""
-        return self.init_rank
-
-
-@dataclass(frozen=True)
-class ReallocationConfig:
-    """How a dynamic method moves ranks about under a constant budget.
-
-    Attributes:
-        live_rank: rank of the tensors that train: what a module can grow to.
-        refresh_ratio: share of all optimizer steps between two allocations.
-        beta: what the sensitivities of earlier intervals count, compared with those of the next.
-        seed: of the factors.
-    """
-
-    live_rank: int
-    refresh_ratio: float
-    beta: float
     seed: int
 
 

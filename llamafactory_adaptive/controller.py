@@ -25,8 +25,8 @@ from llamafactory_adaptive.checkpoints import damage, is_sealed, unseal, write_l
 from llamafactory_adaptive.divergence import DivergenceWatch
 from llamafactory_adaptive.errors import GuardError, PlanError
 from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, append_line, write_digests
-from llamafactory_adaptive.plan import RankPlan
 from llamafactory_adaptive.processes import from_main, gather, gather_digests, refuse_differences, wait_for_all
+from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.report import HEATMAP_FILE, closing_words, save_heatmap, update_card
 from llamafactory_adaptive.selection import Selection
 

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from llamafactory_adaptive.allocate import allocate, keep_components, reallocate_components
-from llamafactory_adaptive.config import AdaptiveConfig, ReallocationConfig
+from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.errors import GuardError
-from llamafactory_adaptive.plan import RankPlan
+from llamafactory_adaptive.ranks.allocation import allocate, keep_components, reallocate_components
+from llamafactory_adaptive.ranks.plan import RankPlan
+from llamafactory_adaptive.ranks.schedule import ReallocationConfig
 
 
 Masks = list[list[bool]]

@@ -22,13 +22,13 @@ from llamafactory_adaptive.files import PLAN_FILE, digest_of
 from llamafactory_adaptive.gradients import before_clipping, before_deepspeed_step, find_engine
 from llamafactory_adaptive.methods import DynamicMethod, ReallocatingMethod
 from llamafactory_adaptive.observing import Observer
-from llamafactory_adaptive.plan import RankPlan
 from llamafactory_adaptive.processes import wait_for_all
+from llamafactory_adaptive.ranks.plan import RankPlan
+from llamafactory_adaptive.ranks.schedule import Refreshes, Schedule, make_schedule, short_run_warning
 from llamafactory_adaptive.report import HEATMAP_FILE, HISTORY_FILE, save_heatmap, save_history
-from llamafactory_adaptive.schedule import Refreshes, Schedule, make_schedule, short_run_warning
+from llamafactory_adaptive.seeding import draw
 from llamafactory_adaptive.selection import Selection
 from llamafactory_adaptive.state import read_state, write_state
-from llamafactory_adaptive.stats import draw
 from llamafactory_adaptive.triplet import Triplets
 
 

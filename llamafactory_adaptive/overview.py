@@ -11,7 +11,7 @@ from llamafactory_adaptive.data_report import DATA_REPORT_FILE, data_report_of, 
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, read_lines
 from llamafactory_adaptive.plaintext import plain
-from llamafactory_adaptive.plan import RankPlan, load_plan
+from llamafactory_adaptive.ranks.plan import RankPlan, load_plan
 from llamafactory_adaptive.report import align, rank_table
 
 

@@ -16,13 +16,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llamafactory_adaptive.allocate import Allocation, allocate
 from llamafactory_adaptive.calibration import Measurement
 from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, CalibrationError, PlanError, Problem
 from llamafactory_adaptive.files import digest_of, is_intact, note_checksum, usable_entry
 from llamafactory_adaptive.methods import Scores, ScoringContext, StaticMethod
-from llamafactory_adaptive.plan import (
+from llamafactory_adaptive.ranks.allocation import Allocation, allocate
+from llamafactory_adaptive.ranks.plan import (
     SCHEMA_VERSION,
     ModulePlan,
     ModuleShape,

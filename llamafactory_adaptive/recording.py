@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from llamafactory_adaptive.calibration import IGNORE_INDEX
 from llamafactory_adaptive.errors import CalibrationError
-from llamafactory_adaptive.stats import draw
+from llamafactory_adaptive.seeding import draw
 
 
 # A and B of every adapted module, by module name.

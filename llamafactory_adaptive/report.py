@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from llamafactory_adaptive.files import replacing
 from llamafactory_adaptive.plaintext import markdown, plain, plot_label
-from llamafactory_adaptive.plan import ModulePlan, RankPlan
-from llamafactory_adaptive.schedule import Schedule
+from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
+from llamafactory_adaptive.ranks.schedule import Schedule
 
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any
 
 from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.errors import PlanError
-from llamafactory_adaptive.plan import RankPlan, load_plan
+from llamafactory_adaptive.ranks.plan import RankPlan, load_plan
 
 
 def check_same_run(plan: RankPlan, config: AdaptiveConfig, source: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from llamafactory_adaptive.stats import draw
+from llamafactory_adaptive.seeding import draw
 
 
 @dataclass(frozen=True)

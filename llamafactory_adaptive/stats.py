@@ -3,7 +3,6 @@
 Shape suffixes: ``_N`` input features of one module, ``_T`` tokens, ``_M`` modules.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -186,9 +185,3 @@ class IntervalMean(_Blockwise):
         """Another interval begins."""
         self.total.clear()
         self.count.clear()
-
-
-def draw(seed: int, step: int, micro_batch: int, choices: int) -> int:
-    """A number in ``0 .. choices - 1`` that its arguments alone determine: equal on every process and after resume."""
-    text = f"{seed}/{step}/{micro_batch}".encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:8]) % choices

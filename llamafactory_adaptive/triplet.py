@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llamafactory_adaptive.adapter import live_layers, lora_config_arguments, name_targets_in_full, peft_models
-from llamafactory_adaptive.plan import RankPlan
+from llamafactory_adaptive.ranks.plan import RankPlan
 
 
 _LAMBDA = "lambda_r"

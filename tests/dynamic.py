@@ -10,7 +10,7 @@ from llamafactory_adaptive.adapter import lora_config_arguments
 from llamafactory_adaptive.calibration import make_batches
 from llamafactory_adaptive.components import Components
 from llamafactory_adaptive.gradients import WholeEngine
-from llamafactory_adaptive.plan import ModulePlan, RankPlan
+from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
 from llamafactory_adaptive.triplet import Triplets
 
 

@@ -17,7 +17,7 @@ import smollm2
 import word_problems
 
 from llamafactory_adaptive.files import PLAN_FILE
-from llamafactory_adaptive.plan import load_plan
+from llamafactory_adaptive.ranks.plan import load_plan
 from llamafactory_adaptive.report import HEATMAP_FILE, rank_table
 
 

@@ -16,8 +16,8 @@ from typing import Any
 from llamafactory_adaptive.bridge.arguments import flag_parser, own_names, split_names
 from llamafactory_adaptive.bridge.measuring import OTHER_PROCESS
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
-from llamafactory_adaptive.fields import coerce
 from llamafactory_adaptive.files import check_writable
+from llamafactory_adaptive.options import coerce
 
 
 # Closed ranges of the host's numbers. ``None``: no bound on that side.

@@ -12,7 +12,7 @@ from typing import Any
 from llamafactory_adaptive.bridge.arguments import Args, local_rank, run_seed, split_names
 from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
 from llamafactory_adaptive.files import read_json, read_mapping
-from llamafactory_adaptive.plan import ModuleShape
+from llamafactory_adaptive.ranks.plan import ModuleShape
 
 
 logger = logging.getLogger("llamafactory.adaptive")

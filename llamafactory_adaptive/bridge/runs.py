@@ -34,7 +34,7 @@ from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
 from llamafactory_adaptive.files import cannot_write, could_not_write
 from llamafactory_adaptive.leftovers import set_older_run_aside
-from llamafactory_adaptive.plan import RankPlan
+from llamafactory_adaptive.ranks.plan import RankPlan
 
 
 logger = logging.getLogger("llamafactory.adaptive")

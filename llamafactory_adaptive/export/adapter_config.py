@@ -12,7 +12,7 @@ from llamafactory_adaptive.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
 from llamafactory_adaptive.export.faults import read_untrusted, refuse_entries_outside
 from llamafactory_adaptive.files import STATE_JSON
-from llamafactory_adaptive.module_names import is_module_name, is_plain_key
+from llamafactory_adaptive.ranks.module_names import is_module_name, is_plain_key
 
 
 # What LLaMA-Factory's reward stage writes beside an adapter.

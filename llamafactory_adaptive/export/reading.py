@@ -26,7 +26,7 @@ from llamafactory_adaptive.export.faults import ExportError
 from llamafactory_adaptive.export.serving import max_lora_rank
 from llamafactory_adaptive.export.updates import Update
 from llamafactory_adaptive.files import read_mapping
-from llamafactory_adaptive.module_names import is_plain_key, key_of
+from llamafactory_adaptive.ranks.module_names import is_plain_key, key_of
 
 
 Config = Mapping[str, Any]

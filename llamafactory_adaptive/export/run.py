@@ -22,7 +22,7 @@ from llamafactory_adaptive.export.serving import max_lora_rank, serve_command
 from llamafactory_adaptive.export.source import SourceAdapter, read_adapter
 from llamafactory_adaptive.export.vllm_check import check_vllm
 from llamafactory_adaptive.files import PLAN_FILE
-from llamafactory_adaptive.plan import load_plan
+from llamafactory_adaptive.ranks.plan import load_plan
 
 
 @dataclass(frozen=True)

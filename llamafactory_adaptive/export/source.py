@@ -16,7 +16,7 @@ from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
 from llamafactory_adaptive.export.adapter_config import ELSEWHERE, NARROWED, read_config
 from llamafactory_adaptive.export.faults import first_line
 from llamafactory_adaptive.export.tensor_files import TensorSpec, read_spec
-from llamafactory_adaptive.module_names import NamePattern, is_module_name, too_many_keys
+from llamafactory_adaptive.ranks.module_names import NamePattern, is_module_name, too_many_keys
 
 
 _FOR_PEFT = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save")

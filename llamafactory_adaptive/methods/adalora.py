@@ -14,9 +14,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llamafactory_adaptive.fields import option
 from llamafactory_adaptive.methods import Orthogonality
 from llamafactory_adaptive.methods._smoothed import SmoothedMethod
+from llamafactory_adaptive.options import option
 
 
 @dataclass(frozen=True)

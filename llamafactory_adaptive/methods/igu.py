@@ -30,10 +30,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llamafactory_adaptive.fields import option
 from llamafactory_adaptive.methods import Orthogonality
 from llamafactory_adaptive.methods._smoothed import SmoothedMethod
-from llamafactory_adaptive.stats import draw
+from llamafactory_adaptive.options import option
+from llamafactory_adaptive.seeding import draw
 
 
 @dataclass(frozen=True)

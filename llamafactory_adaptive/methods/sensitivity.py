@@ -29,8 +29,8 @@ from torch import Tensor
 
 from llamafactory_adaptive.calibration import InputSecondMoments
 from llamafactory_adaptive.errors import CalibrationError
-from llamafactory_adaptive.fields import option
 from llamafactory_adaptive.methods import Scores, ScoringContext
+from llamafactory_adaptive.options import option
 from llamafactory_adaptive.stats import combine, effective_rank, log_compress, normalise_within, top_k_mean, weigh
 
 

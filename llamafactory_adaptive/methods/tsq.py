@@ -33,8 +33,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from llamafactory_adaptive.errors import Problem
-from llamafactory_adaptive.fields import option
 from llamafactory_adaptive.methods import Scores, ScoringContext
+from llamafactory_adaptive.options import option
 from llamafactory_adaptive.sampling import Sampling
 from llamafactory_adaptive.stats import IntervalMean
 

@@ -10,7 +10,7 @@ from tiny import TARGETS, tiny_model
 
 from llamafactory_adaptive.adapter import check_live, check_saved, lora_config_arguments, name_targets_in_full
 from llamafactory_adaptive.errors import GuardError
-from llamafactory_adaptive.plan import ModulePlan, RankPlan
+from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
 
 
 def plan_for(model, ranks):

@@ -15,7 +15,7 @@ from tiny import pruning_settings, tsq_settings
 from workers import train_on_two
 
 from llamafactory_adaptive.data_report import SAMPLES_FILE
-from llamafactory_adaptive.plan import load_plan
+from llamafactory_adaptive.ranks.plan import load_plan
 
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,7 @@ import yaml
 from test_launch import BIN, run
 from tiny import pruning_settings, settings
 
-from llamafactory_adaptive.plan import load_plan
+from llamafactory_adaptive.ranks.plan import load_plan
 
 
 pytestmark = [

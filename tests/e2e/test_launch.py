@@ -14,7 +14,7 @@ from tiny import settings
 from workers import train_on_two
 
 from llamafactory_adaptive import cli
-from llamafactory_adaptive.plan import load_plan
+from llamafactory_adaptive.ranks.plan import load_plan
 
 
 pytestmark = pytest.mark.slow

@@ -16,7 +16,7 @@ from tiny import ARCHITECTURES, pruning_settings, save_tiny, settings
 
 from llamafactory_adaptive.checkpoints import damage
 from llamafactory_adaptive.errors import AdaptiveConfigError, GuardError, PlanError
-from llamafactory_adaptive.plan import load_plan
+from llamafactory_adaptive.ranks.plan import load_plan
 
 
 pytestmark = pytest.mark.slow

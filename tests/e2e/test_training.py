@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from llamafactory_adaptive import _bootstrap
 from llamafactory_adaptive.errors import AdaptiveConfigError, GuardError, PlanError
-from llamafactory_adaptive.plan import load_plan
+from llamafactory_adaptive.ranks.plan import load_plan
 
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ from tiny import settings
 
 from llamafactory_adaptive import files, folder_lock
 from llamafactory_adaptive.errors import AdaptiveConfigError, OutputError, PlanError
-from llamafactory_adaptive.plan import load_plan
+from llamafactory_adaptive.ranks.plan import load_plan
 
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ from tiny import tsq_settings
 
 from llamafactory_adaptive.data_report import DATA_PLOT_FILE, DATA_REPORT_FILE, SAMPLES_FILE, read_data_report
 from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError
-from llamafactory_adaptive.plan import load_plan
+from llamafactory_adaptive.ranks.plan import load_plan
 
 
 pytestmark = pytest.mark.slow

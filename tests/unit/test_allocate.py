@@ -10,8 +10,8 @@ import reference
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llamafactory_adaptive.allocate import allocate, water_fill
 from llamafactory_adaptive.errors import InfeasibleBudgetError
+from llamafactory_adaptive.ranks.allocation import allocate, water_fill
 
 
 @st.composite

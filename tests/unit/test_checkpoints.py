@@ -16,7 +16,7 @@ from llamafactory_adaptive import checkpoints, files, leftovers
 from llamafactory_adaptive.errors import AdaptiveError, CalibrationError, GuardError, OtherProcessError, PlanError
 from llamafactory_adaptive.methods import ScoringContext
 from llamafactory_adaptive.methods.sensitivity import Sensitivity, SensitivityOptions
-from llamafactory_adaptive.plan import ModuleShape
+from llamafactory_adaptive.ranks.plan import ModuleShape
 
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "adaptive_rank_plan.json", "trainer_state.json",

@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from llamafactory_adaptive.config import AdaptiveConfig, CalibrationConfig, ReallocationConfig
+from llamafactory_adaptive.config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.course import Course
 from llamafactory_adaptive.errors import GuardError
-from llamafactory_adaptive.plan import ModulePlan, RankPlan
+from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
+from llamafactory_adaptive.ranks.schedule import ReallocationConfig
 
 
 def course(**more):

@@ -23,7 +23,7 @@ from llamafactory_adaptive.export.quantisation import Nf4, QuantisationReport
 from llamafactory_adaptive.export.run import run_export
 from llamafactory_adaptive.export.source import read_adapter
 from llamafactory_adaptive.files import PLAN_FILE
-from llamafactory_adaptive.plan import ModulePlan, RankPlan
+from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
 
 
 def save_base(folder, architecture="llama", dtype=torch.bfloat16, shard="50GB", **sizes):

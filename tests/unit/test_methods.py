@@ -12,7 +12,7 @@ from llamafactory_adaptive.calibration import InputSecondMoments, make_batches
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.methods import ScoringContext, is_dynamic
 from llamafactory_adaptive.methods.sensitivity import Sensitivity, SensitivityOptions
-from llamafactory_adaptive.plan import ModuleShape
+from llamafactory_adaptive.ranks.plan import ModuleShape
 from llamafactory_adaptive.registry import get_method, methods
 
 

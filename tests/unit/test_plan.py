@@ -9,7 +9,7 @@ from llamafactory_adaptive.config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.errors import CalibrationError, PlanError
 from llamafactory_adaptive.files import write_atomically
 from llamafactory_adaptive.pipeline import check_plan, wait_for_plan
-from llamafactory_adaptive.plan import ModulePlan, ModuleShape, RankPlan, load_plan
+from llamafactory_adaptive.ranks.plan import ModulePlan, ModuleShape, RankPlan, load_plan
 from llamafactory_adaptive.sameness import check_same_run, check_same_scale
 
 

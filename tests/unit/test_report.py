@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plan import make_plan
 
-from llamafactory_adaptive.plan import ModulePlan
+from llamafactory_adaptive.ranks.plan import ModulePlan
 from llamafactory_adaptive.report import concentration_warning, place, rank_table, save_heatmap, update_card
 
 

@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamafactory_adaptive.allocate import keep_components
-from llamafactory_adaptive.config import PruningConfig
 from llamafactory_adaptive.errors import InfeasibleBudgetError
-from llamafactory_adaptive.schedule import Schedule, make_schedule
+from llamafactory_adaptive.ranks.allocation import keep_components
+from llamafactory_adaptive.ranks.schedule import PruningConfig, Schedule, make_schedule
 
 
 def pruning(warmup=0.1, final=0.3, interval=10):

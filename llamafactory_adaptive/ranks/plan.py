@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llamafactory_adaptive.allocate import Allocation
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import digest_of, file_digest, read_json, write_atomically
-from llamafactory_adaptive.plan_values import Values, shortened
+from llamafactory_adaptive.ranks.allocation import Allocation
+from llamafactory_adaptive.ranks.plan_values import Values, shortened
 
 
 SCHEMA_VERSION = 1

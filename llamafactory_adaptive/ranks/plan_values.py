@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llamafactory_adaptive.errors import PlanError
-from llamafactory_adaptive.module_names import is_module_name
+from llamafactory_adaptive.ranks.module_names import is_module_name
 
 
 LARGEST = 2**31  # of any size, rank or count

@@ -1,0 +1,9 @@
+"""Seeded draws that all processes and resumed runs share."""
+
+import hashlib
+
+
+def draw(seed: int, step: int, micro_batch: int, choices: int) -> int:
+    """A number in ``0 .. choices - 1`` that its arguments alone determine: equal on every process and after resume."""
+    text = f"{seed}/{step}/{micro_batch}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8]) % choices
