@@ -22,7 +22,8 @@ import torch
 from scipy.stats import kendalltau
 from transformers import AutoModelForCausalLM
 
-from llamafactory_adaptive.calibration import Batch, InputSecondMoments, count_tokens, make_batches
+from llamafactory_adaptive.calibration.batches import Batch, count_tokens, make_batches
+from llamafactory_adaptive.calibration.input_moments import InputSecondMoments
 from llamafactory_adaptive.methods import ScoringContext
 from llamafactory_adaptive.methods.sensitivity import Sensitivity, SensitivityOptions
 from llamafactory_adaptive.ranks.plan import ModuleShape

@@ -28,7 +28,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from llamafactory_adaptive.adapter import live_layers
-from llamafactory_adaptive.calibration import make_batches
+from llamafactory_adaptive.calibration.batches import make_batches
 from llamafactory_adaptive.quality import length_sorted, measure
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
 from llamafactory_adaptive.recording import Wanted

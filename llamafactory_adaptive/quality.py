@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llamafactory_adaptive.calibration import evaluating
+from llamafactory_adaptive.calibration.measurement import evaluating
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.recording import Layers, Recorder, Wanted
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llamafactory_adaptive.calibration import IGNORE_INDEX
+from llamafactory_adaptive.calibration.batches import IGNORE_INDEX
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.seeding import draw
 

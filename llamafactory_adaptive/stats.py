@@ -3,47 +3,10 @@
 Shape suffixes: ``_N`` input features of one module, ``_T`` tokens, ``_M`` modules.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-
-
-# Rows are reduced in pieces of about this many elements: small enough to stay in a CPU's cache (a whole activation in
-# fp32 costs 10 x more there, in page faults), large enough to keep a GPU busy, and never a second copy of the input.
-_CHUNK_ELEMENTS = {"cpu": 1 << 18, "other": 1 << 24}
-
-
-def second_moment_sum(
-    x_TN: Tensor, spans: Sequence[tuple[int, int]] | None = None, weights_T: Tensor | None = None
-) -> Tensor:
-    """``sum_t w_t * x_tj^2`` in fp32 pieces, accumulated in fp64.
-
-    Args:
-        x_TN: activations, any float dtype.
-        spans: half-open row ranges that count (padding left out); all rows when None. Ranges are read in place, where
-            picking rows by index would copy them.
-        weights_T: non-negative weight per row of ``x_TN``; 1 when None.
-
-    Returns:
-        fp64 vector of length N on the device of ``x_TN``.
-    """
-    tokens, features = x_TN.shape
-    chunk = max(1, _CHUNK_ELEMENTS.get(x_TN.device.type, _CHUNK_ELEMENTS["other"]) // features)
-    total_N = torch.zeros(features, dtype=torch.float64, device=x_TN.device)
-    for begin, end in spans if spans is not None else [(0, tokens)]:
-        for start in range(begin, end, chunk):
-            picked = slice(start, min(start + chunk, end))
-            squared = x_TN[picked].to(torch.float32, copy=True).square_()
-            total_N += squared.sum(0) if weights_T is None else weights_T[picked].to(torch.float32) @ squared
-    return total_N
-
-
-def spans_of(mask_T: Tensor) -> list[tuple[int, int]]:
-    """Half-open ranges of consecutive non-zero entries."""
-    edges = torch.diff((mask_T > 0).to(torch.int8), prepend=mask_T.new_zeros(1), append=mask_T.new_zeros(1))
-    starts, ends = (edges == 1).nonzero().flatten(), (edges == -1).nonzero().flatten()
-    return list(zip(starts.tolist(), ends.tolist(), strict=True))
 
 
 def top_k_mean(lambda_N: Tensor, fraction: float) -> Tensor:

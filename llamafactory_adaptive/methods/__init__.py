@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from llamafactory_adaptive.calibration import Measurement
+from llamafactory_adaptive.calibration.measurement import Measurement
 from llamafactory_adaptive.ranks.plan import ModuleShape
 from llamafactory_adaptive.sampling import Sampling
 

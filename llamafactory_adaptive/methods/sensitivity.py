@@ -27,7 +27,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llamafactory_adaptive.calibration import InputSecondMoments
+from llamafactory_adaptive.calibration.input_moments import InputSecondMoments
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.methods import Scores, ScoringContext
 from llamafactory_adaptive.options import option

@@ -8,7 +8,8 @@ import reference
 import torch
 from tiny import ARCHITECTURES, TARGETS, rows, tiny_model
 
-from llamafactory_adaptive.calibration import InputSecondMoments, make_batches
+from llamafactory_adaptive.calibration.batches import make_batches
+from llamafactory_adaptive.calibration.input_moments import InputSecondMoments
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.methods import ScoringContext, is_dynamic
 from llamafactory_adaptive.methods.sensitivity import Sensitivity, SensitivityOptions
@@ -152,11 +153,11 @@ def test_modules_that_read_one_input_tie_unless_gradients_weigh():
 
 
 def test_a_shared_input_is_reduced_once(monkeypatch):
-    from llamafactory_adaptive import calibration
+    from llamafactory_adaptive.calibration import input_moments
 
     calls = []
-    real = calibration.second_moment_sum
-    monkeypatch.setattr(calibration, "second_moment_sum", lambda *a: calls.append(1) or real(*a))
+    real = input_moments.second_moment_sum
+    monkeypatch.setattr(input_moments, "second_moment_sum", lambda *a: calls.append(1) or real(*a))
     model = tiny_model()
     InputSecondMoments()(model, targets(model), make_batches(rows(3), 3, 0))
     assert len(calls) == 2 * 4  # per layer: q/k/v, o, gate/up, down

@@ -9,7 +9,7 @@ from dynamic import start_plan
 from tiny import ARCHITECTURES, rows, tiny_model
 
 from llamafactory_adaptive.adapter import live_layers, lora_config_arguments
-from llamafactory_adaptive.calibration import make_batches
+from llamafactory_adaptive.calibration.batches import make_batches
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.quality import length_sorted, measure
 from llamafactory_adaptive.recording import Wanted, sample_losses, squared_norms

@@ -6,6 +6,7 @@ import reference
 import torch
 
 from llamafactory_adaptive import stats
+from llamafactory_adaptive.calibration.input_moments import input_moments
 
 
 def test_second_moments_are_the_hessian_diagonal_of_a_linear_layer():
@@ -16,27 +17,27 @@ def test_second_moments_are_the_hessian_diagonal_of_a_linear_layer():
         return 0.5 * (x @ w).square().sum()
 
     hessian = torch.autograd.functional.hessian(reconstruction, torch.randn(7, dtype=torch.float64))
-    assert torch.allclose(stats.second_moment_sum(x), hessian.diagonal(), rtol=1e-5)
+    assert torch.allclose(input_moments.second_moment_sum(x), hessian.diagonal(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_and_weights_pick_and_weigh_across_chunks(dtype, monkeypatch):
-    monkeypatch.setitem(stats._CHUNK_ELEMENTS, "cpu", 50)  # several chunks, the last one short
+    monkeypatch.setitem(input_moments._CHUNK_ELEMENTS, "cpu", 50)  # several chunks, the last one short
     x, weights, mask = torch.randn(33, 6).to(dtype), torch.rand(33), torch.zeros(33)
     rows = torch.tensor([0, 3, 4, 9, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 32])
     mask[rows] = 1
-    spans = stats.spans_of(mask)
+    spans = input_moments.spans_of(mask)
     assert spans == [(0, 1), (3, 5), (9, 10), (20, 30), (32, 33)]
     expected = (weights[rows].double()[:, None] * x[rows].double() ** 2).sum(0)
-    assert torch.allclose(stats.second_moment_sum(x, spans, weights), expected, rtol=1e-5)
-    assert torch.allclose(stats.second_moment_sum(x, spans), (x[rows].double() ** 2).sum(0), rtol=1e-5)
-    assert torch.allclose(stats.second_moment_sum(x), (x.double() ** 2).sum(0), rtol=1e-5)
+    assert torch.allclose(input_moments.second_moment_sum(x, spans, weights), expected, rtol=1e-5)
+    assert torch.allclose(input_moments.second_moment_sum(x, spans), (x[rows].double() ** 2).sum(0), rtol=1e-5)
+    assert torch.allclose(input_moments.second_moment_sum(x), (x.double() ** 2).sum(0), rtol=1e-5)
 
 
 def test_the_input_is_left_alone():
     x = torch.randn(5, 3)
     before = x.clone()
-    stats.second_moment_sum(x)
+    input_moments.second_moment_sum(x)
     assert torch.equal(x, before)
 
 

@@ -6,74 +6,56 @@ share one reduction.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from llamafactory_adaptive.calibration.batches import IGNORE_INDEX, Batch
+from llamafactory_adaptive.calibration.measurement import evaluating
 from llamafactory_adaptive.errors import CalibrationError
-from llamafactory_adaptive.stats import second_moment_sum, spans_of
 
 
-IGNORE_INDEX = -100
+# Rows are reduced in pieces of about this many elements: small enough to stay in a CPU's cache (a whole activation in
+# fp32 costs 10 x more there, in page faults), large enough to keep a GPU busy, and never a second copy of the input.
+_CHUNK_ELEMENTS = {"cpu": 1 << 18, "other": 1 << 24}
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Right-padded token rows; ``labels`` holds -100 where no loss is taken. All of shape (samples, tokens)."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device."""
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
-
-
-def make_batches(rows: Sequence[Mapping[str, Sequence[int]]], batch_size: int, pad_id: int) -> list[Batch]:
-    """Group rows of similar length, longest first (an out-of-memory shows at once), and pad on the right.
+def second_moment_sum(
+    x_TN: Tensor, spans: Sequence[tuple[int, int]] | None = None, weights_T: Tensor | None = None
+) -> Tensor:
+    """``sum_t w_t * x_tj^2`` in fp32 pieces, accumulated in fp64.
 
     Args:
-        rows: each with ``input_ids`` and ``labels`` of equal length.
-        batch_size: samples per batch.
-        pad_id: token put where a row is shorter; it never counts.
+        x_TN: activations, any float dtype.
+        spans: half-open row ranges that count (padding left out); all rows when None. Ranges are read in place, where
+            picking rows by index would copy them.
+        weights_T: non-negative weight per row of ``x_TN``; 1 when None.
+
+    Returns:
+        fp64 vector of length N on the device of ``x_TN``.
     """
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
-    picked = [[rows[index] for index in order[i : i + batch_size]] for i in range(0, len(order), batch_size)]
-    return [_pad(group, pad_id) for group in picked]
+    tokens, features = x_TN.shape
+    chunk = max(1, _CHUNK_ELEMENTS.get(x_TN.device.type, _CHUNK_ELEMENTS["other"]) // features)
+    total_N = torch.zeros(features, dtype=torch.float64, device=x_TN.device)
+    for begin, end in spans if spans is not None else [(0, tokens)]:
+        for start in range(begin, end, chunk):
+            picked = slice(start, min(start + chunk, end))
+            squared = x_TN[picked].to(torch.float32, copy=True).square_()
+            total_N += squared.sum(0) if weights_T is None else weights_T[picked].to(torch.float32) @ squared
+    return total_N
 
 
-def _pad(group: Sequence[Mapping[str, Sequence[int]]], pad_id: int) -> Batch:
-    width = max(len(row["input_ids"]) for row in group)
-
-    def column(key: str, fill: int) -> Tensor:
-        return torch.tensor([list(row[key]) + [fill] * (width - len(row[key])) for row in group])
-
-    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in group])
-    return Batch(column("input_ids", pad_id), mask, column("labels", IGNORE_INDEX))
-
-
-class Measurement(Protocol):
-    """An expensive pass over model and data. Methods with the same ``key`` share one pass and one cached result."""
-
-    @property
-    def key(self) -> str:
-        """Names the measurement and every option that changes its result."""
-
-    @property
-    def backward(self) -> bool:
-        """Whether it needs gradients."""
-
-    def __call__(
-        self, model: nn.Module, modules: Mapping[str, nn.Module], batches: Sequence[Batch]
-    ) -> dict[str, Tensor]:
-        """Return one CPU tensor per module name."""
+def spans_of(mask_T: Tensor) -> list[tuple[int, int]]:
+    """Half-open ranges of consecutive non-zero entries."""
+    edges = torch.diff((mask_T > 0).to(torch.int8), prepend=mask_T.new_zeros(1), append=mask_T.new_zeros(1))
+    starts, ends = (edges == 1).nonzero().flatten(), (edges == -1).nonzero().flatten()
+    return list(zip(starts.tolist(), ends.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -224,25 +206,3 @@ def _backward_pass(model: nn.Module, modules: Mapping[str, nn.Module], batch: Ba
         reduction="sum",
     )
     loss.backward()  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with all parameters frozen; every flag comes back as it was."""
-    training = [(module, module.training) for module in model.modules()]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, flag in training:
-            module.training = flag
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-def count_tokens(batches: Iterable[Batch]) -> int:
-    """Tokens that count, padding left out."""
-    return int(sum(int(batch.attention_mask.sum()) for batch in batches))

@@ -1,0 +1,1 @@
+"""Passes over a model and data that measure the target modules."""

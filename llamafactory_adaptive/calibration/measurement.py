@@ -1,0 +1,43 @@
+"""What a method asks to be measured, and the state a model is measured in."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from llamafactory_adaptive.calibration.batches import Batch
+
+
+class Measurement(Protocol):
+    """An expensive pass over model and data. Methods with the same ``key`` share one pass and one cached result."""
+
+    @property
+    def key(self) -> str:
+        """Names the measurement and every option that changes its result."""
+
+    @property
+    def backward(self) -> bool:
+        """Whether it needs gradients."""
+
+    def __call__(
+        self, model: nn.Module, modules: Mapping[str, nn.Module], batches: Sequence[Batch]
+    ) -> dict[str, Tensor]:
+        """Return one CPU tensor per module name."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode with all parameters frozen; every flag comes back as it was."""
+    training = [(module, module.training) for module in model.modules()]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+        for parameter in trainable:
+            parameter.requires_grad_(True)
