@@ -14,9 +14,9 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import nn
 
+from llamafactory_adaptive.engines.engine import full_shape
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.files import read_mapping
-from llamafactory_adaptive.gradients import full_shape
 from llamafactory_adaptive.ranks.module_names import NamePattern
 from llamafactory_adaptive.ranks.plan import RankPlan
 

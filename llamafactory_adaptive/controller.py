@@ -23,9 +23,15 @@ from llamafactory_adaptive.adapter import (
 )
 from llamafactory_adaptive.checkpoints import damage, is_sealed, unseal, write_layout
 from llamafactory_adaptive.divergence import DivergenceWatch
+from llamafactory_adaptive.engines.distributed import (
+    agree_across_ranks,
+    from_main,
+    gather,
+    refuse_differences,
+    wait_for_all,
+)
 from llamafactory_adaptive.errors import GuardError, PlanError
 from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, append_line, write_digests
-from llamafactory_adaptive.processes import from_main, gather, gather_digests, refuse_differences, wait_for_all
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.report import HEATMAP_FILE, closing_words, save_heatmap, update_card
 from llamafactory_adaptive.selection import Selection
@@ -241,11 +247,6 @@ PLANS_DIFFER = (
     "hold another plan than rank 0 (nodes that score for themselves can differ in the last bit): write one with "
     "`llamafactory-adaptive plan`, copy it to every node and set adaptive_plan"
 )
-
-
-def agree_across_ranks(digest: str, difference: str) -> None:
-    """Stop unless every process holds the same; ``difference`` says what it means when they do not."""
-    refuse_differences(gather_digests(digest), difference)
 
 
 def finish(output: Path, callback: AdaptiveCallback, trained_before: bool) -> None:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from llamafactory_adaptive.adapter import factors, live_layers
 from llamafactory_adaptive.checkpoints import damage
+from llamafactory_adaptive.engines.distributed import add_up, from_main
 from llamafactory_adaptive.errors import GuardError
-from llamafactory_adaptive.processes import add_up, from_main
 
 
 class DivergenceWatch:

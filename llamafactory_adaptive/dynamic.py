@@ -15,14 +15,15 @@ from torch import nn
 
 from llamafactory_adaptive.components import Components
 from llamafactory_adaptive.config import AdaptiveConfig
-from llamafactory_adaptive.controller import AdaptiveCallback, agree_across_ranks
+from llamafactory_adaptive.controller import AdaptiveCallback
 from llamafactory_adaptive.course import Course
+from llamafactory_adaptive.engines.distributed import agree_across_ranks, wait_for_all
+from llamafactory_adaptive.engines.engine import find_engine
+from llamafactory_adaptive.engines.step_hooks import before_clipping, before_deepspeed_step
 from llamafactory_adaptive.errors import GuardError, PlanError
 from llamafactory_adaptive.files import PLAN_FILE, digest_of
-from llamafactory_adaptive.gradients import before_clipping, before_deepspeed_step, find_engine
 from llamafactory_adaptive.methods import DynamicMethod, ReallocatingMethod
 from llamafactory_adaptive.observing import Observer
-from llamafactory_adaptive.processes import wait_for_all
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.ranks.schedule import Refreshes, Schedule, make_schedule, short_run_warning
 from llamafactory_adaptive.report import HEATMAP_FILE, HISTORY_FILE, save_heatmap, save_history

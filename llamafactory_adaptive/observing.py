@@ -6,9 +6,9 @@ from typing import Any
 
 from llamafactory_adaptive.components import Components
 from llamafactory_adaptive.controller import Counters
+from llamafactory_adaptive.engines.distributed import processes, synchronize
 from llamafactory_adaptive.methods import DynamicMethod
 from llamafactory_adaptive.probing import Prober, Thinner
-from llamafactory_adaptive.processes import processes, synchronize
 
 
 class Observer:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from llamafactory_adaptive.components import Components
+from llamafactory_adaptive.engines.distributed import latest
 from llamafactory_adaptive.errors import GuardError
-from llamafactory_adaptive.processes import latest
 
 
 class _Passes(nn.Module):

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch import distributed as dist
 
+from llamafactory_adaptive.engines.distributed import processes
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import STATE_JSON, replacing, write_atomically
-from llamafactory_adaptive.processes import processes
 
 
 STATE_SCHEMA = 2

@@ -9,7 +9,7 @@ from tiny import TARGETS, rows, tiny_model
 from llamafactory_adaptive.adapter import lora_config_arguments
 from llamafactory_adaptive.calibration.batches import make_batches
 from llamafactory_adaptive.components import Components
-from llamafactory_adaptive.gradients import WholeEngine
+from llamafactory_adaptive.engines.engine import WholeEngine
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
 from llamafactory_adaptive.triplet import Triplets
 

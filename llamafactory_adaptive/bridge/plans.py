@@ -28,7 +28,7 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         AdaptiveError: another run works there.
     """
-    from llamafactory_adaptive.processes import from_main
+    from llamafactory_adaptive.engines.distributed import from_main
 
     with ExitStack() as stack:
         from_main(f"the lock of {folder}", lambda: stack.enter_context(locked(folder)))
@@ -42,7 +42,7 @@ def agreed_plan(args: Args, config: AdaptiveConfig, checkpoint: Path | None) -> 
         AdaptiveError: on every process, before any of them loads the model.
     """
     from llamafactory_adaptive.controller import PLANS_DIFFER
-    from llamafactory_adaptive.processes import gather, refuse_differences
+    from llamafactory_adaptive.engines.distributed import gather, refuse_differences
 
     found: list[tuple[RankPlan, bool]] = []
 

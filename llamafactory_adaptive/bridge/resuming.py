@@ -22,7 +22,7 @@ def checkpoint_to_resume(args: Args) -> Path | None:
     Raises:
         AdaptiveError: on every process, with one text.
     """
-    from llamafactory_adaptive.processes import from_main, gather
+    from llamafactory_adaptive.engines.distributed import from_main, gather
 
     name = from_main("the choice of a checkpoint", lambda: _name(_choose(args)))
     chosen = Path(name) if name else None
@@ -87,7 +87,7 @@ def _step(checkpoint: Path) -> int:
 
 def _confirm(args: Args, chosen: Path | None) -> None:
     """Where output_dir is no shared folder, another node may hold other checkpoints than rank 0, or none."""
-    from llamafactory_adaptive.processes import launched_number
+    from llamafactory_adaptive.engines.distributed import launched_number
 
     if launched_number() == 0:
         return

@@ -92,8 +92,8 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], a
            ) -> None:  # fmt: skip
     from llamafactory_adaptive.controller import finish
     from llamafactory_adaptive.divergence import DivergenceWatch
-    from llamafactory_adaptive.operator_locks import bounded_waits
-    from llamafactory_adaptive.zero import init_deepspeed_on_cpu
+    from llamafactory_adaptive.engines.operator_locks import bounded_waits
+    from llamafactory_adaptive.engines.zero import init_deepspeed_on_cpu
 
     started = time.perf_counter()
     if args.get("deepspeed") and "LOCAL_RANK" not in os.environ:
@@ -127,7 +127,7 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], a
 
 def _begin_afresh(args: Args) -> None:
     """Nothing of an older run in the folder may be taken for this one's; every process goes on when that is done."""
-    from llamafactory_adaptive.processes import gather, launched_number
+    from llamafactory_adaptive.engines.distributed import gather, launched_number
 
     writes = launched_number() == 0 or (args.get("save_on_each_node") and local_rank() == 0)
 

@@ -179,27 +179,27 @@ def test_statistics_that_are_none_never_become_uniform_ranks(spoil, words, alloc
 
 def _said(rank: int, port: int, case: str, answers: "multiprocessing.Queue[tuple[int, str]]") -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    from llamafactory_adaptive import processes
+    from llamafactory_adaptive.engines import distributed
 
     def refuse() -> None:
         raise PlanError("no plan here")
 
     try:
         if case == "agree":
-            processes.wait_for_all("a place")
-            said = str(processes.gather("a place", lambda: rank))
+            distributed.wait_for_all("a place")
+            said = str(distributed.gather("a place", lambda: rank))
         elif case == "refused by rank 0":
-            said = str(processes.from_main("a place", refuse))
+            said = str(distributed.from_main("a place", refuse))
         elif case == "refused by rank 1":
-            said = str(processes.gather("a place", refuse if rank == 1 else lambda: None))
+            said = str(distributed.gather("a place", refuse if rank == 1 else lambda: None))
         elif case == "different":
-            everyone = processes.gather("a place", lambda: rank)
-            said = str(processes.refuse_differences(everyone, "have another number"))
+            everyone = distributed.gather("a place", lambda: rank)
+            said = str(distributed.refuse_differences(everyone, "have another number"))
         else:
-            processes.wait_for_all("a place")
+            distributed.wait_for_all("a place")
             if rank == 1:
                 time.sleep(4)
-            said = str(processes.gather("the last place", lambda: rank, seconds=1.0)) if rank == 0 else "late"
+            said = str(distributed.gather("the last place", lambda: rank, seconds=1.0)) if rank == 0 else "late"
     except AdaptiveError as error:
         said = f"{type(error).__name__}: {error}"
     answers.put((rank, said))

@@ -14,8 +14,8 @@ from peft.tuners.adalora.layer import RankAllocator
 
 from llamafactory_adaptive.adapter import lora_config_arguments
 from llamafactory_adaptive.components import Components
+from llamafactory_adaptive.engines.engine import WholeEngine
 from llamafactory_adaptive.errors import GuardError
-from llamafactory_adaptive.gradients import WholeEngine
 from llamafactory_adaptive.methods import Orthogonality, is_dynamic
 from llamafactory_adaptive.methods.adalora import Adalora, AdaloraOptions
 from llamafactory_adaptive.methods.igu import Igu, IguOptions, sampled_path

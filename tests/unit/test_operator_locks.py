@@ -7,8 +7,8 @@ import time
 import pytest
 from torch.utils.file_baton import FileBaton
 
+from llamafactory_adaptive.engines.operator_locks import bounded_waits
 from llamafactory_adaptive.errors import OutputError
-from llamafactory_adaptive.operator_locks import bounded_waits
 
 
 def lock_of(folder, age):

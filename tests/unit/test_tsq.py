@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamafactory_adaptive.components import Components
+from llamafactory_adaptive.engines.engine import WholeEngine
 from llamafactory_adaptive.errors import GuardError
-from llamafactory_adaptive.gradients import WholeEngine
 from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
 from llamafactory_adaptive.ranks.allocation import allocate, reallocate_components
 from llamafactory_adaptive.ranks.schedule import ReallocationConfig, make_schedule

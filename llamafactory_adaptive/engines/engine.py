@@ -7,14 +7,13 @@ Whoever needs the two asks a :class:`Engine` and works on pieces; nothing is gat
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from llamafactory_adaptive.optimizers import put, restart, square_sums
-from llamafactory_adaptive.zero import Zero3Engine, Zero12Engine
+from llamafactory_adaptive.engines.optimizer_state import put, restart, square_sums
+from llamafactory_adaptive.engines.zero import Zero3Engine, Zero12Engine
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -125,33 +124,3 @@ def find_engine(parameter: nn.Parameter, trainer: Any) -> Engine:
     scaler, optimizer = getattr(trainer.accelerator, "scaler", None), trainer.optimizer
     scale = (lambda: 1.0) if scaler is None else (lambda: float(scaler.get_scale()))
     return WholeEngine(scale, getattr(optimizer, "optimizer", optimizer))
-
-
-def before_clipping(accelerator: Any, hook: Callable[[], None]) -> None:
-    """Call ``hook`` once gradients are complete and not yet clipped, once per optimizer step, without DeepSpeed.
-
-    The Trainer asks its accelerator for the gradient norm at every step, whether it clips or not; its callbacks only
-    come after that.
-    """
-    _call_before(accelerator, "clip_grad_norm_", hook)
-
-
-def before_deepspeed_step(engine: Any, hook: Callable[[], None]) -> None:
-    """Call ``hook`` between ``engine.backward`` and ``engine.step``.
-
-    accelerate calls both inside ``backward``, so that the Trainer's callbacks come too late; it calls ``step`` only at
-    accumulation boundaries.
-    """
-    _call_before(engine, "step", hook)
-
-
-def _call_before(owner: Any, name: str, hook: Callable[[], None]) -> None:
-    """Put ``hook`` in front of one object's method."""
-    original = getattr(owner, name)
-
-    @wraps(original)
-    def method(*args: Any, **kwargs: Any) -> Any:
-        hook()
-        return original(*args, **kwargs)
-
-    setattr(owner, name, method)

@@ -21,6 +21,11 @@ from torch import distributed as dist
 from llamafactory_adaptive.errors import GuardError, OtherProcessError
 
 
+def agree_across_ranks(digest: str, difference: str) -> None:
+    """Stop unless every process holds the same; ``difference`` says what it means when they do not."""
+    refuse_differences(gather_digests(digest), difference)
+
+
 LIMIT_SECONDS = 1800.0  # no process of a job may come later than this to where the others wait
 _LINGER_SECONDS = 30.0
 _rounds = count()

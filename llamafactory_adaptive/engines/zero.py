@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from llamafactory_adaptive.optimizers import is_like, put, restart, square_sums
+from llamafactory_adaptive.engines.optimizer_state import is_like, put, restart, square_sums
 
 
 def init_deepspeed_on_cpu() -> None:

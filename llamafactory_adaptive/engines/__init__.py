@@ -1,0 +1,1 @@
+"""Where weights, gradients and optimizer states live: one process, DDP, ZeRO; and how processes agree."""
