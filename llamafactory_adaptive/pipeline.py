@@ -21,6 +21,7 @@ from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, CalibrationError, PlanError, Problem
 from llamafactory_adaptive.files import digest_of, is_intact, note_checksum, usable_entry
 from llamafactory_adaptive.methods import Scores, ScoringContext, StaticMethod
+from llamafactory_adaptive.methods._registry import get_method
 from llamafactory_adaptive.ranks.allocation import Allocation, allocate
 from llamafactory_adaptive.ranks.plan import (
     SCHEMA_VERSION,
@@ -30,7 +31,6 @@ from llamafactory_adaptive.ranks.plan import (
     load_plan,
     plan_from_allocation,
 )
-from llamafactory_adaptive.registry import get_method
 
 
 CACHE_ENV = "LLAMAFACTORY_ADAPTIVE_CACHE"

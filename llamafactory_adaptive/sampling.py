@@ -12,46 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from llamafactory_adaptive.methods import Sampling
 from llamafactory_adaptive.seeding import draw
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a method wants training data chosen.
-
-    Attributes:
-        weights: of gradient norm, loss drop and alignment in the quality.
-        loss_drop: ``first_order`` or ``exact``.
-        step_size: eta of the loss drop; None for the run's learning rate.
-        projection: dimensions of the random projection for the alignment; 0 for the exact one.
-        temperature: of the softmax over qualities.
-        subset_ratio: share of the pool that is trained on between two refreshes.
-        clip_term: ``loss`` or ``gradient_norm``: what ``clip_quantile`` looks at.
-        clip_quantile: samples whose term lies above it are left out; 1 keeps all.
-        batch_size: samples per scoring batch; None for the run's.
-        refresh_ratio: share of all optimizer steps between two draws.
-        scales_budget: whether the rank budget follows the quality of the subset.
-    """
-
-    weights: tuple[float, float, float]
-    loss_drop: str
-    step_size: float | None
-    projection: int
-    temperature: float
-    subset_ratio: float
-    clip_term: str
-    clip_quantile: float
-    batch_size: int | None
-    refresh_ratio: float
-    scales_budget: bool
-
-    def pool_size(self, samples: int) -> int:
-        """Samples left when the tail is clipped."""
-        return max(1, samples - int((1.0 - self.clip_quantile) * samples + 1e-9))
-
-    def subset_size(self, samples: int) -> int:
-        """Samples of one subset, of a training set of ``samples``."""
-        return max(1, round(self.subset_ratio * self.pool_size(samples)))
 
 
 def combine_terms(terms: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from llamafactory_adaptive.checks import unknown_key_problems
 from llamafactory_adaptive.config import AdaptiveArguments
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.methods._registry import get_method, methods
 from llamafactory_adaptive.options import coerce
-from llamafactory_adaptive.registry import get_method, methods
 
 
 Args = dict[str, Any]

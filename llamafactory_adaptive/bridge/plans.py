@@ -13,8 +13,8 @@ from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
 from llamafactory_adaptive.files import PLAN_FILE, STATE_JSON, digest_of
 from llamafactory_adaptive.folder_lock import locked
+from llamafactory_adaptive.methods._registry import get_method, methods
 from llamafactory_adaptive.ranks.plan import RankPlan, load_plan
-from llamafactory_adaptive.registry import get_method, methods
 
 
 logger = logging.getLogger("llamafactory.adaptive")

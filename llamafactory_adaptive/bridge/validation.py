@@ -19,9 +19,9 @@ from llamafactory_adaptive.conflicts import check_conflicts, check_course_confli
 from llamafactory_adaptive.environment import check_environment
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
 from llamafactory_adaptive.methods import is_dynamic
+from llamafactory_adaptive.methods._registry import get_method, methods, nearest
 from llamafactory_adaptive.options import check_fields
 from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
-from llamafactory_adaptive.registry import get_method, methods, nearest
 
 
 def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:

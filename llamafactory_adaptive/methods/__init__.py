@@ -5,160 +5,29 @@ scores those. Either is any class with the members of its protocol and an ``Opti
 YAML keys ``<method>_<field>``; there is nothing to inherit.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
-
-from torch import Tensor
-
-from llamafactory_adaptive.calibration.measurement import Measurement
-from llamafactory_adaptive.ranks.plan import ModuleShape
-from llamafactory_adaptive.sampling import Sampling
-
-
-@dataclass(frozen=True)
-class ScoringContext:
-    """What a method may know besides its statistics.
-
-    Attributes:
-        shapes: target modules in model order.
-        lora_rank: the budget as a uniform rank.
-        seed: for methods that draw at random.
-    """
-
-    shapes: tuple[ModuleShape, ...]
-    lora_rank: int
-    seed: int
+from llamafactory_adaptive.methods._contract import (
+    DynamicMethod,
+    Orthogonality,
+    ReallocatingMethod,
+    Sampling,
+    Scores,
+    ScoringContext,
+    StaticMethod,
+    is_dynamic,
+)
+from llamafactory_adaptive.methods._registry import get_method, methods, nearest
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What a static method returns.
-
-    Attributes:
-        values: module name to a non-negative finite score; ideal ranks are proportional to it.
-        metrics: column name to module name to a figure worth keeping in the plan (the method's own terms).
-    """
-
-    values: Mapping[str, float]
-    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-
-class StaticMethod(Protocol):
-    """Ranks fixed before training.
-
-    Attributes:
-        Options: a dataclass of options, made with :func:`~llamafactory_adaptive.fields.option`.
-        concentration_advice: what a user can change when few modules hold most of the score; empty when that is no
-            fault of the method's.
-    """
-
-    Options: ClassVar[type[Any]]
-    concentration_advice: ClassVar[str]
-
-    def measurement(self) -> Measurement | None:
-        """The pass over model and data it needs; None when it needs neither."""
-
-    def score(self, statistics: Mapping[str, Tensor], context: ScoringContext) -> Scores:
-        """Score every module from what the measurement returned. Cheap, deterministic, no model at hand."""
-
-
-@dataclass(frozen=True)
-class Orthogonality:
-    """Regulariser on the factors of ``P diag(lambda) Q``: ``weight * mean over all P and Q of the Frobenius norm``.
-
-    Attributes:
-        weight: factor of the mean.
-        form: what of the Gram matrix (``P^T P``, ``Q Q^T``) counts: its ``off_diagonal`` part, or its difference from
-            the ``identity`` (AdaLoRA, Eq. 4).
-    """
-
-    weight: float
-    form: str
-
-
-class DynamicMethod(Protocol):
-    """Ranks found while training. The adapter of every module is ``P diag(lambda) Q``, over-ranked at first.
-
-    Between backward pass and optimizer step the method sees weights and gradients, in blocks: all elements of one
-    kind (``lambda``, ``P`` or ``Q``) and shape, flat; under ZeRO the elements this process owns. What it keeps per
-    element must depend on that element alone, so that it can live where the element lives.
-
-    Attributes:
-        Options, concentration_advice: as in :class:`StaticMethod`.
-        initial_lambda: value lambda starts from; None for plain LoRA factors without lambda.
-    """
-
-    Options: ClassVar[type[Any]]
-    concentration_advice: ClassVar[str]
-    initial_lambda: ClassVar[float | None]
-
-    @property
-    def course(self) -> str:
-        """How ranks change.
-
-        ``prune``: over-ranked at first, the globally best components stay under a falling budget. ``reallocate``:
-        module ranks proportional to the mean score of their elements in use, discounted over refreshes (a component's
-        first interval does not count), under a constant budget;
-        see :class:`ReallocatingMethod`. ``fixed``: not at all; the method is a :class:`StaticMethod` then.
-        """
-
-    @property
-    def sampling(self) -> Sampling | None:
-        """How training data is chosen, where the method chooses it."""
-
-    @property
-    def orthogonality(self) -> Orthogonality | None:
-        """The regulariser to train with, if any."""
-
-    def position(self, seed: int, step: int, micro_batch: int) -> float:
-        """Factor in (0, 1] on every adapter weight in the training forward of this micro-batch; 1 trains plainly."""
-
-    def path(self, seed: int, step: int) -> list[tuple[float, float]] | None:
-        """What to observe at this step: None for the training gradient, else extra passes (an empty list for none).
-
-        Each pass is (factor on every adapter weight, weight of the gradient there); their weighted sum is observed.
-        """
-
-    def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
-        """See one block.
-
-        Args:
-            block: its name, ``<kind>/<shape>``.
-            weights, gradients: fp32, flat; ``gradients`` is the method's own, to keep or to use up as scratch.
-            live: 1.0 for elements that took part, 0.0 for P and Q of components that are masked (whose gradient is
-                zero by construction and says nothing); None when all did.
-        """
-
-    def element_scores(self, block: str, weights: Tensor) -> Tensor:
-        """Score of each element. A component scores its lambda plus the means over its column of P and row of Q."""
-
-    def state(self) -> dict[str, Tensor]:
-        """Tensors an exact resume needs."""
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what ``state`` gave."""
-
-
-class ReallocatingMethod(DynamicMethod, Protocol):
-    """What a dynamic method has besides when its course is ``reallocate``."""
-
-    @property
-    def refresh_ratio(self) -> float:
-        """Share of all optimizer steps between two allocations."""
-
-    @property
-    def beta(self) -> float:
-        """What the sensitivities of earlier intervals count, compared with those of the next; 0 to 1."""
-
-    @property
-    def idle_on_a_plan(self) -> tuple[str, ...]:
-        """Options that are not read when ranks come from ``adaptive_plan``; those of its sampling still are."""
-
-    def allocated(self) -> None:
-        """Ranks were shared anew: another interval begins, and what was seen of elements is over."""
-
-
-def is_dynamic(method: type[Any]) -> bool:
-    """Whether a method finds ranks during training."""
-    return hasattr(method, "observe")
+__all__ = [
+    "DynamicMethod",
+    "Orthogonality",
+    "ReallocatingMethod",
+    "Sampling",
+    "Scores",
+    "ScoringContext",
+    "StaticMethod",
+    "get_method",
+    "is_dynamic",
+    "methods",
+    "nearest",
+]

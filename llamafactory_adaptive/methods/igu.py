@@ -31,7 +31,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from llamafactory_adaptive.methods import Orthogonality
-from llamafactory_adaptive.methods._smoothed import SmoothedMethod
+from llamafactory_adaptive.methods._running_stats import SmoothedMethod
 from llamafactory_adaptive.options import option
 from llamafactory_adaptive.seeding import draw
 

@@ -30,8 +30,15 @@ from torch import Tensor
 from llamafactory_adaptive.calibration.input_moments import InputSecondMoments
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.methods import Scores, ScoringContext
+from llamafactory_adaptive.methods._module_metrics import (
+    combine,
+    effective_rank,
+    log_compress,
+    normalise_within,
+    top_k_mean,
+    weigh,
+)
 from llamafactory_adaptive.options import option
-from llamafactory_adaptive.stats import combine, effective_rank, log_compress, normalise_within, top_k_mean, weigh
 
 
 logger = logging.getLogger("llamafactory.adaptive")

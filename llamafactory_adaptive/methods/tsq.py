@@ -34,9 +34,9 @@ from torch import Tensor
 
 from llamafactory_adaptive.errors import Problem
 from llamafactory_adaptive.methods import Scores, ScoringContext
+from llamafactory_adaptive.methods._contract import Sampling
+from llamafactory_adaptive.methods._running_stats import IntervalMean
 from llamafactory_adaptive.options import option
-from llamafactory_adaptive.sampling import Sampling
-from llamafactory_adaptive.stats import IntervalMean
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from llamafactory_adaptive.components import Components
 from llamafactory_adaptive.engines.engine import WholeEngine
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.methods import Orthogonality, is_dynamic
+from llamafactory_adaptive.methods._registry import get_method, methods
+from llamafactory_adaptive.methods._running_stats import SmoothedImportance
 from llamafactory_adaptive.methods.adalora import Adalora, AdaloraOptions
 from llamafactory_adaptive.methods.igu import Igu, IguOptions, sampled_path
 from llamafactory_adaptive.probing import Prober, Thinner
 from llamafactory_adaptive.ranks.allocation import keep_components
-from llamafactory_adaptive.registry import get_method, methods
 from llamafactory_adaptive.seeding import draw
-from llamafactory_adaptive.stats import SmoothedImportance
 from llamafactory_adaptive.triplet import Triplets
 
 

@@ -12,9 +12,9 @@ from llamafactory_adaptive.calibration.batches import make_batches
 from llamafactory_adaptive.calibration.input_moments import InputSecondMoments
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.methods import ScoringContext, is_dynamic
+from llamafactory_adaptive.methods._registry import get_method, methods
 from llamafactory_adaptive.methods.sensitivity import Sensitivity, SensitivityOptions
 from llamafactory_adaptive.ranks.plan import ModuleShape
-from llamafactory_adaptive.registry import get_method, methods
 
 
 def targets(model):

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamafactory_adaptive.sampling import Pool, Sampling, SubsetSampler, Timeline, combine_terms
+from llamafactory_adaptive.methods import Sampling
+from llamafactory_adaptive.sampling import Pool, SubsetSampler, Timeline, combine_terms
 
 
 def sampling(**more):

@@ -28,7 +28,7 @@ class UnknownMethodError(AdaptiveError, KeyError):
 
 def built_in() -> dict[str, str]:
     """Every file of ``methods/`` is a method: ``my_method.py`` holds the class ``MyMethod``. Nothing is imported."""
-    files = sorted((Path(__file__).parent / "methods").glob("[!_]*.py"))
+    files = sorted((Path(__file__).parent).glob("[!_]*.py"))
     return {
         file.stem: f"llamafactory_adaptive.methods.{file.stem}:{file.stem.title().replace('_', '')}" for file in files
     }

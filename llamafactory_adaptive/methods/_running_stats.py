@@ -1,0 +1,131 @@
+"""What igu and adalora share: element importance ``|w g|``, smoothed, as all there is to keep."""
+
+from collections.abc import Mapping
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+
+class _Blockwise:
+    """Tensors by named block, under the attributes that ``kinds`` names: how they are kept and read back."""
+
+    kinds: tuple[str, ...]
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything needed to go on, by name."""
+        return {f"{kind}.{block}": value for kind in self.kinds for block, value in getattr(self, kind).items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave; what is there now is forgotten."""
+        for kind in self.kinds:
+            getattr(self, kind).clear()
+        for name, value in state.items():
+            kind, _, block = name.partition(".")
+            getattr(self, kind)[block] = value
+
+
+class SmoothedImportance(_Blockwise):
+    """Running mean and running deviation of element importances (AdaLoRA, Eq. 9-10; IGU-LoRA, Eq. 10-12).
+
+    ``S <- b1 S + (1 - b1) s`` and ``U <- b2 U + (1 - b2) |s - S|`` with the new S; both start at zero. Elements come
+    in named blocks, flat, in fp32. Memory: two numbers per element.
+    """
+
+    kinds = ("mean", "deviation")
+
+    def __init__(self, beta1: float, beta2: float) -> None:
+        self.beta1, self.beta2 = beta1, beta2
+        self.mean: dict[str, Tensor] = {}
+        self.deviation: dict[str, Tensor] = {}
+
+    def update(self, block: str, importance: Tensor, observed: Tensor | None = None) -> None:
+        """Take one observation; ``importance`` is used up as scratch.
+
+        Args:
+            block: name of the block.
+            importance: s, non-negative, any shape that stays the same.
+            observed: elements to update, of that shape; the others keep S and U. All when None.
+        """
+        if block not in self.mean:
+            self.mean[block] = torch.zeros_like(importance)
+            self.deviation[block] = torch.zeros_like(importance)
+        mean, deviation = self.mean[block], self.deviation[block]
+        step = importance.sub_(mean)
+        if observed is not None:
+            step.mul_(observed)
+        mean.add_(step, alpha=1 - self.beta1)
+        # With the new S, |s - S_new| = b1 |s - S_old|: no second look at s is needed.
+        step.abs_().mul_(self.beta1).sub_(deviation)
+        if observed is not None:
+            step.mul_(observed)
+        deviation.add_(step, alpha=1 - self.beta2)
+
+    def snr(self, block: str, epsilon: float) -> Tensor:
+        """``(S + e) / (U + e)``: a large, steady importance scores high (IGU-LoRA, Eq. 12)."""
+        return (self.mean[block] + epsilon) / (self.deviation[block] + epsilon)
+
+    def product(self, block: str) -> Tensor:
+        """``S * U`` (AdaLoRA, Eq. 11)."""
+        return self.mean[block] * self.deviation[block]
+
+
+class IntervalMean(_Blockwise):
+    """Mean of the observations of one interval. Elements come in named blocks, flat, in fp32: a number per element."""
+
+    kinds = ("total", "count")
+
+    def __init__(self) -> None:
+        self.total: dict[str, Tensor] = {}
+        self.count: dict[str, Tensor] = {}
+
+    def update(self, block: str, values: Tensor) -> None:
+        """Take one observation; ``values`` is kept, or used up as scratch."""
+        if block not in self.total:
+            self.total[block], self.count[block] = values, torch.ones(())
+        else:
+            self.total[block].add_(values)
+            self.count[block] += 1
+
+    def mean(self, block: str) -> Tensor:
+        """Per element."""
+        return self.total[block] / self.count[block].item()
+
+    def clear(self) -> None:
+        """Another interval begins."""
+        self.total.clear()
+        self.count.clear()
+
+
+class SmoothingOptions(Protocol):
+    """Options with the two smoothing factors."""
+
+    @property
+    def beta1(self) -> float:
+        """Of the importance."""
+
+    @property
+    def beta2(self) -> float:
+        """Of its deviation."""
+
+
+class SmoothedMethod:
+    """The observing half of a dynamic method: ``s = |w g|`` to S and U, and their way into checkpoints and back."""
+
+    course: ClassVar[str] = "prune"
+    sampling: ClassVar[None] = None
+
+    def __init__(self, options: SmoothingOptions) -> None:
+        self.importance = SmoothedImportance(options.beta1, options.beta2)
+
+    def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
+        """Smooth ``s = |w g|``."""
+        self.importance.update(block, gradients.mul_(weights).abs_(), live)
+
+    def state(self) -> dict[str, Tensor]:
+        """Running means and deviations."""
+        return self.importance.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take them back."""
+        self.importance.load(state)
