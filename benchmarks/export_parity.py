@@ -59,7 +59,7 @@ def make_adapter(base: Path, folder: Path, own_alphas: bool) -> Path:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from llamafactory_adaptive.adapter import contract_arguments
+    from llamafactory_adaptive.adapter.lora import contract_arguments
 
     model, draw = AutoModelForCausalLM.from_pretrained(base, dtype="auto"), random.Random(7)
     names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in TARGETS]

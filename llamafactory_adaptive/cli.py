@@ -97,7 +97,7 @@ def _require_enabled() -> None:
 def plan(arguments: argparse.Namespace) -> int:
     """Plan ranks without training: table, heat-map, ``adaptive_rank_plan.json``."""
     _require_enabled()
-    from llamafactory_adaptive.adapter import ADAPTER_WEIGHTS
+    from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS
     from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings
     from llamafactory_adaptive.bridge.host_check import check_host_settings
     from llamafactory_adaptive.bridge.plans import advice, fresh_plan

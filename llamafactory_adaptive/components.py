@@ -12,11 +12,11 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from llamafactory_adaptive.adapter.masked_lora import Triplets, fresh_rows
 from llamafactory_adaptive.engines.distributed import add_up, processes
 from llamafactory_adaptive.engines.engine import Engine, full_shape
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.methods import DynamicMethod, Orthogonality
-from llamafactory_adaptive.triplet import Triplets, fresh_rows
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,14 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from llamafactory_adaptive.adapter import (
+from llamafactory_adaptive.adapter.lora import (
     ADAPTER_WEIGHTS,
-    check_live,
-    check_saved,
     factors,
     keep_4bit_unpacked_on_cpu,
     live_layers,
     name_targets_in_full,
 )
+from llamafactory_adaptive.adapter.verify import check_live, check_saved
 from llamafactory_adaptive.checkpoints import damage, is_sealed, unseal, write_layout
 from llamafactory_adaptive.divergence import DivergenceWatch
 from llamafactory_adaptive.engines.distributed import (

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from llamafactory_adaptive.adapter.masked_lora import Triplets
 from llamafactory_adaptive.components import Components
 from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.controller import AdaptiveCallback
@@ -30,7 +31,6 @@ from llamafactory_adaptive.report import HEATMAP_FILE, HISTORY_FILE, save_heatma
 from llamafactory_adaptive.seeding import draw
 from llamafactory_adaptive.selection import Selection
 from llamafactory_adaptive.state import read_state, write_state
-from llamafactory_adaptive.triplet import Triplets
 
 
 DECISIONS_DIFFER = (

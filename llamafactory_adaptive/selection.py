@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from llamafactory_adaptive.adapter import factors, live_layers
+from llamafactory_adaptive.adapter.lora import factors, live_layers
 from llamafactory_adaptive.data_report import save_data_report
 from llamafactory_adaptive.engines.distributed import add_up, gather, process_number, processes, refuse_differences
 from llamafactory_adaptive.errors import CalibrationError, GuardError, PlanError

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import TARGETS
 from transformers import AutoModelForCausalLM
 
-from llamafactory_adaptive.adapter import contract_arguments
+from llamafactory_adaptive.adapter.lora import contract_arguments
 
 
 def save_adapter(base: Path, folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:

@@ -86,7 +86,7 @@ def run_measurement_job(job: Mapping[str, Any], config: AdaptiveConfig) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from llamafactory_adaptive.adapter import keep_4bit_unpacked_on_cpu
+    from llamafactory_adaptive.adapter.lora import keep_4bit_unpacked_on_cpu
 
     args, path = job["args"], Path(job["path"])
     measurement = make_method(config).measurement()

@@ -50,7 +50,7 @@ def inject_ranks(lora_config: Any) -> Callable[..., Any]:
     def make(*args: Any, **kwargs: Any) -> Any:
         callback = _current.get()
         if callback is not None:
-            from llamafactory_adaptive.adapter import lora_config_arguments
+            from llamafactory_adaptive.adapter.lora import lora_config_arguments
 
             kwargs |= lora_config_arguments(callback.plan)
             callback.counters.configs_injected += 1

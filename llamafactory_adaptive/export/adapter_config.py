@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llamafactory_adaptive.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from llamafactory_adaptive.adapter.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
 from llamafactory_adaptive.export.faults import read_untrusted, refuse_entries_outside
 from llamafactory_adaptive.files import STATE_JSON

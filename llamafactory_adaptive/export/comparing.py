@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from llamafactory_adaptive.adapter import keep_4bit_unpacked_on_cpu
+from llamafactory_adaptive.adapter.lora import keep_4bit_unpacked_on_cpu
 from llamafactory_adaptive.export.base import BaseCheckpoint
 from llamafactory_adaptive.export.certificate import ROUNDING_FACTOR, Check, Comparison, update_check
 from llamafactory_adaptive.export.faults import ExportError, first_line, loading_fault

@@ -22,7 +22,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from llamafactory_adaptive.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, contract_arguments, whole
+from llamafactory_adaptive.adapter.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, contract_arguments, whole
 from llamafactory_adaptive.export.source import SourceAdapter, factor_key
 from llamafactory_adaptive.export.tensor_files import TensorSpec, write_streaming
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from llamafactory_adaptive.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TENSOR_PREFIX
+from llamafactory_adaptive.adapter.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TENSOR_PREFIX
 from llamafactory_adaptive.export.faults import ExportError
 from llamafactory_adaptive.export.serving import max_lora_rank
 from llamafactory_adaptive.export.updates import Update

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llamafactory_adaptive.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TENSOR_PREFIX
+from llamafactory_adaptive.adapter.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TENSOR_PREFIX
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
 from llamafactory_adaptive.export.adapter_config import ELSEWHERE, NARROWED, read_config
 from llamafactory_adaptive.export.faults import first_line

@@ -17,7 +17,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from llamafactory_adaptive.adapter import TENSOR_PREFIX
+from llamafactory_adaptive.adapter.lora import TENSOR_PREFIX
 
 
 # Factors are copied as they are; where B takes up a scale it is rounded to fp32 once, some 1e-7.

@@ -12,7 +12,8 @@ import torch
 from dynamic import batch, scatter, start_plan, stream, triplet_model
 from peft.tuners.adalora.layer import RankAllocator
 
-from llamafactory_adaptive.adapter import lora_config_arguments
+from llamafactory_adaptive.adapter.lora import lora_config_arguments
+from llamafactory_adaptive.adapter.masked_lora import Triplets
 from llamafactory_adaptive.components import Components
 from llamafactory_adaptive.engines.engine import WholeEngine
 from llamafactory_adaptive.errors import GuardError
@@ -24,7 +25,6 @@ from llamafactory_adaptive.methods.igu import Igu, IguOptions, sampled_path
 from llamafactory_adaptive.probing import Prober, Thinner
 from llamafactory_adaptive.ranks.allocation import keep_components
 from llamafactory_adaptive.seeding import draw
-from llamafactory_adaptive.triplet import Triplets
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import TARGETS, save_tiny
 from transformers import AutoModelForCausalLM
 
-from llamafactory_adaptive.adapter import contract_arguments
+from llamafactory_adaptive.adapter.lora import contract_arguments
 from llamafactory_adaptive.export import run, serving
 from llamafactory_adaptive.export.base import BaseCheckpoint
 from llamafactory_adaptive.export.command import SERVERS, ExportRequest

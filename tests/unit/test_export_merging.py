@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from llamafactory_adaptive.adapter import contract_arguments
+from llamafactory_adaptive.adapter.lora import contract_arguments
 from llamafactory_adaptive.errors import AdaptiveConfigError
 from llamafactory_adaptive.export import merging, parity, run
 from llamafactory_adaptive.export.base import find_base

@@ -8,7 +8,7 @@ import torch
 from dynamic import start_plan
 from tiny import ARCHITECTURES, rows, tiny_model
 
-from llamafactory_adaptive.adapter import live_layers, lora_config_arguments
+from llamafactory_adaptive.adapter.lora import live_layers, lora_config_arguments
 from llamafactory_adaptive.calibration.batches import make_batches
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.quality import length_sorted, measure
@@ -230,7 +230,7 @@ def test_a_4bit_base_gives_the_norms_of_its_own_backward_passes(tmp_path):
     from tiny import save_tiny
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from llamafactory_adaptive.adapter import keep_4bit_unpacked_on_cpu
+    from llamafactory_adaptive.adapter.lora import keep_4bit_unpacked_on_cpu
 
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     quantised = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "m"), quantization_config=four_bits)

@@ -71,7 +71,7 @@ def test_what_is_only_observed_does_not_train():
 def test_saved_adapters_are_plain_lora_and_equal_the_live_model(architecture, tmp_path):
     from dataclasses import replace
 
-    from llamafactory_adaptive.adapter import check_saved
+    from llamafactory_adaptive.adapter.verify import check_saved
 
     model, triplets, _ = triplet_model(architecture)
     plan = start_plan(tiny_model(architecture))

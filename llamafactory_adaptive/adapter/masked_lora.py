@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llamafactory_adaptive.adapter import live_layers, lora_config_arguments, name_targets_in_full, peft_models
+from llamafactory_adaptive.adapter.lora import live_layers, lora_config_arguments, name_targets_in_full, peft_models
 from llamafactory_adaptive.ranks.plan import RankPlan
 
 

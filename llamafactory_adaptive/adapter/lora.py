@@ -1,0 +1,88 @@
+"""The PEFT side: a plan becomes LoraConfig arguments; live and saved adapters are checked against the plan.
+
+What is saved obeys one rule: every module has the same alpha/r, and it equals ``lora_alpha / r`` of the config, where
+``r`` is the largest rank in use. A server that ignores ``rank_pattern`` and ``alpha_pattern`` is then right too.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from llamafactory_adaptive.ranks.plan import RankPlan
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TENSOR_PREFIX = "base_model.model."
+
+
+def whole(value: float) -> int | float:
+    """An int where the value is whole: some servers declare ``lora_alpha`` as int."""
+    return int(value) if float(value).is_integer() else value
+
+
+def lora_config_arguments(plan: RankPlan) -> dict[str, Any]:
+    """The arguments of ``peft.LoraConfig`` that carry the plan; everything else stays the caller's."""
+    return contract_arguments({module.name: module.rank for module in plan.active}, plan.scale)
+
+
+def contract_arguments(ranks: Mapping[str, int], scale: float) -> dict[str, Any]:
+    """The same for any ranks by full module name, every module scaled alike."""
+    largest = max(ranks.values())
+    return {
+        "r": largest,
+        "lora_alpha": whole(scale * largest),
+        "target_modules": list(ranks),
+        "rank_pattern": dict(ranks),
+        "alpha_pattern": {name: whole(scale * rank) for name, rank in ranks.items()},
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def live_layers(model: nn.Module) -> dict[str, tuple[LoraLayer, str]]:
+    """Base-model module name to (LoRA layer, adapter name), whatever wraps the model (DDP, DeepSpeed, value head)."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and "default" in getattr(module, "lora_A", {}):
+            found[_base_name(name)] = (module, "default")
+    return found
+
+
+def _base_name(name: str) -> str:
+    """Cut wrapper prefixes: PEFT puts ``base_model.model.`` before the base model's own names."""
+    return name.rpartition(TENSOR_PREFIX)[2]
+
+
+def factors(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """The trained tensors A (r, d_in) and B (d_out, r) of a layer."""
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+
+
+def name_targets_in_full(model: nn.Module, plan: RankPlan) -> None:
+    """Put the full module names back into the live config, which is what gets saved.
+
+    PEFT condenses a list of 20 or more targets to suffixes when it builds the adapter.
+    """
+    for peft_model in peft_models(model):
+        peft_model.peft_config["default"].target_modules = {planned.name for planned in plan.active}
+
+
+def peft_models(model: nn.Module) -> list[PeftModel]:
+    """The PEFT model inside whatever wraps it (DDP, DeepSpeed, value head)."""
+    return [module for module in model.modules() if isinstance(module, PeftModel)]
+
+
+def keep_4bit_unpacked_on_cpu(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights at the first evaluation on a CPU with AVX512-BF16.
+
+    The packed form is for inference only: it stays when training goes on, and gradients no longer pass through the
+    base weights, with a warning but without an error. It also fails on layers narrower than 128 (bitsandbytes 0.50.2,
+    ``Linear4bit.forward``).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
