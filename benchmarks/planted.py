@@ -22,7 +22,7 @@ from scipy.stats import mannwhitneyu
 from llamafactory_adaptive import _bootstrap
 from llamafactory_adaptive.data_report import SAMPLES_FILE, read_data_report
 from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
-from llamafactory_adaptive.sampling import Pool
+from llamafactory_adaptive.sampling.pool import Pool
 
 
 QUANTILES = (1.0, 0.95, 0.9, 0.8, 0.7)

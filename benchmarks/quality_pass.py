@@ -30,9 +30,9 @@ from transformers import AutoModelForCausalLM
 from llamafactory_adaptive.adapter.lora import live_layers
 from llamafactory_adaptive.adapter.masked_lora import Triplets
 from llamafactory_adaptive.calibration.batches import make_batches
-from llamafactory_adaptive.quality import length_sorted, measure
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
-from llamafactory_adaptive.recording import Wanted
+from llamafactory_adaptive.sampling.quality import length_sorted, measure
+from llamafactory_adaptive.sampling.sample_gradients import Wanted
 
 
 TARGETS = {"over_epoch": 1.25, "per_sample_over_scoring": 3.0, "largest_norm_error": 1e-4}

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import digest_of, read_json, write_atomically
-from llamafactory_adaptive.quality import Terms
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.report import align, save_figure
-from llamafactory_adaptive.sampling import Pool
+from llamafactory_adaptive.sampling.pool import Pool
+from llamafactory_adaptive.sampling.quality import Terms
 
 
 DATA_REPORT_FILE = "adaptive_data_quality.json"

@@ -22,11 +22,12 @@ from llamafactory_adaptive.engines.distributed import add_up, gather, process_nu
 from llamafactory_adaptive.errors import CalibrationError, GuardError, PlanError
 from llamafactory_adaptive.files import QUALITY_FILE, digest_of, note_checksum, replacing, usable_entry
 from llamafactory_adaptive.methods import Sampling
-from llamafactory_adaptive.quality import Terms, length_sorted, measure
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.ranks.schedule import refresh_interval
-from llamafactory_adaptive.recording import Wanted
-from llamafactory_adaptive.sampling import Pool, SubsetSampler, Timeline, combine_terms
+from llamafactory_adaptive.sampling.pool import Pool, combine_terms
+from llamafactory_adaptive.sampling.quality import Terms, length_sorted, measure
+from llamafactory_adaptive.sampling.sample_gradients import Wanted
+from llamafactory_adaptive.sampling.sampler import SubsetSampler, Timeline
 
 
 _LEAST_EFFECTIVE = 0.1  # of the subset; below it the user is warned

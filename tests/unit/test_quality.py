@@ -11,8 +11,8 @@ from tiny import ARCHITECTURES, rows, tiny_model
 from llamafactory_adaptive.adapter.lora import live_layers, lora_config_arguments
 from llamafactory_adaptive.calibration.batches import make_batches
 from llamafactory_adaptive.errors import CalibrationError
-from llamafactory_adaptive.quality import length_sorted, measure
-from llamafactory_adaptive.recording import Wanted, sample_losses, squared_norms
+from llamafactory_adaptive.sampling.quality import length_sorted, measure
+from llamafactory_adaptive.sampling.sample_gradients import Wanted, sample_losses, squared_norms
 
 
 STEP = 0.01
@@ -268,12 +268,12 @@ def test_fused_losses_step_aside():
 
 
 def test_out_of_memory_names_the_key(monkeypatch):
-    from llamafactory_adaptive import recording
+    from llamafactory_adaptive.sampling import sample_gradients
 
     def explode(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(recording, "sample_losses", explode)
+    monkeypatch.setattr(sample_gradients, "sample_losses", explode)
     model = adapted()
     with pytest.raises(CalibrationError, match="while scoring 4 samples at once: set a smaller tsq_batch_size"):
         measure(model, layers(model), batches(DATA, 4), 9, PLAIN, quiet=True)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamafactory_adaptive.methods import Sampling
-from llamafactory_adaptive.sampling import Pool, SubsetSampler, Timeline, combine_terms
+from llamafactory_adaptive.sampling.pool import Pool, combine_terms
+from llamafactory_adaptive.sampling.sampler import SubsetSampler, Timeline
 
 
 def sampling(**more):

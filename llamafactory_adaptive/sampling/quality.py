@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from llamafactory_adaptive.calibration.measurement import evaluating
 from llamafactory_adaptive.errors import CalibrationError
-from llamafactory_adaptive.recording import Layers, Recorder, Wanted
+from llamafactory_adaptive.sampling.sample_gradients import Layers, Recorder, Wanted
 
 
 class Batches(Protocol):

@@ -1,0 +1,1 @@
+"""Training samples: measured, weighed and drawn. Knows no Trainer."""
