@@ -20,8 +20,8 @@ import torch
 from scipy.stats import mannwhitneyu
 
 from llamafactory_adaptive import _bootstrap
-from llamafactory_adaptive.data_report import SAMPLES_FILE, read_data_report
 from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
+from llamafactory_adaptive.reports.data_report import SAMPLES_FILE, read_data_report
 from llamafactory_adaptive.sampling.pool import Pool
 
 

@@ -22,7 +22,7 @@ from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, AdaptiveError, Problem, SeamError
 from llamafactory_adaptive.export.command import add_export_arguments, export_request
 from llamafactory_adaptive.options import coerce
-from llamafactory_adaptive.plaintext import plain_lines
+from llamafactory_adaptive.reports.plaintext import plain_lines
 
 
 PACKAGES = ("llamafactory", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
@@ -105,7 +105,8 @@ def plan(arguments: argparse.Namespace) -> int:
     from llamafactory_adaptive.bridge.validation import parse_config
     from llamafactory_adaptive.files import PLAN_FILE
     from llamafactory_adaptive.folder_lock import locked
-    from llamafactory_adaptive.report import HEATMAP_FILE, rank_table, save_heatmap
+    from llamafactory_adaptive.reports.plots import HEATMAP_FILE, save_heatmap
+    from llamafactory_adaptive.reports.tables import rank_table
 
     require_seams()
     if Path(arguments.config).suffix not in (".yaml", ".yml"):
@@ -145,7 +146,7 @@ def _plan_of_a_dynamic_run(args: dict[str, Any], config: AdaptiveConfig) -> int:
     from llamafactory_adaptive.bridge.loading import estimated_steps
     from llamafactory_adaptive.bridge.plans import fresh_plan
     from llamafactory_adaptive.ranks.schedule import Schedule, make_schedule, short_run_warning
-    from llamafactory_adaptive.report import schedule_table, totals
+    from llamafactory_adaptive.reports.tables import schedule_table, totals
 
     assert config.course is not None
     start = fresh_plan(args, config)
@@ -186,7 +187,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 def report(arguments: argparse.Namespace) -> int:
     """Tell what runs did, from the files in their ``output_dir``."""
-    from llamafactory_adaptive.overview import comparison, data_of_unfinished_run, read_run, run_text
+    from llamafactory_adaptive.reports.run_report import comparison, data_of_unfinished_run, read_run, run_text
 
     unfinished = {folder: data_of_unfinished_run(folder) for folder in arguments.runs}
     runs = [read_run(folder) for folder in arguments.runs if unfinished[folder] is None]

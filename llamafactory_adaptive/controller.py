@@ -32,7 +32,9 @@ from llamafactory_adaptive.engines.distributed import (
 from llamafactory_adaptive.errors import GuardError, PlanError
 from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, append_line, write_digests
 from llamafactory_adaptive.ranks.plan import RankPlan
-from llamafactory_adaptive.report import HEATMAP_FILE, closing_words, save_heatmap, update_card
+from llamafactory_adaptive.reports.model_card import update_card
+from llamafactory_adaptive.reports.plots import HEATMAP_FILE, save_heatmap
+from llamafactory_adaptive.reports.tables import closing_words
 from llamafactory_adaptive.selection import Selection
 
 

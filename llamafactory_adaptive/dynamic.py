@@ -27,7 +27,7 @@ from llamafactory_adaptive.methods import DynamicMethod, ReallocatingMethod
 from llamafactory_adaptive.observing import Observer
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.ranks.schedule import Refreshes, Schedule, make_schedule, short_run_warning
-from llamafactory_adaptive.report import HEATMAP_FILE, HISTORY_FILE, save_heatmap, save_history
+from llamafactory_adaptive.reports.plots import HEATMAP_FILE, HISTORY_FILE, save_heatmap, save_history
 from llamafactory_adaptive.seeding import draw
 from llamafactory_adaptive.selection import Selection
 from llamafactory_adaptive.state import read_state, write_state

@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from llamafactory_adaptive.adapter.lora import factors, live_layers
-from llamafactory_adaptive.data_report import save_data_report
 from llamafactory_adaptive.engines.distributed import add_up, gather, process_number, processes, refuse_differences
 from llamafactory_adaptive.errors import CalibrationError, GuardError, PlanError
 from llamafactory_adaptive.files import QUALITY_FILE, digest_of, note_checksum, replacing, usable_entry
 from llamafactory_adaptive.methods import Sampling
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.ranks.schedule import refresh_interval
+from llamafactory_adaptive.reports.data_report import save_data_report
 from llamafactory_adaptive.sampling.pool import Pool, combine_terms
 from llamafactory_adaptive.sampling.quality import Terms, length_sorted, measure
 from llamafactory_adaptive.sampling.sample_gradients import Wanted

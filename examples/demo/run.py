@@ -18,7 +18,8 @@ import word_problems
 
 from llamafactory_adaptive.files import PLAN_FILE
 from llamafactory_adaptive.ranks.plan import load_plan
-from llamafactory_adaptive.report import HEATMAP_FILE, rank_table
+from llamafactory_adaptive.reports.plots import HEATMAP_FILE
+from llamafactory_adaptive.reports.tables import rank_table
 
 
 EXAMPLES = Path(__file__).resolve().parents[1]

@@ -185,7 +185,7 @@ def compute_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
 
 def advice(plan: RankPlan, config: AdaptiveConfig) -> list[str]:
     """Warnings a user should read before training on the plan."""
-    from llamafactory_adaptive.report import concentration_warning
+    from llamafactory_adaptive.reports.tables import concentration_warning
 
     remedy = get_method(plan.method).concentration_advice if plan.method in methods() else ""
     warning = concentration_warning(plan, config.max_rank) if remedy else None

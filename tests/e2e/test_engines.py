@@ -14,8 +14,8 @@ from test_training import train
 from tiny import pruning_settings, tsq_settings
 from workers import train_on_two
 
-from llamafactory_adaptive.data_report import SAMPLES_FILE
 from llamafactory_adaptive.ranks.plan import load_plan
+from llamafactory_adaptive.reports.data_report import SAMPLES_FILE
 
 
 pytestmark = pytest.mark.slow

@@ -10,9 +10,9 @@ from test_pruning import EVALUATE, adapters_equal, allocations, lines
 from test_training import logits, peft_logits, train
 from tiny import tsq_settings
 
-from llamafactory_adaptive.data_report import DATA_PLOT_FILE, DATA_REPORT_FILE, SAMPLES_FILE, read_data_report
 from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError
 from llamafactory_adaptive.ranks.plan import load_plan
+from llamafactory_adaptive.reports.data_report import DATA_PLOT_FILE, DATA_REPORT_FILE, SAMPLES_FILE, read_data_report
 
 
 pytestmark = pytest.mark.slow

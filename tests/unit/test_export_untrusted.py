@@ -22,8 +22,8 @@ from llamafactory_adaptive.export.scratch import remove_left_behind
 from llamafactory_adaptive.files import LOCK_FILE
 from llamafactory_adaptive.folder_lock import locked
 from llamafactory_adaptive.folders import OutsideError, inside
-from llamafactory_adaptive.plaintext import plain_lines
 from llamafactory_adaptive.ranks.module_names import NamePattern, is_plain_key
+from llamafactory_adaptive.reports.plaintext import plain_lines
 
 
 EXPLODES = "((([a-z_.0-9]*)*)*)*X"

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from test_plan import make_plan
 
 from llamafactory_adaptive.ranks.plan import ModulePlan
-from llamafactory_adaptive.report import concentration_warning, place, rank_table, save_heatmap, update_card
+from llamafactory_adaptive.reports.model_card import update_card
+from llamafactory_adaptive.reports.plots import save_heatmap
+from llamafactory_adaptive.reports.tables import concentration_warning, place, rank_table
 
 
 def test_place_reads_layer_and_type():

@@ -11,7 +11,8 @@ from torch import Tensor
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import digest_of, read_json, write_atomically
 from llamafactory_adaptive.ranks.plan import RankPlan
-from llamafactory_adaptive.report import align, save_figure
+from llamafactory_adaptive.reports.plots import save_figure
+from llamafactory_adaptive.reports.tables import align
 from llamafactory_adaptive.sampling.pool import Pool
 from llamafactory_adaptive.sampling.quality import Terms
 

@@ -1,25 +1,18 @@
 """Tables, heat-maps and the model-card section: what a person sees of a plan. No method is known here."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from llamafactory_adaptive.files import replacing
-from llamafactory_adaptive.plaintext import markdown, plain, plot_label
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
 from llamafactory_adaptive.ranks.schedule import Schedule
+from llamafactory_adaptive.reports.plaintext import plain
 
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
-HEATMAP_FILE = "adaptive_ranks.png"
-HISTORY_FILE = "adaptive_rank_history.png"
-_CARD_START, _CARD_END = "<!-- llamafactory-adaptive: ranks -->", "<!-- /llamafactory-adaptive -->"
-# From the last start before an end: a start that a person left alone takes no text with it.
-_CARD = re.compile(f"{_CARD_START}(?:(?!{_CARD_START}).)*?{_CARD_END}", re.DOTALL)
-_WIDEST = 120.0  # inches; matplotlib refuses pictures of more than 65,536 dots
 _BYTES_PER_PARAMETER = 4  # LLaMA-Factory trains and saves LoRA factors in fp32
 
 
@@ -102,79 +95,6 @@ def concentration_warning(plan: RankPlan, upper: int) -> str | None:
     return f"{few} of {len(shares)} modules hold {held:.0%} of the score, {capped} sit at their largest rank"
 
 
-def save_heatmap(plan: RankPlan, path: Path) -> None:
-    """Draw ranks as layer x module type and write a PNG."""
-    from matplotlib.figure import Figure
-
-    layers, types, cells = _grid(plan)
-    values = [[cells.get((layer, kind), float("nan")) for layer in layers] for kind in types]
-    size = min(_WIDEST, max(6.0, 1.5 + 0.3 * len(layers))), min(_WIDEST, 1.4 + 0.42 * len(types))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0)
-    axes.set_yticks(range(len(types)), [plot_label(kind) for kind in types])
-    step = max(1, len(layers) // 16)
-    axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-    axes.set_xlabel("layer")
-    b = plan.budget()
-    axes.set_title(
-        f"{plot_label(plan.method)}: {b['used_parameters']:,} parameters, the cost of uniform rank {plan.lora_rank}",
-        fontsize=10,
-    )
-    figure.colorbar(image, ax=axes, label="rank")
-    save_figure(figure, path)
-
-
-def save_history(
-    start: RankPlan,
-    first: Sequence[Sequence[bool]],
-    history: Sequence[Mapping[str, Any]],
-    last_step: int,
-    path: Path,
-) -> None:
-    """Draw how ranks changed: mean rank per module type over optimizer steps, and the budget they had to keep.
-
-    Args:
-        start: the plan of the live tensors.
-        first: per active module, which components were in use at first.
-        history: per allocation ``step``, ``budget_asked``, ``budget_used`` and ``ranks`` of the active modules.
-        last_step: where the run ended.
-        path: PNG to write.
-    """
-    from matplotlib.figure import Figure
-
-    kinds = [place(module.name)[1] for module in start.active]
-    steps = [0, *(entry["step"] for entry in history), last_step]
-    begin = [sum(row) for row in first]
-    rows = [begin, *(entry["ranks"] for entry in history)]
-    rows.append(rows[-1])
-    figure = Figure(figsize=(8.0, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    for kind in dict.fromkeys(kinds):
-        means = [
-            sum(rank for rank, k in zip(ranks, kinds, strict=True) if k == kind) / kinds.count(kind) for ranks in rows
-        ]
-        axes.step(steps, means, where="post", label=plot_label(kind))
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("mean rank")
-    axes.set_ylim(bottom=0)
-    axes.axhline(start.lora_rank, color="0.6", linestyle=":", linewidth=1)
-    axes.set_title(f"{plot_label(start.method)}: from rank {max(begin)} to the cost of uniform rank {start.lora_rank}")
-    axes.legend(ncols=2, fontsize=8)
-    save_figure(figure, path)
-
-
-def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a figure as a whole PNG or not at all.
-
-    Raises:
-        OutputError: the folder or the disk does not take it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
-
-
 def schedule_table(start: RankPlan, schedule: Schedule, total_steps: int) -> str:
     """What a dynamic method will do, as text: where it starts and the budget at a few steps."""
     between = (schedule.begin + (schedule.end - schedule.begin) * quarter // 4 for quarter in range(5))
@@ -187,31 +107,6 @@ def schedule_table(start: RankPlan, schedule: Schedule, total_steps: int) -> str
         f"{schedule.end} of {total_steps}"
     )
     return "\n".join([head, *align(rows)])
-
-
-def card_section(plan: RankPlan) -> str:
-    """Markdown for the model card, between markers so that a second run replaces it."""
-    rows = _type_rows(plan, markdown)
-    table = ["| " + " | ".join(row) + " |" for row in rows]
-    table.insert(1, "|" + " --- |" * len(rows[0]))
-    body = [f"## Adaptive ranks: {markdown(plan.method)}", "", *table, "", *(f"- {line}" for line in totals(plan))]
-    note = f"A plain PEFT LoRA adapter; ranks per module are in `adapter_config.json`. ![ranks]({HEATMAP_FILE})"
-    return "\n".join([_CARD_START, *body, "", note, _CARD_END])
-
-
-def update_card(path: Path, plan: RankPlan) -> None:
-    """Append the section to a model card, or replace the one an earlier run left; other text stays.
-
-    Bytes that are no UTF-8 stay as they are, too.
-    """
-    text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
-    section, first, *more = card_section(plan), *_CARD.split(text)
-    if more:
-        text = first + section + "".join(more)
-    else:
-        text = text.rstrip() + "\n\n" + section + "\n"
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def closing_words(

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamafactory_adaptive.data_report import DATA_REPORT_FILE, data_report_of, data_table, read_data_report
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, read_lines
-from llamafactory_adaptive.plaintext import plain
 from llamafactory_adaptive.ranks.plan import RankPlan, load_plan
-from llamafactory_adaptive.report import align, rank_table
+from llamafactory_adaptive.reports.data_report import DATA_REPORT_FILE, data_report_of, data_table, read_data_report
+from llamafactory_adaptive.reports.plaintext import plain
+from llamafactory_adaptive.reports.tables import align, rank_table
 
 
 @dataclass(frozen=True)
