@@ -43,10 +43,10 @@ if sys.argv[1] == "export":
     code = cli.main(sys.argv[1:])
 else:
     code, out = 0, Path(sys.argv[3])
-    job = run.prepare(ExportRequest(Path(sys.argv[2]), "merged", out))
+    job = exporter.prepare(ExportRequest(Path(sys.argv[2]), "merged", out))
     if sys.argv[1] == "merge":
         out.mkdir()
-        run.write(job, out)
+        exporter.write(job, out)
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
 print(status["VmHWM"].split()[0])
 sys.exit(code)
@@ -122,14 +122,14 @@ def planted(adapter: Path, base: Path, server: str, scratch: Path) -> dict[str, 
     """For each fault in one module's files, what the certificate says; an empty text if it passed."""
     from planting import planter
 
-    from llamafactory_adaptive.export import run
-    from llamafactory_adaptive.export.command import ExportRequest
+    from llamafactory_adaptive.export import exporter
     from llamafactory_adaptive.export.faults import ExportError
+    from llamafactory_adaptive.export.request import ExportRequest
 
-    job = run.prepare(ExportRequest(adapter, server, scratch / "never", dtype=DTYPE_OF.get(server, "auto")))
+    job = exporter.prepare(ExportRequest(adapter, server, scratch / "never", dtype=DTYPE_OF.get(server, "auto")))
     good = scratch / f"{adapter.name}-{server}-good"
     good.mkdir()
-    run.write(job, good)
+    exporter.write(job, good)
     square = [m.name for m in job.adapter.modules if m.in_features == m.out_features]
     rank = {m.name: m.rank for m in job.adapter.modules}
     module, other = next((a, b) for a in square for b in square if a != b and rank[a] == rank[b])
@@ -140,7 +140,7 @@ def planted(adapter: Path, base: Path, server: str, scratch: Path) -> dict[str, 
         plant = planter(server, bad, base, module)
         plant.swapped(other) if fault == "swapped" else getattr(plant, fault)()
         try:
-            run.certify(job, bad)
+            exporter.certify(job, bad)
             said[fault] = ""
         except ExportError as error:
             said[fault] = str(error).splitlines()[-1].strip().replace(str(scratch), "")

@@ -20,7 +20,7 @@ from typing import Any
 from llamafactory_adaptive import __version__, _bootstrap
 from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, AdaptiveError, Problem, SeamError
-from llamafactory_adaptive.export.command import add_export_arguments, export_request
+from llamafactory_adaptive.export.request import add_export_arguments, export_request
 from llamafactory_adaptive.options import coerce
 from llamafactory_adaptive.reports.plaintext import plain_lines
 
@@ -200,7 +200,7 @@ def report(arguments: argparse.Namespace) -> int:
 def export(arguments: argparse.Namespace) -> int:
     """Lay a saved adapter out for a server and certify it; needs neither the hook nor LLaMA-Factory."""
     request = export_request(arguments)
-    from llamafactory_adaptive.export.run import run_export
+    from llamafactory_adaptive.export.exporter import run_export
 
     with _signals_end_in_order():
         print(plain_lines(run_export(request)))

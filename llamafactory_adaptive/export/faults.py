@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.errors import AdaptiveConfigError, AdaptiveError, Problem
+from llamafactory_adaptive.export.folder_links import OutsideError, check_entries, inside
 from llamafactory_adaptive.files import read_mapping
-from llamafactory_adaptive.folders import OutsideError, check_entries, inside
 
 
 class ExportError(AdaptiveError, RuntimeError):

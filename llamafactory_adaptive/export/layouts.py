@@ -23,8 +23,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from llamafactory_adaptive.adapter.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, contract_arguments, whole
-from llamafactory_adaptive.export.source import SourceAdapter, factor_key
-from llamafactory_adaptive.export.tensor_files import TensorSpec, write_streaming
+from llamafactory_adaptive.export.safetensors_stream import TensorSpec, write_streaming
+from llamafactory_adaptive.export.source_adapter import SourceAdapter, factor_key
 
 
 Factors = Iterator[tuple[str, Tensor, Tensor]]

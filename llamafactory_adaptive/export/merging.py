@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
-from llamafactory_adaptive.export.base import INDEX_FILE, BaseCheckpoint, tied_weights
+from llamafactory_adaptive.export.base_checkpoint import INDEX_FILE, BaseCheckpoint, tied_weights
 from llamafactory_adaptive.export.faults import ExportError
-from llamafactory_adaptive.export.source import SourceAdapter
-from llamafactory_adaptive.export.tensor_files import TensorSpec, read_specs, write_streaming
+from llamafactory_adaptive.export.safetensors_stream import TensorSpec, read_specs, write_streaming
+from llamafactory_adaptive.export.source_adapter import SourceAdapter
 
 
 Transform = Callable[[str, Tensor], Tensor]

@@ -23,7 +23,7 @@ from tiny import pruning_settings, save_tiny, settings, tsq_settings, write_data
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["torch", "peft", "datasets", "deepspeed", "llamafactory_adaptive.dynamic", "llamafactory_adaptive.cli",
-     "llamafactory_adaptive.export.run", "llamafactory.train.tuner", "llamafactory.train.sft.workflow",
+     "llamafactory_adaptive.export.exporter", "llamafactory.train.tuner", "llamafactory.train.sft.workflow",
      "llamafactory.launcher"]
 )  # fmt: skip
 METHODS = ("igu", "tsq", "sensitivity")

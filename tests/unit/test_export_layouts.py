@@ -13,13 +13,13 @@ from tiny import TARGETS, save_tiny
 from transformers import AutoModelForCausalLM
 
 from llamafactory_adaptive.adapter.lora import contract_arguments
-from llamafactory_adaptive.export import run, serving
-from llamafactory_adaptive.export.base import BaseCheckpoint
-from llamafactory_adaptive.export.command import SERVERS, ExportRequest
+from llamafactory_adaptive.export import exporter, serve_command
+from llamafactory_adaptive.export.base_checkpoint import BaseCheckpoint
+from llamafactory_adaptive.export.exporter import run_export
 from llamafactory_adaptive.export.faults import ExportError
-from llamafactory_adaptive.export.reading import RULES, read_as
-from llamafactory_adaptive.export.run import run_export
-from llamafactory_adaptive.export.source import read_adapter
+from llamafactory_adaptive.export.request import SERVERS, ExportRequest
+from llamafactory_adaptive.export.source_adapter import read_adapter
+from llamafactory_adaptive.export.verify.server_rules import RULES, read_as
 
 
 LAYOUTS = ("peft", *RULES)
@@ -112,9 +112,9 @@ def test_sixteen_bit_factors_stay_as_they_are(base, tmp_path):
 @pytest.mark.parametrize(("server", "name"), [("vllm-legacy", "alphas by hand"), ("llamacpp", "ours")])
 def test_files_copied_as_they_are_would_be_misread(server, name, adapters, tmp_path):
     """The reason for this command."""
-    export = run.prepare(ExportRequest(adapters[name], server, tmp_path / "out"))
+    export = exporter.prepare(ExportRequest(adapters[name], server, tmp_path / "out"))
     with pytest.raises(ExportError, match=r"parity failed.*\n  modules   FAILED  largest difference"):
-        run.certify(export, export.adapter.folder)
+        exporter.certify(export, export.adapter.folder)
 
 
 def wrong_scale(folder):
@@ -127,14 +127,14 @@ def wrong_scale(folder):
 
 @pytest.mark.parametrize("server", LAYOUTS)
 def test_a_planted_wrong_scale_fails_and_leaves_nothing(server, adapters, tmp_path, monkeypatch):
-    honest = run.write
+    honest = exporter.write
 
     def tampered(export, target):
         notes = honest(export, target)
         wrong_scale(target)
         return notes
 
-    monkeypatch.setattr(run, "write", tampered)
+    monkeypatch.setattr(exporter, "write", tampered)
     with pytest.raises(ExportError, match=r"parity failed, nothing was written to .*out:\n  modules   FAILED"):
         run_export(ExportRequest(adapters["ours"], server, tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
@@ -195,15 +195,15 @@ def test_sglang_stacks_projections(base, tmp_path):
 
 @pytest.mark.parametrize(("rank", "allowed"), [(1, 1), (2, 8), (8, 8), (33, 64), (129, 256), (257, 320), (512, 512)])
 def test_max_lora_rank_is_rounded_up_to_what_vllm_allows(rank, allowed):
-    assert serving.max_lora_rank(rank) == allowed
+    assert serve_command.max_lora_rank(rank) == allowed
     base = BaseCheckpoint("some/base", Path("cache"), {})
-    assert f"--max-lora-rank {allowed} " in serving.serve_command("vllm", base, Path("out"), rank)
+    assert f"--max-lora-rank {allowed} " in serve_command.serve_command("vllm", base, Path("out"), rank)
 
 
 @pytest.mark.parametrize("server", SERVERS)
 def test_servers_listen_on_this_machine_only_and_paths_are_quoted(server):
     base = BaseCheckpoint("my base", Path("my base"), {})
-    words = shlex.split(serving.serve_command(server, base, Path("some where") / "out", 8))
+    words = shlex.split(serve_command.serve_command(server, base, Path("some where") / "out", 8))
     assert "127.0.0.1" in " ".join(words)
     assert any(word.endswith("some where/out") for word in words)
     assert "my base" in words or server == "merged"
@@ -211,4 +211,4 @@ def test_servers_listen_on_this_machine_only_and_paths_are_quoted(server):
 
 def test_ranks_beyond_vllm_are_refused():
     with pytest.raises(ExportError, match=r"ranks up to 512 and this adapter has 513; use --for merged"):
-        serving.max_lora_rank(513)
+        serve_command.max_lora_rank(513)

@@ -14,14 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from llamafactory_adaptive.adapter.lora import contract_arguments
 from llamafactory_adaptive.errors import AdaptiveConfigError
-from llamafactory_adaptive.export import merging, parity, run
-from llamafactory_adaptive.export.base import find_base
-from llamafactory_adaptive.export.command import ExportRequest
-from llamafactory_adaptive.export.comparing import Comparer
+from llamafactory_adaptive.export import exporter, merging
+from llamafactory_adaptive.export.base_checkpoint import find_base
+from llamafactory_adaptive.export.exporter import run_export
 from llamafactory_adaptive.export.faults import ExportError
-from llamafactory_adaptive.export.quantisation import Nf4, QuantisationReport
-from llamafactory_adaptive.export.run import run_export
-from llamafactory_adaptive.export.source import read_adapter
+from llamafactory_adaptive.export.nf4_merging import Nf4, QuantisationReport
+from llamafactory_adaptive.export.request import ExportRequest
+from llamafactory_adaptive.export.source_adapter import read_adapter
+from llamafactory_adaptive.export.verify import log_probabilities
+from llamafactory_adaptive.export.verify.compare import Comparer
 from llamafactory_adaptive.files import PLAN_FILE
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
 
@@ -106,9 +107,11 @@ def test_the_reference_is_the_base_as_stored(tmp_path):
     adapter = read_adapter(save_adapter(base, tmp_path / "adapter"))
     stored = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter.folder)
     say_dtype(base, "bfloat16")
-    rows = parity.tokenise(base)
+    rows = log_probabilities.tokenise(base)
     found = Comparer(adapter, find_base(None, adapter), rows, 1e-3, None).layout("vllm", adapter.folder)
-    assert parity.largest_difference(found.reference, parity.log_probabilities(stored, rows)) < 1e-6
+    assert (
+        log_probabilities.largest_difference(found.reference, log_probabilities.log_probabilities(stored, rows)) < 1e-6
+    )
 
 
 def say_dtype(folder, dtype):
@@ -130,7 +133,7 @@ def test_weights_of_several_types_need_one_to_be_named(tmp_path):
     with pytest.raises(
         AdaptiveConfigError, match=r"'auto' .* several types \(bfloat16, float32\).*; try --dtype bfloat16"
     ):
-        run.prepare(ExportRequest(adapter, "merged", tmp_path / "out"))
+        exporter.prepare(ExportRequest(adapter, "merged", tmp_path / "out"))
     run_export(ExportRequest(adapter, "merged", tmp_path / "out", dtype="bfloat16"))
     assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
     run_export(ExportRequest(adapter, "vllm", tmp_path / "layout"))
@@ -277,14 +280,14 @@ def test_a_merge_must_be_pefts_in_every_weight(fault, tmp_path, monkeypatch):
     rewritten(base, lambda t: t.update({"rotary.inv_freq": torch.ones(4, dtype=torch.bfloat16)}))
     adapter = save_adapter(base, tmp_path / "adapter")
     run_export(ExportRequest(adapter, "merged", tmp_path / "right"))  # what PEFT does not load is the base's
-    honest = run.write
+    honest = exporter.write
 
     def write(export, target):
         notes = honest(export, target)
         rewritten(target, FAULTS[fault])
         return notes
 
-    monkeypatch.setattr(run, "write", write)
+    monkeypatch.setattr(exporter, "write", write)
     with pytest.raises(
         ExportError, match=r"1 of the merged weights are not those of PEFT's merge: (model|rotary|other)"
     ):
@@ -296,17 +299,17 @@ def test_a_merge_must_be_pefts_in_every_weight(fault, tmp_path, monkeypatch):
 @pytest.mark.parametrize("tied", [True, False])
 def test_layers_widened_one_by_one_compute_what_a_float_model_does(dtype, tied):
     model, rows = tiny_model("qwen2", tie_word_embeddings=tied).to(dtype), [[1, 2, 3, 4, 5], [9, 8]]
-    found = parity.log_probabilities(model, rows)
+    found = log_probabilities.log_probabilities(model, rows)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    expected = parity.log_probabilities(model.float(), rows)
+    expected = log_probabilities.log_probabilities(model.float(), rows)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_weights_are_restored_after_an_exception():
     model = tiny_model().bfloat16()
     with pytest.raises(IndexError):
-        parity.log_probabilities(model, [[10_000]])
+        log_probabilities.log_probabilities(model, [[10_000]])
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
@@ -314,14 +317,14 @@ def test_weights_are_restored_after_an_exception():
 def test_the_last_place_is_the_distance_to_the_next_number(dtype):
     values = torch.tensor([1.0, 1.5, -3.0, 1024.0, 0.1], dtype=dtype)
     away = torch.nextafter(values, torch.sign(values) * torch.tensor(float("inf"), dtype=dtype))
-    assert torch.equal(parity.last_place(values), (away - values).abs().float())
+    assert torch.equal(log_probabilities.last_place(values), (away - values).abs().float())
 
 
 def test_differences_are_taken_among_the_references_best_tokens():
     reference = [torch.tensor([[-1.0, -2.0, -9.0], [-3.0, -0.5, -0.6]])]
     other = [torch.tensor([[-1.1, -2.0, -50.0], [-9.0, -0.5, -0.9]])]
-    assert parity.largest_difference(reference, other, top_k=2) == pytest.approx(0.3)
-    assert parity.largest_difference(reference, [torch.full((2, 3), float("nan"))]) == float("inf")
+    assert log_probabilities.largest_difference(reference, other, top_k=2) == pytest.approx(0.3)
+    assert log_probabilities.largest_difference(reference, [torch.full((2, 3), float("nan"))]) == float("inf")
 
 
 @pytest.mark.parametrize(("bits", "hinted"), [(4, True), (None, False)])
@@ -337,7 +340,7 @@ def test_a_plan_made_on_four_bits_hints_at_the_other_merge(bits, hinted, tmp_pat
 def test_interrupted_exports_leave_nothing(tmp_path, monkeypatch):
     base = save_tiny(tmp_path / "base")
     adapter = save_adapter(base, tmp_path / "adapter")
-    monkeypatch.setattr(run, "certify", lambda *words: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(exporter, "certify", lambda *words: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run_export(ExportRequest(adapter, "peft", tmp_path / "out"))
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}

@@ -9,10 +9,10 @@ from lora import save_adapter
 from planting import edit_json, planter, rewrite
 from tiny import TARGETS, save_tiny
 
-from llamafactory_adaptive.export import run
-from llamafactory_adaptive.export.command import SERVERS, ExportRequest
+from llamafactory_adaptive.export import exporter
 from llamafactory_adaptive.export.faults import ExportError
-from llamafactory_adaptive.export.updates import compare_updates, norm, relative_difference
+from llamafactory_adaptive.export.request import SERVERS, ExportRequest
+from llamafactory_adaptive.export.verify.module_updates import compare_updates, norm, relative_difference
 
 
 LAYOUTS = tuple(server for server in SERVERS if server != "merged")
@@ -49,9 +49,9 @@ def exports(base, tmp_path_factory):
             place = tmp_path_factory.mktemp(f"{server}")
             adapter = save_adapter(base, place / "adapter", r=4, lora_alpha=8, target_modules=MODULES)
             rewrite(adapter, lambda t: t.update({k: v * strength for k, v in t.items() if "lora_B" in k}))
-            export = run.prepare(ExportRequest(adapter, server, place / "out"))
+            export = exporter.prepare(ExportRequest(adapter, server, place / "out"))
             (place / "good").mkdir()
-            run.write(export, place / "good")
+            exporter.write(export, place / "good")
             made[server, strength] = export, place / "good"
         return made[server, strength]
 
@@ -63,7 +63,7 @@ def verdict(export, good, place, plant):
     shutil.copytree(good, place)
     plant(place)
     with pytest.raises(ExportError, match=r"parity failed|finds|stacks") as caught:
-        run.certify(export, place)
+        exporter.certify(export, place)
     assert not (place / "parity_certificate.json").exists()
     return str(caught.value)
 
@@ -112,7 +112,7 @@ def test_one_alpha_in_the_config_that_is_off_fails(server, exports, tmp_path):
 def test_the_good_export_passes_and_its_certificate_says_how_well(server, exports, tmp_path):
     export, good = exports(server, 1e-3)
     shutil.copytree(good, tmp_path / "good")
-    run.certify(export, tmp_path / "good")
+    exporter.certify(export, tmp_path / "good")
     check = json.loads((tmp_path / "good" / "parity_certificate.json").read_text())["checks"][0]
     assert check["passed"]
     if server == "merged":

@@ -15,13 +15,14 @@ from tiny import save_tiny, tiny_model
 
 from llamafactory_adaptive import cli
 from llamafactory_adaptive.errors import AdaptiveConfigError
-from llamafactory_adaptive.export import comparing, run, vllm_check
-from llamafactory_adaptive.export.certificate import Check
-from llamafactory_adaptive.export.command import ExportRequest
-from llamafactory_adaptive.export.comparing import Comparer
+from llamafactory_adaptive.export import exporter
 from llamafactory_adaptive.export.faults import ExportError
-from llamafactory_adaptive.export.parity import TOP_K, log_probabilities, tokenise
-from llamafactory_adaptive.export.vllm_check import VllmAnswer
+from llamafactory_adaptive.export.request import ExportRequest
+from llamafactory_adaptive.export.verify import compare, vllm_check
+from llamafactory_adaptive.export.verify.certificate import Check
+from llamafactory_adaptive.export.verify.compare import Comparer
+from llamafactory_adaptive.export.verify.log_probabilities import TOP_K, log_probabilities, tokenise
+from llamafactory_adaptive.export.verify.vllm_check import VllmAnswer
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +38,12 @@ def adapter(base, tmp_path):
 @pytest.fixture(autouse=True)
 def _no_model_is_loaded(monkeypatch, request):
     if "loads" not in request.keywords:
-        monkeypatch.setattr(comparing, "load", lambda *words: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(compare, "load", lambda *words: pytest.fail("a model was loaded"))
 
 
 def refusal(adapter, tmp_path, server="peft", **more):
     with pytest.raises(AdaptiveConfigError) as caught:
-        run.run_export(ExportRequest(adapter, server, tmp_path / "out", **more))
+        exporter.run_export(ExportRequest(adapter, server, tmp_path / "out", **more))
     assert not (tmp_path / "out").exists()
     return str(caught.value)
 
@@ -177,7 +178,7 @@ def test_weights_held_whole_that_fit_nowhere(base, tmp_path):
 
 
 def test_a_full_disk_is_found_before(adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(run.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    monkeypatch.setattr(exporter.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
     found = refusal(adapter, tmp_path, "merged")
     assert "the merged weights take 0.0 GB and 0.0 GB are free there; try a folder on another disk" in found
 
@@ -185,14 +186,14 @@ def test_a_full_disk_is_found_before(adapter, tmp_path, monkeypatch):
 def test_a_place_that_takes_no_folder(adapter, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ExportError, match=r"nothing can be written to .*file: Not a directory"):
-        run.run_export(ExportRequest(adapter, "peft", tmp_path / "file" / "out"))
+        exporter.run_export(ExportRequest(adapter, "peft", tmp_path / "file" / "out"))
 
 
 def test_an_existing_folder_is_left_alone(adapter, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")
     with pytest.raises(AdaptiveConfigError, match="it exists already, nothing was overwritten; try another folder"):
-        run.run_export(ExportRequest(adapter, "peft", tmp_path / "out"))
+        exporter.run_export(ExportRequest(adapter, "peft", tmp_path / "out"))
     assert (tmp_path / "out" / "mine").read_text() == "precious"
 
 
@@ -251,7 +252,7 @@ def test_a_vllm_that_reads_another_layout_is_no_check(server, version, message, 
     if message:
         assert message in refusal(adapter, tmp_path, server, vllm_python=python)
     else:
-        run.prepare(ExportRequest(adapter, server, tmp_path / "out", vllm_python=python))
+        exporter.prepare(ExportRequest(adapter, server, tmp_path / "out", vllm_python=python))
 
 
 def test_code_that_comes_with_a_checkpoint_is_not_run_nor_asked_for(adapter, tmp_path, monkeypatch):
@@ -329,7 +330,7 @@ def answers(base, factor, dtype):
 
     def ask(python, model, adapter, rank, rows):
         assert (model, rank) == (Path(base), 8)
-        live = comparing.load_peft(comparing.load(base), adapter)
+        live = compare.load_peft(compare.load(base), adapter)
         with live.disable_adapter():
             plain = [row[-1] for row in log_probabilities(live, rows)]
         served = [row[-1] * factor for row in log_probabilities(live, rows)]
@@ -346,8 +347,8 @@ def answers(base, factor, dtype):
     [(1.0, "float32", True), (1.01, "float32", False), (1.01, "bfloat16", True), (1.2, "bfloat16", False)],
 )
 def test_vllm_is_held_to_fp32_or_to_how_far_its_base_is_off(factor, dtype, passed, base, adapter, monkeypatch):
-    monkeypatch.setattr(comparing, "ask_vllm", answers(base, factor, dtype))
-    export = run.prepare(ExportRequest(adapter, "vllm", adapter.parent / "out"))
+    monkeypatch.setattr(compare, "ask_vllm", answers(base, factor, dtype))
+    export = exporter.prepare(ExportRequest(adapter, "vllm", adapter.parent / "out"))
     comparer = Comparer(export.adapter, export.base, tokenise(base), 1e-3, Path("python"))
     check = comparer.layout("vllm", adapter).checks[-1]
     assert check.passed is passed
@@ -365,7 +366,7 @@ def test_in_a_real_vllm(server, tmp_path):
     base = save_tiny(tmp_path / "base", hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64)
     adapter = save_adapter(base, tmp_path / "adapter")
     python = Path(os.environ["LLAMAFACTORY_ADAPTIVE_VLLM_PYTHON"])
-    said = run.run_export(ExportRequest(adapter, server, tmp_path / "out", vllm_python=python))
+    said = exporter.run_export(ExportRequest(adapter, server, tmp_path / "out", vllm_python=python))
     assert "vllm      passed" in said
     document = json.loads((tmp_path / "out" / "parity_certificate.json").read_text())
     assert document["checks"][-1]["max_difference"] < 1e-3

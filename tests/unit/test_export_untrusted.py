@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 
 from llamafactory_adaptive.errors import AdaptiveConfigError, AdaptiveError
-from llamafactory_adaptive.export import run
-from llamafactory_adaptive.export.command import ExportRequest
+from llamafactory_adaptive.export import exporter
 from llamafactory_adaptive.export.faults import ExportError
-from llamafactory_adaptive.export.reading import RULES, read_as
+from llamafactory_adaptive.export.folder_links import OutsideError, inside
+from llamafactory_adaptive.export.request import ExportRequest
 from llamafactory_adaptive.export.scratch import remove_left_behind
+from llamafactory_adaptive.export.verify.server_rules import RULES, read_as
 from llamafactory_adaptive.files import LOCK_FILE
 from llamafactory_adaptive.folder_lock import locked
-from llamafactory_adaptive.folders import OutsideError, inside
 from llamafactory_adaptive.ranks.module_names import NamePattern, is_plain_key
 from llamafactory_adaptive.reports.plaintext import plain_lines
 
@@ -41,7 +41,7 @@ def adapter(base, tmp_path):
 
 def refusal(adapter, tmp_path, server="vllm", **more):
     with pytest.raises(AdaptiveError) as caught:
-        run.run_export(ExportRequest(adapter, server, tmp_path / "out", **more))
+        exporter.run_export(ExportRequest(adapter, server, tmp_path / "out", **more))
     assert not (tmp_path / "out").exists()
     return str(caught.value)
 
@@ -89,7 +89,7 @@ def test_configs_that_are_no_mapping(text, adapter, base, tmp_path):
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("targets", [EXPLODES, "^(?!.*vision).*(q_proj|v_proj)$"])
 def test_targets_that_are_an_expression_are_never_evaluated(targets, adapter, tmp_path):
-    said = run.run_export(ExportRequest(edit_config(adapter, target_modules=targets), "vllm", tmp_path / "out"))
+    said = exporter.run_export(ExportRequest(edit_config(adapter, target_modules=targets), "vllm", tmp_path / "out"))
     assert "modules   passed" in said
 
 
@@ -191,7 +191,7 @@ def test_the_hub_cache_is_read_through_its_links(base, tmp_path):
         (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
     adapter = save_adapter(base, tmp_path / "adapter")
     (adapter / "link.txt").symlink_to("adapter_config.json")  # stays inside
-    run.run_export(ExportRequest(adapter, "merged", tmp_path / "out", base=str(snapshot)))
+    exporter.run_export(ExportRequest(adapter, "merged", tmp_path / "out", base=str(snapshot)))
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     (entry_ / "notes").write_text("x")
     (snapshot / "vocab.txt").symlink_to("../../notes")
@@ -212,7 +212,7 @@ def test_a_folder_that_is_called_like_a_tokenizer_is_passed_over(adapter, base, 
     for path in base.glob("tokenizer*"):
         (adapter / path.name).write_bytes(path.read_bytes())
     (adapter / "tokenizer.model").mkdir()
-    run.run_export(ExportRequest(adapter, "merged", tmp_path / "out"))
+    exporter.run_export(ExportRequest(adapter, "merged", tmp_path / "out"))
     assert not (tmp_path / "out" / "tokenizer.model").exists()
 
 
@@ -220,7 +220,7 @@ def test_a_link_as_output_is_refused_before_the_work(adapter, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     with pytest.raises(AdaptiveConfigError, match="it is a link, nothing was overwritten"):
-        run.run_export(ExportRequest(adapter, "vllm", tmp_path / "link"))
+        exporter.run_export(ExportRequest(adapter, "vllm", tmp_path / "link"))
 
 
 def test_weights_under_other_names_send_to_the_other_command(adapter, tmp_path):
@@ -235,7 +235,7 @@ def test_weights_under_other_names_send_to_the_other_command(adapter, tmp_path):
 def test_exported_files_have_the_mode_of_any_new_file(mask, adapter, tmp_path):
     before = os.umask(mask)
     try:
-        run.run_export(ExportRequest(adapter, "vllm", tmp_path / "out"))
+        exporter.run_export(ExportRequest(adapter, "vllm", tmp_path / "out"))
     finally:
         os.umask(before)
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o666 & ~mask}
@@ -258,16 +258,16 @@ def test_what_killed_exports_left_goes_and_what_is_in_use_stays(tmp_path):
 
 
 def test_an_export_that_came_second_leaves_the_first(adapter, tmp_path, monkeypatch):
-    honest = run.certify
+    honest = exporter.certify
 
     def meanwhile(export, folder):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "first").touch()
         return honest(export, folder)
 
-    monkeypatch.setattr(run, "certify", meanwhile)
+    monkeypatch.setattr(exporter, "certify", meanwhile)
     with pytest.raises(ExportError, match="has come into being meanwhile"):
-        run.run_export(ExportRequest(adapter, "vllm", tmp_path / "out"))
+        exporter.run_export(ExportRequest(adapter, "vllm", tmp_path / "out"))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["first"]
 
 

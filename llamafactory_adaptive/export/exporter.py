@@ -9,18 +9,18 @@ import torch
 from torch import nn
 
 from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
-from llamafactory_adaptive.export import layouts, merging, quantisation
-from llamafactory_adaptive.export.base import BaseCheckpoint, check_fit, copy_side_files, find_base
-from llamafactory_adaptive.export.certificate import certificate, failures, write_certificate
-from llamafactory_adaptive.export.command import ExportRequest
-from llamafactory_adaptive.export.comparing import Comparer
+from llamafactory_adaptive.export import layouts, merging, nf4_merging
+from llamafactory_adaptive.export.base_checkpoint import BaseCheckpoint, check_fit, copy_side_files, find_base
 from llamafactory_adaptive.export.faults import ExportError, loading_fault
-from llamafactory_adaptive.export.parity import tokenise
-from llamafactory_adaptive.export.reading import STACKED
+from llamafactory_adaptive.export.request import ExportRequest
 from llamafactory_adaptive.export.scratch import scratch_folder
-from llamafactory_adaptive.export.serving import max_lora_rank, serve_command
-from llamafactory_adaptive.export.source import SourceAdapter, read_adapter
-from llamafactory_adaptive.export.vllm_check import check_vllm
+from llamafactory_adaptive.export.serve_command import max_lora_rank, serve_command
+from llamafactory_adaptive.export.source_adapter import SourceAdapter, read_adapter
+from llamafactory_adaptive.export.verify.certificate import certificate, failures, write_certificate
+from llamafactory_adaptive.export.verify.compare import Comparer
+from llamafactory_adaptive.export.verify.log_probabilities import tokenise
+from llamafactory_adaptive.export.verify.server_rules import STACKED
+from llamafactory_adaptive.export.verify.vllm_check import check_vllm
 from llamafactory_adaptive.files import PLAN_FILE
 from llamafactory_adaptive.ranks.plan import load_plan
 
@@ -47,9 +47,9 @@ class Export:
         return merging.only_dtype(self.base) if asked == "auto" else getattr(torch, asked)
 
     @property
-    def nf4(self) -> quantisation.Nf4 | None:
+    def nf4(self) -> nf4_merging.Nf4 | None:
         """How the base is quantised before merging, None to merge into it as it is."""
-        return quantisation.Nf4(self.request.double_quantization) if self.request.quantization_aware else None
+        return nf4_merging.Nf4(self.request.double_quantization) if self.request.quantization_aware else None
 
 
 def run_export(request: ExportRequest) -> str:
@@ -132,8 +132,8 @@ def _write_merged(export: Export, target: Path) -> list[str]:
     adapter, base = export.adapter, export.base
     report, options, notes = None, {}, []
     if export.nf4:
-        report = quantisation.QuantisationReport(export.nf4)
-        options["prepare"] = report.transform(adapter, quantisation.quantised_weights(export.skeleton))
+        report = nf4_merging.QuantisationReport(export.nf4)
+        options["prepare"] = report.transform(adapter, nf4_merging.quantised_weights(export.skeleton))
     copy_side_files(base, adapter.folder, target)
     merging.merge(adapter, base, target, export.dtype, **options)
     merging.set_dtype(target, export.dtype)

@@ -31,9 +31,9 @@ from typing import Any
 
 from torch import Tensor
 
-from llamafactory_adaptive.export.parity import PROMPTS, TOP_K
-from llamafactory_adaptive.export.updates import TOLERANCE as TOLERANCE_OF_UPDATES
-from llamafactory_adaptive.export.updates import UpdateComparison
+from llamafactory_adaptive.export.verify.log_probabilities import PROMPTS, TOP_K
+from llamafactory_adaptive.export.verify.module_updates import TOLERANCE as TOLERANCE_OF_UPDATES
+from llamafactory_adaptive.export.verify.module_updates import UpdateComparison
 from llamafactory_adaptive.files import LOCK_FILE, file_digest
 
 

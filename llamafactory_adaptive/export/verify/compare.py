@@ -11,16 +11,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from llamafactory_adaptive.adapter.lora import keep_4bit_unpacked_on_cpu
-from llamafactory_adaptive.export.base import BaseCheckpoint
-from llamafactory_adaptive.export.certificate import ROUNDING_FACTOR, Check, Comparison, update_check
+from llamafactory_adaptive.export.base_checkpoint import BaseCheckpoint
 from llamafactory_adaptive.export.faults import ExportError, first_line, loading_fault
-from llamafactory_adaptive.export.parity import largest_difference, log_probabilities
-from llamafactory_adaptive.export.quantisation import Nf4
-from llamafactory_adaptive.export.reading import applied, only_in, read_as
-from llamafactory_adaptive.export.serving import max_lora_rank
-from llamafactory_adaptive.export.source import SourceAdapter
-from llamafactory_adaptive.export.updates import Update, compare_updates, updates_of_peft
-from llamafactory_adaptive.export.vllm_check import ask_vllm, difference_of_first_tokens
+from llamafactory_adaptive.export.nf4_merging import Nf4
+from llamafactory_adaptive.export.serve_command import max_lora_rank
+from llamafactory_adaptive.export.source_adapter import SourceAdapter
+from llamafactory_adaptive.export.verify.certificate import ROUNDING_FACTOR, Check, Comparison, update_check
+from llamafactory_adaptive.export.verify.log_probabilities import largest_difference, log_probabilities
+from llamafactory_adaptive.export.verify.module_updates import Update, compare_updates, updates_of_peft
+from llamafactory_adaptive.export.verify.server_rules import applied, only_in, read_as
+from llamafactory_adaptive.export.verify.vllm_check import ask_vllm, difference_of_first_tokens
 
 
 PEFT_FP32 = "PEFT in float32"

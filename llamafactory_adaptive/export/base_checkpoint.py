@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
 from llamafactory_adaptive.export.adapter_config import ELSEWHERE
 from llamafactory_adaptive.export.faults import first_line, loading_fault, read_untrusted, refuse_entries_outside
-from llamafactory_adaptive.export.source import SourceAdapter
-from llamafactory_adaptive.export.tensor_files import read_specs
-from llamafactory_adaptive.folders import entries_inside, inside
+from llamafactory_adaptive.export.folder_links import entries_inside, inside
+from llamafactory_adaptive.export.safetensors_stream import read_specs
+from llamafactory_adaptive.export.source_adapter import SourceAdapter
 
 
 INDEX_FILE = "model.safetensors.index.json"

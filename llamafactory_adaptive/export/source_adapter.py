@@ -15,7 +15,7 @@ from llamafactory_adaptive.adapter.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, 
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
 from llamafactory_adaptive.export.adapter_config import ELSEWHERE, NARROWED, read_config
 from llamafactory_adaptive.export.faults import first_line
-from llamafactory_adaptive.export.tensor_files import TensorSpec, read_spec
+from llamafactory_adaptive.export.safetensors_stream import TensorSpec, read_spec
 from llamafactory_adaptive.ranks.module_names import NamePattern, is_module_name, too_many_keys
 
 

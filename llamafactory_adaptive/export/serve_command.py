@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from llamafactory_adaptive.export.base import BaseCheckpoint
+from llamafactory_adaptive.export.base_checkpoint import BaseCheckpoint
 from llamafactory_adaptive.export.faults import ExportError
 
 

@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
-from llamafactory_adaptive.export import vllm_probe
 from llamafactory_adaptive.export.faults import ExportError
-from llamafactory_adaptive.export.parity import TOP_K
+from llamafactory_adaptive.export.verify import vllm_probe
+from llamafactory_adaptive.export.verify.log_probabilities import TOP_K
 
 
 TIME_LIMIT_S = 1800

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from llamafactory_adaptive.adapter.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TENSOR_PREFIX
 from llamafactory_adaptive.export.faults import ExportError
-from llamafactory_adaptive.export.serving import max_lora_rank
-from llamafactory_adaptive.export.updates import Update
+from llamafactory_adaptive.export.serve_command import max_lora_rank
+from llamafactory_adaptive.export.verify.module_updates import Update
 from llamafactory_adaptive.files import read_mapping
 from llamafactory_adaptive.ranks.module_names import is_plain_key, key_of
 

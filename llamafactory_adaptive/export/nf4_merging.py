@@ -17,7 +17,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
 
 from llamafactory_adaptive.export.merging import update
-from llamafactory_adaptive.export.source import SourceAdapter
+from llamafactory_adaptive.export.source_adapter import SourceAdapter
 
 
 REPORT_FILE = "quantization_report.json"
