@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive import __version__, _bootstrap
-from llamafactory_adaptive.config import AdaptiveConfig
+from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, AdaptiveError, Problem, SeamError
 from llamafactory_adaptive.export.request import add_export_arguments, export_request
 from llamafactory_adaptive.options import coerce

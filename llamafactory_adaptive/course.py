@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from llamafactory_adaptive.config import AdaptiveConfig
+from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.ranks.allocation import allocate, keep_components, reallocate_components
 from llamafactory_adaptive.ranks.plan import RankPlan

@@ -15,7 +15,7 @@ from torch import nn
 
 from llamafactory_adaptive.adapter.masked_lora import Triplets
 from llamafactory_adaptive.components import Components
-from llamafactory_adaptive.config import AdaptiveConfig
+from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.controller import AdaptiveCallback
 from llamafactory_adaptive.course import Course
 from llamafactory_adaptive.engines.distributed import agree_across_ranks, wait_for_all

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llamafactory_adaptive.calibration.measurement import Measurement
-from llamafactory_adaptive.config import AdaptiveConfig
+from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, CalibrationError, PlanError, Problem
 from llamafactory_adaptive.files import digest_of, is_intact, note_checksum, usable_entry
 from llamafactory_adaptive.methods import Scores, ScoringContext, StaticMethod

@@ -11,8 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from llamafactory_adaptive.checks import unknown_key_problems
-from llamafactory_adaptive.config import AdaptiveArguments
+from llamafactory_adaptive.config.arguments import AdaptiveArguments
+from llamafactory_adaptive.config.key_checks import unknown_key_problems
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
 from llamafactory_adaptive.methods._registry import get_method, methods
 from llamafactory_adaptive.options import coerce

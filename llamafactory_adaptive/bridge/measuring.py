@@ -19,7 +19,7 @@ from llamafactory_adaptive.bridge.child import run_child
 from llamafactory_adaptive.bridge.loading import calibration_names, target_shapes, uses_tokenized_folder
 from llamafactory_adaptive.calibration.batches import count_tokens, make_batches
 from llamafactory_adaptive.calibration.measurement import Measurement
-from llamafactory_adaptive.config import AdaptiveConfig
+from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.files import digest_of, replacing
 from llamafactory_adaptive.pipeline import cache_folder, make_method

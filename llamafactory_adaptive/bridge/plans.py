@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import Args, local_rank, our_keys, split_names
-from llamafactory_adaptive.config import AdaptiveConfig
+from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
 from llamafactory_adaptive.files import PLAN_FILE, STATE_JSON, digest_of
 from llamafactory_adaptive.folder_lock import locked

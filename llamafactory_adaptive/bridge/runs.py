@@ -30,7 +30,7 @@ from llamafactory_adaptive.bridge.resuming import (
     what_the_host_resumes,
 )
 from llamafactory_adaptive.bridge.validation import parse_config
-from llamafactory_adaptive.config import AdaptiveConfig
+from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
 from llamafactory_adaptive.files import cannot_write, could_not_write
 from llamafactory_adaptive.leftovers import set_older_run_aside

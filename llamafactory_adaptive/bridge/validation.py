@@ -13,10 +13,15 @@ from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import Args, flag_parser, our_keys, own_names, run_seed, split_names
 from llamafactory_adaptive.bridge.host_check import host_value_problems
-from llamafactory_adaptive.checks import check_budget, check_kind, check_pruning, unknown_key_problems
-from llamafactory_adaptive.config import AdaptiveArguments, AdaptiveConfig, CalibrationConfig
-from llamafactory_adaptive.conflicts import check_conflicts, check_course_conflicts, check_sampling_conflicts
-from llamafactory_adaptive.environment import check_environment
+from llamafactory_adaptive.config.arguments import AdaptiveArguments
+from llamafactory_adaptive.config.host_conflicts import (
+    check_conflicts,
+    check_course_conflicts,
+    check_sampling_conflicts,
+)
+from llamafactory_adaptive.config.host_environment import check_environment
+from llamafactory_adaptive.config.key_checks import check_budget, check_kind, check_pruning, unknown_key_problems
+from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
 from llamafactory_adaptive.methods import is_dynamic
 from llamafactory_adaptive.methods._registry import get_method, methods, nearest

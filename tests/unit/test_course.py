@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llamafactory_adaptive.config import AdaptiveConfig, CalibrationConfig
+from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.course import Course
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from llamafactory_adaptive.config import AdaptiveConfig, CalibrationConfig
+from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.errors import CalibrationError, PlanError
 from llamafactory_adaptive.files import write_atomically
 from llamafactory_adaptive.pipeline import check_plan, wait_for_plan

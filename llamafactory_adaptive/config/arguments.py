@@ -1,11 +1,8 @@
-"""The user's side of the plugin: YAML keys with their help, and the validated configuration. Standard library only."""
+"""The YAML keys that hold for every method, with their help."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from llamafactory_adaptive.options import option
-from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
 
 
 @dataclass
@@ -72,16 +69,6 @@ class AdaptiveArguments:
     )
 
 
-@dataclass(frozen=True)
-class CalibrationConfig:
-    """Which samples a method scores on."""
-
-    dataset: str | None
-    samples: int
-    batch_size: int
-    seed: int
-
-
 # Keys that only methods which prune during training read.
 PRUNING_KEYS = (
     "adaptive_init_rank",
@@ -90,28 +77,3 @@ PRUNING_KEYS = (
     "adaptive_interval",
     "adaptive_max_overhead",
 )
-
-
-@dataclass(frozen=True)
-class AdaptiveConfig:
-    """The validated configuration of one run. Ranks are in rank units, ``lora_rank`` is the budget.
-
-    ``course`` tells how ranks change while training; None where they are fixed before.
-    """
-
-    method: str
-    options: Mapping[str, Any]
-    budget_unit: str
-    lora_rank: int
-    lora_alpha: float
-    min_rank: int
-    max_rank: int
-    plan_path: str | None
-    calibration: CalibrationConfig
-    course: PruningConfig | ReallocationConfig | None = None
-    max_nonfinite_steps: int = 3
-
-    @property
-    def scale(self) -> float:
-        """LoRA scale alpha/r, the same for every module."""
-        return self.lora_alpha / self.lora_rank

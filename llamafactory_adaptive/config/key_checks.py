@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llamafactory_adaptive.config import PRUNING_KEYS
+from llamafactory_adaptive.config.arguments import PRUNING_KEYS
 from llamafactory_adaptive.errors import Problem
 from llamafactory_adaptive.options import coerce
 from llamafactory_adaptive.ranks.schedule import PruningConfig

@@ -1,0 +1,1 @@
+"""What the user asked for, and whether it is possible."""

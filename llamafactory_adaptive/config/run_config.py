@@ -1,0 +1,42 @@
+"""The user's side of the plugin: YAML keys with their help, and the validated configuration. Standard library only."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Which samples a method scores on."""
+
+    dataset: str | None
+    samples: int
+    batch_size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class AdaptiveConfig:
+    """The validated configuration of one run. Ranks are in rank units, ``lora_rank`` is the budget.
+
+    ``course`` tells how ranks change while training; None where they are fixed before.
+    """
+
+    method: str
+    options: Mapping[str, Any]
+    budget_unit: str
+    lora_rank: int
+    lora_alpha: float
+    min_rank: int
+    max_rank: int
+    plan_path: str | None
+    calibration: CalibrationConfig
+    course: PruningConfig | ReallocationConfig | None = None
+    max_nonfinite_steps: int = 3
+
+    @property
+    def scale(self) -> float:
+        """LoRA scale alpha/r, the same for every module."""
+        return self.lora_alpha / self.lora_rank
