@@ -22,7 +22,8 @@ from llamafactory_adaptive.calibration.measurement import Measurement
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.files import digest_of, replacing
-from llamafactory_adaptive.pipeline import cache_folder, make_method
+from llamafactory_adaptive.planning.cache import cache_folder
+from llamafactory_adaptive.planning.planner import make_method
 
 
 # What a launcher tells its workers; the measuring process is none of them.

@@ -67,9 +67,9 @@ def obtain_plan(args: Args, config: AdaptiveConfig, checkpoint: Path | None) -> 
     Raises:
         AdaptiveError: nothing is loaded or written when the plan cannot be had.
     """
-    from llamafactory_adaptive import pipeline, sameness
     from llamafactory_adaptive.bridge import loading
     from llamafactory_adaptive.checkpoints import damage, is_sealed
+    from llamafactory_adaptive.planning import compatibility, planner
 
     going_on = [] if args.get("create_new_adapter") else split_names(args.get("adapter_name_or_path"))
     if checkpoint is not None:
@@ -79,12 +79,12 @@ def obtain_plan(args: Args, config: AdaptiveConfig, checkpoint: Path | None) -> 
             raise AdaptiveConfigError([problem])
         plan = _plan_beside(checkpoint)
         _check_same_base(plan, args, checkpoint)
-        sameness.check_same_run(plan, config, str(checkpoint))
+        compatibility.check_same_run(plan, config, str(checkpoint))
         shapes = loading.target_shapes(args)
         if config.course is not None:
-            pipeline.check_shapes(plan, shapes, str(checkpoint / PLAN_FILE))
-            return pipeline.start_plan(config, shapes, loading.provenance(args)), False
-        return pipeline.check_plan(plan, shapes, config, str(checkpoint / PLAN_FILE)), bool(going_on)
+            compatibility.check_shapes(plan, shapes, str(checkpoint / PLAN_FILE))
+            return planner.start_plan(config, shapes, loading.provenance(args)), False
+        return compatibility.check_plan(plan, shapes, config, str(checkpoint / PLAN_FILE)), bool(going_on)
     if going_on:
         adapter = Path(going_on[-1])
         if (adapter / STATE_JSON).is_file():
@@ -95,19 +95,19 @@ def obtain_plan(args: Args, config: AdaptiveConfig, checkpoint: Path | None) -> 
         plan = _plan_beside(adapter)
         if is_sealed(adapter) and (fault := damage(adapter)):
             raise PlanError(f"{adapter} is damaged: {fault}; go on from another checkpoint or adapter")
-        sameness.check_same_scale(plan, config, str(adapter))
-        return pipeline.check_plan(plan, loading.target_shapes(args), config, str(adapter / PLAN_FILE)), True
+        compatibility.check_same_scale(plan, config, str(adapter))
+        return compatibility.check_plan(plan, loading.target_shapes(args), config, str(adapter / PLAN_FILE)), True
     return fresh_plan(args, config), False
 
 
 def fresh_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
     """The plan of a run that starts anew: the given file, or computed. What lies in ``output_dir`` does not matter."""
-    from llamafactory_adaptive import pipeline
     from llamafactory_adaptive.bridge import loading
-    from llamafactory_adaptive.sameness import flat_options
+    from llamafactory_adaptive.planning import compatibility, planner
+    from llamafactory_adaptive.planning.compatibility import flat_options
 
     if config.plan_path:
-        method = pipeline.make_method(config)
+        method = planner.make_method(config)
         samples = getattr(method, "sampling", None) is not None
         used = {"adaptive_plan", "adaptive_budget_unit", "adaptive_max_nonfinite_steps"}
         if samples:
@@ -116,7 +116,7 @@ def fresh_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
         idle = [key for key in our_keys(args) if key not in used]
         if idle and local_rank() == 0:
             logger.warning(f"adaptive_plan is given, so these keys are not used: {', '.join(idle)}")
-        plan = pipeline.check_plan(
+        plan = compatibility.check_plan(
             load_plan(Path(config.plan_path)), loading.target_shapes(args), config, config.plan_path
         )
         facts: dict[str, Any] = {"adaptive_plan": config.plan_path, **_this_run(plan, loading.provenance(args))}
@@ -124,7 +124,7 @@ def fresh_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
             facts["sampling"] = {"adaptive_method": config.method, **flat_options(config)}
         return replace(plan, provenance={**plan.provenance, **facts})
     if config.course is not None:
-        return pipeline.start_plan(config, loading.target_shapes(args), loading.provenance(args))
+        return planner.start_plan(config, loading.target_shapes(args), loading.provenance(args))
     return compute_plan(args, config)
 
 
@@ -161,26 +161,26 @@ def refuse_finished_run(args: Args, checkpoint: Path | None) -> None:
 
 def compute_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
     """Build the plan in one process per node, or re-use it; the other processes of the node wait for the file."""
-    from llamafactory_adaptive import pipeline
     from llamafactory_adaptive.bridge import loading, measuring
+    from llamafactory_adaptive.planning import cache, planner
 
-    request = pipeline.PlanRequest(config, loading.identity(args), loading.provenance(args))
+    request = cache.PlanRequest(config, loading.identity(args), loading.provenance(args))
     path = request.plan_path()
     if local_rank() != 0:
-        return pipeline.wait_for_plan(path, _scoring_limit(args))
-    cached = pipeline.cached_plan(path)
+        return cache.wait_for_plan(path, _scoring_limit(args))
+    cached = cache.cached_plan(path)
     if cached is not None:
         logger.info(f"adaptive: ranks re-used, planned before for the same request ({path})")
         return cached
     started = time.perf_counter()
-    plan = pipeline.build_plan(
+    plan = planner.build_plan(
         request,
         loading.target_shapes(args),
         lambda measurement, target: measuring.measure_in_own_process(args, measurement, target),
     )
     scores = "with scores measured before" if plan.provenance.get("statistics_reused") else "scores included"
     logger.info(f"adaptive: ranks planned in {time.perf_counter() - started:.1f} s, {scores}")
-    return pipeline.keep_plan(plan, path)
+    return cache.keep_plan(plan, path)
 
 
 def advice(plan: RankPlan, config: AdaptiveConfig) -> list[str]:

@@ -142,7 +142,7 @@ def _begin_afresh(args: Args) -> None:
 def _make_callback(
     args: Args, plan: RankPlan, adaptive: AdaptiveConfig, checkpoint: Path | None, started: float
 ) -> Any:
-    from llamafactory_adaptive.pipeline import make_method
+    from llamafactory_adaptive.planning.planner import make_method
 
     method = make_method(adaptive)
     selection = _make_selection(args, method)
@@ -161,7 +161,7 @@ def _make_selection(args: Args, method: Any) -> Any:
     if sampling is None:
         return None
     from llamafactory_adaptive.bridge.loading import identity
-    from llamafactory_adaptive.pipeline import cache_folder
+    from llamafactory_adaptive.planning.cache import cache_folder
     from llamafactory_adaptive.selection import Selection
 
     return Selection(sampling, run_seed(args), identity(args), cache_folder() / "quality")

@@ -208,7 +208,7 @@ def test_zero_is_a_seed(tiny_llama, data_dir, tmp_path):
 def test_a_broken_dataset_table_and_an_unwritable_cache_are_user_errors(tiny_llama, tmp_path, monkeypatch):
     (tmp_path / "dataset_info.json").write_text('{"a": 1,}')
     assert "is not valid JSON" in message(settings(tiny_llama, tmp_path, tmp_path / "out"))
-    from llamafactory_adaptive.pipeline import cache_folder
+    from llamafactory_adaptive.planning.cache import cache_folder
 
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LLAMAFACTORY_ADAPTIVE_CACHE", str(tmp_path / "file"))

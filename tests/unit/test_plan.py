@@ -8,9 +8,9 @@ import pytest
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.errors import CalibrationError, PlanError
 from llamafactory_adaptive.files import write_atomically
-from llamafactory_adaptive.pipeline import check_plan, wait_for_plan
+from llamafactory_adaptive.planning.cache import wait_for_plan
+from llamafactory_adaptive.planning.compatibility import check_plan, check_same_run, check_same_scale
 from llamafactory_adaptive.ranks.plan import ModulePlan, ModuleShape, RankPlan, load_plan
-from llamafactory_adaptive.sameness import check_same_run, check_same_scale
 
 
 def make_plan(ranks=(3, 5), **more):

@@ -1,13 +1,58 @@
 """Is a checkpoint or adapter of the run that is asked for? Compared by the keys a user knows."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import PlanError
-from llamafactory_adaptive.ranks.plan import RankPlan, load_plan
+from llamafactory_adaptive.ranks.plan import (
+    ModuleShape,
+    RankPlan,
+    load_plan,
+)
+
+
+def check_shapes(plan: RankPlan, shapes: list[ModuleShape], source: str) -> None:
+    """Refuse a plan of another model.
+
+    Raises:
+        PlanError: naming the first differences.
+    """
+    differences = plan.differences(shapes)
+    if differences:
+        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+        raise PlanError(f"{source} does not fit the model: " + "; ".join(differences[:3]) + more)
+
+
+def check_plan(plan: RankPlan, shapes: list[ModuleShape], config: AdaptiveConfig, source: str) -> RankPlan:
+    """Accept a given plan for this model and budget, or say where it differs.
+
+    The plan's ranks are used as they are; budget and scale are this run's, so a plan edited by hand is judged against
+    what the YAML allows.
+
+    Raises:
+        PlanError: another model, or more than the budget.
+    """
+    check_shapes(plan, shapes, source)
+    order = {shape.name: index for index, shape in enumerate(shapes)}
+    plan = replace(
+        plan,
+        budget_unit=config.budget_unit,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        modules=tuple(sorted(plan.modules, key=lambda module: order[module.name])),
+    )
+    budget, kind = plan.budget(), plan.budget_kind
+    asked, used = budget[f"asked_{kind}"], budget[f"used_{kind}"]
+    if used > asked:
+        raise PlanError(
+            f"{source} costs {used:,} {kind}, the budget of lora_rank {config.lora_rank} is {asked:,}: "
+            f"{used - asked:,} too many; lower ranks in the plan or set "
+            f"lora_rank: {-(-used * config.lora_rank // asked)}"
+        )
+    return plan
 
 
 def check_same_run(plan: RankPlan, config: AdaptiveConfig, source: str) -> None:

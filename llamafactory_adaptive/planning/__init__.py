@@ -1,0 +1,1 @@
+"""Where a run's plan comes from: scored, cached, given or resumed."""

@@ -1,0 +1,134 @@
+"""Plans and statistics that were computed before, by digest of the request."""
+
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llamafactory_adaptive.calibration.measurement import Measurement
+from llamafactory_adaptive.config.run_config import AdaptiveConfig
+from llamafactory_adaptive.errors import AdaptiveConfigError, CalibrationError, Problem
+from llamafactory_adaptive.files import digest_of, is_intact, note_checksum, usable_entry
+from llamafactory_adaptive.ranks.plan import (
+    SCHEMA_VERSION,
+    ModuleShape,
+    RankPlan,
+    load_plan,
+)
+
+
+CACHE_ENV = "LLAMAFACTORY_ADAPTIVE_CACHE"
+
+
+def cache_folder() -> Path:
+    """Where statistics and plans are re-used from: ``$LLAMAFACTORY_ADAPTIVE_CACHE`` or the user's cache folder.
+
+    Raises:
+        AdaptiveConfigError: it cannot be written.
+    """
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llamafactory_adaptive"
+    folder = Path(os.environ.get(CACHE_ENV, default))
+    try:
+        for part in ("plans", "statistics", "quality"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        if not os.access(folder / "plans", os.W_OK):
+            raise PermissionError("it is not writable")
+    except OSError as error:
+        problem = Problem(CACHE_ENV, str(folder), f"the cache cannot be written ({error})", f"{CACHE_ENV}=<folder>")
+        raise AdaptiveConfigError([problem]) from error
+    return folder
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What one run wants a plan for.
+
+    Attributes:
+        config: the validated configuration.
+        identity: everything that determines the statistics (model, data, precision, versions), JSON-able.
+        provenance: what a reader of the plan wants to know of it.
+    """
+
+    config: AdaptiveConfig
+    identity: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+
+    def digest(self) -> str:
+        """Names the plan in the cache: equal requests share one plan."""
+        asked = {key: value for key, value in asdict(self.config).items() if key != "max_nonfinite_steps"}
+        return digest_of({"identity": self.identity, "config": asked, "schema": SCHEMA_VERSION})
+
+    def plan_path(self) -> Path:
+        """Where the plan of this request is kept."""
+        return cache_folder() / "plans" / f"{self.digest()}.json"
+
+
+def statistics_path(request: PlanRequest, measurement: Measurement) -> Path:
+    """Cache file of a measurement. The batch size is no part of it: it must not change the result."""
+    calibration = {key: value for key, value in asdict(request.config.calibration).items() if key != "batch_size"}
+    key = digest_of({"identity": request.identity, "calibration": calibration, "measurement": measurement.key})
+    return cache_folder() / "statistics" / f"{key}.safetensors"
+
+
+def read_statistics(path: Path, shapes: list[ModuleShape]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Load cached statistics of the target modules, and the facts noted with them.
+
+    Raises:
+        CalibrationError: they are of other modules, or hold what is no number.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {shape.name: file.get_tensor(shape.name) for shape in shapes}
+            facts = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise CalibrationError(f"the statistics in {path} do not fit this model ({error}); delete the file") from error
+    wrong = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if wrong:
+        raise CalibrationError(
+            f"the statistics in {path} hold NaN or infinity for {_some(wrong)}; delete the file and run again"
+        )
+    return tensors, {
+        "calibration_tokens": int(facts.get("tokens", 0)),
+        "calibration_samples": int(facts.get("samples", 0)),
+        "calibration_rows_sha256": facts.get("rows_sha256", ""),
+        "calibration_seconds": float(facts.get("seconds", 0.0)),
+    }
+
+
+def _some(names: Iterable[str]) -> str:
+    first, *others = names
+    return f"{first} and {len(others)} more" if others else first
+
+
+def cached_plan(path: Path) -> RankPlan | None:
+    """Read a plan from the cache; None where there is none, or a damaged one, which is told of and set aside."""
+    return load_plan(path) if usable_entry(path) else None
+
+
+def keep_plan(plan: RankPlan, path: Path) -> RankPlan:
+    """Write a plan into the cache; returns it as others will read it."""
+    plan.write(path)
+    note_checksum(path)
+    return load_plan(path)
+
+
+def wait_for_plan(path: Path, seconds: float) -> RankPlan:
+    """Other processes of the node wait here until the planning one has written its file and its checksum.
+
+    Raises:
+        CalibrationError: the time limit passed.
+    """
+    deadline = time.monotonic() + seconds
+    while not is_intact(path):
+        if time.monotonic() > deadline:
+            raise CalibrationError(
+                f"no plan appeared at {path} within {seconds:g} s: see the messages of the process that scores"
+            )
+        time.sleep(0.2)
+    return load_plan(path)

@@ -1,0 +1,141 @@
+"""From a request to a plan: measure (or re-use), score, allocate. Knows no host program.
+
+The host hands in the target modules, what identifies model and data, and a way to run a measurement in a process of
+its own; everything else is decided here.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llamafactory_adaptive.calibration.measurement import Measurement
+from llamafactory_adaptive.config.run_config import AdaptiveConfig
+from llamafactory_adaptive.errors import CalibrationError
+from llamafactory_adaptive.files import note_checksum, usable_entry
+from llamafactory_adaptive.methods import Scores, ScoringContext, StaticMethod
+from llamafactory_adaptive.methods._registry import get_method
+from llamafactory_adaptive.planning.cache import PlanRequest, _some, read_statistics, statistics_path
+from llamafactory_adaptive.ranks.allocation import Allocation, allocate
+from llamafactory_adaptive.ranks.plan import (
+    ModulePlan,
+    ModuleShape,
+    RankPlan,
+    plan_from_allocation,
+)
+
+
+# Runs a measurement where the model is, writing one tensor per module to the path as safetensors.
+Measure = Callable[[Measurement, Path], None]
+
+
+def make_method(config: AdaptiveConfig) -> Any:
+    """The configured method, static or dynamic, with its options."""
+    method = get_method(config.method)
+    return method(method.Options(**config.options))
+
+
+def build_plan(request: PlanRequest, shapes: list[ModuleShape], measure: Measure) -> RankPlan:
+    """Score and allocate.
+
+    Args:
+        request: the configuration and what identifies model and data.
+        shapes: target modules in model order.
+        measure: called only when the method measures and no cached statistics fit.
+
+    Raises:
+        InfeasibleBudgetError, CalibrationError: see there.
+    """
+    config, started = request.config, time.perf_counter()
+    _spend(config, shapes, [1.0] * len(shapes))  # bounds that cannot hold are found before anything is measured
+    method: StaticMethod = make_method(config)
+    measurement = method.measurement()
+    statistics: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
+    if measurement is not None:
+        path = statistics_path(request, measurement)
+        facts["statistics_reused"] = usable_entry(path)
+        if not facts["statistics_reused"]:
+            measure(measurement, path)
+            note_checksum(path)
+        statistics, measured = read_statistics(path, shapes)
+        facts |= measured
+    scores = method.score(statistics, ScoringContext(tuple(shapes), config.lora_rank, config.calibration.seed))
+    facts["planning_seconds"] = round(time.perf_counter() - started, 2)
+    return allocate_plan(request, shapes, scores, facts)
+
+
+def start_plan(config: AdaptiveConfig, shapes: list[ModuleShape], provenance: Mapping[str, Any]) -> RankPlan:
+    """The live plan that a dynamic method starts from: no model, no data, equal on every process.
+
+    Raises:
+        InfeasibleBudgetError: bounds and budget do not fit each other for these modules.
+    """
+    assert config.course is not None
+    _spend(config, shapes, [1.0] * len(shapes))
+    modules = tuple(
+        ModulePlan(
+            shape.name,
+            shape.in_features,
+            shape.out_features,
+            rank=min(config.course.live_rank, config.max_rank, shape.largest_rank),
+        )
+        for shape in shapes
+    )
+    facts = {**provenance, **_bounds(config), "course": asdict(config.course)}
+    return RankPlan(modules=modules, provenance=facts, **_header(config))
+
+
+def _header(config: AdaptiveConfig) -> dict[str, Any]:
+    """What a plan says of the configuration it was made for."""
+    return {
+        "method": config.method,
+        "options": dict(config.options),
+        "budget_unit": config.budget_unit,
+        "lora_rank": config.lora_rank,
+        "lora_alpha": config.lora_alpha,
+    }
+
+
+def _bounds(config: AdaptiveConfig) -> dict[str, Any]:
+    return {"bounds": {"adaptive_min_rank": config.min_rank, "adaptive_max_rank": config.max_rank}}
+
+
+def allocate_plan(
+    request: PlanRequest, shapes: list[ModuleShape], scores: Scores, facts: Mapping[str, Any]
+) -> RankPlan:
+    """Ranks for the scores under the configured budget and bounds, with where they came from.
+
+    Raises:
+        CalibrationError: a score is no number.
+    """
+    config = request.config
+    wrong = [name for name, score in scores.values.items() if not math.isfinite(score)]
+    if wrong:
+        raise CalibrationError(f"{config.method} gave no finite score for {_some(wrong)}: no ranks follow from that")
+    allocation = _spend(config, shapes, [scores.values[shape.name] for shape in shapes])
+    return plan_from_allocation(
+        shapes,
+        scores.values,
+        scores.metrics,
+        allocation,
+        **_header(config),
+        provenance={
+            **request.provenance,
+            **facts,
+            **_bounds(config),
+            "calibration": asdict(config.calibration),
+            "request_digest": request.digest(),
+        },
+    )
+
+
+def _spend(config: AdaptiveConfig, shapes: list[ModuleShape], scores: list[float]) -> Allocation:
+    costs = [shape.cost(config.budget_unit) for shape in shapes]
+    upper = [min(config.max_rank, shape.largest_rank) for shape in shapes]
+    lower = [min(config.min_rank, high) for high in upper]
+    return allocate(scores, costs, config.lora_rank * sum(costs), lower, upper)
