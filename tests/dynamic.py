@@ -9,9 +9,9 @@ from tiny import TARGETS, rows, tiny_model
 from llamafactory_adaptive.adapter.lora import lora_config_arguments
 from llamafactory_adaptive.adapter.masked_lora import Triplets
 from llamafactory_adaptive.calibration.batches import make_batches
-from llamafactory_adaptive.components import Components
 from llamafactory_adaptive.engines.engine import WholeEngine
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
+from llamafactory_adaptive.training.components import Components
 
 
 def start_plan(model, rank: int = 4, lora_rank: int = 2) -> RankPlan:

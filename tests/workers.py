@@ -11,7 +11,9 @@ from typing import Any
 
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "deepspeed", "llamafactory_adaptive.dynamic", "llamafactory.train.tuner"])
+_context.set_forkserver_preload(
+    ["torch", "deepspeed", "llamafactory_adaptive.training.search_callback", "llamafactory.train.tuner"]
+)
 
 
 def train_on_two(args: dict[str, Any], logs: Path) -> None:

@@ -41,8 +41,8 @@ def agreed_plan(args: Args, config: AdaptiveConfig, checkpoint: Path | None) -> 
     Raises:
         AdaptiveError: on every process, before any of them loads the model.
     """
-    from llamafactory_adaptive.controller import PLANS_DIFFER
     from llamafactory_adaptive.engines.distributed import gather, refuse_differences
+    from llamafactory_adaptive.training.callback import PLANS_DIFFER
 
     found: list[tuple[RankPlan, bool]] = []
 
@@ -68,8 +68,8 @@ def obtain_plan(args: Args, config: AdaptiveConfig, checkpoint: Path | None) -> 
         AdaptiveError: nothing is loaded or written when the plan cannot be had.
     """
     from llamafactory_adaptive.bridge import loading
-    from llamafactory_adaptive.checkpoints import damage, is_sealed
     from llamafactory_adaptive.planning import compatibility, planner
+    from llamafactory_adaptive.training.checkpoint_files import damage, is_sealed
 
     going_on = [] if args.get("create_new_adapter") else split_names(args.get("adapter_name_or_path"))
     if checkpoint is not None:

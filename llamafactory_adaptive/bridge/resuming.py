@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import Args, local_rank, split_names
-from llamafactory_adaptive.checkpoints import check_layout, damage, is_sealed
 from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
 from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, STATE_JSON
+from llamafactory_adaptive.training.checkpoint_files import check_layout, damage, is_sealed
 
 
 logger = logging.getLogger("llamafactory.adaptive")

@@ -5,12 +5,9 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from llamafactory_adaptive.bridge.arguments import (
     Args,
@@ -32,15 +29,12 @@ from llamafactory_adaptive.bridge.resuming import (
 from llamafactory_adaptive.bridge.validation import parse_config
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
-from llamafactory_adaptive.files import cannot_write, could_not_write
-from llamafactory_adaptive.leftovers import set_older_run_aside
 from llamafactory_adaptive.ranks.plan import RankPlan
+from llamafactory_adaptive.training.current_run import _current
+from llamafactory_adaptive.training.leftovers import set_older_run_aside
 
 
 logger = logging.getLogger("llamafactory.adaptive")
-
-# The callback (with plan and counters) of the run this process is in; read where upstream builds its LoraConfig.
-_current: ContextVar[Any] = ContextVar("adaptive_run", default=None)
 
 
 def inject_ranks(lora_config: Any) -> Callable[..., Any]:
@@ -90,10 +84,10 @@ def adaptive_training_function(
 
 def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], args: Args, adaptive: AdaptiveConfig
            ) -> None:  # fmt: skip
-    from llamafactory_adaptive.controller import finish
-    from llamafactory_adaptive.divergence import DivergenceWatch
     from llamafactory_adaptive.engines.operator_locks import bounded_waits
     from llamafactory_adaptive.engines.zero import init_deepspeed_on_cpu
+    from llamafactory_adaptive.training.callback import finish
+    from llamafactory_adaptive.training.divergence import DivergenceWatch
 
     started = time.perf_counter()
     if args.get("deepspeed") and "LOCAL_RANK" not in os.environ:
@@ -147,10 +141,10 @@ def _make_callback(
     method = make_method(adaptive)
     selection = _make_selection(args, method)
     if adaptive.course is None:
-        from llamafactory_adaptive.controller import AdaptiveCallback
+        from llamafactory_adaptive.training.callback import AdaptiveCallback
 
         return AdaptiveCallback(plan, time.perf_counter() - started, checkpoint, selection)
-    from llamafactory_adaptive.dynamic import DynamicCallback
+    from llamafactory_adaptive.training.search_callback import DynamicCallback
 
     return DynamicCallback(plan, adaptive, method, time.perf_counter() - started, checkpoint, selection)
 
@@ -162,72 +156,9 @@ def _make_selection(args: Args, method: Any) -> Any:
         return None
     from llamafactory_adaptive.bridge.loading import identity
     from llamafactory_adaptive.planning.cache import cache_folder
-    from llamafactory_adaptive.selection import Selection
+    from llamafactory_adaptive.training.sample_selection import Selection
 
     return Selection(sampling, run_seed(args), identity(args), cache_folder() / "quality")
-
-
-def meet_trainer(trainer_class: type) -> type:
-    """A subclass of one of the host's trainers that shows itself to the run's callback once it is built.
-
-    Callbacks are not given the Trainer, and the Trainer's accelerator is where complete, unclipped gradients are
-    found.
-    """
-
-    class Met(trainer_class):  # type: ignore[misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            callback = _current.get()
-            self.adaptive_callback = callback
-            if callback is not None:
-                callback.attach(self)
-
-        def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            loss = super().training_step(*args, **kwargs)
-            watch = getattr(self.adaptive_callback, "watch", None)
-            if watch is not None:
-                watch.see(loss)
-            return loss
-
-        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-            selection = getattr(self.adaptive_callback, "selection", None)
-            if selection is not None:
-                return selection.sampler
-            return super()._get_train_sampler(*args, **kwargs)
-
-        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-            if self.adaptive_callback is None:
-                super()._save_checkpoint(*args, **kwargs)
-                return
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            self.adaptive_callback.begin_checkpoint(folder, self.args)
-            try:
-                super()._save_checkpoint(*args, **kwargs)
-            except (OSError, RuntimeError, SafetensorError) as error:
-                if not could_not_write(error):
-                    raise
-                raise cannot_write(folder, error) from error
-            if not self.args.save_only_model:
-                self.adaptive_callback.seal(folder, self.args)
-
-        def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-            if self.adaptive_callback is not None and not self.args.save_only_model:
-                self.adaptive_callback.seal(Path(checkpoint_folder), self.args)
-            super()._push_from_checkpoint(checkpoint_folder)
-
-        def _load_best_model(self) -> None:
-            if self.adaptive_callback is not None:
-                self.adaptive_callback.check_best(Path(self.state.best_model_checkpoint))
-            super()._load_best_model()
-
-        def _save_rng_state(self, output_dir: str) -> None:
-            # Before the Trainer writes its own state, pushes the checkpoint and deletes older ones.
-            super()._save_rng_state(output_dir)
-            if self.adaptive_callback is not None:
-                self.adaptive_callback.save_into(Path(output_dir), self.args, self.state)
-
-    Met.__name__, Met.__qualname__, Met.__module__ = trainer_class.__name__, trainer_class.__qualname__, __name__
-    return Met
 
 
 def _refuse_stray_keys(raw: Mapping[str, Any] | list[str]) -> None:

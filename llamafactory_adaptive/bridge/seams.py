@@ -54,7 +54,7 @@ def _lora_config(original: Any) -> Any:
 
 
 def _trainer(original: Any) -> Any:
-    from llamafactory_adaptive.bridge.runs import meet_trainer
+    from llamafactory_adaptive.training.trainer import meet_trainer
 
     return meet_trainer(original)
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from test_training import Keep, logits, peft_logits, train
 from tiny import ARCHITECTURES, pruning_settings, save_tiny, settings
 
-from llamafactory_adaptive.checkpoints import damage
 from llamafactory_adaptive.errors import AdaptiveConfigError, GuardError, PlanError
 from llamafactory_adaptive.ranks.plan import load_plan
+from llamafactory_adaptive.training.checkpoint_files import damage
 
 
 pytestmark = pytest.mark.slow
@@ -277,19 +277,19 @@ def test_a_diverged_run_is_not_pruned_by_nan(tiny_llama, data_dir, tmp_path):
 
 
 def test_processes_that_would_choose_differently_stop(tiny_llama, data_dir, tmp_path, monkeypatch):
-    from llamafactory_adaptive import controller
+    from llamafactory_adaptive.training import callback
 
-    monkeypatch.setattr(controller, "gather_digests", lambda digest: [digest, "00"])
+    monkeypatch.setattr(callback, "gather_digests", lambda digest: [digest, "00"])
     with pytest.raises(GuardError, match=r"ranks \[1\] hold another plan than rank 0"):
         train(pruning_settings(tiny_llama, data_dir, tmp_path / "o"))
     answers = iter([["a", "a"], ["a", "b"]])
-    monkeypatch.setattr(controller, "gather_digests", lambda digest: next(answers))
+    monkeypatch.setattr(callback, "gather_digests", lambda digest: next(answers))
     with pytest.raises(GuardError, match=r"ranks \[1\] chose other components than rank 0"):
         train(pruning_settings(tiny_llama, data_dir, tmp_path / "o"))
 
 
 def test_a_run_that_never_allocated_fails(tiny_llama, data_dir, tmp_path, monkeypatch):
-    from llamafactory_adaptive.dynamic import DynamicCallback
+    from llamafactory_adaptive.training.search_callback import DynamicCallback
 
     monkeypatch.setattr(DynamicCallback, "_before_step", lambda self: None)  # as if the hook had never fired
     with pytest.raises(GuardError, match="components are to be chosen at step 2, but none was observed"):

@@ -238,8 +238,9 @@ def test_held_out_rows_do_not_reach_the_scores(tiny_llama, data_dir, tmp_path):
 
 def test_a_run_whose_ranks_never_reached_the_model_fails(tiny_llama, data_dir, tmp_path, monkeypatch):
     from llamafactory_adaptive.bridge import runs
+    from llamafactory_adaptive.training import current_run
 
-    monkeypatch.setattr(runs, "_current", type("Lost", (), {"get": lambda s: None, "set": lambda s, v: None,
+    monkeypatch.setattr(current_run, "_current", type("Lost", (), {"get": lambda s: None, "set": lambda s, v: None,
                                                             "reset": lambda s, t: None})())  # fmt: skip
     monkeypatch.setattr(runs, "inject_ranks", lambda original: original)
     with pytest.raises(GuardError, match=r"does not match the plan \(14 adapted modules, 14 planned\)"):
@@ -284,7 +285,7 @@ def test_a_finished_run_is_not_overwritten(tiny_llama, data_dir, tmp_path):
 
 def test_nothing_unchecked_is_pushed(tiny_llama, data_dir, tmp_path):
     """The callback sees the final push after the final save; a damaged adapter stops it."""
-    from llamafactory_adaptive.controller import AdaptiveCallback
+    from llamafactory_adaptive.training.callback import AdaptiveCallback
 
     out = tmp_path / "o"
     train(settings(tiny_llama, data_dir, out, adaptive_method="random"))

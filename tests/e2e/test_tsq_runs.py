@@ -177,11 +177,11 @@ def test_a_resumed_run_on_other_rows_or_options_is_refused(tiny_llama, data_dir,
 
 
 def test_scores_are_cached_and_weights_need_no_second_pass(tiny_llama, data_dir, tmp_path, monkeypatch):
-    from llamafactory_adaptive import selection
+    from llamafactory_adaptive.training import sample_selection
 
     monkeypatch.setenv("LLAMAFACTORY_ADAPTIVE_CACHE", str(tmp_path / "cache"))
-    calls, original = [], selection.measure
-    monkeypatch.setattr(selection, "measure", lambda *a, **k: calls.append(1) or original(*a, **k))
+    calls, original = [], sample_selection.measure
+    monkeypatch.setattr(sample_selection, "measure", lambda *a, **k: calls.append(1) or original(*a, **k))
     for number, more in enumerate(({}, {"tsq_temperature": 9.0, "tsq_clip_quantile": 0.9, "tsq_norm_weight": 2.0})):
         train(tsq_settings(tiny_llama, data_dir, tmp_path / str(number), max_steps=1, **more))
     assert len(calls) == 1
@@ -196,10 +196,10 @@ def test_scores_are_cached_and_weights_need_no_second_pass(tiny_llama, data_dir,
 
 
 def test_collapsed_weights_are_warned_of_once(tiny_llama, data_dir, tmp_path, monkeypatch):
-    from llamafactory_adaptive import selection
+    from llamafactory_adaptive.training import sample_selection
 
     said: list[str] = []
-    monkeypatch.setattr(selection.logger, "warning", said.append)
+    monkeypatch.setattr(sample_selection.logger, "warning", said.append)
     train(tsq_settings(tiny_llama, data_dir, tmp_path / "a", tsq_temperature=0.05))
     assert len(said) == 1
     assert "below 10% of the subset of 17" in said[0]
@@ -312,10 +312,10 @@ def test_wrong_options_are_named_before_anything_is_loaded(tiny_llama, data_dir,
 def test_load_best_from_before_the_first_refresh_does_not_end_as_uniform_lora(
     tiny_llama, data_dir, tmp_path, monkeypatch
 ):
-    from llamafactory_adaptive import dynamic
+    from llamafactory_adaptive.training import search_callback
 
     said: list[str] = []
-    monkeypatch.setattr(dynamic.logger, "warning", said.append)
+    monkeypatch.setattr(search_callback.logger, "warning", said.append)
     out = tmp_path / "out"
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
     every_two = {**EVALUATE, "eval_steps": 2, "save_steps": 2}  # at step 1 all sensitivities are 0, since B is

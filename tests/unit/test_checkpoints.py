@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llamafactory_adaptive import checkpoints, files, leftovers
+from llamafactory_adaptive import files
 from llamafactory_adaptive.errors import AdaptiveError, CalibrationError, GuardError, OtherProcessError, PlanError
 from llamafactory_adaptive.methods import ScoringContext
 from llamafactory_adaptive.methods.sensitivity import Sensitivity, SensitivityOptions
 from llamafactory_adaptive.ranks.plan import ModuleShape
+from llamafactory_adaptive.training import checkpoint_files, leftovers
 
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "adaptive_rank_plan.json", "trainer_state.json",
@@ -45,7 +46,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_or_truncated_file_is_named_with_and_without_digests(checkpoint: Path, name: str) -> None:
-    assert checkpoints.damage(checkpoint) == ""
+    assert checkpoint_files.damage(checkpoint) == ""
     content = (checkpoint / name).read_bytes()
     for sealed in (False, True):
         if sealed:
@@ -53,11 +54,11 @@ def test_a_missing_or_truncated_file_is_named_with_and_without_digests(checkpoin
         (checkpoint / name).unlink()
         # A scheduler or random state tells of an optimizer; alone, only digests know that it was there.
         if sealed or name not in ("scheduler.pt", "rng_state.pth"):
-            assert f"{name} is missing" in checkpoints.damage(checkpoint)
+            assert f"{name} is missing" in checkpoint_files.damage(checkpoint)
         (checkpoint / name).write_bytes(content[: len(content) // 2])
-        assert name in checkpoints.damage(checkpoint)
+        assert name in checkpoint_files.damage(checkpoint)
         (checkpoint / name).write_bytes(content)
-        assert checkpoints.damage(checkpoint) == ""
+        assert checkpoint_files.damage(checkpoint) == ""
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -66,22 +67,22 @@ def test_one_flipped_bit_of_a_sealed_checkpoint_is_found(checkpoint: Path, name:
     content = bytearray((checkpoint / name).read_bytes())
     content[-2] ^= 1
     (checkpoint / name).write_bytes(content)
-    assert checkpoints.damage(checkpoint) == f"{name} has changed since it was written"
-    checkpoints.unseal(checkpoint)
-    assert not checkpoints.is_sealed(checkpoint)
-    assert "is missing" in checkpoints.damage(checkpoint), "what is being written over does not count"
+    assert checkpoint_files.damage(checkpoint) == f"{name} has changed since it was written"
+    checkpoint_files.unseal(checkpoint)
+    assert not checkpoint_files.is_sealed(checkpoint)
+    assert "is missing" in checkpoint_files.damage(checkpoint), "what is being written over does not count"
 
 
 def test_damaged_digests_are_damage(checkpoint: Path) -> None:
     (checkpoint / files.DIGESTS_FILE).write_text("{")
-    assert "not valid JSON" in checkpoints.damage(checkpoint)
+    assert "not valid JSON" in checkpoint_files.damage(checkpoint)
 
 
 def test_another_layout_is_refused_by_key_and_value(tmp_path: Path) -> None:
     there = {"deepspeed_stage": 2, "round_robin_gradients": True, "processes": 2}
-    assert checkpoints.check_layout(tmp_path, there) == "", "older versions noted none"
-    checkpoints.write_layout(tmp_path, there)
-    assert checkpoints.check_layout(tmp_path, there) == ""
+    assert checkpoint_files.check_layout(tmp_path, there) == "", "older versions noted none"
+    checkpoint_files.write_layout(tmp_path, there)
+    assert checkpoint_files.check_layout(tmp_path, there) == ""
     for change, words in (
         ({"deepspeed_stage": 1}, "deepspeed_stage is 2 there and 1 here"),
         ({"round_robin_gradients": False}, "round_robin_gradients is True there and False here"),
@@ -89,10 +90,10 @@ def test_another_layout_is_refused_by_key_and_value(tmp_path: Path) -> None:
         ({"deepspeed_stage": None}, "deepspeed_stage is 2 there and None here"),
     ):
         with pytest.raises(PlanError, match=words):
-            checkpoints.check_layout(tmp_path, {**there, **change})
+            checkpoint_files.check_layout(tmp_path, {**there, **change})
     plain = {"deepspeed_stage": None, "round_robin_gradients": False, "processes": 2}
-    checkpoints.write_layout(tmp_path, plain)
-    assert "written by 2 processes" in checkpoints.check_layout(tmp_path, {**plain, "processes": 1})
+    checkpoint_files.write_layout(tmp_path, plain)
+    assert "written by 2 processes" in checkpoint_files.check_layout(tmp_path, {**plain, "processes": 1})
 
 
 def test_the_layout_of_a_run_is_read_from_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
-from llamafactory_adaptive.course import Course
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
 from llamafactory_adaptive.ranks.schedule import ReallocationConfig
+from llamafactory_adaptive.training.rank_search import Course
 
 
 def course(**more):

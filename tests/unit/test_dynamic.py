@@ -14,7 +14,6 @@ from peft.tuners.adalora.layer import RankAllocator
 
 from llamafactory_adaptive.adapter.lora import lora_config_arguments
 from llamafactory_adaptive.adapter.masked_lora import Triplets
-from llamafactory_adaptive.components import Components
 from llamafactory_adaptive.engines.engine import WholeEngine
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.methods import Orthogonality, is_dynamic
@@ -22,9 +21,11 @@ from llamafactory_adaptive.methods._registry import get_method, methods
 from llamafactory_adaptive.methods._running_stats import SmoothedImportance
 from llamafactory_adaptive.methods.adalora import Adalora, AdaloraOptions
 from llamafactory_adaptive.methods.igu import Igu, IguOptions, sampled_path
-from llamafactory_adaptive.probing import Prober, Thinner
 from llamafactory_adaptive.ranks.allocation import keep_components
 from llamafactory_adaptive.seeding import draw
+from llamafactory_adaptive.training.components import Components
+from llamafactory_adaptive.training.path_probe import Prober
+from llamafactory_adaptive.training.probe_budget import Thinner
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------
@@ -257,10 +258,10 @@ def test_probing_leaves_gradients_random_state_and_position_alone():
 
 def test_probes_keep_within_their_share_of_the_time(monkeypatch):
     """A clock of our own: a step trains 1 s, a probe takes 2 s, 10 % are allowed."""
-    from llamafactory_adaptive import probing
+    from llamafactory_adaptive.training import path_probe
 
     now = [0.0]
-    monkeypatch.setattr(probing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(path_probe.time, "perf_counter", lambda: now[0])
     thinner, probed = Thinner(0.1), []
     for step in range(400):
         thinner.begin()

@@ -6,8 +6,8 @@ import torch
 from dynamic import batch, scatter, start_plan, stream, triplet_model
 from tiny import tiny_model
 
-from llamafactory_adaptive.components import gram_penalty_gradient
 from llamafactory_adaptive.methods import Orthogonality
+from llamafactory_adaptive.training.regulariser import gram_penalty_gradient
 
 
 @pytest.mark.parametrize("form", ["off_diagonal", "identity"])

@@ -9,12 +9,12 @@ from dynamic import batch, scatter, stream, triplet_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamafactory_adaptive.components import Components
 from llamafactory_adaptive.engines.engine import WholeEngine
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
 from llamafactory_adaptive.ranks.allocation import allocate, reallocate_components
 from llamafactory_adaptive.ranks.schedule import ReallocationConfig, make_schedule
+from llamafactory_adaptive.training.components import Components
 
 
 # -- sensitivities ---------------------------------------------------------------------------------------------------

@@ -14,23 +14,23 @@ from typing import Any, cast
 from torch import nn
 
 from llamafactory_adaptive.adapter.masked_lora import Triplets
-from llamafactory_adaptive.components import Components
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
-from llamafactory_adaptive.controller import AdaptiveCallback
-from llamafactory_adaptive.course import Course
 from llamafactory_adaptive.engines.distributed import agree_across_ranks, wait_for_all
 from llamafactory_adaptive.engines.engine import find_engine
 from llamafactory_adaptive.engines.step_hooks import before_clipping, before_deepspeed_step
 from llamafactory_adaptive.errors import GuardError, PlanError
 from llamafactory_adaptive.files import PLAN_FILE, digest_of
 from llamafactory_adaptive.methods import DynamicMethod, ReallocatingMethod
-from llamafactory_adaptive.observing import Observer
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.ranks.schedule import Refreshes, Schedule, make_schedule, short_run_warning
 from llamafactory_adaptive.reports.plots import HEATMAP_FILE, HISTORY_FILE, save_heatmap, save_history
 from llamafactory_adaptive.seeding import draw
-from llamafactory_adaptive.selection import Selection
-from llamafactory_adaptive.state import read_state, write_state
+from llamafactory_adaptive.training.callback import AdaptiveCallback
+from llamafactory_adaptive.training.checkpoint import read_state, write_state
+from llamafactory_adaptive.training.components import Components
+from llamafactory_adaptive.training.observer import Observer
+from llamafactory_adaptive.training.rank_search import Course
+from llamafactory_adaptive.training.sample_selection import Selection
 
 
 DECISIONS_DIFFER = (

@@ -4,11 +4,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from llamafactory_adaptive.components import Components
-from llamafactory_adaptive.controller import Counters
 from llamafactory_adaptive.engines.distributed import processes, synchronize
 from llamafactory_adaptive.methods import DynamicMethod
-from llamafactory_adaptive.probing import Prober, Thinner
+from llamafactory_adaptive.training.components import Components
+from llamafactory_adaptive.training.guard import Counters
+from llamafactory_adaptive.training.path_probe import Prober
+from llamafactory_adaptive.training.probe_budget import Thinner
 
 
 class Observer:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from llamafactory_adaptive.adapter.lora import factors, live_layers
-from llamafactory_adaptive.checkpoints import damage
 from llamafactory_adaptive.engines.distributed import add_up, from_main
 from llamafactory_adaptive.errors import GuardError
+from llamafactory_adaptive.training.checkpoint_files import damage
 
 
 class DivergenceWatch:

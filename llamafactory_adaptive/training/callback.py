@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,6 @@ from llamafactory_adaptive.adapter.lora import (
     name_targets_in_full,
 )
 from llamafactory_adaptive.adapter.verify import check_live, check_saved
-from llamafactory_adaptive.checkpoints import damage, is_sealed, unseal, write_layout
-from llamafactory_adaptive.divergence import DivergenceWatch
 from llamafactory_adaptive.engines.distributed import (
     agree_across_ranks,
     from_main,
@@ -35,27 +33,13 @@ from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.reports.model_card import update_card
 from llamafactory_adaptive.reports.plots import HEATMAP_FILE, save_heatmap
 from llamafactory_adaptive.reports.tables import closing_words
-from llamafactory_adaptive.selection import Selection
+from llamafactory_adaptive.training.checkpoint_files import damage, is_sealed, unseal, write_layout
+from llamafactory_adaptive.training.divergence import DivergenceWatch
+from llamafactory_adaptive.training.guard import Counters
+from llamafactory_adaptive.training.sample_selection import Selection
 
 
 logger = logging.getLogger("llamafactory.adaptive")  # a child of the host's logger: its format, its handlers
-
-
-@dataclass
-class Counters:
-    """What really happened, quoted by the guard when something did not."""
-
-    configs_injected: int = 0
-    modules_checked: int = 0
-    steps: int = 0
-    gradients_missing: int = 0
-    observations: int = 0
-    probes: int = 0
-    allocations: int = 0
-    largest_learning_rate: float = 0.0
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in asdict(self).items())
 
 
 class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]

@@ -17,6 +17,7 @@ from llamafactory_adaptive.engines.distributed import add_up, processes
 from llamafactory_adaptive.engines.engine import Engine, full_shape
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.methods import DynamicMethod, Orthogonality
+from llamafactory_adaptive.training.regulariser import gram_penalty_gradient
 
 
 @dataclass(frozen=True)
@@ -274,24 +275,3 @@ class Components:
             self._check_arrival(block, flat)
             method.observe(block.name, self.weights(block), flat, self.live(block))
         self.arrived = True
-
-
-def gram_penalty_gradient(x_M: Tensor, kind: str, form: str, scale: float = 1.0) -> Tensor:
-    """Gradient of ``scale`` times the sum over M of ``|E(gram)|_F``, E dropping the diagonal or the identity.
-
-    It is zero where E is zero.
-
-    Args:
-        x_M: stacked P, (M, d_out, r) with Gram ``P^T P``, or stacked Q, (M, r, d_in) with Gram ``Q Q^T``.
-        kind: which of the two.
-        form: ``off_diagonal`` or ``identity``.
-    """
-    gram_Mrr = x_M.mT @ x_M if kind == "P" else x_M @ x_M.mT
-    if form == "off_diagonal":
-        gram_Mrr.diagonal(dim1=1, dim2=2).zero_()
-    else:
-        gram_Mrr.diagonal(dim1=1, dim2=2).sub_(1.0)
-    norm_M = gram_Mrr.flatten(1).norm(dim=1)
-    factor_M = torch.where(norm_M > 0, 2.0 * scale / norm_M, torch.zeros_like(norm_M))
-    gram_Mrr.mul_(factor_M.view(-1, 1, 1))
-    return x_M @ gram_Mrr if kind == "P" else gram_Mrr @ x_M

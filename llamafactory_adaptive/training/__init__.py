@@ -1,0 +1,1 @@
+"""A run under any transformers.Trainer: callbacks, rank search, sample selection, checkpoints."""

@@ -1,0 +1,72 @@
+"""x"""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from llamafactory_adaptive.files import cannot_write, could_not_write
+from llamafactory_adaptive.training.current_run import _current
+
+
+def meet_trainer(trainer_class: type) -> type:
+    """A subclass of one of the host's trainers that shows itself to the run's callback once it is built.
+
+    Callbacks are not given the Trainer, and the Trainer's accelerator is where complete, unclipped gradients are
+    found.
+    """
+
+    class Met(trainer_class):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            callback = _current.get()
+            self.adaptive_callback = callback
+            if callback is not None:
+                callback.attach(self)
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(*args, **kwargs)
+            watch = getattr(self.adaptive_callback, "watch", None)
+            if watch is not None:
+                watch.see(loss)
+            return loss
+
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+            selection = getattr(self.adaptive_callback, "selection", None)
+            if selection is not None:
+                return selection.sampler
+            return super()._get_train_sampler(*args, **kwargs)
+
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            if self.adaptive_callback is None:
+                super()._save_checkpoint(*args, **kwargs)
+                return
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            self.adaptive_callback.begin_checkpoint(folder, self.args)
+            try:
+                super()._save_checkpoint(*args, **kwargs)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                if not could_not_write(error):
+                    raise
+                raise cannot_write(folder, error) from error
+            if not self.args.save_only_model:
+                self.adaptive_callback.seal(folder, self.args)
+
+        def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+            if self.adaptive_callback is not None and not self.args.save_only_model:
+                self.adaptive_callback.seal(Path(checkpoint_folder), self.args)
+            super()._push_from_checkpoint(checkpoint_folder)
+
+        def _load_best_model(self) -> None:
+            if self.adaptive_callback is not None:
+                self.adaptive_callback.check_best(Path(self.state.best_model_checkpoint))
+            super()._load_best_model()
+
+        def _save_rng_state(self, output_dir: str) -> None:
+            # Before the Trainer writes its own state, pushes the checkpoint and deletes older ones.
+            super()._save_rng_state(output_dir)
+            if self.adaptive_callback is not None:
+                self.adaptive_callback.save_into(Path(output_dir), self.args, self.state)
+
+    Met.__name__, Met.__qualname__, Met.__module__ = trainer_class.__name__, trainer_class.__qualname__, __name__
+    return Met
