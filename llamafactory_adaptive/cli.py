@@ -143,8 +143,8 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def _plan_of_a_dynamic_run(args: dict[str, Any], config: AdaptiveConfig) -> int:
     """What can be said before training: the start, and the budget over the share of the steps."""
-    from llamafactory_adaptive.bridge.loading import estimated_steps
     from llamafactory_adaptive.bridge.plans import fresh_plan
+    from llamafactory_adaptive.bridge.target_shapes import estimated_steps
     from llamafactory_adaptive.ranks.schedule import Schedule, make_schedule, short_run_warning
     from llamafactory_adaptive.reports.tables import schedule_table, totals
 
@@ -285,7 +285,7 @@ def measure(arguments: argparse.Namespace) -> int:
     """Body of the measuring process; its answer file carries a user error back to the parent."""
     _require_enabled()
     from llamafactory_adaptive.bridge.child import end_with_parent
-    from llamafactory_adaptive.bridge.measuring import run_measurement_job
+    from llamafactory_adaptive.bridge.measure_process import run_measurement_job
     from llamafactory_adaptive.bridge.validation import parse_config
 
     end_with_parent(arguments.job.parent)

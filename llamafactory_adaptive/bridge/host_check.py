@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import flag_parser, own_names, split_names
-from llamafactory_adaptive.bridge.measuring import OTHER_PROCESS
+from llamafactory_adaptive.bridge.measure_process import OTHER_PROCESS
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
 from llamafactory_adaptive.files import check_writable
 from llamafactory_adaptive.options import coerce

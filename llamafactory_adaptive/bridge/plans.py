@@ -67,7 +67,7 @@ def obtain_plan(args: Args, config: AdaptiveConfig, checkpoint: Path | None) -> 
     Raises:
         AdaptiveError: nothing is loaded or written when the plan cannot be had.
     """
-    from llamafactory_adaptive.bridge import loading
+    from llamafactory_adaptive.bridge import fingerprint, target_shapes
     from llamafactory_adaptive.planning import compatibility, planner
     from llamafactory_adaptive.training.checkpoint_files import damage, is_sealed
 
@@ -80,10 +80,10 @@ def obtain_plan(args: Args, config: AdaptiveConfig, checkpoint: Path | None) -> 
         plan = _plan_beside(checkpoint)
         _check_same_base(plan, args, checkpoint)
         compatibility.check_same_run(plan, config, str(checkpoint))
-        shapes = loading.target_shapes(args)
+        shapes = target_shapes.target_shapes(args)
         if config.course is not None:
             compatibility.check_shapes(plan, shapes, str(checkpoint / PLAN_FILE))
-            return planner.start_plan(config, shapes, loading.provenance(args)), False
+            return planner.start_plan(config, shapes, fingerprint.provenance(args)), False
         return compatibility.check_plan(plan, shapes, config, str(checkpoint / PLAN_FILE)), bool(going_on)
     if going_on:
         adapter = Path(going_on[-1])
@@ -96,13 +96,15 @@ def obtain_plan(args: Args, config: AdaptiveConfig, checkpoint: Path | None) -> 
         if is_sealed(adapter) and (fault := damage(adapter)):
             raise PlanError(f"{adapter} is damaged: {fault}; go on from another checkpoint or adapter")
         compatibility.check_same_scale(plan, config, str(adapter))
-        return compatibility.check_plan(plan, loading.target_shapes(args), config, str(adapter / PLAN_FILE)), True
+        return compatibility.check_plan(
+            plan, target_shapes.target_shapes(args), config, str(adapter / PLAN_FILE)
+        ), True
     return fresh_plan(args, config), False
 
 
 def fresh_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
     """The plan of a run that starts anew: the given file, or computed. What lies in ``output_dir`` does not matter."""
-    from llamafactory_adaptive.bridge import loading
+    from llamafactory_adaptive.bridge import fingerprint, target_shapes
     from llamafactory_adaptive.planning import compatibility, planner
     from llamafactory_adaptive.planning.compatibility import flat_options
 
@@ -117,14 +119,14 @@ def fresh_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
         if idle and local_rank() == 0:
             logger.warning(f"adaptive_plan is given, so these keys are not used: {', '.join(idle)}")
         plan = compatibility.check_plan(
-            load_plan(Path(config.plan_path)), loading.target_shapes(args), config, config.plan_path
+            load_plan(Path(config.plan_path)), target_shapes.target_shapes(args), config, config.plan_path
         )
-        facts: dict[str, Any] = {"adaptive_plan": config.plan_path, **_this_run(plan, loading.provenance(args))}
+        facts: dict[str, Any] = {"adaptive_plan": config.plan_path, **_this_run(plan, fingerprint.provenance(args))}
         if samples:
             facts["sampling"] = {"adaptive_method": config.method, **flat_options(config)}
         return replace(plan, provenance={**plan.provenance, **facts})
     if config.course is not None:
-        return planner.start_plan(config, loading.target_shapes(args), loading.provenance(args))
+        return planner.start_plan(config, target_shapes.target_shapes(args), fingerprint.provenance(args))
     return compute_plan(args, config)
 
 
@@ -161,10 +163,10 @@ def refuse_finished_run(args: Args, checkpoint: Path | None) -> None:
 
 def compute_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
     """Build the plan in one process per node, or re-use it; the other processes of the node wait for the file."""
-    from llamafactory_adaptive.bridge import loading, measuring
+    from llamafactory_adaptive.bridge import fingerprint, measure_process, target_shapes
     from llamafactory_adaptive.planning import cache, planner
 
-    request = cache.PlanRequest(config, loading.identity(args), loading.provenance(args))
+    request = cache.PlanRequest(config, fingerprint.identity(args), fingerprint.provenance(args))
     path = request.plan_path()
     if local_rank() != 0:
         return cache.wait_for_plan(path, _scoring_limit(args))
@@ -175,8 +177,8 @@ def compute_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
     started = time.perf_counter()
     plan = planner.build_plan(
         request,
-        loading.target_shapes(args),
-        lambda measurement, target: measuring.measure_in_own_process(args, measurement, target),
+        target_shapes.target_shapes(args),
+        lambda measurement, target: measure_process.measure_in_own_process(args, measurement, target),
     )
     scores = "with scores measured before" if plan.provenance.get("statistics_reused") else "scores included"
     logger.info(f"adaptive: ranks planned in {time.perf_counter() - started:.1f} s, {scores}")

@@ -48,7 +48,7 @@ def _with_adaptive_arguments(arguments: list[type]) -> list[type]:
 
 
 def _lora_config(original: Any) -> Any:
-    from llamafactory_adaptive.bridge.runs import inject_ranks
+    from llamafactory_adaptive.bridge.training_run import inject_ranks
 
     return inject_ranks(original)
 
@@ -60,19 +60,19 @@ def _trainer(original: Any) -> Any:
 
 
 def _training_function(original: Any) -> Any:
-    from llamafactory_adaptive.bridge.runs import adaptive_training_function
+    from llamafactory_adaptive.bridge.training_run import adaptive_training_function
 
     return adaptive_training_function(original, require_seams)
 
 
 def _run_exp(original: Any) -> Any:
-    from llamafactory_adaptive.bridge.entry import with_clean_exit
+    from llamafactory_adaptive.bridge.launch import with_clean_exit
 
     return with_clean_exit(original)
 
 
 def _launch(original: Any) -> Any:
-    from llamafactory_adaptive.bridge.entry import checked_launch
+    from llamafactory_adaptive.bridge.launch import checked_launch
 
     return checked_launch(original, require_seams)
 

@@ -127,7 +127,7 @@ def test_all_problems_come_at_once_and_numbered(tiny_llama, data_dir, tmp_path):
 
 
 def test_a_target_that_matches_nothing_names_what_would(tiny_llama, data_dir, tmp_path):
-    from llamafactory_adaptive.bridge.loading import target_shapes
+    from llamafactory_adaptive.bridge.target_shapes import target_shapes
 
     args = settings(tiny_llama, data_dir, tmp_path, lora_target="W_pack")
     with pytest.raises(AdaptiveConfigError, match=r"no module of the model has such a name; try lora_target: all, or "
@@ -217,7 +217,7 @@ def test_a_broken_dataset_table_and_an_unwritable_cache_are_user_errors(tiny_lla
 
 
 def test_the_digest_follows_weights_data_and_tokenised_folders(tiny_llama, data_dir, tmp_path):
-    from llamafactory_adaptive.bridge.loading import identity
+    from llamafactory_adaptive.bridge.fingerprint import identity
 
     args = settings(tiny_llama, data_dir, tmp_path)
     assert identity(args) == identity({**args, "output_dir": "x", "learning_rate": 3.0})

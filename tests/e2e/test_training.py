@@ -211,10 +211,10 @@ def test_a_plan_edited_by_hand_is_trained_and_one_over_budget_is_not(tiny_llama,
 
 
 def test_statistics_are_measured_once_for_every_budget(tiny_llama, data_dir, tmp_path, monkeypatch):
-    from llamafactory_adaptive.bridge import measuring
+    from llamafactory_adaptive.bridge import measure_process
 
     train(settings(tiny_llama, data_dir, tmp_path / "a", seed=77))
-    monkeypatch.setattr(measuring, "measure_in_own_process", lambda *a: pytest.fail("measured again"))
+    monkeypatch.setattr(measure_process, "measure_in_own_process", lambda *a: pytest.fail("measured again"))
     train(settings(tiny_llama, data_dir, tmp_path / "b", seed=77, lora_rank=6, sensitivity_energy=0.5))
     train(settings(tiny_llama, data_dir, tmp_path / "c", seed=77, adaptive_calibration_batch_size=1))
     plans = [load_plan(tmp_path / name / "adaptive_rank_plan.json") for name in "abc"]
@@ -237,12 +237,12 @@ def test_held_out_rows_do_not_reach_the_scores(tiny_llama, data_dir, tmp_path):
 
 
 def test_a_run_whose_ranks_never_reached_the_model_fails(tiny_llama, data_dir, tmp_path, monkeypatch):
-    from llamafactory_adaptive.bridge import runs
+    from llamafactory_adaptive.bridge import training_run
     from llamafactory_adaptive.training import current_run
 
     monkeypatch.setattr(current_run, "_current", type("Lost", (), {"get": lambda s: None, "set": lambda s, v: None,
                                                             "reset": lambda s, t: None})())  # fmt: skip
-    monkeypatch.setattr(runs, "inject_ranks", lambda original: original)
+    monkeypatch.setattr(training_run, "inject_ranks", lambda original: original)
     with pytest.raises(GuardError, match=r"does not match the plan \(14 adapted modules, 14 planned\)"):
         train(settings(tiny_llama, data_dir, tmp_path / "o"))
 

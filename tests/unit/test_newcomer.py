@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny import settings, write_datasets
 
-from llamafactory_adaptive.bridge.loading import _refuse_conv1d, _tell_of_fused_experts, _told, estimated_steps
+from llamafactory_adaptive.bridge.target_shapes import _refuse_conv1d, _tell_of_fused_experts, _told, estimated_steps
 from llamafactory_adaptive.errors import AdaptiveConfigError
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
 from llamafactory_adaptive.ranks.schedule import Refreshes, Schedule, short_run_warning

@@ -16,7 +16,7 @@ from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import Args, our_keys, split_names
 from llamafactory_adaptive.bridge.child import run_child
-from llamafactory_adaptive.bridge.loading import calibration_names, target_shapes, uses_tokenized_folder
+from llamafactory_adaptive.bridge.target_shapes import calibration_names, target_shapes, uses_tokenized_folder
 from llamafactory_adaptive.calibration.batches import count_tokens, make_batches
 from llamafactory_adaptive.calibration.measurement import Measurement
 from llamafactory_adaptive.config.run_config import AdaptiveConfig

@@ -154,7 +154,7 @@ def _make_selection(args: Args, method: Any) -> Any:
     sampling = getattr(method, "sampling", None)
     if sampling is None:
         return None
-    from llamafactory_adaptive.bridge.loading import identity
+    from llamafactory_adaptive.bridge.fingerprint import identity
     from llamafactory_adaptive.planning.cache import cache_folder
     from llamafactory_adaptive.training.sample_selection import Selection
 

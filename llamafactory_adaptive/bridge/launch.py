@@ -14,7 +14,7 @@ from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_li
 from llamafactory_adaptive.bridge.host_check import check_host_settings, check_output
 from llamafactory_adaptive.bridge.plans import held, obtain_plan, refuse_finished_run
 from llamafactory_adaptive.bridge.resuming import checkpoint_to_resume
-from llamafactory_adaptive.bridge.runs import no_accelerator
+from llamafactory_adaptive.bridge.training_run import no_accelerator
 from llamafactory_adaptive.bridge.validation import parse_config
 from llamafactory_adaptive.errors import (
     AdaptiveConfigError,

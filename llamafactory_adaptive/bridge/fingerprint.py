@@ -1,0 +1,112 @@
+"""What identifies the model and data of a run."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from llamafactory_adaptive.bridge.arguments import Args, run_seed, split_names
+from llamafactory_adaptive.bridge.target_shapes import calibration_names, uses_tokenized_folder
+
+
+# Settings of the model and data groups that change neither weights nor token rows.
+_NO_INFLUENCE = {
+    "preprocessing_num_workers", "preprocessing_batch_size", "overwrite_cache", "print_param_status", "cache_dir",
+    "data_shared_file_system", "eval_dataset", "eval_on_each_dataset", "eval_num_beams", "infer_backend",
+    "export_dir", "export_size", "export_device", "use_cache", "hf_hub_token", "ms_hub_token", "om_hub_token",
+    "adapter_name_or_path", "disable_gradient_checkpointing", "flash_attn", "tokenized_path",
+}  # fmt: skip
+
+
+_TRAINING_INFLUENCE = (
+    "stage",
+    "seed",
+    "bf16",
+    "fp16",
+    "pure_bf16",
+    "create_new_adapter",
+    "lora_target",
+    "additional_target",
+    "freeze_vision_tower",
+    "use_llama_pro",
+    "freeze_trainable_layers",
+)
+
+
+_HASHED_WHOLE = 64 * 2**20  # larger files are identified by size and time
+
+
+def identity(args: Args) -> dict[str, Any]:
+    """Everything that determines the statistics: weights, token rows, precision and versions, JSON-able."""
+    from llamafactory.hparams import DataArguments, ModelArguments
+
+    groups = {f.name for owner in (ModelArguments, DataArguments) for f in dataclasses.fields(owner) if f.init}
+    keys = (groups - _NO_INFLUENCE) | set(_TRAINING_INFLUENCE)
+    settings = {key: args[key] for key in sorted(keys) if args.get(key) is not None}
+    if args.get("create_new_adapter"):  # merged into the base before scoring
+        settings["merged"] = [_fingerprint(Path(p)) for p in split_names(args.get("adapter_name_or_path"))]
+    return {
+        "settings": settings,
+        "model": _fingerprint(Path(str(args["model_name_or_path"])).expanduser()),
+        "data": _data_fingerprint(args),
+        "versions": _versions(),
+    }
+
+
+def _fingerprint(path: Path) -> Any:
+    """Identify a local file or folder; a hub name stands for itself (with ``model_revision`` among the settings)."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return {str(file.relative_to(path)): _fingerprint(file) for file in files}
+    if not path.is_file():
+        return str(path)
+    facts = path.stat()
+    if facts.st_size <= _HASHED_WHOLE:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    return [facts.st_size, facts.st_mtime_ns]
+
+
+def _data_fingerprint(args: Args) -> Any:
+    """Identify what the calibration rows are drawn from, by the same choice that ``_single_process`` makes."""
+    if uses_tokenized_folder(args):
+        return _fingerprint(Path(args["tokenized_path"]))
+    given = args.get("dataset_dir") or "data"
+    folder = Path() if isinstance(given, dict) else Path(str(given))
+    info_path = folder / "dataset_info.json"
+    if not isinstance(given, dict) and not info_path.is_file():
+        return None
+    info = given if isinstance(given, dict) else json.loads(info_path.read_text(encoding="utf-8"))
+    entries = {name: info.get(name) for name in calibration_names(args)}
+    files = [folder / str(entry["file_name"]) for entry in entries.values() if entry and "file_name" in entry]
+    return {"entries": entries, "files": [_fingerprint(path) for path in files]}
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "llamafactory", "bitsandbytes",
+                                             "llamafactory-adaptive")}  # fmt: skip
+
+
+def _architecture(model: str) -> str | None:
+    """Class name in the base model's own config; None where that cannot be read here."""
+    from transformers import PretrainedConfig
+
+    try:
+        names = PretrainedConfig.get_config_dict(model)[0].get("architectures")
+    except (OSError, ValueError):
+        return None
+    return str(names[0]) if isinstance(names, list) and names else None
+
+
+def provenance(args: Args) -> dict[str, Any]:
+    """What a reader of the plan wants to know about where it came from."""
+    return {
+        "base_model": str(args["model_name_or_path"]),
+        "architecture": _architecture(str(args["model_name_or_path"])),
+        "quantization_bit": args.get("quantization_bit"),
+        "calibration_dataset": calibration_names(args),
+        "seed": run_seed(args),
+        "versions": _versions(),
+    }
