@@ -87,12 +87,14 @@ def read_rows(
     return rows
 
 
-def write_result(name: str, figures: dict[str, Any], packages: Sequence[str] = PACKAGES) -> Path:
-    """Write ``results/NAME.json``: the figures, the command, the machine and the versions of ``packages``."""
-    command = " ".join(word if "/" not in word or word.startswith("benchmarks") else "<path>" for word in sys.argv)
+def write_result(
+    name: str, figures: dict[str, Any], packages: Sequence[str] = PACKAGES, command: str | None = None
+) -> Path:
+    """Write ``results/NAME.json``: the figures, the command (by default this script's), the machine, the versions."""
+    words = " ".join(word if "/" not in word or word.startswith("benchmarks") else "<path>" for word in sys.argv)
     document = {
         "benchmark": name,
-        "command": f"python {command}",
+        "command": command or f"python {words}",
         "date": time.strftime("%Y-%m-%d"),
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.system()},
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""The PEFT side: a plan becomes LoraConfig arguments; live and saved adapters are checked against the plan.
+"""The PEFT side of a plan: the arguments of its LoraConfig, and the LoRA layers and factors of a live model.
 
 What is saved obeys one rule: every module has the same alpha/r, and it equals ``lora_alpha / r`` of the config, where
 ``r`` is the largest rank in use. A server that ignores ``rank_pattern`` and ``alpha_pattern`` is then right too.

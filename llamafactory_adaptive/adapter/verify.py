@@ -1,4 +1,4 @@
-"""Compare live and saved adapters with the plan."""
+"""Live and saved adapters, checked against the plan; the first faults are named."""
 
 import math
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""The host's model and data: target shapes without weights, and measurements in a process of their own."""
+"""Target modules and their shapes, from the host's model built without weights."""
 
 import logging
 import math

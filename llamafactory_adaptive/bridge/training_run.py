@@ -30,7 +30,7 @@ from llamafactory_adaptive.bridge.validation import parse_config
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
 from llamafactory_adaptive.ranks.plan import RankPlan
-from llamafactory_adaptive.training.current_run import _current
+from llamafactory_adaptive.training.current_run import current_run
 from llamafactory_adaptive.training.leftovers import set_older_run_aside
 
 
@@ -42,7 +42,7 @@ def inject_ranks(lora_config: Any) -> Callable[..., Any]:
 
     @wraps(lora_config, updated=())
     def make(*args: Any, **kwargs: Any) -> Any:
-        callback = _current.get()
+        callback = current_run.get()
         if callback is not None:
             from llamafactory_adaptive.adapter.lora import lora_config_arguments
 
@@ -108,13 +108,13 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], a
     callback.watch = DivergenceWatch(adaptive.max_nonfinite_steps, Path(str(args["output_dir"])))
     if args.get("deepspeed") and no_accelerator():
         init_deepspeed_on_cpu()
-    token = _current.set(callback)
+    token = current_run.set(callback)
     settings = config["args"] if host_args is args else host_args
     try:
         with bounded_waits() if args.get("deepspeed") else nullcontext():
             original({**config, "args": settings, "callbacks": [*(config.get("callbacks") or []), callback]})
     finally:
-        _current.reset(token)
+        current_run.reset(token)
     if int(os.environ.get("RANK", "0")) == 0:
         finish(Path(args["output_dir"]), callback, trained_before)
 

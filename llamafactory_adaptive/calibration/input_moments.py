@@ -1,4 +1,4 @@
-"""Calibration: batches of token rows, and hooks that turn a pass over them into statistics per module.
+"""Hooks that turn a pass over batches of token rows into statistics of each module's inputs.
 
 Everything here works on any ``nn.Module`` and leaves it as it was found: no hooks, same train/eval flags, same
 ``requires_grad``, also after an exception. Padding never counts. Modules that read the same tensor (q/k/v, gate/up)

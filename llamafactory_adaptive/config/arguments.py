@@ -1,4 +1,4 @@
-"""The YAML keys that hold for every method, with their help."""
+"""The YAML keys that hold for every method, with their help. Standard library only."""
 
 from dataclasses import dataclass
 

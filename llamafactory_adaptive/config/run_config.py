@@ -1,4 +1,4 @@
-"""The user's side of the plugin: YAML keys with their help, and the validated configuration. Standard library only."""
+"""The validated configuration of a run. Standard library only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

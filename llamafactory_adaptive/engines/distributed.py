@@ -1,4 +1,4 @@
-"""What the processes of a job tell each other. Alone, every call is free.
+"""Collectives over the processes of a job; no-ops when there is only one.
 
 Sums over tensors go through the training's own process group, whose limit is ``ddp_timeout``. Everything else goes
 through the store at which the job's processes met: it is there before any process group and any model, needs no

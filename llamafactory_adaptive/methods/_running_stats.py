@@ -1,4 +1,4 @@
-"""What igu and adalora share: element importance ``|w g|``, smoothed, as all there is to keep."""
+"""Running statistics of importances in flat blocks: smoothed (igu, adalora), or the mean of an interval (tsq)."""
 
 from collections.abc import Mapping
 from typing import ClassVar, Protocol

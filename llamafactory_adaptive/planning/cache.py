@@ -91,7 +91,7 @@ def read_statistics(path: Path, shapes: list[ModuleShape]) -> tuple[dict[str, Te
     wrong = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if wrong:
         raise CalibrationError(
-            f"the statistics in {path} hold NaN or infinity for {_some(wrong)}; delete the file and run again"
+            f"the statistics in {path} hold NaN or infinity for {some_names(wrong)}; delete the file and run again"
         )
     return tensors, {
         "calibration_tokens": int(facts.get("tokens", 0)),
@@ -101,7 +101,8 @@ def read_statistics(path: Path, shapes: list[ModuleShape]) -> tuple[dict[str, Te
     }
 
 
-def _some(names: Iterable[str]) -> str:
+def some_names(names: Iterable[str]) -> str:
+    """Write the first of some names and how many more there are."""
     first, *others = names
     return f"{first} and {len(others)} more" if others else first
 

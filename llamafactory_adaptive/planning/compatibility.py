@@ -1,4 +1,4 @@
-"""Is a checkpoint or adapter of the run that is asked for? Compared by the keys a user knows."""
+"""Whether a plan, checkpoint or adapter fits the run that is asked for; differences are named by YAML key."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace

@@ -19,7 +19,7 @@ from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.files import note_checksum, usable_entry
 from llamafactory_adaptive.methods import Scores, ScoringContext, StaticMethod
 from llamafactory_adaptive.methods._registry import get_method
-from llamafactory_adaptive.planning.cache import PlanRequest, _some, read_statistics, statistics_path
+from llamafactory_adaptive.planning.cache import PlanRequest, read_statistics, some_names, statistics_path
 from llamafactory_adaptive.ranks.allocation import Allocation, allocate
 from llamafactory_adaptive.ranks.plan import (
     ModulePlan,
@@ -116,7 +116,9 @@ def allocate_plan(
     config = request.config
     wrong = [name for name, score in scores.values.items() if not math.isfinite(score)]
     if wrong:
-        raise CalibrationError(f"{config.method} gave no finite score for {_some(wrong)}: no ranks follow from that")
+        raise CalibrationError(
+            f"{config.method} gave no finite score for {some_names(wrong)}: no ranks follow from that"
+        )
     allocation = _spend(config, shapes, [scores.values[shape.name] for shape in shapes])
     return plan_from_allocation(
         shapes,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,6 @@ from llamafactory_adaptive.files import digest_of, read_json, write_atomically
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.reports.plots import save_figure
 from llamafactory_adaptive.reports.tables import align
-from llamafactory_adaptive.sampling.pool import Pool
-from llamafactory_adaptive.sampling.quality import Terms
 
 
 DATA_REPORT_FILE = "adaptive_data_quality.json"
@@ -27,72 +26,85 @@ _MOST_DOTS = 20_000
 _QUANTILES = {"lowest": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "highest": 1.0}
 
 
+@dataclass(frozen=True)
+class DataQuality:
+    """What is known of every training sample; vectors of length N on the CPU.
+
+    Attributes:
+        terms: what was measured, by name: ``loss`` and ``gradient_norm`` at least.
+        quality_N: the weighted sum of the terms; higher is drawn more often.
+        probability_N: of being drawn first.
+        kept_N: False for samples that were clipped.
+        usage_N: how often each was drawn.
+        row_digests: equal for equal samples.
+        subset_size: samples drawn between two refreshes.
+        effective_size: how many equally likely samples the probabilities amount to.
+    """
+
+    terms: Mapping[str, Tensor]
+    quality_N: Tensor
+    probability_N: Tensor
+    kept_N: Tensor
+    usage_N: Tensor
+    row_digests: Sequence[str]
+    subset_size: int
+    effective_size: float
+
+
 def save_data_report(
-    output: Path,
-    plan: RankPlan,
-    terms: Terms,
-    pool: Pool,
-    usage_N: Tensor,
-    steps: int,
-    row_digests: Sequence[str],
-    text: Callable[[int], tuple[str, str]] | None,
+    output: Path, plan: RankPlan, data: DataQuality, steps: int, text: Callable[[int], tuple[str, str]] | None
 ) -> None:
     """Write summary, plot and one line per sample into ``output``.
 
     Args:
         output: the run's ``output_dir``.
         plan: any of the run, for its identity.
-        terms: what was measured.
-        pool: qualities and weights.
-        usage_N: how often each sample was drawn.
-        steps: in so many optimizer steps.
-        row_digests: equal for equal samples.
+        data: what is known of the samples.
+        steps: optimizer steps in which they were used.
         text: prompt and answer of a sample; None leaves texts out.
     """
     output.mkdir(parents=True, exist_ok=True)
-    groups = _duplicates(row_digests)
-    samples = _sample_lines(terms, pool, usage_N, row_digests, groups)
+    groups = _duplicates(data.row_digests)
+    samples = _sample_lines(data, groups)
     write_atomically(output / SAMPLES_FILE, "".join(json.dumps(sample) + "\n" for sample in samples))
     order = sorted(range(len(samples)), key=lambda index: -samples[index]["quality"])
-    used = int((usage_N > 0).sum())
+    used = int((data.usage_N > 0).sum())
     places = torch.tensor(list(_QUANTILES.values()), dtype=torch.float64)
     document = {
         "schema_version": REPORT_SCHEMA,
         "run": run_identity(plan),
         "samples": len(samples),
-        "clipped": int((~pool.kept_N).sum()),
-        "subset_size": pool.subset_size,
-        "effective_sample_size": pool.effective_size,
+        "clipped": int((~data.kept_N).sum()),
+        "subset_size": data.subset_size,
+        "effective_sample_size": data.effective_size,
         "steps": steps,
         "samples_used": used,
         "share_used": used / len(samples),
-        "most_used": int(usage_N.max()),
-        "without_loss_tokens": int((terms.loss == 0).sum()),  # a loss of exactly 0 has no other cause
+        "most_used": int(data.usage_N.max()),
+        "without_loss_tokens": int((data.terms["loss"] == 0).sum()),  # a loss of exactly 0 has no other cause
         "distribution": {
             name: dict(zip(_QUANTILES, values.quantile(places).tolist(), strict=True))
-            for name, values in {"quality": pool.quality_N, **vars(terms)}.items()
+            for name, values in {"quality": data.quality_N, **data.terms}.items()
         },
         "duplicates": {"groups": len(groups), "samples": sum(map(len, groups)), "largest": groups[:_SHOWN]},
         "best": [_shown(samples[index], text) for index in order[:_SHOWN]],
         "worst": [_shown(samples[index], text) for index in order[::-1][:_SHOWN]],
     }
     write_atomically(output / DATA_REPORT_FILE, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    _save_plot(terms, pool, usage_N, output / DATA_PLOT_FILE)
+    _save_plot(data, output / DATA_PLOT_FILE)
 
 
-def _sample_lines(
-    terms: Terms, pool: Pool, usage_N: Tensor, row_digests: Sequence[str], groups: Sequence[Sequence[int]]
-) -> list[dict[str, Any]]:
+def _sample_lines(data: DataQuality, groups: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     columns = {
-        "quality": pool.quality_N.tolist(),
-        "probability": pool.probabilities.tolist(),
-        **{name: values.tolist() for name, values in vars(terms).items()},
-        "clipped": (~pool.kept_N).tolist(),
-        "used": usage_N.tolist(),
+        "quality": data.quality_N.tolist(),
+        "probability": data.probability_N.tolist(),
+        **{name: values.tolist() for name, values in data.terms.items()},
+        "clipped": (~data.kept_N).tolist(),
+        "used": data.usage_N.tolist(),
     }
     lines = [
         {"index": index, "digest": digest[:16], **{name: values[index] for name, values in columns.items()}}
-        for index, digest in enumerate(row_digests)
+        for index, digest in enumerate(data.row_digests)
     ]
     for original, *copies in groups:
         for index in copies:
@@ -113,26 +125,26 @@ def _shown(sample: Mapping[str, Any], text: Callable[[int], tuple[str, str]] | N
     return {**sample, "prompt": prompt[:_LONGEST_TEXT], "answer": answer[:_LONGEST_TEXT]}
 
 
-def _save_plot(terms: Terms, pool: Pool, usage_N: Tensor, path: Path) -> None:
+def _save_plot(data: DataQuality, path: Path) -> None:
     """Two panels: how qualities are distributed and what was used of them; loss against gradient norm."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.0, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     # The tail is long: the axis ends at the 99.5 % quantile, and what lies beyond stands in the last bar.
-    low, high = float(pool.quality_N.min()), float(pool.quality_N.quantile(0.995))
+    low, high = float(data.quality_N.min()), float(data.quality_N.quantile(0.995))
     bins = torch.linspace(low, max(high, low + 1e-9), 41).tolist()
-    shown_N = pool.quality_N.clamp(max=bins[-1])
+    shown_N = data.quality_N.clamp(max=bins[-1])
     left.hist(shown_N.tolist(), bins=bins, color="0.8", label="all samples")
-    if bool((usage_N > 0).any()):
-        left.hist(shown_N[usage_N > 0].tolist(), bins=bins, histtype="step", color="C0", label="used so far")
-    if not bool(pool.kept_N.all()):
-        left.hist(shown_N[~pool.kept_N].tolist(), bins=bins, color="C3", alpha=0.6, label="clipped")
+    if bool((data.usage_N > 0).any()):
+        left.hist(shown_N[data.usage_N > 0].tolist(), bins=bins, histtype="step", color="C0", label="used so far")
+    if not bool(data.kept_N.all()):
+        left.hist(shown_N[~data.kept_N].tolist(), bins=bins, color="C3", alpha=0.6, label="clipped")
     left.set_xlabel("quality (sum of weighted z-scores; last bar: this and above)")
     left.set_ylabel("samples")
     left.legend(fontsize=8)
-    some = torch.linspace(0, len(usage_N) - 1, min(len(usage_N), _MOST_DOTS)).long()
-    x, y, c = (values[some].tolist() for values in (terms.loss, terms.gradient_norm, usage_N))
+    some = torch.linspace(0, len(data.usage_N) - 1, min(len(data.usage_N), _MOST_DOTS)).long()
+    x, y, c = (values[some].tolist() for values in (data.terms["loss"], data.terms["gradient_norm"], data.usage_N))
     dots = right.scatter(x, y, s=6, c=c, cmap="viridis")
     right.set_xlabel("loss")
     right.set_ylabel("gradient norm")

@@ -12,7 +12,7 @@ from llamafactory_adaptive.reports.plots import HEATMAP_FILE
 
 if TYPE_CHECKING:
     pass
-from llamafactory_adaptive.reports.tables import _type_rows, totals
+from llamafactory_adaptive.reports.tables import totals, type_rows
 
 
 _CARD_START, _CARD_END = "<!-- llamafactory-adaptive: ranks -->", "<!-- /llamafactory-adaptive -->"
@@ -24,7 +24,7 @@ _CARD = re.compile(f"{_CARD_START}(?:(?!{_CARD_START}).)*?{_CARD_END}", re.DOTAL
 
 def card_section(plan: RankPlan) -> str:
     """Markdown for the model card, between markers so that a second run replaces it."""
-    rows = _type_rows(plan, markdown)
+    rows = type_rows(plan, markdown)
     table = ["| " + " | ".join(row) + " |" for row in rows]
     table.insert(1, "|" + " --- |" * len(rows[0]))
     body = [f"## Adaptive ranks: {markdown(plan.method)}", "", *table, "", *(f"- {line}" for line in totals(plan))]

@@ -11,7 +11,7 @@ from llamafactory_adaptive.reports.plaintext import plot_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-from llamafactory_adaptive.reports.tables import _grid, place
+from llamafactory_adaptive.reports.tables import place, rank_grid
 
 
 HEATMAP_FILE = "adaptive_ranks.png"
@@ -27,7 +27,7 @@ def save_heatmap(plan: RankPlan, path: Path) -> None:
     """Draw ranks as layer x module type and write a PNG."""
     from matplotlib.figure import Figure
 
-    layers, types, cells = _grid(plan)
+    layers, types, cells = rank_grid(plan)
     values = [[cells.get((layer, kind), float("nan")) for layer in layers] for kind in types]
     size = min(_WIDEST, max(6.0, 1.5 + 0.3 * len(layers))), min(_WIDEST, 1.4 + 0.42 * len(types))
     figure = Figure(figsize=size, layout="constrained")

@@ -1,4 +1,4 @@
-"""Tables, heat-maps and the model-card section: what a person sees of a plan. No method is known here."""
+"""Tables and closing words: what a person reads of a plan. No method is known here."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ def place(name: str) -> tuple[int | None, str]:
     return (int(layer.group(1)) if layer else None), name.rpartition(".")[2]
 
 
-def _grid(plan: RankPlan) -> tuple[list[int | None], list[str], dict[tuple[int | None, str], float]]:
+def rank_grid(plan: RankPlan) -> tuple[list[int | None], list[str], dict[tuple[int | None, str], float]]:
     """Layers, types, and the mean rank of each cell (experts of one layer share a cell)."""
     cells: dict[tuple[int | None, str], list[int]] = {}
     for module in plan.modules:
@@ -40,17 +40,17 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def rank_table(plan: RankPlan) -> str:
     """The plan as text: rank per layer and module type, a summary per type, totals against uniform LoRA."""
-    layers, types, cells = _grid(plan)
+    layers, types, cells = rank_grid(plan)
     grid = [["layer", *map(plain, types)]]
     for layer in layers:
         values = [cells.get((layer, kind)) for kind in types]
         grid.append(["-" if layer is None else str(layer), *("" if v is None else f"{v:g}" for v in values)])
     title = f"Ranks ({plain(plan.method)}, {len(plan.modules)} modules)"
-    lines = [title, *align(grid), "", *align(_type_rows(plan)), ""]
+    lines = [title, *align(grid), "", *align(type_rows(plan)), ""]
     return "\n".join(lines + totals(plan))
 
 
-def _type_rows(plan: RankPlan, written: Callable[[str], str] = plain) -> list[list[str]]:
+def type_rows(plan: RankPlan, written: Callable[[str], str] = plain) -> list[list[str]]:
     """Summarise each module type; ``written`` makes names fit for where the rows go."""
     rows = [["module type", "modules", "mean rank", "range", "share", "parameters"]]
     by_type: dict[str, list[ModulePlan]] = {}
@@ -127,7 +127,7 @@ def closing_words(
         [
             "",
             f"Adaptive ranks ({plain(plan.method)}), {len(plan.active)} of {len(plan.modules)} modules",
-            *align(_type_rows(plan)),
+            *align(type_rows(plan)),
             *totals(plan),
             f"finding ranks took {overhead_seconds:.1f} of {seconds:.1f} s ({share:.1%})",
             f"in {output}: {files}",

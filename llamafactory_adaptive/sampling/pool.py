@@ -1,4 +1,4 @@
-"""From the quality of samples to the order in which training sees them: weights, subsets, the sampler.
+"""Weights of training samples from their quality, and the subsets drawn by them.
 
 Pure functions of qualities, seed and step: equal on every process, exact after a resume in the middle of an epoch. No
 file, no process group, no Trainer.

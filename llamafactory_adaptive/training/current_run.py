@@ -1,8 +1,8 @@
-"""The run this process is in."""
+"""The run that this process is in, for places that are called without it."""
 
 from contextvars import ContextVar
 from typing import Any
 
 
-# The callback (with plan and counters) of the run this process is in; read where upstream builds its LoraConfig.
-_current: ContextVar[Any] = ContextVar("adaptive_run", default=None)
+# The callback (with plan and counters); read where the Trainer and the host's LoraConfig are built.
+current_run: ContextVar[Any] = ContextVar("adaptive_run", default=None)

@@ -4,56 +4,31 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from llamafactory_adaptive.adapter.lora import factors, live_layers
 from llamafactory_adaptive.engines.distributed import add_up, gather, process_number, processes, refuse_differences
 from llamafactory_adaptive.errors import CalibrationError, GuardError, PlanError
-from llamafactory_adaptive.files import QUALITY_FILE, digest_of, note_checksum, replacing, usable_entry
+from llamafactory_adaptive.files import QUALITY_FILE, digest_of, note_checksum, usable_entry
 from llamafactory_adaptive.methods import Sampling
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.ranks.schedule import refresh_interval
-from llamafactory_adaptive.reports.data_report import save_data_report
+from llamafactory_adaptive.reports.data_report import DataQuality, save_data_report
 from llamafactory_adaptive.sampling.pool import Pool, combine_terms
 from llamafactory_adaptive.sampling.quality import Terms, length_sorted, measure
 from llamafactory_adaptive.sampling.sample_gradients import Wanted
 from llamafactory_adaptive.sampling.sampler import SubsetSampler, Timeline
+from llamafactory_adaptive.training.sample_scores import ScoringBatches, read_terms, term_vectors, write_terms
 
 
 _LEAST_EFFECTIVE = 0.1  # of the subset; below it the user is warned
 logger = logging.getLogger("llamafactory.adaptive")
-
-
-class _Batches:
-    """This process's scoring batches, as the run's own collator and workers make them.
-
-    Args:
-        dataset: map-style.
-        collator: rows to tensors.
-        groups: row numbers of each batch.
-        workers: processes that prepare batches ahead.
-    """
-
-    def __init__(self, dataset: Any, collator: Any, groups: list[list[int]], workers: int) -> None:
-        self.groups = groups
-        self.loader = DataLoader(dataset, batch_sampler=groups, collate_fn=collator, num_workers=workers)
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __iter__(self) -> Iterator[tuple[Sequence[int], dict[str, Any]]]:
-        for group, batch in zip(self.groups, self.loader, strict=True):
-            yield group, dict(batch)
 
 
 class Selection:
@@ -136,7 +111,7 @@ class Selection:
         wanted, args = self._wanted(), self.trainer.args
         # The main process's cache decides: other nodes may have none.
         path = self.cache / f"{self._cache_key(wanted)}.safetensors" if process_number() == 0 else None
-        found = _read_terms(path, self.rows_digest) if path is not None and usable_entry(path) else None
+        found = read_terms(path, self.rows_digest) if path is not None and usable_entry(path) else None
         if int(add_up(torch.tensor(int(found is not None), device=args.device))):
             return self._shared(found)
         size = self.sampling.batch_size or args.train_batch_size
@@ -147,21 +122,21 @@ class Selection:
             terms = measure(
                 self.trainer.model,
                 {name: (layer.lora_A[adapter], layer.lora_B[adapter]) for name, (layer, adapter) in layers.items()},
-                _Batches(self.dataset, self.trainer.data_collator, groups, args.dataloader_num_workers),
+                ScoringBatches(self.dataset, self.trainer.data_collator, groups, args.dataloader_num_workers),
                 len(lengths),
                 wanted,
                 add_up,
                 quiet=path is None,
             )
         if path is not None:
-            _write_terms(path, terms, self.rows_digest)
+            write_terms(path, terms, self.rows_digest)
             note_checksum(path)
         return terms
 
     def _shared(self, found: Terms | None) -> Terms:
         """What the main process read, on every process."""
         shape, device = (len(fields(Terms)), len(self.dataset)), self.trainer.args.device
-        mine = torch.zeros(shape, dtype=torch.float64) if found is None else torch.stack(_vectors(found))
+        mine = torch.zeros(shape, dtype=torch.float64) if found is None else torch.stack(term_vectors(found))
         return Terms(*add_up(mine.to(device)).cpu())
 
     def _wanted(self) -> Wanted:
@@ -194,7 +169,7 @@ class Selection:
         return digest_of(facts)
 
     def _restored(self, checkpoint: Path) -> Terms:
-        found = _read_terms(checkpoint / QUALITY_FILE, self.rows_digest)
+        found = read_terms(checkpoint / QUALITY_FILE, self.rows_digest)
         if found is None:
             raise PlanError(
                 f"{checkpoint} holds no qualities of these training samples: the data set, template or cutoff_len has "
@@ -262,14 +237,23 @@ class Selection:
     def save(self, folder: Path) -> None:
         """Keep what was measured, so that a resumed run draws the same."""
         folder.mkdir(parents=True, exist_ok=True)
-        _write_terms(folder / QUALITY_FILE, self.terms, self.rows_digest)
+        write_terms(folder / QUALITY_FILE, self.terms, self.rows_digest)
 
     def report(self, output: Path, steps: int, plan: RankPlan) -> None:
         """Write what a person wants to see of the data, ``steps`` optimizer steps into the run of ``plan``."""
         # What lies in output_dir is pushed with it: nobody's training text goes to a hub unasked.
         text = None if self.trainer.args.push_to_hub else self._text
-        usage_N = self.sampler.usage(steps)
-        save_data_report(output, plan, self.terms, self.pool, usage_N, steps, self.row_digests, text)
+        data = DataQuality(
+            terms=vars(self.terms),
+            quality_N=self.pool.quality_N,
+            probability_N=self.pool.probabilities,
+            kept_N=self.pool.kept_N,
+            usage_N=self.sampler.usage(steps),
+            row_digests=self.row_digests,
+            subset_size=self.pool.subset_size,
+            effective_size=self.pool.effective_size,
+        )
+        save_data_report(output, plan, data, steps, text)
 
     def _text(self, index: int) -> tuple[str, str]:
         """Prompt and answer of a sample."""
@@ -277,25 +261,3 @@ class Selection:
         ids, labels = list(row["input_ids"]), list(row.get("labels") or row["input_ids"])
         start = next((place for place, label in enumerate(labels) if label >= 0), len(ids))
         return tuple(tokenizer.decode(part, skip_special_tokens=True).strip() for part in (ids[:start], ids[start:]))
-
-
-def _vectors(terms: Terms) -> list[Tensor]:
-    return [getattr(terms, entry.name) for entry in fields(Terms)]
-
-
-def _write_terms(path: Path, terms: Terms, rows: str) -> None:
-    tensors = {entry.name: vector.contiguous() for entry, vector in zip(fields(Terms), _vectors(terms), strict=True)}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"rows": rows})
-
-
-def _read_terms(path: Path, rows: str) -> Terms | None:
-    """None where there is no file, or one of other rows, or one with what is no number."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("rows") != rows:
-                return None
-            vectors = [file.get_tensor(entry.name) for entry in fields(Terms)]
-            return Terms(*vectors) if all(bool(vector.isfinite().all()) for vector in vectors) else None
-    except (OSError, SafetensorError):
-        return None

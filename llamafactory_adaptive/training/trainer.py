@@ -1,4 +1,4 @@
-"""x"""
+"""The Trainer of an adaptive run: any Trainer class, which shows itself to the run's callback."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from llamafactory_adaptive.files import cannot_write, could_not_write
-from llamafactory_adaptive.training.current_run import _current
+from llamafactory_adaptive.training.current_run import current_run
 
 
 def meet_trainer(trainer_class: type) -> type:
@@ -19,7 +19,7 @@ def meet_trainer(trainer_class: type) -> type:
     class Met(trainer_class):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            callback = _current.get()
+            callback = current_run.get()
             self.adaptive_callback = callback
             if callback is not None:
                 callback.attach(self)

@@ -52,7 +52,7 @@ def pytest_terminal_summary(terminalreporter, config):
         import record
 
         counts = {kind: sum(row["result"] == kind for row in rows) for kind in ("passed", "failed", "skipped")}
-        record.write_result(target, {"counts": counts, "faults": rows})
+        record.write_result(target, {"counts": counts, "faults": rows}, command="make faults")
 
 
 def pytest_addoption(parser):

@@ -258,10 +258,10 @@ def test_probing_leaves_gradients_random_state_and_position_alone():
 
 def test_probes_keep_within_their_share_of_the_time(monkeypatch):
     """A clock of our own: a step trains 1 s, a probe takes 2 s, 10 % are allowed."""
-    from llamafactory_adaptive.training import path_probe
+    from llamafactory_adaptive.training import probe_budget
 
     now = [0.0]
-    monkeypatch.setattr(path_probe.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(probe_budget.time, "perf_counter", lambda: now[0])
     thinner, probed = Thinner(0.1), []
     for step in range(400):
         thinner.begin()

@@ -5,7 +5,7 @@ import pytest
 import reference
 import torch
 
-from llamafactory_adaptive.calibration.input_moments import input_moments
+from llamafactory_adaptive.calibration import input_moments
 from llamafactory_adaptive.methods import _module_metrics
 
 

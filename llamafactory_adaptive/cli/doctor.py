@@ -1,0 +1,46 @@
+"""``llamafactory-adaptive doctor``: versions, the start-up hook, and whether each seam fits."""
+
+import argparse
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+from llamafactory_adaptive import __version__, _bootstrap
+
+
+PACKAGES = ("llamafactory", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Check the installation. Exit code 0 when adaptive runs will work through ``llamafactory-cli``."""
+    probe = "import sys; print(any(type(f).__name__ == '_SeamFinder' for f in sys.meta_path))"
+    try:
+        answer = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False, timeout=60)
+        hooked = answer.stdout.strip() == "True"
+    except subprocess.TimeoutExpired:
+        print("a Python of this environment did not start within 60 s")
+        hooked = False
+    switch = os.environ.get(_bootstrap.ENV_SWITCH, "not set")
+    print(f"start-up hook   {'active' if hooked else 'NOT active'}  ({_bootstrap.ENV_SWITCH}: {switch})")
+    print(f"plugin          {__version__}  python {sys.version.split()[0]}")
+    for name in PACKAGES:
+        try:
+            print(f"{name:<15} {version(name)}")
+        except PackageNotFoundError:
+            print(f"{name:<15} not installed")
+    states = _seam_states()
+    for target, state in states.items():
+        print(f"seam            {state:<15} {target}")
+    if not hooked and _bootstrap.enabled():
+        print("hint            use `llamafactory-adaptive train` here, or reinstall the plugin as a wheel")
+    return 0 if hooked and all(state == "fits" for state in states.values()) else 2
+
+
+def _seam_states() -> dict[str, str]:
+    if not _bootstrap.enabled():
+        return {}
+    _bootstrap.install()
+    from llamafactory_adaptive.bridge.seams import seam_states
+
+    return seam_states()

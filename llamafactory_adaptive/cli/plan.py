@@ -1,0 +1,92 @@
+"""``llamafactory-adaptive plan``: the ranks a run would train, without training."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from llamafactory_adaptive.cli.host import require_enabled
+from llamafactory_adaptive.config.run_config import AdaptiveConfig
+from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.options import coerce
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Plan ranks without training: table, heat-map, ``adaptive_rank_plan.json``."""
+    require_enabled()
+    from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS
+    from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings
+    from llamafactory_adaptive.bridge.host_check import check_host_settings
+    from llamafactory_adaptive.bridge.plans import advice, fresh_plan
+    from llamafactory_adaptive.bridge.seams import require_seams
+    from llamafactory_adaptive.bridge.validation import parse_config
+    from llamafactory_adaptive.files import PLAN_FILE
+    from llamafactory_adaptive.folder_lock import locked
+    from llamafactory_adaptive.reports.plots import HEATMAP_FILE, save_heatmap
+    from llamafactory_adaptive.reports.tables import rank_table
+
+    require_seams()
+    if Path(arguments.config).suffix not in (".yaml", ".yml"):
+        raise AdaptiveConfigError(
+            [Problem("config", arguments.config, "it must be a YAML file", "a name ending in .yaml")]
+        )
+    sys.argv = ["llamafactory-adaptive", arguments.config, *arguments.overrides]
+    args = command_line_settings()
+    if not asks_for_adaptive(args):
+        kind = args.get("finetuning_type", "lora")
+        raise AdaptiveConfigError(
+            [Problem("finetuning_type", kind, "there are no ranks to plan", "finetuning_type: adaptive")]
+        )
+    config = parse_config(args)
+    check_host_settings(args)
+    if config.course is not None:
+        return _plan_of_a_dynamic_run(args, config)
+    started = time.perf_counter()
+    folder = arguments.out or Path(args["output_dir"])
+    if arguments.out is None and (folder / ADAPTER_WEIGHTS).is_file():
+        raise AdaptiveConfigError(
+            [Problem("output_dir", str(folder), "it holds a trained adapter with its plan", "--out <another folder>")]
+        )
+    with locked(folder):
+        found = fresh_plan(args, config)
+        found.save(folder / PLAN_FILE)
+        save_heatmap(found, folder / HEATMAP_FILE)
+    print(rank_table(found))
+    for line in advice(found, config):
+        print(f"warning: {line}")
+    print(f"plan and heat-map written to {folder} in {time.perf_counter() - started:.1f} s; nothing was trained")
+    return 0
+
+
+def _plan_of_a_dynamic_run(args: dict[str, Any], config: AdaptiveConfig) -> int:
+    """What can be said before training: the start, and the budget over the share of the steps."""
+    from llamafactory_adaptive.bridge.plans import fresh_plan
+    from llamafactory_adaptive.bridge.target_shapes import estimated_steps
+    from llamafactory_adaptive.ranks.schedule import Schedule, make_schedule, short_run_warning
+    from llamafactory_adaptive.reports.tables import schedule_table, totals
+
+    assert config.course is not None
+    start = fresh_plan(args, config)
+    budget, kind = start.budget(), start.budget_kind
+    try:
+        steps = int(coerce(args.get("max_steps") or -1, int))
+    except ValueError as error:
+        problem = Problem("max_steps", args["max_steps"], "it must be a whole number", "max_steps: 100")
+        raise AdaptiveConfigError([problem]) from error
+    estimate = None if steps > 0 else estimated_steps(args)
+    shown = steps if steps > 0 else estimate or 100
+    schedule = make_schedule(config.course, shown, budget[f"used_{kind}"], budget[f"asked_{kind}"])
+    if isinstance(schedule, Schedule):
+        print(schedule_table(start, schedule, shown))
+    else:
+        print(f"Ranks move about during training ({start.method}): {schedule.describe(kind)} of {shown}")
+    if estimate:
+        print(f"about {estimate:,} steps, estimated from num_train_epochs and the rows of the data set")
+    elif steps <= 0:
+        print("the number of steps follows from the data: the table stands for 100 of them")
+    if (steps > 0 or estimate) and (warning := short_run_warning(schedule, shown)):
+        print(f"warning: {warning}")
+    print("live tensors:", *totals(start), sep="\n")
+    print("ranks are found during training; nothing was written")
+    return 0
