@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llamafactory_adaptive import cli
+from llamafactory_adaptive.cli import app as cli
 
 
 ROOT = Path(__file__).resolve().parents[2]
