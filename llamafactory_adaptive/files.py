@@ -186,23 +186,18 @@ def cannot_write(path: Path, error: Exception) -> OutputError:
 def check_writable(folder: Path) -> str | None:
     """Say why nothing can be written into ``folder``, which need not exist yet; None where it can.
 
-    A file is really written: permissions alone do not tell of read-only and full disks. What was made on the way is
-    removed again.
+    A file is really written, since permissions alone do not tell of read-only and full disks: into the folder, or into
+    the nearest one that exists. Nothing else is made, so that runs that begin together do not meet.
     """
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".adaptive-{uuid.uuid4().hex}.tmp"
+        place = next(place for place in (folder, *folder.parents) if place.exists())
+        probe = place / f".adaptive-{uuid.uuid4().hex}.tmp"
         try:
             probe.write_bytes(b"\0" * 4096)
         finally:
             probe.unlink(missing_ok=True)
     except OSError as error:
         return error.strerror or str(error)
-    finally:
-        for place in made:
-            if place.is_dir():
-                place.rmdir()
     return None
 
 

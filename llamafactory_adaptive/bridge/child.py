@@ -2,37 +2,43 @@
 
 import os
 import re
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 
 _SHOWN = re.compile(r"^\[(WARNING|ERROR)\|.*llamafactory\.adaptive|Scoring modules")
 _EVERY_SECONDS = 15.0  # progress where nobody watches a terminal
 _KEPT_LINES = 2000
 _END_SECONDS = 10.0
+_LOOK_SECONDS = 1.0  # for the end of a child whose output others hold open
+_TELL_SECONDS = 600.0  # of silence, after which a person is told what is waited for, again and again
+_SILENT_SECONDS = 6 * 3600.0  # of silence, after which the child is taken to hang
 
 
-def run_child(command: Sequence[str], environment: Mapping[str, str], log: Path) -> tuple[int, str]:
+def run_child(command: Sequence[str], environment: Mapping[str, str], log: Path, job: str) -> tuple[int, str]:
     """Run a command to its end; what it prints goes to ``log``, its progress and warnings to the terminal too.
 
     The child holds one end of a pipe (its standard input) whose other end only this process has: when this process
     ends, by ``kill -9`` too, the child sees the pipe close and ends itself (:func:`end_with_parent`).
 
     Args:
-        command: of a program that calls :func:`end_with_parent`.
+        command: of a program that calls :func:`read_job`, then :func:`end_with_parent`.
         environment: all of it.
         log: file for its output; where it cannot be written, the last lines are kept in memory alone.
+        job: one line for it.
 
     Returns:
-        The exit code (negative for a signal), and the last lines it printed.
+        The exit code (negative for a signal), and the last lines it printed. A child that prints nothing for six hours
+        is killed.
     """
     process = subprocess.Popen(
         command,
@@ -42,26 +48,65 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], log: Path)
         stderr=subprocess.STDOUT,
         start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the child
     )
-    assert process.stdout is not None
+    assert process.stdin is not None
+    lines: deque[str] = deque(maxlen=_KEPT_LINES)
     try:
-        lines = _fold(process.stdout, log)
+        with suppress(BrokenPipeError):  # it has ended already, and its output says why
+            process.stdin.write(job.encode() + b"\n")
+            process.stdin.flush()
+        _fold(process, log, lines)
         return process.wait(_END_SECONDS), "\n".join(lines)
     except subprocess.TimeoutExpired:  # it closed its output and does not end
         return -9, "\n".join(lines)
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        _end(process)
 
 
-def _fold(stream: IO[bytes], log: Path) -> "deque[str]":
-    """Copy a stream into a log and the part of it that a person should see to the terminal."""
-    lines: deque[str] = deque(maxlen=_KEPT_LINES)
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Kill what is left of the child's session: itself, and the workers of a child that was killed."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):  # stuck inside the kernel, where no signal reaches it
+        process.wait(_END_SECONDS)
+
+
+def _chunks(process: "subprocess.Popen[bytes]", log: Path) -> Iterator[bytes]:
+    """Give what a child prints until it closes its output or has ended, whoever else holds its output open.
+
+    Raises:
+        TimeoutExpired: it has been silent for too long.
+    """
+    assert process.stdout is not None
+    output, heard = process.stdout.fileno(), time.monotonic()
+    told = heard
+    while True:
+        ended = process.poll() is not None
+        if select.select([output], [], [], 0.0 if ended else _LOOK_SECONDS)[0]:
+            if not (chunk := os.read(output, 65536)):
+                return
+            heard = told = time.monotonic()
+            yield chunk
+        elif ended:
+            return
+        elif time.monotonic() - heard > _SILENT_SECONDS:
+            raise subprocess.TimeoutExpired(process.args, _SILENT_SECONDS)
+        elif time.monotonic() - told > _TELL_SECONDS:
+            told = time.monotonic()
+            silent = f"{(told - heard) / 60:.0f} minutes"
+            print(
+                f"llamafactory-adaptive: still waiting for the scoring process {process.pid}, which has printed "
+                f"nothing for {silent}; its log is {log}",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+
+
+def _fold(process: "subprocess.Popen[bytes]", log: Path, lines: "deque[str]") -> None:
+    """Copy what a child prints into a log, and the part of it that a person should see to the terminal."""
     rest, told = b"", 0.0
     with suppress(OSError):
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_bytes(b"")
-    while chunk := os.read(stream.fileno(), 65536):
+    for chunk in _chunks(process, log):
         with suppress(OSError), log.open("ab") as file:  # a full disk must not end the scoring
             file.write(chunk)
         *whole, rest = re.split(rb"[\r\n]+", rest + chunk)
@@ -70,7 +115,6 @@ def _fold(stream: IO[bytes], log: Path) -> "deque[str]":
             lines.append(line)
             told = _show(line, told)
     lines.append(rest.decode("utf-8", "replace").rstrip())
-    return lines
 
 
 def _show(line: str, told: float) -> float:
@@ -87,14 +131,28 @@ def _show(line: str, told: float) -> float:
     return time.monotonic() if progress else told
 
 
+def read_job() -> str:
+    """Read the line that :func:`run_child` gave this process."""
+    job = b""
+    while not job.endswith(b"\n") and (chunk := os.read(0, 65536)):
+        job += chunk
+    return job.decode()
+
+
 def end_with_parent(folder: Path) -> None:
-    """Have this process end as soon as its parent is gone, and remove ``folder``, which nobody else will."""
+    """Have this process and its workers end as soon as its parent is gone, and remove ``folder`` in its place.
+
+    Args:
+        folder: of this process alone.
+    """
 
     def watch() -> None:
         with suppress(OSError):
             while os.read(0, 4096):
                 pass
         shutil.rmtree(folder, ignore_errors=True)
+        if os.getpgrp() == os.getpid():
+            os.killpg(os.getpid(), signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -24,6 +24,7 @@ from llamafactory_adaptive.errors import (
     OutputError,
     PlanError,
 )
+from llamafactory_adaptive.reports.plaintext import plain_lines
 
 
 def with_clean_exit(run_exp: Callable[..., None]) -> Callable[..., None]:
@@ -67,7 +68,7 @@ def exit_with(error: AdaptiveError) -> NoReturn:
     everywhere = isinstance(error, (AdaptiveConfigError, PlanError, InfeasibleBudgetError, OutputError,
                                    OtherProcessError))  # fmt: skip
     if not everywhere or local_rank() == 0:
-        print(f"llamafactory-adaptive: error: {error}", file=sys.stderr, flush=True)
+        print(f"llamafactory-adaptive: error: {plain_lines(str(error))}", file=sys.stderr, flush=True)
     raise SystemExit(2) from error
 
 

@@ -21,7 +21,7 @@ from llamafactory_adaptive.calibration.batches import count_tokens, make_batches
 from llamafactory_adaptive.calibration.measurement import Measurement
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import CalibrationError
-from llamafactory_adaptive.files import digest_of, replacing
+from llamafactory_adaptive.files import digest_of, read_mapping, replacing
 from llamafactory_adaptive.planning.cache import cache_folder
 from llamafactory_adaptive.planning.planner import make_method
 
@@ -35,6 +35,11 @@ _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "
 def measure_in_own_process(args: Args, measurement: Measurement, path: Path) -> None:
     """Run a measurement in a fresh single process, which leaves no memory, random state or process group behind.
 
+    Args:
+        args: the run's settings; they reach the process through a pipe, since they may hold tokens of a hub.
+        measurement: what is measured.
+        path: of the statistics, in an empty folder, which is removed if this process is killed.
+
     Raises:
         CalibrationError: with the child's own message, or its last words when it crashed.
     """
@@ -46,18 +51,19 @@ def measure_in_own_process(args: Args, measurement: Measurement, path: Path) -> 
     # One GPU: several visible ones without a launcher make the host refuse to start.
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0] if visible is not None else "0"
-    with tempfile.TemporaryDirectory(prefix="adaptive-") as folder:
-        job, answer = Path(folder) / "job.json", Path(folder) / "answer.json"
-        job.write_text(json.dumps({"args": args, "measurement": measurement.key, "path": str(path)}, default=str))
-        command = [sys.executable, "-m", "llamafactory_adaptive.cli", "measure", str(job), str(answer)]
-        names = ", ".join(calibration_names(args)) or "the training data"
-        print(
-            f"llamafactory-adaptive: scoring {args['model_name_or_path']} on rows of {names} in a process of its own; "
-            "it loads the model once, then takes about as long as a forward pass over them",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-        code, said = run_child(command, environment, log := cache_folder() / "logs" / f"scoring-{os.getpid()}.log")
-        message = json.loads(answer.read_text())["error"] if answer.exists() else None
+    assert not any(path.parent.iterdir())
+    job = json.dumps({"args": args, "measurement": measurement.key, "path": str(path)}, default=str)
+    answer = path.with_name("answer.json")
+    command = [sys.executable, "-m", "llamafactory_adaptive.cli", "measure", str(answer)]
+    names = ", ".join(calibration_names(args)) or "the training data"
+    print(
+        f"llamafactory-adaptive: scoring {args['model_name_or_path']} on rows of {names} in a process of its own; "
+        "it loads the model once, then takes about as long as a forward pass over them",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    log = cache_folder() / "logs" / f"scoring-{os.getpid()}.log"
+    code, said = run_child(command, environment, log, job)
+    message = read_mapping(answer, "the scoring process's answer")["error"] if answer.exists() else None
     if code == 0:
         log.unlink(missing_ok=True)
     elif message:

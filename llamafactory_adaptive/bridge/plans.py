@@ -164,12 +164,14 @@ def refuse_finished_run(args: Args, checkpoint: Path | None) -> None:
 def compute_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
     """Build the plan in one process per node, or re-use it; the other processes of the node wait for the file."""
     from llamafactory_adaptive.bridge import fingerprint, measure_process, target_shapes
+    from llamafactory_adaptive.engines.distributed import failure_of, launched_number, launched_processes
     from llamafactory_adaptive.planning import cache, planner
 
     request = cache.PlanRequest(config, fingerprint.identity(args), fingerprint.provenance(args))
     path = request.plan_path()
     if local_rank() != 0:
-        return cache.wait_for_plan(path, _scoring_limit(args))
+        planner_rank = launched_number() - local_rank()  # the node's first
+        return cache.wait_for_plan(path, _scoring_limit(args), lambda: failure_of(planner_rank))
     cached = cache.cached_plan(path)
     if cached is not None:
         logger.info(f"adaptive: ranks re-used, planned before for the same request ({path})")
@@ -182,7 +184,7 @@ def compute_plan(args: Args, config: AdaptiveConfig) -> RankPlan:
     )
     scores = "with scores measured before" if plan.provenance.get("statistics_reused") else "scores included"
     logger.info(f"adaptive: ranks planned in {time.perf_counter() - started:.1f} s, {scores}")
-    return cache.keep_plan(plan, path)
+    return cache.keep_plan(plan, path, others_wait=launched_processes() > 1)
 
 
 def advice(plan: RankPlan, config: AdaptiveConfig) -> list[str]:

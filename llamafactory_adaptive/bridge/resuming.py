@@ -147,6 +147,8 @@ def named_paths(args: Args) -> list[Path]:
 
 def layout(args: Args) -> dict[str, Any]:
     """How this run spreads weights and optimizer states over processes, as its settings say."""
+    from llamafactory_adaptive.engines.distributed import launched_processes
+
     config = args.get("deepspeed") or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     zero: dict[str, Any] = {}
     if isinstance(config, (str, Path)):
@@ -160,5 +162,5 @@ def layout(args: Args) -> dict[str, Any]:
         "deepspeed_stage": stage,
         # Stage 3 has pieces of its own kind, whatever is set.
         "round_robin_gradients": stage in (1, 2) and bool(zero.get("round_robin_gradients", False)),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": launched_processes(),
     }

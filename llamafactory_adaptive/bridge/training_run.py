@@ -1,7 +1,6 @@
 """One training run inside LLaMA-Factory: hand the plan over to the host, prove the result."""
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -60,6 +59,8 @@ def adaptive_training_function(
 
     @wraps(original)
     def run(config: dict[str, Any]) -> None:
+        from llamafactory_adaptive.engines.distributed import is_worker
+
         raw = config["args"]
         if not asks_for_adaptive(raw):
             _refuse_stray_keys(raw)
@@ -69,7 +70,7 @@ def adaptive_training_function(
         require_seams()
         args = to_mapping(raw)
         adaptive = parse_config(args)
-        if "LOCAL_RANK" not in os.environ:  # workers of a launcher, which has done so, must not meet devices yet
+        if not is_worker():  # workers of a launcher, which has done so, must not meet devices yet
             check_output(args)
             check_host_settings(args)
         if not args.get("do_train"):
@@ -84,13 +85,14 @@ def adaptive_training_function(
 
 def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], args: Args, adaptive: AdaptiveConfig
            ) -> None:  # fmt: skip
+    from llamafactory_adaptive.engines.distributed import is_worker, launched_number
     from llamafactory_adaptive.engines.operator_locks import bounded_waits
     from llamafactory_adaptive.engines.zero import init_deepspeed_on_cpu
     from llamafactory_adaptive.training.callback import finish
     from llamafactory_adaptive.training.divergence import DivergenceWatch
 
     started = time.perf_counter()
-    if args.get("deepspeed") and "LOCAL_RANK" not in os.environ:
+    if args.get("deepspeed") and not is_worker():
         raise AdaptiveConfigError(
             [Problem("deepspeed", args["deepspeed"], "DeepSpeed runs under torchrun", "FORCE_TORCHRUN=1")]
         )
@@ -115,7 +117,7 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], a
             original({**config, "args": settings, "callbacks": [*(config.get("callbacks") or []), callback]})
     finally:
         current_run.reset(token)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if launched_number() == 0:
         finish(Path(args["output_dir"]), callback, trained_before)
 
 

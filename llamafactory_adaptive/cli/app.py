@@ -48,7 +48,6 @@ def build_parser() -> argparse.ArgumentParser:
     init = commands.add_parser("init", help="copy the example YAMLs")
     init.add_argument("folder", type=Path, nargs="?", default=Path(), help="where to put examples/")
     measure = commands.add_parser("measure")  # internal: the process that `plan` and `train` score in
-    measure.add_argument("job", type=Path)
     measure.add_argument("answer", type=Path)
     return parser
 
@@ -134,14 +133,14 @@ def _signals_end_in_order() -> Iterator[None]:
 
 
 def measure(arguments: argparse.Namespace) -> int:
-    """Body of the measuring process; its answer file carries a user error back to the parent."""
+    """Body of the measuring process: the job is a line of its input, its answer file carries a user error back."""
     require_enabled()
-    from llamafactory_adaptive.bridge.child import end_with_parent
+    from llamafactory_adaptive.bridge.child import end_with_parent, read_job
     from llamafactory_adaptive.bridge.measure_process import run_measurement_job
     from llamafactory_adaptive.bridge.validation import parse_config
 
-    end_with_parent(arguments.job.parent)
-    job = json.loads(arguments.job.read_text(encoding="utf-8"))
+    job = json.loads(read_job())
+    end_with_parent(arguments.answer.parent)
     try:
         run_measurement_job(job, parse_config(job["args"]))
     except AdaptiveError as error:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
-from itertools import count
 from typing import Any
 
 import torch
@@ -21,15 +20,9 @@ from torch import distributed as dist
 from llamafactory_adaptive.errors import GuardError, OtherProcessError
 
 
-def agree_across_ranks(digest: str, difference: str) -> None:
-    """Stop unless every process holds the same; ``difference`` says what it means when they do not."""
-    refuse_differences(gather_digests(digest), difference)
-
-
 LIMIT_SECONDS = 1800.0  # no process of a job may come later than this to where the others wait
 _LINGER_SECONDS = 30.0
-_rounds = count()
-_last_round = 0
+_last_round = -1
 
 
 def processes() -> int:
@@ -42,14 +35,23 @@ def process_number() -> int:
     return dist.get_rank() if processes() > 1 else 0
 
 
+def is_worker() -> bool:
+    """Tell whether a launcher started this process as one of several.
+
+    Clusters (Kubeflow's PyTorchJob, SageMaker) set RANK and WORLD_SIZE for their nodes, where torchrun is still to be
+    started; LOCAL_RANK is the launcher's alone.
+    """
+    return "LOCAL_RANK" in os.environ
+
+
 def launched_number() -> int:
     """This process's rank as its launcher set it, known before any process group exists."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK", "0")) if is_worker() else 0
 
 
 def launched_processes() -> int:
     """How many processes the launcher starts for this job."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE", "1")) if is_worker() else 1
 
 
 def add_up(tensor: Tensor) -> Tensor:
@@ -96,6 +98,15 @@ def gather(what: str, work: Callable[[], Any], seconds: float = LIMIT_SECONDS) -
     return [answer["value"] for answer in said]
 
 
+def failure_of(rank: int) -> str | None:
+    """Look, without waiting, whether a process has failed on its way to the next meeting; gives its message."""
+    if launched_processes() == 1:
+        return None
+    store, key = _store(), f"{_last_round + 1}/{rank}"
+    message = json.loads(store.get(key)).get("error") if store.check([key]) else None
+    return f"rank {rank}: {message}" if message else None
+
+
 def from_main(what: str, work: Callable[[], Any]) -> Any:
     """Do something on rank 0 alone; every process gets what came of it, or stops with rank 0's message."""
     return gather(what, lambda: work() if launched_number() == 0 else None)[0]
@@ -104,6 +115,11 @@ def from_main(what: str, work: Callable[[], Any]) -> Any:
 def gather_digests(digest: str) -> list[str]:
     """A digest of every process, by rank."""
     return gather("a comparison with the other processes", lambda: digest)
+
+
+def agree_across_ranks(digest: str, difference: str) -> None:
+    """Stop unless every process holds the same; ``difference`` says what it means when they do not."""
+    refuse_differences(gather_digests(digest), difference)
 
 
 def refuse_differences(everyone: list[Any], difference: str) -> None:
@@ -130,7 +146,7 @@ def _store() -> Any:
 
     try:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=LIMIT_SECONDS)))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # nobody came; no address to come to
         raise GuardError(
             f"the {launched_processes()} processes of the job did not all meet within {LIMIT_SECONDS:g} s at "
             f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {error}"
@@ -142,7 +158,7 @@ def _exchange(what: str, mine: Any, seconds: float) -> list[Any]:
     """Every process's document, by rank."""
     global _last_round
     store, rank, deadline = _store(), launched_number(), time.monotonic() + seconds
-    _last_round = next(_rounds)
+    _last_round += 1
     store.set(f"{_last_round}/{rank}", json.dumps(mine))
     found = []
     for other in range(launched_processes()):

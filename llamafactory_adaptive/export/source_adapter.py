@@ -19,9 +19,6 @@ from llamafactory_adaptive.export.safetensors_stream import TensorSpec, read_spe
 from llamafactory_adaptive.ranks.module_names import NamePattern, is_module_name, too_many_keys
 
 
-_FOR_PEFT = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save")
-
-
 @dataclass(frozen=True)
 class LoraModule:
     """One adapted linear layer: its full name in the base model, sizes, rank, and what multiplies B A."""

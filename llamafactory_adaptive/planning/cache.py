@@ -1,8 +1,10 @@
 """Plans and statistics that were computed before, by digest of the request."""
 
+import logging
 import os
+import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,8 @@ from torch import Tensor
 
 from llamafactory_adaptive.calibration.measurement import Measurement
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
-from llamafactory_adaptive.errors import AdaptiveConfigError, CalibrationError, Problem
-from llamafactory_adaptive.files import digest_of, is_intact, note_checksum, usable_entry
+from llamafactory_adaptive.errors import AdaptiveConfigError, CalibrationError, OtherProcessError, OutputError, Problem
+from llamafactory_adaptive.files import digest_of, is_intact, note_checksum, replacing, usable_entry
 from llamafactory_adaptive.ranks.plan import (
     SCHEMA_VERSION,
     ModuleShape,
@@ -24,6 +26,7 @@ from llamafactory_adaptive.ranks.plan import (
 
 
 CACHE_ENV = "LLAMAFACTORY_ADAPTIVE_CACHE"
+logger = logging.getLogger("llamafactory.adaptive")
 
 
 def cache_folder() -> Path:
@@ -76,6 +79,16 @@ def statistics_path(request: PlanRequest, measurement: Measurement) -> Path:
     return cache_folder() / "statistics" / f"{key}.safetensors"
 
 
+def keep_statistics(fresh: Path, path: Path) -> None:
+    """Copy what was measured into the cache; one that takes nothing is told of, and nothing else is lost."""
+    try:
+        with replacing(path) as temporary:
+            shutil.copyfile(fresh, temporary)
+        note_checksum(path)
+    except OutputError as error:
+        logger.warning(f"the scores are not kept for later runs: {error}")
+
+
 def read_statistics(path: Path, shapes: list[ModuleShape]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Load cached statistics of the target modules, and the facts noted with them.
 
@@ -112,21 +125,36 @@ def cached_plan(path: Path) -> RankPlan | None:
     return load_plan(path) if usable_entry(path) else None
 
 
-def keep_plan(plan: RankPlan, path: Path) -> RankPlan:
-    """Write a plan into the cache; returns it as others will read it."""
-    plan.write(path)
-    note_checksum(path)
+def keep_plan(plan: RankPlan, path: Path, others_wait: bool = False) -> RankPlan:
+    """Write a plan into the cache; returns it as others will read it.
+
+    A cache that takes nothing loses no plan, unless others wait for the file.
+
+    Raises:
+        OutputError: it could not be written, and ``others_wait``.
+    """
+    try:
+        plan.write(path)
+        note_checksum(path)
+    except OutputError as error:
+        if others_wait:
+            raise
+        logger.warning(f"the plan is not kept for later runs: {error}")
+        return plan
     return load_plan(path)
 
 
-def wait_for_plan(path: Path, seconds: float) -> RankPlan:
-    """Other processes of the node wait here until the planning one has written its file and its checksum.
+def wait_for_plan(path: Path, seconds: float, failed: Callable[[], str | None] = lambda: None) -> RankPlan:
+    """Wait until the planning process of the node has written its file and its checksum.
 
     Raises:
+        OtherProcessError: it failed, as ``failed`` says.
         CalibrationError: the time limit passed.
     """
     deadline = time.monotonic() + seconds
     while not is_intact(path):
+        if message := failed():
+            raise OtherProcessError(message)
         if time.monotonic() > deadline:
             raise CalibrationError(
                 f"no plan appeared at {path} within {seconds:g} s: see the messages of the process that scores"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
@@ -16,10 +17,16 @@ from torch import Tensor
 from llamafactory_adaptive.calibration.measurement import Measurement
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import CalibrationError
-from llamafactory_adaptive.files import note_checksum, usable_entry
+from llamafactory_adaptive.files import usable_entry
 from llamafactory_adaptive.methods import Scores, ScoringContext, StaticMethod
 from llamafactory_adaptive.methods._registry import get_method
-from llamafactory_adaptive.planning.cache import PlanRequest, read_statistics, some_names, statistics_path
+from llamafactory_adaptive.planning.cache import (
+    PlanRequest,
+    keep_statistics,
+    read_statistics,
+    some_names,
+    statistics_path,
+)
 from llamafactory_adaptive.ranks.allocation import Allocation, allocate
 from llamafactory_adaptive.ranks.plan import (
     ModulePlan,
@@ -29,7 +36,8 @@ from llamafactory_adaptive.ranks.plan import (
 )
 
 
-# Runs a measurement where the model is, writing one tensor per module to the path as safetensors.
+# Runs a measurement where the model is, writing one tensor per module to the path as safetensors; the path lies in an
+# empty folder, for this measurement alone.
 Measure = Callable[[Measurement, Path], None]
 
 
@@ -59,10 +67,13 @@ def build_plan(request: PlanRequest, shapes: list[ModuleShape], measure: Measure
     if measurement is not None:
         path = statistics_path(request, measurement)
         facts["statistics_reused"] = usable_entry(path)
-        if not facts["statistics_reused"]:
-            measure(measurement, path)
-            note_checksum(path)
-        statistics, measured = read_statistics(path, shapes)
+        if facts["statistics_reused"]:
+            statistics, measured = read_statistics(path, shapes)
+        else:
+            with TemporaryDirectory(prefix="adaptive-") as scratch:
+                measure(measurement, fresh := Path(scratch) / path.name)
+                statistics, measured = read_statistics(fresh, shapes)
+                keep_statistics(fresh, path)
         facts |= measured
     scores = method.score(statistics, ScoringContext(tuple(shapes), config.lora_rank, config.calibration.seed))
     facts["planning_seconds"] = round(time.perf_counter() - started, 2)

@@ -157,7 +157,8 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
         """Count optimizer steps; stop a run that has gone wrong; say when another subset begins."""
         self.counters.steps += 1
         if self.watch is not None:
-            self.watch.end_step(state.global_step, kwargs["model"])
+            was_skipped = getattr(kwargs.get("optimizer"), "step_was_skipped", False)
+            self.watch.end_step(state.global_step, kwargs["model"], was_skipped)
         if self.selection is not None and args.should_save and self.selection.begins_at(state.global_step):
             self.log_subset(Path(args.output_dir), state.global_step)
 
@@ -167,7 +168,7 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse an adapter that is not finite; say how often each sample was used."""
-        if self.watch is not None and not self.deepspeed:  # whose weights may lie in pieces; its files are checked
+        if self.watch is not None:
             self.watch.refuse_end(state.global_step, kwargs["model"])
         if self.selection is not None and args.should_save:
             self.selection.report(Path(args.output_dir), state.global_step, self.plan)

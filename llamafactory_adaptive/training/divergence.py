@@ -7,16 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from llamafactory_adaptive.adapter.lora import factors, live_layers
-from llamafactory_adaptive.engines.distributed import add_up, from_main
+from llamafactory_adaptive.engines.distributed import add_up, from_main, gather
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.training.checkpoint_files import damage
+
+
+_MOST_SKIPPED = 40  # a scale starts at 2**16 and is halved each time: it is 2**-24 by then
 
 
 class DivergenceWatch:
     """Counts optimizer steps in a row whose loss is NaN or infinite, over all processes.
 
-    A gradient that is not finite needs no count of its own: it makes the weights, and with them the next loss, NaN;
-    where a loss scaler skips such a step instead, the step is meant to be skipped.
+    A gradient that is not finite makes the weights, and with them the next loss, NaN. Where a loss scaler skips such a
+    step instead (fp16), it is counted apart: some are skipped while the scale is found, never as many in a row as it
+    takes to halve the scale to nothing.
 
     Args:
         limit: steps in a row that are borne; the run ends with the next look after them.
@@ -26,6 +30,7 @@ class DivergenceWatch:
     def __init__(self, limit: int, output: Path) -> None:
         self.limit, self.output = limit, output
         self.in_a_row = 0
+        self.skipped = 0  # in a row, by the loss scaler
         self._bad: Tensor | None = None
 
     def see(self, loss: Tensor) -> None:
@@ -33,14 +38,26 @@ class DivergenceWatch:
         bad = (~torch.isfinite(loss.detach())).any().float()
         self._bad = bad if self._bad is None else self._bad + bad
 
-    def end_step(self, step: int, model: nn.Module) -> None:
+    def end_step(self, step: int, model: nn.Module, was_skipped: bool = False) -> None:
         """Look at the optimizer step that has just been made, its ``step`` counted from 1.
 
         The Trainer itself reads every loss on the host to filter NaN, so that this look waits for nothing more.
 
+        Args:
+            step: counted from 1.
+            model: that is trained.
+            was_skipped: by the loss scaler, the same on every process.
+
         Raises:
             GuardError: on every process.
         """
+        self.skipped = self.skipped + 1 if was_skipped else 0
+        if self.skipped >= _MOST_SKIPPED:
+            raise GuardError(
+                f"the gradients have been NaN or infinite for {self.skipped} steps in a row (up to step {step}), so "
+                "the loss scaler skipped them all and nothing was trained; set bf16: true in place of fp16: true, or "
+                "lower learning_rate"
+            )
         if self._bad is None:
             return
         bad, self._bad = add_up(self._bad.clone()), None
@@ -64,10 +81,11 @@ class DivergenceWatch:
     def refuse_end(self, step: int, model: nn.Module) -> None:
         """Raise GuardError where the adapter that is about to be saved is not finite."""
         live = live_layers(model).items()
-        names = [name for name, (layer, adapter) in live if not _finite(factors(layer, adapter))]
-        if names:
+        names = [name for name, (layer, adapter) in live if not _finite(map(_held, factors(layer, adapter)))]
+        everyone = gather("the check of the trained adapter", lambda: names)
+        if bad := sorted({name for theirs in everyone for name in theirs}):
             since = f": {self._words(step)}" if self.in_a_row else "; lower learning_rate"
-            raise GuardError(f"the trained adapter holds NaN or infinity ({names[0]}, of {len(names)} modules){since}")
+            raise GuardError(f"the trained adapter holds NaN or infinity ({bad[0]}, of {len(bad)} modules){since}")
 
     def _words(self, step: int) -> str:
         first = step - self.in_a_row + 1
@@ -77,6 +95,12 @@ class DivergenceWatch:
             f"the loss has been NaN or infinite since step {first} ({self.in_a_row} steps): training diverged; lower "
             f"learning_rate, and {back} (adaptive_max_nonfinite_steps: {self.limit} can be raised to bear more)"
         )
+
+
+def _held(parameter: Tensor) -> Tensor:
+    """Take the part of a parameter that this process holds: its piece under ZeRO-3, else all of it."""
+    piece = getattr(parameter, "ds_tensor", None)
+    return parameter if piece is None else piece
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:

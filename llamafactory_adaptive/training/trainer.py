@@ -31,6 +31,14 @@ def meet_trainer(trainer_class: type) -> type:
                 watch.see(loss)
             return loss
 
+        def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+            # The Trainer looks at max_steps after a step alone: resumed from the last checkpoint, as after a kill
+            # between it and the final save, or by running a finished command again, it would train one step too many.
+            if self.state.global_step >= self.state.max_steps:
+                self.control.should_training_stop = True
+                return None
+            return super()._run_epoch(*args, **kwargs)
+
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
             selection = getattr(self.adaptive_callback, "selection", None)
             if selection is not None:

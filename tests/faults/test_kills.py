@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import time
 
 import pytest
@@ -37,6 +38,22 @@ def test_training(moment, scene, tell, tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
     tell("checkpointing" if moment % 2 else "training", fault,
          f"{len(there)} checkpoints lay there; the same command ended with the same adapter, bit for bit")  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("lost", [False, True])
+def test_nothing_is_trained_on_after_the_last_step(method, lost, scene, tell, tmp_path):
+    """Killed between the last checkpoint and the final save, or not at all, and run again."""
+    reference, _ = scene.reference(method)
+    output = tmp_path / "out"
+    shutil.copytree(reference, output)
+    if lost:
+        (output / WEIGHTS).unlink()
+        (output / "adapter_config.json").unlink()
+    scene.train(scene.yaml(method, output), tmp_path / "log").finish()
+    assert digests(output, WEIGHTS) == digests(reference, WEIGHTS)
+    when = "killed before the final save" if lost else "had ended"
+    tell("training", f"{method}: {when}, run again", "trained no further step; same adapter, bit for bit")
 
 
 @pytest.fixture(scope="module")

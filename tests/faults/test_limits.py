@@ -30,8 +30,7 @@ def test_a_disk_that_fills_up_while_training(scene, small_disk, tell, tmp_path):
     output = small_disk / "out"
     config = scene.yaml("igu", tmp_path / "unused", output_dir=str(output))
     command = scene.train(config, tmp_path / "log")
-    assert command.wait() in (1, 2), command.said()[-3000:]
-    assert "No space left" in command.said()
+    assert "No space left" in command.finish(2)
     whole = [path for path in output.glob("checkpoint-*") if (path / "adaptive_digests.json").is_file()]
     moved = tmp_path / "moved"
     shutil.copytree(output, moved, ignore=shutil.ignore_patterns("_adaptive_lock"))
@@ -64,11 +63,11 @@ def test_a_full_cache_does_not_lose_the_scores(scene, small_disk, tell, tmp_path
     config = scene.yaml("sensitivity", tmp_path / "unused")
     words = ["llamafactory-adaptive", "plan", config, "--out", tmp_path / "planned"]
     command = Command(words, tmp_path / "log", environment={"LLAMAFACTORY_ADAPTIVE_CACHE": str(small_disk / "cache")})
-    code, said = command.wait(), command.said()
-    assert code in (0, 2), said[-3000:]
+    said = command.finish()
     assert "Traceback" not in said
-    assert code == 2 or (tmp_path / "planned" / "adaptive_rank_plan.json").is_file()
-    tell("full disk", "sensitivity: the cache's disk is full", f"exit {code}, one message, no traceback")
+    assert "the scores are not kept for later runs" in said
+    assert (tmp_path / "planned" / "adaptive_rank_plan.json").is_file()
+    tell("full disk", "sensitivity: the cache's disk is full", "said so, planned all the same")
 
 
 @pytest.mark.parametrize("server", ["vllm", "merged"])

@@ -16,6 +16,7 @@ from llamafactory_adaptive import files
 from llamafactory_adaptive.errors import AdaptiveError, CalibrationError, GuardError, OtherProcessError, PlanError
 from llamafactory_adaptive.methods import ScoringContext
 from llamafactory_adaptive.methods.sensitivity import Sensitivity, SensitivityOptions
+from llamafactory_adaptive.planning.cache import wait_for_plan
 from llamafactory_adaptive.ranks.plan import ModuleShape
 from llamafactory_adaptive.training import checkpoint_files, leftovers
 
@@ -100,6 +101,7 @@ def test_the_layout_of_a_run_is_read_from_its_settings(tmp_path: Path, monkeypat
     from llamafactory_adaptive.bridge.resuming import layout
 
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     path = tmp_path / "z.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}))
     expected = {"deepspeed_stage": 2, "round_robin_gradients": True, "processes": 2}
@@ -179,7 +181,13 @@ def test_statistics_that_are_none_never_become_uniform_ranks(spoil, words, alloc
 
 
 def _said(rank: int, port: int, case: str, answers: "multiprocessing.Queue[tuple[int, str]]") -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     from llamafactory_adaptive.engines import distributed
 
     def refuse() -> None:
@@ -193,6 +201,10 @@ def _said(rank: int, port: int, case: str, answers: "multiprocessing.Queue[tuple
             said = str(distributed.from_main("a place", refuse))
         elif case == "refused by rank 1":
             said = str(distributed.gather("a place", refuse if rank == 1 else lambda: None))
+        elif case == "one waits for the other's plan":
+            never = Path("/nowhere/plan.json")
+            work = refuse if rank == 0 else lambda: wait_for_plan(never, 600.0, lambda: distributed.failure_of(0))
+            said = str(distributed.gather("the start", work))
         elif case == "different":
             everyone = distributed.gather("a place", lambda: rank)
             said = str(distributed.refuse_differences(everyone, "have another number"))
@@ -212,6 +224,7 @@ def _said(rank: int, port: int, case: str, answers: "multiprocessing.Queue[tuple
         ("agree", ["[0, 1]", "[0, 1]"]),
         ("refused by rank 0", ["PlanError: no plan here", "OtherProcessError: rank 0: no plan here"]),
         ("refused by rank 1", ["OtherProcessError: rank 1: no plan here", "PlanError: no plan here"]),
+        ("one waits for the other's plan", ["PlanError: no plan here", "OtherProcessError: rank 0: no plan here"]),
         ("different", ["GuardError: ranks [1] have another number"] * 2),
         ("late", ["GuardError: rank 1 did not come to the last place within 1 s, or it has ended: see its own "
                   "messages", "late"]),

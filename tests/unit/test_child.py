@@ -9,13 +9,15 @@ import time
 import pytest
 from processes import alive, wait_until_ended
 
+from llamafactory_adaptive.bridge import child
 from llamafactory_adaptive.bridge.child import run_child
 
 
 CHILD = """
 import os, sys, time
 from pathlib import Path
-from llamafactory_adaptive.bridge.child import end_with_parent
+from llamafactory_adaptive.bridge.child import end_with_parent, read_job
+assert read_job() == "the job\\n"
 end_with_parent(Path(sys.argv[1]))
 Path(sys.argv[2]).write_text(str(os.getpid()))
 time.sleep(600)
@@ -24,7 +26,7 @@ PARENT = """
 import os, sys
 from pathlib import Path
 from llamafactory_adaptive.bridge.child import run_child
-run_child([sys.executable, "-c", sys.argv[1], sys.argv[2], sys.argv[3]], os.environ, Path(sys.argv[4]))
+run_child([sys.executable, "-c", sys.argv[1], sys.argv[2], sys.argv[3]], os.environ, Path(sys.argv[4]), "the job")
 """
 
 
@@ -38,11 +40,11 @@ def test_it_ends_with_its_parent_however_that_ends(number, tmp_path):
     while not (pid.exists() and pid.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    child = int(pid.read_text())
-    assert alive(child)
+    number_of_child = int(pid.read_text())
+    assert alive(number_of_child)
     parent.send_signal(number)
     parent.wait(30)
-    wait_until_ended([child])
+    wait_until_ended([number_of_child])
     if number != signal.SIGINT:  # there the parent, still alive, ends it and removes what is its own
         deadline = time.monotonic() + 10
         while scratch.exists():
@@ -54,7 +56,7 @@ def test_its_log_goes_to_a_file_and_only_warnings_and_progress_to_the_terminal(t
     said = ["[INFO|config.py:1] Model config {", "[WARNING|2026] llamafactory.adaptive:1 >> mind this",
             "Scoring modules: 100%|##| 2/2", "the last line"]  # fmt: skip
     command = [sys.executable, "-c", f"print({chr(10).join(said)!r}); raise SystemExit(3)"]
-    code, lines = run_child(command, os.environ, tmp_path / "logs" / "log")
+    code, lines = run_child(command, os.environ, tmp_path / "logs" / "log", "")
     assert code == 3
     assert lines.split("\n")[:4] == said
     assert (tmp_path / "logs" / "log").read_text().split("\n")[:4] == said
@@ -64,6 +66,32 @@ def test_its_log_goes_to_a_file_and_only_warnings_and_progress_to_the_terminal(t
 def test_a_child_that_is_killed_has_a_negative_code_and_a_full_disk_is_no_reason_to_end(tmp_path):
     (tmp_path / "file").write_text("")
     command = [sys.executable, "-c", "import os; print('so far', flush=True); os.kill(os.getpid(), 9)"]
-    code, lines = run_child(command, os.environ, tmp_path / "file" / "log")
+    code, lines = run_child(command, os.environ, tmp_path / "file" / "log", "")
     assert code == -signal.SIGKILL
     assert lines.startswith("so far")
+
+
+WORKER = """
+import os, subprocess, sys
+from pathlib import Path
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+Path(sys.argv[1]).write_text(str(worker.pid))
+print("so far", flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_killed_child_whose_worker_holds_its_output_is_not_waited_for_and_the_worker_ends(tmp_path):
+    command = [sys.executable, "-c", WORKER, str(tmp_path / "pid")]
+    code, lines = run_child(command, os.environ, tmp_path / "log", "")
+    assert (code, lines.split()) == (-signal.SIGKILL, ["so", "far"])
+    wait_until_ended([int((tmp_path / "pid").read_text())])
+
+
+def test_silence_is_told_of_and_ends_in_the_limit(tmp_path, monkeypatch, capsys):
+    for name, seconds in (("_LOOK_SECONDS", 0.01), ("_TELL_SECONDS", 0.05), ("_SILENT_SECONDS", 0.5)):
+        monkeypatch.setattr(child, name, seconds)
+    command = [sys.executable, "-c", "import time; print('so far', flush=True); time.sleep(600)"]
+    code, lines = run_child(command, os.environ, tmp_path / "log", "")
+    assert (code, lines) == (-9, "so far")
+    assert f"its log is {tmp_path / 'log'}" in capsys.readouterr().err

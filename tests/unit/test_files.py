@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -73,10 +75,23 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
 def test_writability_is_tried_and_leaves_nothing(tmp_path: Path) -> None:
     assert files.check_writable(tmp_path / "a" / "b") is None
     assert list(tmp_path.iterdir()) == []
+    assert "long" in files.check_writable(tmp_path / ("x" * 300) / "b")
     (tmp_path / "file").write_text("x")
     assert files.check_writable(tmp_path / "file" / "b")
     assert files.check_writable(tmp_path / "file")
     assert files.check_writable(Path("/proc/none"))
+
+
+def test_runs_that_begin_together_do_not_meet_in_a_folder_that_is_new(tmp_path: Path) -> None:
+    """Neither makes nor removes the parent they share, whatever the other does at that moment."""
+    shared, made = tmp_path / "sweep", []
+    for number in range(200):
+        other = threading.Thread(target=lambda n=number: (shared / f"run{n}").mkdir(parents=True, exist_ok=True))
+        other.start()
+        made.append(files.check_writable(shared / f"mine{number}"))
+        other.join(30)
+        shutil.rmtree(shared)
+    assert made == [None] * 200
 
 
 def test_every_kind_of_damage_is_named(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ import json
 import pytest
 
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
-from llamafactory_adaptive.errors import CalibrationError, PlanError
+from llamafactory_adaptive.errors import CalibrationError, OutputError, PlanError
 from llamafactory_adaptive.files import write_atomically
-from llamafactory_adaptive.planning.cache import wait_for_plan
+from llamafactory_adaptive.planning.cache import keep_plan, wait_for_plan
 from llamafactory_adaptive.planning.compatibility import check_plan, check_same_run, check_same_scale
 from llamafactory_adaptive.ranks.plan import ModulePlan, ModuleShape, RankPlan, load_plan
 
@@ -193,6 +193,17 @@ def test_going_on_asks_for_the_same_scale_only():
 def test_waiting_for_a_plan_has_a_limit(tmp_path):
     with pytest.raises(CalibrationError, match=r"no plan appeared at .*never.json within 0.3 s"):
         wait_for_plan(tmp_path / "never.json", 0.3)
+
+
+def test_a_full_cache_loses_no_plan_unless_others_wait_for_it(tmp_path, monkeypatch):
+    def full(path, text):
+        raise OutputError(f"{path} cannot be written (No space left on device)")
+
+    monkeypatch.setattr("llamafactory_adaptive.ranks.plan.write_atomically", full)
+    plan, path = make_plan(), tmp_path / "plans" / "plan.json"
+    assert keep_plan(plan, path) is plan
+    with pytest.raises(OutputError, match="No space left"):
+        keep_plan(plan, path, others_wait=True)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_scraps(tmp_path):
