@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -220,6 +221,9 @@ def _address_problems(given: argparse.Namespace) -> Iterator[str]:
         yield "--base-url: an address with '?' or '#' is not possible; put a key into OPENAI_API_KEY"
     elif parts is None or parts[0] not in ("http", "https") or not parts[1]:
         yield f"--base-url: {given.base_url} is no URL; try http://127.0.0.1:8000"
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        yield "OPENAI_API_KEY: a key is one line of ASCII characters, this one holds others (a line end?); set it anew"
     if given.port or given.dtype or given.server_args:
         yield "--base-url: --port, --dtype and --server-args are for a server we start; leave them out"
 
@@ -229,9 +233,10 @@ def _split(url: str) -> tuple[str, str | None] | None:
     try:
         parts = urlsplit(url)
         _ = parts.port  # raises when it is no number
-        return parts.scheme, parts.hostname
+        (parts.hostname or "").encode("idna").decode("idna")  # raises when it can be no host's name
     except ValueError:
         return None
+    return (parts.scheme, parts.hostname) if url.isprintable() and " " not in url else None
 
 
 def _path_problems(given: argparse.Namespace) -> Iterator[str]:

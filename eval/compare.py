@@ -21,6 +21,7 @@ from eval import report, results
 from eval.errors import EvalError, UsageError
 from eval.finished import Finished, read_finished
 from eval.reading import field
+from eval.redaction import guarded, without_control
 
 
 # Whatever else a results file holds says how was asked, and must be the same.
@@ -38,13 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run's --out, with samples.jsonl")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the comparison as JSON")
     given = parser.parse_args(argv)
-    try:
-        _compare(given.folders, given.out)
-    except EvalError as error:
-        print(f"eval: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    with guarded(()):  # names of folders are others' texts
+        try:
+            _compare(given.folders, given.out)
+        except EvalError as error:
+            print(f"eval: error: {without_control(str(error))}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 130
     return 0
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from eval.errors import EvalError
 from eval.reading import field, numbered_rows, read_object
+from eval.redaction import guarded, without_control
 from eval.results import RESULTS_FILE, SAMPLES_FILE, write_atomically
 
 
@@ -67,11 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.samples_page", description="Make a page to browse samples.")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help=f"a run's --out, with {SAMPLES_FILE}")
     folder = parser.parse_args(argv).folder
-    try:
-        print(f"written: {write_page(folder)}")
-    except EvalError as error:
-        print(f"eval: error: {error}", file=sys.stderr)
-        return 2
+    with guarded(()):
+        try:
+            print(f"written: {write_page(folder)}")
+        except EvalError as error:
+            print(f"eval: error: {without_control(str(error))}", file=sys.stderr)
+            return 2
     return 0
 
 

@@ -137,6 +137,16 @@ def test_values_of_the_environment_are_hidden_in_every_form(name, monkeypatch):
     assert "k%22ey" not in clean("http://x/k%22ey%2B%2F%3C1%3E%C3%A9")
 
 
+def test_words_about_tokens_are_no_secrets(words, capsys):
+    server = "--max-num-batched-tokens 131072 --return-tokens-as-token-ids --tokenizer-mode deepseek"
+    given = ["--base-tokenizer", "tuned-by-us", f"--server-args={server}"]
+    assert parse(words(*given)).base_tokenizer == "tuned-by-us"
+    assert "***" not in redacted(given)
+    with guarded([*given, "--speculative-config", '{"tokenizer": "of-the-draft"}']):
+        print("tuned-by-us 131072 deepseek of-the-draft")
+    assert capsys.readouterr().out == "tuned-by-us 131072 deepseek of-the-draft\n"
+
+
 def test_headers_are_hidden_and_words_are_not():
     assert clean("{'Authorization': 'Bearer abc-1.x_y'}") == "{'Authorization': 'Bearer ***'}"
     assert clean("the Bearer of news, in 2020") == "the Bearer of news, in 2020"
