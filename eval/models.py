@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from eval.errors import EvalError
+from eval.own_files import read_plain
 from eval.protocols import Task
 
 
 BASE = "base"
+_LARGEST_CONFIG = 2**24  # bytes; a longer one breaks off and is no JSON
 # The only values that vLLM takes for --max-lora-rank.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Files of a model folder that an answer depends on.
@@ -189,7 +191,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         ValueError: it is none, or nested too deeply.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_plain(path, _LARGEST_CONFIG).decode())
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(found, dict):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.errors import EvalError
+from eval.own_files import read_plain
 
 
 MAX_DEPTH = 100
@@ -54,8 +55,7 @@ def read_object(path: Path) -> dict[str, Any]:
         EvalError: no such file, too large, no UTF-8, no JSON, no object.
     """
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_RESULTS + 1)
+        raw = read_plain(path, MAX_RESULTS)
         if len(raw) > MAX_RESULTS:
             raise EvalError(f"{path}: this file is larger than {MAX_RESULTS >> 20} MiB, which no results file is")
         value = loads(raw.decode(), str(path))

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import html
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -93,7 +94,7 @@ def write_page(folder: Path) -> Path:
 
 def _headlines(path: Path) -> dict[str, str]:
     """The metric by which a task's answers are right or wrong, as the results name it; none without results."""
-    scores = read_object(path).get("scores") if path.is_file() else None
+    scores = read_object(path).get("scores") if os.path.isfile(path) else None
     named = (
         [s for s in scores if isinstance(s, dict) and s.get("headline") is True] if isinstance(scores, list) else []
     )
@@ -107,7 +108,7 @@ def page_of_folder(folder: Path) -> str:
         EvalError: no samples, or damaged ones.
     """
     samples = folder / SAMPLES_FILE
-    if not samples.is_file():
+    if not os.path.isfile(samples):  # false, not an error, for a name too long as well
         raise EvalError(f"{samples} does not exist; run the evaluation with --log-samples")
     return page_of(samples, _headlines(folder / RESULTS_FILE), f"Samples of {folder.resolve().name}")
 

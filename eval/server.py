@@ -16,6 +16,7 @@ from pathlib import Path
 from eval import keeper
 from eval.errors import EvalError
 from eval.models import Serving, lora_rank_to_reserve
+from eval.own_files import open_own
 from eval.redaction import redacted
 from eval.transport import Site, healthy
 
@@ -152,8 +153,8 @@ class Server:
 
     def _start(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as log:
-            log.write(f"$ {redacted(self.command)}\n".encode())
+        with open_own(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, "wb") as log:
+            log.write(f"$ {redacted(self.command)}\n".encode("utf-8", "surrogateescape"))
             log.flush()
             self._keeper = subprocess.Popen(
                 [sys.executable, keeper.__file__, str(self.grace_seconds), *self.command],
