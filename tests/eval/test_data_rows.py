@@ -97,7 +97,7 @@ def test_numbers_are_numbers(value):
     [
         ({"question": "a\ud800b"}, ":2: 'question' holds half of a surrogate pair"),
         ({"id": [{"a": "\udcff"}]}, ":2: 'id' holds half of a surrogate pair"),
-        ({"\udcff": 1}, r":2: '\\\\udcff' holds half of a surrogate pair"),
+        ({"\udcff": 1}, r":2: '\\udcff' holds half of a surrogate pair"),
         ({"id": 10**30}, ":2: 'id' holds a whole number beyond 64 bits"),
         ({"id": {"a": [-(2**63) - 1]}}, ":2: 'id' holds a whole number beyond 64 bits"),
     ],
