@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -93,7 +94,7 @@ def read_seen(files: Iterable[Path]) -> SeenTexts:
     """
     seen = SeenTexts()
     for path in files:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UsageError([f"--train-file: {path} does not exist"])
         texts = [text for row in _rows(path) for text in texts_of(row)]
         if not any(map(words_of, texts)):
@@ -147,8 +148,8 @@ def _file_of(name: str, info: Mapping[str, Any], folder: Path) -> Path:
             ]
         )
     path = folder / str(entry["file_name"])
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+    if not os.path.isfile(path):
+        what = "is a folder" if os.path.isdir(path) else "does not exist"
         raise UsageError([f"--plan: {path}, the file of its data set {name!r}, {what}; give --train-file instead"])
     return path
 

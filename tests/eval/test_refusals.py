@@ -137,6 +137,34 @@ def test_values_of_the_environment_are_hidden_in_every_form(name, monkeypatch):
     assert "k%22ey" not in clean("http://x/k%22ey%2B%2F%3C1%3E%C3%A9")
 
 
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--base", f"/{LONG}"], "there is no config.json in that folder"),
+        (["--base", "~nobody-of-this-name/m"], "there is no config.json in that folder"),
+        (["--base=-m"], "--base '-m': it must be a folder or a hub name; try ./FOLDER"),
+        (["--base", ""], "--base '': it must be a folder or a hub name"),
+        (["--adapter", f"x={LONG}"], "there is no adapter_config.json in that folder"),
+        (["--adapter", "x=~nobody-of-this-name/m"], "there is no adapter_config.json in that folder"),
+        (["--train-file", LONG], "does not exist"),
+        (["--data-dir", LONG], "which does not exist"),
+        (["--split", LONG], "which does not exist"),
+        (["--out", LONG], "File name too long"),
+        (["--plan", LONG], "File name too long"),
+        (["--adapter=-x=DIR"], "a letter, digit or '_' first"),
+        (["--merged=..=DIR"], "a letter, digit or '_' first"),
+        ([f"--merged={LONG}=DIR"], "than 200 bytes"),
+        (["--merged=" + "\u00e4" * 101 + "=DIR"], "than 200 bytes"),
+    ],
+)  # fmt: skip
+def test_paths_and_names_that_no_file_can_have(more, message, words, model):
+    assert message in refused(words(*(word.replace("DIR", str(model)) for word in more)))
+    assert parse(words("--base", "x" * 300, "--base-url", "http://127.0.0.1:8000")).server.offline is False
+
+
 def test_words_about_tokens_are_no_secrets(words, capsys):
     server = "--max-num-batched-tokens 131072 --return-tokens-as-token-ids --tokenizer-mode deepseek"
     given = ["--base-tokenizer", "tuned-by-us", f"--server-args={server}"]
