@@ -8,6 +8,7 @@ from eval.errors import EvalError
 from eval.redaction import excerpt
 
 
+_LONGEST = 2**24  # characters; the most tokens that can be asked for are a million
 _ROUNDING = 1e-3  # a log-probability is at most 0, up to rounding
 
 
@@ -66,6 +67,8 @@ def _text(choice: Mapping[str, Any]) -> str:
     text = choice.get("text")
     if not isinstance(text, str):
         raise BadAnswerError(f"the text of its answer is {type(text).__name__}, not a text")
+    if len(text) > _LONGEST:
+        raise BadAnswerError(f"the text of its answer has {len(text)} characters, more than any --max-gen-toks allows")
     # Half of a surrogate pair can be neither written nor sent; what stands for it is U+FFFD.
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 

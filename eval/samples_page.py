@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.errors import EvalError
-from eval.reading import field, numbered_rows, read_object
+from eval.reading import MAX_SAMPLE, field, numbered_rows, read_object
 from eval.redaction import guarded, without_control
 from eval.results import RESULTS_FILE, SAMPLES_FILE, write_atomically
 
@@ -156,7 +156,7 @@ def _in_script(data: Any) -> str:
 def _rows(path: Path, headlines: Mapping[str, str]) -> list[dict[str, Any]]:
     """Samples put together by task, seed and row, so that models and repeats stand side by side."""
     found: dict[tuple[str, int, int], dict[str, Any]] = {}
-    for number, line in numbered_rows(path):
+    for number, line in numbered_rows(path, MAX_SAMPLE):
         where = f"{path}:{number}"
         task, seed, row = (
             field(line, "task", str, where),

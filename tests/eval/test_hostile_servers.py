@@ -67,6 +67,13 @@ def test_a_whole_number_beyond_floats_is_no_log_probability(value):
         completions.likelihood(logprobs(tops=(None, {"a": -1}, {"a": value}, {"a": -1})), 3, 1)
 
 
+def test_a_text_longer_than_any_that_can_be_asked_for_is_refused(monkeypatch):
+    monkeypatch.setattr(completions, "_LONGEST", 100)
+    assert completions.texts({"choices": [{"text": "a" * 100}]}, 1) == ["a" * 100]
+    with pytest.raises(BadAnswerError, match="has 101 characters, more than any --max-gen-toks allows"):
+        completions.texts({"choices": [{"text": "a" * 101}]}, 1)
+
+
 def test_passwords_of_a_netrc_file_go_nowhere(tmp_path, monkeypatch):
     netrc = tmp_path / "netrc"
     netrc.write_text("machine eval.example login me password other\ndefault login me password other\n")
