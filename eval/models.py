@@ -12,6 +12,7 @@ from typing import Any
 from eval.errors import EvalError
 from eval.own_files import read_plain
 from eval.protocols import Task
+from eval.redaction import excerpt
 
 
 BASE = "base"
@@ -143,7 +144,7 @@ def base_warnings(models: Sequence[Model]) -> Iterator[str]:
         trained = _read_config(Path(model.path) / "adapter_config.json").get("base_model_name_or_path")
         if isinstance(trained, str) and _model_name(trained) and _model_name(trained) not in known:
             yield (
-                f"{model.name} was trained on {trained[:200]}, as its adapter_config.json says, and is served on "
+                f"{model.name} was trained on {excerpt(trained, 200)}, as its adapter_config.json says, and is served on "
                 f"{base.path}: unless these are the same model, its figures mean nothing"
             )
 

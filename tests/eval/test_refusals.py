@@ -137,6 +137,13 @@ def test_values_of_the_environment_are_hidden_in_every_form(name, monkeypatch):
     assert "k%22ey" not in clean("http://x/k%22ey%2B%2F%3C1%3E%C3%A9")
 
 
+def test_a_base_that_an_adapter_names_is_one_line_that_steers_no_terminal(adapter):
+    config = {"r": 8, "base_model_name_or_path": "a\x1b[2J\nWARNING: all is well\u202e\ud800"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (warning,) = base_warnings([Model("base", "base", "/b"), Model("x", "adapter", str(adapter))])
+    assert warning.isprintable()
+
+
 LONG = "x" * 300
 
 
