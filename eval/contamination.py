@@ -126,7 +126,10 @@ def files_of_plan(plan: Path, dataset_dir: Path | None) -> list[Path]:
         raise UsageError([f"--plan: {plan} is no rank plan that names its calibration data ({error!r})"]) from error
     if dataset_dir is None:
         raise UsageError(
-            [f"--plan: {plan} names {', '.join(names):.200}; give the run's dataset_dir as --dataset-dir to find the files"]
+            [
+                f"--plan: {plan} names {', '.join(names):.200}; give the run's dataset_dir as --dataset-dir to find "
+                "the files"
+            ]
         )
     table = dataset_dir / "dataset_info.json"
     try:
@@ -143,8 +146,8 @@ def _file_of(name: str, info: Mapping[str, Any], folder: Path) -> Path:
     if not isinstance(entry, Mapping) or "file_name" not in entry:
         raise UsageError(
             [
-                f"--plan: its data set {name!r:.60} is no file of {folder / 'dataset_info.json'}; save its rows as JSON "
-                "lines and give them as --train-file"
+                f"--plan: its data set {name!r:.60} is no file of {folder / 'dataset_info.json'}; save its rows as "
+                "JSON lines and give them as --train-file"
             ]
         )
     path = folder / str(entry["file_name"])

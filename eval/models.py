@@ -144,8 +144,8 @@ def base_warnings(models: Sequence[Model]) -> Iterator[str]:
         trained = _read_config(Path(model.path) / "adapter_config.json").get("base_model_name_or_path")
         if isinstance(trained, str) and _model_name(trained) and _model_name(trained) not in known:
             yield (
-                f"{model.name} was trained on {excerpt(trained, 200)}, as its adapter_config.json says, and is served on "
-                f"{base.path}: unless these are the same model, its figures mean nothing"
+                f"{model.name} was trained on {excerpt(trained, 200)}, as its adapter_config.json says, and is served "
+                f"on {base.path}: unless these are the same model, its figures mean nothing"
             )
 
 
