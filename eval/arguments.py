@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from eval.contamination import files_of_plan
 from eval.data import check_files, local_files
 from eval.decoding import Decoding, Prompting
 from eval.errors import UsageError
-from eval.models import BASE, Model, problem_with
+from eval.models import BASE, LONGEST_NAME, Model, problem_with
 from eval.protocols import Task, load_tasks, with_fewshot
 from eval.server import ServerOptions
 from eval.transport import Patience
@@ -119,7 +120,7 @@ def parse(argv: Sequence[str] | None = None) -> Request:
             startup_seconds=given.startup_timeout,
             extra=tuple(shlex.split(given.server_args)),
             num_beams=given.num_beams,
-            offline=files is not None and all(Path(model.path).is_dir() for model in models),
+            offline=files is not None and all(os.path.isdir(model.path) for model in models),
         ),
         out=given.out,
         log_samples=given.log_samples,
@@ -129,17 +130,20 @@ def parse(argv: Sequence[str] | None = None) -> Request:
 
 
 def _models(given: argparse.Namespace) -> tuple[tuple[Model, ...], list[str]]:
-    base = str(Path(given.base).expanduser()) if given.base.startswith("~") else given.base  # or a hub name
+    base = os.path.expanduser(given.base)  # or a hub name
     models, problems = [Model(BASE, "base", base)], []
     for kind in ("adapter", "merged"):
         for text in getattr(given, kind):
             name, equals, path = text.partition("=")
-            if not equals or not path or not re.fullmatch(r"[\w.-]+", name):
-                problems.append(f"--{kind} {text}: it must be NAME=DIR, NAME of letters, digits, '.', '_' and '-'")
+            if not equals or not path or not re.fullmatch(r"\w[\w.-]*", name) or len(os.fsencode(name)) > LONGEST_NAME:
+                problems.append(
+                    f"--{kind} {text[:300]}: it must be NAME=DIR, NAME of letters, digits, '.', '_' and '-', no more "
+                    f"than {LONGEST_NAME} bytes, a letter, digit or '_' first"
+                )
             elif name == BASE or any(m.kind == kind and m.name == name for m in models):
                 problems.append(f"--{kind} {text}: the name {name} is taken; use another one")
             else:
-                models.append(Model(name, kind, str(Path(path).expanduser())))
+                models.append(Model(name, kind, os.path.expanduser(path)))
     local = models if given.base_url is None else models[:1]  # a running server names models, we read no folder
     problems += [problem for model in local if (problem := problem_with(model))]
     return tuple(models), problems
@@ -220,6 +224,9 @@ def _address_problems(given: argparse.Namespace) -> Iterator[str]:
         yield "--base-url: an address with '?' or '#' is not possible; put a key into OPENAI_API_KEY"
     elif parts is None or parts[0] not in ("http", "https") or not parts[1]:
         yield f"--base-url: {given.base_url} is no URL; try http://127.0.0.1:8000"
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        yield "OPENAI_API_KEY: a key is one line of ASCII characters, this one holds others (a line end?); set it anew"
     if given.port or given.dtype or given.server_args:
         yield "--base-url: --port, --dtype and --server-args are for a server we start; leave them out"
 
@@ -229,9 +236,10 @@ def _split(url: str) -> tuple[str, str | None] | None:
     try:
         parts = urlsplit(url)
         _ = parts.port  # raises when it is no number
-        return parts.scheme, parts.hostname
+        (parts.hostname or "").encode("idna").decode("idna")  # raises when it can be no host's name
     except ValueError:
         return None
+    return (parts.scheme, parts.hostname) if url.isprintable() and " " not in url else None
 
 
 def _path_problems(given: argparse.Namespace) -> Iterator[str]:
@@ -239,7 +247,7 @@ def _path_problems(given: argparse.Namespace) -> Iterator[str]:
         yield problem
     if given.dataset_dir and not given.plan:
         yield "--dataset-dir: it only says where the data of --plan lies; give --plan too"
-    yield from (f"--train-file: {path} does not exist" for path in given.train_file if not path.is_file())
+    yield from (f"--train-file: {path} does not exist" for path in given.train_file if not os.path.isfile(path))
 
 
 def _seeds(text: str) -> list[int]:

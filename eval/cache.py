@@ -7,9 +7,10 @@ import time
 from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from eval.errors import EvalError
+from eval.own_files import open_own
 from eval.redaction import clean_values
 
 
@@ -95,13 +96,13 @@ class AnswerCache:
         try:
             if path.exists():
                 self._load(path)
-            self._file = path.open("ab", buffering=0)
+            self._file = cast(FileIO, open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, "ab", buffering=0))
         except OSError as error:
             raise self._unwritable(error) from error
 
     def _load(self, path: Path) -> None:
         """Read every whole line, and cut the file after the last line end: what follows is half a line."""
-        with path.open("r+b") as file:
+        with open_own(path, os.O_RDWR, "r+b") as file:
             end = 0
             for line in file:
                 if line.endswith(b"\n"):

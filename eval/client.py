@@ -131,7 +131,7 @@ def load(
             config = task_config(task, template, local, strip_thinking)
             made = ConfigurableTask(config=config) if local is None else LocalTask(config, read_splits(local))
             loaded.append(made)
-        except (OSError, ValueError, TypeError, datasets.exceptions.DatasetGenerationError) as error:
+        except (OSError, ValueError, TypeError, OverflowError, datasets.exceptions.DatasetGenerationError) as error:
             where = "--data-dir" if files else f"{task.config['dataset_path']}, try --data-dir for local rows"
             raise EvalError(f"the rows of {task.name} cannot be loaded ({where}): {error}") from error
     return loaded

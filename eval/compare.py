@@ -10,6 +10,7 @@ Exit codes: 0 done, 2 user error (one message on stderr), 130 interrupted.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from eval import report, results
 from eval.errors import EvalError, UsageError
 from eval.finished import Finished, read_finished
 from eval.reading import field
+from eval.redaction import guarded, without_control
 
 
 # Whatever else a results file holds says how was asked, and must be the same.
@@ -38,18 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run's --out, with samples.jsonl")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the comparison as JSON")
     given = parser.parse_args(argv)
-    try:
-        _compare(given.folders, given.out)
-    except EvalError as error:
-        print(f"eval: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    with guarded(()):  # names of folders are others' texts
+        try:
+            _compare(given.folders, given.out)
+        except EvalError as error:
+            print(f"eval: error: {without_control(str(error))}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 130
     return 0
 
 
 def _compare(folders: Sequence[Path], out: Path | None) -> None:
-    if out is not None and out.exists():
+    if out is not None and os.path.lexists(out):
         raise UsageError([f"--out: {out} exists already, nothing was overwritten; try another name"])
     runs = read_runs(folders)
     document = compared(runs)
@@ -72,16 +75,21 @@ def read_runs(folders: Sequence[Path]) -> list[Finished]:
     Raises:
         EvalError: fewer than two, one that cannot be read, or the reasons why they cannot be compared.
     """
-    paths = [folder.resolve() for folder in folders]
+    paths = [Path(os.path.realpath(folder)) for folder in folders]  # Path.resolve raises where links go in a circle
     if len(paths) < 2 or len(set(paths)) < len(paths):
         raise UsageError(["FOLDER: two or more different folders are compared; give the --out of each run"])
-    names = [path.name for path in paths]
-    labels = names if len(set(names)) == len(names) else [str(path) for path in paths]
+    names = [_printable(path.name) for path in paths]
+    labels = names if len(set(names)) == len(names) else [_printable(str(path)) for path in paths]
     runs = [read_finished(folder, label) for folder, label in zip(folders, labels, strict=True)]
     reasons = [reason for other in runs[1:] for reason in _reasons(runs[0], other)]
     if reasons:
         raise UsageError(reasons)
     return runs
+
+
+def _printable(name: str) -> str:
+    """A folder's name as it can stand in a line of a table: its line ends and marks of direction are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def compared(runs: Sequence[Finished]) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval.errors import EvalError
+from eval.redaction import excerpt
 
 
+_LONGEST = 2**24  # characters; the most tokens that can be asked for are a million
 _ROUNDING = 1e-3  # a log-probability is at most 0, up to rounding
 
 
@@ -47,9 +49,9 @@ def likelihood(document: Any, tokens: int, context: int) -> tuple[float, bool]:
 
 def _choices(document: Any, expected: int) -> list[Mapping[str, Any]]:
     if isinstance(document, Mapping) and document.get("error") is not None:
-        raise BadAnswerError(f"it answered with an error: {str(document['error'])[:300]}")
+        raise BadAnswerError(f"it answered with an error: {excerpt(str(document['error']), 300)}")
     if isinstance(document, Mapping) and document.get("object") == "error":
-        raise BadAnswerError(f"it answered with an error: {str(document.get('message', ''))[:300]}")
+        raise BadAnswerError(f"it answered with an error: {excerpt(str(document.get('message', '')), 300)}")
     choices = document.get("choices") if isinstance(document, Mapping) else None
     if not isinstance(choices, list) or not all(isinstance(choice, Mapping) for choice in choices):
         raise BadAnswerError("its answer is no completion: it has no list of choices")
@@ -57,7 +59,7 @@ def _choices(document: Any, expected: int) -> list[Mapping[str, Any]]:
         raise BadAnswerError(f"its answer has {len(choices)} choices where {expected} must be")
     order = [choice.get("index", at) for at, choice in enumerate(choices)]
     if sorted(order, key=str) != sorted(range(expected), key=str):
-        raise BadAnswerError(f"its answer numbers its choices {str(order)[:100]}, not from 0 to {expected - 1}")
+        raise BadAnswerError(f"its answer numbers its choices {excerpt(str(order), 99)}, not from 0 to {expected - 1}")
     return sorted(choices, key=lambda choice: choice.get("index", 0))
 
 
@@ -65,6 +67,8 @@ def _text(choice: Mapping[str, Any]) -> str:
     text = choice.get("text")
     if not isinstance(text, str):
         raise BadAnswerError(f"the text of its answer is {type(text).__name__}, not a text")
+    if len(text) > _LONGEST:
+        raise BadAnswerError(f"the text of its answer has {len(text)} characters, more than any --max-gen-toks allows")
     # Half of a surrogate pair can be neither written nor sent; what stands for it is U+FFFD.
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -88,7 +92,11 @@ def _top(top: Any) -> Sequence[Any]:
 
 def _log_probability(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise BadAnswerError(f"a log-probability of the prompt is {str(value)[:40]}, not a number")
-    if not math.isfinite(value) or value > _ROUNDING:
-        raise BadAnswerError(f"a log-probability of the prompt is {value}: it must be finite and at most 0")
-    return float(value)
+        raise BadAnswerError(f"a log-probability of the prompt is {excerpt(str(value), 40)}, not a number")
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number may have thousands of digits
+        number = math.inf
+    if not math.isfinite(number) or number > _ROUNDING:
+        raise BadAnswerError(f"a log-probability of the prompt is {number}: it must be finite and at most 0")
+    return number

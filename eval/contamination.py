@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -93,7 +94,7 @@ def read_seen(files: Iterable[Path]) -> SeenTexts:
     """
     seen = SeenTexts()
     for path in files:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UsageError([f"--train-file: {path} does not exist"])
         texts = [text for row in _rows(path) for text in texts_of(row)]
         if not any(map(words_of, texts)):
@@ -125,7 +126,10 @@ def files_of_plan(plan: Path, dataset_dir: Path | None) -> list[Path]:
         raise UsageError([f"--plan: {plan} is no rank plan that names its calibration data ({error!r})"]) from error
     if dataset_dir is None:
         raise UsageError(
-            [f"--plan: {plan} names {', '.join(names)}; give the run's dataset_dir as --dataset-dir to find the files"]
+            [
+                f"--plan: {plan} names {', '.join(names):.200}; give the run's dataset_dir as --dataset-dir to find "
+                "the files"
+            ]
         )
     table = dataset_dir / "dataset_info.json"
     try:
@@ -142,14 +146,14 @@ def _file_of(name: str, info: Mapping[str, Any], folder: Path) -> Path:
     if not isinstance(entry, Mapping) or "file_name" not in entry:
         raise UsageError(
             [
-                f"--plan: its data set {name!r} is no file of {folder / 'dataset_info.json'}; save its rows as JSON "
-                "lines and give them as --train-file"
+                f"--plan: its data set {name!r:.60} is no file of {folder / 'dataset_info.json'}; save its rows as "
+                "JSON lines and give them as --train-file"
             ]
         )
     path = folder / str(entry["file_name"])
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UsageError([f"--plan: {path}, the file of its data set {name!r}, {what}; give --train-file instead"])
+    if not os.path.isfile(path):
+        what = "is a folder" if os.path.isdir(path) else "does not exist"
+        raise UsageError([f"--plan: {path}, the file of its data set {name!r:.60}, {what}; give --train-file instead"])
     return path
 
 

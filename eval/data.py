@@ -1,12 +1,17 @@
 """Local rows: ``DATA_DIR/TASK/SPLIT.jsonl`` in place of the hub, checked line by line before anything starts."""
 
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from eval.errors import UsageError
 from eval.protocols import Task
 from eval.reading import numbered_rows
+
+
+_LONE = re.compile("[\ud800-\udfff]")
 
 
 def local_files(task: Task, data_dir: Path, split: str) -> dict[str, Path]:
@@ -24,11 +29,12 @@ def check_files(task: Task, files: Mapping[str, Path]) -> None:
             or whose values it cannot score.
     """
     for split, path in files.items():
-        if not path.is_file():
+        if not os.path.isfile(path):  # false, not an error, for a name too long as well
             raise UsageError([f"--data-dir: {task.name} of {task.protocol} reads {path}, which does not exist"])
         number = 0
         for number, row in numbered_rows(path):
             _check_row(task, row, f"{path}:{number}", scored=split == "test")
+            _check_storable(row, f"{path}:{number}")
         if number == 0:
             raise UsageError([f"--data-dir: {path} holds no rows"])
 
@@ -44,6 +50,31 @@ def read_splits(files: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
 def _same_keys(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     keys = list(dict.fromkeys(key for row in rows for key in row))
     return [{key: row.get(key) for key in keys} for row in rows]
+
+
+def _check_storable(row: Mapping[str, Any], where: str) -> None:
+    """Find what JSON can say and a table of rows cannot hold; also in fields that the task does not read."""
+    for name, value in row.items():
+        for inner in (name, *_parts(value)):
+            if isinstance(inner, int) and not -(2**63) <= inner < 2**64:
+                raise UsageError([f"{where}: {name!r:.60} holds a whole number beyond 64 bits; write it as a text"])
+            if isinstance(inner, str) and _LONE.search(inner):
+                raise UsageError(
+                    [f"{where}: {name!r:.60} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text; "
+                     "write the whole character"]
+                )  # fmt: skip
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """A value and all that stands inside it; its depth is bounded where it is read."""
+    yield value
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield name
+            yield from _parts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _parts(inner)
 
 
 def _check_row(task: Task, row: Mapping[str, Any], where: str, scored: bool) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from eval.errors import EvalError
 from eval.protocols import PROTOCOLS, Task
-from eval.reading import field, numbered_rows, read_object
+from eval.reading import MAX_SAMPLE, field, numbered_rows, read_object
 from eval.results import RESULTS_FILE, SAMPLES_FILE, SCHEMA_VERSION, Answers, Score, gather
 
 
@@ -95,7 +95,7 @@ def _answers(path: Path, headlines: Mapping[tuple[str, str], Score]) -> dict[str
     seen = set()
     if not path.is_file():
         raise EvalError(f"{path} does not exist: rows are compared one by one; run the evaluation with --log-samples")
-    for number, line in numbered_rows(path):
+    for number, line in numbered_rows(path, MAX_SAMPLE):
         where = f"{path}:{number}"
         key = field(line, "model", str, where), field(line, "task", str, where)
         if key not in headlines:

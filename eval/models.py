@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from eval.errors import EvalError
+from eval.own_files import read_plain
 from eval.protocols import Task
+from eval.redaction import excerpt
 
 
 BASE = "base"
+LONGEST_NAME = 200  # bytes: it is part of a log's file name, and eval.compare reads no longer one
+_LARGEST_CONFIG = 2**24  # bytes; a longer one breaks off and is no JSON
 # The only values that vLLM takes for --max-lora-rank.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Files of a model folder that an answer depends on.
@@ -112,14 +117,14 @@ def _require_merged(missing: list[str], likelihood: Sequence[Task]) -> None:
 
 def tokenizer_of(model: Model, base_tokenizer: str) -> str:
     """Where a model's tokenizer and chat template lie: in its own folder when they came along, else the base's."""
-    came_along = model.kind != "base" and (Path(model.path) / "tokenizer_config.json").is_file()
+    came_along = model.kind != "base" and os.path.isfile(Path(model.path) / "tokenizer_config.json")
     return model.path if came_along else base_tokenizer
 
 
 def content_digest(path: str) -> str | None:
     """SHA-256 over the names and contents of the files of a model folder; None for a hub name."""
     folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return None
     found = hashlib.sha256()
     for file in sorted({file for pattern in _CONTENT for file in folder.glob(pattern) if file.is_file()}):
@@ -139,8 +144,8 @@ def base_warnings(models: Sequence[Model]) -> Iterator[str]:
         trained = _read_config(Path(model.path) / "adapter_config.json").get("base_model_name_or_path")
         if isinstance(trained, str) and _model_name(trained) and _model_name(trained) not in known:
             yield (
-                f"{model.name} was trained on {trained[:200]}, as its adapter_config.json says, and is served on "
-                f"{base.path}: unless these are the same model, its figures mean nothing"
+                f"{model.name} was trained on {excerpt(trained, 200)}, as its adapter_config.json says, and is served "
+                f"on {base.path}: unless these are the same model, its figures mean nothing"
             )
 
 
@@ -189,7 +194,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         ValueError: it is none, or nested too deeply.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_plain(path, _LARGEST_CONFIG).decode())
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(found, dict):
@@ -201,11 +206,13 @@ def problem_with(model: Model) -> str | None:
     """What is wrong with a model's path, or None. A base may be a hub name, adapters and merged models are folders."""
     folder, option = Path(model.path), f"--{model.kind} {model.name}={model.path}"
     if model.kind == "base":
+        if not model.path or model.path.startswith("-"):  # vLLM would take it for an option
+            return f"--base {model.path!r}: it must be a folder or a hub name; try ./FOLDER"
         looks_local = model.path.startswith((".", "/", "~"))
-        bad = looks_local and not (folder / "config.json").is_file()
+        bad = looks_local and not os.path.isfile(folder / "config.json")
         return f"--base {model.path}: there is no config.json in that folder" if bad else None
     needed = "adapter_config.json" if model.kind == "adapter" else "config.json"
-    if not (folder / needed).is_file():
+    if not os.path.isfile(folder / needed):
         what = "the output_dir of a training run" if model.kind == "adapter" else "the export_dir of a merge"
         return f"{option}: there is no {needed} in that folder; give {what}"
     if not any(folder.glob("*.safetensors")):

@@ -7,11 +7,12 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from eval import results
 from eval.cache import ANSWERS_FILE
 from eval.errors import EvalError
+from eval.own_files import NotOurFileError, open_own, read_plain
 from eval.redaction import clean_values
 from eval.results import RESULTS_FILE
 
@@ -19,6 +20,7 @@ from eval.results import RESULTS_FILE
 STATE_FILE = "eval_run.json"
 LOCK_FILE = "eval_run.lock"
 STATE_VERSION = 1
+_LARGEST_STATE = 2**24  # bytes; a longer one breaks off and is no JSON
 # What a run may leave: where one of these lies and nothing says whose it is, it is another run's.
 _OURS = ("eval_*", ANSWERS_FILE, "samples*.jsonl", "samples*.html")
 
@@ -31,7 +33,7 @@ class OutputFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: BinaryIO | None = None
+        self._lock: IO[bytes] | None = None
         self._state: dict[str, Any] = {}
         self._appended: set[str] = set()
 
@@ -39,6 +41,8 @@ class OutputFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.path / LOCK_FILE)
+        except NotOurFileError as error:
+            raise EvalError(f"--out: {error.filename}: {error.strerror}, or give another folder") from error
         except OSError as error:
             raise EvalError(f"--out: {self.path} cannot be made ({error.strerror}); give another folder") from error
         return self
@@ -101,8 +105,10 @@ class OutputFolder:
 
         def add(path: Path) -> None:
             lines = [json.dumps(clean_values(dict(d)), ensure_ascii=False) + "\n" for d in documents]
-            mode = "a" if name in self._appended else "w"
-            with path.open(mode, encoding="utf-8", errors="backslashreplace") as file:
+            begin = os.O_APPEND if name in self._appended else os.O_TRUNC
+            with open_own(
+                path, os.O_WRONLY | os.O_CREAT | begin, "w", encoding="utf-8", errors="backslashreplace"
+            ) as file:
                 file.writelines(lines)
                 file.flush()
                 os.fsync(file.fileno())
@@ -144,7 +150,7 @@ def problem_with(path: Path) -> str | None:
             return f"--out: {path} is a file; give a folder"
         state = _state_of(path)
     except OSError as error:
-        return f"--out: {path} cannot be read ({error.strerror}); give another folder"
+        return f"--out: {error.filename or path} cannot be read ({error.strerror}); give another folder"
     except EvalError as error:
         return str(error)
     if state["complete"] if state else (path / RESULTS_FILE).exists():
@@ -163,7 +169,7 @@ def leftovers(path: Path) -> list[str]:
 def _state_of(path: Path) -> dict[str, Any] | None:
     file = path / STATE_FILE
     try:
-        state = json.loads(file.read_text(encoding="utf-8"))
+        state = json.loads(read_plain(file, _LARGEST_STATE).decode())
         if state["schema_version"] == STATE_VERSION and isinstance(state["settings"], dict):
             return {
                 "schema_version": STATE_VERSION,
@@ -177,14 +183,14 @@ def _state_of(path: Path) -> dict[str, Any] | None:
     raise EvalError(f"--out: {file} cannot be read or is of another version; give another folder")
 
 
-def _locked(path: Path) -> BinaryIO:
+def _locked(path: Path) -> IO[bytes]:
     """Open the lock file and hold it.
 
     Raises:
         EvalError: another process holds it, or the file system knows no locks.
     """
     for _ in range(10):  # the one that held it may remove it between our opening and our locking
-        file = path.open("a+b")
+        file = open_own(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, "a+b")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -204,7 +210,7 @@ def _locked(path: Path) -> BinaryIO:
     raise EvalError(f"--out: {path.parent} is in use by runs that come and go; give another folder")
 
 
-def _holds(lock: BinaryIO, path: Path) -> bool:
+def _holds(lock: IO[bytes], path: Path) -> bool:
     """Whether the locked file is still the one of that name."""
     try:
         return os.path.samestat(os.fstat(lock.fileno()), path.stat())

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from eval.errors import EvalError
+from eval.own_files import read_plain
 
 
 MAX_DEPTH = 100
 MAX_RESULTS = 64 * 2**20  # bytes of a results file; real ones take kilobytes
 _LARGEST = 2**63
-MAX_LINE = 16 * 2**20  # bytes of one row or sample
+MAX_LINE = 16 * 2**20  # bytes of one row
+MAX_SAMPLE = 16 * MAX_LINE  # of one sample: the row is in it twice, and the answer with what was read in it
 
 
 def loads(text: str, where: str) -> Any:
@@ -54,8 +56,7 @@ def read_object(path: Path) -> dict[str, Any]:
         EvalError: no such file, too large, no UTF-8, no JSON, no object.
     """
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_RESULTS + 1)
+        raw = read_plain(path, MAX_RESULTS)
         if len(raw) > MAX_RESULTS:
             raise EvalError(f"{path}: this file is larger than {MAX_RESULTS >> 20} MiB, which no results file is")
         value = loads(raw.decode(), str(path))
@@ -68,24 +69,29 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def numbered_rows(path: Path, longest: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Read line numbers, from 1, and rows of a JSON-lines file; empty lines are passed over.
+
+    Args:
+        path: the file.
+        longest: bytes of a line, ``MAX_LINE`` when it is not given.
 
     Raises:
         EvalError: a line that is no JSON object, too long or too deep; a file that cannot be read.
     """
+    most = MAX_LINE if longest is None else longest
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
+            for number, line in enumerate(iter(lambda: file.readline(most + 1), b""), 1):
                 if line.strip():
-                    yield number, _row(line, f"{path}:{number}")
+                    yield number, _row(line, f"{path}:{number}", most)
     except OSError as error:
         raise EvalError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _row(line: bytes, where: str) -> dict[str, Any]:
-    if len(line) > MAX_LINE:
-        raise EvalError(f"{where}: this line is longer than {MAX_LINE >> 20} MiB")
+def _row(line: bytes, where: str, most: int) -> dict[str, Any]:
+    if len(line) > most:
+        raise EvalError(f"{where}: this line is longer than {most >> 20} MiB")
     try:
         row = loads(line.decode(), where)
     except UnicodeDecodeError as error:

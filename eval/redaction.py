@@ -12,21 +12,24 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TextIO
 from urllib.parse import quote
 
 
 HIDDEN = "***"
 _SHORTEST = 6  # a shorter value ("true", "1") stands in too many harmless places
+_CLEANED_BEFORE_CUT = 2**16  # characters behind those that are shown
+_LONGEST_USER = 1000  # of name and password in an address
 _VARIABLE = re.compile(r"(.*_)?(API_?KEY|ACCESS_KEY|TOKEN)|.*(SECRET|PASSWORD|PASSWD|CREDENTIAL).*", re.I)
-_OPTION = re.compile(r"-.*((api|access)[-_.]?key|[-_.]token|token[-_.]?key|password|passwd|secret).*", re.I)
+_OPTION = re.compile(r"-.*((api|access)[-_.]?key|token[-_.]?key|password|passwd|secret).*|-.*[-_.]token", re.I)
 _ABBREVIATED = ("--api-key", "--hf-token")  # vLLM takes any beginning that is unique
-_NAME = r"[\w.-]*(?:api[-_]?key|access[-_]?key|token|secret|password|passwd|signature)[\w.-]*"
+_NAME = r"[\w.-]*(?:api[-_]?key|access[-_]?key|token(?![a-z])|secret|password|passwd|signature)[\w.-]*"
 _IN_JSON = re.compile(rf"""(["']{_NAME}["']\s*:\s*["'])([^"']*)""", re.I)
 _IN_QUERY = re.compile(rf"([?&;]{_NAME}=)([^&#\s'\"]*)", re.I)
 _BEARER = re.compile(r"(\bBearer\s+)(?=[^\s'\"\\]*[\d_-])[^\s'\"\\,;)}\]]+")  # JSON around it stays JSON
 _USER = re.compile(r"(?<=://)\S+(?=@)")  # up to the last @: a password may hold one; rather too much than too little
+_PERCENT = re.compile(r"%[0-9A-F]{2}")
 _learned: set[str] = set()
 
 
@@ -50,20 +53,25 @@ def clean_values(value: Any) -> Any:
 def guarded(words: Sequence[str]) -> Iterator[None]:
     """Clean all that is printed inside the block, also of secrets that stand in the command line ``words``."""
     _learned.update(_secrets_of(words))
-    out, err = _CleanStream(sys.stdout), _CleanStream(sys.stderr)
+    out, err = _CleanStream(sys.stdout, without_control), _CleanStream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         yield
 
 
 class _CleanStream:
-    """A text stream that cleans what it passes on."""
+    """A text stream that cleans what it passes on; what its encoding cannot hold (a name's bytes) it escapes.
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    Standard error is for progress bars too, which steer the terminal: messages there go through
+    :func:`without_control` one by one.
+    """
+
+    def __init__(self, stream: TextIO, also: Callable[[str], str] = str) -> None:
+        self._stream, self._also = stream, also
 
     def write(self, text: str) -> int:
         """Pass cleaned text on."""
-        self._stream.write(clean(text))
+        encoding = self._stream.encoding or "utf-8"
+        self._stream.write(self._also(clean(text)).encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def __getattr__(self, name: str) -> Any:
@@ -129,20 +137,38 @@ def _is_secret_name(name: str) -> bool:
     return bool(_VARIABLE.fullmatch(name))
 
 
+def _lowered(found: re.Match[str]) -> str:
+    return found.group().lower()
+
+
 @functools.lru_cache(maxsize=8)
 def _forms(values: frozenset[str]) -> Sequence[str]:
-    """Each value as it is and as JSON, a URL, HTML and Python's ``repr`` write it, longest first."""
+    """Each value as it is and as JSON, a URL, HTML and Python's ``repr`` write it, longest first.
+
+    Some writers of JSON escape ``/``, some of URLs write ``%2f`` small.
+    """
     forms: set[str] = set()
     for value in (value.strip() for value in values):
         if len(value) >= _SHORTEST:
             forms |= {value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1],
                       quote(value, safe=""), html.escape(value), repr(value)[1:-1]}  # fmt: skip
+            forms |= {json.dumps(value)[1:-1].replace("/", "\\/"), _PERCENT.sub(_lowered, quote(value, safe=""))}
     return sorted(forms, key=lambda form: (-len(form), form))
 
 
 def without_control(text: str) -> str:
     """Text of others for a terminal: characters that could steer it become ``?``; line ends and tabs stay."""
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+
+
+def excerpt(text: str, longest: int) -> str:
+    """The beginning of a text of others, for a message: one line, without secrets and control characters.
+
+    It is cleaned before it is cut: the first half of a secret is one, too, and would not be known for it. So are
+    passwords in addresses (of a proxy, say).
+    """
+    plain = " ".join(without_control(clean(text[: longest + _CLEANED_BEFORE_CUT])).split())
+    return _USER.sub(HIDDEN, plain[: longest + _LONGEST_USER])[:longest]
 
 
 def secrets_given(words: Iterable[str]) -> bool:

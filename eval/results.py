@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import extraction, stats
+from eval.own_files import open_own
 from eval.protocols import Task
 from eval.redaction import clean
 
@@ -211,7 +212,10 @@ def write_atomically(path: Path, text: str) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(clean(text), encoding="utf-8", errors="backslashreplace")
+    with open_own(
+        scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, "w", encoding="utf-8", errors="backslashreplace"
+    ) as file:
+        file.write(clean(text))
     scratch.replace(path)
 
 

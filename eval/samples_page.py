@@ -9,13 +9,15 @@ import base64
 import hashlib
 import html
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from eval.errors import EvalError
-from eval.reading import field, numbered_rows, read_object
+from eval.reading import MAX_SAMPLE, field, numbered_rows, read_object
+from eval.redaction import guarded, without_control
 from eval.results import RESULTS_FILE, SAMPLES_FILE, write_atomically
 
 
@@ -67,11 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.samples_page", description="Make a page to browse samples.")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help=f"a run's --out, with {SAMPLES_FILE}")
     folder = parser.parse_args(argv).folder
-    try:
-        print(f"written: {write_page(folder)}")
-    except EvalError as error:
-        print(f"eval: error: {error}", file=sys.stderr)
-        return 2
+    with guarded(()):
+        try:
+            print(f"written: {write_page(folder)}")
+        except EvalError as error:
+            print(f"eval: error: {without_control(str(error))}", file=sys.stderr)
+            return 2
     return 0
 
 
@@ -91,7 +94,7 @@ def write_page(folder: Path) -> Path:
 
 def _headlines(path: Path) -> dict[str, str]:
     """The metric by which a task's answers are right or wrong, as the results name it; none without results."""
-    scores = read_object(path).get("scores") if path.is_file() else None
+    scores = read_object(path).get("scores") if os.path.isfile(path) else None
     named = (
         [s for s in scores if isinstance(s, dict) and s.get("headline") is True] if isinstance(scores, list) else []
     )
@@ -105,7 +108,7 @@ def page_of_folder(folder: Path) -> str:
         EvalError: no samples, or damaged ones.
     """
     samples = folder / SAMPLES_FILE
-    if not samples.is_file():
+    if not os.path.isfile(samples):  # false, not an error, for a name too long as well
         raise EvalError(f"{samples} does not exist; run the evaluation with --log-samples")
     return page_of(samples, _headlines(folder / RESULTS_FILE), f"Samples of {folder.resolve().name}")
 
@@ -153,7 +156,7 @@ def _in_script(data: Any) -> str:
 def _rows(path: Path, headlines: Mapping[str, str]) -> list[dict[str, Any]]:
     """Samples put together by task, seed and row, so that models and repeats stand side by side."""
     found: dict[tuple[str, int, int], dict[str, Any]] = {}
-    for number, line in numbered_rows(path):
+    for number, line in numbered_rows(path, MAX_SAMPLE):
         where = f"{path}:{number}"
         task, seed, row = (
             field(line, "task", str, where),

@@ -1,6 +1,7 @@
 """One vLLM server on loopback: its command line, its start, its health, and its end in every case."""
 
 import contextlib
+import json
 import os
 import re
 import secrets
@@ -16,6 +17,7 @@ from pathlib import Path
 from eval import keeper
 from eval.errors import EvalError
 from eval.models import Serving, lora_rank_to_reserve
+from eval.own_files import open_own
 from eval.redaction import redacted
 from eval.transport import Site, healthy
 
@@ -96,8 +98,9 @@ def vllm_command(serving: Serving, port: int, options: ServerOptions) -> list[st
     if serving.adapters:
         rank = lora_rank_to_reserve([Path(adapter.path) for adapter in serving.adapters])
         words += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(min(8, len(serving.adapters)))]
-        names = (f"{options.served_name(adapter.name)}={adapter.path}" for adapter in serving.adapters)
-        words += ["--lora-modules", *names]
+        # As JSON: vLLM takes NAME=PATH apart at commas, and folders are called lr=1e-4,rank=8.
+        named = ({"name": options.served_name(adapter.name), "path": adapter.path} for adapter in serving.adapters)
+        words += ["--lora-modules", *map(json.dumps, named)]
     if 2 * options.num_beams > _DEFAULT_MAX_LOGPROBS:
         words += ["--max-logprobs", str(2 * options.num_beams)]
     return [*words, *options.extra]
@@ -152,8 +155,8 @@ class Server:
 
     def _start(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as log:
-            log.write(f"$ {redacted(self.command)}\n".encode())
+        with open_own(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, "wb") as log:
+            log.write(f"$ {redacted(self.command)}\n".encode("utf-8", "surrogateescape"))
             log.flush()
             self._keeper = subprocess.Popen(
                 [sys.executable, keeper.__file__, str(self.grace_seconds), *self.command],

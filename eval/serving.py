@@ -10,7 +10,7 @@ from eval import completions
 from eval.arguments import Request
 from eval.errors import EvalError
 from eval.models import Serving
-from eval.redaction import without_control
+from eval.redaction import excerpt
 from eval.server import LOOPBACK, Server, ServerOptions, check_port, environment, free_port
 from eval.transport import Patience, Site, fetch
 
@@ -47,7 +47,7 @@ def endpoint(request: Request, serving: Serving, command: Command, say: Callable
     """
     if request.url is not None:
         say(f"asking the server at {request.url}")
-        site = Site(request.url, os.environ.get("OPENAI_API_KEY") or None)
+        site = Site(request.url, os.environ.get("OPENAI_API_KEY", "").strip() or None)
         place = _describe(site, serving, None, str)
         _probe(site, place, serving, request.decoding.num_beams, request.patience)
         yield place
@@ -71,7 +71,7 @@ def _describe(site: Site, serving: Serving, server: Server | None, name_of: Call
         names = {job.served_as: name_of(job.served_as) for job in serving.jobs}
         if not set(names.values()) <= {m["id"] for m in models}:
             raise EvalError(
-                f"another server answers at {url} in place of ours (it serves {', '.join(m['id'] for m in models)}); "
+                f"another server answers at {url} in place of ours (it serves {_served(models)}); "
                 "leave --port out to take a free one"
             )
     return Endpoint(site, names, _max_length(models, url), _version(site), server)
@@ -80,8 +80,10 @@ def _describe(site: Site, serving: Serving, server: Server | None, name_of: Call
 def _max_length(models: Sequence[Mapping[str, Any]], url: str) -> int:
     length = next((m["max_model_len"] for m in models if m.get("max_model_len") is not None), _DEFAULT_LENGTH)
     if type(length) is not int or length < 2:
-        raise EvalError(f"the server at {url} says it takes {str(length)[:40]} tokens (max_model_len): it must be a "
-                        "whole number from 2")  # fmt: skip
+        raise EvalError(
+            f"the server at {url} says it takes {excerpt(str(length), 40)} tokens (max_model_len): it must be a whole "
+            "number from 2"
+        )
     return length
 
 
@@ -129,11 +131,16 @@ def _find(name: str, serving: Serving, models: Sequence[Mapping[str, Any]], url:
         rooted = [m["id"] for m in models if serving.model in (m["id"], m.get("root"))]
         if len(found := rooted[:1] or (bases if serving.name == "base" else [])) == 1:
             return str(found[0])
-    raise EvalError(f"the server at {url} does not serve {name}; it serves {', '.join(m['id'] for m in models)}")
+    raise EvalError(f"the server at {url} does not serve {name}; it serves {_served(models)}")
+
+
+def _served(models: Sequence[Mapping[str, Any]]) -> str:
+    """What a server says it serves, for a message."""
+    return excerpt(", ".join(m["id"] for m in models), 300)
 
 
 def _version(site: Site) -> str:
     try:
-        return without_control(str(fetch(site, "/version")["version"]))[:80]
+        return excerpt(str(fetch(site, "/version")["version"]), 80)
     except (EvalError, KeyError, TypeError):
         return "unknown"  # another server than vLLM

@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import json
 import os
+import ssl
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -11,10 +12,12 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
 from eval.errors import EvalError
+from eval.redaction import excerpt
 
 
 _LARGEST = 2**28  # bytes of one answer
@@ -115,11 +118,21 @@ async def _healthy(site: Site) -> bool:
 
 
 def _session(site: Site, seconds: float) -> aiohttp.ClientSession:
-    """A session that knows the environment's proxies for servers elsewhere and none for this machine."""
+    """A session that knows the environment's proxies for servers elsewhere and none for this machine.
+
+    aiohttp's ``trust_env`` would read ``~/.netrc`` besides: a password to send where no key is set, else a clash.
+    """
     timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=_CONNECT_SECONDS)
     headers = {"Authorization": f"Bearer {site.key}"} if site.key else {}
     connector = aiohttp.TCPConnector(limit=0)
-    return aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers, trust_env=not site.loopback)
+    return aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers, proxy=_proxy_of(site))
+
+
+def _proxy_of(site: Site) -> str | None:
+    parts = urlsplit(site.url)
+    if site.loopback or proxy_bypass(parts.hostname or ""):
+        return None
+    return getproxies().get(parts.scheme)
 
 
 @dataclass
@@ -186,9 +199,9 @@ class Asker:
                 if error.status not in _AGAIN or attempt == self.patience.retries:
                     raise ServerFailedError(f"{error}{_tried(attempt)}") from None
                 kind, wished = f"HTTP {error.status}", error.wished
-            except (aiohttp.ClientError, OSError) as error:
+            except (aiohttp.ClientError, OSError, ValueError) as error:
                 allowed = self.patience.retries if self.connection_retries is None else self.connection_retries
-                if attempt >= allowed or isinstance(error, aiohttp.InvalidURL):
+                if attempt >= allowed or isinstance(error, ValueError):
                     raise ServerFailedError(f"{_words(error)}{_tried(attempt)}") from None
                 kind, wished = type(error).__name__, None
             if (why := self.ended()) is not None:
@@ -203,9 +216,10 @@ class Asker:
         async with session.request(method, address, json=body, allow_redirects=False) as answer:
             raw = await _read(answer)
             if answer.status in range(300, 400):
-                raise _RefusalError(answer.status, f"it sends on to {answer.headers.get('Location', '?')[:200]}", None)
+                elsewhere = excerpt(answer.headers.get("Location", "?"), 200)
+                raise _RefusalError(answer.status, f"it sends on to {elsewhere}", None)
             if not answer.ok:
-                said = raw.decode("utf-8", "replace").strip()[:300]
+                said = excerpt(raw.decode("utf-8", "replace"), 300)
                 raise _RefusalError(answer.status, said, answer.headers.get("Retry-After"))
         try:
             return json.loads(raw.decode("utf-8"))
@@ -227,9 +241,13 @@ async def _read(answer: aiohttp.ClientResponse) -> bytes:
 def _words(error: Exception) -> str:
     """A connection error without headers: its number and meaning where it has them, else its kind and text."""
     number = getattr(error, "os_error", error)
+    if isinstance(number, ssl.SSLError):  # its number is one of OpenSSL's
+        return f"no TLS can be spoken with it ({excerpt(str(number), 200)}); try http:// in place of https://"
     if isinstance(number, OSError) and number.errno is not None:
         return f"[Errno {number.errno}] {os.strerror(number.errno) if number.errno > 0 else number.strerror}"
-    return f"{type(error).__name__}: {str(error)[:200]}"
+    if isinstance(error, ValueError):  # its text may be the proxy's address with a password
+        return "its address, or a proxy of the environment (http_proxy, https_proxy), is none"
+    return f"{type(error).__name__}: {excerpt(str(error), 200)}"
 
 
 def _tried(attempt: int) -> str:

@@ -64,7 +64,7 @@ def arc(row: Mapping[str, Any], responses: Sequence[str]) -> dict[str, float]:
 
 def copa(row: Mapping[str, Any], responses: Sequence[str]) -> dict[str, float]:
     """Compare ``solutionN`` with the label."""
-    return {"acc": float(read_copa(responses[0])["acc"] == f"solution{row['label'] + 1}")}
+    return {"acc": float(read_copa(responses[0])["acc"] == f"solution{int(row['label']) + 1}")}
 
 
 def aqua(row: Mapping[str, Any], responses: Sequence[str]) -> dict[str, float]:

@@ -14,7 +14,7 @@ def boolq(row: Mapping[str, Any]) -> str | None:
     name = "label" if row.get("label") is not None else "answer"
     if problem := _no_text(row, "question"):
         return problem
-    return None if row[name] in (0, 1) else f"{name} is {row[name]!r}: it must be true or false (1 or 0)"
+    return None if row[name] in (0, 1) else f"{name} is {row[name]!r:.60}: it must be true or false (1 or 0)"
 
 
 def gsm8k(row: Mapping[str, Any]) -> str | None:
@@ -33,7 +33,7 @@ def arc(row: Mapping[str, Any]) -> str | None:
     if not _texts(texts) or not _texts(labels) or len(texts) != len(labels):
         return "choices must hold two lists of texts, text and label, of one length"
     if row["answerKey"] not in labels:
-        return f"answerKey is {row['answerKey']!r}: it must be one of the labels {', '.join(labels)}"
+        return f"answerKey is {row['answerKey']!r:.60}: it must be one of the labels {', '.join(labels):.200}"
     return _no_text(row, "question")
 
 
@@ -44,7 +44,7 @@ def aqua(row: Mapping[str, Any]) -> str | None:
         return "options must be a list of at most 5 texts"
     letters = "ABCDE"[: len(options)]
     if row["correct"] not in tuple(letters):
-        return f"correct is {row['correct']!r}: it must be one of {', '.join(letters)}"
+        return f"correct is {row['correct']!r:.60}: it must be one of {', '.join(letters)}"
     return _no_text(row, "question")
 
 
@@ -53,8 +53,8 @@ def copa(row: Mapping[str, Any]) -> str | None:
     if problem := _no_text(row, "premise", "choice1", "choice2"):
         return problem
     if row["question"] not in ("cause", "effect"):
-        return f"question is {row['question']!r}: it must be cause or effect"
-    return None if row["label"] in (0, 1) else f"label is {row['label']!r}: it must be 0 or 1"
+        return f"question is {row['question']!r:.60}: it must be cause or effect"
+    return None if row["label"] in (0, 1) else f"label is {row['label']!r:.60}: it must be 0 or 1"
 
 
 def _texts(value: Any) -> TypeGuard[list[str]]:
@@ -63,5 +63,5 @@ def _texts(value: Any) -> TypeGuard[list[str]]:
 
 def _no_text(row: Mapping[str, Any], *names: str) -> str | None:
     """Which of the fields is the first that is no text."""
-    found = (f"{name} is {row[name]!r}: it must be a text" for name in names if not isinstance(row[name], str))
+    found = (f"{name} is {row[name]!r:.60}: it must be a text" for name in names if not isinstance(row[name], str))
     return next(found, None)

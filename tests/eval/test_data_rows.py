@@ -6,8 +6,10 @@ import pytest
 from files import write_jsonl
 
 from eval import contamination, reading
-from eval.data import read_splits
+from eval.data import check_files, read_splits
 from eval.errors import EvalError
+from eval.protocols import load_tasks
+from eval.tasks import parsing, values
 
 
 def test_brackets_in_a_folder_are_no_pattern(tmp_path):
@@ -88,3 +90,47 @@ def test_numbers_are_numbers(value):
     with pytest.raises(EvalError, match=r"'n' is .*, it must be int or float"):
         reading.field({"n": value}, "n", (int, float), "x")
     assert reading.field({"n": 1.5}, "n", (int, float), "x") == 1.5
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"question": "a\ud800b"}, ":2: 'question' holds half of a surrogate pair"),
+        ({"id": [{"a": "\udcff"}]}, ":2: 'id' holds half of a surrogate pair"),
+        ({"\udcff": 1}, r":2: '\\udcff' holds half of a surrogate pair"),
+        ({"id": 10**30}, ":2: 'id' holds a whole number beyond 64 bits"),
+        ({"id": {"a": [-(2**63) - 1]}}, ":2: 'id' holds a whole number beyond 64 bits"),
+    ],
+)
+def test_what_no_table_of_rows_can_hold_is_told_with_its_line(more, message, tmp_path):
+    (task,) = load_tasks("llm_adapters", ["gsm8k"])
+    row = {"question": "What?", "answer": "#### 1", "id": 2**64 - 1}
+    path = write_jsonl(tmp_path / "dev.jsonl", [row, row | more])
+    with pytest.raises(EvalError, match=message):
+        check_files(task, {"test": path})
+    check_files(task, {"test": write_jsonl(path, [row])})
+
+
+HUGE = "x" * 10**6
+
+
+@pytest.mark.parametrize(
+    ("check", "row"),
+    [
+        (values.boolq, {"question": "q", "answer": HUGE}),
+        (values.boolq, {"question": [HUGE], "answer": True}),
+        (values.arc, {"question": "q", "choices": {"text": ["a"], "label": [HUGE]}, "answerKey": HUGE + "y"}),
+        (values.aqua, {"question": "q", "options": ["A)1"], "correct": HUGE}),
+        (values.copa, {"premise": "p", "choice1": "a", "choice2": "b", "question": HUGE, "label": 0}),
+        (values.copa, {"premise": "p", "choice1": "a", "choice2": "b", "question": "cause", "label": HUGE}),
+    ],
+)
+def test_a_huge_value_is_not_repeated_whole(check, row):
+    assert len(check(row)) < 400
+
+
+@pytest.mark.parametrize("label", [1, True, 1.0])
+def test_every_spelling_of_a_label_that_passes_can_be_right(label):
+    row = {"premise": "p", "choice1": "a", "choice2": "b", "question": "cause", "label": label}
+    assert values.copa(row) is None
+    assert parsing.copa(row, ["the correct answer is solution2"]) == {"acc": 1.0}

@@ -71,9 +71,18 @@ def test_the_command_line_of_vllm(adapter, monkeypatch):
     assert words.split(" ", 1)[1] == (
         "-m vllm.entrypoints.openai.api_server --model /b --served-model-name base-7f --host 127.0.0.1 --port 9 "
         "--generation-config vllm --dtype float32 --enforce-eager --enable-lora --max-lora-rank 64 --max-loras 1 "
-        f"--lora-modules one-7f={adapter} --seed 1"
+        f'--lora-modules {{"name": "one-7f", "path": "{adapter}"}} --seed 1'
     )
     assert "trust" not in words
+
+
+@pytest.mark.parametrize("folder", ["lr=1e-4,rank=8", "with space", "\udcff"])
+def test_a_folder_of_any_name_reaches_vllm_whole(folder, monkeypatch):
+    monkeypatch.setattr("eval.server.lora_rank_to_reserve", lambda _: 8)
+    (serving,) = plan_servings([BASE, Model("one", "adapter", folder)], TASKS[:1], on_cpu=False)
+    words = vllm_command(serving, 9, ServerOptions(token="7f"))
+    # vLLM reads a word with a comma as JSON, NAME=PATH otherwise.
+    assert json.loads(words[words.index("--lora-modules") + 1]) == {"name": "one-7f", "path": folder}
 
 
 def test_a_tokenizer_that_came_along_is_used(tmp_path):

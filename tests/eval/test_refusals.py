@@ -137,6 +137,51 @@ def test_values_of_the_environment_are_hidden_in_every_form(name, monkeypatch):
     assert "k%22ey" not in clean("http://x/k%22ey%2B%2F%3C1%3E%C3%A9")
 
 
+def test_a_base_that_an_adapter_names_is_one_line_that_steers_no_terminal(adapter):
+    config = {"r": 8, "base_model_name_or_path": "a\x1b[2J\nWARNING: all is well\u202e\ud800"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (warning,) = base_warnings([Model("base", "base", "/b"), Model("x", "adapter", str(adapter))])
+    assert warning.isprintable()
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--base", f"/{LONG}"], "there is no config.json in that folder"),
+        (["--base", "~nobody-of-this-name/m"], "there is no config.json in that folder"),
+        (["--base=-m"], "--base '-m': it must be a folder or a hub name; try ./FOLDER"),
+        (["--base", ""], "--base '': it must be a folder or a hub name"),
+        (["--adapter", f"x={LONG}"], "there is no adapter_config.json in that folder"),
+        (["--adapter", "x=~nobody-of-this-name/m"], "there is no adapter_config.json in that folder"),
+        (["--train-file", LONG], "does not exist"),
+        (["--data-dir", LONG], "which does not exist"),
+        (["--split", LONG], "which does not exist"),
+        (["--out", LONG], "File name too long"),
+        (["--plan", LONG], "File name too long"),
+        (["--adapter=-x=DIR"], "a letter, digit or '_' first"),
+        (["--merged=..=DIR"], "a letter, digit or '_' first"),
+        ([f"--merged={LONG}=DIR"], "than 200 bytes"),
+        (["--merged=" + "\u00e4" * 101 + "=DIR"], "than 200 bytes"),
+    ],
+)  # fmt: skip
+def test_paths_and_names_that_no_file_can_have(more, message, words, model):
+    assert message in refused(words(*(word.replace("DIR", str(model)) for word in more)))
+    assert parse(words("--base", "x" * 300, "--base-url", "http://127.0.0.1:8000")).server.offline is False
+
+
+def test_words_about_tokens_are_no_secrets(words, capsys):
+    server = "--max-num-batched-tokens 131072 --return-tokens-as-token-ids --tokenizer-mode deepseek"
+    given = ["--base-tokenizer", "tuned-by-us", f"--server-args={server}"]
+    assert parse(words(*given)).base_tokenizer == "tuned-by-us"
+    assert "***" not in redacted(given)
+    with guarded([*given, "--speculative-config", '{"tokenizer": "of-the-draft"}']):
+        print("tuned-by-us 131072 deepseek of-the-draft")
+    assert capsys.readouterr().out == "tuned-by-us 131072 deepseek of-the-draft\n"
+
+
 def test_headers_are_hidden_and_words_are_not():
     assert clean("{'Authorization': 'Bearer abc-1.x_y'}") == "{'Authorization': 'Bearer ***'}"
     assert clean("the Bearer of news, in 2020") == "the Bearer of news, in 2020"

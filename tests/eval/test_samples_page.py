@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import pytest
 from files import write_jsonl
 
-from eval import results, samples_page
+from eval import reading, results, samples_page
 
 
 HOSTILE = [
@@ -131,6 +131,14 @@ def test_thousands_of_rows(folder):
     page = Page(read(folder([sample(row, model) for row in range(5000) for model in ("base", "mine")])))
     assert len(page.data["rows"]) == 5000
     assert len(page.tags) < 40  # rows are data: a browser draws a page of them at a time
+
+
+def test_a_sample_of_the_longest_row_has_a_page(tmp_path):
+    text = "x" * (reading.MAX_LINE - 100)  # of a row that is taken
+    line = {"task": "t", "model": "m", "seed": 1, "row": 0, "question": text, "prompt": text, "target": "1",
+            "response": "r", "metrics": {"acc": 1.0}}  # fmt: skip
+    (tmp_path / "samples.jsonl").write_text(json.dumps(line) + "\n")
+    assert len(samples_page.page_of_folder(tmp_path)) > len(text)
 
 
 @pytest.mark.parametrize(
