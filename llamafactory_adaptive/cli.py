@@ -22,6 +22,7 @@ from llamafactory_adaptive.config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, AdaptiveError, Problem, SeamError
 from llamafactory_adaptive.export.command import add_export_arguments, export_request
 from llamafactory_adaptive.fields import coerce
+from llamafactory_adaptive.folders import path_argument
 from llamafactory_adaptive.plaintext import plain_lines
 
 
@@ -34,25 +35,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser("plan", help="show and write the ranks a run would train; trains nothing")
-    plan.add_argument("--out", type=Path, help="folder for plan and heat-map (default: output_dir of the YAML)")
-    train = commands.add_parser(
-        "train", help="same as llamafactory-cli train, also where the start-up hook is missing"
-    )
+    plan.add_argument("--out", type=path_argument, help="folder for plan and heat-map (default: output_dir)")
+    train = commands.add_parser("train", help="same as llamafactory-cli train, also without the start-up hook")
     for command in (plan, train):
-        command.add_argument("config", metavar="CFG.yaml", help="a LLaMA-Factory training YAML, e.g. my.yaml")
+        command.add_argument("config", type=path_argument, metavar="CFG.yaml", help="a LLaMA-Factory training YAML")
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="settings over those of the file, e.g. lora_rank=16"
         )
     report = commands.add_parser(
         "report", help="ranks, losses and training data of finished runs; two or more: compared"
     )
-    report.add_argument("runs", type=Path, nargs="+", metavar="OUTPUT_DIR")
+    report.add_argument("runs", type=path_argument, nargs="+", metavar="OUTPUT_DIR")
     add_export_arguments(
         commands.add_parser("export", help="lay an adapter out for a server, with a parity certificate")
     )
     commands.add_parser("doctor", help="say whether the hook is active, the versions, and whether each seam fits")
     init = commands.add_parser("init", help="copy the example YAMLs")
-    init.add_argument("folder", type=Path, nargs="?", default=Path(), help="where to put examples/")
+    init.add_argument("folder", type=path_argument, nargs="?", default=Path(), help="where to put examples/")
     measure = commands.add_parser("measure")  # internal: the process that `plan` and `train` score in
     measure.add_argument("job", type=Path)
     measure.add_argument("answer", type=Path)
@@ -98,8 +97,8 @@ def plan(arguments: argparse.Namespace) -> int:
     """Plan ranks without training: table, heat-map, ``adaptive_rank_plan.json``."""
     _require_enabled()
     from llamafactory_adaptive.adapter import ADAPTER_WEIGHTS
-    from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings
-    from llamafactory_adaptive.bridge.host_check import check_host_settings
+    from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, check_config_file, command_line_settings
+    from llamafactory_adaptive.bridge.host_check import check_folder, check_host_settings
     from llamafactory_adaptive.bridge.plans import advice, fresh_plan
     from llamafactory_adaptive.bridge.seams import require_seams
     from llamafactory_adaptive.bridge.validation import parse_config
@@ -108,17 +107,13 @@ def plan(arguments: argparse.Namespace) -> int:
     from llamafactory_adaptive.report import HEATMAP_FILE, rank_table, save_heatmap
 
     require_seams()
-    if Path(arguments.config).suffix not in (".yaml", ".yml"):
-        raise AdaptiveConfigError(
-            [Problem("config", arguments.config, "it must be a YAML file", "a name ending in .yaml")]
-        )
-    sys.argv = ["llamafactory-adaptive", arguments.config, *arguments.overrides]
+    check_config_file(arguments.config)
+    sys.argv = ["llamafactory-adaptive", str(arguments.config), *arguments.overrides]
     args = command_line_settings()
     if not asks_for_adaptive(args):
-        kind = args.get("finetuning_type", "lora")
-        raise AdaptiveConfigError(
-            [Problem("finetuning_type", kind, "there are no ranks to plan", "finetuning_type: adaptive")]
-        )
+        problem = Problem("finetuning_type", args.get("finetuning_type", "lora"), "there are no ranks to plan",
+                          "finetuning_type: adaptive")  # fmt: skip
+        raise AdaptiveConfigError([problem])
     config = parse_config(args)
     check_host_settings(args)
     if config.course is not None:
@@ -129,6 +124,7 @@ def plan(arguments: argparse.Namespace) -> int:
         raise AdaptiveConfigError(
             [Problem("output_dir", str(folder), "it holds a trained adapter with its plan", "--out <another folder>")]
         )
+    check_folder("output_dir" if arguments.out is None else "--out", folder)
     with locked(folder):
         found = fresh_plan(args, config)
         found.save(folder / PLAN_FILE)
@@ -176,7 +172,10 @@ def _plan_of_a_dynamic_run(args: dict[str, Any], config: AdaptiveConfig) -> int:
 def train(arguments: argparse.Namespace) -> int:
     """Hand over to LLaMA-Factory's launcher with the hook in place here and in every torchrun worker."""
     _require_enabled()
-    sys.argv = ["llamafactory-cli", "train", arguments.config, *arguments.overrides]
+    from llamafactory_adaptive.bridge.arguments import check_config_file
+
+    check_config_file(arguments.config)
+    sys.argv = ["llamafactory-cli", "train", str(arguments.config), *arguments.overrides]
     from llamafactory import launcher
 
     launcher.__file__ = str(Path(_bootstrap.__file__).resolve())  # the file torchrun is told to run

@@ -189,16 +189,17 @@ def check_writable(folder: Path) -> str | None:
     A file is really written: permissions alone do not tell of read-only and full disks. What was made on the way is
     removed again.
     """
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    made: list[Path] = []
     try:
+        made += [place for place in (folder, *folder.parents) if not place.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".adaptive-{uuid.uuid4().hex}.tmp"
         try:
             probe.write_bytes(b"\0" * 4096)
         finally:
             probe.unlink(missing_ok=True)
-    except OSError as error:
-        return error.strerror or str(error)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        return getattr(error, "strerror", None) or str(error)
     finally:
         for place in made:
             if place.is_dir():

@@ -6,6 +6,9 @@ export that is then shared. The cache of the Hugging Face hub consists of links,
 folder, are followed.
 """
 
+import argparse
+import errno
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -16,6 +19,28 @@ _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 class OutsideError(ValueError):
     """An entry of a folder that leads out of it, or is no ordinary file."""
+
+
+def impossible_path(path: str) -> str:
+    """Say why nothing can be called so; empty where something can, whether it is there or not."""
+    try:
+        os.lstat(os.path.expanduser(path))
+    except ValueError:
+        return "no name of a file has a zero byte in it"
+    except OSError as error:
+        return "it is longer than a path can be" if error.errno == errno.ENAMETOOLONG else ""
+    return ""
+
+
+def path_argument(text: str) -> Path:
+    """Take a word of the command line for a path.
+
+    Raises:
+        argparse.ArgumentTypeError: nothing can be called so.
+    """
+    if why := impossible_path(text):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r}: {why}")
+    return Path(text)
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from llamafactory_adaptive.files import replacing
@@ -238,8 +239,8 @@ def closing_words(
             f"in {output}: {files}",
             *(f"warning: {text}" for text in warnings),
             "next:",
-            f"  llamafactory-adaptive report {output}",
-            f"  llamafactory-adaptive export {output} --for vllm --out served/{output.name}",
+            f"  llamafactory-adaptive report {quote(str(output))}",
+            f"  llamafactory-adaptive export {quote(str(output))} --for vllm --out {quote(f'served/{output.name}')}",
             f"  llamafactory-cli chat with adapter_name_or_path: {output}",
         ]
     )

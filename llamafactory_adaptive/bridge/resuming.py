@@ -42,6 +42,9 @@ def _choose(args: Args) -> Path | None:
         last = _newest_for_the_host(args)
         ours = last is not None and ((output / LOG_FILE).is_file() or (last / PLAN_FILE).is_file())
         chosen = _newest_whole(output) if ours else last
+        if wanted is True and last is None:
+            reason = f"there is no checkpoint in {output}"
+            raise AdaptiveConfigError([Problem("resume_from_checkpoint", True, reason, "leaving it out")])
     if chosen is not None:
         if not is_sealed(chosen) and (chosen / PLAN_FILE).is_file():
             logger.warning(f"{chosen} has no digests: its files are there and readable, more is not known of them")
