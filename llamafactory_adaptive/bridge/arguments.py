@@ -185,4 +185,5 @@ def run_seed(args: Mapping[str, Any]) -> int:
 
 def local_rank() -> int:
     """This process's place on its node, before any process group exists."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    number = os.environ.get("LOCAL_RANK", "0")
+    return int(number) if number.lstrip("-").isdecimal() else 0  # no number: told with the other settings

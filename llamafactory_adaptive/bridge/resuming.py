@@ -1,6 +1,5 @@
 """Which checkpoint a run resumes from: the host's rule, but only one that is whole, and one for all processes."""
 
-import json
 import logging
 import os
 import socket
@@ -9,6 +8,7 @@ from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import Args, local_rank, split_names
 from llamafactory_adaptive.checkpoints import check_layout, damage, is_sealed
+from llamafactory_adaptive.deepspeed_settings import zero_optimization
 from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
 from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, STATE_JSON
 
@@ -150,13 +150,12 @@ def named_paths(args: Args) -> list[Path]:
 
 def layout(args: Args) -> dict[str, Any]:
     """How this run spreads weights and optimizer states over processes, as its settings say."""
-    config = args.get("deepspeed") or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    by_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    config = args.get("deepspeed") or (by_accelerate and os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
     zero: dict[str, Any] = {}
-    if isinstance(config, (str, Path)):
-        config = json.loads(Path(config).read_text(encoding="utf-8"))
-    if isinstance(config, dict):
-        zero = {"stage": 0, **(config.get("zero_optimization") or {})}
-    elif os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if config:
+        zero = zero_optimization(config)
+    elif by_accelerate:
         zero = {"stage": int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
     stage = zero.get("stage")
     return {

@@ -96,10 +96,7 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], a
     from llamafactory_adaptive.zero import init_deepspeed_on_cpu
 
     started = time.perf_counter()
-    if args.get("deepspeed") and "LOCAL_RANK" not in os.environ:
-        raise AdaptiveConfigError(
-            [Problem("deepspeed", args["deepspeed"], "DeepSpeed runs under torchrun", "FORCE_TORCHRUN=1")]
-        )
+    _refuse_deepspeed_alone(args)
     checkpoint = checkpoint_to_resume(args)
     refuse_finished_run(args, checkpoint)
     plan, trained_before = agreed_plan(args, adaptive, checkpoint)
@@ -123,6 +120,14 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], a
         _current.reset(token)
     if int(os.environ.get("RANK", "0")) == 0:
         finish(Path(args["output_dir"]), callback, trained_before)
+
+
+def _refuse_deepspeed_alone(args: Args) -> None:
+    by_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED")
+    asked = [("deepspeed", given)] if (given := args.get("deepspeed")) else []
+    asked += [("ACCELERATE_USE_DEEPSPEED", by_accelerate)] if by_accelerate == "true" else []
+    if asked and "LOCAL_RANK" not in os.environ:
+        raise AdaptiveConfigError([Problem(*asked[0], "DeepSpeed runs under torchrun", "FORCE_TORCHRUN=1")])
 
 
 def _begin_afresh(args: Args) -> None:
