@@ -115,6 +115,8 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         PlanError: the file cannot be read.
     """
+    if path.exists() and not path.is_file():
+        raise PlanError(f"{path} is no regular file")
     try:
         text = path.read_bytes()
     except OSError as fault:

@@ -145,7 +145,7 @@ def refuse_ranks_in_plain_run(args: Args) -> None:
 def named_paths(args: Args) -> list[Path]:
     """Every path that the settings may name: what lies there must stay."""
     words = [word for value in args.values() if isinstance(value, str) for word in split_names(value)]
-    return [Path(word) for word in words if word != str(args.get("output_dir"))]
+    return [Path(word) for word in words if word != str(args.get("output_dir")) and "\0" not in word]
 
 
 def layout(args: Args) -> dict[str, Any]:
