@@ -155,7 +155,8 @@ def require_seams() -> None:
     if bad:
         details = "; ".join(f"{target} {state}" for target, state in bad.items())
         raise SeamError(
-            f"LLaMA-Factory {version('llamafactory')} does not fit this plugin: {details}; tested with {', '.join(TESTED_VERSIONS)}"
+            f"LLaMA-Factory {version('llamafactory')} does not fit this plugin: {details}; "
+            f"tested with {', '.join(TESTED_VERSIONS)}"
         )
 
 
