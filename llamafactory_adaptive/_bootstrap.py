@@ -57,8 +57,8 @@ class _SeamFinder:
 
 
 def enabled() -> bool:
-    """Whether the environment lets the plugin act (``LLAMAFACTORY_ADAPTIVE`` is not ``0``)."""
-    return os.environ.get(ENV_SWITCH, "1") != "0"
+    """Whether the environment lets the plugin act (``LLAMAFACTORY_ADAPTIVE`` does not say 0, false, no or off)."""
+    return os.environ.get(ENV_SWITCH, "1").lower() not in ("0", "false", "no", "off")
 
 
 def active() -> bool:

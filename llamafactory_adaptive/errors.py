@@ -5,8 +5,17 @@ from dataclasses import dataclass
 from typing import Any
 
 
+_LONGEST = 2000  # characters of one part of a message
+
+
 class AdaptiveError(Exception):
     """A failure the user can act on; the command line prints it without a traceback and exits with 2."""
+
+
+def _shortened(text: str) -> str:
+    """Leave the middle of a text out that would fill the screen: a value of a megabyte, say."""
+    half = _LONGEST // 2
+    return text if len(text) <= _LONGEST else f"{text[:half]} ... {text[-half:]}"
 
 
 @dataclass(frozen=True)
@@ -19,7 +28,8 @@ class Problem:
     suggestion: str
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.value!r} is not possible: {self.allowed}; try {self.suggestion}"
+        parts = map(_shortened, (self.key, repr(self.value), self.allowed, self.suggestion))
+        return "{}: {} is not possible: {}; try {}".format(*parts)
 
 
 class AdaptiveConfigError(AdaptiveError, ValueError):

@@ -115,6 +115,8 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         PlanError: the file cannot be read.
     """
+    if path.exists() and not path.is_file():
+        raise PlanError(f"{path} is no regular file")
     try:
         text = path.read_bytes()
     except OSError as fault:
@@ -196,8 +198,8 @@ def check_writable(folder: Path) -> str | None:
             probe.write_bytes(b"\0" * 4096)
         finally:
             probe.unlink(missing_ok=True)
-    except OSError as error:
-        return error.strerror or str(error)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        return getattr(error, "strerror", None) or str(error)
     return None
 
 

@@ -86,7 +86,7 @@ def to_mapping(args: Mapping[str, Any] | list[str]) -> Args:
         settings = dict(args)
     words = {"true": True, "false": False}
     settings = {k: words.get(v.lower(), v) if isinstance(v, str) else v for k, v in settings.items()}
-    if settings.get("output_dir"):
+    if isinstance(settings.get("output_dir"), str):
         settings["output_dir"] = os.path.expanduser(settings["output_dir"])  # as the host does
     return settings
 
@@ -113,7 +113,7 @@ def asks_for_adaptive(args: Mapping[str, Any] | list[str]) -> bool:
 def our_keys(args: Mapping[str, Any] | list[str]) -> list[str]:
     """Keys of ours among the settings; misspelt ``adaptive_*`` keys count."""
     if isinstance(args, Mapping):
-        words = list(args)
+        words = [str(key) for key in args]  # YAML has keys of other types, too
     else:
         words = [word.lstrip("-").partition("=")[0] for word in args if word.startswith("--")]
     own = own_names()
@@ -130,6 +130,23 @@ def own_names() -> set[str]:
     return names - set(FinetuningArguments.__dataclass_fields__)
 
 
+def check_config_file(path: Path) -> None:
+    """Refuse what the host cannot read as a file of settings.
+
+    Raises:
+        AdaptiveConfigError: it is not there, or is called neither ``.yaml`` nor ``.yml``.
+    """
+    why, suggestion = "", "the path of a YAML file"
+    if path.suffix == ".json":  # the host's own reader of JSON fails on every file
+        why, suggestion = "LLaMA-Factory reads settings as YAML", "a copy named .yaml: JSON is YAML, too"
+    elif path.suffix not in (".yaml", ".yml"):
+        why, suggestion = "it must be a YAML file", "a name ending in .yaml"
+    elif not os.path.isfile(path):
+        why = "there is no such file"
+    if why:
+        raise AdaptiveConfigError([Problem("config", str(path), why, suggestion)])
+
+
 def command_line_settings() -> Args:
     """The settings of this process's command line, as the host reads them.
 
@@ -139,8 +156,8 @@ def command_line_settings() -> Args:
     from llamafactory.hparams import read_args
 
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-    if path is not None and path.suffix in (".yaml", ".yml", ".json") and not path.is_file():
-        raise AdaptiveConfigError([Problem("config", str(path), "there is no such file", "the path of a YAML file")])
+    if path is not None and path.suffix in (".yaml", ".yml", ".json"):
+        check_config_file(path)
     try:
         settings = read_args()
     except Exception as error:  # omegaconf raises many kinds for text that is no YAML mapping
@@ -168,4 +185,5 @@ def run_seed(args: Mapping[str, Any]) -> int:
 
 def local_rank() -> int:
     """This process's place on its node, before any process group exists."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    number = os.environ.get("LOCAL_RANK", "0")
+    return int(number) if number.lstrip("-").isdecimal() else 0  # no number: told with the other settings

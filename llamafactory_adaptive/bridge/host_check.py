@@ -95,7 +95,14 @@ def _step_problems(args: Mapping[str, Any]) -> list[Problem]:
 
 
 def _reporter_problems(args: Mapping[str, Any]) -> list[Problem]:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    known = {"all", "none", *_REPORTERS, *INTEGRATION_TO_CALLBACK}
     return [
+        Problem("report_to", name, f"it must be one of {', '.join(sorted(known))}", "report_to: none")
+        for name in split_names(args.get("report_to"))
+        if name not in known
+    ] + [
         Problem(
             "report_to", name, "its package is not installed", f"pip install {_REPORTERS[name]}, or report_to: none"
         )
@@ -110,9 +117,17 @@ def check_output(args: Mapping[str, Any]) -> None:
     Raises:
         AdaptiveConfigError: with the reason.
     """
-    folder = Path(str(args["output_dir"]))
+    check_folder("output_dir", Path(str(args["output_dir"])))
+
+
+def check_folder(key: str, folder: Path) -> None:
+    """Refuse a folder, given under ``key``, into which nothing can be written.
+
+    Raises:
+        AdaptiveConfigError: with the reason.
+    """
     if why := check_writable(folder):
-        problem = Problem("output_dir", str(folder), f"nothing can be written there ({why})", "a folder of your own")
+        problem = Problem(key, str(folder), f"nothing can be written there ({why})", "a folder of your own")
         raise AdaptiveConfigError([problem])
 
 

@@ -132,7 +132,9 @@ def _starts_torchrun() -> bool:
 def _mentions_adaptive(words: list[str]) -> bool:
     """Cheap look before anything heavy is imported for a plain run."""
     try:
-        text = Path(words[0]).read_text(encoding="utf-8") if not words[0].startswith("-") else ""
+        # A pipe is the host's to read; it gives what it holds only once.
+        text = Path(words[0]).read_bytes() if os.path.isfile(words[0]) else b""
     except OSError:
         return False
-    return "adaptive" in text or any("adaptive" in word for word in words)
+    # Without zero bytes UTF-16, which the host cannot read, shows what it says, too.
+    return b"adaptive" in text.replace(b"\0", b"") or any("adaptive" in word for word in words)

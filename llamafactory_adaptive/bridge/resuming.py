@@ -1,6 +1,5 @@
 """Which checkpoint a run resumes from: the host's rule, but only one that is whole, and one for all processes."""
 
-import json
 import logging
 import os
 import socket
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import Args, local_rank, split_names
+from llamafactory_adaptive.config.deepspeed_settings import zero_optimization
 from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
 from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, STATE_JSON
 from llamafactory_adaptive.training.checkpoint_files import check_layout, damage, is_sealed
@@ -42,6 +42,9 @@ def _choose(args: Args) -> Path | None:
         last = _newest_for_the_host(args)
         ours = last is not None and ((output / LOG_FILE).is_file() or (last / PLAN_FILE).is_file())
         chosen = _newest_whole(output) if ours else last
+        if wanted is True and last is None:
+            reason = f"there is no checkpoint in {output}"
+            raise AdaptiveConfigError([Problem("resume_from_checkpoint", True, reason, "leaving it out")])
     if chosen is not None:
         if not is_sealed(chosen) and (chosen / PLAN_FILE).is_file():
             logger.warning(f"{chosen} has no digests: its files are there and readable, more is not known of them")
@@ -142,20 +145,19 @@ def refuse_ranks_in_plain_run(args: Args) -> None:
 def named_paths(args: Args) -> list[Path]:
     """Every path that the settings may name: what lies there must stay."""
     words = [word for value in args.values() if isinstance(value, str) for word in split_names(value)]
-    return [Path(word) for word in words if word != str(args.get("output_dir"))]
+    return [Path(word) for word in words if word != str(args.get("output_dir")) and "\0" not in word]
 
 
 def layout(args: Args) -> dict[str, Any]:
     """How this run spreads weights and optimizer states over processes, as its settings say."""
     from llamafactory_adaptive.engines.distributed import launched_processes
 
-    config = args.get("deepspeed") or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    by_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    config = args.get("deepspeed") or (by_accelerate and os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
     zero: dict[str, Any] = {}
-    if isinstance(config, (str, Path)):
-        config = json.loads(Path(config).read_text(encoding="utf-8"))
-    if isinstance(config, dict):
-        zero = {"stage": 0, **(config.get("zero_optimization") or {})}
-    elif os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if config:
+        zero = zero_optimization(config)
+    elif by_accelerate:
         zero = {"stage": int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
     stage = zero.get("stage")
     return {

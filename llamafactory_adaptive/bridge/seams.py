@@ -7,6 +7,7 @@ only when a run asks for ``finetuning_type: adaptive``: a plain LLaMA-Factory ru
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
@@ -132,10 +133,16 @@ def apply_seams(module: ModuleType) -> None:
 
 def seam_states() -> dict[str, str]:
     """Import every seam module and say for each seam ``fits`` or what is wrong."""
+    broken: dict[str, str] = {}
     for name in sorted(seam_modules()):
-        module = importlib.import_module(name)
+        try:
+            module = importlib.import_module(name)
+        except Exception as error:  # whatever an installation that is not whole raises
+            why = f"cannot be imported ({type(error).__name__}: {error})"
+            broken |= {seam.target: why for seam in SEAMS if seam.target.startswith(f"{name}.")}
+            continue
         apply_seams(module)  # a no-op where the hook was faster
-    return {seam.target: _misfits.get(seam.target, "fits") for seam in SEAMS}
+    return {seam.target: broken.get(seam.target) or _misfits.get(seam.target, "fits") for seam in SEAMS}
 
 
 def require_seams() -> None:
@@ -146,11 +153,10 @@ def require_seams() -> None:
     """
     bad = {target: state for target, state in seam_states().items() if state != "fits"}
     if bad:
-        from llamafactory.extras.env import VERSION
-
         details = "; ".join(f"{target} {state}" for target, state in bad.items())
         raise SeamError(
-            f"LLaMA-Factory {VERSION} does not fit this plugin: {details}; tested with {', '.join(TESTED_VERSIONS)}"
+            f"LLaMA-Factory {version('llamafactory')} does not fit this plugin: {details}; "
+            f"tested with {', '.join(TESTED_VERSIONS)}"
         )
 
 

@@ -105,7 +105,10 @@ def estimated_steps(args: Args) -> int | None:
         rows += min(count, int(args.get("max_samples") or count))
     held_out = float(args.get("val_size") or 0)
     rows -= int(held_out) if held_out >= 1 else int(rows * held_out)
-    processes = int(os.environ.get("NPROC_PER_NODE", "1")) * int(os.environ.get("NNODES", "1"))
+    numbers = [os.environ.get(name, "1") for name in ("NPROC_PER_NODE", "NNODES")]
+    if not all(number.isdecimal() and int(number) for number in numbers):  # torchrun knows more words than numbers
+        return None
+    processes = math.prod(map(int, numbers))
     batch = int(args.get("per_device_train_batch_size") or 8) * processes
     batches = math.ceil(rows / batch)
     steps = math.ceil(batches / int(args.get("gradient_accumulation_steps") or 1))

@@ -1,6 +1,7 @@
 """One training run inside LLaMA-Factory: hand the plan over to the host, prove the result."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -85,17 +86,14 @@ def adaptive_training_function(
 
 def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], args: Args, adaptive: AdaptiveConfig
            ) -> None:  # fmt: skip
-    from llamafactory_adaptive.engines.distributed import is_worker, launched_number
+    from llamafactory_adaptive.engines.distributed import launched_number
     from llamafactory_adaptive.engines.operator_locks import bounded_waits
     from llamafactory_adaptive.engines.zero import init_deepspeed_on_cpu
     from llamafactory_adaptive.training.callback import finish
     from llamafactory_adaptive.training.divergence import DivergenceWatch
 
     started = time.perf_counter()
-    if args.get("deepspeed") and not is_worker():
-        raise AdaptiveConfigError(
-            [Problem("deepspeed", args["deepspeed"], "DeepSpeed runs under torchrun", "FORCE_TORCHRUN=1")]
-        )
+    _refuse_deepspeed_alone(args)
     checkpoint = checkpoint_to_resume(args)
     refuse_finished_run(args, checkpoint)
     plan, trained_before = agreed_plan(args, adaptive, checkpoint)
@@ -119,6 +117,16 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], a
         current_run.reset(token)
     if launched_number() == 0:
         finish(Path(args["output_dir"]), callback, trained_before)
+
+
+def _refuse_deepspeed_alone(args: Args) -> None:
+    from llamafactory_adaptive.engines.distributed import is_worker
+
+    by_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED")
+    asked = [("deepspeed", given)] if (given := args.get("deepspeed")) else []
+    asked += [("ACCELERATE_USE_DEEPSPEED", by_accelerate)] if by_accelerate == "true" else []
+    if asked and not is_worker():
+        raise AdaptiveConfigError([Problem(*asked[0], "DeepSpeed runs under torchrun", "FORCE_TORCHRUN=1")])
 
 
 def _begin_afresh(args: Args) -> None:

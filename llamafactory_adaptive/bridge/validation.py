@@ -6,13 +6,14 @@ The host would notice part of it too, but only after the model has been scored.
 import dataclasses
 import difflib
 import importlib.util
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import Args, flag_parser, our_keys, own_names, run_seed, split_names
 from llamafactory_adaptive.bridge.host_check import host_value_problems
+from llamafactory_adaptive.bridge.host_texts import text_problems
 from llamafactory_adaptive.config.arguments import AdaptiveArguments
 from llamafactory_adaptive.config.host_conflicts import (
     check_conflicts,
@@ -22,7 +23,8 @@ from llamafactory_adaptive.config.host_conflicts import (
 from llamafactory_adaptive.config.host_environment import check_environment
 from llamafactory_adaptive.config.key_checks import check_budget, check_kind, check_pruning, unknown_key_problems
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
-from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
+from llamafactory_adaptive.files import read_mapping
 from llamafactory_adaptive.methods import is_dynamic
 from llamafactory_adaptive.methods._registry import get_method, methods, nearest
 from llamafactory_adaptive.options import check_fields
@@ -35,7 +37,9 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
     Raises:
         AdaptiveConfigError: with every problem found.
     """
-    problems = _unknown_keys(args)
+    problems = _unknown_keys(args) + text_problems(args)
+    told = {problem.key for problem in problems}
+    args = {key: value for key, value in args.items() if key not in told}
     common, faults = check_fields(AdaptiveArguments, "", args)
     problems += faults
     options: Mapping[str, Any] = {}
@@ -59,7 +63,8 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
     if common["adaptive_method"] in methods():
         course, faults = _course(args, common, options, lora_rank, max_rank)
         problems += faults
-    problems += check_conflicts(args) + check_environment(args) + _wrong_choices(args) + _missing_files(args, common)
+    problems += check_conflicts(args) + check_environment(args) + _wrong_choices(args)
+    problems += [problem for problem in _missing_files(args, common) if problem.key not in told]
     told = {problem.key for problem in problems}
     problems += [problem for problem in host_value_problems(args) if problem.key not in told]
     if problems:
@@ -130,9 +135,13 @@ def _wrong_choices(args: Mapping[str, Any]) -> list[Problem]:
     problems, own = [], own_names()
     for action in flag_parser()._actions:
         value, allowed = args.get(action.dest), [str(choice) for choice in action.choices or ()]
-        if allowed and isinstance(value, str) and action.dest not in own and value not in allowed:
+        if not allowed or action.nargs or action.dest in own or value is None:
+            continue
+        if value not in allowed and str(value) not in allowed:
             words = f"it must be one of {', '.join(allowed)}"
-            problems.append(Problem(action.dest, value, words, f"{action.dest}: {allowed[0]}"))
+            # What YAML makes of the bare word.
+            shown = '"no"' if value is False and "no" in allowed else allowed[0]
+            problems.append(Problem(action.dest, value, words, f"{action.dest}: {shown}"))
     return problems
 
 
@@ -178,9 +187,17 @@ def _missing_files(args: Mapping[str, Any], common: Mapping[str, Any]) -> list[P
         near = difflib.get_close_matches(template, _templates(), n=1, cutoff=0.0)[0]
         problems.append(Problem("template", template, "LLaMA-Factory has no such template", f"template: {near}"))
     model = str(args.get("model_name_or_path") or "")
-    if model.startswith((".", "/", "~")) and not Path(model).expanduser().exists():
+    if model.startswith((".", "/", "~")) and not os.path.exists(os.path.expanduser(model)):
         problems.append(Problem("model_name_or_path", model, "there is no such folder", "a folder or a hub name"))
+    if _same_folder(model, args.get("output_dir")):
+        reason = "it is the base model's folder, whose tokenizer and model card would be written over"
+        problems.append(Problem("output_dir", args["output_dir"], reason, "a folder of its own"))
     return problems + _dataset_problems(args, common["adaptive_calibration_dataset"])
+
+
+def _same_folder(model: str, output: Any) -> bool:
+    places = [os.path.realpath(os.path.expanduser(name)) for name in (model, output or "") if name]
+    return len(places) == 2 and places[0] == places[1] and os.path.isdir(places[0])
 
 
 def _templates() -> list[str]:
@@ -211,13 +228,13 @@ def _names_not_in_info(args: Mapping[str, Any], names: Mapping[str, list[str]]) 
     if isinstance(folder, dict) or args.get("tokenized_path") or str(folder).startswith(("ONLINE", "REMOTE:")):
         return []  # hub and in-line tables are the host's to judge
     info_path = Path(str(folder)) / "dataset_info.json"
-    try:
-        info = json.loads(info_path.read_text(encoding="utf-8"))
-    except OSError:
+    if not os.path.isfile(info_path):
         lost = [Problem("dataset_dir", str(folder), f"there is no {info_path}", "dataset_dir: examples/data")]
         return lost if wanted else []
-    except ValueError as error:
-        return [Problem("dataset_dir", str(folder), f"{info_path} is not valid JSON ({error})", "mending the file")]
+    try:
+        info = read_mapping(info_path, str(info_path), finite=False)
+    except PlanError as error:
+        return [Problem("dataset_dir", str(folder), str(error), "mending the file")]
     return [
         problem for key, name in wanted for problem in _entry_problems(key, name, info, info_path, names["dataset"])
     ]
@@ -228,7 +245,9 @@ def _entry_problems(key: str, name: str, info: Args, info_path: Path, trained: l
     if name not in info:
         return [Problem(key, name, f"it is not in {info_path}", f"one of {', '.join(sorted(info)[:5])}")]
     entry, problems = info[name], []
-    if "file_name" in entry and not (info_path.parent / str(entry["file_name"])).exists():
+    if not isinstance(entry, dict):
+        return [Problem(key, name, f"its entry in {info_path} is no mapping", '{"file_name": "<file>"} there')]
+    if "file_name" in entry and not os.path.exists(info_path.parent / str(entry["file_name"])):
         lost = info_path.parent / str(entry["file_name"])
         problems.append(Problem(key, name, f"its file {lost} does not exist", "writing or downloading the file"))
     split = str(entry.get("split", "train"))

@@ -19,6 +19,7 @@ from llamafactory_adaptive.cli.host import require_enabled
 from llamafactory_adaptive.cli.plan import plan
 from llamafactory_adaptive.errors import AdaptiveError
 from llamafactory_adaptive.export.request import add_export_arguments, export_request
+from llamafactory_adaptive.paths import path_argument
 from llamafactory_adaptive.reports.plaintext import plain_lines
 
 
@@ -28,25 +29,25 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser("plan", help="show and write the ranks a run would train; trains nothing")
-    plan.add_argument("--out", type=Path, help="folder for plan and heat-map (default: output_dir of the YAML)")
+    plan.add_argument("--out", type=path_argument, help="folder for plan and heat-map (default: output_dir)")
     train = commands.add_parser(
         "train", help="same as llamafactory-cli train, also where the start-up hook is missing"
     )
     for command in (plan, train):
-        command.add_argument("config", metavar="CFG.yaml", help="a LLaMA-Factory training YAML, e.g. my.yaml")
+        command.add_argument("config", type=path_argument, metavar="CFG.yaml", help="a LLaMA-Factory training YAML")
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="settings over those of the file, e.g. lora_rank=16"
         )
     report = commands.add_parser(
         "report", help="ranks, losses and training data of finished runs; two or more: compared"
     )
-    report.add_argument("runs", type=Path, nargs="+", metavar="OUTPUT_DIR")
+    report.add_argument("runs", type=path_argument, nargs="+", metavar="OUTPUT_DIR")
     add_export_arguments(
         commands.add_parser("export", help="lay an adapter out for a server, with a parity certificate")
     )
     commands.add_parser("doctor", help="say whether the hook is active, the versions, and whether each seam fits")
     init = commands.add_parser("init", help="copy the example YAMLs")
-    init.add_argument("folder", type=Path, nargs="?", default=Path(), help="where to put examples/")
+    init.add_argument("folder", type=path_argument, nargs="?", default=Path(), help="where to put examples/")
     measure = commands.add_parser("measure")  # internal: the process that `plan` and `train` score in
     measure.add_argument("answer", type=Path)
     return parser
@@ -61,6 +62,8 @@ def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognised: {' '.join(stray or rest)}; overrides are written key=value")
     if rest:
         arguments.overrides += rest
+    if bare := [word for word in getattr(arguments, "overrides", []) if "=" not in word]:
+        parser.error(f"{' '.join(bare)}: overrides are written key=value, e.g. lora_rank=16")
     return arguments
 
 
@@ -84,7 +87,10 @@ def main(argv: list[str] | None = None) -> int:
 def train(arguments: argparse.Namespace) -> int:
     """Hand over to LLaMA-Factory's launcher with the hook in place here and in every torchrun worker."""
     require_enabled()
-    sys.argv = ["llamafactory-cli", "train", arguments.config, *arguments.overrides]
+    from llamafactory_adaptive.bridge.arguments import check_config_file
+
+    check_config_file(arguments.config)
+    sys.argv = ["llamafactory-cli", "train", str(arguments.config), *arguments.overrides]
     from llamafactory import launcher
 
     launcher.__file__ = str(Path(_bootstrap.__file__).resolve())  # the file torchrun is told to run

@@ -16,8 +16,8 @@ def plan(arguments: argparse.Namespace) -> int:
     """Plan ranks without training: table, heat-map, ``adaptive_rank_plan.json``."""
     require_enabled()
     from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS
-    from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings
-    from llamafactory_adaptive.bridge.host_check import check_host_settings
+    from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, check_config_file, command_line_settings
+    from llamafactory_adaptive.bridge.host_check import check_folder, check_host_settings
     from llamafactory_adaptive.bridge.plans import advice, fresh_plan
     from llamafactory_adaptive.bridge.seams import require_seams
     from llamafactory_adaptive.bridge.validation import parse_config
@@ -27,11 +27,8 @@ def plan(arguments: argparse.Namespace) -> int:
     from llamafactory_adaptive.reports.tables import rank_table
 
     require_seams()
-    if Path(arguments.config).suffix not in (".yaml", ".yml"):
-        raise AdaptiveConfigError(
-            [Problem("config", arguments.config, "it must be a YAML file", "a name ending in .yaml")]
-        )
-    sys.argv = ["llamafactory-adaptive", arguments.config, *arguments.overrides]
+    check_config_file(arguments.config)
+    sys.argv = ["llamafactory-adaptive", str(arguments.config), *arguments.overrides]
     args = command_line_settings()
     if not asks_for_adaptive(args):
         kind = args.get("finetuning_type", "lora")
@@ -48,6 +45,7 @@ def plan(arguments: argparse.Namespace) -> int:
         raise AdaptiveConfigError(
             [Problem("output_dir", str(folder), "it holds a trained adapter with its plan", "--out <another folder>")]
         )
+    check_folder("output_dir" if arguments.out is None else "--out", folder)
     with locked(folder):
         found = fresh_plan(args, config)
         found.save(folder / PLAN_FILE)

@@ -3,13 +3,12 @@
 Pure standard library, on the flat mapping of a run's settings.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from llamafactory_adaptive.config.deepspeed_settings import document, part, zero_optimization
 from llamafactory_adaptive.errors import Problem
 
 
@@ -27,20 +26,9 @@ def _on(key: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda flat: bool(flat.get(key))
 
 
-def _document(flat: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """A configuration given as a mapping, as JSON or as the name of a file with it; empty without one."""
-    given = flat.get(key)
-    try:
-        if isinstance(given, str):
-            given = json.loads(given if given.startswith("{") else Path(given).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # the host says so when it reads it
-        return {}
-    return given if isinstance(given, dict) else {}
-
-
 def _deepspeed_stage(flat: Mapping[str, Any]) -> int:
     """ZeRO stage; 0 without DeepSpeed."""
-    return int(_document(flat, "deepspeed").get("zero_optimization", {}).get("stage", 0))
+    return int(zero_optimization(flat.get("deepspeed"))["stage"])
 
 
 CONFLICTS = (
@@ -147,8 +135,7 @@ MASKING_CONFLICTS = (
     Conflict(
         "deepspeed",
         lambda flat: (
-            _deepspeed_stage(flat) == 1
-            and _document(flat, "deepspeed").get("data_types", {}).get("grad_accum_dtype") == "fp32"
+            _deepspeed_stage(flat) == 1 and part(flat.get("deepspeed"), "data_types").get("grad_accum_dtype") == "fp32"
         ),
         "DeepSpeed's bf16 optimizer (ZeRO-1 with grad_accum_dtype fp32) keeps gradients where scores cannot read them",
         "ZeRO-2, or leaving data_types out",
@@ -202,7 +189,7 @@ REALLOCATION_CONFLICTS = (
 
 def _regroups(flat: Mapping[str, Any]) -> bool:
     """Whether accelerate is told to batch otherwise than by default."""
-    settings = _document(flat, "accelerator_config")
+    settings = document(flat.get("accelerator_config"))
     return bool(settings.get("split_batches") or settings.get("even_batches") is False)
 
 

@@ -11,7 +11,40 @@ _SWITCHES = {
     "USE_RAY": "every Ray worker takes itself for the first one, so each would score and plan for itself",
     "USE_MCA": "Megatron trains full parameters only",
 }
+# What tells a process which one of a job it is, and where they meet.
+_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+_MEETING = ("MASTER_ADDR", "MASTER_PORT")
 _PANEL = ("lora_rank", "lora_alpha", "lora_target")
+
+
+def _launcher_problems() -> list[Problem]:
+    """Find what of a launcher's variables is missing or no number: a process would wait for others that never come."""
+    here = {name: value for name in (*_NUMBERS, *_MEETING) if (value := os.environ.get(name)) is not None}
+    problems = [
+        Problem(name, here[name], "a launcher sets it to a whole number", f"unset {name}")
+        for name in _NUMBERS
+        if name in here and not _is_number(here[name], name)
+    ]
+    if problems:
+        return problems
+    rank, processes = (int(here.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if rank >= processes:
+        reason = f"it must be below WORLD_SIZE ({here.get('WORLD_SIZE', 'not set, so 1')})"
+        return [Problem("RANK", here["RANK"], reason, "unset RANK, or starting the job with torchrun")]
+    needed = {"RANK", "WORLD_SIZE", *_MEETING} if processes > 1 or int(here.get("LOCAL_RANK", "-1")) >= 0 else set()
+    reason = "a process of a job needs all of " + ", ".join((*_NUMBERS, *_MEETING))
+    return [
+        Problem(name, None, reason, "torchrun or FORCE_TORCHRUN=1, which set them, or unsetting the others")
+        for name in sorted(needed - set(here))
+    ]
+
+
+def _is_number(text: str, name: str) -> bool:
+    least = {"LOCAL_RANK": -1, "RANK": 0, "WORLD_SIZE": 1}[name]  # -1: older launchers' word for none
+    try:
+        return int(text) >= least
+    except ValueError:
+        return False
 
 
 def check_environment(flat: Mapping[str, Any]) -> list[Problem]:
@@ -21,6 +54,7 @@ def check_environment(flat: Mapping[str, Any]) -> list[Problem]:
         for name, reason in _SWITCHES.items()
         if os.environ.get(name, "0").lower() in ("1", "true", "y")
     ]
+    problems += _launcher_problems()
     # LLaMA Board passes its LoRA panel on for ``finetuning_type: lora`` alone.
     lost = [key for key in _PANEL if flat.get(key) is None]
     if os.environ.get("LLAMABOARD_ENABLED") == "1" and lost:

@@ -19,9 +19,9 @@ def unknown_key_problems(given: Mapping[str, Any], known: Iterable[str]) -> list
     problems = []
     for key, value in given.items():
         if key not in names:
-            near = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.6)
+            near = difflib.get_close_matches(str(key), sorted(names), n=1, cutoff=0.6)
             hint = near[0] if near else "leaving it out"
-            problems.append(Problem(key, value, "neither LLaMA-Factory nor this plugin has such a key", hint))
+            problems.append(Problem(str(key), value, "neither LLaMA-Factory nor this plugin has such a key", hint))
     return problems
 
 

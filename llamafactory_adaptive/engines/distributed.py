@@ -41,7 +41,7 @@ def is_worker() -> bool:
     Clusters (Kubeflow's PyTorchJob, SageMaker) set RANK and WORLD_SIZE for their nodes, where torchrun is still to be
     started; LOCAL_RANK is the launcher's alone.
     """
-    return "LOCAL_RANK" in os.environ
+    return os.environ.get("LOCAL_RANK", "-1") != "-1"  # older launchers' word for none
 
 
 def launched_number() -> int:

@@ -48,8 +48,12 @@ class BaseCheckpoint:
     @cached_property
     def dtypes(self) -> frozenset[torch.dtype]:
         """Types of the floating-point weights as the files hold them, whatever ``config.json`` says."""
-        specs = (spec for path in self.shards for spec in read_specs(path))
-        return frozenset(spec.dtype for spec in specs if spec.dtype.is_floating_point)
+        return frozenset(dtype for dtype in self.dtype_of.values() if dtype.is_floating_point)
+
+    @cached_property
+    def dtype_of(self) -> dict[str, torch.dtype]:
+        """Type of each weight as the files hold it."""
+        return {spec.name: spec.dtype for path in self.shards for spec in read_specs(path)}
 
     @property
     def widest(self) -> torch.dtype:
@@ -188,6 +192,9 @@ def check_fit(adapter: SourceAdapter, base: BaseCheckpoint, skeleton: nn.Module)
             tied = f"{module.name}.weight" in tied_weights(skeleton)
             why = "is tied to the embeddings" if tied else "is saved there under another name"
             faults.append(f"{module.name} {why}")
+        elif not (dtype := base.dtype_of[f"{module.name}.weight"]).is_floating_point:
+            suggestion = "--base <the 16-bit checkpoint it came from>"
+            faults.append(f"{module.name} is held as {dtype} there")
     if faults:
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
         why = "the adapter does not fit: " + "; ".join(faults[:3]) + more

@@ -84,7 +84,7 @@ def merge(
         weight = prepare(spec.name, weight)
         if spec.name not in adapted:
             return weight
-        return _finite(spec.name, weight.clone().add_(update(adapter, adapted[spec.name])))
+        return _added(spec.name, weight, update(adapter, adapted[spec.name]))
 
     with tqdm(total=len(base.weights), desc="merging", unit="weight", mininterval=1.0) as progress:
         total = sum(_merge_shard(path, target / path.name, dtype, make, progress) for path in base.shards)
@@ -92,10 +92,14 @@ def merge(
         _write_index(base, target, total)
 
 
-def _finite(name: str, weight: Tensor) -> Tensor:
+def _added(name: str, weight: Tensor, change: Tensor) -> Tensor:
+    """Add a module's update to its weight; only what it makes infinite is the type's fault."""
+    merged = weight.clone().add_(change)
+    if bool(torch.isfinite(merged).all()):
+        return merged
     if not bool(torch.isfinite(weight).all()):
-        raise ExportError(f"{name} would leave the range of {weight.dtype} when merged; merge with --dtype bfloat16")
-    return weight
+        raise ExportError(f"{name} of the base holds NaN or infinity as {weight.dtype}; take another copy or --dtype")
+    raise ExportError(f"{name} would leave the range of {weight.dtype} when merged; merge with --dtype bfloat16")
 
 
 def _merge_shard(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.paths import path_argument
 
 
 SERVERS = {
@@ -42,10 +43,10 @@ class ExportRequest:
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder of a saved LoRA adapter")
+    parser.add_argument("adapter", type=path_argument, metavar="ADAPTER", help="folder of a saved LoRA adapter")
     servers = "; ".join(f"{name}: {what}" for name, what in SERVERS.items())
     parser.add_argument("--for", dest="server", choices=SERVERS, required=True, help=servers)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the export")
+    parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="new folder for the export")
     parser.add_argument(
         "--base", metavar="MODEL", help="base model, folder or hub name (default: what the adapter says)"
     )
@@ -64,7 +65,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         help="largest difference of log-probabilities between PEFT and the export, in nats (default: 0.001)",
     )  # fmt: skip
     parser.add_argument(
-        "--vllm-python", type=Path, metavar="PATH",
+        "--vllm-python", type=path_argument, metavar="PATH",
         help="python of an environment with vLLM, to check there too (vllm, vllm-legacy, merged)",
     )  # fmt: skip
 

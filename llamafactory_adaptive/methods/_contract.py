@@ -81,7 +81,7 @@ class StaticMethod(Protocol):
     """Ranks fixed before training.
 
     Attributes:
-        Options: a dataclass of options, made with :func:`~llamafactory_adaptive.fields.option`.
+        Options: a dataclass of options, made with :func:`~llamafactory_adaptive.options.option`.
         concentration_advice: what a user can change when few modules hold most of the score; empty when that is no
             fault of the method's.
     """

@@ -35,8 +35,9 @@ def cache_folder() -> Path:
     Raises:
         AdaptiveConfigError: it cannot be written.
     """
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llamafactory_adaptive"
-    folder = Path(os.environ.get(CACHE_ENV, default))
+    # Set to nothing is not set: files would land wherever the run was started.
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "llamafactory_adaptive")
+    folder = Path(os.path.expanduser(os.environ.get(CACHE_ENV) or default))
     try:
         for part in ("plans", "statistics", "quality"):
             (folder / part).mkdir(parents=True, exist_ok=True)

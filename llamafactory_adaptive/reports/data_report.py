@@ -12,6 +12,7 @@ from torch import Tensor
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import digest_of, read_json, write_atomically
 from llamafactory_adaptive.ranks.plan import RankPlan
+from llamafactory_adaptive.reports.plaintext import plain
 from llamafactory_adaptive.reports.plots import save_figure
 from llamafactory_adaptive.reports.tables import align
 
@@ -182,8 +183,18 @@ def data_report_of(output: Path, plan: RankPlan) -> dict[str, Any] | None:
 
 
 def data_table(report: Mapping[str, Any]) -> str:
-    """The summary as text."""
-    r = report
+    """The summary as text.
+
+    Raises:
+        PlanError: it is not the summary that :func:`save_data_report` writes.
+    """
+    try:
+        return _table(report)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise PlanError(f"{DATA_REPORT_FILE} cannot be shown ({type(error).__name__}: {error})") from error
+
+
+def _table(r: Mapping[str, Any]) -> str:
     lines = [
         f"samples                {r['samples']:,} ({r['clipped']:,} clipped, {r['without_loss_tokens']:,} without a "
         "token that takes loss)",
@@ -214,5 +225,5 @@ def _sample_text(sample: Mapping[str, Any]) -> str:
 
 
 def _short(text: str, length: int) -> str:
-    line = " ".join(text.split())
+    line = plain(" ".join(text.split()), len(text))  # of the training data, which may hold anything
     return line if len(line) <= length else line[: length - 4] + " ..."

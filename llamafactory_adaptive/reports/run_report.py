@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.errors import PlanError
-from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, read_lines
+from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, read_lines, read_mapping
 from llamafactory_adaptive.ranks.plan import RankPlan, load_plan
 from llamafactory_adaptive.reports.data_report import DATA_REPORT_FILE, data_report_of, data_table, read_data_report
 from llamafactory_adaptive.reports.plaintext import plain
 from llamafactory_adaptive.reports.tables import align, rank_table
+
+
+# What files that are of no run, or no longer whole, make of being read.
+_NO_RUN = (PlanError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError,
+           RecursionError)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,31 +54,39 @@ def read_run(folder: Path) -> Run:
     if not (folder / PLAN_FILE).is_file():
         raise PlanError(f"there is no run in {folder}: {PLAN_FILE} is missing; give the output_dir of a training")
     try:
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        lines = read_lines(folder / LOG_FILE)
-        history, last = state["log_history"], json.loads(lines[-1])
-    except (OSError, ValueError, KeyError, IndexError) as error:
+        state = read_mapping(folder / "trainer_state.json", "trainer_state.json", finite=False)
+        last = json.loads(read_lines(folder / LOG_FILE)[-1])
+        history = [entry for entry in state["log_history"] if isinstance(entry, dict)]
+        steps, overhead = int(state["global_step"]), float(last.get("overhead_seconds", 0.0))
+    except _NO_RUN as error:
         raise PlanError(f"the run in {folder} has not ended: {type(error).__name__}: {error}") from error
     return Run(
         folder=folder,
         plan=load_plan(folder / PLAN_FILE),
-        steps=int(state["global_step"]),
+        steps=steps,
         train_loss=_last(history, "train_loss"),
         eval_loss=_last(history, "eval_loss"),
         train_seconds=_last(history, "train_runtime"),
-        overhead_seconds=float(last.get("overhead_seconds", 0.0)),
+        overhead_seconds=overhead,
         losses=_all(history, "loss"),
         eval_losses=_all(history, "eval_loss"),
     )
 
 
 def _all(history: Sequence[dict[str, Any]], key: str) -> tuple[float, ...]:
-    return tuple(float(entry[key]) for entry in history if isinstance(entry.get(key), (int, float)))
+    return tuple(float(entry[key]) for entry in history if _is_number(entry.get(key)))
 
 
 def _last(history: Sequence[dict[str, Any]], key: str) -> float | None:
-    found = [entry[key] for entry in history if key in entry]
-    return float(found[-1]) if found else None
+    found = _all(history, key)
+    return found[-1] if found else None
+
+
+def _is_number(value: object) -> bool:
+    """Tell whether a value counts as a number: whole ones of JSON may be too large to."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return isinstance(value, float) or abs(value) < 2**1000
 
 
 def data_of_unfinished_run(folder: Path) -> str | None:

@@ -3,15 +3,12 @@
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from shlex import quote
 
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
 from llamafactory_adaptive.ranks.schedule import Schedule
 from llamafactory_adaptive.reports.plaintext import plain
 
-
-if TYPE_CHECKING:
-    pass
 
 _BYTES_PER_PARAMETER = 4  # LLaMA-Factory trains and saves LoRA factors in fp32
 
@@ -133,8 +130,8 @@ def closing_words(
             f"in {output}: {files}",
             *(f"warning: {text}" for text in warnings),
             "next:",
-            f"  llamafactory-adaptive report {output}",
-            f"  llamafactory-adaptive export {output} --for vllm --out served/{output.name}",
+            f"  llamafactory-adaptive report {quote(str(output))}",
+            f"  llamafactory-adaptive export {quote(str(output))} --for vllm --out {quote(f'served/{output.name}')}",
             f"  llamafactory-cli chat with adapter_name_or_path: {output}",
         ]
     )

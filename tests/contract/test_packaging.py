@@ -45,10 +45,13 @@ def test_init_copies_examples_whose_paths_hold(tmp_path, monkeypatch, capsys):
                                                                                  "--out", "x"]])  # fmt: skip
 def test_overrides_stand_on_either_side_of_options(words):
     arguments = cli.parse_command_line(words)
-    assert (arguments.config, arguments.overrides, arguments.out) == ("a.yaml", ["lora_rank=2"], Path("x"))
+    assert (arguments.config, arguments.overrides, arguments.out) == (Path("a.yaml"), ["lora_rank=2"], Path("x"))
 
 
 def test_stray_words_are_usage_errors(capsys):
     with pytest.raises(SystemExit):
         cli.parse_command_line(["plan", "a.yaml", "--nope"])
     assert "unrecognised: --nope; overrides are written key=value" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.parse_command_line(["plan", "a.yaml", "lora_rank", "16"])
+    assert "lora_rank 16: overrides are written key=value, e.g. lora_rank=16" in capsys.readouterr().err

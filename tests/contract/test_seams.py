@@ -107,3 +107,10 @@ def test_doctor_says_active(capsys):
     assert "start-up hook   active" in text
     assert "seam            fits            llamafactory.model.adapter.LoraConfig" in text
     assert _bootstrap.active()
+
+
+def test_a_host_that_cannot_be_imported_is_told_for_each_seam(tmp_path):
+    (tmp_path / "llamafactory").mkdir()
+    (tmp_path / "llamafactory" / "__init__.py").write_text("raise RuntimeError('half installed')")
+    code = "from llamafactory_adaptive.bridge.seams import seam_states; print(set(seam_states().values()))"
+    assert python(code, PYTHONPATH=str(tmp_path)) == "{'cannot be imported (RuntimeError: half installed)'}"

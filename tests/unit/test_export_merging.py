@@ -199,6 +199,17 @@ def test_a_merge_that_overflows_names_the_weight(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
 
 
+def test_a_base_that_is_no_number_is_not_blamed_on_the_type(tmp_path):
+    base = save_base(tmp_path / "base")
+    [path] = base.glob("*.safetensors")
+    held = load_file(path)
+    held["model.layers.0.self_attn.q_proj.weight"][0, 0] = float("nan")
+    save_file(held, path, {"format": "pt"})
+    adapter = save_adapter(base, tmp_path / "adapter")
+    with pytest.raises(ExportError, match=r"q_proj.weight of the base holds NaN or infinity"):
+        run_export(ExportRequest(adapter, "merged", tmp_path / "out"))
+
+
 @pytest.mark.parametrize("double", [True, False])
 def test_quantisation_aware_merge_is_peft_on_the_dequantised_base(double, tmp_path):
     base = save_base(tmp_path / "base", shard="20KB", num_hidden_layers=1)

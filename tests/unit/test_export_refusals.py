@@ -370,3 +370,14 @@ def test_in_a_real_vllm(server, tmp_path):
     assert "vllm      passed" in said
     document = json.loads((tmp_path / "out" / "parity_certificate.json").read_text())
     assert document["checks"][-1]["max_difference"] < 1e-3
+
+
+@pytest.mark.parametrize("server", ["peft", "merged"])
+def test_a_base_of_whole_numbers_is_no_16_bit_checkpoint(server, adapter, tmp_path):
+    base = save_tiny(tmp_path / "whole")
+    weights = load_file(base / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file({**weights, name: weights[name].to(torch.int8)}, base / "model.safetensors", {"format": "pt"})
+    said = refusal(adapter, tmp_path, server, base=str(base))
+    assert "q_proj is held as torch.int8 there" in said
+    assert "--base <the 16-bit checkpoint it came from>" in said

@@ -1,0 +1,63 @@
+"""The host's keys that take a text: values of another type, and paths that no file can have.
+
+A YAML gives numbers, lists and mappings as readily as texts, and the host finds out only where it uses one. These keys
+are looked at before any other check, which may then take what it reads for a text.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from llamafactory_adaptive.errors import Problem
+from llamafactory_adaptive.paths import impossible_path
+
+
+# What each key takes besides a text; lists are of texts.
+_PATHS: dict[str, tuple[type, ...]] = {
+    "model_name_or_path": (),
+    "adapter_name_or_path": (),
+    "output_dir": (),
+    "tokenized_path": (),
+    "cache_dir": (),
+    "media_dir": (),
+    "ref_model": (),
+    "reward_model": (),
+    "adaptive_plan": (),
+    "resume_from_checkpoint": (bool,),
+    "dataset_dir": (dict,),
+    "deepspeed": (dict,),
+}
+_NAMES: dict[str, tuple[type, ...]] = {
+    "template": (),
+    "dataset": (list,),
+    "eval_dataset": (list,),
+    "lora_target": (list,),
+    "additional_target": (list,),
+    "report_to": (list,),
+}
+_WORDS = {list: "a list of texts", dict: "a mapping", bool: "true or false"}
+
+
+def text_problems(args: Mapping[str, Any]) -> list[Problem]:
+    """Find texts that are none, and paths too long for a file or with a zero byte in them."""
+    problems = []
+    for key, others in (_PATHS | _NAMES).items():
+        value = args.get(key)
+        if value is None:
+            continue
+        if not _fits(value, others):
+            allowed = "it must be " + " or ".join(["a text", *(_WORDS[kind] for kind in others)])
+            quoted = isinstance(value, (int, float)) and not isinstance(value, bool)
+            problems.append(Problem(key, value, allowed, f'{key}: "{value}"' if quoted else f'{key}: "<text>"'))
+        elif key in _PATHS and isinstance(value, str) and not _is_json(value) and (why := impossible_path(value)):
+            problems.append(Problem(key, value, why, "another path"))
+    return problems
+
+
+def _fits(value: Any, others: tuple[type, ...]) -> bool:
+    if isinstance(value, list):
+        return list in others and all(isinstance(entry, str) for entry in value)
+    return isinstance(value, (str, *others))
+
+
+def _is_json(value: str) -> bool:
+    return value.lstrip().startswith("{")  # DeepSpeed's settings themselves

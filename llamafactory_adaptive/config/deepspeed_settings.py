@@ -1,0 +1,30 @@
+"""DeepSpeed's settings as a run is given them: a mapping, JSON, or the name of a file with it. DeepSpeed itself is not
+needed; what is wrong in them, it says when it reads them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def document(given: Any) -> dict[str, Any]:
+    """Read settings given as a mapping, as JSON or as the name of a file; empty without any that can be read."""
+    try:
+        if isinstance(given, (str, Path)):
+            text = str(given)
+            given = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return given if isinstance(given, dict) else {}
+
+
+def part(given: Any, name: str) -> dict[str, Any]:
+    """Read one mapping of the settings; empty where there is none."""
+    found = document(given).get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def zero_optimization(given: Any) -> dict[str, Any]:
+    """Read the part about ZeRO, with its ``stage`` a whole number (0 where there is none)."""
+    found = part(given, "zero_optimization")
+    stage = found.get("stage", 0)
+    return {**found, "stage": stage if isinstance(stage, int) else 0}

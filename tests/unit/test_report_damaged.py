@@ -1,0 +1,73 @@
+"""``report`` on folders whose files hold something else: one message or what can still be told, never a traceback."""
+
+import json
+import os
+
+import pytest
+
+from llamafactory_adaptive.bridge.resuming import named_paths
+from llamafactory_adaptive.errors import PlanError
+from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE
+from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
+from llamafactory_adaptive.reports.data_report import DATA_REPORT_FILE, _short, data_table
+from llamafactory_adaptive.reports.run_report import read_run, run_text
+
+
+STATES = ("[]", "null", "[" * 100_000, '{"log_history": 5, "global_step": 1}',
+          '{"log_history": [], "global_step": "many"}', '{"log_history": [], "global_step": null}',
+          '{"log_history": [], "global_step": Infinity}')  # fmt: skip
+LOGS = ("[1]", "5", "null", "[" * 100_000, '{"overhead_seconds": "x"}', '{"overhead_seconds": [1]}',
+        '{"overhead_seconds": ' + "9" * 400 + "}")  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path):
+    modules = (ModulePlan("model.layers.0.q_proj", 8, 8, 2),)
+    RankPlan("uniform", {}, "params", 2, 4.0, modules, {}).write(tmp_path / PLAN_FILE)
+    (tmp_path / "trainer_state.json").write_text('{"log_history": [{"loss": 1.5}], "global_step": 1}')
+    (tmp_path / LOG_FILE).write_text('{"overhead_seconds": 1.0}\n')
+    return tmp_path
+
+
+@pytest.mark.parametrize("text", STATES, ids=lambda text: text[:50])
+def test_a_state_of_another_shape(text, run):
+    (run / "trainer_state.json").write_text(text)
+    with pytest.raises(PlanError, match="has not ended"):
+        read_run(run)
+
+
+@pytest.mark.parametrize("text", LOGS, ids=lambda text: text[:50])
+def test_a_log_of_another_shape(text, run):
+    (run / LOG_FILE).write_text(text + "\n")
+    with pytest.raises(PlanError, match="has not ended"):
+        read_run(run)
+
+
+def test_a_log_that_is_a_pipe_is_not_waited_for(run):
+    (run / LOG_FILE).unlink()
+    os.mkfifo(run / LOG_FILE)
+    with pytest.raises(PlanError, match="no regular file"):
+        read_run(run)
+
+
+def test_entries_that_are_no_numbers_are_passed_over(run):
+    history = [5, None, {"loss": 2.0}, {"loss": 10**400}, {"loss": "low"}, {"loss": True}, {"train_loss": [1]}]
+    (run / "trainer_state.json").write_text(json.dumps({"log_history": history, "global_step": 1}))
+    found = read_run(run)
+    assert found.losses == (2.0,)
+    assert found.train_loss is None
+    assert "first 2.0000" in run_text(found)
+
+
+@pytest.mark.parametrize("change", [{}, {"samples": "many"}, {"best": [5]}, {"distribution": [1]}], ids=str)
+def test_a_data_report_of_another_shape(change):
+    with pytest.raises(PlanError, match=DATA_REPORT_FILE):
+        data_table({"schema_version": 1, **change})
+
+
+def test_a_zero_byte_in_the_settings_names_no_path():
+    assert named_paths({"run_name": "a\0b", "output_dir": "out"}) == []
+
+
+def test_training_data_cannot_recolour_the_terminal():
+    assert _short("\x1b[31mred \u202e", 100) == r"\x1b[31mred \u202e"
