@@ -24,7 +24,7 @@ from eval.errors import EvalError
 from eval.models import Serving, base_warnings, plan_servings
 from eval.output import OutputFolder
 from eval.protocols import Task
-from eval.redaction import guarded, redacted
+from eval.redaction import guarded, redacted, without_control
 from eval.server import check_port, on_cpu, vllm_command
 from eval.serving import Command
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None, command: Command = vllm_command) -> 
         try:
             failed = run(parse(argv), command, redacted(words))
         except EvalError as error:
-            print(f"eval: error: {error}", file=sys.stderr)
+            print(f"eval: error: {without_control(str(error))}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("\neval: interrupted; no server was left running. Answers are kept: the same command goes on",

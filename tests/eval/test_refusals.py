@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from eval import reading, run
 from eval.arguments import parse
-from eval.errors import UsageError
+from eval.errors import EvalError, UsageError
 from eval.models import Model, base_warnings
 from eval.redaction import clean, guarded, redacted
 
@@ -156,10 +157,13 @@ def test_headers_are_hidden_and_words_are_not():
         "null",
         "{",
         '{"a": ' * 50_000,
+        '{"r": 8, "a": ' + "[" * 200 + "]" * 200 + "}",
+        '{"r": 8, "a": "' + "x" * 2**20 + '"}',
     ],
     ids=lambda text: text[:40],
 )
-def test_a_damaged_adapter_is_one_sentence(config, words, adapter):
+def test_a_damaged_adapter_is_one_sentence(config, words, adapter, monkeypatch):
+    monkeypatch.setattr(reading, "MAX_RESULTS", 2**20)
     (adapter / "adapter_config.json").write_text(config)
     said = refused(words("--adapter", f"a={adapter}"))
     assert "its adapter_config.json cannot be read (" in said
@@ -182,3 +186,20 @@ def test_an_adapter_of_another_base_is_warned_of(base, named, warned, adapter):
     said = list(base_warnings([Model("base", "base", base), Model("mine", "adapter", str(adapter))]))
     assert bool(said) == warned
     assert not warned or said[0].startswith(f"mine was trained on {named}")
+
+
+def test_the_base_that_an_adapter_names_steers_no_terminal(adapter):
+    named = "some\x1b[2J\x1b]0;mine\x07/mo\ndel\u202e"
+    (adapter / "adapter_config.json").write_text(json.dumps({"r": 8, "base_model_name_or_path": named}))
+    (said,) = base_warnings([Model("base", "base", "b"), Model("mine", "adapter", str(adapter))])
+    assert said.startswith("mine was trained on some?[2J?]0;mine?/mo del?, as its adapter_config.json says")
+    assert said.isprintable()
+
+
+def test_what_others_wrote_into_a_message_steers_no_terminal(words, monkeypatch, capsys):
+    def fail(*_):
+        raise EvalError("it said \x1b[2J")
+
+    monkeypatch.setattr(run, "run", fail)
+    assert run.main(words()) == 2
+    assert capsys.readouterr().err == "eval: error: it said ?[2J\n"
