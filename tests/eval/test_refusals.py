@@ -93,6 +93,21 @@ def test_settings_that_say_nothing_sensible(more, message, words):
     assert message in refused(words(*more))
 
 
+GENERATING = {
+    "--temperature": ["0.8"], "--top-p": ["0.9"], "--repeats": ["4"], "--num-beams": ["2"], "--max-gen-toks": ["99"],
+    "--strip-thinking": []}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", GENERATING)
+def test_settings_of_generated_answers_where_none_is_generated(option, words):
+    more = [option, *GENERATING[option]]
+    if option in ("--top-p", "--repeats"):
+        more += ["--temperature", "0.8"]
+    said = refused(words("--protocol", "lm_eval", "--tasks", "arc_easy,boolq", *more))
+    assert f"{option}: no task of these generates text; leave it out, or add --tasks gsm8k" in said
+    assert parse(words("--protocol", "lm_eval", "--tasks", "arc_easy,gsm8k", *more))
+
+
 @pytest.mark.parametrize("url", [f"http://h/?api_key={SECRET}", f"http://me:{SECRET}@h", f"http://h/#{SECRET}"])
 def test_an_address_with_a_key_is_refused_and_not_repeated(url, words):
     said = refused(words("--base-url", url))
