@@ -1,6 +1,9 @@
 """What would undo the harness's settings, hold a secret or break a reader is refused before anything starts."""
 
+import html
 import json
+import re
+from urllib.parse import quote, quote_plus
 
 import pytest
 
@@ -151,6 +154,35 @@ def test_values_of_the_environment_are_hidden_in_every_form(name, monkeypatch):
     for text in (value, json.dumps(value), json.dumps(value, ensure_ascii=False), repr(value), f"a{value}b"):
         assert "ey+" not in clean(text)
     assert "k%22ey" not in clean("http://x/k%22ey%2B%2F%3C1%3E%C3%A9")
+
+
+def escaped(value):
+    """The same value as writers of URLs, JSON, HTML and Python write it."""
+    url = quote(value, safe="")
+    yield from (url, re.sub("%..", lambda found: found.group().lower(), url), quote_plus(value, safe="/"))
+    yield "".join(f"%{byte:02x}" for byte in value.encode())
+    units = value.encode("utf-16-be")
+    for form in ("{:04x}", "{:04X}"):
+        codes = [form.format(int.from_bytes(units[at : at + 2])) for at in range(0, len(units), 2)]
+        yield "".join(f"\\u{code}" for code in codes)
+        yield json.dumps({"in": "".join(f"\\u{code}" for code in codes)})
+    text = json.dumps(value)
+    yield from (text, json.dumps(text), json.dumps(json.dumps(text)), text.replace("/", "\\/"))
+    yield text.replace("<", "\\u003C").replace(">", "\\u003e").replace("&", "\\u0026")
+    yield from (html.escape(value), "".join(f"&#{ord(c)};" for c in value), "".join(f"&#X{ord(c):X};" for c in value))
+    yield html.escape(value).replace("/", "&sol;")
+    yield from (repr(value), ascii(value))
+    yield "".join(f"\\x{ord(c):02x}" if ord(c) < 256 else ascii(c)[1:-1] for c in value)
+
+
+@pytest.mark.parametrize("value", ["Key-4/f", "kEy+\"<1>'&\u00e9/ 2\\\\x\U0001f600\n;"])
+def test_a_secret_is_hidden_however_its_characters_are_escaped(value, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", value)
+    for text in escaped(value):
+        hidden = clean(text)
+        assert hidden in ("***", '{"in": "***"}') or (set(hidden) <= set("\\\"'*") and "***" in hidden), text
+    for other in ("Key-4", "%4bey-4%2", "\\u004bey", "100 % of it & more\\n", "\\" * 100):
+        assert clean(other) == other
 
 
 def test_headers_are_hidden_and_words_are_not():
