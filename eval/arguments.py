@@ -93,8 +93,8 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         given, [model.name for model in models], [task.name for task in tasks], not given.no_base_row
     )
     problems += found if tasks else []
-    if given.strip_thinking and tasks and all(task.likelihood for task in tasks):
-        problems.append("--strip-thinking: no task of these generates text; leave it out")
+    if tasks and all(task.likelihood for task in tasks):
+        problems += _idle_problems(given)
     if problems:
         raise UsageError(problems)
     return Request(
@@ -198,6 +198,14 @@ def _setting_problems(given: argparse.Namespace) -> Iterator[str]:
             yield f"--{key.replace('_', '-')}: raw text has no place for it; give --template training too"
     if given.no_base_row and not (given.adapter or given.merged):
         yield "--no-base-row: nothing is left to ask; give --adapter or --merged too"
+
+
+def _idle_problems(given: argparse.Namespace) -> Iterator[str]:
+    """Settings of generated answers, where none is generated: recorded all the same, they would set two runs apart."""
+    none = Decoding()
+    for key in (*vars(none), "strip_thinking"):
+        if getattr(given, key) != getattr(none, key, False):
+            yield f"--{key.replace('_', '-')}: no task of these generates text; leave it out, or add --tasks gsm8k"
 
 
 def _template_options(text: str | None) -> tuple[dict[str, Any], list[str]]:

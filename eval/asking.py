@@ -159,9 +159,9 @@ def model_digest(path: str) -> str:
 
 
 def _hub_digest(name: str) -> str:
-    from eval import client
+    from eval.hub import commit_of  # its library reads HF_HUB_OFFLINE as it is imported
 
-    return f"{name}@{client.hub_commit(name)}"
+    return f"{name}@{commit_of(name)}"
 
 
 def _never() -> None:

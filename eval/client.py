@@ -9,17 +9,15 @@ import logging
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
-import huggingface_hub
 from lm_eval import simple_evaluate
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
-from transformers import AutoTokenizer
 
 from eval.data import read_splits
 from eval.decoding import Decoding, Prompting
@@ -135,36 +133,6 @@ def load(
             where = "--data-dir" if files else f"{task.config['dataset_path']}, try --data-dir for local rows"
             raise EvalError(f"the rows of {task.name} cannot be loaded ({where}): {error}") from error
     return loaded
-
-
-def check_tokenizers(places: Iterable[str], template: str) -> None:
-    """Load every tokenizer once, before any server starts.
-
-    Raises:
-        EvalError: it cannot be had, or has no chat template where one is asked for.
-    """
-    for place in sorted(places):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            if "trust_remote_code" in str(error):
-                raise EvalError(
-                    f"the tokenizer of {place} needs code that comes with it, which is never run; evaluate a copy "
-                    "with a tokenizer of transformers"
-                ) from error
-            first = str(error).strip().splitlines()[0]
-            raise EvalError(f"the tokenizer of {place} cannot be loaded: {first}") from error
-        if template == "training" and tokenizer.chat_template is None:
-            raise EvalError(
-                f"--template training: {place} has no chat template; use --template none, or for a base whose adapter "
-                "brings one --base-tokenizer with the adapter's NAME, or --no-base-row"
-            )
-
-
-def hub_commit(name: str) -> str | None:
-    """The commit of a hub model whose tokenizer was loaded, as the local cache knows it."""
-    found = huggingface_hub.try_to_load_from_cache(name, "tokenizer_config.json")
-    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def questions(task: Task, loaded: Any, limit: int | None) -> list[str]:

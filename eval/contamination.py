@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eval import reading
 from eval.errors import EvalError, UsageError
-from eval.reading import loads, numbered_rows
 
 
 _WINDOW = 8  # words that must agree before texts are compared whole
@@ -106,10 +106,22 @@ def read_seen(files: Iterable[Path]) -> SeenTexts:
 
 def _rows(path: Path) -> Iterator[Any]:
     """Rows of JSON lines, or a whole document as one row; what a file is called does not decide what it holds."""
-    with contextlib.suppress(ValueError):  # the lines say better what is wrong
-        yield loads(path.read_text(encoding="utf-8"), str(path))
-        return
-    yield from (row for _, row in numbered_rows(path))
+    try:
+        with reading.opened(path) as file:
+            raw = file.read(reading.MAX_DOCUMENT + 1)
+    except OSError as error:
+        raise EvalError(f"--train-file: {path} cannot be read ({error.strerror})") from error
+    too_long = len(raw) > reading.MAX_DOCUMENT
+    if not too_long:
+        with contextlib.suppress(ValueError):  # the lines say better what is wrong
+            yield reading.loads(raw.decode(), str(path))
+            return
+    del raw
+    try:
+        yield from (row for _, row in reading.numbered_rows(path))
+    except EvalError as error:
+        hint = f"; a file above {reading.MAX_DOCUMENT >> 20} MiB must be JSON lines" if too_long else ""
+        raise EvalError(f"{error}{hint}") from error
 
 
 def files_of_plan(plan: Path, dataset_dir: Path | None) -> list[Path]:
@@ -119,11 +131,12 @@ def files_of_plan(plan: Path, dataset_dir: Path | None) -> list[Path]:
         UsageError: the plan or the table cannot be read, or a data set is not a local file.
     """
     try:
-        names = loads(plan.read_text(encoding="utf-8"), str(plan))["provenance"]["calibration_dataset"]
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise TypeError(f"calibration_dataset is {names!r:.60}, not a list of names")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError([f"--plan: {plan} is no rank plan that names its calibration data ({error!r})"]) from error
+        provenance = reading.field(reading.read_object(plan), "provenance", dict, "the plan")
+        names = reading.field(provenance, "calibration_dataset", list, "the plan's provenance")
+        if not all(isinstance(name, str) for name in names):
+            raise EvalError(f"calibration_dataset is {names!r:.60}, not a list of names")
+    except EvalError as error:
+        raise UsageError([f"--plan: {plan} is no rank plan that names its calibration data ({error})"]) from error
     if dataset_dir is None:
         raise UsageError(
             [
@@ -133,17 +146,15 @@ def files_of_plan(plan: Path, dataset_dir: Path | None) -> list[Path]:
         )
     table = dataset_dir / "dataset_info.json"
     try:
-        info = loads(table.read_text(encoding="utf-8"), str(table))
-    except (OSError, ValueError) as error:
-        raise UsageError([f"--dataset-dir: {table} cannot be read ({error})"]) from error
-    if not isinstance(info, Mapping):
-        raise UsageError([f"--dataset-dir: {table} must be a JSON object of data sets, this is {type(info).__name__}"])
+        info = reading.read_object(table)
+    except EvalError as error:
+        raise UsageError([f"--dataset-dir: {error}; give the folder of the run's dataset_info.json"]) from error
     return [_file_of(name, info, dataset_dir) for name in names]
 
 
 def _file_of(name: str, info: Mapping[str, Any], folder: Path) -> Path:
     entry = info.get(name)
-    if not isinstance(entry, Mapping) or "file_name" not in entry:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("file_name"), str):
         raise UsageError(
             [
                 f"--plan: its data set {name!r:.60} is no file of {folder / 'dataset_info.json'}; save its rows as "

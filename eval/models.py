@@ -1,7 +1,6 @@
 """Which models are compared, in which form each is served for which task, and which servers that takes."""
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -10,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from eval.errors import EvalError
-from eval.own_files import read_plain
 from eval.protocols import Task
+from eval.reading import read_object
 from eval.redaction import excerpt
 
 
 BASE = "base"
 LONGEST_NAME = 200  # bytes: it is part of a log's file name, and eval.compare reads no longer one
-_LARGEST_CONFIG = 2**24  # bytes; a longer one breaks off and is no JSON
 # The only values that vLLM takes for --max-lora-rank.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Files of a model folder that an answer depends on.
@@ -141,7 +139,7 @@ def base_warnings(models: Sequence[Model]) -> Iterator[str]:
     for model in models:
         if model.kind != "adapter" or not (Path(model.path) / "adapter_config.json").is_file():
             continue
-        trained = _read_config(Path(model.path) / "adapter_config.json").get("base_model_name_or_path")
+        trained = read_object(Path(model.path) / "adapter_config.json").get("base_model_name_or_path")
         if isinstance(trained, str) and _model_name(trained) and _model_name(trained) not in known:
             yield (
                 f"{model.name} was trained on {excerpt(trained, 200)}, as its adapter_config.json says, and is served "
@@ -158,8 +156,8 @@ def _model_name(path: str) -> str:
 def _own_name(folder: str) -> str:
     """The name that a model folder's config.json gives, or nothing."""
     try:
-        name = _read_config(Path(folder) / "config.json").get("_name_or_path")
-    except (OSError, ValueError):
+        name = read_object(Path(folder) / "config.json").get("_name_or_path")
+    except EvalError:
         return ""
     return name if isinstance(name, str) else ""
 
@@ -174,32 +172,17 @@ def largest_rank(adapter: Path) -> int:
     """The largest rank an adapter's config names.
 
     Raises:
-        ValueError: the config is no JSON object, or a rank in it is no whole number from 1.
+        EvalError: the config cannot be read, or a rank in it is no whole number from 1.
     """
-    config = _read_config(adapter / "adapter_config.json")
+    config = read_object(adapter / "adapter_config.json")
     pattern = config.get("rank_pattern") or {}
     if not isinstance(pattern, dict):
-        raise ValueError(f"rank_pattern must map module names to ranks, this is {type(pattern).__name__}")
+        raise EvalError(f"rank_pattern must map module names to ranks, this is {type(pattern).__name__}")
     ranks: dict[str, Any] = {"r": config.get("r"), **pattern}
     for name, rank in ranks.items():
         if type(rank) is not int or rank < 1:
-            raise ValueError(f"{name[:80]} is {str(rank)[:40]}: a rank must be a whole number from 1")
+            raise EvalError(f"{name[:80]} is {str(rank)[:40]}: a rank must be a whole number from 1")
     return int(max(ranks.values()))
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """A JSON object of untrusted origin.
-
-    Raises:
-        ValueError: it is none, or nested too deeply.
-    """
-    try:
-        found = json.loads(read_plain(path, _LARGEST_CONFIG).decode())
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"it must be a JSON object, this is {type(found).__name__}")
-    return found
 
 
 def problem_with(model: Model) -> str | None:
@@ -223,7 +206,7 @@ def problem_with(model: Model) -> str | None:
 def _problem_with_config(model: Model, option: str) -> str | None:
     try:
         rank = largest_rank(Path(model.path))
-    except (OSError, ValueError) as error:
+    except EvalError as error:
         return f"{option}: its adapter_config.json cannot be read ({error})"
     if rank > LORA_RANKS[-1]:
         return f"{option}: its largest rank {rank} is above {LORA_RANKS[-1]}, the most vLLM serves; give --merged"

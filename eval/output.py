@@ -12,7 +12,8 @@ from typing import IO, Any
 from eval import results
 from eval.cache import ANSWERS_FILE
 from eval.errors import EvalError
-from eval.own_files import NotOurFileError, open_own, read_plain
+from eval.own_files import NotOurFileError, open_own
+from eval.reading import read_object
 from eval.redaction import clean_values
 from eval.results import RESULTS_FILE
 
@@ -20,7 +21,6 @@ from eval.results import RESULTS_FILE
 STATE_FILE = "eval_run.json"
 LOCK_FILE = "eval_run.lock"
 STATE_VERSION = 1
-_LARGEST_STATE = 2**24  # bytes; a longer one breaks off and is no JSON
 # What a run may leave: where one of these lies and nothing says whose it is, it is another run's.
 _OURS = ("eval_*", ANSWERS_FILE, "samples*.jsonl", "samples*.html")
 
@@ -148,6 +148,8 @@ def problem_with(path: Path) -> str | None:
     try:
         if path.exists() and not path.is_dir():
             return f"--out: {path} is a file; give a folder"
+        if odd := [name for name in leftovers(path, lock=True) if not _plain(path / name)]:
+            return f"--out: {path / odd[0]} is no regular file but a pipe or a device; give another folder"
         state = _state_of(path)
     except OSError as error:
         return f"--out: {error.filename or path} cannot be read ({error.strerror}); give another folder"
@@ -160,25 +162,30 @@ def problem_with(path: Path) -> str | None:
     return None
 
 
-def leftovers(path: Path) -> list[str]:
-    """Names of files of ours in a folder, the lock aside."""
+def leftovers(path: Path, lock: bool = False) -> list[str]:
+    """Names of files of ours in a folder, the lock aside unless it is asked for."""
     found = {file.name for pattern in _OURS for file in path.glob(pattern)}
-    return sorted(found - {LOCK_FILE})
+    return sorted(found - (set() if lock else {LOCK_FILE}))
+
+
+def _plain(path: Path) -> bool:
+    """Whether a path is a file, a folder or nothing: no pipe, socket or device."""
+    return path.is_file() or path.is_dir() or not path.exists()
 
 
 def _state_of(path: Path) -> dict[str, Any] | None:
     file = path / STATE_FILE
+    if not file.exists():
+        return None
     try:
-        state = json.loads(read_plain(file, _LARGEST_STATE).decode())
+        state = read_object(file)
         if state["schema_version"] == STATE_VERSION and isinstance(state["settings"], dict):
             return {
                 "schema_version": STATE_VERSION,
                 "complete": bool(state["complete"]),
                 "settings": state["settings"],
             }
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (EvalError, KeyError):
         pass
     raise EvalError(f"--out: {file} cannot be read or is of another version; give another folder")
 

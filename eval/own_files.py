@@ -40,17 +40,3 @@ def open_own(path: Path, flags: int, mode: str, **more: Any) -> IO[Any]:
     except BaseException:
         os.close(handle)
         raise
-
-
-def read_plain(path: Path, most: int) -> bytes:
-    """Read the beginning of a plain file, a link to one included: ``most`` bytes and one more where it is longer.
-
-    Raises:
-        NotOurFileError: a pipe or a device stands there.
-        OSError: it cannot be read.
-    """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise NotOurFileError(0, "it is no plain file", str(path))
-        return file.read(most + 1)

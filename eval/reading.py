@@ -1,16 +1,19 @@
 """JSON that others wrote, read with limits: a file too large, nested too deeply or of other types is one message."""
 
+import errno
 import json
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from eval.errors import EvalError
-from eval.own_files import read_plain
 
 
 MAX_DEPTH = 100
-MAX_RESULTS = 64 * 2**20  # bytes of a results file; real ones take kilobytes
+MAX_RESULTS = 64 * 2**20  # bytes of a results file or a model's config; real ones take kilobytes
+MAX_DOCUMENT = 2**30  # bytes of training rows that are one document; longer ones are read line by line
 _LARGEST = 2**63
 MAX_LINE = 16 * 2**20  # bytes of one row
 MAX_SAMPLE = 16 * MAX_LINE  # of one sample: the row is in it twice, and the answer with what was read in it
@@ -49,16 +52,31 @@ def _children(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def opened(path: Path) -> BinaryIO:
+    """Open a regular file for reading. A pipe that stands in its place would make an ordinary ``open`` wait for ever.
+
+    Raises:
+        OSError: it cannot be opened, or is something else.
+    """
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    kind = os.fstat(number).st_mode
+    if not stat.S_ISREG(kind):
+        os.close(number)
+        raise OSError(errno.EINVAL, "Is a directory" if stat.S_ISDIR(kind) else "it is no regular file", str(path))
+    return os.fdopen(number, "rb")
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        EvalError: no such file, too large, no UTF-8, no JSON, no object.
+        EvalError: no such file, not a regular one, too large, no UTF-8, no JSON, no object.
     """
     try:
-        raw = read_plain(path, MAX_RESULTS)
+        with opened(path) as file:
+            raw = file.read(MAX_RESULTS + 1)
         if len(raw) > MAX_RESULTS:
-            raise EvalError(f"{path}: this file is larger than {MAX_RESULTS >> 20} MiB, which no results file is")
+            raise EvalError(f"{path}: this file is larger than {MAX_RESULTS >> 20} MiB; nothing of ours is")
         value = loads(raw.decode(), str(path))
     except OSError as error:
         raise EvalError(f"{path}: cannot be read ({error.strerror})") from error
@@ -81,7 +99,7 @@ def numbered_rows(path: Path, longest: int | None = None) -> Iterator[tuple[int,
     """
     most = MAX_LINE if longest is None else longest
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             for number, line in enumerate(iter(lambda: file.readline(most + 1), b""), 1):
                 if line.strip():
                     yield number, _row(line, f"{path}:{number}", most)

@@ -6,15 +6,13 @@ follows such an option on the command line, and whatever stands behind ``Bearer`
 
 import contextlib
 import functools
-import html
-import json
+import html.entities
 import os
 import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TextIO
-from urllib.parse import quote
 
 
 HIDDEN = "***"
@@ -29,14 +27,15 @@ _IN_JSON = re.compile(rf"""(["']{_NAME}["']\s*:\s*["'])([^"']*)""", re.I)
 _IN_QUERY = re.compile(rf"([?&;]{_NAME}=)([^&#\s'\"]*)", re.I)
 _BEARER = re.compile(r"(\bBearer\s+)(?=[^\s'\"\\]*[\d_-])[^\s'\"\\,;)}\]]+")  # JSON around it stays JSON
 _USER = re.compile(r"(?<=://)\S+(?=@)")  # up to the last @: a password may hold one; rather too much than too little
-_PERCENT = re.compile(r"%[0-9A-F]{2}")
+_SLASHES = r"\\{1,8}"  # before an escape; JSON inside JSON doubles them
 _learned: set[str] = set()
 
 
 def clean(text: str) -> str:
     """Replace every secret that is known by its value, and every ``Bearer`` header, by ``***``."""
-    for form in _forms(frozenset((*_learned, *_of_environment()))):
-        text = text.replace(form, HIDDEN)
+    escaped = any(mark in text for mark in "\\%&+")
+    for value, forms in _patterns(frozenset((*_learned, *_of_environment()))):
+        text = forms.sub(HIDDEN, text) if escaped else text.replace(value, HIDDEN)
     return _BEARER.sub(rf"\g<1>{HIDDEN}", text)
 
 
@@ -137,23 +136,46 @@ def _is_secret_name(name: str) -> bool:
     return bool(_VARIABLE.fullmatch(name))
 
 
-def _lowered(found: re.Match[str]) -> str:
-    return found.group().lower()
-
-
 @functools.lru_cache(maxsize=8)
-def _forms(values: frozenset[str]) -> Sequence[str]:
-    """Each value as it is and as JSON, a URL, HTML and Python's ``repr`` write it, longest first.
+def _patterns(values: frozenset[str]) -> Sequence[tuple[str, re.Pattern[str]]]:
+    """Each value, longest first, beside what finds it however its characters are escaped."""
+    secrets = {stripped for value in values if len(stripped := value.strip()) >= _SHORTEST}
+    return [(value, re.compile(_any_form(value))) for value in sorted(secrets, key=lambda value: (-len(value), value))]
 
-    Some writers of JSON escape ``/``, some of URLs write ``%2f`` small.
-    """
-    forms: set[str] = set()
-    for value in (value.strip() for value in values):
-        if len(value) >= _SHORTEST:
-            forms |= {value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1],
-                      quote(value, safe=""), html.escape(value), repr(value)[1:-1]}  # fmt: skip
-            forms |= {json.dumps(value)[1:-1].replace("/", "\\/"), _PERCENT.sub(_lowered, quote(value, safe=""))}
-    return sorted(forms, key=lambda form: (-len(form), form))
+
+def _any_form(value: str) -> str:
+    """An expression for a value in any mix of escapes: which characters a writer escapes, and how, is up to it."""
+    parts = re.findall(r"\\+|[^\\]", value)
+    # Of backslashes before the first character all are taken, at once: half an escape is no JSON.
+    first = "|".join(_written(parts[0])).replace(_SLASHES, r"\\(?<!\\\\)\\*")
+    return f"(?:{first})" + "".join(f"(?:{'|'.join(_written(part))})" for part in parts[1:])
+
+
+@functools.cache
+def _written(part: str) -> Sequence[str]:
+    """Ways in which JSON, a URL, HTML and Python's ``repr`` write one character, or a run of backslashes."""
+    code, times = ord(part[0]), len(part)
+    if part[0] == "\\":
+        return rf"\\{{{times},{8 * times}}}", f"(?:{'|'.join(_escapes(code))}){{{times}}}"
+    short = {"\n": "n", "\r": "r", "\t": "t", '"': '"', "'": "'", "/": "/"}.get(part)
+    blank = [r"\+"] if part == " " else []
+    return re.escape(part), *_escapes(code), *blank, *([_SLASHES + short] if short else [])
+
+
+def _escapes(code: int) -> Iterator[str]:
+    character = chr(code)
+    raw = character.encode("utf-8", "surrogateescape" if 0xDC80 <= code <= 0xDCFF else "surrogatepass")
+    yield "".join(f"%{_digits(byte, 2)}" for byte in raw)
+    units = character.encode("utf-16-be", "surrogatepass")
+    yield "".join(f"{_SLASHES}u{_digits(int.from_bytes(units[at : at + 2]), 4)}" for at in range(0, len(units), 2))
+    yield f"{_SLASHES}(?:x{_digits(code, 2)}|U{_digits(code, 8)})"
+    yield f"&#(?:0{{0,6}}{code}|[xX]0{{0,6}}{_digits(code, 1)});"
+    yield from (f"&{name}" for name, named in html.entities.html5.items() if named == character and name[-1] == ";")
+
+
+def _digits(number: int, width: int) -> str:
+    """A number in hexadecimal, its letters in either case."""
+    return "".join(f"[{d}{d.upper()}]" if d.isalpha() else d for d in f"{number:0{width}x}")
 
 
 def without_control(text: str) -> str:

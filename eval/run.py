@@ -100,12 +100,12 @@ def evaluate(
 def _load(request: Request, servings: Sequence[Serving]) -> tuple[dict[str, Any], "Warnings"]:
     """Load tasks with their rows by name, checked against what the models have seen; check tokenizers too."""
     print("loading tasks", flush=True)
-    from eval import client  # takes seconds, so not before the checks above
+    from eval import client, hub  # takes seconds, so not before the checks above
 
     said = client.quiet()
     loaded = client.load(request.tasks, request.template, request.files, request.strip_thinking)
     _guard(request, [client.questions(t, made, request.limit) for t, made in zip(request.tasks, loaded, strict=True)])
-    client.check_tokenizers({job.tokenizer for s in servings for job in s.jobs}, request.template)
+    hub.check_tokenizers({job.tokenizer for s in servings for job in s.jobs}, request.template)
     return {task.name: made for task, made in zip(request.tasks, loaded, strict=True)}, said
 
 

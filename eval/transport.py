@@ -211,6 +211,12 @@ class Asker:
         raise AssertionError("the last attempt returns or raises")
 
     async def _once(self, session: aiohttp.ClientSession, body: Any) -> Any:
+        try:
+            return await self._exchange(session, body)
+        except aiohttp.ServerTimeoutError as error:  # a TimeoutError too, but nothing was asked yet
+            raise aiohttp.ClientConnectionError(f"no connection within {_CONNECT_SECONDS:g} s") from error
+
+    async def _exchange(self, session: aiohttp.ClientSession, body: Any) -> Any:
         method = "GET" if body is None else "POST"
         address = f"{self.site.url}{self.path}"
         async with session.request(method, address, json=body, allow_redirects=False) as answer:

@@ -5,6 +5,7 @@ import json
 import pytest
 from files import write_jsonl
 
+from eval import reading
 from eval.contamination import files_of_plan, question_hash, read_seen, refuse_seen
 from eval.errors import EvalError, UsageError
 
@@ -146,3 +147,21 @@ def test_a_plan_that_is_none(tmp_path):
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(UsageError, match="is no rank plan that names its calibration data"):
         files_of_plan(tmp_path / "x.json", tmp_path)
+
+
+@pytest.mark.parametrize("file_name", ["x" * 5000, 5, None, "a\0b"])
+def test_a_table_of_others_with_names_that_are_none(file_name, tmp_path):
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": file_name}}))
+    with pytest.raises(UsageError, match="--train-file"):
+        files_of_plan(plan(tmp_path, ["mine"]), tmp_path)
+
+
+@pytest.mark.parametrize("size", [10, 2**21])
+def test_plans_and_tables_of_others_are_read_with_limits(size, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "MAX_RESULTS", 2**20)
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": "x" * size, "mine": 5}))
+    with pytest.raises(UsageError, match="larger than 1 MiB" if size > 2**20 else "'mine' is no file of"):
+        files_of_plan(plan(tmp_path, ["mine"]), tmp_path)
+    path = plan(tmp_path, ["x" * size])
+    with pytest.raises(UsageError, match="larger than 1 MiB" if size > 2**20 else "give the run's dataset_dir"):
+        files_of_plan(path, None)

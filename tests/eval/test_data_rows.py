@@ -1,6 +1,7 @@
 """Local rows: what stands in the file is what is scored, and JSON that nobody would write is one message."""
 
 import json
+import os
 
 import pytest
 from files import write_jsonl
@@ -63,6 +64,14 @@ def test_files_that_are_too_large_or_missing(tmp_path, monkeypatch):
         list(reading.numbered_rows(tmp_path))
 
 
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
+    pipe = tmp_path / "x.json"
+    os.mkfifo(pipe)
+    for read in (reading.read_object, lambda path: list(reading.numbered_rows(path))):
+        with pytest.raises(EvalError, match=r"x\.json: cannot be read \(it is no regular file\)"):
+            read(pipe)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -82,6 +91,16 @@ def test_a_deep_training_file_is_one_message(tmp_path):
     path = tmp_path / "train.json"
     path.write_text(DEEP)
     with pytest.raises(EvalError, match="nested more than 100 levels"):
+        contamination.read_seen([path])
+
+
+def test_training_rows_too_long_for_one_document_are_read_line_by_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "MAX_DOCUMENT", 2**20)
+    path = tmp_path / "train.json"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n' + "\n" * 2**20)
+    assert contamination.read_seen([path]).seen_among(["a", "b", "c"]) == ["a", "b"]
+    path.write_text('[\n"a",\n"b"\n]' + "\n" * 2**20)
+    with pytest.raises(EvalError, match=r"train\.json:1: .*; a file above 1 MiB must be JSON lines"):
         contamination.read_seen([path])
 
 

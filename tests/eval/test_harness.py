@@ -134,7 +134,7 @@ def test_seeds_draw_other_examples(harness):
 
 
 def test_the_chat_template_goes_around_the_question(harness, tiny_llama, tmp_path):
-    _, err = harness.run("--template", "training", expect=2)
+    _, err = harness.run("--template", "training", expect=2, out="refused")
     assert f"--template training: {tiny_llama} has no chat template; use --template none" in err
     template = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[me]{% endif %}"

@@ -56,9 +56,10 @@ def scratch(folder):
 
 WRITERS = [(lock, LOCK_FILE), (keep, ANSWERS_FILE), (samples, SAMPLES_FILE), (server, "server.log"),
            (scratch, f".page.{os.getpid()}")]  # fmt: skip
+IDS = [write.__name__ for write, _ in WRITERS]
 
 
-@pytest.mark.parametrize(("write", "name"), WRITERS)
+@pytest.mark.parametrize(("write", "name"), WRITERS, ids=IDS)
 def test_nothing_is_written_through_a_link(write, name, folder, victim):
     (folder / name).symlink_to(victim)
     with pytest.raises((EvalError, OSError), match="it is a link; move it away") as caught:
@@ -72,7 +73,7 @@ def test_nothing_is_written_through_a_link(write, name, folder, victim):
     assert not (folder.parent / "new").exists()
 
 
-@pytest.mark.parametrize(("write", "name"), WRITERS)
+@pytest.mark.parametrize(("write", "name"), WRITERS, ids=IDS)
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_no_pipe_is_waited_for(write, name, make, folder):
     make(folder / name)
@@ -82,10 +83,10 @@ def test_no_pipe_is_waited_for(write, name, make, folder):
 
 def test_a_pipe_or_a_device_in_place_of_what_is_read(folder):
     os.mkfifo(folder / STATE_FILE)
-    assert f"{STATE_FILE} cannot be read (it is no plain file)" in problem_with(folder)
+    assert f"{STATE_FILE} is no regular file" in problem_with(folder)
     (folder / STATE_FILE).unlink()
     (folder / STATE_FILE).symlink_to("/dev/zero")
-    assert f"{STATE_FILE} cannot be read (it is no plain file)" in problem_with(folder)
+    assert f"{STATE_FILE} is no regular file" in problem_with(folder)
     os.mkfifo(folder / RESULTS_FILE)
     with pytest.raises(EvalError, match="cannot be read"):
         read_object(folder / RESULTS_FILE)

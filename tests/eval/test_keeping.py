@@ -169,6 +169,19 @@ def test_a_damaged_state_is_one_sentence(state, tmp_path):
     assert f"{STATE_FILE} cannot be read or is of another version" in problem_with(tmp_path)
 
 
+@pytest.mark.parametrize("name", [STATE_FILE, LOCK_FILE, "eval_results.json", ANSWERS_FILE, "samples.jsonl"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(name, begun, tmp_path):
+    if begun:
+        with OutputFolder(tmp_path) as folder:
+            folder.claim({"a": 1})
+        (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    assert problem_with(tmp_path) == (
+        f"--out: {tmp_path / name} is no regular file but a pipe or a device; give another folder"
+    )
+
+
 def test_a_folder_that_was_taken_away_is_not_written(tmp_path):
     with OutputFolder(tmp_path / "out") as folder:
         folder.claim({"a": 1})

@@ -1,11 +1,15 @@
 """What would undo the harness's settings, hold a secret or break a reader is refused before anything starts."""
 
+import html
 import json
+import re
+from urllib.parse import quote, quote_plus
 
 import pytest
 
+from eval import reading, run
 from eval.arguments import parse
-from eval.errors import UsageError
+from eval.errors import EvalError, UsageError
 from eval.models import Model, base_warnings
 from eval.redaction import clean, guarded, redacted
 
@@ -90,6 +94,21 @@ def test_other_words_for_the_server_pass(words):
 )  # fmt: skip
 def test_settings_that_say_nothing_sensible(more, message, words):
     assert message in refused(words(*more))
+
+
+GENERATING = {
+    "--temperature": ["0.8"], "--top-p": ["0.9"], "--repeats": ["4"], "--num-beams": ["2"], "--max-gen-toks": ["99"],
+    "--strip-thinking": []}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", GENERATING)
+def test_settings_of_generated_answers_where_none_is_generated(option, words):
+    more = [option, *GENERATING[option]]
+    if option in ("--top-p", "--repeats"):
+        more += ["--temperature", "0.8"]
+    said = refused(words("--protocol", "lm_eval", "--tasks", "arc_easy,boolq", *more))
+    assert f"{option}: no task of these generates text; leave it out, or add --tasks gsm8k" in said
+    assert parse(words("--protocol", "lm_eval", "--tasks", "arc_easy,gsm8k", *more))
 
 
 @pytest.mark.parametrize("url", [f"http://h/?api_key={SECRET}", f"http://me:{SECRET}@h", f"http://h/#{SECRET}"])
@@ -182,6 +201,35 @@ def test_words_about_tokens_are_no_secrets(words, capsys):
     assert capsys.readouterr().out == "tuned-by-us 131072 deepseek of-the-draft\n"
 
 
+def escaped(value):
+    """The same value as writers of URLs, JSON, HTML and Python write it."""
+    url = quote(value, safe="")
+    yield from (url, re.sub("%..", lambda found: found.group().lower(), url), quote_plus(value, safe="/"))
+    yield "".join(f"%{byte:02x}" for byte in value.encode())
+    units = value.encode("utf-16-be")
+    for form in ("{:04x}", "{:04X}"):
+        codes = [form.format(int.from_bytes(units[at : at + 2])) for at in range(0, len(units), 2)]
+        yield "".join(f"\\u{code}" for code in codes)
+        yield json.dumps({"in": "".join(f"\\u{code}" for code in codes)})
+    text = json.dumps(value)
+    yield from (text, json.dumps(text), json.dumps(json.dumps(text)), text.replace("/", "\\/"))
+    yield text.replace("<", "\\u003C").replace(">", "\\u003e").replace("&", "\\u0026")
+    yield from (html.escape(value), "".join(f"&#{ord(c)};" for c in value), "".join(f"&#X{ord(c):X};" for c in value))
+    yield html.escape(value).replace("/", "&sol;")
+    yield from (repr(value), ascii(value))
+    yield "".join(f"\\x{ord(c):02x}" if ord(c) < 256 else ascii(c)[1:-1] for c in value)
+
+
+@pytest.mark.parametrize("value", ["Key-4/f", "kEy+\"<1>'&\u00e9/ 2\\\\x\U0001f600\n;"])
+def test_a_secret_is_hidden_however_its_characters_are_escaped(value, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", value)
+    for text in escaped(value):
+        hidden = clean(text)
+        assert hidden in ("***", '{"in": "***"}') or (set(hidden) <= set("\\\"'*") and "***" in hidden), text
+    for other in ("Key-4", "%4bey-4%2", "\\u004bey", "100 % of it & more\\n", "\\" * 100):
+        assert clean(other) == other
+
+
 def test_headers_are_hidden_and_words_are_not():
     assert clean("{'Authorization': 'Bearer abc-1.x_y'}") == "{'Authorization': 'Bearer ***'}"
     assert clean("the Bearer of news, in 2020") == "the Bearer of news, in 2020"
@@ -201,10 +249,13 @@ def test_headers_are_hidden_and_words_are_not():
         "null",
         "{",
         '{"a": ' * 50_000,
+        '{"r": 8, "a": ' + "[" * 200 + "]" * 200 + "}",
+        '{"r": 8, "a": "' + "x" * 2**20 + '"}',
     ],
     ids=lambda text: text[:40],
 )
-def test_a_damaged_adapter_is_one_sentence(config, words, adapter):
+def test_a_damaged_adapter_is_one_sentence(config, words, adapter, monkeypatch):
+    monkeypatch.setattr(reading, "MAX_RESULTS", 2**20)
     (adapter / "adapter_config.json").write_text(config)
     said = refused(words("--adapter", f"a={adapter}"))
     assert "its adapter_config.json cannot be read (" in said
@@ -227,3 +278,20 @@ def test_an_adapter_of_another_base_is_warned_of(base, named, warned, adapter):
     said = list(base_warnings([Model("base", "base", base), Model("mine", "adapter", str(adapter))]))
     assert bool(said) == warned
     assert not warned or said[0].startswith(f"mine was trained on {named}")
+
+
+def test_the_base_that_an_adapter_names_steers_no_terminal(adapter):
+    named = "some\x1b[2J\x1b]0;mine\x07/mo\ndel\u202e"
+    (adapter / "adapter_config.json").write_text(json.dumps({"r": 8, "base_model_name_or_path": named}))
+    (said,) = base_warnings([Model("base", "base", "b"), Model("mine", "adapter", str(adapter))])
+    assert said.startswith("mine was trained on some?[2J?]0;mine?/mo del?, as its adapter_config.json says")
+    assert said.isprintable()
+
+
+def test_what_others_wrote_into_a_message_steers_no_terminal(words, monkeypatch, capsys):
+    def fail(*_):
+        raise EvalError("it said \x1b[2J")
+
+    monkeypatch.setattr(run, "run", fail)
+    assert run.main(words()) == 2
+    assert capsys.readouterr().err == "eval: error: it said ?[2J\n"

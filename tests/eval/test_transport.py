@@ -1,5 +1,6 @@
 """Every wait on a server has a limit, only what can be mended is asked again, and a key goes to its server alone."""
 
+import contextlib
 import json
 import socket
 import threading
@@ -77,6 +78,31 @@ def test_a_server_that_takes_a_question_and_never_answers():
         assert str(caught.value) == "it did not answer within 0.5 s (--request-timeout)"
         with pytest.raises(ServerFailedError, match=r"did not answer within 0\.5 s$"):
             fetch(Site(url), "/v1/models", patience=Patience(seconds=0.5, option=""))
+
+
+@pytest.fixture
+def dropping():
+    """An address whose host answers no attempt to connect: its queue is full, and Linux drops what comes then."""
+    with socket.socket() as deaf, contextlib.ExitStack() as waiting:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        for _ in range(4):
+            one = waiting.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(deaf.getsockname())
+        yield f"http://127.0.0.1:{deaf.getsockname()[1]}"
+
+
+def test_a_host_that_lets_nobody_connect_is_tried_again_and_told_by_its_own_limit(dropping, monkeypatch):
+    monkeypatch.setattr("eval.transport._CONNECT_SECONDS", 0.2)
+    with pytest.raises(ServerFailedError) as caught:
+        asked(dropping, Patience(seconds=20, retries=1))
+    assert str(caught.value) == "ClientConnectionError: no connection within 0.2 s (tried 2 times)"
+
+
+def test_the_limit_of_an_answer_holds_while_connecting_too(dropping):
+    with pytest.raises(ServerFailedError, match=r"it did not answer within 0\.2 s \(--request-timeout\)"):
+        asked(dropping, Patience(seconds=0.2))
 
 
 def test_an_answer_that_drips_for_ever_ends_with_the_limit():
