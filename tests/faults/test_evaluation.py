@@ -51,7 +51,7 @@ class Evaluation:
         return ran
 
     def finish(self, code=0):
-        found, said = self.process.wait(180), self.log.read_text(errors="replace")
+        found, said = self.process.wait(500), self.log.read_text(errors="replace")
         assert found == code, f"exit code {found}:\n{said[-5000:]}"
         assert "Traceback" not in said, said[-5000:]
         return said
