@@ -24,6 +24,7 @@ from llamafactory_adaptive.errors import (
     OutputError,
     PlanError,
 )
+from llamafactory_adaptive.planning.intention import intention
 from llamafactory_adaptive.reports.plaintext import plain_lines
 
 
@@ -112,9 +113,11 @@ def prepare_launch(words: list[str], require_seams: Callable[[], None]) -> bool:
     if not asks_for_adaptive(args):
         return False
     require_seams()
+    print(f"llamafactory-adaptive: checking {words[0]} before anything is loaded", file=sys.stderr, flush=True)
     config = parse_config(args)
     check_output(args)
     check_host_settings(args)
+    print(f"llamafactory-adaptive: {intention(config)}", file=sys.stderr, flush=True)
     if args.get("do_train") and _starts_torchrun():
         with held(Path(str(args["output_dir"]))) if os.environ.get("NODE_RANK", "0") == "0" else nullcontext():
             checkpoint = checkpoint_to_resume(args)

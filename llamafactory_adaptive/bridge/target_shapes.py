@@ -3,6 +3,8 @@
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +130,19 @@ def _count_rows(path: Path) -> int | None:
     return None
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from printing the model's configuration, which the host prints when it loads the model."""
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(max(before, transformers_logging.WARNING))
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
 def _skeleton(args: Args) -> tuple[Any, list[str], Any]:
     """The model on the meta device and the target names, found by the host's own rules."""
     import torch
@@ -143,14 +158,15 @@ def _skeleton(args: Args) -> tuple[Any, list[str], Any]:
     parser = HfArgumentParser([ModelArguments, finetuning_class])
     model_args, finetuning_args = parser.parse_dict(args, allow_extra_keys=True)
     try:
-        config = load_config(model_args)
+        with _quiet():
+            config = load_config(model_args)
     except (OSError, ValueError) as error:
         problem = Problem("model_name_or_path", args["model_name_or_path"], f"its config cannot be loaded ({error})",
                           "a folder with a config.json, or a hub name")  # fmt: skip
         raise AdaptiveConfigError([problem]) from error
     image_text = transformers.AutoModelForImageTextToText
     loader = image_text if type(config) in image_text._model_mapping else transformers.AutoModelForCausalLM
-    with torch.device("meta"):
+    with torch.device("meta"), _quiet():
         model = loader.from_config(config, trust_remote_code=model_args.trust_remote_code)
     targets = finetuning_args.lora_target
     if targets == ["all"]:

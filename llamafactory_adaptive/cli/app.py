@@ -90,6 +90,11 @@ def train(arguments: argparse.Namespace) -> int:
     from llamafactory_adaptive.bridge.arguments import check_config_file
 
     check_config_file(arguments.config)
+    print(
+        f"llamafactory-adaptive: training {arguments.config}; LLaMA-Factory starts first, which takes 10 to 30 "
+        "seconds",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
     sys.argv = ["llamafactory-cli", "train", str(arguments.config), *arguments.overrides]
     from llamafactory import launcher
 

@@ -15,6 +15,11 @@ from llamafactory_adaptive.options import coerce
 def plan(arguments: argparse.Namespace) -> int:
     """Plan ranks without training: table, heat-map, ``adaptive_rank_plan.json``."""
     require_enabled()
+    print(
+        f"llamafactory-adaptive: planning the ranks of {arguments.config}; LLaMA-Factory starts first, which takes 10 "
+        "to 30 seconds",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
     from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS
     from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, check_config_file, command_line_settings
     from llamafactory_adaptive.bridge.host_check import check_folder, check_host_settings
@@ -23,6 +28,7 @@ def plan(arguments: argparse.Namespace) -> int:
     from llamafactory_adaptive.bridge.validation import parse_config
     from llamafactory_adaptive.files import PLAN_FILE
     from llamafactory_adaptive.folder_lock import locked
+    from llamafactory_adaptive.planning.intention import intention
     from llamafactory_adaptive.reports.plots import HEATMAP_FILE, save_heatmap
     from llamafactory_adaptive.reports.tables import rank_table
 
@@ -37,6 +43,7 @@ def plan(arguments: argparse.Namespace) -> int:
         )
     config = parse_config(args)
     check_host_settings(args)
+    print(f"llamafactory-adaptive: {intention(config)}", file=sys.stderr, flush=True)
     if config.course is not None:
         return _plan_of_a_dynamic_run(args, config)
     started = time.perf_counter()

@@ -1,0 +1,22 @@
+"""What a run is about to do before it trains, in one line for the user."""
+
+from llamafactory_adaptive.config.run_config import AdaptiveConfig
+from llamafactory_adaptive.methods._registry import get_method
+
+
+def intention(config: AdaptiveConfig) -> str:
+    """Say where the ranks will come from, and about how long that takes."""
+    if config.plan_path:
+        return f"the ranks are those of {config.plan_path}; nothing is scored"
+    if config.course is not None:
+        return (
+            f"{config.method} finds the ranks while it trains, from rank {config.course.live_rank} to the cost of "
+            f"uniform rank {config.lora_rank}; nothing is scored before"
+        )
+    method = get_method(config.method)
+    if method(method.Options(**config.options)).measurement() is None:
+        return f"{config.method} gives out the ranks at once; nothing is scored"
+    return (
+        f"{config.method} scores the modules on {config.calibration.samples} rows before training, which takes about "
+        "as long as loading the model and passing over the rows; scores of the same request are re-used"
+    )

@@ -1,0 +1,31 @@
+"""What a run says it is about to do agrees with what it then does."""
+
+import dataclasses
+
+import pytest
+
+from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
+from llamafactory_adaptive.methods import get_method, is_dynamic, methods
+from llamafactory_adaptive.planning.intention import intention
+from llamafactory_adaptive.ranks.schedule import PruningConfig
+
+
+CONFIG = AdaptiveConfig("sensitivity", {}, "params", 4, 8.0, 1, 16, None, CalibrationConfig(None, 77, 2, 0))
+
+
+@pytest.mark.parametrize("name", methods())
+def test_only_methods_that_measure_are_said_to_score(name):
+    method = get_method(name)
+    if is_dynamic(method):
+        pytest.skip("has a search")
+    said = intention(dataclasses.replace(CONFIG, method=name))
+    assert ("scores the modules on 77 rows" in said) == (method(method.Options()).measurement() is not None)
+
+
+def test_a_given_plan_and_a_search_score_nothing():
+    given = dataclasses.replace(CONFIG, plan_path="p.json")
+    assert intention(given) == "the ranks are those of p.json; nothing is scored"
+    search = dataclasses.replace(CONFIG, method="igu", course=PruningConfig(9, 0.1, 0.7, 2, None, 0))
+    assert intention(search).startswith(
+        "igu finds the ranks while it trains, from rank 9 to the cost of uniform rank 4;"
+    )
