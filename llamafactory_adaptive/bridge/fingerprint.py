@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def identity(args: Args) -> dict[str, Any]:
         settings["merged"] = [_fingerprint(Path(p)) for p in split_names(args.get("adapter_name_or_path"))]
     return {
         "settings": settings,
-        "model": _fingerprint(Path(str(args["model_name_or_path"])).expanduser()),
+        "model": _fingerprint(Path(os.path.expanduser(str(args["model_name_or_path"])))),  # "~nobody" is no error
         "data": _data_fingerprint(args),
         "versions": _versions(),
     }

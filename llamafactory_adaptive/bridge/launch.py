@@ -12,8 +12,7 @@ from typing import Any, NoReturn
 
 from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings, local_rank
 from llamafactory_adaptive.bridge.host_check import check_host_settings, check_output
-from llamafactory_adaptive.bridge.plans import held, obtain_plan, refuse_finished_run
-from llamafactory_adaptive.bridge.resuming import checkpoint_to_resume
+from llamafactory_adaptive.bridge.resuming import checkpoint_to_resume, refuse_finished_run
 from llamafactory_adaptive.bridge.training_run import no_accelerator
 from llamafactory_adaptive.bridge.validation import parse_config
 from llamafactory_adaptive.errors import (
@@ -119,10 +118,14 @@ def prepare_launch(words: list[str], require_seams: Callable[[], None]) -> bool:
     check_host_settings(args)
     print(f"llamafactory-adaptive: {intention(config)}", file=sys.stderr, flush=True)
     if args.get("do_train") and _starts_torchrun():
+        from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun
+        from llamafactory_adaptive.bridge.plans import held
+        from llamafactory_adaptive.planning.sources import obtain_plan
+
         with held(Path(str(args["output_dir"]))) if os.environ.get("NODE_RANK", "0") == "0" else nullcontext():
             checkpoint = checkpoint_to_resume(args)
             refuse_finished_run(args, checkpoint)
-            obtain_plan(args, config, checkpoint)
+            obtain_plan(config, LlamaFactoryRun(args, checkpoint))
     return True
 
 

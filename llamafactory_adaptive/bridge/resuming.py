@@ -142,6 +142,22 @@ def refuse_ranks_in_plain_run(args: Args) -> None:
         raise AdaptiveConfigError([problem])
 
 
+def refuse_finished_run(args: Args, checkpoint: Path | None) -> None:
+    """The host's own rule for a filled ``output_dir``, applied before anything is scored.
+
+    Raises:
+        AdaptiveConfigError: a model or adapter lies there, and the run neither resumes nor may overwrite.
+    """
+    from llamafactory.extras.constants import CHECKPOINT_NAMES
+
+    output = Path(str(args["output_dir"]))
+    if args.get("resume_from_checkpoint") is not None or args.get("overwrite_output_dir"):
+        return
+    if any((output / name).is_file() for name in CHECKPOINT_NAMES) and checkpoint is None:
+        problem = Problem("output_dir", str(output), "it holds a finished run", "overwrite_output_dir: true")
+        raise AdaptiveConfigError([problem])
+
+
 def named_paths(args: Args) -> list[Path]:
     """Every path that the settings may name: what lies there must stay."""
     words = [word for value in args.values() if isinstance(value, str) for word in split_names(value)]

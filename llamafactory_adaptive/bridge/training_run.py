@@ -18,11 +18,11 @@ from llamafactory_adaptive.bridge.arguments import (
     to_mapping,
 )
 from llamafactory_adaptive.bridge.host_check import check_host_settings, check_output
-from llamafactory_adaptive.bridge.plans import advice, agreed_plan, held, refuse_finished_run
 from llamafactory_adaptive.bridge.resuming import (
     checkpoint_to_resume,
     layout,
     named_paths,
+    refuse_finished_run,
     refuse_ranks_in_plain_run,
     what_the_host_resumes,
 )
@@ -60,14 +60,15 @@ def adaptive_training_function(
 
     @wraps(original)
     def run(config: dict[str, Any]) -> None:
-        from llamafactory_adaptive.engines.distributed import is_worker
-
         raw = config["args"]
         if not asks_for_adaptive(raw):
             _refuse_stray_keys(raw)
             if isinstance(raw, Mapping):
                 refuse_ranks_in_plain_run(dict(raw))
             return original(config)
+        from llamafactory_adaptive.bridge.plans import held
+        from llamafactory_adaptive.engines.distributed import is_worker
+
         require_seams()
         args = to_mapping(raw)
         adaptive = parse_config(args)
@@ -86,9 +87,11 @@ def adaptive_training_function(
 
 def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], args: Args, adaptive: AdaptiveConfig
            ) -> None:  # fmt: skip
+    from llamafactory_adaptive.bridge.plans import agreed_plan
     from llamafactory_adaptive.engines.distributed import launched_number
     from llamafactory_adaptive.engines.operator_locks import bounded_waits
     from llamafactory_adaptive.engines.zero import init_deepspeed_on_cpu
+    from llamafactory_adaptive.planning.sources import advice
     from llamafactory_adaptive.training.callback import finish
     from llamafactory_adaptive.training.divergence import DivergenceWatch
 
@@ -96,14 +99,14 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], a
     _refuse_deepspeed_alone(args)
     checkpoint = checkpoint_to_resume(args)
     refuse_finished_run(args, checkpoint)
-    plan, trained_before = agreed_plan(args, adaptive, checkpoint)
+    source = agreed_plan(args, adaptive, checkpoint)
     host_args = what_the_host_resumes(args, checkpoint)
     if checkpoint is None:
         _begin_afresh(args)
-    callback = _make_callback(args, plan, adaptive, checkpoint, started)
+    callback = _make_callback(args, source.plan, adaptive, checkpoint, started)
     callback.layout = layout(args)
     if local_rank() == 0:
-        for line in advice(plan, adaptive):
+        for line in advice(source.plan, adaptive):
             callback.warn(line)
     callback.watch = DivergenceWatch(adaptive.max_nonfinite_steps, Path(str(args["output_dir"])))
     if args.get("deepspeed") and no_accelerator():
@@ -116,7 +119,7 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], a
     finally:
         current_run.reset(token)
     if launched_number() == 0:
-        finish(Path(args["output_dir"]), callback, trained_before)
+        finish(Path(args["output_dir"]), callback, source.loads_adapter)
 
 
 def _refuse_deepspeed_alone(args: Args) -> None:

@@ -23,12 +23,13 @@ def plan(arguments: argparse.Namespace) -> int:
     from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS
     from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, check_config_file, command_line_settings
     from llamafactory_adaptive.bridge.host_check import check_folder, check_host_settings
-    from llamafactory_adaptive.bridge.plans import advice, fresh_plan
+    from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun
     from llamafactory_adaptive.bridge.seams import require_seams
     from llamafactory_adaptive.bridge.validation import parse_config
     from llamafactory_adaptive.files import PLAN_FILE
     from llamafactory_adaptive.folder_lock import locked
     from llamafactory_adaptive.planning.intention import intention
+    from llamafactory_adaptive.planning.sources import advice, fresh_plan
     from llamafactory_adaptive.reports.plots import HEATMAP_FILE, save_heatmap
     from llamafactory_adaptive.reports.tables import rank_table
 
@@ -54,11 +55,11 @@ def plan(arguments: argparse.Namespace) -> int:
         )
     check_folder("output_dir" if arguments.out is None else "--out", folder)
     with locked(folder):
-        found = fresh_plan(args, config)
-        found.save(folder / PLAN_FILE)
-        save_heatmap(found, folder / HEATMAP_FILE)
-    print(rank_table(found))
-    for line in advice(found, config):
+        plan = fresh_plan(config, LlamaFactoryRun(args)).plan
+        plan.save(folder / PLAN_FILE)
+        save_heatmap(plan, folder / HEATMAP_FILE)
+    print(rank_table(plan))
+    for line in advice(plan, config):
         print(f"warning: {line}")
     print(f"plan and heat-map written to {folder} in {time.perf_counter() - started:.1f} s; nothing was trained")
     return 0
@@ -66,13 +67,14 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def _plan_of_a_dynamic_run(args: dict[str, Any], config: AdaptiveConfig) -> int:
     """What can be said before training: the start, and the budget over the share of the steps."""
-    from llamafactory_adaptive.bridge.plans import fresh_plan
+    from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun
     from llamafactory_adaptive.bridge.target_shapes import estimated_steps
+    from llamafactory_adaptive.planning.sources import fresh_plan
     from llamafactory_adaptive.ranks.schedule import Schedule, make_schedule, short_run_warning
     from llamafactory_adaptive.reports.tables import schedule_table, totals
 
     assert config.course is not None
-    start = fresh_plan(args, config)
+    start = fresh_plan(config, LlamaFactoryRun(args)).plan
     budget, kind = start.budget(), start.budget_kind
     try:
         steps = int(coerce(args.get("max_steps") or -1, int))

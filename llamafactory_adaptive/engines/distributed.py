@@ -54,6 +54,11 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if is_worker() else 1
 
 
+def number_on_node() -> int:
+    """This process's place on its node, known before any process group exists."""
+    return int(os.environ["LOCAL_RANK"]) if is_worker() else 0
+
+
 def add_up(tensor: Tensor) -> Tensor:
     """Sum over all processes, in place, in one collective."""
     if processes() > 1:

@@ -1,0 +1,47 @@
+"""What planning must know of the program that trains, and nothing more."""
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from llamafactory_adaptive.calibration.measurement import Measurement
+from llamafactory_adaptive.ranks.plan import ModuleShape
+
+
+class HostRun(Protocol):
+    """One training run of a host program.
+
+    Attributes:
+        shapes: the target modules in model order; cheap to ask for again.
+        identity: everything that determines the statistics (weights, token rows, precision, versions), JSON-able.
+        provenance: what a reader of the plan wants to know; ``base_model``, ``architecture`` and ``seed`` at least.
+        checkpoint: the one the run resumes from, if any.
+        adapter: the trained adapter that the host loads and goes on with, if any.
+        given_keys: names of the adaptive settings that the user wrote.
+        longest_scoring: seconds after which processes that wait for a plan give up.
+    """
+
+    @property
+    def shapes(self) -> Sequence[ModuleShape]: ...  # noqa: D102
+
+    @property
+    def identity(self) -> Mapping[str, Any]: ...  # noqa: D102
+
+    @property
+    def provenance(self) -> Mapping[str, Any]: ...  # noqa: D102
+
+    @property
+    def checkpoint(self) -> Path | None: ...  # noqa: D102
+
+    @property
+    def adapter(self) -> Path | None: ...  # noqa: D102
+
+    @property
+    def given_keys(self) -> Collection[str]: ...  # noqa: D102
+
+    @property
+    def longest_scoring(self) -> float: ...  # noqa: D102
+
+    def measure(self, measurement: Measurement, path: Path) -> None:
+        """Run a measurement on the host's model and data; write the statistics to ``path``, in an empty folder."""
+        ...

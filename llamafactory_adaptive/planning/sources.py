@@ -1,0 +1,180 @@
+"""Where the plan of a run comes from: a checkpoint, an adapter to go on with, a given file, the cache, or scoring."""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from llamafactory_adaptive.config.run_config import AdaptiveConfig
+from llamafactory_adaptive.engines.distributed import (
+    failure_of,
+    launched_number,
+    launched_processes,
+    number_on_node,
+)
+from llamafactory_adaptive.errors import PlanError
+from llamafactory_adaptive.files import PLAN_FILE, STATE_JSON
+from llamafactory_adaptive.methods import get_method, methods
+from llamafactory_adaptive.planning import cache, compatibility, planner
+from llamafactory_adaptive.planning.host import HostRun
+from llamafactory_adaptive.ranks.plan import RankPlan, load_plan
+
+
+logger = logging.getLogger("llamafactory.adaptive")
+
+
+@dataclass(frozen=True)
+class PlanSource:
+    """A run's plan, and where it came from.
+
+    Attributes:
+        plan: what the run trains; the over-ranked start of a search.
+        origin: ``resumed`` from a checkpoint, ``continued`` from an adapter, ``given`` as a file, ``started`` for a
+            search, ``re-used`` from the cache, ``scored``.
+        loads_adapter: whether the host loads trained weights, so that no new LoRA configuration is due.
+    """
+
+    plan: RankPlan
+    origin: Literal["resumed", "continued", "given", "started", "re-used", "scored"]
+    loads_adapter: bool = False
+
+
+def obtain_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:
+    """Find the plan that a run trains.
+
+    Raises:
+        AdaptiveError: nothing is loaded or written when the plan cannot be had.
+    """
+    if host.checkpoint is not None:
+        return _plan_of_checkpoint(config, host, host.checkpoint)
+    if host.adapter is not None:
+        return _plan_of_adapter(config, host, host.adapter)
+    return fresh_plan(config, host)
+
+
+def _plan_of_checkpoint(config: AdaptiveConfig, host: HostRun, checkpoint: Path) -> PlanSource:
+    path, plan = str(checkpoint / PLAN_FILE), _plan_beside(checkpoint)
+    _check_same_base(plan, host.provenance, checkpoint)
+    compatibility.check_same_run(plan, config, str(checkpoint))
+    if config.course is not None:
+        compatibility.check_shapes(plan, list(host.shapes), path)
+        return PlanSource(planner.start_plan(config, list(host.shapes), host.provenance), "resumed")
+    checked = compatibility.check_plan(plan, list(host.shapes), config, path)
+    return PlanSource(checked, "resumed", loads_adapter=host.adapter is not None)
+
+
+def _plan_of_adapter(config: AdaptiveConfig, host: HostRun, adapter: Path) -> PlanSource:
+    if (adapter / STATE_JSON).is_file():
+        raise PlanError(
+            f"{adapter} is a checkpoint of a run that finds its ranks: resume it (resume_from_checkpoint), or go on "
+            "with the adapter it ended with"
+        )
+    plan = _plan_beside(adapter)
+    compatibility.check_same_scale(plan, config, str(adapter))
+    checked = compatibility.check_plan(plan, list(host.shapes), config, str(adapter / PLAN_FILE))
+    return PlanSource(checked, "continued", loads_adapter=True)
+
+
+def fresh_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:
+    """Make the plan of a run that starts anew: the given file, a search's start, or scored.
+
+    Raises:
+        AdaptiveError: the file does not fit the model, or the modules cannot be scored.
+    """
+    if config.plan_path:
+        return PlanSource(_given_plan(config, host, config.plan_path), "given")
+    if config.course is not None:
+        return PlanSource(planner.start_plan(config, list(host.shapes), host.provenance), "started")
+    return _computed_plan(config, host)
+
+
+def _given_plan(config: AdaptiveConfig, host: HostRun, path: str) -> RankPlan:
+    method = planner.make_method(config)
+    samples = getattr(method, "sampling", None) is not None
+    used = {"adaptive_plan", "adaptive_budget_unit", "adaptive_max_nonfinite_steps"}
+    if samples:
+        read = set(config.options) - set(method.idle_on_a_plan)
+        used |= {"adaptive_method", *(f"{config.method}_{option}" for option in read)}
+    idle = [key for key in host.given_keys if key not in used]
+    if idle and number_on_node() == 0:
+        logger.warning(f"adaptive_plan is given, so these keys are not used: {', '.join(idle)}")
+    plan = compatibility.check_plan(load_plan(Path(path)), list(host.shapes), config, path)
+    facts: dict[str, Any] = {"adaptive_plan": path, **_this_run(plan, host.provenance)}
+    if samples:
+        facts["sampling"] = {"adaptive_method": config.method, **compatibility.flat_options(config)}
+    return replace(plan, provenance={**plan.provenance, **facts})
+
+
+_OF_THE_RUN = ("base_model", "architecture", "quantization_bit", "seed", "versions")
+
+
+def _this_run(plan: RankPlan, here: Mapping[str, Any]) -> dict[str, Any]:
+    """Say what a run on a given plan is of; what the plan was made for is noted apart."""
+    there = {key: plan.provenance.get(key) for key in _OF_THE_RUN if key in plan.provenance}
+    for_one, for_other = there.get("architecture"), here.get("architecture")
+    if for_one and for_other and for_one != for_other and number_on_node() == 0:
+        logger.warning(
+            f"the plan was made for {there.get('base_model')} ({for_one}), this run trains {here['base_model']} "
+            f"({for_other}): the shapes fit, but its ranks were found on another architecture"
+        )
+    return {**{key: here[key] for key in _OF_THE_RUN if key in here}, "planned_for": there}
+
+
+def _computed_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:
+    """Build the plan in one process per node, or re-use it; the other processes of the node wait for the file."""
+    request = cache.PlanRequest(config, host.identity, host.provenance)
+    path = request.plan_path()
+    if number_on_node() != 0:
+        planner_rank = launched_number() - number_on_node()  # the node's first
+        return PlanSource(cache.wait_for_plan(path, host.longest_scoring, lambda: failure_of(planner_rank)), "re-used")
+    cached = cache.cached_plan(path)
+    if cached is not None:
+        logger.info(f"adaptive: ranks re-used, planned before for the same request ({path})")
+        return PlanSource(cached, "re-used")
+    started = time.perf_counter()
+    plan = planner.build_plan(request, list(host.shapes), host.measure)
+    scores = "with scores measured before" if plan.provenance.get("statistics_reused") else "scores included"
+    logger.info(f"adaptive: ranks planned in {time.perf_counter() - started:.1f} s, {scores}")
+    return PlanSource(cache.keep_plan(plan, path, others_wait=launched_processes() > 1), "scored")
+
+
+def advice(plan: RankPlan, config: AdaptiveConfig) -> list[str]:
+    """List the warnings a user should read before training on the plan."""
+    from llamafactory_adaptive.reports.tables import concentration_warning
+
+    remedy = get_method(plan.method).concentration_advice if plan.method in methods() else ""
+    warning = concentration_warning(plan, config.max_rank) if remedy else None
+    return [f"{warning} ({remedy})"] if warning else []
+
+
+def _check_same_base(plan: RankPlan, here: Mapping[str, Any], checkpoint: Path) -> None:
+    """Refuse a checkpoint of another model, though its shapes fit; a folder may have moved, so its own name counts."""
+    facts, ours = plan.provenance, str(here["base_model"]).rstrip("/")
+    theirs = str(facts.get("base_model") or ours).rstrip("/")
+    here_too = Path(ours).exists() and Path(theirs).resolve() == Path(ours).resolve()
+    if here_too or Path(theirs).name == Path(ours).name:
+        return
+    if facts.get("adaptive_plan") and "planned_for" not in facts:  # an older version noted the plan's model here
+        if number_on_node() == 0:
+            logger.warning(
+                f"{checkpoint} was written by an older version, which noted {theirs}, the model its plan was made "
+                f"for, and not the one it trained; make sure that this was {ours}"
+            )
+        return
+    raise PlanError(
+        f"{checkpoint} belongs to another run: model_name_or_path is {theirs} there and {ours} here; change it back "
+        "or use another output_dir"
+    )
+
+
+def _plan_beside(adapter: Path) -> RankPlan:
+    if not (adapter / PLAN_FILE).is_file():
+        remedy = (
+            "use another output_dir, or overwrite_output_dir: true to start afresh"
+            if adapter.name.startswith("checkpoint-")
+            else "set create_new_adapter: true to merge it and train a new adapter, or finetuning_type: lora to go on"
+        )
+        raise PlanError(f"{adapter} is no local folder with {PLAN_FILE}, so its ranks have no plan; {remedy}")
+    return load_plan(adapter / PLAN_FILE)

@@ -1,0 +1,149 @@
+"""Where a run's plan comes from, through a host of a few lines: no LLaMA-Factory, no model."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
+from llamafactory_adaptive.errors import OtherProcessError, PlanError
+from llamafactory_adaptive.files import PLAN_FILE, STATE_JSON
+from llamafactory_adaptive.methods import get_method
+from llamafactory_adaptive.planning.cache import CACHE_ENV
+from llamafactory_adaptive.planning.sources import fresh_plan, obtain_plan
+from llamafactory_adaptive.ranks.plan import ModuleShape
+from llamafactory_adaptive.ranks.schedule import PruningConfig
+
+
+SHAPES = [ModuleShape(f"model.layers.{i}.mlp.{kind}", 16, 16) for i in range(3) for kind in ("up_proj", "down_proj")]
+
+
+def configured(method="sensitivity", **more):
+    options = dataclasses.asdict(get_method(method).Options())
+    kept = AdaptiveConfig(method, options, "params", 4, 8.0, 1, 16, None, CalibrationConfig(None, 8, 2, 0))
+    return dataclasses.replace(kept, **more)
+
+
+IGU = configured("igu", course=PruningConfig(8, 0.1, 0.7, 2, None, 0))
+
+
+class Host:
+    """All that planning asks of a program that trains."""
+
+    shapes, given_keys, longest_scoring = SHAPES, (), 0.3
+    checkpoint = adapter = None
+
+    def __init__(self, base="models/a", **more):
+        self.identity = {"model": base}
+        self.provenance = {"base_model": base, "architecture": "Llama", "seed": 1}
+        self.measured = 0
+        vars(self).update(more)
+
+    def measure(self, measurement, path):
+        """Later modules have larger inputs, so that they are worth more."""
+        self.measured += 1
+        facts = {"seconds": "0.1", "tokens": "10", "samples": "2", "rows_sha256": "0"}
+        save_file({shape.name: torch.full((16,), 1.0 + 3 * i) for i, shape in enumerate(SHAPES)}, path, metadata=facts)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHE_ENV, str(tmp_path / "cache"))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+
+def saved(folder, config=None, **more):
+    """A folder with the plan that a run of ``config`` trained."""
+    folder.mkdir()
+    fresh_plan(config or configured(), Host(**more)).plan.save(folder / PLAN_FILE)
+    return folder
+
+
+def ranks(source):
+    return [module.rank for module in source.plan.modules]
+
+
+def test_a_run_is_scored_once_and_then_finds_its_plan():
+    host = Host()
+    first, second = fresh_plan(configured(), host), fresh_plan(configured(), host)
+    assert (first.origin, second.origin, host.measured) == ("scored", "re-used", 1)
+    assert ranks(first) == ranks(second)
+    assert sum(ranks(first)) == 4 * len(SHAPES)
+    assert ranks(first)[-1] > ranks(first)[0]
+
+
+def test_another_model_or_budget_is_another_plan_but_scores_hold_for_every_budget():
+    host = Host()
+    fresh_plan(configured(), host)
+    assert sum(ranks(fresh_plan(configured(lora_rank=6), host))) == 6 * len(SHAPES)
+    assert host.measured == 1, "scores do not depend on the budget"
+    other = Host(base="models/b")
+    assert fresh_plan(configured(), other).origin == "scored"
+    assert other.measured == 1
+
+
+def test_a_search_starts_at_its_own_rank_and_measures_nothing():
+    host = Host()
+    source = fresh_plan(IGU, host)
+    assert (source.origin, set(ranks(source)), host.measured) == ("started", {8}, 0)
+
+
+def test_a_given_plan_is_used_as_it_is_and_says_what_it_was_made_for(tmp_path, caplog):
+    path = saved(tmp_path / "given", base="models/a") / PLAN_FILE
+    host = Host(base="models/b", given_keys=["adaptive_plan", "adaptive_min_rank"])
+    host.provenance = {**host.provenance, "architecture": "Qwen2"}
+    with caplog.at_level("WARNING", logger="llamafactory.adaptive"):
+        source = fresh_plan(configured(plan_path=str(path)), host)
+    assert source.origin == "given"
+    assert ranks(source) == [module["rank"] for module in json.loads(path.read_text())["modules"]]
+    assert source.plan.provenance["base_model"] == "models/b"
+    assert source.plan.provenance["planned_for"]["base_model"] == "models/a"
+    said = caplog.text
+    assert "these keys are not used: adaptive_min_rank" in said
+    assert "found on another architecture" in said
+
+
+def test_resuming_takes_the_plan_of_the_checkpoint_whatever_lies_in_the_cache(tmp_path):
+    checkpoint = saved(tmp_path / "checkpoint-2")
+    source = obtain_plan(configured(), Host(checkpoint=checkpoint))
+    assert (source.origin, source.loads_adapter) == ("resumed", False)
+    again = obtain_plan(configured(), Host(checkpoint=checkpoint, adapter=tmp_path / "adapter"))
+    assert again.loads_adapter, "the host loads the adapter that the resumed run went on from"
+    assert obtain_plan(configured(), Host(base="elsewhere/a", checkpoint=checkpoint)).origin == "resumed"
+
+
+def test_a_checkpoint_of_another_model_or_other_settings_is_refused_by_key(tmp_path):
+    checkpoint = saved(tmp_path / "checkpoint-2")
+    with pytest.raises(PlanError, match="model_name_or_path is models/a there and models/b here"):
+        obtain_plan(configured(), Host(base="models/b", checkpoint=checkpoint))
+    with pytest.raises(PlanError, match="lora_rank is 4 there and 6 here"):
+        obtain_plan(configured(lora_rank=6), Host(checkpoint=checkpoint))
+    with pytest.raises(PlanError, match="overwrite_output_dir: true to start afresh"):
+        obtain_plan(configured(), Host(checkpoint=tmp_path / "checkpoint-4"))
+
+
+def test_going_on_with_an_adapter_takes_its_ranks(tmp_path):
+    adapter = saved(tmp_path / "adapter")
+    source = obtain_plan(configured("uniform"), Host(adapter=adapter))
+    assert (source.origin, source.loads_adapter) == ("continued", True)
+    assert len(set(ranks(source))) > 1
+    with pytest.raises(PlanError, match="create_new_adapter: true"):
+        obtain_plan(configured(), Host(adapter=tmp_path / "none"))
+    (adapter / STATE_JSON).write_text("{}")
+    with pytest.raises(PlanError, match="resume it"):
+        obtain_plan(configured(), Host(adapter=adapter))
+
+
+def test_other_processes_of_a_node_wait_for_the_first_and_hear_of_its_failure(monkeypatch):
+    for key, value in {"LOCAL_RANK": "1", "RANK": "3", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(key, value)
+    asked = []
+    monkeypatch.setattr(
+        "llamafactory_adaptive.planning.sources.failure_of", lambda rank: asked.append(rank) or "broken"
+    )
+    host = Host()
+    with pytest.raises(OtherProcessError, match="broken"):
+        fresh_plan(configured(), host)
+    assert (asked, host.measured) == ([2], 0)
