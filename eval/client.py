@@ -78,7 +78,7 @@ class Warnings(logging.Handler):
         self.texts: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Remember a record."""
+        """Keep a record for the results file."""
         message = clean(record.getMessage())
         if failed := re.match(r"Exception:\s*(\w+)(?:.*?status=(\d+))?", message, re.S):
             message = " ".join(filter(None, ("a request failed:", *failed.groups())))

@@ -47,7 +47,7 @@ class SeenTexts:
     _texts: list[tuple[str, ...]] = field(default_factory=list)
 
     def add(self, text: str) -> None:
-        """Remember one text."""
+        """Remember one text as seen."""
         self._whole.add(question_hash(text))
         self._texts.append(words_of(text))
 

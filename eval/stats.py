@@ -17,7 +17,7 @@ LISTED = 20  # rows that differ, up to which every assignment of signs is listed
 
 
 def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean."""
+    """Compute the arithmetic mean."""
     return math.fsum(values) / len(values)
 
 

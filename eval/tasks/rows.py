@@ -37,10 +37,10 @@ def copa_text(row: dict[str, Any]) -> str:
 
 
 def copa_choices(row: dict[str, Any]) -> list[str]:
-    """Both continuations."""
+    """List both continuations of a premise."""
     return [f" {lower_first(row[name])}" for name in ("choice1", "choice2")]
 
 
 def copa_target(row: dict[str, Any]) -> str:
-    """The right continuation."""
+    """Give the right continuation."""
     return copa_choices(row)[int(row["label"])]

@@ -114,11 +114,11 @@ class Triplet:
 
     @property
     def q(self) -> nn.Parameter:
-        """(r, d_in)."""
+        """Q, the weight of the first factor, (r, d_in)."""
         return cast(nn.Parameter, self.a.weight)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """By kind."""
+        """Trained parameters by kind: P, Q and, with it, lambda."""
         lambda_r = {} if self.a.lambda_r is None else {"lambda": self.a.lambda_r}
         return {**lambda_r, "P": self.p, "Q": self.q}
 

@@ -31,7 +31,7 @@ def processes() -> int:
 
 
 def process_number() -> int:
-    """This process's rank."""
+    """Give this process's rank in the training's process group."""
     return dist.get_rank() if processes() > 1 else 0
 
 

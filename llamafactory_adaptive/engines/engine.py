@@ -77,11 +77,9 @@ class WholeEngine:
         self.optimizer = optimizer
 
     def piece(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """All of it."""
         return 0, parameter.numel()
 
     def weights(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """Flat views."""
         return [parameter.detach().view(-1) for parameter in parameters]
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -95,7 +93,6 @@ class WholeEngine:
         """Views: nothing to do."""
 
     def square_sums(self, parameter: nn.Parameter, others: Tensor) -> Tensor:
-        """Of all elements."""
         return square_sums(self._state(parameter), others)
 
     def _state(self, parameter: nn.Parameter) -> Mapping[str, Any]:
@@ -103,12 +100,10 @@ class WholeEngine:
         return state
 
     def overwrite(self, parameter: nn.Parameter, where: Tensor, values: Tensor, square: float) -> None:
-        """In place."""
         put(parameter.data, where, values)
         restart(self._state(parameter), where, square)
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-        """They are."""
         return nullcontext()
 
 

@@ -138,7 +138,6 @@ class Zero12Engine(_ZeroEngine):
         restart(self._state(parameter), where[start:][:length], square)
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-        """They are."""
         return nullcontext()
 
 

@@ -37,7 +37,7 @@ class Export:
 
     @property
     def rank(self) -> int:
-        """The largest rank."""
+        """Largest rank of the exported adapter."""
         return max(module.rank for module in self.adapter.modules)
 
     @property

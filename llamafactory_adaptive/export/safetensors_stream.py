@@ -35,7 +35,7 @@ class TensorSpec:
 
     @property
     def bytes(self) -> int:
-        """Size on disk."""
+        """Size of the tensor on disk, in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 

@@ -88,11 +88,11 @@ class IntervalMean(_Blockwise):
             self.count[block] += 1
 
     def mean(self, block: str) -> Tensor:
-        """Per element."""
+        """Mean of this interval's observations, one value per element."""
         return self.total[block] / self.count[block].item()
 
     def clear(self) -> None:
-        """Another interval begins."""
+        """Begin another interval: forget sums and counts."""
         self.total.clear()
         self.count.clear()
 
@@ -102,11 +102,11 @@ class SmoothingOptions(Protocol):
 
     @property
     def beta1(self) -> float:
-        """Of the importance."""
+        """Smoothing factor of the running mean of importances."""
 
     @property
     def beta2(self) -> float:
-        """Of its deviation."""
+        """Smoothing factor of the running mean of their deviations."""
 
 
 class SmoothedMethod:
@@ -127,5 +127,4 @@ class SmoothedMethod:
         return self.importance.state()
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take them back."""
         self.importance.load(state)

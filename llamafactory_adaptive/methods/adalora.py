@@ -21,7 +21,7 @@ from llamafactory_adaptive.options import option
 
 @dataclass(frozen=True)
 class AdaloraOptions:
-    """YAML keys ``adalora_*``."""
+    """Options of AdaLoRA, the YAML keys ``adalora_*``."""
 
     beta1: float = option(0.85, "Smoothing of the importance.", low=0.0, high=0.9999)
     beta2: float = option(0.85, "Smoothing of its deviation.", low=0.0, high=0.9999)
@@ -46,13 +46,10 @@ class Adalora(SmoothedMethod):
         return Orthogonality(weight, "identity") if weight else None
 
     def position(self, seed: int, step: int, micro_batch: int) -> float:
-        """Trains plainly."""
         return 1.0
 
     def path(self, seed: int, step: int) -> None:
-        """The training gradient."""
         return None
 
     def element_scores(self, block: str, weights: Tensor) -> Tensor:
-        """``S * U``."""
         return self.importance.product(block)

@@ -38,7 +38,7 @@ from llamafactory_adaptive.seeding import draw
 
 @dataclass(frozen=True)
 class IguOptions:
-    """YAML keys ``igu_*``."""
+    """Options of IGU-LoRA, the YAML keys ``igu_*``."""
 
     importance: str = option(
         "shrink",
@@ -85,7 +85,6 @@ class Igu(SmoothedMethod):
 
     @property
     def orthogonality(self) -> Orthogonality | None:
-        """As configured."""
         if self.options.orthogonality == "none" or self.options.orthogonality_weight == 0:
             return None
         return Orthogonality(self.options.orthogonality_weight, self.options.orthogonality)

@@ -29,10 +29,8 @@ class Random:
         self.options = options
 
     def measurement(self) -> None:
-        """Nothing to measure."""
         return None
 
     def score(self, statistics: Mapping[str, Tensor], context: ScoringContext) -> Scores:
-        """Independent exponential draws."""
         generator = Generator(context.seed)
         return Scores({shape.name: generator.expovariate(1.0) for shape in context.shapes})

@@ -46,7 +46,7 @@ logger = logging.getLogger("llamafactory.adaptive")
 
 @dataclass(frozen=True)
 class SensitivityOptions:
-    """YAML keys ``sensitivity_*``."""
+    """Options of Sensitivity-LoRA, the YAML keys ``sensitivity_*``."""
 
     metric: str = option(
         "both",

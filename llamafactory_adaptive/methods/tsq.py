@@ -41,7 +41,7 @@ from llamafactory_adaptive.options import option
 
 @dataclass(frozen=True)
 class TsqOptions:
-    """YAML keys ``tsq_*``."""
+    """Options of TsqLoRA, the YAML keys ``tsq_*``."""
 
     sampling: bool = option(True, "Choose training samples by quality; false trains on all of them.")
     reallocation: bool = option(True, "Move ranks about while training; false keeps all at lora_rank.")
@@ -160,12 +160,10 @@ class Tsq:
 
     @property
     def refresh_ratio(self) -> float:
-        """As configured."""
         return self.options.refresh_ratio
 
     @property
     def beta(self) -> float:
-        """As configured."""
         return self.options.beta
 
     @property
@@ -189,18 +187,16 @@ class Tsq:
         )
 
     def measurement(self) -> None:
-        """Nothing is calibrated."""
+        """Measure nothing beforehand: sensitivities are seen in training."""
 
     def score(self, statistics: Mapping[str, Tensor], context: ScoringContext) -> Scores:
         """Where ranks stay as they are: the same for every module."""
         return Scores({shape.name: 1.0 for shape in context.shapes})
 
     def position(self, seed: int, step: int, micro_batch: int) -> float:
-        """Trains plainly."""
         return 1.0
 
     def path(self, seed: int, step: int) -> None:
-        """The training gradient."""
         return None
 
     def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
@@ -213,13 +209,10 @@ class Tsq:
         return self.importance.mean(block)
 
     def allocated(self) -> None:
-        """Another interval begins."""
         self.importance.clear()
 
     def state(self) -> dict[str, Tensor]:
-        """Sums and counts."""
         return self.importance.state()
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take them back."""
         self.importance.load(state)

@@ -11,7 +11,7 @@ from llamafactory_adaptive.methods import Scores, ScoringContext
 
 @dataclass(frozen=True)
 class UniformOptions:
-    """No keys."""
+    """Options of the uniform control: it has none."""
 
 
 class Uniform:
@@ -24,7 +24,6 @@ class Uniform:
         self.options = options
 
     def measurement(self) -> None:
-        """Nothing to measure."""
         return None
 
     def score(self, statistics: Mapping[str, Tensor], context: ScoringContext) -> Scores:

@@ -47,7 +47,7 @@ class Thinner:
         self.next_step = latest(step + max(1, int(wait) + 1), device)
 
     def state(self) -> dict[str, float]:
-        """For a checkpoint."""
+        """Give what a checkpoint keeps of it."""
         return {key: getattr(self, key) for key in ("probing", "training", "probes", "steps", "next_step")}
 
     def load(self, state: Mapping[str, float]) -> None:

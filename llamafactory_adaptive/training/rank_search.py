@@ -141,7 +141,7 @@ class Course:
         return replace(self.start, modules=modules)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Give what a checkpoint keeps of it."""
         keys = ("final", "history", "module_scores", "metrics", "sensitivities", "fresh")
         return {key: getattr(self, key) for key in keys}
 

@@ -119,13 +119,13 @@ class DynamicCallback(AdaptiveCallback):
     # -- during a step -----------------------------------------------------------------------------------------------
 
     def on_step_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
-        """First micro-batch."""
+        """Begin to observe a step with its first micro-batch."""
         super().on_step_begin(args, state, control, lr_scheduler=lr_scheduler, **kwargs)
         self.step = state.global_step
         self.observer.begin(self.step, self.course.final)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Next micro-batch."""
+        """Observe the next micro-batch of the step."""
         self.observer.next_micro_batch(self.course.final)
 
     def _before_clipping(self) -> None:
