@@ -52,6 +52,7 @@ def pytest_terminal_summary(terminalreporter, config):
         import record
 
         counts = {kind: sum(row["result"] == kind for row in rows) for kind in ("passed", "failed", "skipped")}
+        rows = [{key: row[key] for key in ("area", "fault", "outcome", "result")} for row in rows]
         record.write_result(target, {"counts": counts, "faults": rows}, command="make faults")
 
 
