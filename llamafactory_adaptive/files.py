@@ -179,7 +179,9 @@ def could_not_write(error: Exception) -> bool:
 def cannot_write(path: Path, error: Exception) -> OutputError:
     """Say in one line why ``path`` was not written, and what to do."""
     why = getattr(error, "strerror", None) or str(error)
-    place = next((folder for folder in path.parents if folder.is_dir()), None)
+    if isinstance(error, shutil.Error):  # of many files: a list of (source, copy, reason)
+        why = error.args[0][0][2]
+    place = next((folder for folder in path.parents if os.path.isdir(folder)), None)  # is_dir may raise
     if place is not None and shutil.disk_usage(place).free < _LITTLE:  # torch's own words do not say so
         why = os.strerror(errno.ENOSPC)
     return OutputError(f"{path} cannot be written ({why}); free space there or choose another folder, then run again")

@@ -1,13 +1,16 @@
-"""Two training processes as torchrun would start them, forked from a server that has imported everything: seconds, not
-half a minute each."""
+"""Two processes as torchrun would start them, forked from a server that has imported everything: seconds, not half a
+minute each."""
 
 import multiprocessing
 import os
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from llamafactory_adaptive.errors import AdaptiveError
 
 
 _context = multiprocessing.get_context("forkserver")
@@ -18,12 +21,8 @@ _context.set_forkserver_preload(
 
 def train_on_two(args: dict[str, Any], logs: Path) -> None:
     """Run the host's training function in two processes; raises with their last words if one fails."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     logs.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
-                   "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    environment = _environment()
     processes = [
         _context.Process(target=_work, args=(args, rank, environment, str(logs / f"{rank}.log"))) for rank in range(2)
     ]
@@ -35,6 +34,55 @@ def train_on_two(args: dict[str, Any], logs: Path) -> None:
     for process in processes:
         process.kill()
     assert codes == [0, 0], f"exit codes {codes}\n" + "\n".join(p.read_text()[-4000:] for p in logs.glob("*.log"))
+
+
+def said_by_two(work: Callable[..., Any], *arguments: Any) -> list[str]:
+    """Run ``work(rank, *arguments)`` in two processes that meet before any process group; what each says, by rank.
+
+    That is what ``work`` returns, as a text, or the class and text of the AdaptiveError it ends with.
+    """
+    answers, heard, environment = _context.Queue(), _context.Event(), _environment()
+    processes = [
+        _context.Process(target=_say, args=(rank, environment, answers, heard, work, arguments), daemon=True)
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    found = dict(answers.get(timeout=120) for _ in processes)
+    heard.set()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    return [found[0], found[1]]
+
+
+def _say(
+    rank: int,
+    environment: dict[str, str],
+    answers: Any,
+    heard: Any,
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    os.environ.update({**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+    try:
+        said = str(work(rank, *arguments))
+    except AdaptiveError as error:  # the process ends, as that of a run would
+        answers.put((rank, f"{type(error).__name__}: {error}"))
+    except BaseException:  # told to the test, which would wait for an answer otherwise
+        answers.put((rank, traceback.format_exc()))
+    else:
+        answers.put((rank, said))
+        heard.wait(120)  # a run would go on, and with it the store where the others read
+
+
+def _environment() -> dict[str, str]:
+    """What both processes have in theirs."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}  # fmt: skip
 
 
 def _work(args: dict[str, Any], rank: int, environment: dict[str, str], log: str) -> None:

@@ -223,31 +223,48 @@ def _dataset_problems(args: Mapping[str, Any], calibration: str | None) -> list[
 
 
 def _names_not_in_info(args: Mapping[str, Any], names: Mapping[str, list[str]]) -> list[Problem]:
-    folder = args.get("dataset_dir") or "data"
+    folder = args.get("dataset_dir")
     wanted = [(key, name) for key, listed in names.items() for name in listed]
-    if isinstance(folder, dict) or args.get("tokenized_path") or str(folder).startswith(("ONLINE", "REMOTE:")):
-        return []  # hub and in-line tables are the host's to judge
-    info_path = Path(str(folder)) / "dataset_info.json"
+    if args.get("tokenized_path") or str(folder).startswith(("ONLINE", "REMOTE:")):
+        return []  # tables of a hub are the host's to judge
+    if isinstance(folder, dict):
+        trained = names["dataset"]
+        return [problem for key, name in wanted for problem in _entry_problems(key, name, folder, None, trained)]
+    folder = str(folder or "data")
+    info_path = Path(folder) / "dataset_info.json"
     if not os.path.isfile(info_path):
-        lost = [Problem("dataset_dir", str(folder), f"there is no {info_path}", "dataset_dir: examples/data")]
+        lost = [Problem("dataset_dir", folder, f"there is no {info_path}", "dataset_dir: examples/data")]
         return lost if wanted else []
     try:
         info = read_mapping(info_path, str(info_path), finite=False)
     except PlanError as error:
-        return [Problem("dataset_dir", str(folder), str(error), "mending the file")]
+        return [Problem("dataset_dir", folder, str(error), "mending the file")]
     return [
         problem for key, name in wanted for problem in _entry_problems(key, name, info, info_path, names["dataset"])
     ]
 
 
-def _entry_problems(key: str, name: str, info: Args, info_path: Path, trained: list[str]) -> list[Problem]:
-    """What is wrong with one entry of ``dataset_info.json`` for the key that names it."""
+_FROM_A_HUB = ("hf_hub_url", "ms_hub_url", "om_hub_url", "cloud_file_name")
+
+
+def _entry_problems(key: str, name: str, info: Args, info_path: Path | None, trained: list[str]) -> list[Problem]:
+    """What is wrong with one entry of a table of data sets for the key that names it.
+
+    Args:
+        info: the table: a ``dataset_info.json``, or ``dataset_dir`` itself where that is a mapping.
+        info_path: where it was read from; None for a mapping.
+    """
+    where = info_path or "dataset_dir"
     if name not in info:
-        return [Problem(key, name, f"it is not in {info_path}", f"one of {', '.join(sorted(info)[:5])}")]
+        known = ", ".join(sorted(map(str, info))[:5])
+        return [Problem(key, name, f"it is not in {where}", f"one of {known}" if known else "an entry for it there")]
     entry, problems = info[name], []
     if not isinstance(entry, dict):
-        return [Problem(key, name, f"its entry in {info_path} is no mapping", '{"file_name": "<file>"} there')]
-    if "file_name" in entry and not os.path.exists(info_path.parent / str(entry["file_name"])):
+        return [Problem(key, name, f"its entry in {where} is no mapping", '{"file_name": "<file>"} there')]
+    if info_path is None and not any(place in entry for place in _FROM_A_HUB):
+        reason = "its entry in dataset_dir names nothing on a hub; the host finds local files only from a folder"
+        return [Problem(key, name, reason, f"{' or '.join(_FROM_A_HUB)} there, or dataset_dir: <folder>")]
+    if info_path and "file_name" in entry and not os.path.exists(info_path.parent / str(entry["file_name"])):
         lost = info_path.parent / str(entry["file_name"])
         problems.append(Problem(key, name, f"its file {lost} does not exist", "writing or downloading the file"))
     split = str(entry.get("split", "train"))

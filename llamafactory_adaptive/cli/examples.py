@@ -1,21 +1,37 @@
 """``llamafactory-adaptive init``: copy the example YAMLs."""
 
 import argparse
+import os
 import shutil
+import uuid
 from importlib.metadata import files
 from pathlib import Path
 
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.files import cannot_write
 
 
 def init(arguments: argparse.Namespace) -> int:
-    """Copy the examples to ``FOLDER/examples``, the place from which their commands and paths hold."""
+    """Copy the examples to ``FOLDER/examples``, the place from which their commands and paths hold.
+
+    Raises:
+        AdaptiveConfigError: something of that name is there.
+        OutputError: nothing can be written there, or not all of it; then nothing of it stays.
+    """
     target = arguments.folder / "examples"
-    if target.exists():
+    if os.path.lexists(target):  # Path.exists raises where a folder above may not be entered
         raise AdaptiveConfigError(
             [Problem("folder", str(target), "it exists already, nothing was overwritten", "another folder")]
         )
-    shutil.copytree(examples_folder(), target, ignore=shutil.ignore_patterns("__pycache__", "*_train.jsonl"))
+    # Half a copy of that name would be in the way of the next try.
+    unnamed = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        shutil.copytree(examples_folder(), unnamed, ignore=shutil.ignore_patterns("__pycache__", "*_train.jsonl"))
+        unnamed.rename(target)
+    except OSError as error:
+        raise cannot_write(target, error) from error
+    finally:
+        shutil.rmtree(unnamed, ignore_errors=True)
     print(f"examples copied to {target}; run the commands of its README.md from {arguments.folder.resolve()}")
     return 0
 

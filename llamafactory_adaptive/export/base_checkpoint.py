@@ -13,10 +13,17 @@ from torch import Tensor, nn
 
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
 from llamafactory_adaptive.export.adapter_config import ELSEWHERE
-from llamafactory_adaptive.export.faults import first_line, loading_fault, read_untrusted, refuse_entries_outside
-from llamafactory_adaptive.export.folder_links import entries_inside, inside
+from llamafactory_adaptive.export.faults import (
+    ExportError,
+    first_line,
+    loading_fault,
+    read_untrusted,
+    refuse_entries_outside,
+)
+from llamafactory_adaptive.export.folder_links import OutsideError, entries_inside, inside, open_inside
 from llamafactory_adaptive.export.safetensors_stream import read_specs
 from llamafactory_adaptive.export.source_adapter import SourceAdapter
+from llamafactory_adaptive.files import could_not_write
 
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -205,13 +212,26 @@ def copy_side_files(base: BaseCheckpoint, adapter: Path, target: Path) -> None:
     """Configs and generation settings of the base; the tokenizer, with its chat template, as training left it.
 
     LLaMA-Factory saves the tokenizer beside the adapter, set up for the template that was trained.
+
+    Raises:
+        ExportError: an entry leads out of its folder, has become a link since it was looked at, or has gone.
     """
-    copies = {path.relative_to(base.folder): path for path in entries_inside(base.folder, *SIDE_FILES)}
-    copies = {name: path for name, path in copies.items() if not name.name.endswith(".index.json")}
+    try:
+        for name, folder in _side_files(base.folder, adapter).items():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            with open_inside(folder, name.as_posix()) as source, (target / name).open("wb") as copy:
+                shutil.copyfileobj(source, copy)
+    except (OutsideError, OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        if could_not_write(error):
+            raise
+        raise ExportError(f"the files beside the weights cannot be copied: {first_line(error)}") from error
+
+
+def _side_files(base: Path, adapter: Path) -> dict[Path, Path]:
+    """Map the name of each file that goes beside merged weights to the folder it comes from."""
+    names = {path.relative_to(base): base for path in entries_inside(base, *SIDE_FILES)}
+    names = {name: folder for name, folder in names.items() if not name.name.endswith(".index.json")}
     if (adapter / "tokenizer_config.json").is_file():
-        kept = {name: path for name, path in copies.items() if not any(name.match(p) for p in _TOKENIZER_FILES)}
-        own = {path.relative_to(adapter): path for path in entries_inside(adapter, *_TOKENIZER_FILES)}
-        copies = kept | own
-    for name, path in copies.items():
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target / name)
+        names = {name: folder for name, folder in names.items() if not any(name.match(p) for p in _TOKENIZER_FILES)}
+        names |= {path.relative_to(adapter): adapter for path in entries_inside(adapter, *_TOKENIZER_FILES)}
+    return names

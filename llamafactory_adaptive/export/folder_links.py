@@ -6,9 +6,13 @@ export that is then shared. The cache of the Hugging Face hub consists of links,
 folder, are followed.
 """
 
+import errno
+import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -24,15 +28,51 @@ def inside(folder: Path, name: str) -> Path:
     Raises:
         OutsideError: the name is absolute or has ``..`` in it, or a link leads out of the folder.
     """
+    _target(folder, name)
+    return folder / name
+
+
+def _target(folder: Path, name: str) -> tuple[Path, Path]:
+    """Follow the links of an entry: the folder it may lie in (itself without links), and the path from there."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
         raise OutsideError(f"{name!r} is no name inside the folder")
-    path = folder / name
     home = folder.resolve()
-    target = path.resolve()
-    if target.is_relative_to(home) or _is_blob(home, target):
-        return path
+    target = (folder / name).resolve()
+    if target.is_relative_to(home):
+        return home, target.relative_to(home)
+    if _is_blob(home, target):
+        return target.parent, Path(target.name)
     raise OutsideError(f"{name} is a link that leads out of the folder")
+
+
+def open_inside(folder: Path, name: str) -> BinaryIO:
+    """Open entry ``name`` of ``folder`` for reading: the very file that was judged, whatever takes its name meanwhile.
+
+    Raises:
+        OutsideError: as :func:`inside`; or a link took a place on the way after the judgement; or it is no ordinary
+            file.
+        OSError: it is not there, or may not be read.
+    """
+    home, rest = _target(folder, name)
+    steps = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    place = os.open(home, steps)
+    try:
+        for part in rest.parts[:-1]:
+            above, place = place, os.open(part, steps, dir_fd=place)
+            os.close(above)
+        # Without waiting: a pipe has nobody at its other end.
+        file = os.open(rest.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=place)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise OutsideError(f"{name} has become a link while it was read") from error
+        raise
+    finally:
+        os.close(place)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OutsideError(f"{name} is no ordinary file")
+    return os.fdopen(file, "rb")
 
 
 def _is_blob(home: Path, target: Path) -> bool:

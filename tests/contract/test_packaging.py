@@ -1,10 +1,14 @@
 """What a wheel brings, and the examples that `init` copies."""
 
 import json
+import os
+import re
+import resource
 import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -39,6 +43,61 @@ def test_init_copies_examples_whose_paths_hold(tmp_path, monkeypatch, capsys):
         assert (Path(args["dataset_dir"]) / "dataset_info.json").is_file()
     assert cli.main(["init", str(tmp_path)]) == 2
     assert "nothing was overwritten" in capsys.readouterr().err
+
+
+@contextmanager
+def without_rights():
+    """Within the context the superuser, whom no permission stops, is somebody else."""
+    before = os.geteuid()
+    try:
+        if before == 0:
+            os.seteuid(65534)
+        yield
+    finally:
+        os.seteuid(before)
+
+
+@contextmanager
+def file_limit(size):
+    """Within the context no file can grow beyond ``size`` bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("place", "condition", "why"),
+    [
+        ("file", nullcontext(), "Not a directory"),
+        ("file/below", nullcontext(), "Not a directory"),
+        ("closed", without_rights(), "Permission denied"),
+        ("open", file_limit(1000), "File too large"),
+    ],
+    ids=["a file", "below a file", "no rights", "no room"],
+)
+def test_init_says_in_one_line_why_it_cannot_copy_and_leaves_nothing(place, condition, why, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "open").mkdir()
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with condition:
+        code = cli.main(["init", str(tmp_path / place)])
+    said = capsys.readouterr().err
+    assert code == 2
+    assert len(said.splitlines()) == 1
+    assert re.search(
+        rf"error: {re.escape(str(tmp_path / place / 'examples'))} cannot be written \((\[Errno \d+\] )?{why}", said
+    )
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["closed", "file", "open"]
+
+
+def test_init_leaves_a_link_alone(tmp_path, capsys):
+    (tmp_path / "examples").symlink_to(tmp_path / "nowhere")
+    assert cli.main(["init", str(tmp_path)]) == 2
+    assert "it exists already, nothing was overwritten" in capsys.readouterr().err
+    assert (tmp_path / "examples").is_symlink()
 
 
 @pytest.mark.parametrize("words", [["plan", "a.yaml", "--out", "x", "lora_rank=2"], ["plan", "a.yaml", "lora_rank=2",

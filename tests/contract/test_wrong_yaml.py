@@ -216,6 +216,34 @@ def test_a_broken_dataset_table_and_an_unwritable_cache_are_user_errors(tiny_lla
         cache_folder()
 
 
+TABLE = {"known": {"hf_hub_url": "me/rows"}, "held_out": {"hf_hub_url": "me/rows", "split": "test"},
+         "local": {"file_name": "sft.json"}, "text": "sft.json"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"dataset": "known,lost"},
+            "dataset: 'lost' is not possible: it is not in dataset_dir; try one of held_out, known",
+        ),
+        ({"eval_dataset": "lost"}, "eval_dataset: 'lost' is not possible: it is not in dataset_dir"),
+        (
+            {"adaptive_calibration_dataset": "lost"},
+            "adaptive_calibration_dataset: 'lost' is not possible: it is not in",
+        ),
+        ({"adaptive_calibration_dataset": "held_out"}, "its split is 'test'; scores may use training data only"),
+        ({"dataset": "local"}, "dataset: 'local' is not possible: its entry in dataset_dir names nothing on a hub"),
+        ({"dataset": "text"}, "dataset: 'text' is not possible: its entry in dataset_dir is no mapping"),
+        ({"dataset_dir": {}}, "dataset: 'known' is not possible: it is not in dataset_dir; try an entry for it there"),
+    ],
+)
+def test_a_table_of_data_sets_in_the_settings_themselves(change, said, tiny_llama, tmp_path):
+    given = settings(tiny_llama, tmp_path, tmp_path / "out") | {"dataset": "known", "dataset_dir": TABLE}
+    parse_config(given)
+    assert said in message(given | change)
+
+
 def test_the_digest_follows_weights_data_and_tokenised_folders(tiny_llama, data_dir, tmp_path):
     from llamafactory_adaptive.bridge.fingerprint import identity
 

@@ -1,10 +1,7 @@
-"""Damaged checkpoints, cache entries and logs; what an older run left behind; what processes tell each other."""
+"""Damaged checkpoints, cache entries and logs; what an older run left behind."""
 
 import json
-import multiprocessing
 import os
-import socket
-import time
 import zipfile
 from pathlib import Path
 
@@ -13,10 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from llamafactory_adaptive import files
-from llamafactory_adaptive.errors import AdaptiveError, CalibrationError, GuardError, OtherProcessError, PlanError
+from llamafactory_adaptive.errors import CalibrationError, PlanError
 from llamafactory_adaptive.methods import ScoringContext
 from llamafactory_adaptive.methods.sensitivity import Sensitivity, SensitivityOptions
-from llamafactory_adaptive.planning.cache import wait_for_plan
 from llamafactory_adaptive.ranks.plan import ModuleShape
 from llamafactory_adaptive.training import checkpoint_files, leftovers
 
@@ -175,74 +171,3 @@ def test_statistics_that_are_none_never_become_uniform_ranks(spoil, words, alloc
     assert len(set(method.score(statistics, context).values.values())) > 1
     with pytest.raises(CalibrationError, match=words):
         method.score({**statistics, "m1": spoil(statistics["m1"])}, context)
-
-
-# -- two processes, before any process group --------------------------------------------------------------------------
-
-
-def _said(rank: int, port: int, case: str, answers: "multiprocessing.Queue[tuple[int, str]]") -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    from llamafactory_adaptive.engines import distributed
-
-    def refuse() -> None:
-        raise PlanError("no plan here")
-
-    try:
-        if case == "agree":
-            distributed.wait_for_all("a place")
-            said = str(distributed.gather("a place", lambda: rank))
-        elif case == "refused by rank 0":
-            said = str(distributed.from_main("a place", refuse))
-        elif case == "refused by rank 1":
-            said = str(distributed.gather("a place", refuse if rank == 1 else lambda: None))
-        elif case == "one waits for the other's plan":
-            never = Path("/nowhere/plan.json")
-            work = refuse if rank == 0 else lambda: wait_for_plan(never, 600.0, lambda: distributed.failure_of(0))
-            said = str(distributed.gather("the start", work))
-        elif case == "different":
-            everyone = distributed.gather("a place", lambda: rank)
-            said = str(distributed.refuse_differences(everyone, "have another number"))
-        else:
-            distributed.wait_for_all("a place")
-            if rank == 1:
-                time.sleep(4)
-            said = str(distributed.gather("the last place", lambda: rank, seconds=1.0)) if rank == 0 else "late"
-    except AdaptiveError as error:
-        said = f"{type(error).__name__}: {error}"
-    answers.put((rank, said))
-
-
-@pytest.mark.parametrize(
-    ("case", "expected"),
-    [
-        ("agree", ["[0, 1]", "[0, 1]"]),
-        ("refused by rank 0", ["PlanError: no plan here", "OtherProcessError: rank 0: no plan here"]),
-        ("refused by rank 1", ["OtherProcessError: rank 1: no plan here", "PlanError: no plan here"]),
-        ("one waits for the other's plan", ["PlanError: no plan here", "OtherProcessError: rank 0: no plan here"]),
-        ("different", ["GuardError: ranks [1] have another number"] * 2),
-        ("late", ["GuardError: rank 1 did not come to the last place within 1 s, or it has ended: see its own "
-                  "messages", "late"]),
-    ],
-)  # fmt: skip
-def test_processes_agree_or_stop_together_and_none_hangs(case: str, expected: list[str]) -> None:
-    assert issubclass(OtherProcessError, AdaptiveError)
-    assert issubclass(GuardError, AdaptiveError)
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    workers = [context.Process(target=_said, args=(rank, port, case, answers)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    found = dict(answers.get(timeout=120) for _ in workers)
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
-    assert [found[0], found[1]] == expected
