@@ -6,7 +6,6 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import nn
@@ -16,6 +15,7 @@ from llamafactory_adaptive.config.key_checks import check_budget
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
 from llamafactory_adaptive.methods import get_method, is_dynamic, methods, nearest
 from llamafactory_adaptive.options import check_fields
+from llamafactory_adaptive.versions import installed_versions
 
 
 # What messages of the deeper rooms call things, and what a caller of the API calls them.
@@ -123,15 +123,8 @@ def provenance(model: nn.Module, seed: int) -> dict[str, Any]:
         "base_model": str(getattr(model, "name_or_path", "")),
         "architecture": type(model).__name__,
         "seed": seed,
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "versions": installed_versions(_PACKAGES),
     }
 
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "llamafactory-adaptive")
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
