@@ -44,8 +44,8 @@ $(BIN)/uv $(EVAL_BIN)/uv: %/bin/uv:
 	$(PYTHON) -m venv $* || $(PYTHON) -m venv --clear --without-pip $*
 	$*/bin/python -m pip install --quiet uv 2>/dev/null || $(PYTHON) -m pip --python $*/bin/python install --quiet uv
 
-$(STAMP): $(BIN)/uv pyproject.toml llamafactory_adaptive_hook.pth
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[demo,test,lint]"
+$(STAMP): $(BIN)/uv pyproject.toml constraints/llamafactory.txt llamafactory_adaptive_hook.pth
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints/llamafactory.txt -e ".[demo,test,lint]"
 	LLAMAFACTORY_ADAPTIVE=1 $(BIN)/llamafactory-adaptive doctor
 	@touch $@
 

@@ -1,6 +1,45 @@
-"""Adaptive-rank (Q)LoRA fine-tuning as a plugin of LLaMA-Factory.
+"""Adaptive-rank (Q)LoRA fine-tuning: a plugin of LLaMA-Factory, and a Python API that does without it.
 
-This module stays empty of imports on purpose: the start-up hook imports it in every interpreter of the environment.
+The names of ``__all__`` are imported from :mod:`llamafactory_adaptive.api` when they are first used. Nothing else may
+be imported here: the start-up hook imports this module in every interpreter of the environment.
 """
 
 __version__ = "0.1.0"
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing itself is too slow to import in every interpreter
+    from llamafactory_adaptive.api import (
+        attach_adapter,
+        calibration_batches,
+        check_adapter,
+        lora_config,
+        plan_ranks,
+        rank_search,
+        score_modules,
+    )
+
+__all__ = [
+    "attach_adapter",
+    "calibration_batches",
+    "check_adapter",
+    "lora_config",
+    "plan_ranks",
+    "rank_search",
+    "score_modules",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first asked for (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from llamafactory_adaptive import api
+
+    found: object = getattr(api, name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    """List the public names too, which tab completion shows before they are imported."""
+    return sorted({*globals(), *__all__})

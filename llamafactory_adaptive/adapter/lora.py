@@ -5,9 +5,10 @@ What is saved obeys one rule: every module has the same alpha/r, and it equals `
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -41,6 +42,18 @@ def contract_arguments(ranks: Mapping[str, int], scale: float) -> dict[str, Any]
         "use_rslora": False,
         "use_dora": False,
     }
+
+
+@dataclass
+class PlannedLoraConfig(LoraConfig):  # type: ignore[misc]
+    """A LoraConfig that is saved with the full names of its targets, whoever attaches the adapter.
+
+    PEFT condenses a list of 20 or more targets to suffixes when it builds the adapter; the patterns keep full names.
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        """Write every target by the name it has in ``rank_pattern``."""
+        return {**super().to_dict(), "target_modules": list(self.rank_pattern)}
 
 
 def live_layers(model: nn.Module) -> dict[str, tuple[LoraLayer, str]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import Args, run_seed, split_names
 from llamafactory_adaptive.bridge.target_shapes import calibration_names, uses_tokenized_folder
+from llamafactory_adaptive.versions import installed_versions
 
 
 # Settings of the model and data groups that change neither weights nor token rows.
@@ -84,10 +85,7 @@ def _data_fingerprint(args: Args) -> Any:
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "transformers", "llamafactory", "bitsandbytes",
-                                             "llamafactory-adaptive")}  # fmt: skip
+    return installed_versions(("torch", "transformers", "llamafactory", "bitsandbytes", "llamafactory-adaptive"))
 
 
 def _architecture(model: str) -> str | None:

@@ -21,7 +21,13 @@ from llamafactory_adaptive.config.host_conflicts import (
     check_sampling_conflicts,
 )
 from llamafactory_adaptive.config.host_environment import check_environment
-from llamafactory_adaptive.config.key_checks import check_budget, check_kind, check_pruning, unknown_key_problems
+from llamafactory_adaptive.config.key_checks import (
+    check_budget,
+    check_kind,
+    check_pruning,
+    check_reallocation,
+    unknown_key_problems,
+)
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
 from llamafactory_adaptive.files import read_mapping
@@ -107,13 +113,8 @@ def _course(
     problems += check_course_conflicts(args, kind, made.path(0, 0) is not None)
     if kind == "reallocate":
         low = common["adaptive_min_rank"]
-        if low == 0:
-            reason = "a module without components has nothing to score, and would never come back"
-            problems.append(Problem("adaptive_min_rank", 0, reason, "adaptive_min_rank: 1"))
-        if made.sampling is not None and made.sampling.scales_budget and 2 * low > lora_rank:
-            reason = f"the budget may fall to half of lora_rank ({lora_rank}) with {name}_phi: quality"
-            problems.append(Problem("adaptive_min_rank", low, reason, f"adaptive_min_rank: {lora_rank // 2}"))
-        return ReallocationConfig(max_rank, made.refresh_ratio, made.beta, run_seed(args)), problems
+        moving, faults = check_reallocation(name, made, low, lora_rank, max_rank, run_seed(args))
+        return moving, problems + faults
     pruning, faults = check_pruning(common, lora_rank, max_rank, run_seed(args))
     return pruning, problems + faults
 

@@ -1,8 +1,8 @@
 """Hooks that turn a pass over batches of token rows into statistics of each module's inputs.
 
-Everything here works on any ``nn.Module`` and leaves it as it was found: no hooks, same train/eval flags, same
-``requires_grad``, also after an exception. Padding never counts. Modules that read the same tensor (q/k/v, gate/up)
-share one reduction.
+Everything here works on any ``nn.Module`` that is called as transformers' decoders are, or by a given ``forward``, and
+leaves it as it was found: no hooks, same train/eval flags, same ``requires_grad``, also after an exception. Padding
+never counts. Modules that read the same tensor (q/k/v, gate/up) share one reduction.
 """
 
 import weakref
@@ -17,7 +17,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from llamafactory_adaptive.calibration.batches import IGNORE_INDEX, Batch
-from llamafactory_adaptive.calibration.measurement import evaluating
+from llamafactory_adaptive.calibration.measurement import Forward, evaluating
 from llamafactory_adaptive.errors import CalibrationError
 
 
@@ -86,9 +86,13 @@ class InputSecondMoments:
         return self.weighting == "gradient"
 
     def __call__(
-        self, model: nn.Module, modules: Mapping[str, nn.Module], batches: Sequence[Batch]
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        batches: Sequence[Batch],
+        forward: Forward | None = None,
     ) -> dict[str, Tensor]:
-        """One fp64 vector of length ``in_features`` per module.
+        """One fp64 vector of length ``in_features`` per module; ``forward`` takes the place of the model's own call.
 
         Raises:
             CalibrationError: a module saw no token, a routed input cannot be matched with the padding mask, or a
@@ -102,7 +106,12 @@ class InputSecondMoments:
             stack.enter_context(torch.enable_grad() if self.backward else torch.no_grad())
             for batch in tqdm(batches, desc="Scoring modules", unit="batch"):
                 collector.start(batch)
-                (_backward_pass if self.backward else _forward_pass)(model, modules, batch)
+                if self.backward:
+                    _backward_pass(model, batch, forward or _decoder_forward)
+                elif forward is not None:
+                    forward(model, batch)
+                else:
+                    _forward_pass(model, modules, batch)
         return collector.means()
 
 
@@ -193,12 +202,18 @@ def _forward_pass(model: nn.Module, modules: Mapping[str, nn.Module], batch: Bat
     targets = set(map(id, modules.values()))
     if not targets <= set(map(id, body.modules())):
         body = model
-    body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    _decoder_forward(body, batch)
 
 
-def _backward_pass(model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch) -> None:
+def _decoder_forward(model: nn.Module, batch: Batch) -> Any:
+    """Call a model as transformers' decoders are called."""
+    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+
+
+def _backward_pass(model: nn.Module, batch: Batch, forward: Forward) -> None:
     """Back-propagate the next-token loss, summed (not averaged) so that the split into batches does not matter."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    output = forward(model, batch)
+    logits: Any = getattr(output, "logits", output)
     loss = functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(),
         batch.labels[:, 1:].flatten(),

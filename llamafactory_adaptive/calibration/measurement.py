@@ -1,12 +1,17 @@
 """What a method asks to be measured, and the state a model is measured in."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from llamafactory_adaptive.calibration.batches import Batch
+
+
+# Runs a model on a batch, where its signature is not that of a transformers decoder; returns logits of shape (samples,
+# tokens, vocabulary), or an output that has them as ``logits``.
+Forward = Callable[[nn.Module, Batch], Any]
 
 
 class Measurement(Protocol):
@@ -21,9 +26,13 @@ class Measurement(Protocol):
         """Whether it needs gradients."""
 
     def __call__(
-        self, model: nn.Module, modules: Mapping[str, nn.Module], batches: Sequence[Batch]
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        batches: Sequence[Batch],
+        forward: Forward | None = None,
     ) -> dict[str, Tensor]:
-        """Return one CPU tensor per module name."""
+        """Return one CPU tensor per module name; ``forward`` runs the model where its signature is of another kind."""
 
 
 @contextmanager

@@ -4,16 +4,26 @@ import argparse
 import os
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
 from llamafactory_adaptive import __version__, _bootstrap
+from llamafactory_adaptive.cli.host import INSTALL_HOST, host_is_installed
+from llamafactory_adaptive.versions import installed_versions
 
 
 PACKAGES = ("llamafactory", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Check the installation. Exit code 0 when adaptive runs will work through ``llamafactory-cli``."""
+    """Check the installation. Exit code 0 when adaptive runs will work through ``llamafactory-cli``.
+
+    Where LLaMA-Factory is not installed there is one thing to say, and the exit code is 0: the Python API works.
+    """
+    if not host_is_installed():
+        print(
+            f"plugin {__version__}: the Python API is ready (from llamafactory_adaptive import ...); LLaMA-Factory is "
+            f"not installed, so `finetuning_type: adaptive` does not exist here; to have it: {INSTALL_HOST}"
+        )
+        return 0
     probe = "import sys; print(any(type(f).__name__ == '_SeamFinder' for f in sys.meta_path))"
     try:
         answer = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False, timeout=60)
@@ -24,11 +34,9 @@ def doctor(arguments: argparse.Namespace) -> int:
     switch = os.environ.get(_bootstrap.ENV_SWITCH, "not set")
     print(f"start-up hook   {'active' if hooked else 'NOT active'}  ({_bootstrap.ENV_SWITCH}: {switch})")
     print(f"plugin          {__version__}  python {sys.version.split()[0]}")
+    found = installed_versions(PACKAGES)
     for name in PACKAGES:
-        try:
-            print(f"{name:<15} {version(name)}")
-        except PackageNotFoundError:
-            print(f"{name:<15} not installed")
+        print(f"{name:<15} {found.get(name, 'not installed')}")
     states = _seam_states()
     for target, state in states.items():
         print(f"seam            {state:<15} {target}")

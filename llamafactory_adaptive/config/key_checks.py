@@ -10,7 +10,7 @@ from typing import Any
 from llamafactory_adaptive.config.arguments import PRUNING_KEYS
 from llamafactory_adaptive.errors import Problem
 from llamafactory_adaptive.options import coerce
-from llamafactory_adaptive.ranks.schedule import PruningConfig
+from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
 
 
 def unknown_key_problems(given: Mapping[str, Any], known: Iterable[str]) -> list[Problem]:
@@ -80,6 +80,32 @@ def check_pruning(
         seed=seed,
     )
     return pruning, problems
+
+
+def check_reallocation(
+    method: str, made: Any, low: int, lora_rank: int, max_rank: int, seed: int
+) -> tuple[ReallocationConfig, list[Problem]]:
+    """Check the bounds of a method that moves ranks about under a constant budget.
+
+    Args:
+        method: its name, for the keys of its options.
+        made: the method with its options.
+        low: the lowest rank of a module.
+        lora_rank: the budget.
+        max_rank: the highest rank of a module.
+        seed: of the factors.
+
+    Returns:
+        How ranks move, and the problems.
+    """
+    problems = []
+    if low == 0:
+        reason = "a module without components has nothing to score, and would never come back"
+        problems.append(Problem("adaptive_min_rank", 0, reason, "adaptive_min_rank: 1"))
+    if made.sampling is not None and made.sampling.scales_budget and 2 * low > lora_rank:
+        reason = f"the budget may fall to half of lora_rank ({lora_rank}) with {method}_phi: quality"
+        problems.append(Problem("adaptive_min_rank", low, reason, f"adaptive_min_rank: {lora_rank // 2}"))
+    return ReallocationConfig(max_rank, made.refresh_ratio, made.beta, seed), problems
 
 
 def check_budget(flat: Mapping[str, Any], common: Mapping[str, Any]) -> tuple[int, float, int, list[Problem]]:

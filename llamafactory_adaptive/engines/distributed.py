@@ -175,9 +175,9 @@ def _exchange(what: str, mine: Any, seconds: float) -> list[Any]:
             raise GuardError(
                 f"rank {other} did not come to {what} within {seconds:g} s, or it has ended: see its own messages"
             ) from error
-    store.set(f"{_last_round}/{rank}/read", "")
     for old in (f"{_last_round - 1}/{rank}", f"{_last_round - 1}/{rank}/read"):  # everyone has come further
         store.delete_key(old)
+    store.set(f"{_last_round}/{rank}/read", "")  # last: from now on rank 0, and with it the store, may be gone
     return found
 
 

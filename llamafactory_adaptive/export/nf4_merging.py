@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
 
 from llamafactory_adaptive.export.merging import update
@@ -47,6 +46,9 @@ class Nf4:
 
     def through(self, weight: Tensor) -> Tensor:
         """Quantise and dequantise, in the weight's own type: what a 4-bit layer multiplies with."""
+        # Here, since the package is an extra: all other exports do without it.
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
         packed, state = quantize_4bit(
             weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=self.double, quant_type="nf4"
         )

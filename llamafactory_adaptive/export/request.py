@@ -3,6 +3,7 @@
 import argparse
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
@@ -92,6 +93,9 @@ def _problems(request: ExportRequest) -> list[Problem]:
             if given:
                 why = "only merged weights have a type and a base of their own"
                 problems.append(Problem(key, getattr(request, key), why, "--for merged, or leaving it out"))
+    if request.quantization_aware and find_spec("bitsandbytes") is None:
+        why = "it needs the package bitsandbytes, which is not installed"
+        problems.append(Problem("quantization_aware", True, why, "pip install bitsandbytes, or leaving it out"))
     if not request.double_quantization and not request.quantization_aware:
         why = "it says how the base was quantised"
         problems.append(Problem("double_quantization", False, why, "--quantization-aware with it"))

@@ -142,8 +142,9 @@ class RankPlan:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(self.to_json(), indent=1) + "\n")
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write atomically. A different plan already there is kept beside it under its own digest."""
+        path = Path(path)
         keep_previous(path, self.digest())
         self.write(path)
 

@@ -235,19 +235,18 @@ PLANS_DIFFER = (
 )
 
 
-def finish(output: Path, callback: AdaptiveCallback, trained_before: bool) -> None:
-    """Last act of the main process: prove the saved adapter, then complete the model card.
+def prove_saved(output: Path, callback: AdaptiveCallback) -> None:
+    """Prove on the main process that the saved adapter is the plan, then complete the model card.
 
     Args:
-        output: the run's ``output_dir``.
+        output: where the adapter was saved.
         callback: with plan and counters.
-        trained_before: the adapter came from a checkpoint or another run, so no new LoRA config was due.
 
     Raises:
         GuardError: no allocation reached the model, or what was saved is not the plan.
     """
     counters = callback.counters
-    if counters.modules_checked == 0 or (counters.configs_injected == 0 and not trained_before):
+    if counters.modules_checked == 0:
         raise GuardError(f"the run asked for adaptive ranks but no allocation reached the model: {counters}")
     callback.judge()
     untrained, moved = check_saved(output, callback.plan), counters.largest_learning_rate > 0
@@ -262,5 +261,21 @@ def finish(output: Path, callback: AdaptiveCallback, trained_before: bool) -> No
         f"adaptive: adapter in {output} checked: {len(callback.plan.active)} modules, r={callback.plan.largest_rank}, "
         f"alpha/r={callback.plan.scale:g} everywhere"
     )
+
+
+def finish(output: Path, callback: AdaptiveCallback, trained_before: bool) -> None:
+    """End a run of the host on its main process: prove the saved adapter and say what came of it.
+
+    Args:
+        output: the run's ``output_dir``.
+        callback: with plan and counters.
+        trained_before: the adapter came from a checkpoint or another run, so no new LoRA config was due.
+
+    Raises:
+        GuardError: the host made its adapter without the plan, or as :func:`prove_saved`.
+    """
+    if callback.counters.configs_injected == 0 and not trained_before:
+        raise GuardError(f"the run asked for adaptive ranks but no allocation reached the model: {callback.counters}")
+    prove_saved(output, callback)
     seconds = time.perf_counter() - callback.started
     print(closing_words(callback.plan, output, callback.overhead_seconds, seconds, callback.warnings), flush=True)

@@ -9,17 +9,21 @@ from llamafactory_adaptive.files import cannot_write, could_not_write
 from llamafactory_adaptive.training.current_run import current_run
 
 
-def meet_trainer(trainer_class: type) -> type:
-    """A subclass of one of the host's trainers that shows itself to the run's callback once it is built.
+def meet_trainer(trainer_class: type, fixed_callback: Any = None) -> type:
+    """Make a subclass of a Trainer class that shows itself to the run's callback once it is built.
 
     Callbacks are not given the Trainer, and the Trainer's accelerator is where complete, unclipped gradients are
     found.
+
+    Args:
+        trainer_class: transformers' Trainer or any subclass.
+        fixed_callback: the run's callback; None for that of the run that the process is in by then.
     """
 
     class Met(trainer_class):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            callback = current_run.get()
+            callback = current_run.get() if fixed_callback is None else fixed_callback
             self.adaptive_callback = callback
             if callback is not None:
                 callback.attach(self)

@@ -30,7 +30,7 @@ def test_a_wheel_brings_the_start_up_file_and_the_examples(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         assert archive.read("llamafactory_adaptive_hook.pth").startswith(b"import sys; exec(")
-    assert "llamafactory_adaptive/methods/sensitivity.py" in names
+    assert {"llamafactory_adaptive/methods/sensitivity.py", "llamafactory_adaptive/py.typed"} <= set(names)
     assert any(name.endswith("share/llamafactory-adaptive/examples/README.md") for name in names)
 
 

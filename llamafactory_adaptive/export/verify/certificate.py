@@ -25,7 +25,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from llamafactory_adaptive.export.verify.log_probabilities import PROMPTS, TOP_K
 from llamafactory_adaptive.export.verify.module_updates import TOLERANCE as TOLERANCE_OF_UPDATES
 from llamafactory_adaptive.export.verify.module_updates import UpdateComparison
 from llamafactory_adaptive.files import LOCK_FILE, file_digest
+from llamafactory_adaptive.versions import installed_versions
 
 
 CERTIFICATE_FILE = "parity_certificate.json"
@@ -126,7 +126,7 @@ def certificate(
         "adapter_effect": comparison.adapter_effect,
         "checks": [{**asdict(check), "passed": check.passed} for check in comparison.checks],
         "prompts": _last_places(comparison, rows),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": installed_versions(PACKAGES),
         "adapter_files": digests(adapter, adapter.glob("adapter_*")),
         "export_files": digests(folder, folder.rglob("*")),
     }

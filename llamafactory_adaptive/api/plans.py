@@ -1,0 +1,78 @@
+"""From scores to ranks."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from llamafactory_adaptive.api.scoring import ModuleScores
+from llamafactory_adaptive.api.settings import budget_settings, common_settings, refuse
+from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
+from llamafactory_adaptive.errors import Problem
+from llamafactory_adaptive.planning.cache import PlanRequest
+from llamafactory_adaptive.planning.planner import allocate_plan
+from llamafactory_adaptive.ranks.plan import RankPlan
+from llamafactory_adaptive.reports.tables import rank_table
+
+
+@dataclass(frozen=True)
+class PrintablePlan(RankPlan):
+    """A rank plan that shows itself as text: ``print(plan.table())``."""
+
+    @classmethod
+    def of(cls, plan: RankPlan) -> "PrintablePlan":
+        """Take over a plan as it is."""
+        return cls(**{field.name: getattr(plan, field.name) for field in fields(RankPlan)})
+
+    def table(self) -> str:
+        """Write the rank per layer and module type, a line per type, and the cost against uniform LoRA."""
+        return rank_table(self)
+
+
+def plan_ranks(
+    scores: ModuleScores,
+    lora_rank: int = 8,
+    lora_alpha: int | None = None,
+    budget_unit: str = "params",
+    min_rank: int = 1,
+    max_rank: int | None = None,
+) -> PrintablePlan:
+    """Turn scores into one rank per module, at no more than the cost of a uniform LoRA of rank ``lora_rank``.
+
+    Args:
+        scores: from :func:`score_modules`.
+        lora_rank: the budget.
+        lora_alpha: alpha of that uniform LoRA (default: 2 x ``lora_rank``); every module gets the same alpha/r.
+        budget_unit: ``"params"`` counts trainable parameters, ``"ranks"`` the sum of ranks.
+        min_rank: lowest rank of a module; 0 lets a module go without an adapter.
+        max_rank: highest rank of a module (default: 4 x ``lora_rank``).
+
+    Returns:
+        A RankPlan. ``plan.ranks()`` gives module name to rank, ``plan.table()`` text to print, ``plan.budget()`` the
+        cost in parameters and ranks; ``plan.save(path)`` writes what ``adaptive_plan: <path>`` of a YAML reads.
+
+    Raises:
+        AdaptiveConfigError: an argument out of range, or bounds and budget that do not fit each other.
+        InfeasibleBudgetError: the lowest ranks alone cost more than the budget.
+    """
+    if not isinstance(scores, ModuleScores):
+        remedy = "scores=score_modules(model, batches)"
+        refuse(Problem("scores", type(scores).__name__, "they must come from score_modules", remedy))
+    common, faults = common_settings(scores.method, budget_unit=budget_unit, min_rank=min_rank, max_rank=max_rank)
+    rank, alpha, high, more = budget_settings(scores.method, lora_rank, lora_alpha, common)
+    refuse(*faults, *more)
+    facts: dict[str, Any] = dict(scores.facts)
+    config = AdaptiveConfig(
+        method=scores.method,
+        options=scores.options,
+        budget_unit=common["adaptive_budget_unit"],
+        lora_rank=rank,
+        lora_alpha=alpha,
+        min_rank=common["adaptive_min_rank"],
+        max_rank=high,
+        plan_path=None,
+        calibration=CalibrationConfig(
+            None, facts["calibration_samples"], facts["calibration_batch_size"], scores.seed
+        ),
+    )
+    identity = {"rows": facts["calibration_rows_sha256"], "base_model": facts["base_model"]}
+    request = PlanRequest(config, identity, facts)
+    return PrintablePlan.of(allocate_plan(request, list(scores.shapes), scores.score(rank), {}))

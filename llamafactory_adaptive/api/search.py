@@ -1,0 +1,252 @@
+"""Ranks found while training, under any transformers Trainer."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from peft import PeftModel
+from torch import nn
+from transformers.trainer_utils import get_last_checkpoint
+
+from llamafactory_adaptive.adapter.lora import peft_models
+from llamafactory_adaptive.api.adapters import attach_adapter
+from llamafactory_adaptive.api.plans import PrintablePlan
+from llamafactory_adaptive.api.settings import (
+    budget_settings,
+    chosen_method,
+    common_settings,
+    in_python,
+    provenance,
+    refuse,
+)
+from llamafactory_adaptive.api.targets import find_targets
+from llamafactory_adaptive.config.host_conflicts import check_conflicts, check_course_conflicts
+from llamafactory_adaptive.config.key_checks import check_kind, check_pruning, check_reallocation
+from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
+from llamafactory_adaptive.engines.distributed import launched_number
+from llamafactory_adaptive.errors import GuardError, PlanError, Problem
+from llamafactory_adaptive.files import PLAN_FILE
+from llamafactory_adaptive.methods import DynamicMethod
+from llamafactory_adaptive.planning.compatibility import check_same_run
+from llamafactory_adaptive.planning.planner import start_plan
+from llamafactory_adaptive.ranks.plan import ModuleShape, RankPlan, load_plan
+from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
+from llamafactory_adaptive.reports.plots import HEATMAP_FILE, save_heatmap
+from llamafactory_adaptive.training.callback import prove_saved
+from llamafactory_adaptive.training.checkpoint_files import damage
+from llamafactory_adaptive.training.divergence import DivergenceWatch
+from llamafactory_adaptive.training.search_callback import DynamicCallback
+from llamafactory_adaptive.training.trainer import meet_trainer
+
+
+AnyTrainer = TypeVar("AnyTrainer")
+
+
+def rank_search(
+    model: nn.Module,
+    method: str = "igu",
+    lora_rank: int = 16,
+    lora_alpha: int | None = None,
+    target_modules: str | Sequence[str] = "all-linear",
+    task_type: str = "CAUSAL_LM",
+    budget_unit: str = "params",
+    min_rank: int = 1,
+    max_rank: int | None = None,
+    init_rank: int | None = None,
+    warmup_ratio: float | None = None,
+    final_ratio: float | None = None,
+    interval: int | None = None,
+    max_overhead: float | None = None,
+    max_nonfinite_steps: int = 3,
+    lora_settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> "RankSearch":
+    """Attach an over-ranked adapter whose components are chosen while it trains.
+
+    At the end the adapter costs at most what a uniform LoRA of rank ``lora_rank`` costs, and is plain LoRA when saved.
+
+    Args:
+        model: any decoder without an adapter; its target modules are replaced in place, as PEFT does.
+        method: ``"igu"``, ``"adalora"`` or ``"tsq"`` (with ``sampling=False``).
+        lora_rank: the budget.
+        lora_alpha: alpha of that uniform LoRA (default: 2 x ``lora_rank``).
+        target_modules: as in :func:`score_modules`.
+        task_type: PEFT's word for what the model does.
+        budget_unit: ``"params"`` counts trainable parameters, ``"ranks"`` the sum of ranks.
+        min_rank: lowest rank of a module; 0 lets a module go without an adapter.
+        max_rank: highest rank of a module (default: 4 x ``lora_rank``).
+        init_rank: rank that every module starts with (default: 2 x ``lora_rank``).
+        warmup_ratio: share of the optimizer steps before the first pruning (default: 0.1).
+        final_ratio: share of the optimizer steps, at the end, that train the final ranks (default: 0.3).
+        interval: optimizer steps between two allocations (default: 10).
+        max_overhead: largest share of training time that extra passes may add, for ``importance="integrated"``.
+        max_nonfinite_steps: optimizer steps in a row whose loss may be NaN or infinite before the run is ended.
+        lora_settings: further arguments of ``peft.LoraConfig``, as in :func:`lora_config`.
+        seed: of the factors and of every draw.
+        **options: of the method, the YAML keys without ``igu_``: ``importance="integrated"``. ``init_rank`` to
+            ``max_overhead`` hold for methods that prune (``igu``, ``adalora``).
+
+    Returns:
+        The search: its ``model``, its ``callback``, ``trainer(cls)`` and ``finalize(folder)``.
+
+    Raises:
+        AdaptiveConfigError: an unknown method or option, a value out of range, or targets that the model lacks.
+        InfeasibleBudgetError: bounds and budget do not fit each other for these modules.
+    """
+    pruning = {"init_rank": init_rank, "warmup_ratio": warmup_ratio, "final_ratio": final_ratio,
+               "interval": interval, "max_overhead": max_overhead}  # fmt: skip
+    bounds = {"budget_unit": budget_unit, "min_rank": min_rank, "max_rank": max_rank,
+              "max_nonfinite_steps": max_nonfinite_steps}  # fmt: skip
+    cls, values = chosen_method(method, options, dynamic=True)
+    made = cls(cls.Options(**values))
+    if made.sampling is not None:
+        refuse(Problem("sampling", True, "samples are chosen in runs of LLaMA-Factory alone", "sampling=False"))
+    common, faults = common_settings(method, **bounds, **pruning)
+    rank, alpha, high, more = budget_settings(method, lora_rank, lora_alpha, common)
+    course, idle = _course(method, made, common, pruning, rank, high, seed)
+    refuse(*faults, *more, *idle)
+    config = AdaptiveConfig(
+        method=method,
+        options=values,
+        budget_unit=common["adaptive_budget_unit"],
+        lora_rank=rank,
+        lora_alpha=alpha,
+        min_rank=common["adaptive_min_rank"],
+        max_rank=high,
+        plan_path=None,
+        calibration=CalibrationConfig(None, 0, 0, seed),
+        course=course,
+        max_nonfinite_steps=common["adaptive_max_nonfinite_steps"],
+    )
+    shapes = [ModuleShape(n, m.in_features, m.out_features) for n, m in find_targets(model, target_modules).items()]
+    start = start_plan(config, shapes, provenance(model, seed))
+    adapted = attach_adapter(model, start, task_type, **(lora_settings or {}))
+    return RankSearch(adapted, _SearchCallback(adapted, start, config, made))
+
+
+def _course(
+    method: str, made: Any, common: Mapping[str, Any], pruning: Mapping[str, Any], rank: int, high: int, seed: int
+) -> tuple[PruningConfig | ReallocationConfig, list[Problem]]:
+    """Say how the method changes ranks, and what of the arguments it cannot use."""
+    flat = {f"adaptive_{name}": value for name, value in pruning.items()}
+    problems = check_kind(flat, method, True, made.course)
+    problems += check_course_conflicts(flat, made.course, made.path(0, 0) is not None)
+    course: PruningConfig | ReallocationConfig
+    if made.course == "reallocate":
+        course, faults = check_reallocation(method, made, common["adaptive_min_rank"], rank, high, seed)
+    else:
+        course, faults = check_pruning(common, rank, high, seed)
+    return course, [in_python(problem, method) for problem in problems + faults]
+
+
+class RankSearch:
+    """A search for ranks that a Trainer carries out.
+
+    Attributes:
+        model: the PEFT model to give to the Trainer.
+        callback: drives the search; the Trainer of :meth:`trainer` adds it by itself where it was not given.
+    """
+
+    def __init__(self, model: PeftModel, callback: "_SearchCallback") -> None:
+        self.model, self.callback = model, callback
+
+    @property
+    def plan(self) -> PrintablePlan:
+        """The ranks: those that training starts from, later those in use, in the end those found."""
+        return PrintablePlan.of(self.callback.plan_so_far())
+
+    def trainer(self, trainer_class: type[AnyTrainer]) -> type[AnyTrainer]:
+        """Make a Trainer class carry out the search; everything else about it stays as it is.
+
+        Args:
+            trainer_class: ``transformers.Trainer``, ``trl.SFTTrainer`` or any other subclass.
+
+        Returns:
+            A subclass. Use it for one Trainer, with ``model=search.model``; resuming works as always
+            (``train(resume_from_checkpoint=...)``).
+        """
+        callback = self.callback
+
+        class Searching(meet_trainer(trainer_class, callback)):  # type: ignore[misc]
+            def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+                callback.resume_from(_checkpoint(resume_from_checkpoint, self.args.output_dir))
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+
+        Searching.__name__, Searching.__qualname__ = trainer_class.__name__, trainer_class.__qualname__
+        return Searching
+
+    def finalize(self, folder: str | Path) -> PrintablePlan:
+        """Prove that the saved adapter is what was found, and put plan, picture and model card beside it.
+
+        Args:
+            folder: what was given to ``trainer.save_model``.
+
+        Returns:
+            The ranks that were found. Under several processes the first one checks and writes.
+
+        Raises:
+            GuardError: training has not ended, chose nothing, or what was saved is not what was found.
+        """
+        if not self.callback.ended:
+            raise GuardError("the search has not ended: finalize comes after trainer.train() and trainer.save_model()")
+        if launched_number() == 0:
+            prove_saved(Path(folder), self.callback)
+            self.callback.plan.save(Path(folder) / PLAN_FILE)
+            save_heatmap(self.callback.plan, Path(folder) / HEATMAP_FILE)
+        return self.plan
+
+
+def _checkpoint(asked: Any, output: str) -> Path | None:
+    """Find what a Trainer resumes from: True means the newest checkpoint."""
+    found = get_last_checkpoint(output) if asked is True else asked
+    return Path(str(found)) if found else None
+
+
+class _SearchCallback(DynamicCallback):
+    """The callback of a run that no host prepared: it checks the Trainer's settings and its checkpoint itself."""
+
+    def __init__(self, model: PeftModel, start: RankPlan, config: AdaptiveConfig, method: DynamicMethod) -> None:
+        super().__init__(start, config, method, overhead_seconds=0.0, checkpoint=None)
+        self.model, self.asked = model, config
+
+    @property
+    def ended(self) -> bool:
+        """Whether training ended and the adapter is saved at the ranks found."""
+        return self.trainer is not None and self.triplets.compact is not None
+
+    def plan_so_far(self) -> RankPlan:
+        """Give the plan at the ranks in use now."""
+        return self.plan if self.trainer is None or self.ended else self.current_plan()
+
+    def attach(self, trainer: Any) -> None:
+        """Refuse a Trainer that the search cannot go along with, before anything is changed."""
+        method = self.start.method
+        if self.trainer is not None:
+            refuse(Problem("trainer", type(trainer).__name__, "this search has a Trainer already", "rank_search anew"))
+        if not any(part is self.model for part in peft_models(trainer.model)):
+            given = type(trainer.model).__name__
+            refuse(Problem("model", given, "it is not the model of this search", "model=search.model"))
+        flat = {**trainer.args.to_dict(), "fsdp": trainer.args.fsdp or None}
+        faults = [*check_conflicts({"fsdp": flat["fsdp"]}), *check_course_conflicts(flat, self.method.course, False)]
+        if trainer.args.n_gpu > 1:
+            reason = "copies of the model in one process (DataParallel) hide its gradients"
+            faults.append(Problem("n_gpu", trainer.args.n_gpu, reason, "torchrun, or CUDA_VISIBLE_DEVICES=0"))
+        refuse(*(in_python(fault, method) for fault in faults))
+        self.watch = DivergenceWatch(self.asked.max_nonfinite_steps, Path(trainer.args.output_dir))
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        super().attach(trainer)
+
+    def resume_from(self, checkpoint: Path | None) -> None:
+        """Take note of what training goes on from.
+
+        Raises:
+            PlanError: the checkpoint is damaged, or of a search that asked for something else.
+        """
+        self.checkpoint = checkpoint
+        if checkpoint is None:
+            return
+        if fault := damage(checkpoint):
+            raise PlanError(f"{checkpoint} cannot be resumed from: {fault}")
+        check_same_run(load_plan(checkpoint / PLAN_FILE), self.asked, str(checkpoint))

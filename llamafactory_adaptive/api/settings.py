@@ -1,0 +1,130 @@
+"""Arguments of the Python API, checked by the rules of the YAML keys and told by their Python names."""
+
+import ast
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from llamafactory_adaptive.config.arguments import AdaptiveArguments
+from llamafactory_adaptive.config.key_checks import check_budget
+from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.methods import get_method, is_dynamic, methods, nearest
+from llamafactory_adaptive.options import check_fields
+from llamafactory_adaptive.versions import installed_versions
+
+
+# What messages of the deeper rooms call things, and what a caller of the API calls them.
+_PYTHON_NAMES = {
+    "adaptive_calibration_batch_size": "batch_size",
+    "adaptive_calibration_samples": "the number of rows",
+    "lora_target": "target_modules",
+}
+
+
+def chosen_method(name: str, options: Mapping[str, Any], dynamic: bool) -> tuple[type[Any], dict[str, Any]]:
+    """Look a method up and check its options.
+
+    Args:
+        name: as registered.
+        options: by the names of the method's ``Options``, without a prefix.
+        dynamic: whether a method is wanted that finds ranks while training.
+
+    Returns:
+        The class, and every option with its value.
+
+    Raises:
+        AdaptiveConfigError: no such method, one of the other kind, or options it does not have or allow.
+    """
+    if name not in methods():
+        known = [each for each in sorted(methods()) if is_dynamic(get_method(each)) == dynamic]
+        refuse(Problem("method", name, f"it must be one of {', '.join(known)}", f"method={nearest(str(name))!r}"))
+    cls = get_method(name)
+    if is_dynamic(cls) != dynamic:
+        reason, remedy = _OTHER_KIND[dynamic]
+        refuse(Problem("method", name, reason, remedy.format(name=name)))
+    known = [entry.name for entry in dataclasses.fields(cls.Options)]
+    unknown = [_unknown_option(name, key, value, known) for key, value in options.items() if key not in known]
+    values, faults = check_fields(cls.Options, "", options)
+    refuse(*unknown, *(in_python(fault, name) for fault in faults))
+    refuse(*(in_python(fault, name) for fault in getattr(cls.Options(**values), "check", list)()))
+    return cls, values
+
+
+_OTHER_KIND = {
+    True: ("it finds its ranks before training", "score_modules(model, batches, method={name!r})"),
+    False: ("it finds its ranks while training, from no scores", "rank_search(model, method={name!r})"),
+}
+
+
+def _unknown_option(method: str, key: str, value: Any, known: list[str]) -> Problem:
+    near = difflib.get_close_matches(key, known, n=1)
+    has = f"the method {method} has the options {', '.join(known)}" if known else f"the method {method} has no options"
+    return Problem(key, value, has, f"{near[0]}=..." if near else f"leaving {key} out")
+
+
+def common_settings(method: str, **given: Any) -> tuple[dict[str, Any], list[Problem]]:
+    """Check arguments that are YAML keys ``adaptive_<name>``, by their types and ranges.
+
+    Returns:
+        The values of all those keys, defaults filled in, and the problems.
+    """
+    flat = {f"adaptive_{name}": value for name, value in given.items()}
+    values, faults = check_fields(AdaptiveArguments, "", flat)
+    return values, [in_python(fault, method) for fault in faults]
+
+
+def budget_settings(
+    method: str, lora_rank: int, lora_alpha: int | None, common: Mapping[str, Any]
+) -> tuple[int, float, int, list[Problem]]:
+    """Check the budget against the bounds; returns ``lora_rank``, ``lora_alpha``, the largest rank, the problems."""
+    rank, alpha, high, faults = check_budget({"lora_rank": lora_rank, "lora_alpha": lora_alpha}, common)
+    return rank, alpha, high, [in_python(fault, method) for fault in faults]
+
+
+def refuse(*problems: Problem) -> None:
+    """Raise AdaptiveConfigError with all problems; do nothing where there are none."""
+    if problems:
+        raise AdaptiveConfigError(problems)
+
+
+def in_python(problem: Problem, method: str) -> Problem:
+    """Say a problem in the words of Python: ``igu_intervals: 20`` becomes ``intervals=20``."""
+    said = (python_words(text, method, (problem.key,)) for text in (problem.allowed, problem.suggestion))
+    return replace(problem, key=python_words(problem.key, method), allowed=next(said), suggestion=next(said))
+
+
+def python_words(text: str, method: str, also: Iterable[str] = ()) -> str:
+    """Put the names of arguments in place of YAML keys; ``also`` are further keys that a value may follow."""
+    names = "|".join(re.escape(name) for name in ("lora_rank", "lora_alpha", *_PYTHON_NAMES, *also))
+    prefixed = rf"(?:adaptive_|{re.escape(method)}_)\w+"
+    text = re.sub(rf"\b({prefixed}|{names}): (\S+?)(?=[,;)]|$|\s)", lambda m: f"{m[1]}={_literal(m[2])}", text)
+    for key, word in _PYTHON_NAMES.items():
+        text = re.sub(rf"\b{key}\b", word, text)
+    return re.sub(rf"\b(?:adaptive_|{re.escape(method)}_)(\w+)", r"\1", text)
+
+
+def _literal(value: str) -> str:
+    """Write a YAML value as Python does."""
+    value = {"true": "True", "false": "False", "null": "None"}.get(value, value)
+    try:
+        return repr(ast.literal_eval(value))
+    except (ValueError, SyntaxError):
+        return repr(value)
+
+
+def provenance(model: nn.Module, seed: int) -> dict[str, Any]:
+    """Tell what a reader of a plan wants to know about where it came from."""
+    return {
+        "base_model": str(getattr(model, "name_or_path", "")),
+        "architecture": type(model).__name__,
+        "seed": seed,
+        "versions": installed_versions(_PACKAGES),
+    }
+
+
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "llamafactory-adaptive")

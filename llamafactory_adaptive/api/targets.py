@@ -1,0 +1,66 @@
+"""The linear modules of a live model that a caller wants adapted."""
+
+from collections.abc import Sequence
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from llamafactory_adaptive.api.settings import refuse
+from llamafactory_adaptive.errors import Problem
+
+
+ALL_LINEAR = "all-linear"
+
+
+def find_targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, nn.Linear]:
+    """Find the modules to adapt, in model order.
+
+    Args:
+        model: a base model without an adapter.
+        wanted: ``"all-linear"``, or names of modules or their last parts.
+
+    Returns:
+        Full name to linear layer.
+
+    Raises:
+        AdaptiveConfigError: the model has an adapter, a name matches nothing, or what it matches is not linear.
+    """
+    if any(isinstance(module, LoraLayer) for module in model.modules()):
+        remedy = "the base model, or model.merge_and_unload()"
+        refuse(Problem("model", type(model).__name__, "it has a LoRA adapter already", remedy))
+    if wanted == ALL_LINEAR:
+        return _all_linear(model)
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    modules = dict(model.named_modules())
+    matches = {name: [full for full in modules if _is_named(full, name)] for name in names}
+    known = sorted({full.rpartition(".")[2] for full in _all_linear(model)})
+    remedy = f"target_modules={ALL_LINEAR!r}, or some of {', '.join(known)}"
+    missing = [name for name, found in matches.items() if not found]
+    if missing or not names:
+        refuse(Problem("target_modules", wanted, f"no module is called {', '.join(missing)}", remedy))
+    found = {full for each in matches.values() for full in each}
+    for full in sorted(found):
+        if not isinstance(modules[full], nn.Linear):
+            reason = f"{full} is a {type(modules[full]).__name__}, not a linear layer"
+            refuse(Problem("target_modules", wanted, reason, remedy))
+    return {full: module for full, module in modules.items() if full in found and isinstance(module, nn.Linear)}
+
+
+def _is_named(full: str, name: str) -> bool:
+    return full == name or full.endswith(f".{name}")
+
+
+def _all_linear(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear layer but the output head, as PEFT understands the word.
+
+    Raises:
+        AdaptiveConfigError: there is none.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    found = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+    }
+    if not found:
+        reason = "it has no nn.Linear to adapt (GPT-2's Conv1D layers are none)"
+        refuse(Problem("model", type(model).__name__, reason, "a Llama, Qwen or Mistral model"))
+    return found
