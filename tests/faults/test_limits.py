@@ -107,17 +107,34 @@ def test_a_proxy_that_leads_nowhere(scene, tell, tmp_path):
 
 
 def test_two_trainings_in_one_folder(scene, tell, tmp_path):
-    output = tmp_path / "out"
+    """The first goes on from checkpoints, so that there is much in the folder that has to stay."""
+    output, log = tmp_path / "out", tmp_path / "out" / "adaptive_log.jsonl"
+    scene.half_trained("sensitivity", output)
+    older = log.read_bytes()
     # Long enough that it still runs when the second has waited its seconds for the lock.
-    config = scene.yaml("igu", output, max_steps=20_000, save_strategy="no")
+    config = scene.yaml("sensitivity", output, max_steps=20_000, save_strategy="no")
     first = scene.train(config, tmp_path / "first.log")
-    wait_for((output / "_adaptive_lock").exists, first)
-    before = digests(output, "adaptive_log.jsonl")
-    second = scene.train(config, tmp_path / "second.log").finish(2)
+    try:
+        # Its line is written when plan and picture are.
+        wait_for(lambda: log.stat().st_size > len(older) and log.read_bytes().endswith(b"\n"), first)
+        written, before = log.read_bytes(), digests(output)
+        second = scene.train(config, tmp_path / "second.log").finish(2)
+        after = digests(output)
+    finally:
+        undisturbed = first.kill()
     assert f"another run works in {output} (process {first.process.pid} on " in second
-    assert first.kill(), "the first one was not disturbed"
-    assert before.keys() <= digests(output, "adaptive_log.jsonl").keys()
-    tell("two at once", "igu: a second training in the same folder", "refused in one line, first undisturbed")
+    assert undisturbed, first.said()[-4000:]
+    assert {
+        "_adaptive_lock",
+        "adaptive_rank_plan.json",
+        "adaptive_ranks.png",
+        f"checkpoint-8/{WEIGHTS}",
+    } < before.keys()
+    assert log.read_bytes().startswith(written), "lines are only added"
+    growing = {log.name, "trainer_log.jsonl"}  # by the first one
+    kept, found = ({name: of[name] for name in of.keys() - growing} for of in (before, after))
+    assert found == kept
+    tell("two at once", "sensitivity: a second training in the same folder", "refused in one line, no file changed")
 
 
 def test_two_plans_of_one_request(scene, tell, tmp_path):
