@@ -277,13 +277,13 @@ def test_a_diverged_run_is_not_pruned_by_nan(tiny_llama, data_dir, tmp_path):
 
 
 def test_processes_that_would_choose_differently_stop(tiny_llama, data_dir, tmp_path, monkeypatch):
-    from llamafactory_adaptive.training import callback
+    from llamafactory_adaptive.engines import distributed
 
-    monkeypatch.setattr(callback, "gather_digests", lambda digest: [digest, "00"])
+    monkeypatch.setattr(distributed, "gather_digests", lambda digest: [digest, "00"])
     with pytest.raises(GuardError, match=r"ranks \[1\] hold another plan than rank 0"):
         train(pruning_settings(tiny_llama, data_dir, tmp_path / "o"))
     answers = iter([["a", "a"], ["a", "b"]])
-    monkeypatch.setattr(callback, "gather_digests", lambda digest: next(answers))
+    monkeypatch.setattr(distributed, "gather_digests", lambda digest: next(answers))
     with pytest.raises(GuardError, match=r"ranks \[1\] chose other components than rank 0"):
         train(pruning_settings(tiny_llama, data_dir, tmp_path / "o"))
 

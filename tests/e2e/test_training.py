@@ -238,10 +238,11 @@ def test_held_out_rows_do_not_reach_the_scores(tiny_llama, data_dir, tmp_path):
 
 def test_a_run_whose_ranks_never_reached_the_model_fails(tiny_llama, data_dir, tmp_path, monkeypatch):
     from llamafactory_adaptive.bridge import training_run
-    from llamafactory_adaptive.training import current_run
+    from llamafactory_adaptive.training import trainer
 
-    monkeypatch.setattr(current_run, "_current", type("Lost", (), {"get": lambda s: None, "set": lambda s, v: None,
-                                                            "reset": lambda s, t: None})())  # fmt: skip
+    lost = type("Lost", (), {"get": lambda s: None, "set": lambda s, v: None, "reset": lambda s, t: None})()
+    for place in (trainer, training_run):
+        monkeypatch.setattr(place, "current_run", lost)
     monkeypatch.setattr(training_run, "inject_ranks", lambda original: original)
     with pytest.raises(GuardError, match=r"does not match the plan \(14 adapted modules, 14 planned\)"):
         train(settings(tiny_llama, data_dir, tmp_path / "o"))
