@@ -23,9 +23,9 @@ from llamafactory_adaptive.api.targets import find_targets
 from llamafactory_adaptive.config.host_conflicts import check_conflicts, check_course_conflicts
 from llamafactory_adaptive.config.key_checks import check_kind, check_pruning, check_reallocation
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
-from llamafactory_adaptive.engines.distributed import launched_number
 from llamafactory_adaptive.errors import GuardError, PlanError, Problem
 from llamafactory_adaptive.files import PLAN_FILE
+from llamafactory_adaptive.launcher import launched_number
 from llamafactory_adaptive.methods import DynamicMethod
 from llamafactory_adaptive.planning.compatibility import check_same_run
 from llamafactory_adaptive.planning.planner import start_plan

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from llamafactory_adaptive.config.arguments import AdaptiveArguments
 from llamafactory_adaptive.config.key_checks import unknown_key_problems
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
-from llamafactory_adaptive.methods._registry import get_method, methods
+from llamafactory_adaptive.methods import get_method, methods
 from llamafactory_adaptive.options import coerce
 
 
@@ -181,9 +181,3 @@ def run_seed(args: Mapping[str, Any]) -> int:
         return int(coerce(args.get("seed"), int))
     except (ValueError, TypeError, OverflowError):
         return 42
-
-
-def local_rank() -> int:
-    """This process's place on its node, before any process group exists."""
-    number = os.environ.get("LOCAL_RANK", "0")
-    return int(number) if number.lstrip("-").isdecimal() else 0  # no number: told with the other settings

@@ -10,7 +10,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings, local_rank
+from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings
 from llamafactory_adaptive.bridge.host_check import check_host_settings, check_output
 from llamafactory_adaptive.bridge.resuming import checkpoint_to_resume, refuse_finished_run
 from llamafactory_adaptive.bridge.training_run import no_accelerator
@@ -23,6 +23,7 @@ from llamafactory_adaptive.errors import (
     OutputError,
     PlanError,
 )
+from llamafactory_adaptive.launcher import is_worker, local_rank
 from llamafactory_adaptive.planning.intention import intention
 from llamafactory_adaptive.reports.plaintext import plain_lines
 
@@ -43,7 +44,7 @@ def with_clean_exit(run_exp: Callable[..., None]) -> Callable[..., None]:
             run_exp(None, callbacks)
         except AdaptiveError as error:
             exit_with(error)
-        if "LOCAL_RANK" in os.environ and no_accelerator() and asks_for_adaptive(read_args()):
+        if is_worker() and no_accelerator() and asks_for_adaptive(read_args()):
             _leave_without_finalizing()
 
     return run

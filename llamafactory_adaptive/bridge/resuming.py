@@ -6,10 +6,11 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from llamafactory_adaptive.bridge.arguments import Args, local_rank, split_names
+from llamafactory_adaptive.bridge.arguments import Args, split_names
 from llamafactory_adaptive.config.deepspeed_settings import zero_optimization
 from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
 from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, STATE_JSON
+from llamafactory_adaptive.launcher import launched_number, launched_processes, local_rank
 from llamafactory_adaptive.training.checkpoint_files import check_layout, damage, is_sealed
 
 
@@ -90,8 +91,6 @@ def _step(checkpoint: Path) -> int:
 
 def _confirm(args: Args, chosen: Path | None) -> None:
     """Where output_dir is no shared folder, another node may hold other checkpoints than rank 0, or none."""
-    from llamafactory_adaptive.engines.distributed import launched_number
-
     if launched_number() == 0:
         return
     host, remedy = socket.gethostname(), "copy the checkpoints of rank 0 there, or use a folder all nodes share"
@@ -166,8 +165,6 @@ def named_paths(args: Args) -> list[Path]:
 
 def layout(args: Args) -> dict[str, Any]:
     """How this run spreads weights and optimizer states over processes, as its settings say."""
-    from llamafactory_adaptive.engines.distributed import launched_processes
-
     by_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     config = args.get("deepspeed") or (by_accelerate and os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
     zero: dict[str, Any] = {}

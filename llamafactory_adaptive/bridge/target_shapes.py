@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llamafactory_adaptive.bridge.arguments import Args, local_rank, split_names
+from llamafactory_adaptive.bridge.arguments import Args, split_names
 from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
 from llamafactory_adaptive.files import read_json, read_mapping
+from llamafactory_adaptive.launcher import local_rank
 from llamafactory_adaptive.ranks.plan import ModuleShape
 
 

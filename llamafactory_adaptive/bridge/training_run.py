@@ -9,14 +9,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from llamafactory_adaptive.bridge.arguments import (
-    Args,
-    asks_for_adaptive,
-    local_rank,
-    our_keys,
-    run_seed,
-    to_mapping,
-)
+from llamafactory_adaptive.bridge.arguments import Args, asks_for_adaptive, our_keys, run_seed, to_mapping
 from llamafactory_adaptive.bridge.host_check import check_host_settings, check_output
 from llamafactory_adaptive.bridge.resuming import (
     checkpoint_to_resume,
@@ -29,6 +22,7 @@ from llamafactory_adaptive.bridge.resuming import (
 from llamafactory_adaptive.bridge.validation import parse_config
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.launcher import is_worker, launched_number, local_rank
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.training.current_run import current_run
 from llamafactory_adaptive.training.leftovers import set_older_run_aside
@@ -67,7 +61,6 @@ def adaptive_training_function(
                 refuse_ranks_in_plain_run(dict(raw))
             return original(config)
         from llamafactory_adaptive.bridge.plans import held
-        from llamafactory_adaptive.engines.distributed import is_worker
 
         require_seams()
         args = to_mapping(raw)
@@ -88,7 +81,6 @@ def adaptive_training_function(
 def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], args: Args, adaptive: AdaptiveConfig
            ) -> None:  # fmt: skip
     from llamafactory_adaptive.bridge.plans import agreed_plan
-    from llamafactory_adaptive.engines.distributed import launched_number
     from llamafactory_adaptive.engines.operator_locks import bounded_waits
     from llamafactory_adaptive.engines.zero import init_deepspeed_on_cpu
     from llamafactory_adaptive.planning.sources import advice
@@ -123,8 +115,6 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], a
 
 
 def _refuse_deepspeed_alone(args: Args) -> None:
-    from llamafactory_adaptive.engines.distributed import is_worker
-
     by_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED")
     asked = [("deepspeed", given)] if (given := args.get("deepspeed")) else []
     asked += [("ACCELERATE_USE_DEEPSPEED", by_accelerate)] if by_accelerate == "true" else []
@@ -134,7 +124,7 @@ def _refuse_deepspeed_alone(args: Args) -> None:
 
 def _begin_afresh(args: Args) -> None:
     """Nothing of an older run in the folder may be taken for this one's; every process goes on when that is done."""
-    from llamafactory_adaptive.engines.distributed import gather, launched_number
+    from llamafactory_adaptive.engines.distributed import gather
 
     writes = launched_number() == 0 or (args.get("save_on_each_node") and local_rank() == 0)
 

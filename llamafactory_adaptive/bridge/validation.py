@@ -31,8 +31,7 @@ from llamafactory_adaptive.config.key_checks import (
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
 from llamafactory_adaptive.files import read_mapping
-from llamafactory_adaptive.methods import is_dynamic
-from llamafactory_adaptive.methods._registry import get_method, methods, nearest
+from llamafactory_adaptive.methods import get_method, is_dynamic, methods, nearest
 from llamafactory_adaptive.options import check_fields
 from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
 

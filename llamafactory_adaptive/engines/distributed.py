@@ -18,6 +18,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from llamafactory_adaptive.errors import GuardError, OtherProcessError
+from llamafactory_adaptive.launcher import launched_number, launched_processes
 
 
 LIMIT_SECONDS = 1800.0  # no process of a job may come later than this to where the others wait
@@ -33,30 +34,6 @@ def processes() -> int:
 def process_number() -> int:
     """Give this process's rank in the training's process group."""
     return dist.get_rank() if processes() > 1 else 0
-
-
-def is_worker() -> bool:
-    """Tell whether a launcher started this process as one of several.
-
-    Clusters (Kubeflow's PyTorchJob, SageMaker) set RANK and WORLD_SIZE for their nodes, where torchrun is still to be
-    started; LOCAL_RANK is the launcher's alone.
-    """
-    return os.environ.get("LOCAL_RANK", "-1") != "-1"  # older launchers' word for none
-
-
-def launched_number() -> int:
-    """This process's rank as its launcher set it, known before any process group exists."""
-    return int(os.environ.get("RANK", "0")) if is_worker() else 0
-
-
-def launched_processes() -> int:
-    """How many processes the launcher starts for this job."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if is_worker() else 1
-
-
-def number_on_node() -> int:
-    """This process's place on its node, known before any process group exists."""
-    return int(os.environ["LOCAL_RANK"]) if is_worker() else 0
 
 
 def add_up(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What a run is about to do before it trains, in one line for the user."""
 
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
-from llamafactory_adaptive.methods._registry import get_method
+from llamafactory_adaptive.methods import get_method
 
 
 def intention(config: AdaptiveConfig) -> str:

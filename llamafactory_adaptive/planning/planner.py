@@ -18,8 +18,7 @@ from llamafactory_adaptive.calibration.measurement import Measurement
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.files import usable_entry
-from llamafactory_adaptive.methods import Scores, ScoringContext, StaticMethod
-from llamafactory_adaptive.methods._registry import get_method
+from llamafactory_adaptive.methods import Scores, ScoringContext, StaticMethod, get_method
 from llamafactory_adaptive.planning.cache import (
     PlanRequest,
     keep_statistics,

@@ -8,14 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
-from llamafactory_adaptive.engines.distributed import (
-    failure_of,
-    launched_number,
-    launched_processes,
-    number_on_node,
-)
+from llamafactory_adaptive.engines.distributed import failure_of
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import PLAN_FILE, STATE_JSON
+from llamafactory_adaptive.launcher import launched_number, launched_processes, local_rank
 from llamafactory_adaptive.methods import get_method, methods
 from llamafactory_adaptive.planning import cache, compatibility, planner
 from llamafactory_adaptive.planning.host import HostRun
@@ -98,7 +94,7 @@ def _given_plan(config: AdaptiveConfig, host: HostRun, path: str) -> RankPlan:
         read = set(config.options) - set(method.idle_on_a_plan)
         used |= {"adaptive_method", *(f"{config.method}_{option}" for option in read)}
     idle = [key for key in host.given_keys if key not in used]
-    if idle and number_on_node() == 0:
+    if idle and local_rank() == 0:
         logger.warning(f"adaptive_plan is given, so these keys are not used: {', '.join(idle)}")
     plan = compatibility.check_plan(load_plan(Path(path)), list(host.shapes), config, path)
     facts: dict[str, Any] = {"adaptive_plan": path, **_this_run(plan, host.provenance)}
@@ -114,7 +110,7 @@ def _this_run(plan: RankPlan, here: Mapping[str, Any]) -> dict[str, Any]:
     """Say what a run on a given plan is of; what the plan was made for is noted apart."""
     there = {key: plan.provenance.get(key) for key in _OF_THE_RUN if key in plan.provenance}
     for_one, for_other = there.get("architecture"), here.get("architecture")
-    if for_one and for_other and for_one != for_other and number_on_node() == 0:
+    if for_one and for_other and for_one != for_other and local_rank() == 0:
         logger.warning(
             f"the plan was made for {there.get('base_model')} ({for_one}), this run trains {here['base_model']} "
             f"({for_other}): the shapes fit, but its ranks were found on another architecture"
@@ -126,8 +122,8 @@ def _computed_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:
     """Build the plan in one process per node, or re-use it; the other processes of the node wait for the file."""
     request = cache.PlanRequest(config, host.identity, host.provenance)
     path = request.plan_path()
-    if number_on_node() != 0:
-        planner_rank = launched_number() - number_on_node()  # the node's first
+    if local_rank() != 0:
+        planner_rank = launched_number() - local_rank()  # the node's first
         return PlanSource(cache.wait_for_plan(path, host.longest_scoring, lambda: failure_of(planner_rank)), "re-used")
     cached = cache.cached_plan(path)
     if cached is not None:
@@ -157,7 +153,7 @@ def _check_same_base(plan: RankPlan, here: Mapping[str, Any], checkpoint: Path) 
     if here_too or Path(theirs).name == Path(ours).name:
         return
     if facts.get("adaptive_plan") and "planned_for" not in facts:  # an older version noted the plan's model here
-        if number_on_node() == 0:
+        if local_rank() == 0:
             logger.warning(
                 f"{checkpoint} was written by an older version, which noted {theirs}, the model its plan was made "
                 f"for, and not the one it trained; make sure that this was {ours}"

@@ -1,6 +1,6 @@
 """Which environments count as workers of a launcher."""
 
-from llamafactory_adaptive.engines.distributed import launched_number, launched_processes
+from llamafactory_adaptive.launcher import launched_number, launched_processes
 
 
 def test_what_a_cluster_sets_for_its_nodes_is_not_taken_for_a_launchers(monkeypatch):
