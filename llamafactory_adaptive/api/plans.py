@@ -60,19 +60,8 @@ def plan_ranks(
     rank, alpha, high, more = budget_settings(scores.method, lora_rank, lora_alpha, common)
     refuse(*faults, *more)
     facts: dict[str, Any] = dict(scores.facts)
-    config = AdaptiveConfig(
-        method=scores.method,
-        options=scores.options,
-        budget_unit=common["adaptive_budget_unit"],
-        lora_rank=rank,
-        lora_alpha=alpha,
-        min_rank=common["adaptive_min_rank"],
-        max_rank=high,
-        plan_path=None,
-        calibration=CalibrationConfig(
-            None, facts["calibration_samples"], facts["calibration_batch_size"], scores.seed
-        ),
-    )
+    calibration = CalibrationConfig(None, facts["calibration_samples"], facts["calibration_batch_size"], scores.seed)
+    config = AdaptiveConfig.of(common, scores.method, scores.options, (rank, alpha, high), calibration)
     identity = {"rows": facts["calibration_rows_sha256"], "base_model": facts["base_model"]}
     request = PlanRequest(config, identity, facts)
     return PrintablePlan.of(allocate_plan(request, list(scores.shapes), scores.score(rank), {}))

@@ -21,7 +21,7 @@ from llamafactory_adaptive.api.settings import (
 )
 from llamafactory_adaptive.api.targets import find_targets
 from llamafactory_adaptive.config.host_conflicts import check_conflicts, check_course_conflicts
-from llamafactory_adaptive.config.key_checks import check_kind, check_pruning, check_reallocation
+from llamafactory_adaptive.config.key_checks import check_course, check_kind
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.errors import GuardError, PlanError, Problem
 from llamafactory_adaptive.files import PLAN_FILE
@@ -106,18 +106,8 @@ def rank_search(
     rank, alpha, high, more = budget_settings(method, lora_rank, lora_alpha, common)
     course, idle = _course(method, made, common, pruning, rank, high, seed)
     refuse(*faults, *more, *idle)
-    config = AdaptiveConfig(
-        method=method,
-        options=values,
-        budget_unit=common["adaptive_budget_unit"],
-        lora_rank=rank,
-        lora_alpha=alpha,
-        min_rank=common["adaptive_min_rank"],
-        max_rank=high,
-        plan_path=None,
-        calibration=CalibrationConfig(None, 0, 0, seed),
-        course=course,
-        max_nonfinite_steps=common["adaptive_max_nonfinite_steps"],
+    config = AdaptiveConfig.of(
+        common, method, values, (rank, alpha, high), CalibrationConfig(None, 0, 0, seed), course
     )
     shapes = [ModuleShape(n, m.in_features, m.out_features) for n, m in find_targets(model, target_modules).items()]
     start = start_plan(config, shapes, provenance(model, seed))
@@ -131,12 +121,7 @@ def _course(
     """Say how the method changes ranks, and what of the arguments it cannot use."""
     flat = {f"adaptive_{name}": value for name, value in pruning.items()}
     problems = check_kind(flat, method, True, made.course)
-    problems += check_course_conflicts(flat, made.course, made.path(0, 0) is not None)
-    course: PruningConfig | ReallocationConfig
-    if made.course == "reallocate":
-        course, faults = check_reallocation(method, made, common["adaptive_min_rank"], rank, high, seed)
-    else:
-        course, faults = check_pruning(common, rank, high, seed)
+    course, faults = check_course(flat, common, method, made, rank, high, seed)
     return course, [in_python(problem, method) for problem in problems + faults]
 
 

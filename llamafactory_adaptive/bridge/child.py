@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from llamafactory_adaptive.reports.plaintext import tell
+
 
 _SHOWN = re.compile(r"^\[(WARNING|ERROR)\|.*llamafactory\.adaptive|Scoring modules")
 _EVERY_SECONDS = 15.0  # progress where nobody watches a terminal
@@ -93,11 +95,10 @@ def _chunks(process: "subprocess.Popen[bytes]", log: Path) -> Iterator[bytes]:
         elif time.monotonic() - told > _TELL_SECONDS:
             told = time.monotonic()
             silent = f"{(told - heard) / 60:.0f} minutes"
-            print(
-                f"llamafactory-adaptive: still waiting for the scoring process {process.pid}, which has printed "
-                f"nothing for {silent}; its log is {log}",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+            tell(
+                f"still waiting for the scoring process {process.pid}, which has printed nothing for {silent}; "
+                f"its log is {log}"
+            )
 
 
 def _fold(process: "subprocess.Popen[bytes]", log: Path, lines: "deque[str]") -> None:

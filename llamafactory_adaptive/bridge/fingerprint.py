@@ -2,13 +2,13 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import Args, run_seed, split_names
 from llamafactory_adaptive.bridge.target_shapes import calibration_names, uses_tokenized_folder
+from llamafactory_adaptive.files import read_mapping
 from llamafactory_adaptive.versions import installed_versions
 
 
@@ -78,7 +78,7 @@ def _data_fingerprint(args: Args) -> Any:
     info_path = folder / "dataset_info.json"
     if not isinstance(given, dict) and not info_path.is_file():
         return None
-    info = given if isinstance(given, dict) else json.loads(info_path.read_text(encoding="utf-8"))
+    info = given if isinstance(given, dict) else read_mapping(info_path, str(info_path), finite=False)
     entries = {name: info.get(name) for name in calibration_names(args)}
     files = [folder / str(entry["file_name"]) for entry in entries.values() if entry and "file_name" in entry]
     return {"entries": entries, "files": [_fingerprint(path) for path in files]}

@@ -1,6 +1,6 @@
 """A run of LLaMA-Factory, as planning needs to know it."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class LlamaFactoryRun:
             raise PlanError(f"{adapter} is damaged: {fault}; go on from another checkpoint or adapter")
 
     @cached_property
-    def shapes(self) -> Sequence[ModuleShape]:
+    def shapes(self) -> list[ModuleShape]:
         """Target modules, from the model on the meta device."""
         return target_shapes.target_shapes(self.args)
 

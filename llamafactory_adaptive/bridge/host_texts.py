@@ -7,6 +7,7 @@ are looked at before any other check, which may then take what it reads for a te
 from collections.abc import Mapping
 from typing import Any
 
+from llamafactory_adaptive.config.deepspeed_settings import is_inline
 from llamafactory_adaptive.errors import Problem
 from llamafactory_adaptive.paths import impossible_path
 
@@ -48,7 +49,7 @@ def text_problems(args: Mapping[str, Any]) -> list[Problem]:
             allowed = "it must be " + " or ".join(["a text", *(_WORDS[kind] for kind in others)])
             quoted = isinstance(value, (int, float)) and not isinstance(value, bool)
             problems.append(Problem(key, value, allowed, f'{key}: "{value}"' if quoted else f'{key}: "<text>"'))
-        elif key in _PATHS and isinstance(value, str) and not _is_json(value) and (why := impossible_path(value)):
+        elif key in _PATHS and isinstance(value, str) and not is_inline(value) and (why := impossible_path(value)):
             problems.append(Problem(key, value, why, "another path"))
     return problems
 
@@ -57,7 +58,3 @@ def _fits(value: Any, others: tuple[type, ...]) -> bool:
     if isinstance(value, list):
         return list in others and all(isinstance(entry, str) for entry in value)
     return isinstance(value, (str, *others))
-
-
-def _is_json(value: str) -> bool:
-    return value.lstrip().startswith("{")  # DeepSpeed's settings themselves

@@ -25,7 +25,7 @@ from llamafactory_adaptive.errors import (
 )
 from llamafactory_adaptive.launcher import is_worker, local_rank
 from llamafactory_adaptive.planning.intention import intention
-from llamafactory_adaptive.reports.plaintext import plain_lines
+from llamafactory_adaptive.reports.plaintext import tell
 
 
 def with_clean_exit(run_exp: Callable[..., None]) -> Callable[..., None]:
@@ -69,7 +69,7 @@ def exit_with(error: AdaptiveError) -> NoReturn:
     everywhere = isinstance(error, (AdaptiveConfigError, PlanError, InfeasibleBudgetError, OutputError,
                                    OtherProcessError))  # fmt: skip
     if not everywhere or local_rank() == 0:
-        print(f"llamafactory-adaptive: error: {plain_lines(str(error))}", file=sys.stderr, flush=True)
+        tell(f"error: {error}")
     raise SystemExit(2) from error
 
 
@@ -113,11 +113,11 @@ def prepare_launch(words: list[str], require_seams: Callable[[], None]) -> bool:
     if not asks_for_adaptive(args):
         return False
     require_seams()
-    print(f"llamafactory-adaptive: checking {words[0]} before anything is loaded", file=sys.stderr, flush=True)
+    tell(f"checking {words[0]} before anything is loaded")
     config = parse_config(args)
     check_output(args)
     check_host_settings(args)
-    print(f"llamafactory-adaptive: {intention(config)}", file=sys.stderr, flush=True)
+    tell(intention(config))
     if args.get("do_train") and _starts_torchrun():
         from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun
         from llamafactory_adaptive.bridge.plans import held

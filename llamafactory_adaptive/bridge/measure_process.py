@@ -24,6 +24,7 @@ from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.files import digest_of, read_mapping, replacing
 from llamafactory_adaptive.planning.cache import cache_folder
 from llamafactory_adaptive.planning.planner import make_method
+from llamafactory_adaptive.reports.plaintext import tell
 
 
 # What a launcher tells its workers; the measuring process is none of them.
@@ -56,11 +57,10 @@ def measure_in_own_process(args: Args, measurement: Measurement, path: Path) -> 
     answer = path.with_name("answer.json")
     command = [sys.executable, "-m", "llamafactory_adaptive.cli", "measure", str(answer)]
     names = ", ".join(calibration_names(args)) or "the training data"
-    print(
-        f"llamafactory-adaptive: scoring {args['model_name_or_path']} on rows of {names} in a process of its own; "
-        "it loads the model once, then takes about as long as a forward pass over them",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+    tell(
+        f"scoring {args['model_name_or_path']} on rows of {names} in a process of its own; it loads the model once, "
+        "then takes about as long as a forward pass over them"
+    )
     log = cache_folder() / "logs" / f"scoring-{os.getpid()}.log"
     code, said = run_child(command, environment, log, job)
     message = read_mapping(answer, "the scoring process's answer")["error"] if answer.exists() else None

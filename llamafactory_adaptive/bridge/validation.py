@@ -15,17 +15,16 @@ from llamafactory_adaptive.bridge.arguments import Args, flag_parser, our_keys, 
 from llamafactory_adaptive.bridge.host_check import host_value_problems
 from llamafactory_adaptive.bridge.host_texts import text_problems
 from llamafactory_adaptive.config.arguments import AdaptiveArguments
+from llamafactory_adaptive.config.deepspeed_settings import is_inline
 from llamafactory_adaptive.config.host_conflicts import (
     check_conflicts,
-    check_course_conflicts,
     check_sampling_conflicts,
 )
 from llamafactory_adaptive.config.host_environment import check_environment
 from llamafactory_adaptive.config.key_checks import (
     check_budget,
+    check_course,
     check_kind,
-    check_pruning,
-    check_reallocation,
     unknown_key_problems,
 )
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
@@ -75,24 +74,14 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
     if problems:
         raise AdaptiveConfigError(problems)
     seed = common["adaptive_calibration_seed"]
-    return AdaptiveConfig(
-        method=common["adaptive_method"],
-        options=options,
-        budget_unit=common["adaptive_budget_unit"],
-        lora_rank=lora_rank,
-        lora_alpha=lora_alpha,
-        min_rank=common["adaptive_min_rank"],
-        max_rank=max_rank,
-        plan_path=common["adaptive_plan"],
-        calibration=CalibrationConfig(
-            dataset=common["adaptive_calibration_dataset"],
-            samples=common["adaptive_calibration_samples"],
-            batch_size=common["adaptive_calibration_batch_size"],
-            seed=run_seed(args) if seed is None else seed,
-        ),
-        course=course,
-        max_nonfinite_steps=common["adaptive_max_nonfinite_steps"],
+    calibration = CalibrationConfig(
+        dataset=common["adaptive_calibration_dataset"],
+        samples=common["adaptive_calibration_samples"],
+        batch_size=common["adaptive_calibration_batch_size"],
+        seed=run_seed(args) if seed is None else seed,
     )
+    budget = lora_rank, lora_alpha, max_rank
+    return AdaptiveConfig.of(common, common["adaptive_method"], options, budget, calibration, course)
 
 
 def _course(
@@ -109,13 +98,8 @@ def _course(
         problems += check_sampling_conflicts(args)
     if kind == "fixed" or common["adaptive_plan"] is not None:
         return None, problems
-    problems += check_course_conflicts(args, kind, made.path(0, 0) is not None)
-    if kind == "reallocate":
-        low = common["adaptive_min_rank"]
-        moving, faults = check_reallocation(name, made, low, lora_rank, max_rank, run_seed(args))
-        return moving, problems + faults
-    pruning, faults = check_pruning(common, lora_rank, max_rank, run_seed(args))
-    return pruning, problems + faults
+    course, faults = check_course(args, common, name, made, lora_rank, max_rank, run_seed(args))
+    return course, problems + faults
 
 
 def _unknown_keys(args: Mapping[str, Any]) -> list[Problem]:
@@ -176,7 +160,7 @@ def _missing_files(args: Mapping[str, Any], common: Mapping[str, Any]) -> list[P
         ("adaptive_plan", common["adaptive_plan"], "writing one with `llamafactory-adaptive plan`"),
         ("deepspeed", args.get("deepspeed"), "deepspeed: examples/deepspeed/ds_z2_config.json"),
     ):
-        if isinstance(path, str) and not path.lstrip().startswith("{") and not Path(path).is_file():
+        if isinstance(path, str) and not is_inline(path) and not Path(path).is_file():
             problems.append(Problem(key, path, "there is no such file", remedy))
     if args.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         problems.append(

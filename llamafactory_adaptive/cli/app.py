@@ -20,7 +20,7 @@ from llamafactory_adaptive.cli.plan import plan
 from llamafactory_adaptive.errors import AdaptiveError
 from llamafactory_adaptive.export.request import add_export_arguments, export_request
 from llamafactory_adaptive.paths import path_argument
-from llamafactory_adaptive.reports.plaintext import plain_lines
+from llamafactory_adaptive.reports.plaintext import plain_lines, tell
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return handlers[arguments.command](arguments)
     except AdaptiveError as error:
-        print(f"llamafactory-adaptive: error: {plain_lines(str(error))}", file=sys.stderr)
+        tell(f"error: {error}")
         return 2
     except KeyboardInterrupt:
         print("\nllamafactory-adaptive: interrupted", file=sys.stderr)
@@ -90,11 +90,7 @@ def train(arguments: argparse.Namespace) -> int:
     from llamafactory_adaptive.bridge.arguments import check_config_file
 
     check_config_file(arguments.config)
-    print(
-        f"llamafactory-adaptive: training {arguments.config}; LLaMA-Factory starts first, which takes 10 to 30 "
-        "seconds",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+    tell(f"training {arguments.config}; LLaMA-Factory starts first, which takes 10 to 30 seconds")
     sys.argv = ["llamafactory-cli", "train", str(arguments.config), *arguments.overrides]
     from llamafactory import launcher
 

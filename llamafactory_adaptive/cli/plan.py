@@ -10,16 +10,13 @@ from llamafactory_adaptive.cli.host import require_enabled
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
 from llamafactory_adaptive.options import coerce
+from llamafactory_adaptive.reports.plaintext import tell
 
 
 def plan(arguments: argparse.Namespace) -> int:
     """Plan ranks without training: table, heat-map, ``adaptive_rank_plan.json``."""
     require_enabled()
-    print(
-        f"llamafactory-adaptive: planning the ranks of {arguments.config}; LLaMA-Factory starts first, which takes 10 "
-        "to 30 seconds",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+    tell(f"planning the ranks of {arguments.config}; LLaMA-Factory starts first, which takes 10 to 30 seconds")
     from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS
     from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, check_config_file, command_line_settings
     from llamafactory_adaptive.bridge.host_check import check_folder, check_host_settings
@@ -44,7 +41,7 @@ def plan(arguments: argparse.Namespace) -> int:
         )
     config = parse_config(args)
     check_host_settings(args)
-    print(f"llamafactory-adaptive: {intention(config)}", file=sys.stderr, flush=True)
+    tell(intention(config))
     if config.course is not None:
         return _plan_of_a_dynamic_run(args, config)
     started = time.perf_counter()

@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 
+def is_inline(given: str) -> bool:
+    """Tell settings written as JSON from the name of a file that holds them."""
+    return given.lstrip().startswith("{")
+
+
 def document(given: Any) -> dict[str, Any]:
     """Read settings given as a mapping, as JSON or as the name of a file; empty without any that can be read."""
     try:
         if isinstance(given, (str, Path)):
             text = str(given)
-            given = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+            given = json.loads(text if is_inline(text) else Path(text).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return given if isinstance(given, dict) else {}

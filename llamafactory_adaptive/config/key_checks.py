@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llamafactory_adaptive.config.arguments import PRUNING_KEYS
+from llamafactory_adaptive.config.host_conflicts import check_course_conflicts
 from llamafactory_adaptive.errors import Problem
 from llamafactory_adaptive.options import coerce
 from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
@@ -151,3 +152,32 @@ def _positive_int(flat: Mapping[str, Any], key: str, default: int, problems: lis
         problems.append(Problem(key, value, "it must be a whole number of at least 1", f"{key}: {default}"))
         return default
     return number
+
+
+def check_course(
+    flat: Mapping[str, Any],
+    common: Mapping[str, Any],
+    method: str,
+    made: Any,
+    lora_rank: int,
+    max_rank: int,
+    seed: int,
+) -> tuple[PruningConfig | ReallocationConfig, list[Problem]]:
+    """Check how a method changes ranks while training, and what that cannot go together with.
+
+    Args:
+        flat: the run's settings.
+        common: the keys that hold for every method, defaults filled in.
+        method: its name, for the keys of its options.
+        made: the method with its options.
+        lora_rank: the budget.
+        max_rank: the highest rank of a module.
+        seed: of the factors.
+    """
+    problems = check_course_conflicts(flat, made.course, made.path(0, 0) is not None)
+    course: PruningConfig | ReallocationConfig
+    if made.course == "reallocate":
+        course, faults = check_reallocation(method, made, common["adaptive_min_rank"], lora_rank, max_rank, seed)
+    else:
+        course, faults = check_pruning(common, lora_rank, max_rank, seed)
+    return course, problems + faults

@@ -36,6 +36,41 @@ class AdaptiveConfig:
     course: PruningConfig | ReallocationConfig | None = None
     max_nonfinite_steps: int = 3
 
+    @classmethod
+    def of(
+        cls,
+        common: Mapping[str, Any],
+        method: str,
+        options: Mapping[str, Any],
+        budget: tuple[int, float, int],
+        calibration: CalibrationConfig,
+        course: PruningConfig | ReallocationConfig | None = None,
+    ) -> "AdaptiveConfig":
+        """Put checked values together.
+
+        Args:
+            common: the keys that hold for every method, defaults filled in.
+            method: registered name.
+            options: every option of the method.
+            budget: ``lora_rank``, ``lora_alpha`` and the largest rank of a module.
+            calibration: which samples are scored.
+            course: how ranks change while training.
+        """
+        lora_rank, lora_alpha, max_rank = budget
+        return cls(
+            method=method,
+            options=options,
+            budget_unit=common["adaptive_budget_unit"],
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            min_rank=common["adaptive_min_rank"],
+            max_rank=max_rank,
+            plan_path=common["adaptive_plan"],
+            calibration=calibration,
+            course=course,
+            max_nonfinite_steps=common["adaptive_max_nonfinite_steps"],
+        )
+
     @property
     def scale(self) -> float:
         """LoRA scale alpha/r, the same for every module."""

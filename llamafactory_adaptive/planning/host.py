@@ -1,6 +1,6 @@
 """What planning must know of the program that trains, and nothing more."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ class HostRun(Protocol):
     """
 
     @property
-    def shapes(self) -> Sequence[ModuleShape]: ...  # noqa: D102
+    def shapes(self) -> list[ModuleShape]: ...  # noqa: D102
 
     @property
     def identity(self) -> Mapping[str, Any]: ...  # noqa: D102

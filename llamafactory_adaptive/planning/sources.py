@@ -55,9 +55,9 @@ def _plan_of_checkpoint(config: AdaptiveConfig, host: HostRun, checkpoint: Path)
     _check_same_base(plan, host.provenance, checkpoint)
     compatibility.check_same_run(plan, config, str(checkpoint))
     if config.course is not None:
-        compatibility.check_shapes(plan, list(host.shapes), path)
-        return PlanSource(planner.start_plan(config, list(host.shapes), host.provenance), "resumed")
-    checked = compatibility.check_plan(plan, list(host.shapes), config, path)
+        compatibility.check_shapes(plan, host.shapes, path)
+        return PlanSource(planner.start_plan(config, host.shapes, host.provenance), "resumed")
+    checked = compatibility.check_plan(plan, host.shapes, config, path)
     return PlanSource(checked, "resumed", loads_adapter=host.adapter is not None)
 
 
@@ -69,7 +69,7 @@ def _plan_of_adapter(config: AdaptiveConfig, host: HostRun, adapter: Path) -> Pl
         )
     plan = _plan_beside(adapter)
     compatibility.check_same_scale(plan, config, str(adapter))
-    checked = compatibility.check_plan(plan, list(host.shapes), config, str(adapter / PLAN_FILE))
+    checked = compatibility.check_plan(plan, host.shapes, config, str(adapter / PLAN_FILE))
     return PlanSource(checked, "continued", loads_adapter=True)
 
 
@@ -82,7 +82,7 @@ def fresh_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:
     if config.plan_path:
         return PlanSource(_given_plan(config, host, config.plan_path), "given")
     if config.course is not None:
-        return PlanSource(planner.start_plan(config, list(host.shapes), host.provenance), "started")
+        return PlanSource(planner.start_plan(config, host.shapes, host.provenance), "started")
     return _computed_plan(config, host)
 
 
@@ -96,7 +96,7 @@ def _given_plan(config: AdaptiveConfig, host: HostRun, path: str) -> RankPlan:
     idle = [key for key in host.given_keys if key not in used]
     if idle and local_rank() == 0:
         logger.warning(f"adaptive_plan is given, so these keys are not used: {', '.join(idle)}")
-    plan = compatibility.check_plan(load_plan(Path(path)), list(host.shapes), config, path)
+    plan = compatibility.check_plan(load_plan(Path(path)), host.shapes, config, path)
     facts: dict[str, Any] = {"adaptive_plan": path, **_this_run(plan, host.provenance)}
     if samples:
         facts["sampling"] = {"adaptive_method": config.method, **compatibility.flat_options(config)}
@@ -130,7 +130,7 @@ def _computed_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:
         logger.info(f"adaptive: ranks re-used, planned before for the same request ({path})")
         return PlanSource(cached, "re-used")
     started = time.perf_counter()
-    plan = planner.build_plan(request, list(host.shapes), host.measure)
+    plan = planner.build_plan(request, host.shapes, host.measure)
     scores = "with scores measured before" if plan.provenance.get("statistics_reused") else "scores included"
     logger.info(f"adaptive: ranks planned in {time.perf_counter() - started:.1f} s, {scores}")
     return PlanSource(cache.keep_plan(plan, path, others_wait=launched_processes() > 1), "scored")

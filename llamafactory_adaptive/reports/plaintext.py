@@ -6,6 +6,7 @@ visible characters.
 """
 
 import re
+import sys
 
 
 LONGEST = 160
@@ -21,6 +22,11 @@ def plain(text: str, longest: int = LONGEST) -> str:
 def plain_lines(text: str) -> str:
     """Show a message of several lines; line ends stay, everything else that does not print appears as its escape."""
     return "\n".join(plain(line, len(line)) for line in text.split("\n"))
+
+
+def tell(text: str) -> None:
+    """Say something to the user at once, on standard error and under the program's name."""
+    print(f"llamafactory-adaptive: {plain_lines(text)}", file=sys.stderr, flush=True)
 
 
 def markdown(text: str) -> str:
