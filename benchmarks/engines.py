@@ -38,17 +38,6 @@ def settings(model: Path, folder: Path, dataset: str, output: Path, options: arg
     }  # fmt: skip
 
 
-def in_fp32(model: Path, folder: Path) -> Path:
-    """The same weights under a config that says float32, which is what the host then loads them as."""
-    folder.mkdir(exist_ok=True)
-    for file in model.iterdir():
-        if file.name != "config.json" and not (folder / file.name).exists():
-            (folder / file.name).symlink_to(file.resolve())
-    config = json.loads((model / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
-    return folder
-
-
 def launch(args: dict[str, Any], processes: int, scratch: Path, wait: bool = True) -> subprocess.Popen[bytes]:
     path = scratch / f"{Path(args['output_dir']).name}.yaml"
     path.write_text(yaml.safe_dump({**args, "per_device_train_batch_size": 4 // processes}))
@@ -99,7 +88,7 @@ def main() -> None:
         scratch = options.keep or Path(name)
         scratch.mkdir(parents=True, exist_ok=True)
         folder, dataset = record.dataset_folder(options.data, scratch / "data")
-        model = record.smollm2() if options.bf16 else in_fp32(record.smollm2(), scratch / "SmolLM2-135M-Instruct")
+        model = record.smollm2() if options.bf16 else record.smollm2_in_fp32(scratch / "SmolLM2-135M-Instruct")
 
         def make(output: str, **more: Any) -> dict[str, Any]:
             return settings(model, folder, dataset, scratch / output, options) | more

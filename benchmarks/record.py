@@ -26,6 +26,14 @@ def smollm2() -> Path:
     return builder.build(builder.CACHE / "SmolLM2-135M-Instruct")
 
 
+def smollm2_in_fp32(folder: Path) -> Path:
+    """The same weights, loaded as float32."""
+    model = smollm2()
+    import smollm2 as builder
+
+    return builder.in_fp32(model, folder)
+
+
 def dataset_folder(data: str | None, scratch: Path, name: str = "gsm8k") -> tuple[Path, str]:
     """A folder with ``dataset_info.json`` and the name of the training set in it.
 

@@ -34,6 +34,15 @@ def command(name: str, *words: str, **environment: str) -> None:
         raise SystemExit(code)
 
 
+def fast_in_bf16() -> bool:
+    """Tell whether this machine multiplies in bf16 itself: emulated, as on CPUs with AVX2 alone, it takes hours."""
+    import torch
+
+    if torch.cuda.is_available():
+        return True
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def held_out_losses(adapter: Path) -> tuple[float, float]:
     """First and last evaluation loss of the run."""
     state = json.loads((adapter / "trainer_state.json").read_text(encoding="utf-8"))
@@ -41,13 +50,13 @@ def held_out_losses(adapter: Path) -> tuple[float, float]:
     return losses[0], losses[-1]
 
 
-def answer(model_folder: Path, question: str) -> str:
+def answer(model_folder: Path, question: str, bf16: bool) -> str:
     """Greedy answer of a merged model to one question."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16 if bf16 else torch.float32)
     messages = [
         {"role": "system", "content": "You are a helpful AI assistant named SmolLM, trained by Hugging Face."},
         {"role": "user", "content": question},
@@ -63,7 +72,8 @@ def main(out: Path) -> None:
     model = smollm2.build(smollm2.CACHE / "SmolLM2-135M-Instruct")
     data, adapter, merged = out / "data", out / "adapter", out / "merged"
     word_problems.write(data, train=320, held_out=48, seed=7)
-    where = [f"model_name_or_path={model}"]
+    bf16 = fast_in_bf16()
+    where = [f"model_name_or_path={model if bf16 else smollm2.in_fp32(model, out / model.name)}"]
     command(
         "llamafactory-cli",
         "train",
@@ -71,6 +81,7 @@ def main(out: Path) -> None:
         *where,
         f"dataset_dir={data}",
         f"output_dir={adapter}",
+        *([] if bf16 else ["bf16=false"]),
     )
     command(
         "llamafactory-cli",
@@ -87,11 +98,11 @@ def main(out: Path) -> None:
     print("\n" + rank_table(load_plan(adapter / PLAN_FILE)))
     print(f"\nheld-out loss   {before:.3f} before training, {after:.3f} after")
     print(f"\nquestion        {row['instruction']}")
-    print("merged model    " + answer(merged, row["instruction"]).replace("\n", "\n                "))
+    print("merged model    " + answer(merged, row["instruction"], bf16).replace("\n", "\n                "))
     print("expected        " + row["output"].replace("\n", "\n                "))
     print(f"\nadapter         {adapter}  (plain PEFT LoRA, plan and log beside it)")
     print(f"heat-map        {adapter / HEATMAP_FILE}")
-    print(f"merged model    {merged}  (16-bit, needs no plugin)")
+    print(f"merged model    {merged}  ({16 if bf16 else 32}-bit, needs no plugin)")
     print(f"done in {time.perf_counter() - started:.0f} s")
 
 

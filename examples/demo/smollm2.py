@@ -6,6 +6,7 @@ is the dequantised model, slightly worse than the original. A finished folder is
 
 import argparse
 import importlib.util
+import json
 import os
 import shutil
 from pathlib import Path
@@ -39,6 +40,17 @@ def build(folder: Path) -> Path:
     return folder
 
 
+def in_fp32(model: Path, folder: Path) -> Path:
+    """Put the same weights under a config that says float32, which is what they are then loaded as."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in model.iterdir():
+        if file.name != "config.json" and not (folder / file.name).exists():
+            (folder / file.name).symlink_to(file.resolve())
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}), encoding="utf-8")
+    return folder
+
+
 def save_tokenizer(folder: Path) -> None:
     """Write the tokenizer as its makers set it up.
 
@@ -46,8 +58,6 @@ def save_tokenizer(folder: Path) -> None:
     splits text at other places when it is loaded again. Vocabulary and merges are right; the rest is put back here:
     digits one by one, byte-level BPE, ChatML special tokens.
     """
-    import json
-
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
