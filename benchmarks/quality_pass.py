@@ -32,12 +32,12 @@ from llamafactory_adaptive.adapter.masked_lora import Triplets
 from llamafactory_adaptive.calibration.batches import make_batches
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
 from llamafactory_adaptive.sampling.quality import length_sorted, measure
-from llamafactory_adaptive.sampling.sample_gradients import Wanted
+from llamafactory_adaptive.sampling.sample_gradients import TermSpec
 
 
 TARGETS = {"over_epoch": 1.25, "per_sample_over_scoring": 3.0, "largest_norm_error": 1e-4}
-WANTED = Wanted(1e-4, False, "none", 1, 0)
-PROJECTED = Wanted(1e-4, False, "projected", 1024, 0)
+WANTED = TermSpec(1e-4, False, "none", 1, 0)
+PROJECTED = TermSpec(1e-4, False, "projected", 1024, 0)
 LIVE = 4  # times the budget: the default of adaptive_max_rank
 
 

@@ -3,7 +3,7 @@
 import hashlib
 
 
-def draw(seed: int, step: int, micro_batch: int, choices: int) -> int:
+def seeded_index(seed: int, step: int, micro_batch: int, choices: int) -> int:
     """A number in ``0 .. choices - 1`` that its arguments alone determine: equal on every process and after resume."""
     text = f"{seed}/{step}/{micro_batch}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8]) % choices

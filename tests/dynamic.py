@@ -9,7 +9,7 @@ from tiny import TARGETS, rows, tiny_model
 from llamafactory_adaptive.adapter.lora import lora_config_arguments
 from llamafactory_adaptive.adapter.masked_lora import Triplets
 from llamafactory_adaptive.calibration.batches import make_batches
-from llamafactory_adaptive.engines.engine import WholeEngine
+from llamafactory_adaptive.engines.engine import UnpartitionedEngine
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
 from llamafactory_adaptive.training.components import Components
 
@@ -29,7 +29,7 @@ def triplet_model(architecture: str = "llama", rank: int = 4, initial_lambda: fl
     plan = start_plan(base, rank)
     model = get_peft_model(base, LoraConfig(**lora_config_arguments(plan), task_type="CAUSAL_LM"))
     triplets = Triplets(model, plan, initial_lambda, seed=1)
-    return model, triplets, Components(triplets, WholeEngine())
+    return model, triplets, Components(triplets, UnpartitionedEngine())
 
 
 def scatter(triplets: Triplets, seed: int = 0, std: float = 0.3) -> None:

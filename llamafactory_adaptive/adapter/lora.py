@@ -20,7 +20,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TENSOR_PREFIX = "base_model.model."
 
 
-def whole(value: float) -> int | float:
+def int_if_integral(value: float) -> int | float:
     """An int where the value is whole: some servers declare ``lora_alpha`` as int."""
     return int(value) if float(value).is_integer() else value
 
@@ -35,10 +35,10 @@ def contract_arguments(ranks: Mapping[str, int], scale: float) -> dict[str, Any]
     largest = max(ranks.values())
     return {
         "r": largest,
-        "lora_alpha": whole(scale * largest),
+        "lora_alpha": int_if_integral(scale * largest),
         "target_modules": list(ranks),
         "rank_pattern": dict(ranks),
-        "alpha_pattern": {name: whole(scale * rank) for name, rank in ranks.items()},
+        "alpha_pattern": {name: int_if_integral(scale * rank) for name, rank in ranks.items()},
         "use_rslora": False,
         "use_dora": False,
     }

@@ -20,8 +20,8 @@ from llamafactory_adaptive.api.settings import (
     refuse,
 )
 from llamafactory_adaptive.api.targets import find_targets
-from llamafactory_adaptive.config.host_conflicts import check_conflicts, check_course_conflicts
-from llamafactory_adaptive.config.key_checks import check_course, check_kind
+from llamafactory_adaptive.config.host_conflicts import check_conflicts, check_search_conflicts
+from llamafactory_adaptive.config.key_checks import check_kind, check_search
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.errors import GuardError, PlanError, Problem
 from llamafactory_adaptive.files import PLAN_FILE
@@ -36,7 +36,7 @@ from llamafactory_adaptive.training.callback import prove_saved
 from llamafactory_adaptive.training.checkpoint_files import damage
 from llamafactory_adaptive.training.divergence import DivergenceWatch
 from llamafactory_adaptive.training.search_callback import DynamicCallback
-from llamafactory_adaptive.training.trainer import meet_trainer
+from llamafactory_adaptive.training.trainer import adaptive_trainer
 
 
 AnyTrainer = TypeVar("AnyTrainer")
@@ -104,10 +104,10 @@ def rank_search(
         refuse(Problem("sampling", True, "samples are chosen in runs of LLaMA-Factory alone", "sampling=False"))
     common, faults = common_settings(method, **bounds, **pruning)
     rank, alpha, high, more = budget_settings(method, lora_rank, lora_alpha, common)
-    course, idle = _course(method, made, common, pruning, rank, high, seed)
+    search, idle = _search(method, made, common, pruning, rank, high, seed)
     refuse(*faults, *more, *idle)
     config = AdaptiveConfig.of(
-        common, method, values, (rank, alpha, high), CalibrationConfig(None, 0, 0, seed), course
+        common, method, values, (rank, alpha, high), CalibrationConfig(None, 0, 0, seed), search
     )
     shapes = [ModuleShape(n, m.in_features, m.out_features) for n, m in find_targets(model, target_modules).items()]
     start = start_plan(config, shapes, provenance(model, seed))
@@ -115,14 +115,14 @@ def rank_search(
     return RankSearch(adapted, _SearchCallback(adapted, start, config, made))
 
 
-def _course(
+def _search(
     method: str, made: Any, common: Mapping[str, Any], pruning: Mapping[str, Any], rank: int, high: int, seed: int
 ) -> tuple[PruningConfig | ReallocationConfig, list[Problem]]:
     """Say how the method changes ranks, and what of the arguments it cannot use."""
     flat = {f"adaptive_{name}": value for name, value in pruning.items()}
-    problems = check_kind(flat, method, True, made.course)
-    course, faults = check_course(flat, common, method, made, rank, high, seed)
-    return course, [in_python(problem, method) for problem in problems + faults]
+    problems = check_kind(flat, method, True, made.strategy)
+    search, faults = check_search(flat, common, method, made, rank, high, seed)
+    return search, [in_python(problem, method) for problem in problems + faults]
 
 
 class RankSearch:
@@ -153,7 +153,7 @@ class RankSearch:
         """
         callback = self.callback
 
-        class Searching(meet_trainer(trainer_class, callback)):  # type: ignore[misc]
+        class Searching(adaptive_trainer(trainer_class, callback)):  # type: ignore[misc]
             def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
                 callback.resume_from(_checkpoint(resume_from_checkpoint, self.args.output_dir))
                 return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -213,7 +213,7 @@ class _SearchCallback(DynamicCallback):
             given = type(trainer.model).__name__
             refuse(Problem("model", given, "it is not the model of this search", "model=search.model"))
         flat = {**trainer.args.to_dict(), "fsdp": trainer.args.fsdp or None}
-        faults = [*check_conflicts({"fsdp": flat["fsdp"]}), *check_course_conflicts(flat, self.method.course, False)]
+        faults = [*check_conflicts({"fsdp": flat["fsdp"]}), *check_search_conflicts(flat, self.method.strategy, False)]
         if trainer.args.n_gpu > 1:
             reason = "copies of the model in one process (DataParallel) hide its gradients"
             faults.append(Problem("n_gpu", trainer.args.n_gpu, reason, "torchrun, or CUDA_VISIBLE_DEVICES=0"))

@@ -55,9 +55,9 @@ def _lora_config(original: Any) -> Any:
 
 
 def _trainer(original: Any) -> Any:
-    from llamafactory_adaptive.training.trainer import meet_trainer
+    from llamafactory_adaptive.training.trainer import adaptive_trainer
 
-    return meet_trainer(original)
+    return adaptive_trainer(original)
 
 
 def _training_function(original: Any) -> Any:

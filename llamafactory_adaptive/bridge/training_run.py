@@ -143,7 +143,7 @@ def _make_callback(
 
     method = make_method(adaptive)
     selection = _make_selection(args, method)
-    if adaptive.course is None:
+    if adaptive.search is None:
         from llamafactory_adaptive.training.callback import AdaptiveCallback
 
         return AdaptiveCallback(plan, time.perf_counter() - started, checkpoint, selection)

@@ -23,8 +23,8 @@ from llamafactory_adaptive.config.host_conflicts import (
 from llamafactory_adaptive.config.host_environment import check_environment
 from llamafactory_adaptive.config.key_checks import (
     check_budget,
-    check_course,
     check_kind,
+    check_search,
     unknown_key_problems,
 )
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
@@ -63,9 +63,9 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
         problems += faults + _foreign_options(args, method)
     lora_rank, lora_alpha, max_rank, faults = check_budget(args, common)
     problems += faults
-    course: PruningConfig | ReallocationConfig | None = None
+    search: PruningConfig | ReallocationConfig | None = None
     if common["adaptive_method"] in methods():
-        course, faults = _course(args, common, options, lora_rank, max_rank)
+        search, faults = _search(args, common, options, lora_rank, max_rank)
         problems += faults
     problems += check_conflicts(args) + check_environment(args) + _wrong_choices(args)
     problems += [problem for problem in _missing_files(args, common) if problem.key not in told]
@@ -81,10 +81,10 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
         seed=run_seed(args) if seed is None else seed,
     )
     budget = lora_rank, lora_alpha, max_rank
-    return AdaptiveConfig.of(common, common["adaptive_method"], options, budget, calibration, course)
+    return AdaptiveConfig.of(common, common["adaptive_method"], options, budget, calibration, search)
 
 
-def _course(
+def _search(
     args: Mapping[str, Any], common: Mapping[str, Any], options: Mapping[str, Any], lora_rank: int, max_rank: int
 ) -> tuple[PruningConfig | ReallocationConfig | None, list[Problem]]:
     """How the configured method changes ranks while training, and what that cannot go together with."""
@@ -92,14 +92,14 @@ def _course(
     chosen = cls.Options(**options)
     made = cls(chosen)
     problems: list[Problem] = getattr(chosen, "check", list)()
-    kind = getattr(made, "course", "fixed")
+    kind = getattr(made, "strategy", "fixed")
     problems += check_kind(args, name, is_dynamic(cls), kind)
     if getattr(made, "sampling", None) is not None:
         problems += check_sampling_conflicts(args)
     if kind == "fixed" or common["adaptive_plan"] is not None:
         return None, problems
-    course, faults = check_course(args, common, name, made, lora_rank, max_rank, run_seed(args))
-    return course, problems + faults
+    search, faults = check_search(args, common, name, made, lora_rank, max_rank, run_seed(args))
+    return search, problems + faults
 
 
 def _unknown_keys(args: Mapping[str, Any]) -> list[Problem]:

@@ -42,7 +42,7 @@ def plan(arguments: argparse.Namespace) -> int:
     config = parse_config(args)
     check_host_settings(args)
     tell(intention(config))
-    if config.course is not None:
+    if config.search is not None:
         return _plan_of_a_dynamic_run(args, config)
     started = time.perf_counter()
     folder = arguments.out or Path(args["output_dir"])
@@ -70,7 +70,7 @@ def _plan_of_a_dynamic_run(args: dict[str, Any], config: AdaptiveConfig) -> int:
     from llamafactory_adaptive.ranks.schedule import Schedule, make_schedule, short_run_warning
     from llamafactory_adaptive.reports.tables import schedule_table, totals
 
-    assert config.course is not None
+    assert config.search is not None
     start = fresh_plan(config, LlamaFactoryRun(args)).plan
     budget, kind = start.budget(), start.budget_kind
     try:
@@ -80,7 +80,7 @@ def _plan_of_a_dynamic_run(args: dict[str, Any], config: AdaptiveConfig) -> int:
         raise AdaptiveConfigError([problem]) from error
     estimate = None if steps > 0 else estimated_steps(args)
     shown = steps if steps > 0 else estimate or 100
-    schedule = make_schedule(config.course, shown, budget[f"used_{kind}"], budget[f"asked_{kind}"])
+    schedule = make_schedule(config.search, shown, budget[f"used_{kind}"], budget[f"asked_{kind}"])
     if isinstance(schedule, Schedule):
         print(schedule_table(start, schedule, shown))
     else:

@@ -116,9 +116,9 @@ def _clashes(rules: Iterable[Conflict], flat: Mapping[str, Any]) -> list[Problem
     ]
 
 
-def check_course_conflicts(flat: Mapping[str, Any], course: str, probes: bool) -> list[Problem]:
+def check_search_conflicts(flat: Mapping[str, Any], strategy: str, probes: bool) -> list[Problem]:
     """Upstream options that cannot go with changing ranks or, where the method ``probes``, with extra passes."""
-    rules = [*MASKING_CONFLICTS, *(REALLOCATION_CONFLICTS if course == "reallocate" else ())]
+    rules = [*MASKING_CONFLICTS, *(REALLOCATION_CONFLICTS if strategy == "reallocate" else ())]
     problems = _clashes([*rules, *(PROBING_CONFLICTS if probes else ())], flat)
     if flat.get("adaptive_max_overhead") is not None and not probes:
         reason = "only igu_importance: integrated makes extra passes that could be thinned out"

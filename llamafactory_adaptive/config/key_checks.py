@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llamafactory_adaptive.config.arguments import PRUNING_KEYS
-from llamafactory_adaptive.config.host_conflicts import check_course_conflicts
+from llamafactory_adaptive.config.host_conflicts import check_search_conflicts
 from llamafactory_adaptive.errors import Problem
 from llamafactory_adaptive.options import coerce
 from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
@@ -34,13 +34,13 @@ CALIBRATION_KEYS = (
 )
 
 
-def check_kind(flat: Mapping[str, Any], method: str, dynamic: bool, course: str) -> list[Problem]:
+def check_kind(flat: Mapping[str, Any], method: str, dynamic: bool, strategy: str) -> list[Problem]:
     """Keys of methods that calibrate or prune given to one that does not: they would do nothing."""
     idle: dict[str, tuple[str, str]] = {}
     if dynamic:
         reason = "finds ranks during training and calibrates nothing"
         idle |= dict.fromkeys(CALIBRATION_KEYS, (reason, "sensitivity"))
-    if course != "prune":
+    if strategy != "prune":
         reason = (
             "moves ranks about and prunes nothing" if dynamic else "fixes ranks before training and prunes nothing"
         )
@@ -154,7 +154,7 @@ def _positive_int(flat: Mapping[str, Any], key: str, default: int, problems: lis
     return number
 
 
-def check_course(
+def check_search(
     flat: Mapping[str, Any],
     common: Mapping[str, Any],
     method: str,
@@ -174,10 +174,10 @@ def check_course(
         max_rank: the highest rank of a module.
         seed: of the factors.
     """
-    problems = check_course_conflicts(flat, made.course, made.path(0, 0) is not None)
-    course: PruningConfig | ReallocationConfig
-    if made.course == "reallocate":
-        course, faults = check_reallocation(method, made, common["adaptive_min_rank"], lora_rank, max_rank, seed)
+    problems = check_search_conflicts(flat, made.strategy, made.path(0, 0) is not None)
+    search: PruningConfig | ReallocationConfig
+    if made.strategy == "reallocate":
+        search, faults = check_reallocation(method, made, common["adaptive_min_rank"], lora_rank, max_rank, seed)
     else:
-        course, faults = check_pruning(common, lora_rank, max_rank, seed)
-    return course, problems + faults
+        search, faults = check_pruning(common, lora_rank, max_rank, seed)
+    return search, problems + faults

@@ -21,7 +21,7 @@ class CalibrationConfig:
 class AdaptiveConfig:
     """The validated configuration of one run. Ranks are in rank units, ``lora_rank`` is the budget.
 
-    ``course`` tells how ranks change while training; None where they are fixed before.
+    ``search`` tells how ranks change while training; None where they are fixed before.
     """
 
     method: str
@@ -33,7 +33,7 @@ class AdaptiveConfig:
     max_rank: int
     plan_path: str | None
     calibration: CalibrationConfig
-    course: PruningConfig | ReallocationConfig | None = None
+    search: PruningConfig | ReallocationConfig | None = None
     max_nonfinite_steps: int = 3
 
     @classmethod
@@ -44,7 +44,7 @@ class AdaptiveConfig:
         options: Mapping[str, Any],
         budget: tuple[int, float, int],
         calibration: CalibrationConfig,
-        course: PruningConfig | ReallocationConfig | None = None,
+        search: PruningConfig | ReallocationConfig | None = None,
     ) -> "AdaptiveConfig":
         """Put checked values together.
 
@@ -54,7 +54,7 @@ class AdaptiveConfig:
             options: every option of the method.
             budget: ``lora_rank``, ``lora_alpha`` and the largest rank of a module.
             calibration: which samples are scored.
-            course: how ranks change while training.
+            search: how ranks change while training.
         """
         lora_rank, lora_alpha, max_rank = budget
         return cls(
@@ -67,7 +67,7 @@ class AdaptiveConfig:
             max_rank=max_rank,
             plan_path=common["adaptive_plan"],
             calibration=calibration,
-            course=course,
+            search=search,
             max_nonfinite_steps=common["adaptive_max_nonfinite_steps"],
         )
 

@@ -26,26 +26,26 @@ _LINGER_SECONDS = 30.0
 _last_round = -1
 
 
-def processes() -> int:
-    """How many processes train together."""
+def world_size() -> int:
+    """Count the processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def process_number() -> int:
     """Give this process's rank in the training's process group."""
-    return dist.get_rank() if processes() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
-def add_up(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over all processes, in place, in one collective."""
-    if processes() > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def latest(step: int, device: torch.device) -> int:
-    """The largest number any process has."""
-    if processes() == 1:
+def all_reduce_max(step: int, device: torch.device) -> int:
+    """Return the largest number that any process has."""
+    if world_size() == 1:
         return step
     number = torch.tensor(step, device=device)
     dist.all_reduce(number, op=dist.ReduceOp.MAX)

@@ -58,11 +58,11 @@ class Engine(Protocol):
     def loss_scale(self) -> float:
         """Factor on all gradients (fp16)."""
 
-    def whole(self, parameters: Sequence[nn.Parameter]) -> Any:
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> Any:
         """Context in which the parameters are whole on this process."""
 
 
-class WholeEngine:
+class UnpartitionedEngine:
     """One process, DDP, and DeepSpeed without partitions: every process holds everything.
 
     Args:
@@ -103,7 +103,7 @@ class WholeEngine:
         put(parameter.data, where, values)
         restart(self._state(parameter), where, square)
 
-    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         return nullcontext()
 
 
@@ -115,7 +115,7 @@ def find_engine(parameter: nn.Parameter, trainer: Any) -> Engine:
     if hasattr(optimizer, "grad_partition_insertion_offset"):
         return Zero12Engine(optimizer)
     if hasattr(optimizer, "cur_scale"):  # DeepSpeed without ZeRO
-        return WholeEngine(lambda: float(optimizer.cur_scale))
+        return UnpartitionedEngine(lambda: float(optimizer.cur_scale))
     scaler, optimizer = getattr(trainer.accelerator, "scaler", None), trainer.optimizer
     scale = (lambda: 1.0) if scaler is None else (lambda: float(scaler.get_scale()))
-    return WholeEngine(scale, getattr(optimizer, "optimizer", optimizer))
+    return UnpartitionedEngine(scale, getattr(optimizer, "optimizer", optimizer))

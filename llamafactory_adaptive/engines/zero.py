@@ -137,7 +137,7 @@ class Zero12Engine(_ZeroEngine):
         put(flat.data.view(-1).narrow(0, place, length), where[start:][:length], values[start:][:length])
         restart(self._state(parameter), where[start:][:length], square)
 
-    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         return nullcontext()
 
 
@@ -198,7 +198,7 @@ class Zero3Engine(_ZeroEngine):
             self.optimizer.set_local_hp_param(nn.functional.pad(piece, (0, padding)), parameter, kind)
 
     @contextmanager
-    def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         """Gather all of them in one collective; nothing may be changed."""
         import deepspeed
 

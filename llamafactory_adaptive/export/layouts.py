@@ -22,7 +22,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from llamafactory_adaptive.adapter.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, contract_arguments, whole
+from llamafactory_adaptive.adapter.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, contract_arguments, int_if_integral
 from llamafactory_adaptive.export.safetensors_stream import TensorSpec, write_streaming
 from llamafactory_adaptive.export.source_adapter import SourceAdapter, factor_key
 
@@ -49,7 +49,7 @@ def write_padded(
     rank = max(module.rank for module in adapter.modules)
     present = {_type(module.name) for module in adapter.modules}
     types = sorted(present.union(*(group for group in together if present.intersection(group))))
-    settings = {"r": rank, "lora_alpha": whole(scale * rank), "target_modules": types}
+    settings = {"r": rank, "lora_alpha": int_if_integral(scale * rank), "target_modules": types}
     _write(adapter, base, target, settings, _padded(adapter, scale, rank, types, skeleton))
 
 

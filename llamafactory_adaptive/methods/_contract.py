@@ -127,7 +127,7 @@ class DynamicMethod(Protocol):
     initial_lambda: ClassVar[float | None]
 
     @property
-    def course(self) -> str:
+    def strategy(self) -> str:
         """How ranks change.
 
         ``prune``: over-ranked at first, the globally best components stay under a falling budget. ``reallocate``:
@@ -174,7 +174,7 @@ class DynamicMethod(Protocol):
 
 
 class ReallocatingMethod(DynamicMethod, Protocol):
-    """What a dynamic method has besides when its course is ``reallocate``."""
+    """What a dynamic method has besides when its strategy is ``reallocate``."""
 
     @property
     def refresh_ratio(self) -> float:

@@ -112,7 +112,7 @@ class SmoothingOptions(Protocol):
 class SmoothedMethod:
     """The observing half of a dynamic method: ``s = |w g|`` to S and U, and their way into checkpoints and back."""
 
-    course: ClassVar[str] = "prune"
+    strategy: ClassVar[str] = "prune"
     sampling: ClassVar[None] = None
 
     def __init__(self, options: SmoothingOptions) -> None:

@@ -33,7 +33,7 @@ from torch import Tensor
 from llamafactory_adaptive.methods import Orthogonality
 from llamafactory_adaptive.methods._running_stats import SmoothedMethod
 from llamafactory_adaptive.options import option
-from llamafactory_adaptive.seeding import draw
+from llamafactory_adaptive.seeding import seeded_index
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Igu(SmoothedMethod):
         """``shrink`` draws one of 1/N .. 1."""
         if self.options.importance != "shrink":
             return 1.0
-        return (1 + draw(seed, step, micro_batch, self.options.intervals)) / self.options.intervals
+        return (1 + seeded_index(seed, step, micro_batch, self.options.intervals)) / self.options.intervals
 
     def path(self, seed: int, step: int) -> list[tuple[float, float]] | None:
         """``integrated`` probes one random interior node and the end point, every ``probe_interval`` steps."""
@@ -101,7 +101,7 @@ class Igu(SmoothedMethod):
             return None
         if step % self.options.probe_interval:
             return []
-        return sampled_path(self.options.intervals, 1 + draw(seed, step, 0, self.options.intervals - 1))
+        return sampled_path(self.options.intervals, 1 + seeded_index(seed, step, 0, self.options.intervals - 1))
 
     def element_scores(self, block: str, weights: Tensor) -> Tensor:
         """SNR or product; for lambda its magnitude where asked."""

@@ -154,7 +154,7 @@ class Tsq:
         self.importance = IntervalMean()
 
     @property
-    def course(self) -> str:
+    def strategy(self) -> str:
         """Ranks move about, or stay as they are."""
         return "reallocate" if self.options.reallocation else "fixed"
 

@@ -66,6 +66,7 @@ class PlanRequest:
     def digest(self) -> str:
         """Names the plan in the cache: equal requests share one plan."""
         asked = {key: value for key, value in asdict(self.config).items() if key != "max_nonfinite_steps"}
+        asked["course"] = asked.pop("search")  # the name in caches that are filled already
         return digest_of({"identity": self.identity, "config": asked, "schema": SCHEMA_VERSION})
 
     def plan_path(self) -> Path:

@@ -106,7 +106,7 @@ def _asked(config: AdaptiveConfig) -> dict[str, Any]:
         "adaptive_plan": config.plan_path,
         "adaptive_min_rank": config.min_rank,
         "adaptive_max_rank": config.max_rank,
-        **_course(config),
+        **_search(config),
         **flat_options(config),
     }
 
@@ -116,21 +116,21 @@ def flat_options(config: AdaptiveConfig) -> dict[str, Any]:
     return {f"{config.method}_{key}": value for key, value in config.options.items()}
 
 
-def _course(config: AdaptiveConfig) -> dict[str, Any]:
+def _search(config: AdaptiveConfig) -> dict[str, Any]:
     """What data or schedule ranks come from, beyond the method's options.
 
     Costs (batch size, a limit on extra passes) may change on the way.
     """
-    if config.course is None:
+    if config.search is None:
         facts = asdict(config.calibration)
         return {f"adaptive_calibration_{key}": value for key, value in facts.items() if key != "batch_size"}
-    return {_course_key(key): value for key, value in asdict(config.course).items() if key not in _SAID_ELSEWHERE}
+    return {_search_key(key): value for key, value in asdict(config.search).items() if key not in _SAID_ELSEWHERE}
 
 
 _SAID_ELSEWHERE = ("max_overhead", "live_rank", "refresh_ratio", "beta")
 
 
-def _course_key(name: str) -> str:
+def _search_key(name: str) -> str:
     return name if name == "seed" else f"adaptive_{name}"
 
 
@@ -145,6 +145,6 @@ def _found(plan: RankPlan) -> dict[str, Any]:
         "adaptive_plan": plan.provenance.get("adaptive_plan"),
         **plan.provenance.get("bounds", {}),
         **{f"adaptive_calibration_{key}": value for key, value in calibration.items()},
-        **{_course_key(key): value for key, value in plan.provenance.get("course", {}).items()},
+        **{_search_key(key): value for key, value in plan.provenance.get("course", {}).items()},
         **{f"{plan.method}_{key}": value for key, value in plan.options.items()},
     }

@@ -8,9 +8,9 @@ def intention(config: AdaptiveConfig) -> str:
     """Say where the ranks will come from, and about how long that takes."""
     if config.plan_path:
         return f"the ranks are those of {config.plan_path}; nothing is scored"
-    if config.course is not None:
+    if config.search is not None:
         return (
-            f"{config.method} finds the ranks while it trains, from rank {config.course.live_rank} to the cost of "
+            f"{config.method} finds the ranks while it trains, from rank {config.search.live_rank} to the cost of "
             f"uniform rank {config.lora_rank}; nothing is scored before"
         )
     method = get_method(config.method)

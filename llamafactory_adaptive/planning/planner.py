@@ -85,18 +85,18 @@ def start_plan(config: AdaptiveConfig, shapes: list[ModuleShape], provenance: Ma
     Raises:
         InfeasibleBudgetError: bounds and budget do not fit each other for these modules.
     """
-    assert config.course is not None
+    assert config.search is not None
     _spend(config, shapes, [1.0] * len(shapes))
     modules = tuple(
         ModulePlan(
             shape.name,
             shape.in_features,
             shape.out_features,
-            rank=min(config.course.live_rank, config.max_rank, shape.largest_rank),
+            rank=min(config.search.live_rank, config.max_rank, shape.largest_rank),
         )
         for shape in shapes
     )
-    facts = {**provenance, **_bounds(config), "course": asdict(config.course)}
+    facts = {**provenance, **_bounds(config), "course": asdict(config.search)}  # the name in plan files
     return RankPlan(modules=modules, provenance=facts, **_header(config))
 
 

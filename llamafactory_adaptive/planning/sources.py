@@ -54,7 +54,7 @@ def _plan_of_checkpoint(config: AdaptiveConfig, host: HostRun, checkpoint: Path)
     path, plan = str(checkpoint / PLAN_FILE), _plan_beside(checkpoint)
     _check_same_base(plan, host.provenance, checkpoint)
     compatibility.check_same_run(plan, config, str(checkpoint))
-    if config.course is not None:
+    if config.search is not None:
         compatibility.check_shapes(plan, host.shapes, path)
         return PlanSource(planner.start_plan(config, host.shapes, host.provenance), "resumed")
     checked = compatibility.check_plan(plan, host.shapes, config, path)
@@ -81,7 +81,7 @@ def fresh_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:
     """
     if config.plan_path:
         return PlanSource(_given_plan(config, host, config.plan_path), "given")
-    if config.course is not None:
+    if config.search is not None:
         return PlanSource(planner.start_plan(config, host.shapes, host.provenance), "started")
     return _computed_plan(config, host)
 

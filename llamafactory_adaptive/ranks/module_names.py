@@ -35,10 +35,10 @@ class NamePattern:
     """Which key of a pattern stands for a module; looking up takes as many steps as the name has dots."""
 
     def __init__(self, keys: Iterable[str]) -> None:
-        self.whole: dict[str, tuple[int, str]] = {}
+        self.exact: dict[str, tuple[int, str]] = {}
         self.ends: dict[str, tuple[int, str]] = {}
         for place, key in enumerate(keys):
-            table = self.whole if key.startswith("^") else self.ends
+            table = self.exact if key.startswith("^") else self.ends
             table.setdefault(key.removeprefix("^").removesuffix("$").replace("\\.", "."), (place, key))
 
     def key_of(self, name: str) -> str | None:
@@ -46,7 +46,7 @@ class NamePattern:
         words = name.split(".")
         ends = (".".join(words[start:]) for start in range(len(words)))
         found = [self.ends[end] for end in ends if end in self.ends]
-        found += [self.whole[name]] if name in self.whole else []
+        found += [self.exact[name]] if name in self.exact else []
         return min(found)[1] if found else None
 
 

@@ -212,7 +212,7 @@ def parse_plan(document: Any, source: str) -> RankPlan:
         method=values.method("method"),
         options=values.mapping("options"),
         budget_unit=values.part("budget").unit("unit"),
-        lora_rank=values.whole("lora_rank", 1),
+        lora_rank=values.integer("lora_rank", 1),
         lora_alpha=values.positive("lora_alpha"),
         modules=modules,
         provenance=_provenance(values),
@@ -240,9 +240,9 @@ def _parse_module(entry: Any, source: str) -> ModulePlan:
     values = Values(entry, f"{source}: {name}")
     return ModulePlan(
         name=name,
-        in_features=values.whole("in_features", 1),
-        out_features=values.whole("out_features", 1),
-        rank=values.whole("rank", 0),
+        in_features=values.integer("in_features", 1),
+        out_features=values.integer("out_features", 1),
+        rank=values.integer("rank", 0),
         score=values.number("score", 0.0),
         share=values.number("share", 0.0),
         metrics=values.numbers("metrics"),

@@ -28,7 +28,7 @@ class Values:
             raise PlanError(f"{place} is no mapping but a {type(document).__name__}")
         self.document, self.place = document, place
 
-    def whole(self, key: str, least: int) -> int:
+    def integer(self, key: str, least: int) -> int:
         """Read a whole number from ``least`` on."""
         value = self._value(key)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:

@@ -137,14 +137,14 @@ def refresh_interval(ratio: float, total_steps: int) -> int:
 
 
 def make_schedule(
-    course: PruningConfig | ReallocationConfig, total_steps: int, start_budget: int, target_budget: int
+    search: PruningConfig | ReallocationConfig, total_steps: int, start_budget: int, target_budget: int
 ) -> Schedule | Refreshes:
     """Turn ratios into steps. Even one step leaves room for one observation before the final allocation."""
-    if isinstance(course, ReallocationConfig):
-        interval = refresh_interval(course.refresh_ratio, total_steps)
+    if isinstance(search, ReallocationConfig):
+        interval = refresh_interval(search.refresh_ratio, total_steps)
         # None after the very last step: what grows then would never train.
         return Refreshes(interval, max(interval, (total_steps - 1) // interval * interval), target_budget)
-    pruning = course
+    pruning = search
     begin = min(int(pruning.warmup_ratio * total_steps), total_steps - 1)
     end = max(begin + 1, total_steps - round(pruning.final_ratio * total_steps))
     return Schedule(begin, end, pruning.interval, start_budget, target_budget)

@@ -11,7 +11,7 @@ from llamafactory_adaptive.reports.plaintext import plot_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-from llamafactory_adaptive.reports.tables import place, rank_grid
+from llamafactory_adaptive.reports.tables import layer_and_type, rank_grid
 
 
 HEATMAP_FILE = "adaptive_ranks.png"
@@ -64,7 +64,7 @@ def save_history(
     """
     from matplotlib.figure import Figure
 
-    kinds = [place(module.name)[1] for module in start.active]
+    kinds = [layer_and_type(module.name)[1] for module in start.active]
     steps = [0, *(entry["step"] for entry in history), last_step]
     begin = [sum(row) for row in first]
     rows = [begin, *(entry["ranks"] for entry in history)]

@@ -98,14 +98,14 @@ def data_of_unfinished_run(folder: Path) -> str | None:
 
 def run_text(run: Run) -> str:
     """Everything about one run."""
-    parts = [f"{run.folder}", rank_table(run.plan), _course_of(run)]
+    parts = [f"{run.folder}", rank_table(run.plan), _search_of(run)]
     data = data_report_of(run.folder, run.plan)
     if data is not None:
         parts.append("Training data\n" + data_table(data))
     return "\n\n".join(parts)
 
 
-def _course_of(run: Run) -> str:
+def _search_of(run: Run) -> str:
     """Steps, losses and seconds of one run in a line each."""
     lines = [f"steps                 {run.steps:,}"]
     if run.losses:

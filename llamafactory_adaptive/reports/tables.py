@@ -13,7 +13,7 @@ from llamafactory_adaptive.reports.plaintext import plain
 _BYTES_PER_PARAMETER = 4  # LLaMA-Factory trains and saves LoRA factors in fp32
 
 
-def place(name: str) -> tuple[int | None, str]:
+def layer_and_type(name: str) -> tuple[int | None, str]:
     """Layer index and module type of a full module name: ``model.layers.3.mlp.up_proj`` is (3, ``up_proj``)."""
     layer = re.search(r"\.(\d+)\.", name)
     return (int(layer.group(1)) if layer else None), name.rpartition(".")[2]
@@ -23,7 +23,7 @@ def rank_grid(plan: RankPlan) -> tuple[list[int | None], list[str], dict[tuple[i
     """Layers, types, and the mean rank of each cell (experts of one layer share a cell)."""
     cells: dict[tuple[int | None, str], list[int]] = {}
     for module in plan.modules:
-        cells.setdefault(place(module.name), []).append(module.rank)
+        cells.setdefault(layer_and_type(module.name), []).append(module.rank)
     layers = list(dict.fromkeys(layer for layer, _ in cells))
     types = list(dict.fromkeys(kind for _, kind in cells))
     return layers, types, {cell: sum(ranks) / len(ranks) for cell, ranks in cells.items()}
@@ -52,7 +52,7 @@ def type_rows(plan: RankPlan, written: Callable[[str], str] = plain) -> list[lis
     rows = [["module type", "modules", "mean rank", "range", "share", "parameters"]]
     by_type: dict[str, list[ModulePlan]] = {}
     for module in plan.modules:
-        by_type.setdefault(place(module.name)[1], []).append(module)
+        by_type.setdefault(layer_and_type(module.name)[1], []).append(module)
     for kind, modules in by_type.items():
         ranks = [module.rank for module in modules]
         rows.append(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llamafactory_adaptive.methods import Sampling
-from llamafactory_adaptive.seeding import draw
+from llamafactory_adaptive.seeding import seeded_index
 
 
 def combine_terms(terms: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -69,14 +69,14 @@ class Pool:
 
     def _subset(self, refresh: int) -> Tensor:
         """Sample numbers drawn without replacement: the largest ``log p + Gumbel noise`` (Kool et al., 1903.06059)."""
-        generator = torch.Generator().manual_seed(draw(self.seed, refresh, 0, 2**62))
+        generator = torch.Generator().manual_seed(seeded_index(self.seed, refresh, 0, 2**62))
         uniform_N = torch.rand(len(self.quality_N), generator=generator, dtype=torch.float64)
         gumbel_N = -(-uniform_N.clamp(min=1e-300).log()).log()
         return (self.log_weights_N + gumbel_N).topk(self.subset_size).indices.sort().values
 
     def _order(self, refresh: int, turn: int) -> Tensor:
         """The subset shuffled, anew for every turn through it."""
-        generator = torch.Generator().manual_seed(draw(self.seed, refresh, 1 + turn, 2**62))
+        generator = torch.Generator().manual_seed(seeded_index(self.seed, refresh, 1 + turn, 2**62))
         return self.subset(refresh)[torch.randperm(self.subset_size, generator=generator)]
 
     def stretch(self, refresh: int, start: int, count: int) -> list[int]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from llamafactory_adaptive.calibration.measurement import evaluating
 from llamafactory_adaptive.errors import CalibrationError
-from llamafactory_adaptive.sampling.sample_gradients import Layers, Recorder, Wanted
+from llamafactory_adaptive.sampling.sample_gradients import Layers, SampleGradientRecorder, TermSpec
 
 
 class Batches(Protocol):
@@ -27,7 +27,7 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True)
-class Terms:
+class SampleTerms:
     """What was measured of every sample, fp64 vectors of length N on the CPU.
 
     Attributes:
@@ -49,19 +49,19 @@ def measure(
     layers: Layers,
     batches: Batches,
     samples: int,
-    wanted: Wanted,
-    add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    wanted: TermSpec,
+    all_reduce_sum: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     quiet: bool = False,
-) -> Terms:
+) -> SampleTerms:
     """Measure every sample; the model is left as it was found.
 
     Args:
         model: a decoder that returns ``.logits``, with the adapter in it; not the wrapper of DDP or DeepSpeed.
         layers: its LoRA factors.
-        batches: this process's batches; samples in the batches of others stay zero until ``add_up``.
+        batches: this process's batches; samples in the batches of others stay zero until ``all_reduce_sum``.
         samples: N, of all processes.
         wanted: the terms.
-        add_up: sum over processes, in place.
+        all_reduce_sum: sum over processes, in place.
         quiet: no progress bar.
 
     Raises:
@@ -69,19 +69,19 @@ def measure(
     """
     device = next(model.parameters()).device
     found_4N = torch.zeros(4, samples, dtype=torch.float64)
-    recorder = Recorder(layers, wanted)
+    recorder = SampleGradientRecorder(layers, wanted)
     passes = _Passes(batches, device, quiet)
     with _scoring(model), recorder.attached(), _memory_advice(recorder):
         for indices, inputs in passes.named("Scoring samples"):
             found_4N[:3, indices] = _checked(recorder.score(model, inputs), indices)
         if wanted.alignment == "exact":
-            recorder.share_mean(add_up)
+            recorder.share_mean(all_reduce_sum)
             for indices, inputs in passes.named("Aligning samples"):
                 found_4N[3, indices] = _checked(recorder.align(model, inputs), indices)
     if wanted.alignment == "projected":
-        found_4N[3, passes.order] = recorder.projected_alignment(samples, add_up, device)
-    found_4N = add_up(found_4N.to(device)).cpu()
-    return Terms(found_4N[0], found_4N[1].sqrt(), found_4N[2], found_4N[3])
+        found_4N[3, passes.order] = recorder.projected_alignment(samples, all_reduce_sum, device)
+    found_4N = all_reduce_sum(found_4N.to(device)).cpu()
+    return SampleTerms(found_4N[0], found_4N[1].sqrt(), found_4N[2], found_4N[3])
 
 
 class _Passes:
@@ -101,7 +101,7 @@ class _Passes:
 
 
 @contextmanager
-def _memory_advice(recorder: Recorder) -> Iterator[None]:
+def _memory_advice(recorder: SampleGradientRecorder) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from llamafactory_adaptive.calibration.batches import IGNORE_INDEX
 from llamafactory_adaptive.errors import CalibrationError
-from llamafactory_adaptive.seeding import draw
+from llamafactory_adaptive.seeding import seeded_index
 
 
 # A and B of every adapted module, by module name.
@@ -28,7 +28,7 @@ _FEWEST_SIGNS = 8  # random products per factor
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TermSpec:
     """Which terms to measure, and how.
 
     Attributes:
@@ -103,7 +103,7 @@ class _Tap(torch.autograd.Function):
         return None, grads[0], None
 
 
-class Recorder:
+class SampleGradientRecorder:
     """Taps on every LoRA factor and what they add up to.
 
     Args:
@@ -111,7 +111,7 @@ class Recorder:
         wanted: the terms.
     """
 
-    def __init__(self, layers: Layers, wanted: Wanted) -> None:
+    def __init__(self, layers: Layers, wanted: TermSpec) -> None:
         self.layers, self.wanted = layers, wanted
         self.batch_size = 0
         self.phase = "score"
@@ -201,9 +201,9 @@ class Recorder:
 
     # -- alignment ---------------------------------------------------------------------------------------------------
 
-    def share_mean(self, add_up: Callable[[Tensor], Tensor]) -> None:
+    def share_mean(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
         """From sums of this process to the unit vector along the mean gradient of all."""
-        self.total = {key: add_up(total) for key, total in self.total.items()}
+        self.total = {key: all_reduce_sum(total) for key, total in self.total.items()}
         norm = torch.stack([total.square().sum() for total in self.total.values()]).sum().sqrt()
         self.total = {key: total / norm.clamp(min=1e-30) for key, total in self.total.items()}
         self.phase = "align"
@@ -216,7 +216,7 @@ class Recorder:
     def _project(self, key: str, place: int, left_btk: Tensor, right_btj: Tensor) -> None:
         """Inner products with random sign matrices ``u v^T``; their products estimate those of gradients, unbiased."""
         if key not in self.signs:
-            generator = torch.Generator().manual_seed(draw(self.wanted.seed, place, 0, 2**62))
+            generator = torch.Generator().manual_seed(seeded_index(self.wanted.seed, place, 0, 2**62))
             sides = (left_btk.shape[2], right_btj.shape[2])
             self.signs[key] = tuple(  # type: ignore[assignment]
                 (torch.randint(0, 2, (side, self.per_factor), generator=generator) * 2.0 - 1.0).to(left_btk.device)
@@ -227,10 +227,12 @@ class Recorder:
         start = place % self.slots * self.per_factor
         self.projected_bD[:, start : start + self.per_factor] += products_bd
 
-    def projected_alignment(self, samples: int, add_up: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
+    def projected_alignment(
+        self, samples: int, all_reduce_sum: Callable[[Tensor], Tensor], device: torch.device
+    ) -> Tensor:
         """Alignment of this process's samples, in the order they were scored; the mean is over all ``samples``."""
         p_nD = torch.cat([torch.zeros(0, self.slots * self.per_factor), *self.projections])
-        mean_D = add_up(p_nD.sum(0, dtype=torch.float64).to(device)).cpu() / samples
+        mean_D = all_reduce_sum(p_nD.sum(0, dtype=torch.float64).to(device)).cpu() / samples
         unit_D = (mean_D / mean_D.norm().clamp(min=1e-30)).float()
         alignment_n: Tensor = (p_nD @ unit_D).double()
         return alignment_n

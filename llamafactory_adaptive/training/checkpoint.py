@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch import distributed as dist
 
-from llamafactory_adaptive.engines.distributed import processes
+from llamafactory_adaptive.engines.distributed import world_size
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import STATE_JSON, replacing, write_atomically
 
@@ -25,7 +25,7 @@ def tensor_file(folder: Path, partitioned: bool) -> Path:
     """Where this process keeps its tensors."""
     if not partitioned:
         return folder / "adaptive_state.safetensors"
-    return folder / f"adaptive_state-{dist.get_rank() + 1:05d}-of-{processes():05d}.safetensors"
+    return folder / f"adaptive_state-{dist.get_rank() + 1:05d}-of-{world_size():05d}.safetensors"
 
 
 def write_state(
@@ -37,7 +37,7 @@ def write_state(
         with replacing(tensor_file(folder, partitioned)) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
     if main:
-        facts = {"schema_version": STATE_SCHEMA, "partitioned": partitioned, "processes": processes()}
+        facts = {"schema_version": STATE_SCHEMA, "partitioned": partitioned, "processes": world_size()}
         write_atomically(folder / STATE_JSON, json.dumps({**facts, **document}) + "\n")
 
 
@@ -53,7 +53,7 @@ def read_state(folder: Path, partitioned: bool) -> tuple[dict[str, Tensor], dict
             raise PlanError(
                 f"{folder} has state schema {document['schema_version']}; this version reads {STATE_SCHEMA}"
             )
-        if document["partitioned"] != partitioned or (partitioned and document["processes"] != processes()):
+        if document["partitioned"] != partitioned or (partitioned and document["processes"] != world_size()):
             kind = "in pieces" if document["partitioned"] else "whole"
             raise PlanError(
                 f"{folder} was written by {document['processes']} processes that held the adapter {kind}; resume with "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llamafactory_adaptive.adapter.masked_lora import Triplets, fresh_rows
-from llamafactory_adaptive.engines.distributed import add_up, processes
+from llamafactory_adaptive.engines.distributed import all_reduce_sum, world_size
 from llamafactory_adaptive.engines.engine import Engine, full_shape
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.methods import DynamicMethod, Orthogonality
@@ -123,7 +123,7 @@ class Components:
             [row[start : start + length] for row, (start, length) in zip(x_MX, block.pieces, strict=True)]
         )
 
-    def _whole(self, block: Block, flat: Tensor) -> Tensor:
+    def _scatter_to_full(self, block: Block, flat: Tensor) -> Tensor:
         """This process's pieces, flat, to whole parameters (M, numel) with zeros where others own them."""
         if not self.engine.partitioned:
             return flat.view(len(block.modules), -1)
@@ -146,12 +146,12 @@ class Components:
         totals = torch.zeros(len(ranks), max(ranks), dtype=torch.float32, device=like.device)
         for block in self.blocks:
             flat = method.element_scores(block.name, self.weights(block))
-            per_component_Mr = block.by_component(self._whole(block, flat))
+            per_component_Mr = block.by_component(self._scatter_to_full(block, flat))
             if mean:
                 per_component_Mr = per_component_Mr * self._share_of_component(block)[:, None]
             totals[list(block.modules), : block.rank] += per_component_Mr
         if self.engine.partitioned:
-            add_up(totals)
+            all_reduce_sum(totals)
         return [row[:rank] for row, rank in zip(totals.tolist(), ranks, strict=True)]
 
     def _share_of_component(self, block: Block) -> Tensor:
@@ -191,7 +191,7 @@ class Components:
         pairs = zip(block.parameters, used_MX, strict=True)
         sums_M2 = torch.stack([self.engine.square_sums(parameter, used_X) for parameter, used_X in pairs])
         if self.engine.partitioned:
-            sums_M2 = add_up(sums_M2.to(self.triplets.modules[0].a.mask_r.device)).cpu()
+            sums_M2 = all_reduce_sum(sums_M2.to(self.triplets.modules[0].a.mask_r.device)).cpu()
         mean_M: list[float] = (sums_M2[:, 0] / sums_M2[:, 1].clamp(min=1.0)).tolist()
         return mean_M
 
@@ -213,7 +213,7 @@ class Components:
         scale = self.engine.loss_scale()
         factors = [block for block in self.blocks if block.kind != "lambda"] if orthogonality is not None else []
         count = sum(len(block.modules) for block in factors)
-        with self.engine.whole([parameter for block in factors for parameter in block.parameters]):
+        with self.engine.gathered([parameter for block in factors for parameter in block.parameters]):
             for block, own in zip(self.blocks, self._by_block(gradients), strict=True):
                 if method is not None:
                     flat = self._to_device(torch.cat(own))  # a copy
@@ -243,9 +243,9 @@ class Components:
         """
         if self.arrived or block.kind != self.first_kind:
             return
-        strength_M = self._whole(block, flat).abs().sum(1)
+        strength_M = self._scatter_to_full(block, flat).abs().sum(1)
         if self.engine.partitioned:
-            add_up(strength_M)
+            all_reduce_sum(strength_M)
         pairs = zip(block.modules, strength_M.tolist(), strict=True)
         lost = [self.triplets.modules[index].name for index, strength in pairs if strength == 0.0]
         if lost:
@@ -270,7 +270,7 @@ class Components:
         """Show a method gradients from elsewhere: whole ones, a sequence per block, averaged over processes here."""
         for block, found in zip(self.blocks, gradients, strict=True):
             whole_MX = torch.stack([gradient.reshape(-1) for gradient in found]).float()
-            add_up(whole_MX).div_(processes())
+            all_reduce_sum(whole_MX).div_(world_size())
             flat = self._owned(block, whole_MX)
             self._check_arrival(block, flat)
             method.observe(block.name, self.weights(block), flat, self.live(block))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llamafactory_adaptive.adapter.lora import factors, live_layers
-from llamafactory_adaptive.engines.distributed import add_up, from_main, gather
+from llamafactory_adaptive.engines.distributed import all_reduce_sum, from_main, gather
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.training.checkpoint_files import damage
 
@@ -60,7 +60,7 @@ class DivergenceWatch:
             )
         if self._bad is None:
             return
-        bad, self._bad = add_up(self._bad.clone()), None
+        bad, self._bad = all_reduce_sum(self._bad.clone()), None
         if not bool(bad > 0):
             self.in_a_row = 0
             return

@@ -4,12 +4,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from llamafactory_adaptive.engines.distributed import processes, synchronize
+from llamafactory_adaptive.engines.distributed import synchronize, world_size
 from llamafactory_adaptive.methods import DynamicMethod
 from llamafactory_adaptive.training.components import Components
 from llamafactory_adaptive.training.guard import Counters
 from llamafactory_adaptive.training.path_probe import Prober
-from llamafactory_adaptive.training.probe_budget import Thinner
+from llamafactory_adaptive.training.probe_budget import ProbeBudget
 
 
 class Observer:
@@ -34,7 +34,7 @@ class Observer:
         max_overhead: float | None,
     ) -> None:
         self.method, self.components, self.trainer, self.counters = method, components, trainer, counters
-        self.seed, self.thinner = seed, Thinner(max_overhead)
+        self.seed, self.probe_budget = seed, ProbeBudget(max_overhead)
         self.position = components.triplets.position
         self.step = self.micro_batch = 0
         self.seconds = 0.0  # since they were last asked for
@@ -44,7 +44,7 @@ class Observer:
     def begin(self, step: int, final: bool) -> None:
         """First micro-batch: where on the path it runs, and whether a batch is wanted for probing."""
         self.step, self.micro_batch = step, 0
-        self.thinner.begin()
+        self.probe_budget.begin()
         self._take_position(final)
         if self.prober is not None and self._path(final):
             self.prober.armed = True
@@ -62,11 +62,11 @@ class Observer:
         if final:
             return []
         path = self.method.path(self.seed, self.step)
-        return [] if path and not self.thinner.due(self.step) else path
+        return [] if path and not self.probe_budget.due(self.step) else path
 
     def before_step(self, final: bool) -> None:
         """Gradients are complete and not clipped: observe them, then add what the optimizer shall see besides."""
-        self.thinner.trained()
+        self.probe_budget.trained()
         started, path = time.perf_counter(), self._path(final)
         if path:
             self._probe(path)
@@ -84,10 +84,10 @@ class Observer:
         started = time.perf_counter()
         # A loss divided by the tokens of the whole step, all micro-batches and processes, is that share of the mean.
         shares = self.trainer.current_gradient_accumulation_steps
-        shares *= processes() if self.trainer.args.average_tokens_across_devices else 1
+        shares *= world_size() if self.trainer.args.average_tokens_across_devices else 1
         self.components.observe_given(self.method, self.prober.gradients(path, shares))
         synchronize()
-        self.thinner.probed(self.step, time.perf_counter() - started, self.trainer.args.device)
+        self.probe_budget.probed(self.step, time.perf_counter() - started, self.trainer.args.device)
         self.counters.observations += 1
         self.counters.probes += 1
 

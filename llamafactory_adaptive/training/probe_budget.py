@@ -5,10 +5,10 @@ from collections.abc import Mapping
 
 import torch
 
-from llamafactory_adaptive.engines.distributed import latest
+from llamafactory_adaptive.engines.distributed import all_reduce_max
 
 
-class Thinner:
+class ProbeBudget:
     """Spaces probes out so that they stay within a share of the training time. All processes agree on each date.
 
     Args:
@@ -44,7 +44,7 @@ class Thinner:
             return
         missing = (self.probing + self.probing / self.probes) / self.limit - self.training
         wait = missing / max(self.training / max(self.steps, 1), 1e-9)
-        self.next_step = latest(step + max(1, int(wait) + 1), device)
+        self.next_step = all_reduce_max(step + max(1, int(wait) + 1), device)
 
     def state(self) -> dict[str, float]:
         """Give what a checkpoint keeps of it."""

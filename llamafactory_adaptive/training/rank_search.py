@@ -1,6 +1,6 @@
-"""The course of a dynamic run: which components were chosen, when and why, and the plan they make up.
+"""State of the rank search: which components are on, why, and the plan they make.
 
-Knows neither Trainer nor tensors; ``dynamic`` drives it.
+Pure Python without torch and without a Trainer; ``search_callback`` drives it.
 """
 
 import math
@@ -18,8 +18,8 @@ from llamafactory_adaptive.ranks.schedule import ReallocationConfig
 Masks = list[list[bool]]
 
 
-class Course:
-    """From the ranks at the start to the ranks found.
+class RankSearchState:
+    """Hold what the rank search has decided so far, from the ranks at the start to the plan it ends with.
 
     Args:
         start: the plan of the live tensors.
@@ -41,7 +41,7 @@ class Course:
     @property
     def reallocates(self) -> bool:
         """Whether ranks move about under a constant budget, rather than fall."""
-        return isinstance(self.config.course, ReallocationConfig)
+        return isinstance(self.config.search, ReallocationConfig)
 
     def first_masks(self) -> Masks:
         """What is in use at first: everything, or every module at the same rank within the budget."""
@@ -97,7 +97,7 @@ class Course:
             if not math.isfinite(means[-1]):
                 raise ValueError(f"module {module} has a component whose score is not finite")
         total = sum(means) or 1.0
-        beta = self.config.course.beta  # type: ignore[union-attr]
+        beta = self.config.search.beta  # type: ignore[union-attr]
         self.sensitivities = [beta * old + new / total for old, new in zip(self.sensitivities, means, strict=True)]
 
     def record(

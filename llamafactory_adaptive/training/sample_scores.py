@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from llamafactory_adaptive.files import replacing
-from llamafactory_adaptive.sampling.quality import Terms
+from llamafactory_adaptive.sampling.quality import SampleTerms
 
 
 class ScoringBatches:
@@ -36,27 +36,27 @@ class ScoringBatches:
             yield group, dict(batch)
 
 
-def term_vectors(terms: Terms) -> list[Tensor]:
+def term_vectors(terms: SampleTerms) -> list[Tensor]:
     """List the measured vectors in the order of their fields."""
-    return [getattr(terms, entry.name) for entry in fields(Terms)]
+    return [getattr(terms, entry.name) for entry in fields(SampleTerms)]
 
 
-def write_terms(path: Path, terms: Terms, rows: str) -> None:
+def write_terms(path: Path, terms: SampleTerms, rows: str) -> None:
     """Write what was measured, and the digest of the rows it was measured on."""
     tensors = {
-        entry.name: vector.contiguous() for entry, vector in zip(fields(Terms), term_vectors(terms), strict=True)
+        entry.name: vector.contiguous() for entry, vector in zip(fields(SampleTerms), term_vectors(terms), strict=True)
     }
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"rows": rows})
 
 
-def read_terms(path: Path, rows: str) -> Terms | None:
+def read_terms(path: Path, rows: str) -> SampleTerms | None:
     """Read what was measured; None where there is no file, or one of other rows, or one with what is no number."""
     try:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("rows") != rows:
                 return None
-            vectors = [file.get_tensor(entry.name) for entry in fields(Terms)]
-            return Terms(*vectors) if all(bool(vector.isfinite().all()) for vector in vectors) else None
+            vectors = [file.get_tensor(entry.name) for entry in fields(SampleTerms)]
+            return SampleTerms(*vectors) if all(bool(vector.isfinite().all()) for vector in vectors) else None
     except (OSError, SafetensorError):
         return None

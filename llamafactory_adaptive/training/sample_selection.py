@@ -13,7 +13,13 @@ import torch
 from tqdm import tqdm
 
 from llamafactory_adaptive.adapter.lora import factors, live_layers
-from llamafactory_adaptive.engines.distributed import add_up, gather, process_number, processes, refuse_differences
+from llamafactory_adaptive.engines.distributed import (
+    all_reduce_sum,
+    gather,
+    process_number,
+    refuse_differences,
+    world_size,
+)
 from llamafactory_adaptive.errors import CalibrationError, GuardError, PlanError
 from llamafactory_adaptive.files import QUALITY_FILE, digest_of, note_checksum, usable_entry
 from llamafactory_adaptive.methods import Sampling
@@ -21,8 +27,8 @@ from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.ranks.schedule import refresh_interval
 from llamafactory_adaptive.reports.data_report import DataQuality, save_data_report
 from llamafactory_adaptive.sampling.pool import Pool, combine_terms
-from llamafactory_adaptive.sampling.quality import Terms, length_sorted, measure
-from llamafactory_adaptive.sampling.sample_gradients import Wanted
+from llamafactory_adaptive.sampling.quality import SampleTerms, length_sorted, measure
+from llamafactory_adaptive.sampling.sample_gradients import TermSpec
 from llamafactory_adaptive.sampling.sampler import SubsetSampler, Timeline
 from llamafactory_adaptive.training.sample_scores import ScoringBatches, read_terms, term_vectors, write_terms
 
@@ -48,7 +54,7 @@ class Selection:
         self.dataset: Any = None
         self.row_digests: list[str] = []
         self.rows_digest = ""
-        self.terms: Terms
+        self.terms: SampleTerms
         self.pool: Pool
         self.timeline: Timeline
 
@@ -107,15 +113,15 @@ class Selection:
         self.rows_digest = digest_of(self.row_digests)
         return lengths
 
-    def _measured(self, lengths: Sequence[int]) -> Terms:
+    def _measured(self, lengths: Sequence[int]) -> SampleTerms:
         wanted, args = self._wanted(), self.trainer.args
         # The main process's cache decides: other nodes may have none.
         path = self.cache / f"{self._cache_key(wanted)}.safetensors" if process_number() == 0 else None
         found = read_terms(path, self.rows_digest) if path is not None and usable_entry(path) else None
-        if int(add_up(torch.tensor(int(found is not None), device=args.device))):
+        if int(all_reduce_sum(torch.tensor(int(found is not None), device=args.device))):
             return self._shared(found)
         size = self.sampling.batch_size or args.train_batch_size
-        groups = length_sorted(lengths, size)[process_number() :: processes()]
+        groups = length_sorted(lengths, size)[process_number() :: world_size()]
         layers = live_layers(self.trainer.model)
         # A run whose scores came from the cache must train the same: random states stay as they were.
         with torch.random.fork_rng(devices=[args.device] if args.device.type == "cuda" else []):
@@ -125,7 +131,7 @@ class Selection:
                 ScoringBatches(self.dataset, self.trainer.data_collator, groups, args.dataloader_num_workers),
                 len(lengths),
                 wanted,
-                add_up,
+                all_reduce_sum,
                 quiet=path is None,
             )
         if path is not None:
@@ -133,19 +139,19 @@ class Selection:
             note_checksum(path)
         return terms
 
-    def _shared(self, found: Terms | None) -> Terms:
+    def _shared(self, found: SampleTerms | None) -> SampleTerms:
         """What the main process read, on every process."""
-        shape, device = (len(fields(Terms)), len(self.dataset)), self.trainer.args.device
+        shape, device = (len(fields(SampleTerms)), len(self.dataset)), self.trainer.args.device
         mine = torch.zeros(shape, dtype=torch.float64) if found is None else torch.stack(term_vectors(found))
-        return Terms(*add_up(mine.to(device)).cpu())
+        return SampleTerms(*all_reduce_sum(mine.to(device)).cpu())
 
-    def _wanted(self) -> Wanted:
+    def _wanted(self) -> TermSpec:
         """What to measure; settings that make no difference do not show, so that the cache fits."""
         s = self.sampling
         alignment = "none" if s.weights[2] == 0 else "projected" if s.projection else "exact"
         exact = s.loss_drop == "exact"
         projected = alignment == "projected"
-        return Wanted(
+        return TermSpec(
             step_size=s.step_size or self.trainer.args.learning_rate if exact else 1.0,
             exact_drop=exact,
             alignment=alignment,
@@ -153,7 +159,7 @@ class Selection:
             seed=self.seed if projected else 0,
         )
 
-    def _cache_key(self, wanted: Wanted) -> str:
+    def _cache_key(self, wanted: TermSpec) -> str:
         weights = hashlib.sha256()
         for layer, adapter in live_layers(self.trainer.model).values():
             for factor in factors(layer, adapter):
@@ -168,7 +174,7 @@ class Selection:
         }
         return digest_of(facts)
 
-    def _restored(self, checkpoint: Path) -> Terms:
+    def _restored(self, checkpoint: Path) -> SampleTerms:
         found = read_terms(checkpoint / QUALITY_FILE, self.rows_digest)
         if found is None:
             raise PlanError(

@@ -24,12 +24,12 @@ from llamafactory_adaptive.methods import DynamicMethod, ReallocatingMethod
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.ranks.schedule import Refreshes, Schedule, make_schedule, short_run_warning
 from llamafactory_adaptive.reports.plots import HEATMAP_FILE, HISTORY_FILE, save_heatmap, save_history
-from llamafactory_adaptive.seeding import draw
+from llamafactory_adaptive.seeding import seeded_index
 from llamafactory_adaptive.training.callback import AdaptiveCallback
 from llamafactory_adaptive.training.checkpoint import read_state, write_state
 from llamafactory_adaptive.training.components import Components
 from llamafactory_adaptive.training.observer import Observer
-from llamafactory_adaptive.training.rank_search import Course
+from llamafactory_adaptive.training.rank_search import RankSearchState
 from llamafactory_adaptive.training.sample_selection import Selection
 
 
@@ -45,7 +45,7 @@ class DynamicCallback(AdaptiveCallback):
 
     Args:
         start: the plan of the live tensors; ``plan`` becomes the plan found.
-        config: with its course.
+        config: with its search.
         method: what observes and scores.
         overhead_seconds: what preparing cost.
         checkpoint: what the run resumes from, if anything.
@@ -62,9 +62,9 @@ class DynamicCallback(AdaptiveCallback):
         selection: Selection | None = None,
     ) -> None:
         super().__init__(start, overhead_seconds, checkpoint, selection)
-        assert config.course is not None
-        self.start, self.method, self.config = start, method, config.course
-        self.course = Course(start, config)
+        assert config.search is not None
+        self.start, self.method, self.config = start, method, config.search
+        self.search = RankSearchState(start, config)
         self.step = 0
         self.trainer: Any = None
         self.triplets: Triplets
@@ -79,7 +79,7 @@ class DynamicCallback(AdaptiveCallback):
         super().attach(trainer)
         self.trainer = trainer
         self.triplets = Triplets(trainer.model, self.start, self.method.initial_lambda, self.config.seed)
-        self.triplets.mask(self.course.first_masks())
+        self.triplets.mask(self.search.first_masks())
         before_clipping(trainer.accelerator, self._before_clipping)
         callbacks = trainer.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop(callbacks.index(self)))  # loggers must find our figures in what they log
@@ -93,14 +93,14 @@ class DynamicCallback(AdaptiveCallback):
             before_deepspeed_step(self.trainer.deepspeed, self._before_step)
         self.components = Components(self.triplets, engine)
         self.triplets.mask(self.triplets.masks)
-        begin = self.course.cost(self.triplets.masks)
-        self.schedule = make_schedule(self.config, state.max_steps, begin, self.course.asked)
+        begin = self.search.cost(self.triplets.masks)
+        self.schedule = make_schedule(self.config, state.max_steps, begin, self.search.asked)
         self.step = state.global_step
         limit = getattr(self.config, "max_overhead", None)
         self.observer = Observer(self.method, self.components, self.trainer, self.counters, self.config.seed, limit)
         if self.checkpoint is not None and state.global_step > 0:
             document = self._restore(self.checkpoint, state.max_steps)
-            self.observer.thinner.load(document["thinner"])
+            self.observer.probe_budget.load(document["thinner"])
             self.overhead_seconds += document["overhead_seconds"]
             for name in ("observations", "probes", "allocations", "steps"):
                 setattr(self.counters, name, document["counters"][name])
@@ -122,18 +122,18 @@ class DynamicCallback(AdaptiveCallback):
         """Begin to observe a step with its first micro-batch."""
         super().on_step_begin(args, state, control, lr_scheduler=lr_scheduler, **kwargs)
         self.step = state.global_step
-        self.observer.begin(self.step, self.course.final)
+        self.observer.begin(self.step, self.search.final)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Observe the next micro-batch of the step."""
-        self.observer.next_micro_batch(self.course.final)
+        self.observer.next_micro_batch(self.search.final)
 
     def _before_clipping(self) -> None:
         if not self.deepspeed:  # its own place is before engine.step; here it is over
             self._before_step()
 
     def _before_step(self) -> None:
-        self.observer.before_step(self.course.final)
+        self.observer.before_step(self.search.final)
         self.overhead_seconds += self.observer.take_seconds()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
@@ -143,7 +143,7 @@ class DynamicCallback(AdaptiveCallback):
         """Evaluation and saving see the whole adapter; allocate where the schedule says so."""
         super().on_step_end(args, state, control, **kwargs)
         self.step, self.triplets.position.value = state.global_step, 1.0
-        if not self.course.final and self.schedule.due(self.step):
+        if not self.search.final and self.schedule.due(self.step):
             self._allocate(self.schedule.budget(self.step), self.schedule.is_final(self.step))
 
     def log_subset(self, output: Path, step: int) -> None:
@@ -162,27 +162,27 @@ class DynamicCallback(AdaptiveCallback):
             )
         if self.selection is not None:
             budget = int(budget * self.selection.budget_share(self.step))
-        scores, before = self.components.scores(self.method, mean=self.course.reallocates), self.triplets.masks
-        masks = self.course.choose(self.step, scores, budget, before)
+        scores, before = self.components.scores(self.method, mean=self.search.reallocates), self.triplets.masks
+        masks = self.search.choose(self.step, scores, budget, before)
         agree_across_ranks(digest_of(masks), DECISIONS_DIFFER)
-        if self.course.reallocates:  # what comes back starts as new components do; the method begins another interval
+        if self.search.reallocates:  # what comes back starts as new components do; the method begins another interval
             cast(ReallocatingMethod, self.method).allocated()
-            self.components.restart(self.course.fresh, draw(self.config.seed, self.step, 0, 2**62))
+            self.components.restart(self.search.fresh, seeded_index(self.config.seed, self.step, 0, 2**62))
         self.triplets.mask(masks)
         self.counters.allocations += 1
         self.overhead_seconds += time.perf_counter() - started
-        line = self.course.record(self.step, budget, final, scores, before, masks)
+        line = self.search.record(self.step, budget, final, scores, before, masks)
         if args.should_save:
             self.write_log(Path(args.output_dir), {**line, **self.data_figures(self.step)})
 
     def write_log(self, output: Path, line: Mapping[str, Any]) -> None:
         """With what probing cost so far."""
-        super().write_log(output, {**line, "probing_seconds": round(self.observer.thinner.probing, 3)})
+        super().write_log(output, {**line, "probing_seconds": round(self.observer.probe_budget.probing, 3)})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Add the last allocation's figures to what goes to TensorBoard, W&B and the log history."""
-        if logs is not None and "loss" in logs and self.course.metrics:
-            figures = {**self.course.metrics, "adaptive/overhead_seconds": round(self.overhead_seconds, 3)}
+        if logs is not None and "loss" in logs and self.search.metrics:
+            figures = {**self.search.metrics, "adaptive/overhead_seconds": round(self.overhead_seconds, 3)}
             logs.update(figures)
             state.log_history[-1].update(figures)
 
@@ -193,13 +193,13 @@ class DynamicCallback(AdaptiveCallback):
         document = {
             "step": state.global_step,
             "total_steps": state.max_steps,
-            **self.course.state(),
+            **self.search.state(),
             "masks": {
                 module.name: "".join("1" if flag else "0" for flag in row)
                 for module, row in zip(self.triplets.modules, self.triplets.masks, strict=True)
             },
             "counters": asdict(self.counters),
-            "thinner": self.observer.thinner.state(),
+            "thinner": self.observer.probe_budget.state(),
             "overhead_seconds": self.overhead_seconds,
         }
         tensors = {f"method.{key}": value for key, value in self.method.state().items()}
@@ -215,7 +215,7 @@ class DynamicCallback(AdaptiveCallback):
 
     def current_plan(self) -> RankPlan:
         """What the masks amount to."""
-        return self.course.found(self.triplets.masks)
+        return self.search.found(self.triplets.masks)
 
     def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """While ranks are being found, what lies in ``output_dir`` is not yet this run's."""
@@ -246,7 +246,7 @@ class DynamicCallback(AdaptiveCallback):
                 for kind, parameter in module.parameters().items():
                     parameter.data.copy_(tensors[f"{kind}.{module.name}"])
         self.triplets.mask(masks)
-        self.course.load(document)
+        self.search.load(document)
         return document
 
     # -- the end -----------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ class DynamicCallback(AdaptiveCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.step = int(state.best_model_checkpoint.rpartition("-")[2])
             self._restore(Path(state.best_model_checkpoint), state.max_steps)
-        if not self.course.history or self.course.cost(self.triplets.masks) > self.course.asked:
+        if not self.search.history or self.search.cost(self.triplets.masks) > self.search.asked:
             if args.should_save:
                 logger.warning(
                     f"adaptive: ranks were not yet found at step {self.step} (they are final from step "
@@ -272,7 +272,7 @@ class DynamicCallback(AdaptiveCallback):
             self.plan.save(output / PLAN_FILE)
             save_heatmap(self.plan, output / HEATMAP_FILE)
             save_history(
-                self.start, self.course.first_masks(), self.course.history, state.global_step, output / HISTORY_FILE
+                self.start, self.search.first_masks(), self.search.history, state.global_step, output / HISTORY_FILE
             )
 
     def judge(self) -> None:

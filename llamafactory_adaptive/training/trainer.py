@@ -1,4 +1,4 @@
-"""The Trainer of an adaptive run: any Trainer class, which shows itself to the run's callback."""
+"""The Trainer of an adaptive run: any Trainer class, which passes itself to the run's callback."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,8 @@ from llamafactory_adaptive.files import cannot_write, could_not_write
 from llamafactory_adaptive.training.current_run import current_run
 
 
-def meet_trainer(trainer_class: type, fixed_callback: Any = None) -> type:
-    """Make a subclass of a Trainer class that shows itself to the run's callback once it is built.
+def adaptive_trainer(trainer_class: type, fixed_callback: Any = None) -> type:
+    """Make a subclass of a Trainer class that passes itself to the run's callback once it is built.
 
     Callbacks are not given the Trainer, and the Trainer's accelerator is where complete, unclipped gradients are
     found.
@@ -20,7 +20,7 @@ def meet_trainer(trainer_class: type, fixed_callback: Any = None) -> type:
         fixed_callback: the run's callback; None for that of the run that the process is in by then.
     """
 
-    class Met(trainer_class):  # type: ignore[misc]
+    class AdaptiveTrainer(trainer_class):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             callback = current_run.get() if fixed_callback is None else fixed_callback
@@ -80,5 +80,9 @@ def meet_trainer(trainer_class: type, fixed_callback: Any = None) -> type:
             if self.adaptive_callback is not None:
                 self.adaptive_callback.save_into(Path(output_dir), self.args, self.state)
 
-    Met.__name__, Met.__qualname__, Met.__module__ = trainer_class.__name__, trainer_class.__qualname__, __name__
-    return Met
+    AdaptiveTrainer.__name__, AdaptiveTrainer.__qualname__, AdaptiveTrainer.__module__ = (
+        trainer_class.__name__,
+        trainer_class.__qualname__,
+        __name__,
+    )
+    return AdaptiveTrainer

@@ -14,7 +14,7 @@ from peft.tuners.adalora.layer import RankAllocator
 
 from llamafactory_adaptive.adapter.lora import lora_config_arguments
 from llamafactory_adaptive.adapter.masked_lora import Triplets
-from llamafactory_adaptive.engines.engine import WholeEngine
+from llamafactory_adaptive.engines.engine import UnpartitionedEngine
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.methods import Orthogonality, is_dynamic
 from llamafactory_adaptive.methods._registry import get_method, methods
@@ -22,10 +22,10 @@ from llamafactory_adaptive.methods._running_stats import SmoothedImportance
 from llamafactory_adaptive.methods.adalora import Adalora, AdaloraOptions
 from llamafactory_adaptive.methods.igu import Igu, IguOptions, sampled_path
 from llamafactory_adaptive.ranks.allocation import keep_components
-from llamafactory_adaptive.seeding import draw
+from llamafactory_adaptive.seeding import seeded_index
 from llamafactory_adaptive.training.components import Components
 from llamafactory_adaptive.training.path_probe import Prober
-from llamafactory_adaptive.training.probe_budget import Thinner
+from llamafactory_adaptive.training.probe_budget import ProbeBudget
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_the_loss_scale_is_taken_out_of_scores_and_put_into_the_regulariser():
     plain, scaled = [], []
     for scale, found in ((1.0, plain), (1024.0, scaled)):
         _, triplets, _ = triplet_model()
-        components = Components(triplets, WholeEngine(lambda scale=scale: scale))
+        components = Components(triplets, UnpartitionedEngine(lambda scale=scale: scale))
         next(stream(triplets, 1))
         for parameter in components.parameters:
             parameter.grad.mul_(scale)
@@ -197,7 +197,7 @@ def path_problem():
     plan = start_plan(base)
     model = peft.get_peft_model(base, peft.LoraConfig(**lora_config_arguments(plan)))
     triplets = Triplets(model, plan, 0.1, seed=1)
-    components = Components(triplets, WholeEngine())
+    components = Components(triplets, UnpartitionedEngine())
     scatter(triplets, std=1.0)
     inputs = {"x": torch.randn(8, 6).double(), "target": torch.rand(8, 3).double()}
     prober = Prober(model, components, seed=0)
@@ -262,25 +262,25 @@ def test_probes_keep_within_their_share_of_the_time(monkeypatch):
 
     now = [0.0]
     monkeypatch.setattr(probe_budget.time, "perf_counter", lambda: now[0])
-    thinner, probed = Thinner(0.1), []
+    probe_budget, probed = ProbeBudget(0.1), []
     for step in range(400):
-        thinner.begin()
+        probe_budget.begin()
         now[0] += 1.0
-        thinner.trained()
-        if thinner.due(step):
+        probe_budget.trained()
+        if probe_budget.due(step):
             now[0] += 2.0
-            thinner.probed(step, 2.0, torch.device("cpu"))
+            probe_budget.probed(step, 2.0, torch.device("cpu"))
             probed.append(step)
-    assert thinner.probing / thinner.training <= 0.1
+    assert probe_budget.probing / probe_budget.training <= 0.1
     assert 18 <= len(probed) <= 20
-    assert Thinner(None).due(0)
+    assert ProbeBudget(None).due(0)
 
 
 def test_draws_depend_on_their_arguments_alone_and_cover_all_choices():
-    assert draw(1, 2, 3, 20) == draw(1, 2, 3, 20)
+    assert seeded_index(1, 2, 3, 20) == seeded_index(1, 2, 3, 20)
     positions = [Igu(IguOptions()).position(7, step, micro) for step in range(200) for micro in range(2)]
     assert set(positions) == {k / 20 for k in range(1, 21)}
-    counts = np.bincount([draw(0, step, 0, 20) for step in range(20_000)], minlength=20)
+    counts = np.bincount([seeded_index(0, step, 0, 20) for step in range(20_000)], minlength=20)
     assert abs(counts - 1000).max() < 150
     assert Igu(IguOptions(importance="off")).position(7, 1, 0) == 1.0
 

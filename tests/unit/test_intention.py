@@ -25,7 +25,7 @@ def test_only_methods_that_measure_are_said_to_score(name):
 def test_a_given_plan_and_a_search_score_nothing():
     given = dataclasses.replace(CONFIG, plan_path="p.json")
     assert intention(given) == "the ranks are those of p.json; nothing is scored"
-    search = dataclasses.replace(CONFIG, method="igu", course=PruningConfig(9, 0.1, 0.7, 2, None, 0))
+    search = dataclasses.replace(CONFIG, method="igu", search=PruningConfig(9, 0.1, 0.7, 2, None, 0))
     assert intention(search).startswith(
         "igu finds the ranks while it trains, from rank 9 to the cost of uniform rank 4;"
     )

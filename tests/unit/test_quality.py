@@ -12,13 +12,13 @@ from llamafactory_adaptive.adapter.lora import live_layers, lora_config_argument
 from llamafactory_adaptive.calibration.batches import make_batches
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.sampling.quality import length_sorted, measure
-from llamafactory_adaptive.sampling.sample_gradients import Wanted, sample_losses, squared_norms
+from llamafactory_adaptive.sampling.sample_gradients import TermSpec, sample_losses, squared_norms
 
 
 STEP = 0.01
 DATA = rows(9)
-PLAIN = Wanted(STEP, False, "none", 64, 0)
-EXACT = Wanted(STEP, True, "exact", 64, 0)
+PLAIN = TermSpec(STEP, False, "none", 64, 0)
+EXACT = TermSpec(STEP, True, "exact", 64, 0)
 
 
 def adapted(architecture="llama", trained=True, **sizes):
@@ -100,7 +100,7 @@ def of_two_processes(model, whole, wanted):
     barrier, slots, found = threading.Barrier(2), {}, {}
 
     def work(rank):
-        def add_up(tensor):
+        def all_reduce_sum(tensor):
             slots[rank] = tensor.clone()
             barrier.wait(60)
             total = slots[0] + slots[1]
@@ -108,7 +108,7 @@ def of_two_processes(model, whole, wanted):
             return tensor.copy_(total)
 
         own = copy.deepcopy(model)
-        found[rank] = measure(own, layers(own), whole[rank::2], 9, wanted, add_up, quiet=True)
+        found[rank] = measure(own, layers(own), whole[rank::2], 9, wanted, all_reduce_sum, quiet=True)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -118,7 +118,7 @@ def of_two_processes(model, whole, wanted):
     return found[0], found[1]
 
 
-@pytest.mark.parametrize("wanted", [PLAIN, EXACT, Wanted(STEP, False, "projected", 64, 3)],
+@pytest.mark.parametrize("wanted", [PLAIN, EXACT, TermSpec(STEP, False, "projected", 64, 3)],
                          ids=["", "exact", "projected"])  # fmt: skip
 def test_two_processes_find_what_one_does(wanted):
     model = adapted().eval()
@@ -146,7 +146,7 @@ def test_projections_estimate_alignments_without_bias():
     estimates = []
     for seed in range(40):
         found = measure(
-            model, layers(model), batches(DATA, 9), 9, Wanted(STEP, False, "projected", 2048, seed), quiet=True
+            model, layers(model), batches(DATA, 9), 9, TermSpec(STEP, False, "projected", 2048, seed), quiet=True
         )
         mean = found.alignment.mean()  # |mean p|: the mean of <p_i, mean p> / |mean p|
         estimates.append(found.alignment * mean)

@@ -11,13 +11,13 @@ from test_plan import make_plan
 from llamafactory_adaptive.ranks.plan import ModulePlan
 from llamafactory_adaptive.reports.model_card import update_card
 from llamafactory_adaptive.reports.plots import save_heatmap
-from llamafactory_adaptive.reports.tables import concentration_warning, place, rank_table
+from llamafactory_adaptive.reports.tables import concentration_warning, layer_and_type, rank_table
 
 
 def test_place_reads_layer_and_type():
-    assert place("model.layers.12.self_attn.q_proj") == (12, "q_proj")
-    assert place("model.layers.3.mlp.experts.7.up_proj") == (3, "up_proj")
-    assert place("score") == (None, "score")
+    assert layer_and_type("model.layers.12.self_attn.q_proj") == (12, "q_proj")
+    assert layer_and_type("model.layers.3.mlp.experts.7.up_proj") == (3, "up_proj")
+    assert layer_and_type("score") == (None, "score")
 
 
 def test_table_shows_ranks_totals_and_size():

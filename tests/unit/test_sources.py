@@ -26,7 +26,7 @@ def configured(method="sensitivity", **more):
     return dataclasses.replace(kept, **more)
 
 
-IGU = configured("igu", course=PruningConfig(8, 0.1, 0.7, 2, None, 0))
+IGU = configured("igu", search=PruningConfig(8, 0.1, 0.7, 2, None, 0))
 
 
 class Host:

@@ -9,7 +9,7 @@ from dynamic import batch, scatter, stream, triplet_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamafactory_adaptive.engines.engine import WholeEngine
+from llamafactory_adaptive.engines.engine import UnpartitionedEngine
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
 from llamafactory_adaptive.ranks.allocation import allocate, reallocate_components
@@ -131,7 +131,7 @@ OPTIMIZERS = {
 def test_a_component_that_comes_back_has_no_effect_and_no_past(name):
     model, triplets, _ = triplet_model(initial_lambda=None)
     optimizer = OPTIMIZERS[name]([p for m in triplets.modules for p in m.parameters().values()])
-    components, method = Components(triplets, WholeEngine(optimizer=optimizer)), Tsq(TsqOptions())
+    components, method = Components(triplets, UnpartitionedEngine(optimizer=optimizer)), Tsq(TsqOptions())
     for _ in stream(triplets, 3):
         components.update(method, None)
         optimizer.step()
@@ -173,7 +173,7 @@ def test_first_updates_of_a_component_that_comes_back_are_not_larger_than_those_
     model, triplets, _ = triplet_model(initial_lambda=None)
     parameters = [p for m in triplets.modules for p in m.parameters().values()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
-    components, method = Components(triplets, WholeEngine(optimizer=optimizer)), Tsq(TsqOptions())
+    components, method = Components(triplets, UnpartitionedEngine(optimizer=optimizer)), Tsq(TsqOptions())
     next(stream(triplets, 1))
     for p in parameters:
         p.grad = torch.sign(p.grad)
@@ -193,7 +193,7 @@ def test_an_optimizer_that_keeps_no_state_per_weight_is_refused():
     _, triplets, _ = triplet_model(initial_lambda=None)
     parameters = [p for m in triplets.modules for p in m.parameters().values()]
     optimizer = torch.optim.Adafactor(parameters, lr=0.1)
-    components, method = Components(triplets, WholeEngine(optimizer=optimizer)), Tsq(TsqOptions())
+    components, method = Components(triplets, UnpartitionedEngine(optimizer=optimizer)), Tsq(TsqOptions())
     next(stream(triplets, 1))
     components.update(method, None)
     optimizer.step()

@@ -8,15 +8,15 @@ from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationC
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
 from llamafactory_adaptive.ranks.schedule import ReallocationConfig
-from llamafactory_adaptive.training.rank_search import Course
+from llamafactory_adaptive.training.rank_search import RankSearchState
 
 
-def course(**more):
+def search(**more):
     modules = (ModulePlan("a", 3, 5, rank=3), ModulePlan("b", 10, 10, rank=3))
     start = RankPlan("igu", {}, "params", 2, 4.0, modules)
     settings = {"min_rank": 1, "max_rank": 8, "budget_unit": "params", **more}
     calibration = CalibrationConfig(None, 1, 1, 0)
-    return Course(
+    return RankSearchState(
         start,
         AdaptiveConfig("igu", {}, lora_rank=2, lora_alpha=4.0, plan_path=None, calibration=calibration, **settings),
     )
@@ -26,21 +26,21 @@ ALL = [[True] * 3, [True] * 3]
 
 
 def test_the_budget_and_what_components_cost():
-    found = course()
+    found = search()
     assert found.asked == 2 * 8 + 2 * 20
     assert found.cost(ALL) == 3 * 8 + 3 * 20
 
 
 def test_bounds_are_kept_and_nan_is_a_diverged_run():
     scores = [[9.0, 8.0, 7.0], [3.0, 2.0, 1.0]]
-    assert course().choose(4, scores, 56, ALL) == [[True, True, True], [True, False, False]]
-    assert course(max_rank=2).choose(4, scores, 56, ALL) == [[True, True, False], [True, True, False]]
+    assert search().choose(4, scores, 56, ALL) == [[True, True, True], [True, False, False]]
+    assert search(max_rank=2).choose(4, scores, 56, ALL) == [[True, True, False], [True, True, False]]
     with pytest.raises(GuardError, match=r"step 4: module 0 .* not finite; training has diverged"):
-        course().choose(4, [[float("inf"), 1.0, 1.0], [1.0] * 3], 56, ALL)
+        search().choose(4, [[float("inf"), 1.0, 1.0], [1.0] * 3], 56, ALL)
 
 
 def test_sensitivities_are_discounted_shares_in_which_new_components_do_not_count():
-    found = course(budget_unit="ranks", course=ReallocationConfig(3, 0.25, 0.5, 0))
+    found = search(budget_unit="ranks", search=ReallocationConfig(3, 0.25, 0.5, 0))
     on = [[True, True, False], [True, True, False]]
     # Means 3 and 1: shares 3/4 and 1/4 of four ranks. The module that grows turns on its third component.
     on = found.choose(4, [[4.0, 2.0, 0.0], [1.5, 0.5, 0.0]], 4, on)
@@ -53,7 +53,7 @@ def test_sensitivities_are_discounted_shares_in_which_new_components_do_not_coun
     assert found.sensitivities == pytest.approx([0.5 * 1.125 + 0.25, 0.5 * 0.375 + 0.75])
     assert on == [[True, True, False], [True, True, False]]
     assert found.fresh == [[False] * 3, [False, True, False]]
-    again = course(budget_unit="ranks", course=found.config.course)
+    again = search(budget_unit="ranks", search=found.config.search)
     again.load(json.loads(json.dumps(found.state())))
     for resumed in (found, again):  # 3 and 9 where components count
         resumed.choose(16, [[4.0, 2.0, 0.0], [9.0, 0.0, 0.0]], 4, on)
@@ -63,7 +63,7 @@ def test_sensitivities_are_discounted_shares_in_which_new_components_do_not_coun
 
 
 def test_a_choice_is_noted_with_what_changed():
-    found, scores = course(), [[9.0, 8.0, 7.0], [3.0, 2.0, 1.0]]
+    found, scores = search(), [[9.0, 8.0, 7.0], [3.0, 2.0, 1.0]]
     first = found.record(4, 60, False, scores, ALL, [[True, False, False], [True, True, True]])
     assert (first["components_changed"], first["grown"], first["shrunk"], first["budget_used"]) == (2, 0, 1, 68)
     last = found.record(8, 56, True, scores, [[True, False, False], [True, True, True]],
@@ -73,13 +73,13 @@ def test_a_choice_is_noted_with_what_changed():
     assert found.final
     assert found.metrics["adaptive/mean_rank"] == 2.0
     assert [entry["step"] for entry in found.history] == [4, 8]
-    again = course()
+    again = search()
     again.load(found.state())
     assert again.state() == found.state()
 
 
 def test_the_plan_found_carries_ranks_and_scores_of_what_is_in_use():
-    found, masks = course(), [[True, True, False], [False, True, False]]
+    found, masks = search(), [[True, True, False], [False, True, False]]
     found.record(8, 56, True, [[9.0, 8.0, 7.0], [3.0, 2.0, 1.0]], ALL, masks)
     plan = found.found(masks)
     assert plan.ranks() == {"a": 2, "b": 1}
