@@ -120,11 +120,10 @@ def weakened(adapter: Path, folder: Path, strength: float) -> Path:
 
 def planted(adapter: Path, base: Path, server: str, scratch: Path) -> dict[str, str]:
     """For each fault in one module's files, what the certificate says; an empty text if it passed."""
-    from planting import planter
-
     from llamafactory_adaptive.export import exporter
     from llamafactory_adaptive.export.faults import ExportError
     from llamafactory_adaptive.export.request import ExportRequest
+    from tests.helpers.planting import planter
 
     job = exporter.prepare(ExportRequest(adapter, server, scratch / "never", dtype=DTYPE_OF.get(server, "auto")))
     good = scratch / f"{adapter.name}-{server}-good"
@@ -152,7 +151,7 @@ def planted(adapter: Path, base: Path, server: str, scratch: Path) -> dict[str, 
 
 def faults(base: Path, scratch: Path) -> dict[str, Any]:
     """Every fault in every layout, with the adapter as it is and a thousand times weaker."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.helpers
     strong = make_adapter(base, scratch / "strong", own_alphas=False)
     found = {}
     for strength in (1.0, 1e-3):

@@ -1,13 +1,9 @@
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 
 # Tiny models gain nothing from threads, and test processes that run side by side lose by them.
 torch.set_num_threads(1)
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -26,13 +22,13 @@ def _private_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-    from tiny import write_datasets
+    from tests.helpers.tiny import write_datasets
 
     return write_datasets(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory):
-    from tiny import save_tiny
+    from tests.helpers.tiny import save_tiny
 
     return save_tiny(tmp_path_factory.mktemp("llama"))

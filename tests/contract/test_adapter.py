@@ -6,12 +6,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import TARGETS, tiny_model
 
 from llamafactory_adaptive.adapter.lora import lora_config_arguments, name_targets_in_full
 from llamafactory_adaptive.adapter.verify import check_live, check_saved
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
+from tests.helpers.tiny import TARGETS, tiny_model
 
 
 def plan_for(model, ranks):

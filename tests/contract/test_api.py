@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import rows, tiny_model
 
 import llamafactory_adaptive
 from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError
+from tests.helpers.tiny import rows, tiny_model
 
 
 ROOT = Path(__file__).resolve().parents[2]

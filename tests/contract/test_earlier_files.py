@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import tsq_settings
 
 from llamafactory_adaptive import _bootstrap
 from llamafactory_adaptive.planning.cache import cached_plan, read_statistics
@@ -16,6 +15,7 @@ from llamafactory_adaptive.planning.compatibility import check_same_run
 from llamafactory_adaptive.ranks.plan import ModuleShape, load_plan
 from llamafactory_adaptive.training.checkpoint import read_state
 from llamafactory_adaptive.training.sample_scores import read_terms
+from tests.helpers.tiny import tsq_settings
 
 
 EARLIER = Path(__file__).parents[1] / "data" / "before_rooms"

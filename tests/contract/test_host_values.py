@@ -1,10 +1,10 @@
 """The host's own keys with wrong values: one message each before anything is loaded, no traceback."""
 
 import pytest
-from tiny import settings
 
 from llamafactory_adaptive import _bootstrap
 from llamafactory_adaptive.errors import AdaptiveConfigError
+from tests.helpers.tiny import settings
 
 
 _bootstrap.install()

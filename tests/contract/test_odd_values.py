@@ -5,10 +5,10 @@ import json
 
 import pytest
 import yaml
-from tiny import settings
 
 from llamafactory_adaptive import _bootstrap, cli
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from tests.helpers.tiny import settings
 
 
 _bootstrap.install()

@@ -6,12 +6,12 @@ import re
 import pytest
 import torch
 from accelerate import PartialState
-from tiny import settings
 
 from llamafactory_adaptive.bridge import measure_process
 from llamafactory_adaptive.bridge.validation import parse_config
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.methods.sensitivity import Sensitivity, SensitivityOptions
+from tests.helpers.tiny import settings
 
 
 LESS_MEMORY = re.escape(measure_process._LESS_MEMORY)

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import settings
 
 from llamafactory_adaptive import _bootstrap
 from llamafactory_adaptive.errors import AdaptiveConfigError
+from tests.helpers.tiny import settings
 
 
 _bootstrap.install()

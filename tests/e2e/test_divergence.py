@@ -6,13 +6,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from test_training import train
-from tiny import pruning_settings, save_tiny, settings, tsq_settings
 from transformers import TrainerCallback
-from workers import train_on_two
 
 from llamafactory_adaptive import _bootstrap
 from llamafactory_adaptive.errors import GuardError
+from tests.helpers.tiny import pruning_settings, save_tiny, settings, tsq_settings
+from tests.helpers.training import train
+from tests.helpers.workers import train_on_two
 
 
 pytestmark = pytest.mark.slow

@@ -9,13 +9,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_launch import BIN, EXAMPLES, run
-from test_training import train
-from tiny import pruning_settings, tsq_settings
-from workers import train_on_two
 
 from llamafactory_adaptive.ranks.plan import load_plan
 from llamafactory_adaptive.reports.data_report import SAMPLES_FILE
+from tests.helpers.commands import BIN, EXAMPLES, run
+from tests.helpers.tiny import pruning_settings, tsq_settings
+from tests.helpers.training import train
+from tests.helpers.workers import train_on_two
 
 
 pytestmark = pytest.mark.slow

@@ -8,11 +8,11 @@ import sys
 import time
 
 import pytest
-from lora import save_adapter
-from processes import wait_until_ended
-from tiny import save_tiny
 
 from llamafactory_adaptive import cli
+from tests.helpers.lora import save_adapter
+from tests.helpers.processes import wait_until_ended
+from tests.helpers.tiny import save_tiny
 
 
 pytestmark = pytest.mark.slow

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_launch import BIN, run
-from tiny import pruning_settings, settings
 
 from llamafactory_adaptive.ranks.plan import load_plan
+from tests.helpers.commands import BIN, run
+from tests.helpers.tiny import pruning_settings, settings
 
 
 pytestmark = [

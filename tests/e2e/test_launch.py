@@ -1,8 +1,6 @@
 """The commands as users type them, each in processes of its own: launchers, engines, and life without the plugin."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,23 +8,15 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import settings
-from workers import train_on_two
 
 from llamafactory_adaptive import cli
 from llamafactory_adaptive.ranks.plan import load_plan
+from tests.helpers.commands import BIN, EXAMPLES, run
+from tests.helpers.tiny import settings
+from tests.helpers.workers import train_on_two
 
 
 pytestmark = pytest.mark.slow
-BIN = Path(sys.executable).parent
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-
-
-def run(*words, expect=0, **environment):
-    env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run([str(w) for w in words], env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-6000:]
-    return done
 
 
 @pytest.fixture

@@ -11,28 +11,15 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_training import Keep, logits, peft_logits, train
-from tiny import ARCHITECTURES, pruning_settings, save_tiny, settings
 
 from llamafactory_adaptive.errors import AdaptiveConfigError, GuardError, PlanError
 from llamafactory_adaptive.ranks.plan import load_plan
 from llamafactory_adaptive.training.checkpoint_files import damage
+from tests.helpers.tiny import ARCHITECTURES, pruning_settings, save_tiny, settings
+from tests.helpers.training import EVALUATE, Keep, adapters_equal, allocations, lines, logits, peft_logits, train
 
 
 pytestmark = pytest.mark.slow
-
-
-def lines(out):
-    return [json.loads(line) for line in (out / "adaptive_log.jsonl").read_text().splitlines()]
-
-
-def allocations(out):
-    return [line for line in lines(out) if line["event"] == "allocation"]
-
-
-def adapters_equal(first, second):
-    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
@@ -85,8 +72,6 @@ def test_a_second_run_trains_afresh_on_the_ranks_found(tiny_llama, data_dir, tmp
     assert not (tmp_path / "second" / "adaptive_rank_history.png").exists()
 
 
-EVALUATE = {"eval_dataset": "tiny_eval", "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps",
-            "save_steps": 1}  # fmt: skip
 CASES = {
     "adalora": {"adaptive_method": "adalora", "lora_dropout": 0.1},
     "integrated": {"igu_importance": "integrated", "igu_probe_interval": 2, "lora_dropout": 0.1},

@@ -11,7 +11,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import rows, save_tiny, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
@@ -28,6 +27,7 @@ from llamafactory_adaptive.adapter.lora import live_layers
 from llamafactory_adaptive.errors import AdaptiveConfigError, GuardError, PlanError
 from llamafactory_adaptive.ranks.allocation import allocate
 from llamafactory_adaptive.ranks.plan import load_plan
+from tests.helpers.tiny import rows, save_tiny, tiny_model, tiny_tokenizer
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,57 +5,16 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import ARCHITECTURES, save_tiny, settings, tiny_model
 from transformers import TrainerCallback
 
 from llamafactory_adaptive import _bootstrap
 from llamafactory_adaptive.errors import AdaptiveConfigError, GuardError, PlanError
 from llamafactory_adaptive.ranks.plan import load_plan
+from tests.helpers.tiny import ARCHITECTURES, save_tiny, settings, tiny_model
+from tests.helpers.training import logits, peft_logits, train
 
 
 pytestmark = pytest.mark.slow
-
-
-class Keep(TrainerCallback):
-    """Keeps the live model, and can stop a run at a step as a crash would (without the final save)."""
-
-    def __init__(self, crash_at=None):
-        self.crash_at = crash_at
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.crash_at:
-            raise KeyboardInterrupt
-
-    def on_train_end(self, args, state, control, model, **kwargs):
-        self.model = model
-
-
-def train(args, **options):
-    _bootstrap.install()
-    from llamafactory.train.tuner import run_exp
-
-    keep = Keep(**options)
-    run_exp(args, [keep])
-    return keep
-
-
-def ids(count=12):
-    return torch.arange(20, 20 + count)[None]
-
-
-def logits(model):
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=ids()).logits.float()
-
-
-def peft_logits(base, adapter):
-    """The adapter as anyone would load it: plain PEFT, nothing of ours."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return logits(PeftModel.from_pretrained(model, adapter))
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))

@@ -6,12 +6,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import train
-from tiny import settings
 
 from llamafactory_adaptive import files, folder_lock
 from llamafactory_adaptive.errors import AdaptiveConfigError, OutputError, PlanError
 from llamafactory_adaptive.ranks.plan import load_plan
+from tests.helpers.tiny import settings
+from tests.helpers.training import train
 
 
 pytestmark = pytest.mark.slow

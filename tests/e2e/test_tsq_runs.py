@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_pruning import EVALUATE, adapters_equal, allocations, lines
-from test_training import logits, peft_logits, train
-from tiny import tsq_settings
 
 from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError
 from llamafactory_adaptive.ranks.plan import load_plan
 from llamafactory_adaptive.reports.data_report import DATA_PLOT_FILE, DATA_REPORT_FILE, SAMPLES_FILE, read_data_report
+from tests.helpers.tiny import tsq_settings
+from tests.helpers.training import EVALUATE, adapters_equal, allocations, lines, logits, peft_logits, train
 
 
 pytestmark = pytest.mark.slow

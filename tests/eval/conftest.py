@@ -2,7 +2,9 @@ import json
 import socket
 
 import pytest
-from files import write_jsonl
+
+from tests.eval.harness import Harness
+from tests.helpers.jsonl import write_jsonl
 
 
 @pytest.fixture
@@ -57,3 +59,8 @@ def adapter(tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps(config))
     (folder / "adapter_model.safetensors").touch()
     return folder
+
+
+@pytest.fixture
+def harness(tiny_llama, rows, tmp_path):
+    return Harness(tiny_llama, rows, tmp_path)

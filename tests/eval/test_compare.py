@@ -5,10 +5,10 @@ import json
 import math
 
 import pytest
-from files import write_jsonl
 
 from eval import compare, results
 from eval.errors import EvalError
+from tests.helpers.jsonl import write_jsonl
 
 
 ROWS = {"gsm8k": "acc", "boolq": "acc"}

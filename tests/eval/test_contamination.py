@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from files import write_jsonl
 
 from eval import reading
 from eval.contamination import files_of_plan, question_hash, read_seen, refuse_seen
 from eval.errors import EvalError, UsageError
+from tests.helpers.jsonl import write_jsonl
 
 
 LONG = "Ana has 3 apples and buys 4 more. How many apples does she have?"

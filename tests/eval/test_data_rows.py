@@ -4,13 +4,13 @@ import json
 import os
 
 import pytest
-from files import write_jsonl
 
 from eval import contamination, reading
 from eval.data import check_files, read_splits
 from eval.errors import EvalError
 from eval.protocols import load_tasks
 from eval.tasks import parsing, values
+from tests.helpers.jsonl import write_jsonl
 
 
 def test_brackets_in_a_folder_are_no_pattern(tmp_path):

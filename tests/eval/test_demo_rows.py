@@ -5,10 +5,10 @@ import re
 import sys
 
 import pytest
-from processes import ROOT
 
 from eval.data import check_files, local_files
 from eval.protocols import PROTOCOLS, load_tasks
+from tests.helpers.processes import ROOT
 
 
 @pytest.fixture(scope="module")

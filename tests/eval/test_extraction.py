@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from processes import ROOT
 
 from eval import extraction
 from eval.protocols import PROTOCOLS, load_tasks, task_config, task_names
 from eval.tasks import parsing, rows
+from tests.helpers.processes import ROOT
 
 
 PYTHON = Path(os.environ.get("LLAMAFACTORY_ADAPTIVE_VLLM_PYTHON") or ROOT / ".venv-eval" / "bin" / "python")

@@ -1,8 +1,6 @@
 """What a server or its surroundings can do to a message: leak a key, steer a terminal, end in a traceback."""
 
 import pytest
-from replies import replying
-from test_transport import OK, asked, logprobs
 
 from eval import completions
 from eval.arguments import parse
@@ -11,6 +9,8 @@ from eval.errors import UsageError
 from eval.redaction import clean, excerpt
 from eval.serving import _served, _version
 from eval.transport import Patience, ServerFailedError, Site
+from tests.eval.asking import OK, asked, logprobs
+from tests.helpers.replies import replying
 
 
 KEY = "sk-THIS/IS+THE=SECRET"

@@ -8,10 +8,10 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from processes import ROOT
 
 from eval.errors import EvalError
 from eval.hub import check_tokenizers
+from tests.helpers.processes import ROOT
 
 
 # Claims the folder as a run does, then fetches what loading a tokenizer would.

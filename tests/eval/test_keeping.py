@@ -8,11 +8,11 @@ import sys
 from contextlib import contextmanager
 
 import pytest
-from processes import ROOT
 
 from eval.cache import ANSWERS_FILE, AnswerCache, key_of
 from eval.errors import EvalError
 from eval.output import LOCK_FILE, STATE_FILE, OutputFolder, problem_with
+from tests.helpers.processes import ROOT
 
 
 SECRET = "sk-THIS-IS-THE-SECRET"

@@ -8,17 +8,14 @@ import sys
 import time
 
 import pytest
-from replies import replying
-from test_harness import HERE, Harness, pytestmark  # noqa: F401
+
+from tests.eval.harness import HERE, needs_environment
+from tests.helpers.replies import replying
 
 
+pytestmark = needs_environment
 SECRET = "sk-THIS-IS-THE-SECRET"
 TASKS = "gsm8k,arc_easy"
-
-
-@pytest.fixture
-def harness(tiny_llama, rows, tmp_path):
-    return Harness(tiny_llama, rows, tmp_path)
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from files import write_jsonl
 
 from eval import reading, results, samples_page
+from tests.helpers.jsonl import write_jsonl
 
 
 HOSTILE = [

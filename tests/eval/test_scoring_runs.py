@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from files import write_jsonl
-from processes import ROOT
+
+from tests.helpers.jsonl import write_jsonl
+from tests.helpers.processes import ROOT
 
 
 NAMED = os.environ.get("LLAMAFACTORY_ADAPTIVE_VLLM_PYTHON")  # set by make eval-test: missing is then a failure

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import ROOT, alive, processes_naming
 
 from eval.errors import EvalError
 from eval.models import Job, Serving
@@ -19,6 +18,7 @@ from eval.redaction import redacted
 from eval.server import Server, ServerOptions, check_port, environment, reason
 from eval.serving import _describe, _probe
 from eval.transport import Patience, Site, fetch
+from tests.helpers.processes import ROOT, alive, processes_naming
 
 
 FAKE = str(Path(__file__).with_name("fake_server.py"))

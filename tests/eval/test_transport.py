@@ -7,27 +7,13 @@ import threading
 import time
 
 import pytest
-from replies import replying
 
 from eval import completions
 from eval.errors import EvalError
 from eval.server import ServerOptions, environment
-from eval.transport import Asker, Patience, ServerFailedError, Site, fetch, healthy, seconds_of
-
-
-OK = (200, {}, b'{"fine": 1}')
-
-
-def asked(url, patience=None, key=None, ended=lambda: None):
-    """Ask one question; returns the answers, the pauses that were made, and what was asked again."""
-    pauses, found = [], []
-
-    async def sleep(seconds):
-        pauses.append(seconds)
-
-    asker = Asker(Site(url, key), "/x", 1, patience or Patience(seconds=20), ended, sleep=sleep)
-    asker.ask([{}], lambda _, document: document, lambda _, document: found.append(document))
-    return found, pauses, dict(asker.repeated)
+from eval.transport import Patience, ServerFailedError, Site, fetch, healthy, seconds_of
+from tests.eval.asking import OK, asked, logprobs
+from tests.helpers.replies import replying
 
 
 @pytest.mark.parametrize(
@@ -170,11 +156,6 @@ def test_our_own_server_gets_no_key(monkeypatch):
     assert [request.get("Authorization") for request in seen] == [None, "Bearer sk-of-another-server"]
     assert "OPENAI_API_KEY" not in environment(ServerOptions())
     assert "sk-of" not in repr(Site(url, "sk-of-another-server"))
-
-
-def logprobs(values=(None, -1, -2, -3), tops=(None, {"a": -1}, {"a": -2}, {"a": -3})):
-    tops = None if tops is None else list(tops)
-    return {"choices": [{"text": "", "logprobs": {"token_logprobs": list(values), "top_logprobs": tops}}]}
 
 
 NO_COMPLETION = [None, [], {}, 3, "text", {"choices": None}, {"choices": []}, {"choices": {}}, {"choices": [None]},

@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from scene import Scene
+
+from tests.faults.scene import Scene
 
 
 ROOT = Path(__file__).parents[2]

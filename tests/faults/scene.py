@@ -15,9 +15,10 @@ import time
 import traceback
 
 import yaml
-from lora import save_adapter
-from processes import ROOT, alive, processes_naming
-from tiny import pruning_settings, save_tiny, settings, tsq_settings, write_datasets
+
+from tests.helpers.lora import save_adapter
+from tests.helpers.processes import ROOT, alive, processes_naming
+from tests.helpers.tiny import pruning_settings, save_tiny, settings, tsq_settings, write_datasets
 
 
 _context = multiprocessing.get_context("forkserver")

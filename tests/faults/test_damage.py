@@ -4,7 +4,8 @@ import json
 import shutil
 
 import pytest
-from scene import METHODS, Command, digests, wait_for
+
+from tests.faults.scene import METHODS, Command, digests, wait_for
 
 
 pytestmark = pytest.mark.faults

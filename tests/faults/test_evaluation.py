@@ -8,18 +8,17 @@ import os
 import random
 import resource
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from processes import ROOT
-from scene import kill_at, nothing_left_running
+
+from tests.faults.scene import kill_at, nothing_left_running
+from tests.helpers.processes import ROOT
+from tests.helpers.replies import replying
 
 
 EVAL_TESTS = ROOT / "tests" / "eval"
-sys.path.insert(0, str(EVAL_TESTS))
-from replies import replying  # noqa: E402
 
 
 NAMED = os.environ.get("LLAMAFACTORY_ADAPTIVE_VLLM_PYTHON")  # set by make faults

@@ -6,7 +6,8 @@ import shutil
 import time
 
 import pytest
-from scene import METHODS, Command, digests, kill_at, nothing_left_running, wait_for
+
+from tests.faults.scene import METHODS, Command, digests, kill_at, nothing_left_running, wait_for
 
 
 pytestmark = pytest.mark.faults

@@ -4,9 +4,9 @@ import shutil
 import subprocess
 
 import pytest
-from scene import Command, digests, wait_for
 
 from llamafactory_adaptive.files import read_json
+from tests.faults.scene import Command, digests, wait_for
 
 
 pytestmark = pytest.mark.faults

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import rows, settings
-from workers import said_by_two
 
 from llamafactory_adaptive import files
 from llamafactory_adaptive.errors import AdaptiveError, GuardError, OtherProcessError, PlanError
 from llamafactory_adaptive.training.checkpoint_files import write_layout
+from tests.helpers.tiny import rows, settings
+from tests.helpers.workers import said_by_two
 
 
 HOST = socket.gethostname()

@@ -6,12 +6,12 @@ import sys
 
 import numpy as np
 import pytest
-import reference
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llamafactory_adaptive.errors import InfeasibleBudgetError
 from llamafactory_adaptive.ranks.allocation import allocate, water_fill
+from tests.helpers import reference
 
 
 @st.composite

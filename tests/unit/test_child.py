@@ -7,10 +7,10 @@ import sys
 import time
 
 import pytest
-from processes import alive, wait_until_ended
 
 from llamafactory_adaptive.bridge import child
 from llamafactory_adaptive.bridge.child import run_child
+from tests.helpers.processes import alive, wait_until_ended
 
 
 CHILD = """

@@ -7,9 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import peft
 import pytest
-import reference
 import torch
-from dynamic import batch, scatter, start_plan, stream, triplet_model
 from peft.tuners.adalora.layer import RankAllocator
 
 from llamafactory_adaptive.adapter.lora import lora_config_arguments
@@ -26,6 +24,8 @@ from llamafactory_adaptive.seeding import seeded_index
 from llamafactory_adaptive.training.components import Components
 from llamafactory_adaptive.training.path_probe import Prober
 from llamafactory_adaptive.training.probe_budget import ProbeBudget
+from tests.helpers import reference
+from tests.helpers.dynamic import batch, scatter, start_plan, stream, triplet_model
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------

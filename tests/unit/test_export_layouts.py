@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora import edit_config, mixed_ranks, save_adapter
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny import TARGETS, save_tiny
 from transformers import AutoModelForCausalLM
 
 from llamafactory_adaptive.adapter.lora import contract_arguments
@@ -20,6 +18,8 @@ from llamafactory_adaptive.export.faults import ExportError
 from llamafactory_adaptive.export.request import SERVERS, ExportRequest
 from llamafactory_adaptive.export.source_adapter import read_adapter
 from llamafactory_adaptive.export.verify.server_rules import RULES, read_as
+from tests.helpers.lora import edit_config, mixed_ranks, save_adapter
+from tests.helpers.tiny import TARGETS, save_tiny
 
 
 LAYOUTS = ("peft", *RULES)

@@ -6,10 +6,8 @@ import weakref
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from lora import mixed_ranks, save_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from llamafactory_adaptive.adapter.lora import contract_arguments
@@ -25,6 +23,8 @@ from llamafactory_adaptive.export.verify import log_probabilities
 from llamafactory_adaptive.export.verify.compare import Comparer
 from llamafactory_adaptive.files import PLAN_FILE
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
+from tests.helpers.lora import mixed_ranks, save_adapter
+from tests.helpers.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 
 def save_base(folder, architecture="llama", dtype=torch.bfloat16, shard="50GB", **sizes):

@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 import torch
-from lora import save_adapter
-from planting import edit_json, planter, rewrite
-from tiny import TARGETS, save_tiny
 
 from llamafactory_adaptive.export import exporter
 from llamafactory_adaptive.export.faults import ExportError
 from llamafactory_adaptive.export.request import SERVERS, ExportRequest
 from llamafactory_adaptive.export.verify.module_updates import compare_updates, norm, relative_difference
+from tests.helpers.lora import save_adapter
+from tests.helpers.planting import edit_json, planter, rewrite
+from tests.helpers.tiny import TARGETS, save_tiny
 
 
 LAYOUTS = tuple(server for server in SERVERS if server != "merged")

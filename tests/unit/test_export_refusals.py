@@ -8,10 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lora import edit_config, save_adapter
-from processes import wait_until_ended
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny, tiny_model
 
 from llamafactory_adaptive import cli
 from llamafactory_adaptive.errors import AdaptiveConfigError
@@ -23,6 +20,9 @@ from llamafactory_adaptive.export.verify.certificate import Check
 from llamafactory_adaptive.export.verify.compare import Comparer
 from llamafactory_adaptive.export.verify.log_probabilities import TOP_K, log_probabilities, tokenise
 from llamafactory_adaptive.export.verify.vllm_check import VllmAnswer
+from tests.helpers.lora import edit_config, save_adapter
+from tests.helpers.processes import wait_until_ended
+from tests.helpers.tiny import save_tiny, tiny_model
 
 
 @pytest.fixture(scope="module")

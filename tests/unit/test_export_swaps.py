@@ -4,13 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
-from lora import save_adapter
-from tiny import save_tiny
 
 from llamafactory_adaptive.errors import AdaptiveError
 from llamafactory_adaptive.export import base_checkpoint, exporter, folder_links
 from llamafactory_adaptive.export.folder_links import OutsideError, open_inside
 from llamafactory_adaptive.export.request import ExportRequest
+from tests.helpers.lora import save_adapter
+from tests.helpers.tiny import save_tiny
 
 
 def to_a_link(path: Path, secret: Path) -> None:

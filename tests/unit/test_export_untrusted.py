@@ -8,10 +8,7 @@ import struct
 import time
 
 import pytest
-from lora import edit_config, save_adapter
-from planting import edit_json
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny
 
 from llamafactory_adaptive.errors import AdaptiveConfigError, AdaptiveError
 from llamafactory_adaptive.export import exporter
@@ -24,6 +21,9 @@ from llamafactory_adaptive.files import LOCK_FILE
 from llamafactory_adaptive.folder_lock import locked
 from llamafactory_adaptive.ranks.module_names import NamePattern, is_plain_key
 from llamafactory_adaptive.reports.plaintext import plain_lines
+from tests.helpers.lora import edit_config, save_adapter
+from tests.helpers.planting import edit_json
+from tests.helpers.tiny import save_tiny
 
 
 EXPLODES = "((([a-z_.0-9]*)*)*)*X"

@@ -4,9 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-import reference
 import torch
-from tiny import ARCHITECTURES, TARGETS, rows, tiny_model
 
 from llamafactory_adaptive.calibration.batches import make_batches
 from llamafactory_adaptive.calibration.input_moments import InputSecondMoments
@@ -15,6 +13,8 @@ from llamafactory_adaptive.methods import ScoringContext, is_dynamic
 from llamafactory_adaptive.methods._registry import get_method, methods
 from llamafactory_adaptive.methods.sensitivity import Sensitivity, SensitivityOptions
 from llamafactory_adaptive.ranks.plan import ModuleShape
+from tests.helpers import reference
+from tests.helpers.tiny import ARCHITECTURES, TARGETS, rows, tiny_model
 
 
 def targets(model):

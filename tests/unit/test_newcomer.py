@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from tiny import settings, write_datasets
 
 from llamafactory_adaptive.bridge.target_shapes import _refuse_conv1d, _tell_of_fused_experts, _told, estimated_steps
 from llamafactory_adaptive.errors import AdaptiveConfigError
@@ -11,6 +10,7 @@ from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
 from llamafactory_adaptive.ranks.schedule import Refreshes, Schedule, short_run_warning
 from llamafactory_adaptive.reports.run_report import Run, run_text
 from llamafactory_adaptive.reports.tables import closing_words
+from tests.helpers.tiny import settings, write_datasets
 
 
 def plan():

@@ -10,17 +10,8 @@ from llamafactory_adaptive.errors import CalibrationError, OutputError, PlanErro
 from llamafactory_adaptive.files import write_atomically
 from llamafactory_adaptive.planning.cache import keep_plan, wait_for_plan
 from llamafactory_adaptive.planning.compatibility import check_plan, check_same_run, check_same_scale
-from llamafactory_adaptive.ranks.plan import ModulePlan, ModuleShape, RankPlan, load_plan
-
-
-def make_plan(ranks=(3, 5), **more):
-    modules = tuple(
-        ModulePlan(f"model.layers.{i}.mlp.up_proj", 10, 20, rank, 0.5, 0.5, {"trace": 1.5})
-        for i, rank in enumerate(ranks)
-    )
-    fields = {"method": "sensitivity", "options": {"metric": "both"}, "budget_unit": "params", "lora_rank": 4,
-              "lora_alpha": 8.0, "modules": modules, "provenance": {"seed": 1}}  # fmt: skip
-    return RankPlan(**{**fields, **more})
+from llamafactory_adaptive.ranks.plan import ModuleShape, load_plan
+from tests.helpers.plans import make_plan
 
 
 SHAPES = [ModuleShape(f"model.layers.{i}.mlp.up_proj", 10, 20) for i in range(2)]

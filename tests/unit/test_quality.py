@@ -5,14 +5,14 @@ import copy
 import peft
 import pytest
 import torch
-from dynamic import start_plan
-from tiny import ARCHITECTURES, rows, tiny_model
 
 from llamafactory_adaptive.adapter.lora import live_layers, lora_config_arguments
 from llamafactory_adaptive.calibration.batches import make_batches
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.sampling.quality import length_sorted, measure
 from llamafactory_adaptive.sampling.sample_gradients import TermSpec, sample_losses, squared_norms
+from tests.helpers.dynamic import start_plan
+from tests.helpers.tiny import ARCHITECTURES, rows, tiny_model
 
 
 STEP = 0.01
@@ -227,10 +227,10 @@ def test_layers_that_apply_dropout_themselves_do_not_while_scoring():
 
 
 def test_a_4bit_base_gives_the_norms_of_its_own_backward_passes(tmp_path):
-    from tiny import save_tiny
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from llamafactory_adaptive.adapter.lora import keep_4bit_unpacked_on_cpu
+    from tests.helpers.tiny import save_tiny
 
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     quantised = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "m"), quantization_config=four_bits)
@@ -280,7 +280,7 @@ def test_out_of_memory_names_the_key(monkeypatch):
 
 
 def test_masked_components_have_no_gradient():
-    from dynamic import scatter, triplet_model
+    from tests.helpers.dynamic import scatter, triplet_model
 
     model, triplets, _ = triplet_model(initial_lambda=None)
     scatter(triplets)

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-import reference
 import torch
 
 from llamafactory_adaptive.calibration import input_moments
 from llamafactory_adaptive.methods import _module_metrics
+from tests.helpers import reference
 
 
 def test_second_moments_are_the_hessian_diagonal_of_a_linear_layer():

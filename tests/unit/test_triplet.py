@@ -3,11 +3,11 @@
 import peft
 import pytest
 import torch
-from dynamic import batch, scatter, start_plan, stream, triplet_model
-from tiny import tiny_model
 
 from llamafactory_adaptive.methods import Orthogonality
 from llamafactory_adaptive.training.regulariser import gram_penalty_gradient
+from tests.helpers.dynamic import batch, scatter, start_plan, stream, triplet_model
+from tests.helpers.tiny import tiny_model
 
 
 @pytest.mark.parametrize("form", ["off_diagonal", "identity"])

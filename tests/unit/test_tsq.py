@@ -5,7 +5,6 @@ import math
 import bitsandbytes
 import pytest
 import torch
-from dynamic import batch, scatter, stream, triplet_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
 from llamafactory_adaptive.ranks.allocation import allocate, reallocate_components
 from llamafactory_adaptive.ranks.schedule import ReallocationConfig, make_schedule
 from llamafactory_adaptive.training.components import Components
+from tests.helpers.dynamic import batch, scatter, stream, triplet_model
 
 
 # -- sensitivities ---------------------------------------------------------------------------------------------------
@@ -203,7 +203,8 @@ def test_an_optimizer_that_keeps_no_state_per_weight_is_refused():
 
 def test_without_lambda_the_live_form_is_plain_lora_from_its_usual_start(tmp_path):
     import peft
-    from tiny import tiny_model
+
+    from tests.helpers.tiny import tiny_model
 
     model, triplets, _ = triplet_model(initial_lambda=None)
     assert not any("lambda" in name for name, _ in model.named_parameters())

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import TARGETS, rows, tiny_model
 
 from llamafactory_adaptive.adapter.lora import lora_config_arguments
 from llamafactory_adaptive.adapter.masked_lora import Triplets
@@ -12,6 +11,7 @@ from llamafactory_adaptive.calibration.batches import make_batches
 from llamafactory_adaptive.engines.engine import UnpartitionedEngine
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
 from llamafactory_adaptive.training.components import Components
+from tests.helpers.tiny import TARGETS, rows, tiny_model
 
 
 def start_plan(model, rank: int = 4, lora_rank: int = 2) -> RankPlan:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import TARGETS
 from transformers import AutoModelForCausalLM
 
 from llamafactory_adaptive.adapter.lora import contract_arguments
+from tests.helpers.tiny import TARGETS
 
 
 def save_adapter(base: Path, folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:

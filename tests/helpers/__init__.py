@@ -1,0 +1,1 @@
+"""What tests share: tiny models, saved adapters, processes, references to compare with."""

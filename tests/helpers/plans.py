@@ -1,0 +1,13 @@
+"""Rank plans that tests of several rooms use."""
+
+from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
+
+
+def make_plan(ranks=(3, 5), **more):
+    modules = tuple(
+        ModulePlan(f"model.layers.{i}.mlp.up_proj", 10, 20, rank, 0.5, 0.5, {"trace": 1.5})
+        for i, rank in enumerate(ranks)
+    )
+    fields = {"method": "sensitivity", "options": {"metric": "both"}, "budget_unit": "params", "lora_rank": 4,
+              "lora_alpha": 8.0, "modules": modules, "provenance": {"seed": 1}}  # fmt: skip
+    return RankPlan(**{**fields, **more})
