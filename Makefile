@@ -107,7 +107,7 @@ endif
 
 eval-test: $(STAMP) $(EVAL_STAMP)
 	LLAMAFACTORY_ADAPTIVE_VLLM_PYTHON=$(abspath $(EVAL_BIN))/python \
-		$(BIN)/python -m pytest tests/eval tests/unit/test_export_refusals.py -m "eval_env or not eval_env"
+		$(BIN)/python -m pytest tests/eval tests/unit/export/test_refusals.py -m "eval_env or not eval_env"
 
 eval-bench: $(EVAL_STAMP) $(DEMO)
 	$(if $(DATA),,$(BIN)/python examples/demo/eval_rows.py demo_output/eval_data)

@@ -11,3 +11,12 @@ def make_plan(ranks=(3, 5), **more):
     fields = {"method": "sensitivity", "options": {"metric": "both"}, "budget_unit": "params", "lora_rank": 4,
               "lora_alpha": 8.0, "modules": modules, "provenance": {"seed": 1}}  # fmt: skip
     return RankPlan(**{**fields, **more})
+
+
+def found_plan():
+    """Four modules of two layers, one of which is left without an adapter."""
+    modules = tuple(
+        ModulePlan(f"model.layers.{layer}.mlp.{kind}", 8, 16, rank=rank)
+        for layer, kind, rank in ((0, "up_proj", 2), (0, "down_proj", 6), (1, "up_proj", 4), (1, "down_proj", 0))
+    )
+    return RankPlan("igu", {}, "params", 4, 8.0, modules)

@@ -12,6 +12,7 @@ import pytest
 
 from llamafactory_adaptive import files
 from llamafactory_adaptive.errors import AdaptiveError, OutputError, PlanError
+from llamafactory_adaptive.files import write_atomically
 from llamafactory_adaptive.folder_lock import locked
 
 
@@ -143,3 +144,38 @@ def test_a_folder_is_held_by_one_process_until_that_is_killed(tmp_path: Path) ->
 
 def test_every_error_of_this_room_is_one_a_user_can_act_on() -> None:
     assert issubclass(OutputError, AdaptiveError)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_scraps(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "\ud800")
+    assert path.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_half_a_line_is_dropped_on_read_and_by_the_next_append(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    files.append_line(log, '{"step": 1}')
+    with log.open("a") as file:
+        file.write('{"step": 2, "ra')
+    assert files.read_lines(log) == ['{"step": 1}']
+    files.append_line(log, '{"step": 3}')
+    assert log.read_text() == '{"step": 1}\n{"step": 3}\n'
+
+
+def test_a_damaged_cache_entry_is_told_and_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    entry = tmp_path / "entry.json"
+    assert not files.usable_entry(entry)
+    entry.write_text("content")
+    files.note_checksum(entry)
+    assert files.usable_entry(entry)
+    entry.write_text("Content")
+    with caplog.at_level("WARNING", "llamafactory.adaptive"):
+        assert not files.usable_entry(entry)
+    assert "entry.json in the cache is damaged" in caplog.text
+    assert not entry.exists()
+    assert (tmp_path / "entry.json.damaged").read_text() == "Content"
+    entry.write_text("without a checksum")
+    assert not files.usable_entry(entry)

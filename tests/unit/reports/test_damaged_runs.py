@@ -5,7 +5,6 @@ import os
 
 import pytest
 
-from llamafactory_adaptive.bridge.resuming import named_paths
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
@@ -63,10 +62,6 @@ def test_entries_that_are_no_numbers_are_passed_over(run):
 def test_a_data_report_of_another_shape(change):
     with pytest.raises(PlanError, match=DATA_REPORT_FILE):
         data_table({"schema_version": 1, **change})
-
-
-def test_a_zero_byte_in_the_settings_names_no_path():
-    assert named_paths({"run_name": "a\0b", "output_dir": "out"}) == []
 
 
 def test_training_data_cannot_recolour_the_terminal():

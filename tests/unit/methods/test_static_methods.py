@@ -7,18 +7,14 @@ import pytest
 import torch
 
 from llamafactory_adaptive.calibration.batches import make_batches
-from llamafactory_adaptive.calibration.input_moments import InputSecondMoments
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.methods import ScoringContext, is_dynamic
 from llamafactory_adaptive.methods._registry import get_method, methods
 from llamafactory_adaptive.methods.sensitivity import Sensitivity, SensitivityOptions
 from llamafactory_adaptive.ranks.plan import ModuleShape
 from tests.helpers import reference
-from tests.helpers.tiny import ARCHITECTURES, TARGETS, rows, tiny_model
-
-
-def targets(model):
-    return {n: m for n, m in model.named_modules() if n.rpartition(".")[2] in TARGETS}
+from tests.helpers.inputs import captured_inputs, targets
+from tests.helpers.tiny import ARCHITECTURES, rows, tiny_model
 
 
 def context(model, seed=5):
@@ -29,7 +25,7 @@ def context(model, seed=5):
 def variants():
     for name in methods():
         if is_dynamic(get_method(name)):
-            continue  # tests/unit/test_dynamic.py
+            continue  # test_dynamic_methods.py
         yield pytest.param(name, {}, id=name)
     yield pytest.param("sensitivity", {"weighting": "gradient"}, id="sensitivity-gradient")
 
@@ -85,28 +81,6 @@ class TestContract:
         assert not any(getattr(m, kind) for m in model.modules() for kind in hooks)
 
 
-def captured_inputs(model, data):
-    """Inputs of every target row by row, without padding: the slow, obvious way."""
-    found = {name: [] for name in targets(model)}
-    handles = [
-        m.register_forward_pre_hook(lambda _, args, n=n: found[n].append(args[0][0].double().detach()))
-        for n, m in targets(model).items()
-    ]
-    with torch.no_grad():
-        for row in data:
-            model(input_ids=torch.tensor([row["input_ids"]]))
-    for handle in handles:
-        handle.remove()
-    return {name: torch.cat(parts) for name, parts in found.items()}
-
-
-def test_second_moments_match_inputs_captured_row_by_row():
-    model, data = tiny_model("qwen3"), rows(8)
-    measured = InputSecondMoments()(model, targets(model), make_batches(data, 4, 0))
-    for name, inputs in captured_inputs(model, data).items():
-        assert torch.allclose(measured[name], inputs.square().mean(0), rtol=1e-5), name
-
-
 def test_theta_matches_the_numpy_reference():
     model, data = tiny_model(), rows(8)
     lams = {n: x.square().mean(0).numpy() for n, x in captured_inputs(model, data).items()}
@@ -118,31 +92,6 @@ def test_theta_matches_the_numpy_reference():
     )
 
 
-def test_gradient_weighting_matches_gradients_taken_row_by_row():
-    model, data = tiny_model(), rows(5)
-    found = InputSecondMoments("gradient")(model, targets(model), make_batches(data, 2, 0))
-    expected, tokens = dict.fromkeys(targets(model), 0.0), 0
-    for row in data:
-        kept = {}
-
-        def keep(module, args, output, kept=kept):
-            output.retain_grad()
-            kept[module] = (args[0], output)
-
-        handles = [m.register_forward_hook(keep) for m in targets(model).values()]
-        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
-        logits = model(input_ids=ids).logits[0, :-1]
-        torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum").backward()
-        for name, module in targets(model).items():
-            x, output = kept[module]
-            expected[name] += (output.grad[0].square().sum(-1)[:, None] * x[0].square()).sum(0).detach()
-        tokens += len(row["input_ids"])
-        for handle in handles:
-            handle.remove()
-    for name in found:
-        assert torch.allclose(found[name].float(), expected[name] / tokens, rtol=1e-3, atol=1e-12), name
-
-
 def test_modules_that_read_one_input_tie_unless_gradients_weigh():
     model, data = tiny_model(), rows(6)
     plain = score("sensitivity", {}, model, data)
@@ -150,17 +99,6 @@ def test_modules_that_read_one_input_tie_unless_gradients_weigh():
     q, k = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
     assert plain[q] == plain[k]
     assert weighed[q] != weighed[k]
-
-
-def test_a_shared_input_is_reduced_once(monkeypatch):
-    from llamafactory_adaptive.calibration import input_moments
-
-    calls = []
-    real = input_moments.second_moment_sum
-    monkeypatch.setattr(input_moments, "second_moment_sum", lambda *a: calls.append(1) or real(*a))
-    model = tiny_model()
-    InputSecondMoments()(model, targets(model), make_batches(rows(3), 3, 0))
-    assert len(calls) == 2 * 4  # per layer: q/k/v, o, gate/up, down
 
 
 LAMBDAS = {
@@ -209,32 +147,6 @@ def test_all_equal_metrics_weigh_all_modules_the_same():
     assert set(Sensitivity(SensitivityOptions()).score(same, SHAPES).values.values()) == {1.0}
 
 
-def test_a_module_without_tokens_and_nan_inputs_are_named():
-    model = tiny_model()
-    stray = torch.nn.Linear(4, 4)
-    with pytest.raises(CalibrationError, match="1 of 15 target modules saw no calibration token, for example ghost"):
-        InputSecondMoments()(model, {**targets(model), "ghost": stray}, make_batches(rows(2), 2, 0))
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight.fill_(float("nan"))
-    with pytest.raises(CalibrationError, match=r"layers\.1\.mlp\.down_proj contain NaN"):
-        InputSecondMoments()(model, targets(model), make_batches(rows(2), 2, 0))
-
-
-def test_a_routed_input_with_padding_is_refused():
-    class Routed(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.expert = torch.nn.Embedding(300, 4), torch.nn.Linear(4, 4)
-
-        def forward(self, input_ids, attention_mask, use_cache):
-            return self.expert(self.embed(input_ids).flatten(0, 1)[::2])
-
-    model = Routed()
-    with pytest.raises(CalibrationError, match="adaptive_calibration_batch_size: 1"):
-        InputSecondMoments()(model, {"expert": model.expert}, make_batches(rows(3), 3, 0))
-    assert InputSecondMoments()(model, {"expert": model.expert}, make_batches(rows(3), 1, 0))
-
-
 def test_random_draws_follow_the_seed():
     method = get_method("random")(get_method("random").Options())
     model = tiny_model()
@@ -247,3 +159,22 @@ def test_every_option_has_help_and_a_default():
         for entry in dataclasses.fields(get_method(name).Options):
             assert entry.metadata["help"]
             assert entry.default is not dataclasses.MISSING
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda value: value * float("nan"), "NaN or infinity for m1"),
+        (lambda value: -value, "negative second moments for m1"),
+        (torch.zeros_like, "zeros only for m1"),
+    ],
+)
+@pytest.mark.parametrize("allocation", ["sra", "pra"])
+def test_statistics_that_are_none_never_become_uniform_ranks(spoil, words, allocation) -> None:
+    shapes = tuple(ModuleShape(name, 8, 8) for name in ("m0", "m1", "m2"))
+    statistics = {shape.name: torch.rand(8, generator=torch.Generator().manual_seed(i)) + 0.1
+                  for i, shape in enumerate(shapes)}  # fmt: skip
+    method, context = Sensitivity(SensitivityOptions(allocation=allocation)), ScoringContext(shapes, 4, 0)
+    assert len(set(method.score(statistics, context).values.values())) > 1
+    with pytest.raises(CalibrationError, match=words):
+        method.score({**statistics, "m1": spoil(statistics["m1"])}, context)

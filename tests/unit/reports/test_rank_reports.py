@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from llamafactory_adaptive.ranks.plan import ModulePlan
 from llamafactory_adaptive.reports.model_card import update_card
 from llamafactory_adaptive.reports.plots import save_heatmap
-from llamafactory_adaptive.reports.tables import concentration_warning, layer_and_type, rank_table
-from tests.helpers.plans import make_plan
+from llamafactory_adaptive.reports.tables import closing_words, concentration_warning, layer_and_type, rank_table
+from tests.helpers.plans import found_plan, make_plan
 
 
 def test_place_reads_layer_and_type():
@@ -126,3 +126,16 @@ def test_text_around_the_section_stays_byte_for_byte(tmp_path):
     assert text.startswith(b"caf\xe9 " + start + b" a start of my own\n")
     assert text.endswith(b"after\xff")
     assert text.count(b"## Adaptive ranks") == 1
+
+
+def test_closing_words_name_ranks_cost_files_and_what_follows(tmp_path):
+    for name in ("adaptive_rank_plan.json", "adaptive_ranks.png"):
+        (tmp_path / name).write_text("")
+    said = closing_words(found_plan(), tmp_path, 5.0, 20.0, ["mind this"])
+    assert "Adaptive ranks (igu), 3 of 4 modules" in said
+    assert [line.split()[:4] for line in said.splitlines() if "_proj" in line] == [
+        ["up_proj", "2", "3.0", "2-4"], ["down_proj", "2", "3.0", "0-6"]]  # fmt: skip
+    assert "finding ranks took 5.0 of 20.0 s (25.0%)" in said
+    assert f"in {tmp_path}: adaptive_rank_plan.json, adaptive_ranks.png" in said
+    assert "warning: mind this" in said
+    assert f"llamafactory-adaptive report {tmp_path}" in said

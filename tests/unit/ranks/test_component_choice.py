@@ -1,53 +1,14 @@
-"""The budget over steps, and the choice of components, against brute force."""
+"""Which components stay, against brute force."""
 
 import itertools
+import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llamafactory_adaptive.errors import InfeasibleBudgetError
-from llamafactory_adaptive.ranks.allocation import keep_components
-from llamafactory_adaptive.ranks.schedule import PruningConfig, Schedule, make_schedule
-
-
-def pruning(warmup=0.1, final=0.3, interval=10):
-    return PruningConfig(16, warmup, final, interval, None, 0)
-
-
-def test_the_cubic_budget_at_steps_worked_out_by_hand():
-    plan = make_schedule(pruning(), 100, 1600, 800)
-    assert (plan.begin, plan.end) == (10, 70)
-    assert [plan.budget(t) for t in (0, 10, 40, 70, 100)] == [1600, 1600, 900, 800, 800]  # (1/2)^3 of 800 is 100
-    assert [t for t in range(101) if plan.due(t)] == [20, 30, 40, 50, 60, 70]
-    assert [plan.is_final(t) for t in (69, 70, 71)] == [False, True, True]
-
-
-@given(
-    total=st.integers(1, 5000),
-    warmup=st.floats(0, 0.6),
-    final=st.floats(0, 0.39),
-    interval=st.integers(1, 50),
-    start=st.integers(10, 10**6),
-)
-def test_the_budget_only_falls_and_there_is_always_one_final_allocation(total, warmup, final, interval, start):
-    plan = make_schedule(pruning(warmup, final, interval), total, start, start // 2)
-    budgets = [plan.budget(t) for t in range(total + 1)]
-    assert budgets == sorted(budgets, reverse=True)
-    assert budgets[0] == start or plan.begin == 0
-    assert 0 <= plan.begin < plan.end <= total
-    assert plan.due(plan.end)
-    assert plan.budget(plan.end) == start // 2
-    assert not any(plan.due(t) for t in range(plan.end + 1, total + 1))
-
-
-def test_ratios_of_max_steps_scale():
-    short, long = (make_schedule(pruning(), n, 10**6, 10**5) for n in (100, 1000))
-    assert all(short.budget(t) == long.budget(10 * t) for t in range(101))
-
-
-def test_a_step_is_judged_by_whole_numbers():
-    assert Schedule(0, 3, 1, 10**18 + 7, 7).budget(2) == 7 + 10**18 // 27
+from llamafactory_adaptive.ranks.allocation import allocate, keep_components, reallocate_components
 
 
 modules = st.lists(st.lists(st.floats(-5, 5), min_size=1, max_size=3), min_size=1, max_size=3)
@@ -92,3 +53,26 @@ def test_bounds_above_the_budget_and_nan_are_named():
         keep_components([[1.0, 2.0]], [2], 3, [2], [2])
     with pytest.raises(ValueError, match="module 1 has a component whose score is not finite"):
         keep_components([[1.0], [float("nan")]], [1, 1], 2, [0, 0], [1, 1])
+
+
+@given(
+    scores=st.lists(st.lists(st.floats(0, 1e6), min_size=6, max_size=6), min_size=1, max_size=6),
+    data=st.data(),
+)
+def test_reallocation_keeps_the_budget_the_best_and_the_shares(scores, data):
+    n = len(scores)
+    sensitivities = data.draw(st.lists(st.floats(0, 1e6), min_size=n, max_size=n))
+    costs = data.draw(st.lists(st.integers(1, 50), min_size=n, max_size=n))
+    on = [[index < data.draw(st.integers(1, 6)) for index in range(6)] for _ in range(n)]
+    on = [[flag or index == 0 for index, flag in enumerate(row)] for row in on]
+    budget, lower, upper = 3 * sum(costs), [1] * n, [6] * n
+    kept = reallocate_components(sensitivities, scores, on, costs, budget, lower, upper)
+    assert tuple(sum(row) for row in kept) == allocate(sensitivities, costs, budget, lower, upper).ranks
+    spent = sum(cost * sum(row) for cost, row in zip(costs, kept, strict=True))
+    open_costs = [cost for cost, row in zip(costs, kept, strict=True) if sum(row) < 6]
+    assert 0 <= budget - spent < min(open_costs, default=math.inf)
+    for row, before, after in zip(scores, on, kept, strict=True):
+        stay = [row[i] for i in range(6) if before[i] and after[i]]
+        go = [row[i] for i in range(6) if before[i] and not after[i]]
+        assert not (stay and go) or min(stay) >= max(go), "the best stay"
+        assert not (go and any(not b and a for b, a in zip(before, after, strict=True))), "grown or shrunk, not both"

@@ -6,10 +6,7 @@ Where they stand for nodes that share no folder, each has a working directory of
 import json
 import os
 import socket
-import time
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from llamafactory_adaptive import files
-from llamafactory_adaptive.errors import AdaptiveError, GuardError, OtherProcessError, PlanError
 from llamafactory_adaptive.training.checkpoint_files import write_layout
-from tests.helpers.tiny import rows, settings
+from tests.helpers.tiny import settings
 from tests.helpers.workers import said_by_two
 
 
@@ -51,57 +47,7 @@ def save_checkpoint(node: Path, step: int = 3) -> Path:
     return folder
 
 
-# -- what they tell each other ----------------------------------------------------------------------------------------
-
-
-def meet(rank: int, case: str) -> Any:
-    from llamafactory_adaptive.engines import distributed
-    from llamafactory_adaptive.planning.cache import wait_for_plan
-
-    def refuse() -> None:
-        raise PlanError("no plan here")
-
-    if case == "agree":
-        distributed.wait_for_all("a place")
-        return distributed.gather("a place", lambda: rank)
-    if case == "refused by rank 0":
-        return distributed.from_main("a place", refuse)
-    if case == "refused by rank 1":
-        return distributed.gather("a place", refuse if rank == 1 else lambda: None)
-    if case == "one waits for the other's plan":
-        never = Path("/nowhere/plan.json")
-        work = refuse if rank == 0 else lambda: wait_for_plan(never, 600.0, lambda: distributed.failure_of(0))
-        return distributed.gather("the start", work)
-    if case == "different":
-        everyone = distributed.gather("a place", lambda: rank)
-        return distributed.refuse_differences(everyone, "have another number")
-    distributed.wait_for_all("a place")
-    if rank == 1:
-        time.sleep(4)
-    return distributed.gather("the last place", lambda: rank, seconds=1.0) if rank == 0 else "late"
-
-
-@pytest.mark.parametrize(
-    ("case", "expected"),
-    [
-        ("agree", ["[0, 1]", "[0, 1]"]),
-        ("refused by rank 0", ["PlanError: no plan here", "OtherProcessError: rank 0: no plan here"]),
-        ("refused by rank 1", ["OtherProcessError: rank 1: no plan here", "PlanError: no plan here"]),
-        ("one waits for the other's plan", ["PlanError: no plan here", "OtherProcessError: rank 0: no plan here"]),
-        ("different", ["GuardError: ranks [1] have another number"] * 2),
-        ("late", ["GuardError: rank 1 did not come to the last place within 1 s, or it has ended: see its own "
-                  "messages", "late"]),
-    ],
-)  # fmt: skip
-def test_processes_agree_or_stop_together_and_none_hangs(case: str, expected: list[str]) -> None:
-    assert issubclass(OtherProcessError, AdaptiveError)
-    assert issubclass(GuardError, AdaptiveError)
-    assert said_by_two(meet, case) == expected
-
-
 # -- the checkpoint ---------------------------------------------------------------------------------------------------
-
-
 def choose(rank: int, root: Path, more: dict[str, Any]) -> Path | None:
     from llamafactory_adaptive.bridge.resuming import checkpoint_to_resume
 
@@ -177,7 +123,6 @@ def test_the_same_zero_stage_goes_on(root):
 
 
 # -- plan and settings ------------------------------------------------------------------------------------------------
-
 REACHED = "the host was reached, which loads the model"
 
 
@@ -235,58 +180,3 @@ def test_another_plan_on_one_node_stops_both_before_the_model_is_loaded(begin):
 def test_other_settings_on_one_node_stop_both_before_the_model_is_loaded(begin):
     said = begin([1, 1], [{}, {"adaptive_max_nonfinite_steps": 7}])
     assert said == ["GuardError: ranks [1] were given other adaptive settings than rank 0"] * 2
-
-
-# -- steps and samples ------------------------------------------------------------------------------------------------
-
-
-def begin_steps(rank: int, states: list[dict[str, int]]) -> str:
-    from llamafactory_adaptive.training.callback import AdaptiveCallback
-
-    callback: Any = AdaptiveCallback(None, 0.0)  # type: ignore[arg-type]
-    callback.prove = lambda args, model: None  # of plan and model, which is not what this is about
-    callback.on_train_begin(SimpleNamespace(should_save=False), SimpleNamespace(**states[rank]), None, None)
-    return "it trains"
-
-
-SAME = {"global_step": 0, "max_steps": 12}
-
-
-@pytest.mark.parametrize("other", [SAME | {"max_steps": 9}, SAME | {"global_step": 4}], ids=["fewer", "resumed"])
-def test_other_steps_on_one_process_stop_both_before_the_first(other):
-    said = f"GuardError: ranks [1] would train other steps than rank 0: {[SAME, other]}"
-    assert said_by_two(begin_steps, [SAME, other]) == [said] * 2
-
-
-def test_the_same_steps_on_both_are_trained():
-    assert said_by_two(begin_steps, [SAME, SAME]) == ["it trains"] * 2
-
-
-def begin_sampling(rank: int, samples: list[list[dict[str, list[int]]]], folder: Path) -> str:
-    """Up to where scores are taken from a checkpoint, which has none."""
-    from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
-    from llamafactory_adaptive.training.sample_selection import Selection
-
-    arguments = SimpleNamespace(
-        remove_unused_columns=False, train_batch_size=2, world_size=2, gradient_accumulation_steps=1
-    )
-    selection = Selection(Tsq(TsqOptions()).sampling, 0, {}, folder)
-    selection.attach(SimpleNamespace(args=arguments, train_dataset=samples[rank]))
-    batches = range(len(selection.sampler) // (arguments.train_batch_size * arguments.world_size))
-    try:
-        selection.begin(12, batches, folder)
-    except PlanError as error:
-        return str(error)
-    return "the checkpoint had scores"
-
-
-def test_other_training_samples_on_one_process_stop_both_before_any_is_scored(tmp_path):
-    begin = partial(said_by_two, begin_sampling)
-    same, short = rows(24), rows(20)
-    assert all(said.startswith(f"{tmp_path} holds no qualities of these training samples") for said in
-               begin([same, same], tmp_path))  # fmt: skip
-    words = "GuardError: ranks [1] have other training samples than rank 0 (numbers by rank: {})"
-    assert begin([same, short], tmp_path) == [words.format([24, 20])] * 2
-    relabelled = [*same[:-1], {**same[-1], "labels": same[-1]["input_ids"]}]
-    for other in (rows(24, seed=1), list(reversed(same)), relabelled):
-        assert begin([same, other], tmp_path) == [words.format([24, 24])] * 2

@@ -1,0 +1,146 @@
+"""IGU-LoRA and AdaLoRA against NumPy, autograd, path integrals and PEFT's own allocator."""
+
+import math
+
+import numpy as np
+import peft
+import pytest
+import torch
+from peft.tuners.adalora.layer import RankAllocator
+
+from llamafactory_adaptive.methods import is_dynamic
+from llamafactory_adaptive.methods._registry import get_method, methods
+from llamafactory_adaptive.methods._running_stats import SmoothedImportance
+from llamafactory_adaptive.methods.adalora import Adalora, AdaloraOptions
+from llamafactory_adaptive.methods.igu import Igu, IguOptions
+from llamafactory_adaptive.ranks.allocation import keep_components
+from llamafactory_adaptive.seeding import seeded_index
+from tests.helpers import reference
+from tests.helpers.dynamic import stream, triplet_model
+
+
+# -- scores ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("observed", [None, torch.tensor([1.0, 0.0, 1.0])])
+def test_smoothing_matches_the_numpy_reference(observed):
+    draws = np.random.default_rng(0).exponential(size=(9, 3)).astype(np.float32)
+    found = SmoothedImportance(0.85, 0.7)
+    for s in draws:
+        found.update("x", torch.tensor(s), observed)
+    mean, deviation = reference.smoothed(list(draws), 0.85, 0.7)
+    seen = slice(None) if observed is None else observed.bool().numpy()
+    assert np.allclose(found.mean["x"].numpy()[seen], mean[seen], rtol=1e-5)
+    assert np.allclose(found.deviation["x"].numpy()[seen], deviation[seen], rtol=1e-5)
+    if observed is not None:
+        assert found.mean["x"][1] == found.deviation["x"][1] == 0
+    assert torch.allclose(found.snr("x", 1e-6), (found.mean["x"] + 1e-6) / (found.deviation["x"] + 1e-6))
+
+
+@pytest.mark.parametrize(
+    ("options", "element"),
+    [
+        ({}, lambda s, u: (s + 1e-6) / (u + 1e-6)),
+        ({"uncertainty": "product"}, lambda s, u: s * u),
+    ],
+)
+@pytest.mark.parametrize("term", ["snr", "magnitude"])
+def test_component_scores_match_the_numpy_reference(options, element, term):
+    _, triplets, components = triplet_model()
+    method = Igu(IguOptions(importance="off", lambda_term=term, **options))
+    seen = {}
+    for _ in stream(triplets, 6):
+        for index, module in enumerate(triplets.modules):
+            for kind, p in module.parameters().items():
+                seen.setdefault((index, kind), []).append((p.data * p.grad).abs().double().numpy())
+        components.update(method, None)
+    found = components.scores(method)
+    for index, module in enumerate(triplets.modules):
+        parts = {kind: element(*reference.smoothed(seen[index, kind])) for kind in ("lambda", "P", "Q")}
+        if term == "magnitude":
+            parts["lambda"] = module.a.lambda_r.detach().abs().numpy()
+        assert np.allclose(found[index], reference.component_scores(*parts.values()), rtol=1e-4)
+
+
+def test_adalora_scores_and_keeps_what_pefts_own_allocator_does():
+    """One recorded stream of weights and gradients through both."""
+    _, triplets, components = triplet_model(rank=6, initial_lambda=0.0)
+    shadows = {}
+    for module in triplets.modules:
+        for kind, letter, shape in (("Q", "A", None), ("P", "B", None), ("lambda", "E", (6, 1))):
+            parameter = module.parameters()[kind]
+            shadows[f"{module.name}.lora_{letter}.default"] = (parameter, shape or tuple(parameter.shape))
+    theirs = {name: torch.nn.Parameter(torch.zeros(shape)) for name, (_, shape) in shadows.items()}
+    model = type("Shadow", (), {"named_parameters": lambda self: theirs.items()})()
+    config = peft.AdaLoraConfig(target_r=3, init_r=6, total_step=100, beta1=0.85, beta2=0.85)
+    allocator = RankAllocator(model, config, "default")
+
+    method = Adalora(AdaloraOptions())
+    for _ in stream(triplets, 8):
+        for name, (parameter, shape) in shadows.items():
+            theirs[name].data.copy_(parameter.data.view(shape))
+            theirs[name].grad = parameter.grad.view(shape).clone()
+        allocator.update_ipt(model)
+        components.update(method, None)
+
+    ours = components.scores(method)
+    budget = 3 * len(triplets.modules)
+    pattern = allocator.mask_to_budget(model, budget)
+    for module, row in zip(triplets.modules, ours, strict=True):
+        e, a, b = (allocator._element_score(f"{module.name}.lora_{x}.default") for x in "EAB")
+        assert np.allclose(row, (e.view(-1) + a.mean(1) + b.mean(0)).tolist(), rtol=1e-4)
+    kept = keep_components(ours, [1] * len(ours), budget, [0] * len(ours), [6] * len(ours))
+    assert [pattern[f"{module.name}.lora_E.default"] for module in triplets.modules] == kept
+    assert len({sum(row) for row in kept}) > 1
+
+
+def test_draws_depend_on_their_arguments_alone_and_cover_all_choices():
+    assert seeded_index(1, 2, 3, 20) == seeded_index(1, 2, 3, 20)
+    positions = [Igu(IguOptions()).position(7, step, micro) for step in range(200) for micro in range(2)]
+    assert set(positions) == {k / 20 for k in range(1, 21)}
+    counts = np.bincount([seeded_index(0, step, 0, 20) for step in range(20_000)], minlength=20)
+    assert abs(counts - 1000).max() < 150
+    assert Igu(IguOptions(importance="off")).position(7, 1, 0) == 1.0
+
+
+# -- what every dynamic method gets for free -------------------------------------------------------------------------
+DYNAMIC = [name for name in methods() if is_dynamic(get_method(name))]
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+class TestContract:
+    def make(self, name):
+        return get_method(name)(get_method(name).Options())
+
+    def test_scores_are_finite_complete_and_deterministic(self, name):
+        found = []
+        for _ in range(2):
+            _, triplets, components = triplet_model()
+            method = self.make(name)
+            for _ in stream(triplets, 3):
+                components.update(method, None)
+            found.append(components.scores(method))
+        assert found[0] == found[1]
+        assert [len(row) for row in found[0]] == [4] * 14
+        assert all(math.isfinite(s) for row in found[0] for s in row)
+
+    def test_state_goes_to_another_instance_and_back(self, name):
+        _, triplets, components = triplet_model()
+        whole, parts = self.make(name), [self.make(name), self.make(name)]
+        for step, _ in enumerate(stream(triplets, 4)):
+            if step == 2:
+                parts[1].load({key: value.clone() for key, value in parts[0].state().items()})
+            components.update(whole, None)
+            components.update(parts[step // 2], None)
+        assert components.scores(whole) == components.scores(parts[1])
+
+    def test_what_it_keeps_of_an_element_depends_on_that_element_alone(self, name):
+        """So that under ZeRO it can live where the element lives."""
+        generator = torch.Generator().manual_seed(0)
+        draws = [(torch.randn(10, generator=generator), torch.randn(10, generator=generator)) for _ in range(4)]
+        whole, parts = self.make(name), [self.make(name), self.make(name)]
+        for w, g in draws:
+            whole.observe("P/5x2", w.clone(), g.clone(), None)
+            for part, piece in zip(parts, (slice(0, 3), slice(3, 10)), strict=True):
+                part.observe("P/5x2", w[piece].clone(), g[piece].clone(), None)
+        last = draws[-1][0]
+        joined = torch.cat([parts[0].element_scores("P/5x2", last[:3]), parts[1].element_scores("P/5x2", last[3:])])
+        assert torch.equal(whole.element_scores("P/5x2", last), joined)

@@ -1,0 +1,82 @@
+"""The budget over steps, against steps worked out by hand."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamafactory_adaptive.ranks.schedule import (
+    PruningConfig,
+    ReallocationConfig,
+    Refreshes,
+    Schedule,
+    make_schedule,
+    short_run_warning,
+)
+
+
+def pruning(warmup=0.1, final=0.3, interval=10):
+    return PruningConfig(16, warmup, final, interval, None, 0)
+
+
+def test_the_cubic_budget_at_steps_worked_out_by_hand():
+    plan = make_schedule(pruning(), 100, 1600, 800)
+    assert (plan.begin, plan.end) == (10, 70)
+    assert [plan.budget(t) for t in (0, 10, 40, 70, 100)] == [1600, 1600, 900, 800, 800]  # (1/2)^3 of 800 is 100
+    assert [t for t in range(101) if plan.due(t)] == [20, 30, 40, 50, 60, 70]
+    assert [plan.is_final(t) for t in (69, 70, 71)] == [False, True, True]
+
+
+@given(
+    total=st.integers(1, 5000),
+    warmup=st.floats(0, 0.6),
+    final=st.floats(0, 0.39),
+    interval=st.integers(1, 50),
+    start=st.integers(10, 10**6),
+)
+def test_the_budget_only_falls_and_there_is_always_one_final_allocation(total, warmup, final, interval, start):
+    plan = make_schedule(pruning(warmup, final, interval), total, start, start // 2)
+    budgets = [plan.budget(t) for t in range(total + 1)]
+    assert budgets == sorted(budgets, reverse=True)
+    assert budgets[0] == start or plan.begin == 0
+    assert 0 <= plan.begin < plan.end <= total
+    assert plan.due(plan.end)
+    assert plan.budget(plan.end) == start // 2
+    assert not any(plan.due(t) for t in range(plan.end + 1, total + 1))
+
+
+def test_ratios_of_max_steps_scale():
+    short, long = (make_schedule(pruning(), n, 10**6, 10**5) for n in (100, 1000))
+    assert all(short.budget(t) == long.budget(10 * t) for t in range(101))
+
+
+def test_a_step_is_judged_by_whole_numbers():
+    assert Schedule(0, 3, 1, 10**18 + 7, 7).budget(2) == 7 + 10**18 // 27
+
+
+def test_refreshes_come_at_equal_distances_and_never_at_the_very_end():
+    plan = make_schedule(ReallocationConfig(32, 0.25, 0.85, 0), 100, 800, 800)
+    assert [t for t in range(101) if plan.due(t)] == [25, 50, 75]
+    assert plan.is_final(75)
+    assert not plan.is_final(74)
+    assert plan.budget(0) == plan.budget(100) == 800
+    assert [t for t in range(13) if make_schedule(ReallocationConfig(32, 0.25, 0.85, 0), 12, 8, 8).due(t)] == [3, 6, 9]
+    assert make_schedule(ReallocationConfig(32, 0.5, 0.85, 0), 1, 8, 8).due(1), "even one step ends with an allocation"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "total", "said"),
+    [
+        (Schedule(0, 1, 10, 100, 50), 1, "chosen only once between steps 0 and 1 of 1"),
+        (Schedule(10, 70, 100, 100, 50), 100, "adaptive_interval: 6"),
+        (Schedule(10, 70, 20, 100, 50), 100, "chosen only 4 times between steps 10 and 70 of 100"),
+        (Refreshes(5, 5, 100), 9, "chosen only once"),
+    ],
+)
+def test_runs_too_short_for_their_schedule_are_warned_of(schedule, total, said):
+    assert said in short_run_warning(schedule, total)
+    assert "max_steps" in short_run_warning(schedule, total)
+
+
+def test_a_schedule_with_room_is_not():
+    assert short_run_warning(Schedule(10, 70, 10, 100, 50), 100) is None
+    assert short_run_warning(Refreshes(25, 75, 100), 100) is None

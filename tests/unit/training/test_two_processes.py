@@ -1,0 +1,64 @@
+"""Two processes of one run stop together where they would train other steps or samples."""
+
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llamafactory_adaptive.errors import PlanError
+from tests.helpers.tiny import rows
+from tests.helpers.workers import said_by_two
+
+
+def begin_steps(rank: int, states: list[dict[str, int]]) -> str:
+    from llamafactory_adaptive.training.callback import AdaptiveCallback
+
+    callback: Any = AdaptiveCallback(None, 0.0)  # type: ignore[arg-type]
+    callback.prove = lambda args, model: None  # of plan and model, which is not what this is about
+    callback.on_train_begin(SimpleNamespace(should_save=False), SimpleNamespace(**states[rank]), None, None)
+    return "it trains"
+
+
+SAME = {"global_step": 0, "max_steps": 12}
+
+
+@pytest.mark.parametrize("other", [SAME | {"max_steps": 9}, SAME | {"global_step": 4}], ids=["fewer", "resumed"])
+def test_other_steps_on_one_process_stop_both_before_the_first(other):
+    said = f"GuardError: ranks [1] would train other steps than rank 0: {[SAME, other]}"
+    assert said_by_two(begin_steps, [SAME, other]) == [said] * 2
+
+
+def test_the_same_steps_on_both_are_trained():
+    assert said_by_two(begin_steps, [SAME, SAME]) == ["it trains"] * 2
+
+
+def begin_sampling(rank: int, samples: list[list[dict[str, list[int]]]], folder: Path) -> str:
+    """Up to where scores are taken from a checkpoint, which has none."""
+    from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
+    from llamafactory_adaptive.training.sample_selection import Selection
+
+    arguments = SimpleNamespace(
+        remove_unused_columns=False, train_batch_size=2, world_size=2, gradient_accumulation_steps=1
+    )
+    selection = Selection(Tsq(TsqOptions()).sampling, 0, {}, folder)
+    selection.attach(SimpleNamespace(args=arguments, train_dataset=samples[rank]))
+    batches = range(len(selection.sampler) // (arguments.train_batch_size * arguments.world_size))
+    try:
+        selection.begin(12, batches, folder)
+    except PlanError as error:
+        return str(error)
+    return "the checkpoint had scores"
+
+
+def test_other_training_samples_on_one_process_stop_both_before_any_is_scored(tmp_path):
+    begin = partial(said_by_two, begin_sampling)
+    same, short = rows(24), rows(20)
+    assert all(said.startswith(f"{tmp_path} holds no qualities of these training samples") for said in
+               begin([same, same], tmp_path))  # fmt: skip
+    words = "GuardError: ranks [1] have other training samples than rank 0 (numbers by rank: {})"
+    assert begin([same, short], tmp_path) == [words.format([24, 20])] * 2
+    relabelled = [*same[:-1], {**same[-1], "labels": same[-1]["input_ids"]}]
+    for other in (rows(24, seed=1), list(reversed(same)), relabelled):
+        assert begin([same, other], tmp_path) == [words.format([24, 24])] * 2
