@@ -62,9 +62,15 @@ demo: $(DEMO)
 $(DEMO_RUN):
 	$(MAKE) demo
 
-# Two at a time; the tests of one file share what they prepare.
+# Two at a time; the tests of one file share what they prepare. Coverage counts unit and contract tests alone: what only
+# a whole run reaches is found broken late.
+TOGETHER := -n $(JOBS) --dist loadfile
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest tests/unit tests/contract $(TOGETHER) --cov --cov-report=
+	$(BIN)/python -m pytest --ignore=tests/unit --ignore=tests/contract $(TOGETHER)
+	$(BIN)/coverage report --fail-under=85
+	$(BIN)/coverage report --include='llamafactory_adaptive/ranks/*' --fail-under=95
+	$(BIN)/coverage report --include='llamafactory_adaptive/config/*' --fail-under=95
 
 # Kills, damage, full disks, rivals, hostile servers; one at a time, since moments are drawn from measured seconds.
 faults: $(STAMP) $(EVAL_STAMP)
