@@ -141,6 +141,12 @@ def settings(model: Path, data: Path, output: Path, **more: Any) -> dict[str, An
     }
 
 
+def unmeasured_settings(model: Path, data: Path, output: Path, **more: Any) -> dict[str, Any]:
+    """The same for ranks drawn at random: nothing is measured."""
+    plain = settings(model, data, output, adaptive_method="random", **more)
+    return {key: value for key, value in plain.items() if not key.startswith("adaptive_calibration")}
+
+
 def pruning_settings(model: Path, data: Path, output: Path, **more: Any) -> dict[str, Any]:
     """The same for a method that prunes during training: twelve steps, allocations at 2, 4, 6 and, final, 8."""
     plain = settings(model, data, output)

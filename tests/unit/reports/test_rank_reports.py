@@ -4,12 +4,14 @@ import dataclasses
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamafactory_adaptive.ranks.plan import ModulePlan
+from llamafactory_adaptive.reports import plots
 from llamafactory_adaptive.reports.model_card import update_card
-from llamafactory_adaptive.reports.plots import save_heatmap
+from llamafactory_adaptive.reports.plots import save_heatmap, save_history
 from llamafactory_adaptive.reports.tables import closing_words, concentration_warning, layer_and_type, rank_table
 from tests.helpers.plans import found_plan, make_plan
 
@@ -139,3 +141,37 @@ def test_closing_words_name_ranks_cost_files_and_what_follows(tmp_path):
     assert f"in {tmp_path}: adaptive_rank_plan.json, adaptive_ranks.png" in said
     assert "warning: mind this" in said
     assert f"llamafactory-adaptive report {tmp_path}" in said
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures instead of files."""
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    return figures
+
+
+def test_the_heatmap_has_the_rank_of_each_layer_and_type_and_gaps_where_there_is_no_module(drawn, tmp_path):
+    modules = (*found_plan().modules, ModulePlan("model.layers.1.self_attn.q_proj", 8, 8, rank=5))
+    save_heatmap(dataclasses.replace(found_plan(), modules=modules), tmp_path / "x.png")
+    axes = drawn[0].axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["up_proj", "down_proj", "q_proj"]
+    shown = axes.images[0].get_array()
+    assert shown.filled(-1).tolist() == [[2, 4], [6, 0], [-1, 5]]
+
+
+def test_the_history_shows_mean_ranks_of_each_type_from_the_start_to_the_last_step(drawn, tmp_path):
+    start = dataclasses.replace(
+        found_plan(), modules=tuple(dataclasses.replace(m, rank=6) for m in found_plan().modules)
+    )
+    first = [[True] * 6, [True] * 6, [True] * 4 + [False] * 2, [True] * 6]
+    history = [{"step": 3, "ranks": [4, 5, 4, 1]}, {"step": 6, "ranks": [2, 6, 4, 0]}]
+    save_history(start, first, history, 9, tmp_path / "x.png")
+    axes = drawn[0].axes[0]
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines[:2]}
+    assert lines == {
+        "up_proj": ([0, 3, 6, 9], [5.0, 4.0, 3.0, 3.0]),
+        "down_proj": ([0, 3, 6, 9], [6.0, 3.0, 3.0, 3.0]),
+    }
+    assert set(axes.lines[2].get_ydata()) == {4}, "the uniform rank that costs the same"
+    assert axes.get_title() == "igu: from rank 6 to the cost of uniform rank 4"
