@@ -147,8 +147,8 @@ def check_config_file(path: Path) -> None:
         raise AdaptiveConfigError([Problem("config", str(path), why, suggestion)])
 
 
-def command_line_settings() -> Args:
-    """The settings of this process's command line, as the host reads them.
+def command_line_settings() -> Args | list[str]:
+    """Read the settings of this process's command line as the host does: a mapping, or the words themselves.
 
     Raises:
         AdaptiveConfigError: the file is missing or no YAML mapping.
@@ -159,12 +159,12 @@ def command_line_settings() -> Args:
     if path is not None and path.suffix in (".yaml", ".yml", ".json"):
         check_config_file(path)
     try:
-        settings = read_args()
+        settings: Args | list[str] = read_args()
     except Exception as error:  # omegaconf raises many kinds for text that is no YAML mapping
         raise AdaptiveConfigError(
             [Problem("config", str(path), f"it cannot be read ({error})", "a YAML file of `key: value` lines")]
         ) from error
-    return to_mapping(settings)
+    return settings
 
 
 def split_names(value: Any) -> list[str]:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import flag_parser, own_names, split_names
-from llamafactory_adaptive.bridge.measure_process import OTHER_PROCESS
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
 from llamafactory_adaptive.files import check_writable
 from llamafactory_adaptive.options import coerce
 
 
+# What processes of other kinds read: launched ones, resumed ones, those that report.
+OTHER_PROCESS = ("deepspeed", "fsdp", "fsdp_config", "resume_from_checkpoint", "report_to")
 # Closed ranges of the host's numbers. ``None``: no bound on that side.
 _RANGES: dict[str, tuple[float | None, float | None, str]] = {
     "learning_rate": (0.0, None, "1.0e-4"),

@@ -144,12 +144,12 @@ def measure(arguments: argparse.Namespace) -> int:
     require_enabled()
     from llamafactory_adaptive.bridge.child import end_with_parent, read_job
     from llamafactory_adaptive.bridge.measure_process import run_measurement_job
-    from llamafactory_adaptive.bridge.validation import parse_config
+    from llamafactory_adaptive.bridge.scoring_job import ScoringJob
 
-    job = json.loads(read_job())
+    job = ScoringJob.from_json(read_job())
     end_with_parent(arguments.answer.parent)
     try:
-        run_measurement_job(job, parse_config(job["args"]))
+        run_measurement_job(job)
     except AdaptiveError as error:
         arguments.answer.write_text(json.dumps({"error": str(error)}), encoding="utf-8")
         return 2
