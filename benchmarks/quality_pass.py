@@ -29,9 +29,9 @@ from transformers import AutoModelForCausalLM
 
 from llamafactory_adaptive.adapter.lora import live_layers
 from llamafactory_adaptive.adapter.masked_lora import Triplets
-from llamafactory_adaptive.calibration.batches import make_batches
+from llamafactory_adaptive.calibration.batches import length_sorted, make_batches
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
-from llamafactory_adaptive.sampling.quality import length_sorted, measure
+from llamafactory_adaptive.sampling.quality import measure
 from llamafactory_adaptive.sampling.sample_gradients import TermSpec
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from llamafactory_adaptive.config.arguments import AdaptiveArguments
 from llamafactory_adaptive.config.key_checks import unknown_key_problems
-from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.errors import refuse, refuse_all
 from llamafactory_adaptive.methods import get_method, methods
 from llamafactory_adaptive.options import coerce
 
@@ -80,7 +80,7 @@ def to_mapping(args: Mapping[str, Any] | list[str]) -> Args:
         names = [action.dest for action in parser._actions]
         stray = {word.lstrip("-").partition("=")[0]: word for word in unknown if word.startswith("--")}
         if stray and not is_env_enabled("ALLOW_EXTRA_ARGS"):
-            raise AdaptiveConfigError(unknown_key_problems(stray, names))
+            refuse_all(*unknown_key_problems(stray, names))
         settings = vars(given)
     else:
         settings = dict(args)
@@ -144,7 +144,7 @@ def check_config_file(path: Path) -> None:
     elif not os.path.isfile(path):
         why = "there is no such file"
     if why:
-        raise AdaptiveConfigError([Problem("config", str(path), why, suggestion)])
+        refuse("config", str(path), why, suggestion)
 
 
 def command_line_settings() -> Args | list[str]:
@@ -161,9 +161,7 @@ def command_line_settings() -> Args | list[str]:
     try:
         settings: Args | list[str] = read_args()
     except Exception as error:  # omegaconf raises many kinds for text that is no YAML mapping
-        raise AdaptiveConfigError(
-            [Problem("config", str(path), f"it cannot be read ({error})", "a YAML file of `key: value` lines")]
-        ) from error
+        refuse("config", str(path), f"it cannot be read ({error})", "a YAML file of `key: value` lines", cause=error)
     return settings
 
 

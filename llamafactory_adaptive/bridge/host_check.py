@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import flag_parser, own_names, split_names
-from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.errors import AdaptiveConfigError, Problem, refuse
 from llamafactory_adaptive.files import check_writable
 from llamafactory_adaptive.options import coerce
 
@@ -128,8 +128,7 @@ def check_folder(key: str, folder: Path) -> None:
         AdaptiveConfigError: with the reason.
     """
     if why := check_writable(folder):
-        problem = Problem(key, str(folder), f"nothing can be written there ({why})", "a folder of your own")
-        raise AdaptiveConfigError([problem])
+        refuse(key, str(folder), f"nothing can be written there ({why})", "a folder of your own")
 
 
 def check_host_settings(args: Mapping[str, Any]) -> None:

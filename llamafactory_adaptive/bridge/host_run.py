@@ -10,7 +10,7 @@ from llamafactory_adaptive.bridge.arguments import our_keys, split_names
 from llamafactory_adaptive.bridge.checked_run import CheckedRun
 from llamafactory_adaptive.bridge.scoring_job import ScoringJob
 from llamafactory_adaptive.calibration.measurement import Measurement
-from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
+from llamafactory_adaptive.errors import PlanError, refuse
 from llamafactory_adaptive.ranks.plan import ModuleShape
 from llamafactory_adaptive.training.checkpoint_files import damage, is_sealed
 
@@ -40,8 +40,7 @@ class LlamaFactoryRun:
         self.adapter = Path(going_on[-1]) if going_on else None
         if checkpoint is not None and args.get("stage") == "rm" and not args.get("deepspeed"):
             reason = "without DeepSpeed the Trainer cannot load the value-head checkpoints that LLaMA-Factory writes"
-            problem = Problem("resume_from_checkpoint", str(checkpoint), reason, "overwrite_output_dir: true")
-            raise AdaptiveConfigError([problem])
+            refuse("resume_from_checkpoint", str(checkpoint), reason, "overwrite_output_dir: true")
         adapter = self.adapter
         if checkpoint is None and adapter and is_sealed(adapter) and (fault := damage(adapter)):
             raise PlanError(f"{adapter} is damaged: {fault}; go on from another checkpoint or adapter")

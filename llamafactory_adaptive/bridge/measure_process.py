@@ -15,7 +15,7 @@ from typing import Any
 from llamafactory_adaptive.bridge.arguments import Args, split_names
 from llamafactory_adaptive.bridge.child import run_child
 from llamafactory_adaptive.bridge.scoring_job import ScoringJob
-from llamafactory_adaptive.calibration.batches import count_tokens, make_batches
+from llamafactory_adaptive.calibration.batches import count_tokens, holds_media, make_batches
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.files import digest_of, read_mapping, replacing
@@ -170,7 +170,7 @@ def _draw_rows(dataset: Any, config: AdaptiveConfig, streaming: bool) -> list[di
         picked = (dataset[index] for index in sorted(indices))
     rows = []
     for sample in picked:
-        if any(sample.get(key) for key in ("images", "videos", "audios")):
+        if holds_media(sample):
             raise CalibrationError(
                 "calibration rows hold images, video or audio; set adaptive_calibration_dataset to a text dataset"
             )

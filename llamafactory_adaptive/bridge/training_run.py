@@ -20,7 +20,7 @@ from llamafactory_adaptive.bridge.resuming import (
     what_the_host_resumes,
 )
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
-from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.errors import refuse
 from llamafactory_adaptive.launcher import is_worker, launched_number, local_rank
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.training.current_run import current_run
@@ -114,7 +114,7 @@ def _refuse_deepspeed_alone(args: Args) -> None:
     asked = [("deepspeed", given)] if (given := args.get("deepspeed")) else []
     asked += [("ACCELERATE_USE_DEEPSPEED", by_accelerate)] if by_accelerate == "true" else []
     if asked and not is_worker():
-        raise AdaptiveConfigError([Problem(*asked[0], "DeepSpeed runs under torchrun", "FORCE_TORCHRUN=1")])
+        refuse(*asked[0], "DeepSpeed runs under torchrun", "FORCE_TORCHRUN=1")
 
 
 def _begin_afresh(args: Args) -> None:
@@ -164,9 +164,7 @@ def _refuse_stray_keys(raw: Mapping[str, Any] | list[str]) -> None:
     stray = our_keys(raw)
     if stray:
         kind = raw.get("finetuning_type", "lora") if isinstance(raw, Mapping) else "lora"
-        raise AdaptiveConfigError(
-            [Problem("finetuning_type", kind, f"{', '.join(stray)} would have no effect", "finetuning_type: adaptive")]
-        )
+        refuse("finetuning_type", kind, f"{', '.join(stray)} would have no effect", "finetuning_type: adaptive")
 
 
 def no_accelerator() -> bool:

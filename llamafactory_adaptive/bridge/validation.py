@@ -28,7 +28,7 @@ from llamafactory_adaptive.config.key_checks import (
     unknown_key_problems,
 )
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
-from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
+from llamafactory_adaptive.errors import PlanError, Problem, refuse_all
 from llamafactory_adaptive.files import read_mapping
 from llamafactory_adaptive.methods import get_method, is_dynamic, methods, nearest
 from llamafactory_adaptive.options import check_fields
@@ -71,8 +71,7 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
     problems += [problem for problem in _missing_files(args, common) if problem.key not in told]
     told = {problem.key for problem in problems}
     problems += [problem for problem in host_value_problems(args) if problem.key not in told]
-    if problems:
-        raise AdaptiveConfigError(problems)
+    refuse_all(*problems)
     seed = common["adaptive_calibration_seed"]
     calibration = CalibrationConfig(
         dataset=common["adaptive_calibration_dataset"],

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llamafactory_adaptive.cli.host import require_enabled
-from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.errors import refuse
 from llamafactory_adaptive.options import coerce
 from llamafactory_adaptive.reports.plaintext import tell
 
@@ -39,9 +39,7 @@ def plan(arguments: argparse.Namespace) -> int:
     given = command_line_settings()
     if not asks_for_adaptive(given):
         kind = given.get("finetuning_type", "lora") if isinstance(given, dict) else "lora"
-        raise AdaptiveConfigError(
-            [Problem("finetuning_type", kind, "there are no ranks to plan", "finetuning_type: adaptive")]
-        )
+        refuse("finetuning_type", kind, "there are no ranks to plan", "finetuning_type: adaptive")
     run = checked_run(given, host_too=False)
     check_host_settings(run.args)
     config = run.config
@@ -51,9 +49,7 @@ def plan(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     folder = arguments.out or Path(run.args["output_dir"])
     if arguments.out is None and (folder / ADAPTER_WEIGHTS).is_file():
-        raise AdaptiveConfigError(
-            [Problem("output_dir", str(folder), "it holds a trained adapter with its plan", "--out <another folder>")]
-        )
+        refuse("output_dir", str(folder), "it holds a trained adapter with its plan", "--out <another folder>")
     check_folder("output_dir" if arguments.out is None else "--out", folder)
     with locked(folder):
         plan = fresh_plan(config, LlamaFactoryRun(run)).plan
@@ -81,8 +77,7 @@ def _plan_of_a_dynamic_run(run: "CheckedRun") -> int:
     try:
         steps = int(coerce(args.get("max_steps") or -1, int))
     except ValueError as error:
-        problem = Problem("max_steps", args["max_steps"], "it must be a whole number", "max_steps: 100")
-        raise AdaptiveConfigError([problem]) from error
+        refuse("max_steps", args["max_steps"], "it must be a whole number", "max_steps: 100", cause=error)
     estimate = None if steps > 0 else estimated_steps(args)
     shown = steps if steps > 0 else estimate or 100
     schedule = make_schedule(config.search, shown, budget[f"used_{kind}"], budget[f"asked_{kind}"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.adapter.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.errors import Problem, refuse, refuse_all
 from llamafactory_adaptive.export.faults import read_untrusted, refuse_entries_outside
 from llamafactory_adaptive.files import STATE_JSON
 from llamafactory_adaptive.ranks.module_names import is_module_name, is_plain_key
@@ -50,12 +50,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         (ADAPTER_WEIGHTS, "it has no weights as safetensors (pickled ones are not opened)", "saving it again"),
     ):
         if not (folder / name).is_file():
-            problem = Problem("adapter", str(folder), f"{name} is missing: {allowed}", suggestion)
-            raise AdaptiveConfigError([problem])
+            refuse("adapter", str(folder), f"{name} is missing: {allowed}", suggestion)
     refuse_entries_outside(folder, "adapter")
     config = read_untrusted(folder, ADAPTER_CONFIG, "adapter")
-    if problems := _problems(folder, config):
-        raise AdaptiveConfigError(problems)
+    refuse_all(*_problems(folder, config))
     return config
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.errors import Problem, refuse_all
 from llamafactory_adaptive.paths import path_argument
 
 
@@ -78,8 +78,7 @@ def export_request(arguments: argparse.Namespace) -> ExportRequest:
         AdaptiveConfigError: options that say nothing together, or a tolerance that is none.
     """
     request = ExportRequest(**{name: getattr(arguments, name) for name in ExportRequest.__dataclass_fields__})
-    if problems := _problems(request):
-        raise AdaptiveConfigError(problems)
+    refuse_all(*_problems(request))
     return request
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llamafactory_adaptive.adapter.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TENSOR_PREFIX
-from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.errors import Problem, refuse, refuse_all
 from llamafactory_adaptive.export.adapter_config import ELSEWHERE, NARROWED, read_config
 from llamafactory_adaptive.export.faults import first_line
 from llamafactory_adaptive.export.safetensors_stream import TensorSpec, read_spec
@@ -93,10 +93,8 @@ def read_adapter(folder: Path) -> SourceAdapter:
     try:
         modules, replaced, faults = _read_tensors(path, config)
     except (SafetensorError, OSError, ValueError) as error:
-        problem = Problem("adapter", str(path), f"it cannot be read ({first_line(error)})", "saving it again")
-        raise AdaptiveConfigError([problem]) from error
-    if faults:
-        raise AdaptiveConfigError(Problem("adapter", str(folder), fault, ELSEWHERE) for fault in faults[:3])
+        refuse("adapter", str(path), f"it cannot be read ({first_line(error)})", "saving it again", cause=error)
+    refuse_all(*(Problem("adapter", str(folder), fault, ELSEWHERE) for fault in faults[:3]))
     return SourceAdapter(folder, config, modules, replaced)
 
 

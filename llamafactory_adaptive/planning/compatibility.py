@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
-from llamafactory_adaptive.errors import PlanError
+from llamafactory_adaptive.errors import PlanError, first_of
 from llamafactory_adaptive.ranks.plan import (
     ModuleShape,
     RankPlan,
@@ -22,8 +22,7 @@ def check_shapes(plan: RankPlan, shapes: list[ModuleShape], source: str) -> None
     """
     differences = plan.differences(shapes)
     if differences:
-        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-        raise PlanError(f"{source} does not fit the model: " + "; ".join(differences[:3]) + more)
+        raise PlanError(f"{source} does not fit the model: {first_of(differences)}")
 
 
 def check_plan(plan: RankPlan, shapes: list[ModuleShape], config: AdaptiveConfig, source: str) -> RankPlan:

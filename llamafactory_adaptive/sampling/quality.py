@@ -148,9 +148,3 @@ def _scoring(model: nn.Module) -> Iterator[None]:
 
 def _needing(output: Tensor) -> Tensor:
     return output if output.requires_grad or not torch.is_grad_enabled() else output.requires_grad_(True)
-
-
-def length_sorted(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Sample numbers in batches of like length, longest first: little padding, and an out-of-memory shows at once."""
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from llamafactory_adaptive.adapter.lora import factors, live_layers
+from llamafactory_adaptive.calibration.batches import holds_media, length_sorted
 from llamafactory_adaptive.engines.distributed import (
     all_reduce_sum,
     gather,
@@ -27,7 +28,7 @@ from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.ranks.schedule import refresh_interval
 from llamafactory_adaptive.reports.data_report import DataQuality, save_data_report
 from llamafactory_adaptive.sampling.pool import Pool, combine_terms
-from llamafactory_adaptive.sampling.quality import SampleTerms, length_sorted, measure
+from llamafactory_adaptive.sampling.quality import SampleTerms, measure
 from llamafactory_adaptive.sampling.sample_gradients import TermSpec
 from llamafactory_adaptive.sampling.sampler import SubsetSampler, Timeline
 from llamafactory_adaptive.training.sample_scores import ScoringBatches, read_terms, term_vectors, write_terms
@@ -101,7 +102,7 @@ class Selection:
         lengths, self.row_digests = [], []
         quiet = process_number() != 0 or len(self.dataset) < 50_000
         for row in tqdm(self.dataset, desc="Reading samples", unit="row", disable=quiet):
-            if any(row.get(kind) for kind in ("images", "videos", "audios")):
+            if holds_media(row):
                 raise CalibrationError(
                     "training samples hold images, video or audio, whose quality is not measured; set "
                     "tsq_sampling: false"

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plan import make_plan
 
+from llamafactory_adaptive.ranks.module_names import layer_and_type
 from llamafactory_adaptive.ranks.plan import ModulePlan
 from llamafactory_adaptive.reports.model_card import update_card
 from llamafactory_adaptive.reports.plots import save_heatmap
-from llamafactory_adaptive.reports.tables import concentration_warning, layer_and_type, rank_table
+from llamafactory_adaptive.reports.tables import concentration_warning, rank_table
 
 
 def test_place_reads_layer_and_type():

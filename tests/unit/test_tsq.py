@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llamafactory_adaptive.engines.engine import UnpartitionedEngine
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
-from llamafactory_adaptive.ranks.allocation import allocate, reallocate_components
+from llamafactory_adaptive.ranks.allocation import Bounds, allocate, reallocate_components
 from llamafactory_adaptive.ranks.schedule import ReallocationConfig, make_schedule
 from llamafactory_adaptive.training.components import Components
 
@@ -58,7 +58,7 @@ def test_one_noisy_batch_before_a_refresh_does_not_move_ranks():
         n = len(triplets.modules)
         scores = components.scores(method, mean=True)
         kept = reallocate_components(
-            [sum(row) for row in scores], scores, triplets.masks, [1] * n, 2 * n, [1] * n, [4] * n
+            [sum(row) for row in scores], scores, triplets.masks, Bounds([1] * n, 2 * n, [1] * n, [4] * n)
         )
         ranks.append([sum(row) for row in kept])
     assert ranks[0] == ranks[1]
@@ -77,9 +77,10 @@ def test_reallocation_keeps_the_budget_the_best_and_the_shares(scores, data):
     costs = data.draw(st.lists(st.integers(1, 50), min_size=n, max_size=n))
     on = [[index < data.draw(st.integers(1, 6)) for index in range(6)] for _ in range(n)]
     on = [[flag or index == 0 for index, flag in enumerate(row)] for row in on]
-    budget, lower, upper = 3 * sum(costs), [1] * n, [6] * n
-    kept = reallocate_components(sensitivities, scores, on, costs, budget, lower, upper)
-    assert tuple(sum(row) for row in kept) == allocate(sensitivities, costs, budget, lower, upper).ranks
+    budget = 3 * sum(costs)
+    bounds = Bounds(costs, budget, [1] * n, [6] * n)
+    kept = reallocate_components(sensitivities, scores, on, bounds)
+    assert tuple(sum(row) for row in kept) == allocate(sensitivities, bounds).ranks
     spent = sum(cost * sum(row) for cost, row in zip(costs, kept, strict=True))
     open_costs = [cost for cost, row in zip(costs, kept, strict=True) if sum(row) < 6]
     assert 0 <= budget - spent < min(open_costs, default=math.inf)

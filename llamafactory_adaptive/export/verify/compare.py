@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from llamafactory_adaptive.adapter.lora import keep_4bit_unpacked_on_cpu
+from llamafactory_adaptive.errors import first_of
 from llamafactory_adaptive.export.base_checkpoint import BaseCheckpoint
 from llamafactory_adaptive.export.faults import ExportError, first_line, loading_fault
 from llamafactory_adaptive.export.nf4_merging import Nf4
@@ -112,10 +113,9 @@ class Comparer:
             model = model.dequantize()
         model = load_peft(model, self.adapter).merge_and_unload()
         if unequal := self._unequal_weights(model, folder, dtype, nf4):
-            more = f" and {len(unequal) - 3} more" if len(unequal) > 3 else ""
             raise ExportError(
                 f"parity failed, nothing was written: {len(unequal)} of the merged weights are not those of PEFT's "
-                f"merge: {', '.join(unequal[:3])}{more}"
+                f"merge: {first_of(unequal, joint=', ')}"
             )
         words = f"PEFT's merge in {str(dtype).removeprefix('torch.')} (the same weights), computed in float32"
         return log_probabilities(model, self.rows), words
