@@ -122,9 +122,9 @@ def _tensor_faults(path: Path, plan: RankPlan) -> tuple[list[str], int]:
     """Shapes and finiteness of the saved factors; also counts modules whose B is all zero."""
     faults, untrained = [], 0
     with safe_open(path, framework="pt") as file:
-        found = {_base_name(key).rpartition(".lora_")[0] for key in file.keys() if ".lora_" in key}  # noqa: SIM118
-        faults += _name_faults(found, plan)
-        for module in (module for module in plan.active if module.name in found):
+        adapted = {_base_name(key).rpartition(".lora_")[0] for key in file.keys() if ".lora_" in key}  # noqa: SIM118
+        faults += _name_faults(adapted, plan)
+        for module in (module for module in plan.active if module.name in adapted):
             stem = f"{TENSOR_PREFIX}{module.name}"
             a = file.get_tensor(f"{stem}.lora_A.weight")
             b = file.get_tensor(f"{stem}.lora_B.weight")

@@ -183,8 +183,8 @@ class RankSearch:
 
 def _checkpoint(asked: Any, output: str) -> Path | None:
     """Find what a Trainer resumes from: True means the newest checkpoint."""
-    found = get_last_checkpoint(output) if asked is True else asked
-    return Path(str(found)) if found else None
+    checkpoint = get_last_checkpoint(output) if asked is True else asked
+    return Path(str(checkpoint)) if checkpoint else None
 
 
 class _SearchCallback(DynamicCallback):

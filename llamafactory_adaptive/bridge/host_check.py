@@ -168,8 +168,8 @@ def _quietly_without_devices() -> Iterator[None]:
 
     def device(arguments: Any) -> torch.device:
         arguments.distributed_state, arguments._n_gpu = None, 0
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return torch.device("cpu") if arguments.use_cpu or found is None else found
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return torch.device("cpu") if arguments.use_cpu or accelerator is None else accelerator
 
     original = TrainingArguments.__dict__["_setup_devices"]
     TrainingArguments._setup_devices = property(device)

@@ -34,9 +34,9 @@ def doctor(arguments: argparse.Namespace) -> int:
     switch = os.environ.get(_bootstrap.ENV_SWITCH, "not set")
     print(f"start-up hook   {'active' if hooked else 'NOT active'}  ({_bootstrap.ENV_SWITCH}: {switch})")
     print(f"plugin          {__version__}  python {sys.version.split()[0]}")
-    found = installed_versions(PACKAGES)
+    versions = installed_versions(PACKAGES)
     for name in PACKAGES:
-        print(f"{name:<15} {found.get(name, 'not installed')}")
+        print(f"{name:<15} {versions.get(name, 'not installed')}")
     states = _seam_states()
     for target, state in states.items():
         print(f"seam            {state:<15} {target}")

@@ -40,5 +40,5 @@ def examples_folder() -> Path:
     if checkout.is_dir():
         return checkout
     readme = "share/llamafactory-adaptive/examples/README.md"
-    found = next(file for file in files("llamafactory-adaptive") or [] if str(file).endswith(readme))
-    return Path(str(found.locate())).resolve().parent
+    readme_file = next(file for file in files("llamafactory-adaptive") or [] if str(file).endswith(readme))
+    return Path(str(readme_file.locate())).resolve().parent

@@ -83,8 +83,8 @@ class BaseCheckpoint:
     def tensor(self, name: str) -> Tensor:
         """One weight by name."""
         with safe_open(self.weights[name], framework="pt") as file:
-            found: Tensor = file.get_tensor(name)
-        return found
+            weight: Tensor = file.get_tensor(name)
+        return weight
 
 
 def find_base(name: str | None, adapter: SourceAdapter) -> BaseCheckpoint:

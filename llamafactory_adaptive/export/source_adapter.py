@@ -60,17 +60,17 @@ class SourceAdapter:
             self.config,
             ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save"),
         )
-        found = {key: config[key] for key in keys if config.get(key) is not None}
+        settings = {key: config[key] for key in keys if config.get(key) is not None}
         targets = config.get("target_modules")
         if not isinstance(targets, list) or any(config.get(key) is not None for key in NARROWED):
             targets = [module.name for module in self.modules]
-        return {**found, "target_modules": targets, "task_type": "CAUSAL_LM", "inference_mode": True}
+        return {**settings, "target_modules": targets, "task_type": "CAUSAL_LM", "inference_mode": True}
 
     def tensor(self, key: str) -> Tensor:
         """One tensor of the file."""
         with safe_open(self.folder / ADAPTER_WEIGHTS, framework="pt") as file:
-            found: Tensor = file.get_tensor(key)
-        return found
+            tensor: Tensor = file.get_tensor(key)
+        return tensor
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A (r, d_in) and B (d_out, r) of a module."""

@@ -56,9 +56,9 @@ class NamePattern:
         """Find the first key that is ``name`` or ends it after a dot; None where there is none."""
         words = name.split(".")
         ends = (".".join(words[start:]) for start in range(len(words)))
-        found = [self.ends[end] for end in ends if end in self.ends]
-        found += [self.exact[name]] if name in self.exact else []
-        return min(found)[1] if found else None
+        places = [self.ends[end] for end in ends if end in self.ends]
+        places += [self.exact[name]] if name in self.exact else []
+        return min(places)[1] if places else None
 
 
 def key_of(pattern: Mapping[str, object], name: str) -> str | None:

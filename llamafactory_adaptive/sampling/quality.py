@@ -113,14 +113,14 @@ def _memory_advice(recorder: SampleGradientRecorder) -> Iterator[None]:
 
 def _checked(figures: Tensor, indices: Sequence[int]) -> Tensor:
     """Figures of a batch, (..., b), on the CPU."""
-    found = figures.double().cpu()
-    finite_b = found.isfinite().reshape(-1, len(indices)).all(0)
+    on_cpu = figures.double().cpu()
+    finite_b = on_cpu.isfinite().reshape(-1, len(indices)).all(0)
     if not bool(finite_b.all()):
         worst = indices[int((~finite_b).nonzero()[0])]
         raise CalibrationError(
             f"the gradient of sample {worst} of the training set is not finite: check the base model and its dtype"
         )
-    return found
+    return on_cpu
 
 
 @contextmanager

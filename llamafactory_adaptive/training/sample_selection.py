@@ -118,9 +118,9 @@ class Selection:
         wanted, args = self._wanted(), self.trainer.args
         # The main process's cache decides: other nodes may have none.
         path = self.cache / f"{self._cache_key(wanted)}.safetensors" if process_number() == 0 else None
-        found = read_terms(path, self.rows_digest) if path is not None and usable_entry(path) else None
-        if int(all_reduce_sum(torch.tensor(int(found is not None), device=args.device))):
-            return self._shared(found)
+        cached = read_terms(path, self.rows_digest) if path is not None and usable_entry(path) else None
+        if int(all_reduce_sum(torch.tensor(int(cached is not None), device=args.device))):
+            return self._shared(cached)
         size = self.sampling.batch_size or args.train_batch_size
         groups = length_sorted(lengths, size)[process_number() :: world_size()]
         layers = live_layers(self.trainer.model)
@@ -140,10 +140,10 @@ class Selection:
             note_checksum(path)
         return terms
 
-    def _shared(self, found: SampleTerms | None) -> SampleTerms:
+    def _shared(self, terms: SampleTerms | None) -> SampleTerms:
         """What the main process read, on every process."""
         shape, device = (len(fields(SampleTerms)), len(self.dataset)), self.trainer.args.device
-        mine = torch.zeros(shape, dtype=torch.float64) if found is None else torch.stack(term_vectors(found))
+        mine = torch.zeros(shape, dtype=torch.float64) if terms is None else torch.stack(term_vectors(terms))
         return SampleTerms(*all_reduce_sum(mine.to(device)).cpu())
 
     def _wanted(self) -> TermSpec:
@@ -176,13 +176,13 @@ class Selection:
         return digest_of(facts)
 
     def _restored(self, checkpoint: Path) -> SampleTerms:
-        found = read_terms(checkpoint / QUALITY_FILE, self.rows_digest)
-        if found is None:
+        terms = read_terms(checkpoint / QUALITY_FILE, self.rows_digest)
+        if terms is None:
             raise PlanError(
                 f"{checkpoint} holds no qualities of these training samples: the data set, template or cutoff_len has "
                 "changed, or the file is damaged; change it back or use another output_dir"
             )
-        return found
+        return terms
 
     def _make_timeline(self, max_steps: int, dataloader: Any) -> Timeline:
         args = self.trainer.args
