@@ -29,7 +29,7 @@ class Problem:
 
     def __str__(self) -> str:
         parts = map(_shortened, (self.key, repr(self.value), self.allowed, self.suggestion))
-        return "{}: {} is not possible: {}; try {}".format(*parts)
+        return "{}: {} is invalid: {}; try {}".format(*parts)
 
 
 class AdaptiveConfigError(AdaptiveError, ValueError):

@@ -78,7 +78,7 @@ def calibration_batches(rows: Iterable[Mapping[str, Any]], batch_size: int = 8, 
         AdaptiveConfigError: no rows, rows without tokens, labels of another length, a batch size below 1.
     """
     if not isinstance(batch_size, int) or batch_size < 1:
-        refuse("batch_size", batch_size, "it must be a whole number of at least 1", "batch_size=8")
+        refuse("batch_size", batch_size, "must be a whole number of at least 1", "batch_size=8")
     plain = [_tokens(number, row) for number, row in enumerate(rows)]
     if not plain:
         refuse("rows", [], "there must be at least one row", "128 tokenised rows of the training data")

@@ -42,7 +42,7 @@ def chosen_method(name: str, options: Mapping[str, Any], dynamic: bool) -> tuple
     """
     if name not in methods():
         known = [each for each in sorted(methods()) if is_dynamic(get_method(each)) == dynamic]
-        refuse("method", name, f"it must be one of {', '.join(known)}", f"method={nearest(str(name))!r}")
+        refuse("method", name, f"must be one of {', '.join(known)}", f"method={nearest(str(name))!r}")
     cls = get_method(name)
     if is_dynamic(cls) != dynamic:
         reason, remedy = _OTHER_KIND[dynamic]

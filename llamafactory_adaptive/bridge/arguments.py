@@ -140,7 +140,7 @@ def check_config_file(path: Path) -> None:
     if path.suffix == ".json":  # the host's own reader of JSON fails on every file
         why, suggestion = "LLaMA-Factory reads settings as YAML", "a copy named .yaml: JSON is YAML, too"
     elif path.suffix not in (".yaml", ".yml"):
-        why, suggestion = "it must be a YAML file", "a name ending in .yaml"
+        why, suggestion = "must be a YAML file", "a name ending in .yaml"
     elif not os.path.isfile(path):
         why = "there is no such file"
     if why:

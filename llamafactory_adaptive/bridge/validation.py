@@ -53,7 +53,7 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
             Problem(
                 "adaptive_method",
                 name,
-                f"it must be one of {', '.join(sorted(methods()))}",
+                f"must be one of {', '.join(sorted(methods()))}",
                 f"adaptive_method: {nearest(name)}",
             )
         )
@@ -121,7 +121,7 @@ def _wrong_choices(args: Mapping[str, Any]) -> list[Problem]:
         if not allowed or action.nargs or action.dest in own or value is None:
             continue
         if value not in allowed and str(value) not in allowed:
-            words = f"it must be one of {', '.join(allowed)}"
+            words = f"must be one of {', '.join(allowed)}"
             # What YAML makes of the bare word.
             shown = '"no"' if value is False and "no" in allowed else allowed[0]
             problems.append(Problem(action.dest, value, words, f"{action.dest}: {shown}"))

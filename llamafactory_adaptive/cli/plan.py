@@ -77,7 +77,7 @@ def _plan_of_a_dynamic_run(run: "CheckedRun") -> int:
     try:
         steps = int(coerce(args.get("max_steps") or -1, int))
     except ValueError as error:
-        refuse("max_steps", args["max_steps"], "it must be a whole number", "max_steps: 100", cause=error)
+        refuse("max_steps", args["max_steps"], "must be a whole number", "max_steps: 100", cause=error)
     estimate = None if steps > 0 else estimated_steps(args)
     shown = steps if steps > 0 else estimate or 100
     schedule = make_schedule(config.search, shown, budget[f"used_{kind}"], budget[f"asked_{kind}"])

@@ -122,19 +122,19 @@ def _name_problems(config: Mapping[str, Any]) -> list[Problem]:
     problems = []
     base, task = config.get("base_model_name_or_path"), config.get("task_type")
     if not isinstance(base, (str, type(None))) or (base and ("\0" in base or len(base) > 4096)):
-        why = "it must be the name of a model"
+        why = "must be the name of a model"
         problems.append(Problem("base_model_name_or_path", _short(base), why, "--base MODEL and a corrected config"))
     if task not in ("CAUSAL_LM", None):
         why = "only adapters of causal language models (CAUSAL_LM) can be laid out"
         problems.append(Problem("task_type", _short(task), why, ELSEWHERE))
     whole, targets = config.get("modules_to_save"), config.get("target_modules")
     if whole is not None and not (isinstance(whole, list) and all(map(is_module_name, whole))):
-        problems.append(Problem("modules_to_save", _short(whole), "it must be a list of module names", _AGAIN))
+        problems.append(Problem("modules_to_save", _short(whole), "must be a list of module names", _AGAIN))
     # A text is an expression over names; it is not needed, since the file has a tensor for each of its modules.
     if not isinstance(targets, (str, type(None))) and not (
         isinstance(targets, list) and all(map(is_module_name, targets))
     ):
-        problems.append(Problem("target_modules", _short(targets), "it must be a list of module names", _AGAIN))
+        problems.append(Problem("target_modules", _short(targets), "must be a list of module names", _AGAIN))
     return problems
 
 

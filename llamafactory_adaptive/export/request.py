@@ -102,5 +102,5 @@ def _problems(request: ExportRequest) -> list[Problem]:
         why = f"vLLM cannot check what is laid out for {request.server}"
         problems.append(Problem("vllm_python", str(request.vllm_python), why, "leaving it out"))
     if not (math.isfinite(request.tolerance) and request.tolerance > 0):
-        problems.append(Problem("tolerance", request.tolerance, "it must be a positive number", "--tolerance 0.001"))
+        problems.append(Problem("tolerance", request.tolerance, "must be a positive number", "--tolerance 0.001"))
     return problems
