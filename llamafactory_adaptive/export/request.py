@@ -44,30 +44,42 @@ class ExportRequest:
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("adapter", type=path_argument, metavar="ADAPTER", help="folder of a saved LoRA adapter")
-    servers = "; ".join(f"{name}: {what}" for name, what in SERVERS.items())
-    parser.add_argument("--for", dest="server", choices=SERVERS, required=True, help=servers)
-    parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="new folder for the export")
     parser.add_argument(
-        "--base", metavar="MODEL", help="base model, folder or hub name (default: what the adapter says)"
+        "adapter", type=path_argument, metavar="ADAPTER", help="folder of a saved LoRA adapter, e.g. saves/igu"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="type of merged weights (default: the base's)")
+    servers = "; ".join(f"{name}: {what}" for name, what in SERVERS.items())
+    parser.add_argument(
+        "--for", dest="server", choices=SERVERS, required=True, help=f"who reads it, e.g. vllm ({servers})"
+    )
+    parser.add_argument(
+        "--out", type=path_argument, required=True, metavar="DIR", help="new folder for the export, e.g. served/igu"
+    )
+    parser.add_argument(
+        "--base", metavar="MODEL",
+        help="base model, folder or hub name, e.g. Qwen/Qwen3-8B (default: what the adapter says)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto",
+        help="type of merged weights, e.g. bfloat16 (default: the base's)",
+    )  # fmt: skip
     parser.add_argument(
         "--quantization-aware", action="store_true",
         help="merge into the base as NF4 quantisation leaves it, for adapters trained on a 4-bit base; reports per "
-        "layer how quantisation error and update compare",
+        "layer how quantisation error and update compare; e.g. --for merged --quantization-aware",
     )  # fmt: skip
     parser.add_argument(
         "--no-double-quantization", dest="double_quantization", action="store_false",
-        help="with --quantization-aware: the run had double_quantization: false",
+        help="the run had double_quantization: false; e.g. --quantization-aware --no-double-quantization",
     )  # fmt: skip
     parser.add_argument(
         "--tolerance", type=float, default=1e-3, metavar="X",
-        help="largest difference of log-probabilities between PEFT and the export, in nats (default: 0.001)",
+        help="largest difference of log-probabilities between PEFT and the export, in nats, e.g. 0.01 "
+        "(default: 0.001)",
     )  # fmt: skip
     parser.add_argument(
         "--vllm-python", type=path_argument, metavar="PATH",
-        help="python of an environment with vLLM, to check there too (vllm, vllm-legacy, merged)",
+        help="python of an environment with vLLM, to check there too (vllm, vllm-legacy, merged), "
+        "e.g. ~/vllm/bin/python",
     )  # fmt: skip
 
 
