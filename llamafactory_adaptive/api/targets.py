@@ -35,7 +35,7 @@ def find_targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, nn.
     matches = {name: [full for full in modules if _is_named(full, name)] for name in names}
     known = sorted({module_type(full) for full in _all_linear(model)})
     remedy = f"target_modules={ALL_LINEAR!r}, or some of {', '.join(known)}"
-    missing = [name for name in names if not matches[name]]
+    missing = [name for name in matches if not matches[name]]
     if missing or not names:
         refuse("target_modules", wanted, f"no module is called {', '.join(missing)}", remedy)
     chosen = {full for each in matches.values() for full in each}
