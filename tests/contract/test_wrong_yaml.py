@@ -70,8 +70,8 @@ WRONG = [
     ({"deepspeed": "/no/such.json"}, "deepspeed: '/no/such.json' is invalid: there is no such file"),
     ({"stage": "sftt"}, "stage: 'sftt' is invalid: must be one of pt, sft, rm, ppo, dpo, kto; try stage: pt"),
     ({"fsdp": "full_shard"}, "fsdp: 'full_shard' is invalid: FSDP flattens the factors whose ranks are checked"),
-    ({"adapter_name_or_path": "x", "create_new_adapter": True, "quantization_bit": 4}, "create_new_adapter: True is not "
-     "possible: the old adapter cannot be merged into a quantised base or under ZeRO-3"),
+    ({"adapter_name_or_path": "x", "create_new_adapter": True, "quantization_bit": 4}, "create_new_adapter: True is "
+     "invalid: the old adapter cannot be merged into a quantised base or under ZeRO-3"),
     ({"adaptive_interval": 5}, "adaptive_interval: 5 is invalid: adaptive_method: sensitivity fixes ranks before "
      "training and prunes nothing; try leaving it out, or adaptive_method: igu"),
     ({**IGU, "adaptive_calibration_samples": 8}, "adaptive_calibration_samples: 8 is invalid: adaptive_method: igu "
