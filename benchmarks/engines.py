@@ -59,9 +59,9 @@ def outcome(folder: Path) -> tuple[list[int], float]:
     return [entry["rank"] for entry in plan["modules"]], [e["loss"] for e in history if "loss" in e][-1]
 
 
-def against(reference: tuple[list[int], float], found: tuple[list[int], float]) -> dict[str, float]:
-    same = sum(a == b for a, b in zip(reference[0], found[0], strict=True))
-    return {"same_rank": same / len(reference[0]), "loss_difference": abs(reference[1] - found[1])}
+def against(reference: tuple[list[int], float], run: tuple[list[int], float]) -> dict[str, float]:
+    same = sum(a == b for a, b in zip(reference[0], run[0], strict=True))
+    return {"same_rank": same / len(reference[0]), "loss_difference": abs(reference[1] - run[1])}
 
 
 def kill_and_resume(args: dict[str, Any], scratch: Path, at: int) -> None:

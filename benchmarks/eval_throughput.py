@@ -113,21 +113,21 @@ def main() -> None:
     os.environ.update(environment(arguments.ServerOptions(offline=True)))
     client.quiet()
     with tempfile.TemporaryDirectory() as scratch:
-        found = measure(options, scratch)
-    pairs = [a / h for a, h in zip(found["offline_seconds"], found["harness_seconds"], strict=True)]
-    again = [b / a for a, b in zip(found["offline_seconds"], found["offline_seconds"][1:], strict=False)]
+        figures = measure(options, scratch)
+    pairs = [a / h for a, h in zip(figures["offline_seconds"], figures["harness_seconds"], strict=True)]
+    again = [b / a for a, b in zip(figures["offline_seconds"], figures["offline_seconds"][1:], strict=False)]
     ratio = round(statistics.median(pairs), 4)
     print(f"harness over offline, questions per second: {ratio} (passes {spread(pairs)}), target {TARGET}: "
           f"{'met' if ratio >= TARGET else 'MISSED'}")  # fmt: skip
     path = record.write_result("eval_throughput", {
-        "protocol": "llm_adapters", "task": "gsm8k", "rows": found["rows"], "passes": len(pairs),
+        "protocol": "llm_adapters", "task": "gsm8k", "rows": figures["rows"], "passes": len(pairs),
         "results": {"throughput_ratio": ratio}, "targets": {"throughput_ratio": TARGET},
         "details": {
-            "questions_per_second_harness": round(found["rows"] / statistics.median(found["harness_seconds"]), 3),
-            "questions_per_second_offline": round(found["rows"] / statistics.median(found["offline_seconds"]), 3),
+            "questions_per_second_harness": round(figures["rows"] / statistics.median(figures["harness_seconds"]), 3),
+            "questions_per_second_offline": round(figures["rows"] / statistics.median(figures["offline_seconds"]), 3),
             "throughput_ratio_range": spread(pairs),
             "offline_pass_over_the_one_before_range": spread(again or [1.0]),
-            "share_of_equal_texts": round(statistics.mean(found["same_text"]), 4),
+            "share_of_equal_texts": round(statistics.mean(figures["same_text"]), 4),
         },
     }, packages=installed())  # fmt: skip
     print(f"written to {path}")

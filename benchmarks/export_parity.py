@@ -153,12 +153,12 @@ def faults(base: Path, scratch: Path) -> dict[str, Any]:
     """Every fault in every layout, with the adapter as it is and a thousand times weaker."""
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.helpers
     strong = make_adapter(base, scratch / "strong", own_alphas=False)
-    found = {}
+    by_strength = {}
     for strength in (1.0, 1e-3):
         adapter = strong if strength == 1.0 else weakened(strong, scratch / "weak", strength)
-        found[f"{strength:g}"] = {server: planted(adapter, base, server, scratch) for server in SERVERS}
-    messages = [text for layouts in found.values() for said in layouts.values() for text in said.values()]
-    return {"planted": found, "results": {"planted": len(messages), "planted_found": sum(map(bool, messages))}}
+        by_strength[f"{strength:g}"] = {server: planted(adapter, base, server, scratch) for server in SERVERS}
+    messages = [text for layouts in by_strength.values() for said in layouts.values() for text in said.values()]
+    return {"planted": by_strength, "results": {"planted": len(messages), "planted_found": sum(map(bool, messages))}}
 
 
 def make_wide_base(tokenizer: Path, folder: Path) -> Path:
@@ -234,14 +234,14 @@ def main() -> None:
 
 def summary(figures: dict[str, Any]) -> dict[str, Any]:
     """The largest differences by kind of check, and what merging takes."""
-    found: dict[str, float] = {}
+    largest: dict[str, float] = {}
     for exports in figures["adapters"].values():
         for server, entry in exports.items():
             for check in entry["checks"]:
                 key = f"{check['name']}_{server.replace('-', '_')}"
-                found[key] = max(found.get(key, 0.0), check["max_difference"])
+                largest[key] = max(largest.get(key, 0.0), check["max_difference"])
     return {
-        **found,
+        **largest,
         "merging_over_base": figures["memory"]["merging_over_base"],
         "with_certificate_over_base": figures["memory"]["with_certificate_over_base"],
     }

@@ -29,9 +29,9 @@ from transformers import AutoModelForCausalLM
 
 from llamafactory_adaptive.adapter.lora import live_layers
 from llamafactory_adaptive.adapter.masked_lora import Triplets
-from llamafactory_adaptive.calibration.batches import make_batches
+from llamafactory_adaptive.calibration.batches import length_sorted, make_batches
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
-from llamafactory_adaptive.sampling.quality import length_sorted, measure
+from llamafactory_adaptive.sampling.quality import measure
 from llamafactory_adaptive.sampling.sample_gradients import TermSpec
 
 
@@ -74,8 +74,8 @@ def train_batch(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> None
 
 
 def norm_of_gradients(model: torch.nn.Module) -> float:
-    found = [p.grad for p in model.parameters() if p.grad is not None]
-    return float(torch.stack([g.float().square().sum() for g in found]).sum().sqrt())
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return float(torch.stack([g.float().square().sum() for g in gradients]).sum().sqrt())
 
 
 def one_by_one(model: torch.nn.Module, rows: list, indices: list[int]) -> list[float]:
@@ -96,9 +96,9 @@ def largest_norm_error(path: Path, rank: int, rows: list) -> float:
             parameter.data.normal_(0.0, 0.01)
     few = rows[:12]
     groups = length_sorted([len(row["input_ids"]) for row in few], 4)
-    found = measure(model, layers(model), [(g, batch_of(few, g)) for g in groups], len(few), WANTED, quiet=True)
+    terms = measure(model, layers(model), [(g, batch_of(few, g)) for g in groups], len(few), WANTED, quiet=True)
     exact = torch.tensor(one_by_one(model.eval(), few, list(range(len(few))))).double()
-    return float((found.gradient_norm / exact - 1).abs().max())
+    return float((terms.gradient_norm / exact - 1).abs().max())
 
 
 def times(model: torch.nn.Module, live: torch.nn.Module, rows: list, batch_size: int, turns: int) -> dict[str, float]:

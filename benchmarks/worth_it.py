@@ -78,8 +78,8 @@ def settings(options: argparse.Namespace, folder: Path, method: str, seed: int, 
 
 def train(args: dict[str, Any], output: Path) -> dict[str, Any]:
     """One run in a process of its own; what came of it. One that lies there already is not run again."""
-    found = output / "worth_it.json"
-    if found.exists() and (kept := json.loads(found.read_text()))["settings"] == args:
+    result_file = output / "worth_it.json"
+    if result_file.exists() and (kept := json.loads(result_file.read_text()))["settings"] == args:
         return kept["run"]
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
@@ -96,16 +96,16 @@ def train(args: dict[str, Any], output: Path) -> dict[str, Any]:
         words = output.with_suffix(".log").read_text(errors="replace").splitlines()
         return {"dev": math.inf, "test": math.inf, "seconds": seconds, "parameters": 0, "failed": words[-1:]}
     run = outcome(output, seconds)
-    found.write_text(json.dumps({"settings": args, "run": run}))
+    result_file.write_text(json.dumps({"settings": args, "run": run}))
     return run
 
 
 def outcome(output: Path, seconds: float) -> dict[str, Any]:
-    found = json.loads((output / "all_results.json").read_text())
+    results = json.loads((output / "all_results.json").read_text())
     log = output / "adaptive_log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     moved = [{key: line[key] for key in MOVED} for line in lines if "grown" in line]
-    dev, test = (loss if math.isfinite(loss := found[f"eval_{part}_loss"]) else math.inf for part in ("dev", "test"))
+    dev, test = (loss if math.isfinite(loss := results[f"eval_{part}_loss"]) else math.inf for part in ("dev", "test"))
     return {"dev": dev, "test": test, "seconds": seconds, "parameters": trained_parameters(output),
             **({"allocations": moved} if moved else {})}  # fmt: skip
 
@@ -120,12 +120,12 @@ def trained_parameters(adapter: Path) -> int:
 def paired(first: list[float], second: list[float]) -> dict[str, float]:
     """Second minus first, seed by seed: mean, 95 % interval, p value; the mean alone where there is one seed."""
     differences = [b - a for a, b in zip(first, second, strict=True)]
-    found = {"mean": sum(differences) / len(differences)}
+    difference = {"mean": sum(differences) / len(differences)}
     if len(differences) > 1 and any(differences):
         test = stats.ttest_1samp(differences, 0.0)
         low, high = test.confidence_interval(0.95)
-        found |= {"low": float(low), "high": float(high), "p": float(test.pvalue)}
-    return found
+        difference |= {"low": float(low), "high": float(high), "p": float(test.pvalue)}
+    return difference
 
 
 def summary(runs: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[str, dict[str, Any]]:
@@ -155,10 +155,10 @@ def summary(runs: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[str, dict[
 
 def holm(differences: list[dict[str, float]]) -> None:
     """Add ``p_holm``: p values corrected for their number (Holm 1979)."""
-    tested = sorted((found for found in differences if "p" in found), key=lambda found: found["p"])
+    tested = sorted((each for each in differences if "p" in each), key=lambda each: each["p"])
     largest = 0.0
-    for place, found in enumerate(tested):
-        largest = found["p_holm"] = min(1.0, max(largest, found["p"] * (len(tested) - place)))
+    for place, difference in enumerate(tested):
+        largest = difference["p_holm"] = min(1.0, max(largest, difference["p"] * (len(tested) - place)))
 
 
 def verdict(difference: dict[str, float]) -> str:

@@ -164,18 +164,18 @@ def _range_problems(given: argparse.Namespace) -> Iterator[str]:
         value = getattr(given, key)
         if value is not None and (value < low or (high is not None and value > high)):
             allowed = f"between {low} and {high}" if high else f"at least {low}"
-            yield f"--{key.replace('_', '-')}: {value} is not possible: it must be {allowed}"
+            yield f"--{key.replace('_', '-')}: {value} is invalid: must be {allowed}"
     for key in ("startup_timeout", "request_timeout"):
         value = getattr(given, key)
         if not 0 < value < math.inf:
-            yield f"--{key.replace('_', '-')}: {value} is not possible: it must be above 0"
+            yield f"--{key.replace('_', '-')}: {value} is invalid: must be above 0"
     if not 0 <= given.temperature <= 2:
-        yield f"--temperature: {given.temperature} is not possible: it must be between 0 (greedy) and 2"
+        yield f"--temperature: {given.temperature} is invalid: must be between 0 (greedy) and 2"
     if not 0 < given.top_p <= 1:
-        yield f"--top-p: {given.top_p} is not possible: it must be above 0 and at most 1"
+        yield f"--top-p: {given.top_p} is invalid: must be above 0 and at most 1"
     if not list(_seeds(given.seeds)):
         yield (
-            f"--seeds: {given.seeds!r} is not possible: it must be whole numbers from 0 to {_LARGEST_SEED}, comma "
+            f"--seeds: {given.seeds!r} is invalid: must be whole numbers from 0 to {_LARGEST_SEED}, comma "
             "separated; try 1,2,3"
         )
     if not given.tasks.strip(","):

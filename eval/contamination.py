@@ -12,6 +12,7 @@ from typing import Any
 
 from eval import reading
 from eval.errors import EvalError, UsageError
+from eval.own_files import open_plain
 
 
 _WINDOW = 8  # words that must agree before texts are compared whole
@@ -107,7 +108,7 @@ def read_seen(files: Iterable[Path]) -> SeenTexts:
 def _rows(path: Path) -> Iterator[Any]:
     """Rows of JSON lines, or a whole document as one row; what a file is called does not decide what it holds."""
     try:
-        with reading.opened(path) as file:
+        with open_plain(path, os.O_RDONLY, "rb") as file:
             raw = file.read(reading.MAX_DOCUMENT + 1)
     except OSError as error:
         raise EvalError(f"--train-file: {path} cannot be read ({error.strerror})") from error

@@ -1,8 +1,9 @@
-"""Opens files in folders where others may have put something in their place: a link, a pipe, a device.
+"""Opens files in places where others may have put something else: a link, a pipe, a device.
 
 A link would have another file cut or written, a pipe would be waited for without end, a device never ends.
 """
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -13,30 +14,45 @@ class NotOurFileError(OSError):
     """Something that is no plain file stands in a file's place."""
 
 
-def open_own(path: Path, flags: int, mode: str, **more: Any) -> IO[Any]:
-    """Open a file of a folder of ours, made if need be, that is a plain file and no link.
+def open_plain(path: Path, flags: int, mode: str, **more: Any) -> IO[Any]:
+    """Open a regular file, also one that a link leads to.
 
     Args:
         path: which.
-        flags: of ``os.open``; ``O_TRUNC`` takes effect only once the file is known to be plain.
+        flags: of ``os.open``; ``O_TRUNC`` takes effect only once the file is known to be a regular one.
         mode: for ``os.fdopen``, with ``more``.
 
     Raises:
-        NotOurFileError: a link, a pipe, a folder or a device stands there.
-        OSError: it cannot be opened.
+        OSError: it cannot be opened, or is something else.
     """
-    if path.is_symlink():
-        raise NotOurFileError(0, "it is a link; move it away", str(path))
-    if path.exists() and not path.is_file():
-        raise NotOurFileError(0, "it is no plain file; move it away", str(path))
-    # Somebody may be quicker than these looks. Without O_NONBLOCK the opening itself would wait at a pipe.
-    handle = os.open(path, (flags & ~os.O_TRUNC) | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    # Without O_NONBLOCK the opening itself would wait at a pipe.
+    handle = os.open(path, (flags & ~os.O_TRUNC) | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     try:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise NotOurFileError(0, "it is no plain file; move it away", str(path))
+        kind = os.fstat(handle).st_mode
+        if not stat.S_ISREG(kind):
+            what = "Is a directory" if stat.S_ISDIR(kind) else "it is no regular file"
+            raise OSError(errno.EINVAL, what, str(path))
         if flags & os.O_TRUNC:
             os.ftruncate(handle, 0)
         return os.fdopen(handle, mode, **more)
     except BaseException:
         os.close(handle)
         raise
+
+
+def open_own(path: Path, flags: int, mode: str, **more: Any) -> IO[Any]:
+    """Open a file of a folder of ours, made if need be, that is a plain file and no link.
+
+    Args:
+        path: which.
+        flags, mode: as in :func:`open_plain`, with ``more``.
+
+    Raises:
+        NotOurFileError: a link, a pipe, a folder or a device stands there.
+        OSError: it cannot be opened, or was put in the file's place a moment ago.
+    """
+    if path.is_symlink():
+        raise NotOurFileError(0, "it is a link; move it away", str(path))
+    if path.exists() and not path.is_file():
+        raise NotOurFileError(0, "it is no plain file; move it away", str(path))
+    return open_plain(path, flags | os.O_NOFOLLOW, mode, **more)  # somebody may be quicker than these looks

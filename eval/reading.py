@@ -1,14 +1,13 @@
 """JSON that others wrote, read with limits: a file too large, nested too deeply or of other types is one message."""
 
-import errno
 import json
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from eval.errors import EvalError
+from eval.own_files import open_plain
 
 
 MAX_DEPTH = 100
@@ -52,20 +51,6 @@ def _children(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def opened(path: Path) -> BinaryIO:
-    """Open a regular file for reading. A pipe that stands in its place would make an ordinary ``open`` wait for ever.
-
-    Raises:
-        OSError: it cannot be opened, or is something else.
-    """
-    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    kind = os.fstat(number).st_mode
-    if not stat.S_ISREG(kind):
-        os.close(number)
-        raise OSError(errno.EINVAL, "Is a directory" if stat.S_ISDIR(kind) else "it is no regular file", str(path))
-    return os.fdopen(number, "rb")
-
-
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
@@ -73,7 +58,7 @@ def read_object(path: Path) -> dict[str, Any]:
         EvalError: no such file, not a regular one, too large, no UTF-8, no JSON, no object.
     """
     try:
-        with opened(path) as file:
+        with open_plain(path, os.O_RDONLY, "rb") as file:
             raw = file.read(MAX_RESULTS + 1)
         if len(raw) > MAX_RESULTS:
             raise EvalError(f"{path}: this file is larger than {MAX_RESULTS >> 20} MiB; nothing of ours is")
@@ -99,7 +84,7 @@ def numbered_rows(path: Path, longest: int | None = None) -> Iterator[tuple[int,
     """
     most = MAX_LINE if longest is None else longest
     try:
-        with opened(path) as file:
+        with open_plain(path, os.O_RDONLY, "rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(most + 1), b""), 1):
                 if line.strip():
                     yield number, _row(line, f"{path}:{number}", most)

@@ -35,9 +35,9 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from llamafactory_adaptive import api
 
-    found: object = getattr(api, name)
-    globals()[name] = found
-    return found
+    value: object = getattr(api, name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -1,8 +1,8 @@
 """What can go wrong by the user's hand, and how it is said: one problem per wrong setting, all at once."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 
 _LONGEST = 2000  # characters of one part of a message
@@ -29,7 +29,7 @@ class Problem:
 
     def __str__(self) -> str:
         parts = map(_shortened, (self.key, repr(self.value), self.allowed, self.suggestion))
-        return "{}: {} is not possible: {}; try {}".format(*parts)
+        return "{}: {} is invalid: {}; try {}".format(*parts)
 
 
 class AdaptiveConfigError(AdaptiveError, ValueError):
@@ -44,6 +44,23 @@ class AdaptiveConfigError(AdaptiveError, ValueError):
             return str(self.problems[0])
         lines = "".join(f"\n  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
         return f"{len(self.problems)} problems in the configuration:{lines}"
+
+
+def refuse(key: str, value: Any, allowed: str, suggestion: str, cause: BaseException | None = None) -> NoReturn:
+    """Raise AdaptiveConfigError for one wrong setting; ``cause`` is the exception that told of it."""
+    raise AdaptiveConfigError([Problem(key, value, allowed, suggestion)]) from cause
+
+
+def refuse_all(*problems: Problem) -> None:
+    """Raise AdaptiveConfigError with all problems; do nothing where there are none."""
+    if problems:
+        raise AdaptiveConfigError(problems)
+
+
+def first_of(faults: Sequence[str], joint: str = "; ", most: int = 3) -> str:
+    """List the first faults, and how many more there are."""
+    more = f" (and {len(faults) - most} more)" if len(faults) > most else ""
+    return joint.join(faults[:most]) + more
 
 
 class InfeasibleBudgetError(AdaptiveError, ValueError):

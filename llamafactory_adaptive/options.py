@@ -102,7 +102,7 @@ def check_fields(owner: type, prefix: str, values: Mapping[str, Any]) -> tuple[d
             fault = _range_fault(result[entry.name], entry.metadata)
         except (ValueError, TypeError, OverflowError):
             kind = next(word for kind, word in _TYPE_WORDS.items() if kind is _plain_type(hints[entry.name]))
-            fault = ", ".join(part for part in (f"it must be {kind}", describe_allowed(entry.metadata)) if part)
+            fault = ", ".join(part for part in (f"must be {kind}", describe_allowed(entry.metadata)) if part)
         if fault:
             result[entry.name] = default
             problems.append(Problem(key, values[key], fault, _suggest(key, values[key], entry)))
@@ -123,7 +123,7 @@ def _range_fault(value: Any, rules: Mapping[str, Any]) -> str:
         or (high is not None and value is not None and value > high)
         or (rules.get("odd") and value % 2 == 0)
     )
-    return f"it must be {describe_allowed(rules)}" if bad else ""
+    return f"must be {describe_allowed(rules)}" if bad else ""
 
 
 def _suggest(key: str, value: Any, entry: "dataclasses.Field[Any]") -> str:

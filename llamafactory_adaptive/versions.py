@@ -6,10 +6,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
     """Look the versions of packages up; those that are not installed are left out."""
-    found = {}
+    versions = {}
     for name in packages:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -58,11 +58,11 @@ class PlannedLoraConfig(LoraConfig):  # type: ignore[misc]
 
 def live_layers(model: nn.Module) -> dict[str, tuple[LoraLayer, str]]:
     """Base-model module name to (LoRA layer, adapter name), whatever wraps the model (DDP, DeepSpeed, value head)."""
-    found = {}
+    layers = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and "default" in getattr(module, "lora_A", {}):
-            found[_base_name(name)] = (module, "default")
-    return found
+            layers[_base_name(name)] = (module, "default")
+    return layers
 
 
 def _base_name(name: str) -> str:

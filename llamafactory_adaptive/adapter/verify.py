@@ -17,7 +17,7 @@ from llamafactory_adaptive.adapter.lora import (
     live_layers,
 )
 from llamafactory_adaptive.engines.engine import full_shape
-from llamafactory_adaptive.errors import GuardError
+from llamafactory_adaptive.errors import GuardError, first_of
 from llamafactory_adaptive.files import read_mapping
 from llamafactory_adaptive.ranks.module_names import NamePattern
 from llamafactory_adaptive.ranks.plan import RankPlan
@@ -59,8 +59,7 @@ def _name_faults(names: Iterable[str], plan: RankPlan) -> list[str]:
 
 def _raise(faults: list[str], headline: str) -> None:
     if faults:
-        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-        raise GuardError(f"{headline}: " + "; ".join(faults[:3]) + more)
+        raise GuardError(f"{headline}: {first_of(faults)}")
 
 
 def check_saved(folder: Path, plan: RankPlan) -> int:
@@ -123,9 +122,9 @@ def _tensor_faults(path: Path, plan: RankPlan) -> tuple[list[str], int]:
     """Shapes and finiteness of the saved factors; also counts modules whose B is all zero."""
     faults, untrained = [], 0
     with safe_open(path, framework="pt") as file:
-        found = {_base_name(key).rpartition(".lora_")[0] for key in file.keys() if ".lora_" in key}  # noqa: SIM118
-        faults += _name_faults(found, plan)
-        for module in (module for module in plan.active if module.name in found):
+        adapted = {_base_name(key).rpartition(".lora_")[0] for key in file.keys() if ".lora_" in key}  # noqa: SIM118
+        faults += _name_faults(adapted, plan)
+        for module in (module for module in plan.active if module.name in adapted):
             stem = f"{TENSOR_PREFIX}{module.name}"
             a = file.get_tensor(f"{stem}.lora_A.weight")
             b = file.get_tensor(f"{stem}.lora_B.weight")

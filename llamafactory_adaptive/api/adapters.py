@@ -15,8 +15,7 @@ from llamafactory_adaptive.adapter.lora import (
     name_targets_in_full,
 )
 from llamafactory_adaptive.adapter.verify import check_live, check_saved
-from llamafactory_adaptive.api.settings import refuse
-from llamafactory_adaptive.errors import Problem
+from llamafactory_adaptive.errors import Problem, refuse, refuse_all
 from llamafactory_adaptive.ranks.plan import RankPlan, load_plan
 
 
@@ -40,7 +39,7 @@ def lora_config(plan: RankPlan | str | Path, task_type: str = "CAUSAL_LM", **set
     """
     decided = lora_config_arguments(_read(plan))
     known = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
-    refuse(*(_wrong_setting(key, value, decided, known) for key, value in settings.items()
+    refuse_all(*(_wrong_setting(key, value, decided, known) for key, value in settings.items()
              if key in decided or key not in known))  # fmt: skip
     return PlannedLoraConfig(task_type=task_type, **decided, **settings)
 
@@ -77,7 +76,7 @@ def attach_adapter(
         adapted = get_peft_model(model, config)
     except ValueError as error:  # none of the plan's modules is there
         reason = f"the plan does not fit it ({str(error).splitlines()[0][:200]})"
-        refuse(Problem("model", type(model).__name__, reason, "the base model that was scored"))
+        refuse("model", type(model).__name__, reason, "the base model that was scored")
     name_targets_in_full(adapted, plan)
     check_live(adapted, plan)
     return adapted

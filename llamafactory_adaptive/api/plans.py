@@ -4,9 +4,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from llamafactory_adaptive.api.scoring import ModuleScores
-from llamafactory_adaptive.api.settings import budget_settings, common_settings, refuse
+from llamafactory_adaptive.api.settings import budget_settings, common_settings
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
-from llamafactory_adaptive.errors import Problem
+from llamafactory_adaptive.errors import refuse, refuse_all
 from llamafactory_adaptive.planning.cache import PlanRequest
 from llamafactory_adaptive.planning.planner import allocate_plan
 from llamafactory_adaptive.ranks.plan import RankPlan
@@ -55,10 +55,10 @@ def plan_ranks(
     """
     if not isinstance(scores, ModuleScores):
         remedy = "scores=score_modules(model, batches)"
-        refuse(Problem("scores", type(scores).__name__, "they must come from score_modules", remedy))
+        refuse("scores", type(scores).__name__, "they must come from score_modules", remedy)
     common, faults = common_settings(scores.method, budget_unit=budget_unit, min_rank=min_rank, max_rank=max_rank)
     rank, alpha, high, more = budget_settings(scores.method, lora_rank, lora_alpha, common)
-    refuse(*faults, *more)
+    refuse_all(*faults, *more)
     facts: dict[str, Any] = dict(scores.facts)
     calibration = CalibrationConfig(None, facts["calibration_samples"], facts["calibration_batch_size"], scores.seed)
     config = AdaptiveConfig.of(common, scores.method, scores.options, (rank, alpha, high), calibration)

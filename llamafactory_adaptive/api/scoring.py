@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from llamafactory_adaptive.adapter.lora import keep_4bit_unpacked_on_cpu
-from llamafactory_adaptive.api.settings import chosen_method, provenance, python_words, refuse
+from llamafactory_adaptive.api.settings import chosen_method, provenance, python_words
 from llamafactory_adaptive.api.targets import find_targets
 from llamafactory_adaptive.calibration.batches import Batch, count_tokens, make_batches
 from llamafactory_adaptive.calibration.measurement import Forward
-from llamafactory_adaptive.errors import CalibrationError, Problem
+from llamafactory_adaptive.errors import CalibrationError, refuse
 from llamafactory_adaptive.files import digest_of
 from llamafactory_adaptive.methods import Scores, ScoringContext, get_method
 from llamafactory_adaptive.ranks.plan import ModuleShape
@@ -78,10 +78,10 @@ def calibration_batches(rows: Iterable[Mapping[str, Any]], batch_size: int = 8, 
         AdaptiveConfigError: no rows, rows without tokens, labels of another length, a batch size below 1.
     """
     if not isinstance(batch_size, int) or batch_size < 1:
-        refuse(Problem("batch_size", batch_size, "it must be a whole number of at least 1", "batch_size=8"))
+        refuse("batch_size", batch_size, "must be a whole number of at least 1", "batch_size=8")
     plain = [_tokens(number, row) for number, row in enumerate(rows)]
     if not plain:
-        refuse(Problem("rows", [], "there must be at least one row", "128 tokenised rows of the training data"))
+        refuse("rows", [], "there must be at least one row", "128 tokenised rows of the training data")
     return make_batches(plain, batch_size, pad_id or 0)
 
 
@@ -89,16 +89,16 @@ def _tokens(number: int, row: Mapping[str, Any]) -> dict[str, list[int]]:
     """Read one row, without the positions that its attention mask leaves out."""
     remedy = "rows such as {'input_ids': [1, 2, 3], 'labels': [-100, 2, 3]}"
     if "input_ids" not in row:
-        refuse(Problem(f"rows[{number}]", sorted(row), "it has no input_ids", remedy))
+        refuse(f"rows[{number}]", sorted(row), "it has no input_ids", remedy)
     ids = [int(token) for token in row["input_ids"]]
     labels = ids if row.get("labels") is None else [int(label) for label in row["labels"]]
     mask = [1] * len(ids) if row.get("attention_mask") is None else [int(flag) for flag in row["attention_mask"]]
     lengths = {"input_ids": len(ids), "labels": len(labels), "attention_mask": len(mask)}
     if len(set(lengths.values())) > 1:
-        refuse(Problem(f"rows[{number}]", lengths, "all must have one length", remedy))
+        refuse(f"rows[{number}]", lengths, "all must have one length", remedy)
     kept = [index for index, flag in enumerate(mask) if flag]
     if not kept:
-        refuse(Problem(f"rows[{number}]", lengths, "it holds no token", "leaving the row out"))
+        refuse(f"rows[{number}]", lengths, "it holds no token", "leaving the row out")
     return {"input_ids": [ids[index] for index in kept], "labels": [labels[index] for index in kept]}
 
 
@@ -161,7 +161,7 @@ def _check_batches(batches: Sequence[Batch]) -> None:
     wrong = [type(batch).__name__ for batch in batches if not isinstance(batch, Batch)]
     if wrong or not batches:
         reason = "these must be what calibration_batches returns"
-        refuse(Problem("batches", wrong[:1], reason, "batches=calibration_batches(rows, batch_size=8)"))
+        refuse("batches", wrong[:1], reason, "batches=calibration_batches(rows, batch_size=8)")
 
 
 def _facts(batches: Sequence[Batch], started: float) -> dict[str, Any]:

@@ -17,13 +17,12 @@ from llamafactory_adaptive.api.settings import (
     common_settings,
     in_python,
     provenance,
-    refuse,
 )
 from llamafactory_adaptive.api.targets import find_targets
 from llamafactory_adaptive.config.host_conflicts import check_conflicts, check_search_conflicts
 from llamafactory_adaptive.config.key_checks import check_kind, check_search
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
-from llamafactory_adaptive.errors import GuardError, PlanError, Problem
+from llamafactory_adaptive.errors import GuardError, PlanError, Problem, refuse, refuse_all
 from llamafactory_adaptive.files import PLAN_FILE
 from llamafactory_adaptive.launcher import launched_number
 from llamafactory_adaptive.methods import DynamicMethod
@@ -101,11 +100,11 @@ def rank_search(
     cls, values = chosen_method(method, options, dynamic=True)
     made = cls(cls.Options(**values))
     if made.sampling is not None:
-        refuse(Problem("sampling", True, "samples are chosen in runs of LLaMA-Factory alone", "sampling=False"))
+        refuse("sampling", True, "samples are chosen in runs of LLaMA-Factory alone", "sampling=False")
     common, faults = common_settings(method, **bounds, **pruning)
     rank, alpha, high, more = budget_settings(method, lora_rank, lora_alpha, common)
     search, idle = _search(method, made, common, pruning, rank, high, seed)
-    refuse(*faults, *more, *idle)
+    refuse_all(*faults, *more, *idle)
     config = AdaptiveConfig.of(
         common, method, values, (rank, alpha, high), CalibrationConfig(None, 0, 0, seed), search
     )
@@ -184,8 +183,8 @@ class RankSearch:
 
 def _checkpoint(asked: Any, output: str) -> Path | None:
     """Find what a Trainer resumes from: True means the newest checkpoint."""
-    found = get_last_checkpoint(output) if asked is True else asked
-    return Path(str(found)) if found else None
+    checkpoint = get_last_checkpoint(output) if asked is True else asked
+    return Path(str(checkpoint)) if checkpoint else None
 
 
 class _SearchCallback(DynamicCallback):
@@ -208,16 +207,16 @@ class _SearchCallback(DynamicCallback):
         """Refuse a Trainer that the search cannot go along with, before anything is changed."""
         method = self.start.method
         if self.trainer is not None:
-            refuse(Problem("trainer", type(trainer).__name__, "this search has a Trainer already", "rank_search anew"))
+            refuse("trainer", type(trainer).__name__, "this search has a Trainer already", "rank_search anew")
         if not any(part is self.model for part in peft_models(trainer.model)):
             given = type(trainer.model).__name__
-            refuse(Problem("model", given, "it is not the model of this search", "model=search.model"))
+            refuse("model", given, "it is not the model of this search", "model=search.model")
         flat = {**trainer.args.to_dict(), "fsdp": trainer.args.fsdp or None}
         faults = [*check_conflicts({"fsdp": flat["fsdp"]}), *check_search_conflicts(flat, self.method.strategy, False)]
         if trainer.args.n_gpu > 1:
             reason = "copies of the model in one process (DataParallel) hide its gradients"
             faults.append(Problem("n_gpu", trainer.args.n_gpu, reason, "torchrun, or CUDA_VISIBLE_DEVICES=0"))
-        refuse(*(in_python(fault, method) for fault in faults))
+        refuse_all(*(in_python(fault, method) for fault in faults))
         self.watch = DivergenceWatch(self.asked.max_nonfinite_steps, Path(trainer.args.output_dir))
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)

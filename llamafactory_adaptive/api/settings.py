@@ -12,7 +12,7 @@ from torch import nn
 
 from llamafactory_adaptive.config.arguments import AdaptiveArguments
 from llamafactory_adaptive.config.key_checks import check_budget
-from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.errors import Problem, refuse, refuse_all
 from llamafactory_adaptive.methods import get_method, is_dynamic, methods, nearest
 from llamafactory_adaptive.options import check_fields
 from llamafactory_adaptive.versions import installed_versions
@@ -42,16 +42,16 @@ def chosen_method(name: str, options: Mapping[str, Any], dynamic: bool) -> tuple
     """
     if name not in methods():
         known = [each for each in sorted(methods()) if is_dynamic(get_method(each)) == dynamic]
-        refuse(Problem("method", name, f"it must be one of {', '.join(known)}", f"method={nearest(str(name))!r}"))
+        refuse("method", name, f"must be one of {', '.join(known)}", f"method={nearest(str(name))!r}")
     cls = get_method(name)
     if is_dynamic(cls) != dynamic:
         reason, remedy = _OTHER_KIND[dynamic]
-        refuse(Problem("method", name, reason, remedy.format(name=name)))
+        refuse("method", name, reason, remedy.format(name=name))
     known = [entry.name for entry in dataclasses.fields(cls.Options)]
     unknown = [_unknown_option(name, key, value, known) for key, value in options.items() if key not in known]
     values, faults = check_fields(cls.Options, "", options)
-    refuse(*unknown, *(in_python(fault, name) for fault in faults))
-    refuse(*(in_python(fault, name) for fault in getattr(cls.Options(**values), "check", list)()))
+    refuse_all(*unknown, *(in_python(fault, name) for fault in faults))
+    refuse_all(*(in_python(fault, name) for fault in getattr(cls.Options(**values), "check", list)()))
     return cls, values
 
 
@@ -84,12 +84,6 @@ def budget_settings(
     """Check the budget against the bounds; returns ``lora_rank``, ``lora_alpha``, the largest rank, the problems."""
     rank, alpha, high, faults = check_budget({"lora_rank": lora_rank, "lora_alpha": lora_alpha}, common)
     return rank, alpha, high, [in_python(fault, method) for fault in faults]
-
-
-def refuse(*problems: Problem) -> None:
-    """Raise AdaptiveConfigError with all problems; do nothing where there are none."""
-    if problems:
-        raise AdaptiveConfigError(problems)
 
 
 def in_python(problem: Problem, method: str) -> Problem:

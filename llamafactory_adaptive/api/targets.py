@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from llamafactory_adaptive.api.settings import refuse
-from llamafactory_adaptive.errors import Problem
+from llamafactory_adaptive.errors import refuse
+from llamafactory_adaptive.ranks.module_names import module_type
 
 
 ALL_LINEAR = "all-linear"
@@ -27,23 +27,23 @@ def find_targets(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, nn.
     """
     if any(isinstance(module, LoraLayer) for module in model.modules()):
         remedy = "the base model, or model.merge_and_unload()"
-        refuse(Problem("model", type(model).__name__, "it has a LoRA adapter already", remedy))
+        refuse("model", type(model).__name__, "it has a LoRA adapter already", remedy)
     if wanted == ALL_LINEAR:
         return _all_linear(model)
     names = [wanted] if isinstance(wanted, str) else list(wanted)
     modules = dict(model.named_modules())
     matches = {name: [full for full in modules if _is_named(full, name)] for name in names}
-    known = sorted({full.rpartition(".")[2] for full in _all_linear(model)})
+    known = sorted({module_type(full) for full in _all_linear(model)})
     remedy = f"target_modules={ALL_LINEAR!r}, or some of {', '.join(known)}"
-    missing = [name for name, found in matches.items() if not found]
+    missing = [name for name in matches if not matches[name]]
     if missing or not names:
-        refuse(Problem("target_modules", wanted, f"no module is called {', '.join(missing)}", remedy))
-    found = {full for each in matches.values() for full in each}
-    for full in sorted(found):
+        refuse("target_modules", wanted, f"no module is called {', '.join(missing)}", remedy)
+    chosen = {full for each in matches.values() for full in each}
+    for full in sorted(chosen):
         if not isinstance(modules[full], nn.Linear):
             reason = f"{full} is a {type(modules[full]).__name__}, not a linear layer"
-            refuse(Problem("target_modules", wanted, reason, remedy))
-    return {full: module for full, module in modules.items() if full in found and isinstance(module, nn.Linear)}
+            refuse("target_modules", wanted, reason, remedy)
+    return {full: module for full, module in modules.items() if full in chosen and isinstance(module, nn.Linear)}
 
 
 def _is_named(full: str, name: str) -> bool:
@@ -57,10 +57,10 @@ def _all_linear(model: nn.Module) -> dict[str, nn.Linear]:
         AdaptiveConfigError: there is none.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    found = {
+    layers = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
     }
-    if not found:
+    if not layers:
         reason = "it has no nn.Linear to adapt (GPT-2's Conv1D layers are none)"
-        refuse(Problem("model", type(model).__name__, reason, "a Llama, Qwen or Mistral model"))
-    return found
+        refuse("model", type(model).__name__, reason, "a Llama, Qwen or Mistral model")
+    return layers

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from llamafactory_adaptive.config.arguments import AdaptiveArguments
 from llamafactory_adaptive.config.key_checks import unknown_key_problems
-from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.errors import refuse, refuse_all
 from llamafactory_adaptive.methods import get_method, methods
 from llamafactory_adaptive.options import coerce
 
@@ -80,7 +80,7 @@ def to_mapping(args: Mapping[str, Any] | list[str]) -> Args:
         names = [action.dest for action in parser._actions]
         stray = {word.lstrip("-").partition("=")[0]: word for word in unknown if word.startswith("--")}
         if stray and not is_env_enabled("ALLOW_EXTRA_ARGS"):
-            raise AdaptiveConfigError(unknown_key_problems(stray, names))
+            refuse_all(*unknown_key_problems(stray, names))
         settings = vars(given)
     else:
         settings = dict(args)
@@ -140,15 +140,15 @@ def check_config_file(path: Path) -> None:
     if path.suffix == ".json":  # the host's own reader of JSON fails on every file
         why, suggestion = "LLaMA-Factory reads settings as YAML", "a copy named .yaml: JSON is YAML, too"
     elif path.suffix not in (".yaml", ".yml"):
-        why, suggestion = "it must be a YAML file", "a name ending in .yaml"
+        why, suggestion = "must be a YAML file", "a name ending in .yaml"
     elif not os.path.isfile(path):
         why = "there is no such file"
     if why:
-        raise AdaptiveConfigError([Problem("config", str(path), why, suggestion)])
+        refuse("config", str(path), why, suggestion)
 
 
-def command_line_settings() -> Args:
-    """The settings of this process's command line, as the host reads them.
+def command_line_settings() -> Args | list[str]:
+    """Read the settings of this process's command line as the host does: a mapping, or the words themselves.
 
     Raises:
         AdaptiveConfigError: the file is missing or no YAML mapping.
@@ -159,12 +159,10 @@ def command_line_settings() -> Args:
     if path is not None and path.suffix in (".yaml", ".yml", ".json"):
         check_config_file(path)
     try:
-        settings = read_args()
+        settings: Args | list[str] = read_args()
     except Exception as error:  # omegaconf raises many kinds for text that is no YAML mapping
-        raise AdaptiveConfigError(
-            [Problem("config", str(path), f"it cannot be read ({error})", "a YAML file of `key: value` lines")]
-        ) from error
-    return to_mapping(settings)
+        refuse("config", str(path), f"it cannot be read ({error})", "a YAML file of `key: value` lines", cause=error)
+    return settings
 
 
 def split_names(value: Any) -> list[str]:

@@ -70,7 +70,7 @@ def _fingerprint(path: Path) -> Any:
 
 
 def _data_fingerprint(args: Args) -> Any:
-    """Identify what the calibration rows are drawn from, by the same choice that ``_single_process`` makes."""
+    """Identify what the calibration rows are drawn from, by the same choice that ``scoring_settings`` makes."""
     if uses_tokenized_folder(args):
         return _fingerprint(Path(args["tokenized_path"]))
     given = args.get("dataset_dir") or "data"

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import flag_parser, own_names, split_names
-from llamafactory_adaptive.bridge.measure_process import OTHER_PROCESS
-from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.errors import AdaptiveConfigError, Problem, refuse
 from llamafactory_adaptive.files import check_writable
 from llamafactory_adaptive.options import coerce
 
 
+# What processes of other kinds read: launched ones, resumed ones, those that report.
+OTHER_PROCESS = ("deepspeed", "fsdp", "fsdp_config", "resume_from_checkpoint", "report_to")
 # Closed ranges of the host's numbers. ``None``: no bound on that side.
 _RANGES: dict[str, tuple[float | None, float | None, str]] = {
     "learning_rate": (0.0, None, "1.0e-4"),
@@ -63,17 +64,17 @@ def _value_problem(key: str, value: Any, kind: Any, several: bool) -> list[Probl
     if value is None:
         needed = key in _RANGES and key not in ("data_seed", "max_samples", "save_total_limit", "neftune_noise_alpha",
                                                 "preprocessing_num_workers")  # fmt: skip
-        return [Problem(key, value, "it must be a number", suggestion)] if needed else []
+        return [Problem(key, value, "must be a number", suggestion)] if needed else []
     if kind not in (int, float) or (several and isinstance(value, list)):
         return []
     try:
         number = coerce(value, kind)
     except (ValueError, TypeError, OverflowError):
         words = "a whole number" if kind is int else "a finite number"
-        return [Problem(key, value, f"it must be {words}", suggestion)]
+        return [Problem(key, value, f"must be {words}", suggestion)]
     if (low is not None and number < low) or (high is not None and number > high):
         bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
-        return [Problem(key, value, f"it must be {bounds}", suggestion)]
+        return [Problem(key, value, f"must be {bounds}", suggestion)]
     return []
 
 
@@ -86,10 +87,10 @@ def _step_problems(args: Mapping[str, Any]) -> list[Problem]:
         return []  # told already
     problems = []
     if steps == 0 or steps < -1:
-        reason = "it must be at least 1, or -1 to train num_train_epochs"
+        reason = "must be at least 1, or -1 to train num_train_epochs"
         problems.append(Problem("max_steps", args["max_steps"], reason, "max_steps: 100"))
     if steps == -1 and epochs == 0:
-        problems.append(Problem("num_train_epochs", args["num_train_epochs"], "it must be above 0",
+        problems.append(Problem("num_train_epochs", args["num_train_epochs"], "must be above 0",
                                 "num_train_epochs: 3.0"))  # fmt: skip
     return problems
 
@@ -99,7 +100,7 @@ def _reporter_problems(args: Mapping[str, Any]) -> list[Problem]:
 
     known = {"all", "none", *_REPORTERS, *INTEGRATION_TO_CALLBACK}
     return [
-        Problem("report_to", name, f"it must be one of {', '.join(sorted(known))}", "report_to: none")
+        Problem("report_to", name, f"must be one of {', '.join(sorted(known))}", "report_to: none")
         for name in split_names(args.get("report_to"))
         if name not in known
     ] + [
@@ -127,8 +128,7 @@ def check_folder(key: str, folder: Path) -> None:
         AdaptiveConfigError: with the reason.
     """
     if why := check_writable(folder):
-        problem = Problem(key, str(folder), f"nothing can be written there ({why})", "a folder of your own")
-        raise AdaptiveConfigError([problem])
+        refuse(key, str(folder), f"nothing can be written there ({why})", "a folder of your own")
 
 
 def check_host_settings(args: Mapping[str, Any]) -> None:
@@ -168,8 +168,8 @@ def _quietly_without_devices() -> Iterator[None]:
 
     def device(arguments: Any) -> torch.device:
         arguments.distributed_state, arguments._n_gpu = None, 0
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return torch.device("cpu") if arguments.use_cpu or found is None else found
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return torch.device("cpu") if arguments.use_cpu or accelerator is None else accelerator
 
     original = TrainingArguments.__dict__["_setup_devices"]
     TrainingArguments._setup_devices = property(device)

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.bridge import fingerprint, measure_process, target_shapes
-from llamafactory_adaptive.bridge.arguments import Args, our_keys, split_names
+from llamafactory_adaptive.bridge.arguments import our_keys, split_names
+from llamafactory_adaptive.bridge.checked_run import CheckedRun
+from llamafactory_adaptive.bridge.scoring_job import ScoringJob
 from llamafactory_adaptive.calibration.measurement import Measurement
-from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
+from llamafactory_adaptive.errors import PlanError, refuse
 from llamafactory_adaptive.ranks.plan import ModuleShape
 from llamafactory_adaptive.training.checkpoint_files import damage, is_sealed
 
@@ -16,30 +18,29 @@ from llamafactory_adaptive.training.checkpoint_files import damage, is_sealed
 _LONGEST_SCORING = 6 * 3600.0  # ddp_timeout is often set to years
 
 
-def longest_scoring(args: Args) -> float:
+def longest_scoring(run: CheckedRun) -> float:
     """Seconds that the processes of a job wait for one another's plan."""
-    return min(float(args.get("ddp_timeout") or 1800), _LONGEST_SCORING)
+    return min(float(run.args.get("ddp_timeout") or 1800), _LONGEST_SCORING)
 
 
 class LlamaFactoryRun:
-    """One run by its flat settings.
+    """One run, by its settings.
 
     Args:
-        args: of the host.
+        run: its settings.
         checkpoint: the one it resumes from.
 
     Raises:
         AdaptiveError: the host could not load that checkpoint, or the adapter to go on with is damaged.
     """
 
-    def __init__(self, args: Args, checkpoint: Path | None = None) -> None:
-        self.args, self.checkpoint = args, checkpoint
+    def __init__(self, run: CheckedRun, checkpoint: Path | None = None) -> None:
+        self.run, self.checkpoint, args = run, checkpoint, run.args
         going_on = [] if args.get("create_new_adapter") else split_names(args.get("adapter_name_or_path"))
         self.adapter = Path(going_on[-1]) if going_on else None
         if checkpoint is not None and args.get("stage") == "rm" and not args.get("deepspeed"):
             reason = "without DeepSpeed the Trainer cannot load the value-head checkpoints that LLaMA-Factory writes"
-            problem = Problem("resume_from_checkpoint", str(checkpoint), reason, "overwrite_output_dir: true")
-            raise AdaptiveConfigError([problem])
+            refuse("resume_from_checkpoint", str(checkpoint), reason, "overwrite_output_dir: true")
         adapter = self.adapter
         if checkpoint is None and adapter and is_sealed(adapter) and (fault := damage(adapter)):
             raise PlanError(f"{adapter} is damaged: {fault}; go on from another checkpoint or adapter")
@@ -47,28 +48,29 @@ class LlamaFactoryRun:
     @cached_property
     def shapes(self) -> list[ModuleShape]:
         """Target modules, from the model on the meta device."""
-        return target_shapes.target_shapes(self.args)
+        return target_shapes.target_shapes(self.run.args)
 
     @cached_property
     def identity(self) -> Mapping[str, Any]:
         """Everything that determines the statistics."""
-        return fingerprint.identity(self.args)
+        return fingerprint.identity(self.run.args)
 
     @cached_property
     def provenance(self) -> Mapping[str, Any]:
         """What a reader of the plan wants to know."""
-        return fingerprint.provenance(self.args)
+        return fingerprint.provenance(self.run.args)
 
     @property
     def given_keys(self) -> Collection[str]:
         """Adaptive settings that the user wrote."""
-        return our_keys(self.args)
+        return our_keys(self.run.args)
 
     @property
     def longest_scoring(self) -> float:
         """Seconds that the processes of a job wait for one another's plan."""
-        return longest_scoring(self.args)
+        return longest_scoring(self.run)
 
     def measure(self, measurement: Measurement, path: Path) -> None:
         """Measure in a process of its own."""
-        measure_process.measure_in_own_process(self.args, measurement, path)
+        job = ScoringJob.of(self.run, [shape.name for shape in self.shapes], measurement, path)
+        measure_process.measure_in_own_process(job)

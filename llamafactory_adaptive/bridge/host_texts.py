@@ -46,7 +46,7 @@ def text_problems(args: Mapping[str, Any]) -> list[Problem]:
         if value is None:
             continue
         if not _fits(value, others):
-            allowed = "it must be " + " or ".join(["a text", *(_WORDS[kind] for kind in others)])
+            allowed = "must be " + " or ".join(["a text", *(_WORDS[kind] for kind in others)])
             quoted = isinstance(value, (int, float)) and not isinstance(value, bool)
             problems.append(Problem(key, value, allowed, f'{key}: "{value}"' if quoted else f'{key}: "<text>"'))
         elif key in _PATHS and isinstance(value, str) and not is_inline(value) and (why := impossible_path(value)):

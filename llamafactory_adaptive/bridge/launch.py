@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings
-from llamafactory_adaptive.bridge.host_check import check_host_settings, check_output
+from llamafactory_adaptive.bridge.checked_run import CheckedRun, checked_run, launched_run
 from llamafactory_adaptive.bridge.resuming import checkpoint_to_resume, refuse_finished_run
 from llamafactory_adaptive.bridge.training_run import no_accelerator
-from llamafactory_adaptive.bridge.validation import parse_config
 from llamafactory_adaptive.errors import (
     AdaptiveConfigError,
     AdaptiveError,
@@ -40,11 +39,13 @@ def with_clean_exit(run_exp: Callable[..., None]) -> Callable[..., None]:
             return run_exp(args, callbacks)
         from llamafactory.hparams import read_args
 
+        launched = launched_run.get()
+        given = read_args() if launched is None else launched.given
         try:
-            run_exp(None, callbacks)
+            run_exp(given, callbacks)
         except AdaptiveError as error:
             exit_with(error)
-        if is_worker() and no_accelerator() and asks_for_adaptive(read_args()):
+        if is_worker() and no_accelerator() and asks_for_adaptive(given):
             _leave_without_finalizing()
 
     return run
@@ -81,43 +82,46 @@ def checked_launch(original: Callable[[], None], require_seams: Callable[[], Non
         if len(sys.argv) < 3 or sys.argv[1] != "train" or {"-h", "--help"} & set(sys.argv):
             return original()
         try:
-            adaptive = prepare_launch(sys.argv[2:], require_seams)
+            checked = prepare_launch(sys.argv[2:], require_seams)
         except AdaptiveError as error:
             exit_with(error)
         except KeyboardInterrupt:
             print("\nllamafactory-adaptive: interrupted before training began", file=sys.stderr)
             raise SystemExit(130) from None
+        token = launched_run.set(checked)
         try:
             return original()
         except subprocess.CalledProcessError as error:
-            if not adaptive:
+            if checked is None:
                 raise
             raise SystemExit(error.returncode) from error  # the workers have said why
+        finally:
+            launched_run.reset(token)
 
     return launch
 
 
-def prepare_launch(words: list[str], require_seams: Callable[[], None]) -> bool:
-    """Validate ``X.yaml key=value ...`` if it asks for adaptive; returns whether it does.
+def prepare_launch(words: list[str], require_seams: Callable[[], None]) -> CheckedRun | None:
+    """Validate ``X.yaml key=value ...`` if it asks for adaptive; None where it does not, and the host reads it anew.
 
     Where torchrun is about to start, the plan is made here, alone on the machine: what a user can mend ends in one
-    message and exit code 2, and the workers find the plan in the cache.
+    message and exit code 2, and the workers find the plan in the cache. They are processes of their own, to which
+    torchrun gives nothing but the command line: each of them reads the settings once.
     """
     saved, sys.argv = sys.argv, [sys.argv[0], *words]
     try:
         if not _mentions_adaptive(words):
-            return False
-        args = command_line_settings()
+            return None
+        given = command_line_settings()
     finally:
         sys.argv = saved
-    if not asks_for_adaptive(args):
-        return False
+    if not asks_for_adaptive(given):
+        return None
     require_seams()
     tell(f"checking {words[0]} before anything is loaded")
-    config = parse_config(args)
-    check_output(args)
-    check_host_settings(args)
-    tell(intention(config))
+    checked = checked_run(given, host_too=True)
+    args = checked.args
+    tell(intention(checked.config))
     if args.get("do_train") and _starts_torchrun():
         from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun
         from llamafactory_adaptive.bridge.plans import held
@@ -126,8 +130,8 @@ def prepare_launch(words: list[str], require_seams: Callable[[], None]) -> bool:
         with held(Path(str(args["output_dir"]))) if os.environ.get("NODE_RANK", "0") == "0" else nullcontext():
             checkpoint = checkpoint_to_resume(args)
             refuse_finished_run(args, checkpoint)
-            obtain_plan(config, LlamaFactoryRun(args, checkpoint))
-    return True
+            obtain_plan(checked.config, LlamaFactoryRun(checked, checkpoint))
+    return checked
 
 
 def _starts_torchrun() -> bool:

@@ -1,6 +1,5 @@
 """Measurements in a process of their own: the host's model and training rows, loaded there and nowhere else."""
 
-import json
 import os
 import random
 import signal
@@ -8,17 +7,15 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from llamafactory_adaptive.bridge.arguments import Args, our_keys, split_names
+from llamafactory_adaptive.bridge.arguments import Args, split_names
 from llamafactory_adaptive.bridge.child import run_child
-from llamafactory_adaptive.bridge.target_shapes import calibration_names, target_shapes, uses_tokenized_folder
-from llamafactory_adaptive.calibration.batches import count_tokens, make_batches
-from llamafactory_adaptive.calibration.measurement import Measurement
+from llamafactory_adaptive.bridge.scoring_job import ScoringJob
+from llamafactory_adaptive.calibration.batches import count_tokens, holds_media, make_batches
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.files import digest_of, read_mapping, replacing
@@ -33,13 +30,8 @@ _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "
                        "FORCE_TORCHRUN", "USE_RAY", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # fmt: skip
 
 
-def measure_in_own_process(args: Args, measurement: Measurement, path: Path) -> None:
+def measure_in_own_process(job: ScoringJob) -> None:
     """Run a measurement in a fresh single process, which leaves no memory, random state or process group behind.
-
-    Args:
-        args: the run's settings; they reach the process through a pipe, since they may hold tokens of a hub.
-        measurement: what is measured.
-        path: of the statistics, in an empty folder, which is removed if this process is killed.
 
     Raises:
         CalibrationError: with the child's own message, or its last words when it crashed.
@@ -52,17 +44,15 @@ def measure_in_own_process(args: Args, measurement: Measurement, path: Path) -> 
     # One GPU: several visible ones without a launcher make the host refuse to start.
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0] if visible is not None else "0"
-    assert not any(path.parent.iterdir())
-    job = json.dumps({"args": args, "measurement": measurement.key, "path": str(path)}, default=str)
-    answer = path.with_name("answer.json")
+    assert not any(job.path.parent.iterdir())
+    answer = job.path.with_name("answer.json")
     command = [sys.executable, "-m", "llamafactory_adaptive.cli", "measure", str(answer)]
-    names = ", ".join(calibration_names(args)) or "the training data"
     tell(
-        f"scoring {args['model_name_or_path']} on rows of {names} in a process of its own; it loads the model once, "
-        "then takes about as long as a forward pass over them"
+        f"scoring {job.settings['model_name_or_path']} on rows of {_rows_of(job.settings)} in a process of its own; "
+        "it loads the model once, then takes about as long as a forward pass over them"
     )
     log = cache_folder() / "logs" / f"scoring-{os.getpid()}.log"
-    code, said = run_child(command, environment, log, job)
+    code, said = run_child(command, environment, log, job.to_json())
     message = read_mapping(answer, "the scoring process's answer")["error"] if answer.exists() else None
     if code == 0:
         log.unlink(missing_ok=True)
@@ -70,6 +60,11 @@ def measure_in_own_process(args: Args, measurement: Measurement, path: Path) -> 
         raise CalibrationError(f"{message} (the scoring process's whole log: {log})")
     else:
         raise CalibrationError(f"{_last_words(code, said)} (the whole log: {log})")
+
+
+def _rows_of(settings: Args) -> str:
+    """Name the data sets that rows are drawn from."""
+    return ", ".join(split_names(settings["dataset"])) or "the training data"
 
 
 def _last_words(code: int, said: str) -> str:
@@ -88,24 +83,23 @@ _LESS_MEMORY = (
 )
 
 
-def run_measurement_job(job: Mapping[str, Any], config: AdaptiveConfig) -> None:
-    """Body of the measuring process: load, measure, write the statistics atomically."""
+def run_measurement_job(job: ScoringJob) -> None:
+    """Load, measure, write the statistics atomically: the body of the measuring process."""
     import torch
     from safetensors.torch import save_file
 
     from llamafactory_adaptive.adapter.lora import keep_4bit_unpacked_on_cpu
 
-    args, path = job["args"], Path(job["path"])
+    config = job.config
     measurement = make_method(config).measurement()
     assert measurement is not None
-    assert measurement.key == job["measurement"]
-    shapes = target_shapes(args)
-    model, rows, pad_id = _load(args, config)
+    assert measurement.key == job.measurement
+    model, rows, pad_id = _load(job.settings, config)
     keep_4bit_unpacked_on_cpu(model)
     device = next(model.parameters()).device
     batches = [batch.to(device) for batch in make_batches(rows, config.calibration.batch_size, pad_id)]
     started = time.perf_counter()
-    modules = {shape.name: model.get_submodule(shape.name) for shape in shapes}
+    modules = {name: model.get_submodule(name) for name in job.modules}
     try:
         tensors = measurement(model, modules, batches)
     except torch.OutOfMemoryError as error:
@@ -119,11 +113,11 @@ def run_measurement_job(job: Mapping[str, Any], config: AdaptiveConfig) -> None:
         "samples": str(len(rows)),
         "rows_sha256": digest_of([list(row["input_ids"]) for row in rows]),
     }
-    with replacing(path) as temporary:
+    with replacing(job.path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=facts)
 
 
-def _load(args: Args, config: AdaptiveConfig) -> tuple[Any, list[dict[str, list[int]]], int]:
+def _load(settings: Args, config: AdaptiveConfig) -> tuple[Any, list[dict[str, list[int]]], int]:
     """Model ready for inference, calibration rows, padding id: as the host would load them for this run."""
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
@@ -131,16 +125,18 @@ def _load(args: Args, config: AdaptiveConfig) -> tuple[Any, list[dict[str, list[
 
     with tempfile.TemporaryDirectory(prefix="adaptive-") as scratch:
         with _told("the settings cannot be used for scoring"):
-            model_args, data_args, training_args, finetuning_args, _ = get_train_args(_single_process(args, scratch))
-        with _told(f"the tokenizer of {args['model_name_or_path']} cannot be loaded"):
+            model_args, data_args, training_args, finetuning_args, _ = get_train_args(
+                {**settings, "output_dir": scratch}
+            )
+        with _told(f"the tokenizer of {settings['model_name_or_path']} cannot be loaded"):
             modules = load_tokenizer(model_args)
         tokenizer = modules["tokenizer"]
         stage = "rm" if finetuning_args.stage == "dpo" else finetuning_args.stage
-        with _told(f"the data set {', '.join(calibration_names(args))} cannot be read for scoring"):
+        with _told(f"the data set {_rows_of(settings)} cannot be read for scoring"):
             template = get_template_and_fix_tokenizer(tokenizer, data_args)
             data = get_dataset(template, model_args, data_args, training_args, stage=stage, **modules)
             rows = _draw_rows(data["train_dataset"], config, data_args.streaming)
-        with _told(f"the model {args['model_name_or_path']} cannot be loaded for scoring"):
+        with _told(f"the model {settings['model_name_or_path']} cannot be loaded for scoring"):
             model = load_model(tokenizer, model_args, finetuning_args, is_trainable=False)
     return model, rows, tokenizer.pad_token_id or 0
 
@@ -164,36 +160,6 @@ def _told(what: str) -> Iterator[None]:
         raise CalibrationError(f"{what} ({cause})") from error
 
 
-OTHER_PROCESS = ("deepspeed", "fsdp", "fsdp_config", "resume_from_checkpoint", "report_to")
-_TRAINING_ONLY = (*OTHER_PROCESS, "eval_dataset", "eval_strategy",
-                  "load_best_model_at_end", "metric_for_best_model", "push_to_hub", "do_eval", "do_predict",
-                  "predict_with_generate", "early_stopping_steps", "overwrite_output_dir", "ref_model",
-                  "ref_model_adapters", "use_swanlab", "plot_loss", "save_on_each_node", "eval_steps")  # fmt: skip
-
-
-def _single_process(args: Args, scratch: str) -> Args:
-    """The run's settings, reduced to loading the base model and the training split in one process."""
-    dropped = {*_TRAINING_ONLY, *our_keys(args)}
-    kept = {key: value for key, value in args.items() if key not in dropped}
-    if not args.get("create_new_adapter"):
-        kept.pop("adapter_name_or_path", None)
-    kept["dataset"] = ",".join(calibration_names(args)) or None
-    if set(calibration_names(args)) != set(split_names(args.get("dataset"))):
-        for key in ("interleave_probs", "mix_strategy", "val_size"):  # they speak of the training set
-            kept.pop(key, None)
-    if not uses_tokenized_folder(args):
-        kept.pop("tokenized_path", None)  # the host would write it, without the run's evaluation set
-    # Rows are scored one by one: packing would add padding that counts, and attention across rows.
-    forced = {
-        "finetuning_type": "lora",
-        "do_train": True,
-        "report_to": "none",
-        "packing": False,
-        "neat_packing": False,
-    }
-    return kept | forced | {"output_dir": scratch}
-
-
 def _draw_rows(dataset: Any, config: AdaptiveConfig, streaming: bool) -> list[dict[str, list[int]]]:
     """A seeded draw of calibration rows as token ids and labels, whatever the stage calls them."""
     seed, wanted = config.calibration.seed, config.calibration.samples
@@ -204,7 +170,7 @@ def _draw_rows(dataset: Any, config: AdaptiveConfig, streaming: bool) -> list[di
         picked = (dataset[index] for index in sorted(indices))
     rows = []
     for sample in picked:
-        if any(sample.get(key) for key in ("images", "videos", "audios")):
+        if holds_media(sample):
             raise CalibrationError(
                 "calibration rows hold images, video or audio; set adaptive_calibration_dataset to a text dataset"
             )

@@ -5,9 +5,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from llamafactory_adaptive.bridge.arguments import Args
+from llamafactory_adaptive.bridge.checked_run import CheckedRun
 from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun, longest_scoring
-from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.engines.distributed import from_main, gather, refuse_differences
 from llamafactory_adaptive.files import digest_of
 from llamafactory_adaptive.folder_lock import locked
@@ -27,7 +26,7 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
-def agreed_plan(args: Args, config: AdaptiveConfig, checkpoint: Path | None) -> PlanSource:
+def agreed_plan(run: CheckedRun, checkpoint: Path | None) -> PlanSource:
     """Obtain the plan of a run, once it is known that every process of the job has the same.
 
     Raises:
@@ -36,11 +35,11 @@ def agreed_plan(args: Args, config: AdaptiveConfig, checkpoint: Path | None) -> 
     obtained: list[PlanSource] = []
 
     def work() -> tuple[str, str]:
-        obtained.append(obtain_plan(config, LlamaFactoryRun(args, checkpoint)))
-        asked = {key: value for key, value in asdict(config).items() if key != "plan_path"}
+        obtained.append(obtain_plan(run.config, LlamaFactoryRun(run, checkpoint)))
+        asked = {key: value for key, value in asdict(run.config).items() if key != "plan_path"}
         return obtained[0].plan.digest(), digest_of(asked)
 
-    everyone = gather("the start of training with its rank plan", work, longest_scoring(args))
+    everyone = gather("the start of training with its rank plan", work, longest_scoring(run))
     refuse_differences([plan for plan, _ in everyone], PLANS_DIFFER)
     refuse_differences([asked for _, asked in everyone], "were given other adaptive settings than rank 0")
     return obtained[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import Args, split_names
 from llamafactory_adaptive.config.deepspeed_settings import zero_optimization
-from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
+from llamafactory_adaptive.errors import PlanError, refuse
 from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, STATE_JSON
 from llamafactory_adaptive.launcher import launched_number, launched_processes, local_rank
 from llamafactory_adaptive.training.checkpoint_files import check_layout, damage, is_sealed
@@ -45,7 +45,7 @@ def _choose(args: Args) -> Path | None:
         chosen = _newest_whole(output) if ours else last
         if wanted is True and last is None:
             reason = f"there is no checkpoint in {output}"
-            raise AdaptiveConfigError([Problem("resume_from_checkpoint", True, reason, "leaving it out")])
+            refuse("resume_from_checkpoint", True, reason, "leaving it out")
     if chosen is not None:
         if not is_sealed(chosen) and (chosen / PLAN_FILE).is_file():
             logger.warning(f"{chosen} has no digests: its files are there and readable, more is not known of them")
@@ -57,10 +57,7 @@ def _choose(args: Args) -> Path | None:
 def _given(wanted: Path, output: Path) -> Path:
     """The checkpoint that the settings name."""
     if not wanted.is_dir():
-        problem = Problem(
-            "resume_from_checkpoint", str(wanted), "there is no such folder", f"{output}/checkpoint-<step>"
-        )
-        raise AdaptiveConfigError([problem])
+        refuse("resume_from_checkpoint", str(wanted), "there is no such folder", f"{output}/checkpoint-<step>")
     if (wanted / PLAN_FILE).is_file() and (fault := damage(wanted)):
         raise PlanError(f"{wanted} is damaged or was not written to its end: {fault}; resume from another checkpoint")
     return wanted
@@ -137,8 +134,7 @@ def refuse_ranks_in_plain_run(args: Args) -> None:
     if checkpoint is not None and (checkpoint / STATE_JSON).is_file():
         kind = args.get("finetuning_type", "lora")
         reason = f"{checkpoint} is of a run that finds its ranks, and would be resumed from"
-        problem = Problem("finetuning_type", kind, reason, "finetuning_type: adaptive, or another output_dir")
-        raise AdaptiveConfigError([problem])
+        refuse("finetuning_type", kind, reason, "finetuning_type: adaptive, or another output_dir")
 
 
 def refuse_finished_run(args: Args, checkpoint: Path | None) -> None:
@@ -153,8 +149,7 @@ def refuse_finished_run(args: Args, checkpoint: Path | None) -> None:
     if args.get("resume_from_checkpoint") is not None or args.get("overwrite_output_dir"):
         return
     if any((output / name).is_file() for name in CHECKPOINT_NAMES) and checkpoint is None:
-        problem = Problem("output_dir", str(output), "it holds a finished run", "overwrite_output_dir: true")
-        raise AdaptiveConfigError([problem])
+        refuse("output_dir", str(output), "it holds a finished run", "overwrite_output_dir: true")
 
 
 def named_paths(args: Args) -> list[Path]:

@@ -91,9 +91,9 @@ SEAMS = (
     Seam("llamafactory.hparams.parser", "_TRAIN_ARGS", _argument_list_fits, _with_adaptive_arguments),
     Seam("llamafactory.hparams.parser", "_INFER_ARGS", _argument_list_fits, _with_adaptive_arguments),
     Seam("llamafactory.hparams.parser", "_EVAL_ARGS", _argument_list_fits, _with_adaptive_arguments),
-    Seam("llamafactory.model.adapter", "LoraConfig", lambda found: found.__name__ == "LoraConfig", _lora_config),
+    Seam("llamafactory.model.adapter", "LoraConfig", lambda cls: cls.__name__ == "LoraConfig", _lora_config),
     *(
-        Seam(f"llamafactory.train.{stage}.trainer", name, lambda found: isinstance(found, type), _trainer)
+        Seam(f"llamafactory.train.{stage}.trainer", name, lambda cls: isinstance(cls, type), _trainer)
         for stage, name in _TRAINERS.items()
     ),
     Seam("llamafactory.train.tuner", "_training_function", callable, _training_function),
@@ -116,9 +116,9 @@ def apply_seams(module: ModuleType) -> None:
     patched = {}
     for seam in seams:
         try:
-            found = getattr(module, seam.attribute)
-            if seam.fits(found):
-                patched[seam] = seam.patch(found)
+            attribute = getattr(module, seam.attribute)
+            if seam.fits(attribute):
+                patched[seam] = seam.patch(attribute)
             else:
                 _misfits[seam.target] = "looks different"
         except AttributeError:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import Args, split_names
-from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
+from llamafactory_adaptive.errors import PlanError, refuse
 from llamafactory_adaptive.files import read_json, read_mapping
 from llamafactory_adaptive.launcher import local_rank
+from llamafactory_adaptive.ranks.module_names import module_type
 from llamafactory_adaptive.ranks.plan import ModuleShape
 
 
@@ -36,30 +37,22 @@ def target_shapes(args: Args) -> list[ModuleShape]:
         if check_target_module_exists(matcher, name) is not True:
             continue
         if not isinstance(module, torch.nn.Linear):
-            raise AdaptiveConfigError(
-                [
-                    Problem(
-                        "lora_target",
-                        ",".join(targets),
-                        f"{name} is a {type(module).__name__}, not a linear layer",
-                        "lora_target: all (and additional_target for embeddings)",
-                    )
-                ]
+            refuse(
+                "lora_target",
+                ",".join(targets),
+                f"{name} is a {type(module).__name__}, not a linear layer",
+                "lora_target: all (and additional_target for embeddings)",
             )
         shapes.append(ModuleShape(name, module.in_features, module.out_features))
     _tell_of_fused_experts(model)
     if not shapes:
         _refuse_conv1d(model)
-        names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-        raise AdaptiveConfigError(
-            [
-                Problem(
-                    "lora_target",
-                    ",".join(targets),
-                    "no module of the model has such a name",
-                    "lora_target: all, or some of " + ",".join(names),
-                )
-            ]
+        names = sorted({module_type(n) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        refuse(
+            "lora_target",
+            ",".join(targets),
+            "no module of the model has such a name",
+            "lora_target: all, or some of " + ",".join(names),
         )
     return shapes
 
@@ -86,9 +79,7 @@ def _refuse_conv1d(model: Any) -> None:
     """
     if any(type(module).__name__ == "Conv1D" for module in model.modules()):
         reason = "the layers of this model are of type Conv1D, and ranks are planned for nn.Linear alone"
-        raise AdaptiveConfigError(
-            [Problem("model_name_or_path", type(model).__name__, reason, "finetuning_type: lora")]
-        )
+        refuse("model_name_or_path", type(model).__name__, reason, "finetuning_type: lora")
 
 
 def estimated_steps(args: Args) -> int | None:
@@ -162,9 +153,13 @@ def _skeleton(args: Args) -> tuple[Any, list[str], Any]:
         with _quiet():
             config = load_config(model_args)
     except (OSError, ValueError) as error:
-        problem = Problem("model_name_or_path", args["model_name_or_path"], f"its config cannot be loaded ({error})",
-                          "a folder with a config.json, or a hub name")  # fmt: skip
-        raise AdaptiveConfigError([problem]) from error
+        refuse(
+            "model_name_or_path",
+            args["model_name_or_path"],
+            f"its config cannot be loaded ({error})",
+            "a folder with a config.json, or a hub name",
+            cause=error,
+        )
     image_text = transformers.AutoModelForImageTextToText
     loader = image_text if type(config) in image_text._model_mapping else transformers.AutoModelForCausalLM
     with torch.device("meta"), _quiet():

@@ -9,8 +9,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from llamafactory_adaptive.bridge.arguments import Args, asks_for_adaptive, our_keys, run_seed, to_mapping
-from llamafactory_adaptive.bridge.host_check import check_host_settings, check_output
+from llamafactory_adaptive.bridge.arguments import Args, asks_for_adaptive, our_keys, run_seed
+from llamafactory_adaptive.bridge.checked_run import CheckedRun, checked_run
 from llamafactory_adaptive.bridge.resuming import (
     checkpoint_to_resume,
     layout,
@@ -19,9 +19,8 @@ from llamafactory_adaptive.bridge.resuming import (
     refuse_ranks_in_plain_run,
     what_the_host_resumes,
 )
-from llamafactory_adaptive.bridge.validation import parse_config
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
-from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.errors import refuse
 from llamafactory_adaptive.launcher import is_worker, launched_number, local_rank
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.training.current_run import current_run
@@ -63,23 +62,19 @@ def adaptive_training_function(
         from llamafactory_adaptive.bridge.plans import held
 
         require_seams()
-        args = to_mapping(raw)
-        adaptive = parse_config(args)
-        if not is_worker():  # workers of a launcher, which has done so, must not meet devices yet
-            check_output(args)
-            check_host_settings(args)
-        if not args.get("do_train"):
+        # Workers of a launcher, which has looked at what is the host's, must not meet devices yet.
+        checked = checked_run(raw, host_too=not is_worker())
+        if not checked.args.get("do_train"):
             if local_rank() == 0:
                 logger.warning("do_train is not set, so no ranks are planned and nothing is trained")
             return original(config)  # evaluation of an existing adapter: nothing to allocate
-        with held(Path(str(args["output_dir"]))):
-            return _train(original, config, args, adaptive)
+        with held(Path(str(checked.args["output_dir"]))):
+            return _train(original, config, checked)
 
     return run
 
 
-def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], args: Args, adaptive: AdaptiveConfig
-           ) -> None:  # fmt: skip
+def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], checked: CheckedRun) -> None:
     from llamafactory_adaptive.bridge.plans import agreed_plan
     from llamafactory_adaptive.engines.operator_locks import bounded_waits
     from llamafactory_adaptive.engines.zero import init_deepspeed_on_cpu
@@ -87,11 +82,11 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], a
     from llamafactory_adaptive.training.callback import finish
     from llamafactory_adaptive.training.divergence import DivergenceWatch
 
-    started = time.perf_counter()
+    args, adaptive, started = checked.args, checked.config, time.perf_counter()
     _refuse_deepspeed_alone(args)
     checkpoint = checkpoint_to_resume(args)
     refuse_finished_run(args, checkpoint)
-    source = agreed_plan(args, adaptive, checkpoint)
+    source = agreed_plan(checked, checkpoint)
     host_args = what_the_host_resumes(args, checkpoint)
     if checkpoint is None:
         _begin_afresh(args)
@@ -119,7 +114,7 @@ def _refuse_deepspeed_alone(args: Args) -> None:
     asked = [("deepspeed", given)] if (given := args.get("deepspeed")) else []
     asked += [("ACCELERATE_USE_DEEPSPEED", by_accelerate)] if by_accelerate == "true" else []
     if asked and not is_worker():
-        raise AdaptiveConfigError([Problem(*asked[0], "DeepSpeed runs under torchrun", "FORCE_TORCHRUN=1")])
+        refuse(*asked[0], "DeepSpeed runs under torchrun", "FORCE_TORCHRUN=1")
 
 
 def _begin_afresh(args: Args) -> None:
@@ -169,9 +164,7 @@ def _refuse_stray_keys(raw: Mapping[str, Any] | list[str]) -> None:
     stray = our_keys(raw)
     if stray:
         kind = raw.get("finetuning_type", "lora") if isinstance(raw, Mapping) else "lora"
-        raise AdaptiveConfigError(
-            [Problem("finetuning_type", kind, f"{', '.join(stray)} would have no effect", "finetuning_type: adaptive")]
-        )
+        refuse("finetuning_type", kind, f"{', '.join(stray)} would have no effect", "finetuning_type: adaptive")
 
 
 def no_accelerator() -> bool:

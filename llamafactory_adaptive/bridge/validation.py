@@ -28,7 +28,7 @@ from llamafactory_adaptive.config.key_checks import (
     unknown_key_problems,
 )
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
-from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
+from llamafactory_adaptive.errors import PlanError, Problem, refuse_all
 from llamafactory_adaptive.files import read_mapping
 from llamafactory_adaptive.methods import get_method, is_dynamic, methods, nearest
 from llamafactory_adaptive.options import check_fields
@@ -53,7 +53,7 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
             Problem(
                 "adaptive_method",
                 name,
-                f"it must be one of {', '.join(sorted(methods()))}",
+                f"must be one of {', '.join(sorted(methods()))}",
                 f"adaptive_method: {nearest(name)}",
             )
         )
@@ -71,8 +71,7 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
     problems += [problem for problem in _missing_files(args, common) if problem.key not in told]
     told = {problem.key for problem in problems}
     problems += [problem for problem in host_value_problems(args) if problem.key not in told]
-    if problems:
-        raise AdaptiveConfigError(problems)
+    refuse_all(*problems)
     seed = common["adaptive_calibration_seed"]
     calibration = CalibrationConfig(
         dataset=common["adaptive_calibration_dataset"],
@@ -122,7 +121,7 @@ def _wrong_choices(args: Mapping[str, Any]) -> list[Problem]:
         if not allowed or action.nargs or action.dest in own or value is None:
             continue
         if value not in allowed and str(value) not in allowed:
-            words = f"it must be one of {', '.join(allowed)}"
+            words = f"must be one of {', '.join(allowed)}"
             # What YAML makes of the bare word.
             shown = '"no"' if value is False and "no" in allowed else allowed[0]
             problems.append(Problem(action.dest, value, words, f"{action.dest}: {shown}"))

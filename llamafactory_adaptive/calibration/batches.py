@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,17 +24,27 @@ class Batch:
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
 
 
+def holds_media(row: Mapping[str, Any]) -> bool:
+    """Tell whether a row has images, video or audio beside its tokens."""
+    return any(row.get(kind) for kind in ("images", "videos", "audios"))
+
+
+def length_sorted(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Put row numbers in batches of like length, longest first: little padding, and out of memory shows at once."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
 def make_batches(rows: Sequence[Mapping[str, Sequence[int]]], batch_size: int, pad_id: int) -> list[Batch]:
-    """Group rows of similar length, longest first (an out-of-memory shows at once), and pad on the right.
+    """Group rows of similar length, longest first, and pad on the right.
 
     Args:
         rows: each with ``input_ids`` and ``labels`` of equal length.
         batch_size: samples per batch.
         pad_id: token put where a row is shorter; it never counts.
     """
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
-    picked = [[rows[index] for index in order[i : i + batch_size]] for i in range(0, len(order), batch_size)]
-    return [_pad(group, pad_id) for group in picked]
+    groups = length_sorted([len(row["input_ids"]) for row in rows], batch_size)
+    return [_pad([rows[index] for index in group], pad_id) for group in groups]
 
 
 def _pad(group: Sequence[Mapping[str, Sequence[int]]], pad_id: int) -> Batch:

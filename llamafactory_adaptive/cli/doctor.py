@@ -1,12 +1,14 @@
-"""``llamafactory-adaptive doctor``: versions, the start-up hook, and whether each seam fits."""
+"""``llamafactory-adaptive doctor``: versions, the start-up hook, and whether each seam fits, and a verdict."""
 
 import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 
 from llamafactory_adaptive import __version__, _bootstrap
 from llamafactory_adaptive.cli.host import INSTALL_HOST, host_is_installed
+from llamafactory_adaptive.errors import first_of
 from llamafactory_adaptive.versions import installed_versions
 
 
@@ -34,15 +36,30 @@ def doctor(arguments: argparse.Namespace) -> int:
     switch = os.environ.get(_bootstrap.ENV_SWITCH, "not set")
     print(f"start-up hook   {'active' if hooked else 'NOT active'}  ({_bootstrap.ENV_SWITCH}: {switch})")
     print(f"plugin          {__version__}  python {sys.version.split()[0]}")
-    found = installed_versions(PACKAGES)
+    versions = installed_versions(PACKAGES)
     for name in PACKAGES:
-        print(f"{name:<15} {found.get(name, 'not installed')}")
+        print(f"{name:<15} {versions.get(name, 'not installed')}")
     states = _seam_states()
     for target, state in states.items():
         print(f"seam            {state:<15} {target}")
-    if not hooked and _bootstrap.enabled():
-        print("hint            use `llamafactory-adaptive train` here, or reinstall the plugin as a wheel")
-    return 0 if hooked and all(state == "fits" for state in states.values()) else 2
+    ready, words = _verdict(hooked, states)
+    print(f"verdict         {words}")
+    return 0 if ready else 2
+
+
+def _verdict(hooked: bool, states: Mapping[str, str]) -> tuple[bool, str]:
+    """Sum up in one line whether adaptive runs work here, and what to do where they do not."""
+    bad = [target for target, state in states.items() if state != "fits"]
+    if not _bootstrap.enabled():
+        return False, f"switched off: `finetuning_type: adaptive` does not exist; unset {_bootstrap.ENV_SWITCH}"
+    if bad:
+        from llamafactory_adaptive.bridge.seams import TESTED_VERSIONS
+
+        tested = ", ".join(TESTED_VERSIONS)
+        return False, f"adaptive runs are refused: {first_of(bad)} does not fit; tested with LLaMA-Factory {tested}"
+    if not hooked:
+        return False, "llamafactory-cli lacks the hook: use `llamafactory-adaptive train`, or reinstall as a wheel"
+    return True, "ready: adaptive runs work through llamafactory-cli and llamafactory-adaptive"
 
 
 def _seam_states() -> dict[str, str]:

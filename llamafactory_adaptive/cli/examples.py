@@ -7,7 +7,7 @@ import uuid
 from importlib.metadata import files
 from pathlib import Path
 
-from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.errors import refuse
 from llamafactory_adaptive.files import cannot_write
 
 
@@ -20,9 +20,7 @@ def init(arguments: argparse.Namespace) -> int:
     """
     target = arguments.folder / "examples"
     if os.path.lexists(target):  # Path.exists raises where a folder above may not be entered
-        raise AdaptiveConfigError(
-            [Problem("folder", str(target), "it exists already, nothing was overwritten", "another folder")]
-        )
+        refuse("folder", str(target), "it exists already, nothing was overwritten", "another folder")
     # Half a copy of that name would be in the way of the next try.
     unnamed = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -42,5 +40,5 @@ def examples_folder() -> Path:
     if checkout.is_dir():
         return checkout
     readme = "share/llamafactory-adaptive/examples/README.md"
-    found = next(file for file in files("llamafactory-adaptive") or [] if str(file).endswith(readme))
-    return Path(str(found.locate())).resolve().parent
+    readme_file = next(file for file in files("llamafactory-adaptive") or [] if str(file).endswith(readme))
+    return Path(str(readme_file.locate())).resolve().parent

@@ -4,13 +4,16 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llamafactory_adaptive.cli.host import require_enabled
-from llamafactory_adaptive.config.run_config import AdaptiveConfig
-from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.errors import refuse
 from llamafactory_adaptive.options import coerce
 from llamafactory_adaptive.reports.plaintext import tell
+
+
+if TYPE_CHECKING:
+    from llamafactory_adaptive.bridge.checked_run import CheckedRun
 
 
 def plan(arguments: argparse.Namespace) -> int:
@@ -19,10 +22,10 @@ def plan(arguments: argparse.Namespace) -> int:
     tell(f"planning the ranks of {arguments.config}; LLaMA-Factory starts first, which takes 10 to 30 seconds")
     from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS
     from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, check_config_file, command_line_settings
+    from llamafactory_adaptive.bridge.checked_run import checked_run
     from llamafactory_adaptive.bridge.host_check import check_folder, check_host_settings
     from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun
     from llamafactory_adaptive.bridge.seams import require_seams
-    from llamafactory_adaptive.bridge.validation import parse_config
     from llamafactory_adaptive.files import PLAN_FILE
     from llamafactory_adaptive.folder_lock import locked
     from llamafactory_adaptive.planning.intention import intention
@@ -33,26 +36,23 @@ def plan(arguments: argparse.Namespace) -> int:
     require_seams()
     check_config_file(arguments.config)
     sys.argv = ["llamafactory-adaptive", str(arguments.config), *arguments.overrides]
-    args = command_line_settings()
-    if not asks_for_adaptive(args):
-        kind = args.get("finetuning_type", "lora")
-        raise AdaptiveConfigError(
-            [Problem("finetuning_type", kind, "there are no ranks to plan", "finetuning_type: adaptive")]
-        )
-    config = parse_config(args)
-    check_host_settings(args)
+    given = command_line_settings()
+    if not asks_for_adaptive(given):
+        kind = given.get("finetuning_type", "lora") if isinstance(given, dict) else "lora"
+        refuse("finetuning_type", kind, "there are no ranks to plan", "finetuning_type: adaptive")
+    run = checked_run(given, host_too=False)
+    check_host_settings(run.args)
+    config = run.config
     tell(intention(config))
     if config.search is not None:
-        return _plan_of_a_dynamic_run(args, config)
+        return _plan_of_a_dynamic_run(run)
     started = time.perf_counter()
-    folder = arguments.out or Path(args["output_dir"])
+    folder = arguments.out or Path(run.args["output_dir"])
     if arguments.out is None and (folder / ADAPTER_WEIGHTS).is_file():
-        raise AdaptiveConfigError(
-            [Problem("output_dir", str(folder), "it holds a trained adapter with its plan", "--out <another folder>")]
-        )
+        refuse("output_dir", str(folder), "it holds a trained adapter with its plan", "--out <another folder>")
     check_folder("output_dir" if arguments.out is None else "--out", folder)
     with locked(folder):
-        plan = fresh_plan(config, LlamaFactoryRun(args)).plan
+        plan = fresh_plan(config, LlamaFactoryRun(run)).plan
         plan.save(folder / PLAN_FILE)
         save_heatmap(plan, folder / HEATMAP_FILE)
     print(rank_table(plan))
@@ -62,7 +62,7 @@ def plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _plan_of_a_dynamic_run(args: dict[str, Any], config: AdaptiveConfig) -> int:
+def _plan_of_a_dynamic_run(run: "CheckedRun") -> int:
     """What can be said before training: the start, and the budget over the share of the steps."""
     from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun
     from llamafactory_adaptive.bridge.target_shapes import estimated_steps
@@ -70,14 +70,14 @@ def _plan_of_a_dynamic_run(args: dict[str, Any], config: AdaptiveConfig) -> int:
     from llamafactory_adaptive.ranks.schedule import Schedule, make_schedule, short_run_warning
     from llamafactory_adaptive.reports.tables import schedule_table, totals
 
+    args, config = run.args, run.config
     assert config.search is not None
-    start = fresh_plan(config, LlamaFactoryRun(args)).plan
+    start = fresh_plan(config, LlamaFactoryRun(run)).plan
     budget, kind = start.budget(), start.budget_kind
     try:
         steps = int(coerce(args.get("max_steps") or -1, int))
     except ValueError as error:
-        problem = Problem("max_steps", args["max_steps"], "it must be a whole number", "max_steps: 100")
-        raise AdaptiveConfigError([problem]) from error
+        refuse("max_steps", args["max_steps"], "must be a whole number", "max_steps: 100", cause=error)
     estimate = None if steps > 0 else estimated_steps(args)
     shown = steps if steps > 0 else estimate or 100
     schedule = make_schedule(config.search, shown, budget[f"used_{kind}"], budget[f"asked_{kind}"])

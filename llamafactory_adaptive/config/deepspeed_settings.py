@@ -24,12 +24,12 @@ def document(given: Any) -> dict[str, Any]:
 
 def part(given: Any, name: str) -> dict[str, Any]:
     """Read one mapping of the settings; empty where there is none."""
-    found = document(given).get(name)
-    return found if isinstance(found, dict) else {}
+    settings = document(given).get(name)
+    return settings if isinstance(settings, dict) else {}
 
 
 def zero_optimization(given: Any) -> dict[str, Any]:
     """Read the part about ZeRO, with its ``stage`` a whole number (0 where there is none)."""
-    found = part(given, "zero_optimization")
-    stage = found.get("stage", 0)
-    return {**found, "stage": stage if isinstance(stage, int) else 0}
+    settings = part(given, "zero_optimization")
+    stage = settings.get("stage", 0)
+    return {**settings, "stage": stage if isinstance(stage, int) else 0}

@@ -29,7 +29,7 @@ def _launcher_problems() -> list[Problem]:
         return problems
     rank, processes = (int(here.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if rank >= processes:
-        reason = f"it must be below WORLD_SIZE ({here.get('WORLD_SIZE', 'not set, so 1')})"
+        reason = f"must be below WORLD_SIZE ({here.get('WORLD_SIZE', 'not set, so 1')})"
         return [Problem("RANK", here["RANK"], reason, "unset RANK, or starting the job with torchrun")]
     needed = {"RANK", "WORLD_SIZE", *_MEETING} if processes > 1 or int(here.get("LOCAL_RANK", "-1")) >= 0 else set()
     reason = "a process of a job needs all of " + ", ".join((*_NUMBERS, *_MEETING))

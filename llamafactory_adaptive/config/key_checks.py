@@ -124,7 +124,7 @@ def check_budget(flat: Mapping[str, Any], common: Mapping[str, Any]) -> tuple[in
             Problem(
                 "adaptive_max_rank",
                 high,
-                f"it must be at least lora_rank ({rank}), or the budget cannot be spent",
+                f"must be at least lora_rank ({rank}), or the budget cannot be spent",
                 f"adaptive_max_rank: {4 * rank}",
             )
         )
@@ -133,7 +133,7 @@ def check_budget(flat: Mapping[str, Any], common: Mapping[str, Any]) -> tuple[in
             Problem(
                 "adaptive_min_rank",
                 low,
-                f"it must be at most lora_rank ({rank}), or the budget is overspent",
+                f"must be at most lora_rank ({rank}), or the budget is overspent",
                 "adaptive_min_rank: 1",
             )
         )
@@ -149,7 +149,7 @@ def _positive_int(flat: Mapping[str, Any], key: str, default: int, problems: lis
     except (ValueError, TypeError, OverflowError):
         number = 0
     if number < 1:
-        problems.append(Problem(key, value, "it must be a whole number of at least 1", f"{key}: {default}"))
+        problems.append(Problem(key, value, "must be a whole number of at least 1", f"{key}: {default}"))
         return default
     return number
 

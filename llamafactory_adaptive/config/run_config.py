@@ -1,10 +1,16 @@
 """The validated configuration of a run. Standard library only."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
+
+
+_SEARCHES: dict[str, type[PruningConfig] | type[ReallocationConfig]] = {
+    "prune": PruningConfig,
+    "reallocate": ReallocationConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,20 @@ class AdaptiveConfig:
             search=search,
             max_nonfinite_steps=common["adaptive_max_nonfinite_steps"],
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """Write the configuration as values that JSON has."""
+        strategy = next((name for name, kind in _SEARCHES.items() if type(self.search) is kind), None)
+        return {**asdict(self), "options": dict(self.options), "strategy": strategy}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "AdaptiveConfig":
+        """Rebuild what :meth:`to_json` wrote, without validating it again."""
+        parts = dict(values)
+        strategy = parts.pop("strategy")
+        parts["calibration"] = CalibrationConfig(**parts["calibration"])
+        parts["search"] = _SEARCHES[strategy](**parts["search"]) if strategy else None
+        return cls(**parts)
 
     @property
     def scale(self) -> float:

@@ -142,12 +142,12 @@ def _exchange(what: str, mine: Any, seconds: float) -> list[Any]:
     store, rank, deadline = _store(), launched_number(), time.monotonic() + seconds
     _last_round += 1
     store.set(f"{_last_round}/{rank}", json.dumps(mine))
-    found = []
+    documents = []
     for other in range(launched_processes()):
         key = f"{_last_round}/{other}"
         try:
             store.wait([key], timedelta(seconds=max(0.1, deadline - time.monotonic())))
-            found.append(json.loads(store.get(key)))
+            documents.append(json.loads(store.get(key)))
         except RuntimeError as error:  # the store's own errors: time is up, or its host is gone
             raise GuardError(
                 f"rank {other} did not come to {what} within {seconds:g} s, or it has ended: see its own messages"
@@ -155,7 +155,7 @@ def _exchange(what: str, mine: Any, seconds: float) -> list[Any]:
     for old in (f"{_last_round - 1}/{rank}", f"{_last_round - 1}/{rank}/read"):  # everyone has come further
         store.delete_key(old)
     store.set(f"{_last_round}/{rank}/read", "")  # last: from now on rank 0, and with it the store, may be gone
-    return found
+    return documents
 
 
 def _linger() -> None:

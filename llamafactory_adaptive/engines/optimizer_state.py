@@ -35,7 +35,7 @@ def _per_weight(state: Mapping[str, Any], count: int) -> dict[str, Tensor]:
     Raises:
         GuardError: one is not.
     """
-    found = {}
+    states = {}
     for key, held in state.items():
         if not isinstance(held, Tensor) or held.numel() == 1 or key in _PER_BLOCK:
             continue
@@ -44,8 +44,8 @@ def _per_weight(state: Mapping[str, Any], count: int) -> dict[str, Tensor]:
                 f"the optimizer's {key} is not kept per weight, so components that come back cannot start anew; use "
                 "optim: adamw_torch"
             )
-        found[key] = held
-    return found
+        states[key] = held
+    return states
 
 
 def square_sums(state: Mapping[str, Any], others: Tensor) -> Tensor:

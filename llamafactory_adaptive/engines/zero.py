@@ -93,20 +93,20 @@ class Zero12Engine(_ZeroEngine):
             self.optimizer._wait_for_offload_copies()  # they are still on their way from the GPU
             flat = [partition.grad.view(-1) for partition in self.optimizer.single_partition_of_fp32_groups]
             return [self._cut(flat, parameter) for parameter in parameters]
-        found = self._by_place()
+        by_place = self._by_place()
         empty = parameters[0].detach().view(-1)[:0].float()
         places = [self.places.get(id(parameter)) for parameter in parameters]
-        return [empty if place is None else found[place[0], place[2]] for place in places]
+        return [empty if place is None else by_place[place[0], place[2]] for place in places]
 
     def _by_place(self) -> dict[tuple[int, int], Tensor]:
         """Averaged gradients by group and start: the lists hold them, and padding, in the order of the partition."""
-        found: dict[tuple[int, int], Tensor] = {}
+        by_place: dict[tuple[int, int], Tensor] = {}
         for group, gradients in self.optimizer.averaged_gradients.items():
             offset = 0
             for gradient in gradients or ():
-                found[group, offset] = gradient.view(-1)
+                by_place[group, offset] = gradient.view(-1)
                 offset += gradient.numel()
-        return found
+        return by_place
 
     def set_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
         """Views; but with offload the norms that clipping uses were taken before."""

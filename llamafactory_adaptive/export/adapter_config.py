@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.adapter.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.errors import Problem, refuse, refuse_all
 from llamafactory_adaptive.export.faults import read_untrusted, refuse_entries_outside
 from llamafactory_adaptive.files import STATE_JSON
 from llamafactory_adaptive.ranks.module_names import is_module_name, is_plain_key
@@ -50,12 +50,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         (ADAPTER_WEIGHTS, "it has no weights as safetensors (pickled ones are not opened)", "saving it again"),
     ):
         if not (folder / name).is_file():
-            problem = Problem("adapter", str(folder), f"{name} is missing: {allowed}", suggestion)
-            raise AdaptiveConfigError([problem])
+            refuse("adapter", str(folder), f"{name} is missing: {allowed}", suggestion)
     refuse_entries_outside(folder, "adapter")
     config = read_untrusted(folder, ADAPTER_CONFIG, "adapter")
-    if problems := _problems(folder, config):
-        raise AdaptiveConfigError(problems)
+    refuse_all(*_problems(folder, config))
     return config
 
 
@@ -124,19 +122,19 @@ def _name_problems(config: Mapping[str, Any]) -> list[Problem]:
     problems = []
     base, task = config.get("base_model_name_or_path"), config.get("task_type")
     if not isinstance(base, (str, type(None))) or (base and ("\0" in base or len(base) > 4096)):
-        why = "it must be the name of a model"
+        why = "must be the name of a model"
         problems.append(Problem("base_model_name_or_path", _short(base), why, "--base MODEL and a corrected config"))
     if task not in ("CAUSAL_LM", None):
         why = "only adapters of causal language models (CAUSAL_LM) can be laid out"
         problems.append(Problem("task_type", _short(task), why, ELSEWHERE))
     whole, targets = config.get("modules_to_save"), config.get("target_modules")
     if whole is not None and not (isinstance(whole, list) and all(map(is_module_name, whole))):
-        problems.append(Problem("modules_to_save", _short(whole), "it must be a list of module names", _AGAIN))
+        problems.append(Problem("modules_to_save", _short(whole), "must be a list of module names", _AGAIN))
     # A text is an expression over names; it is not needed, since the file has a tensor for each of its modules.
     if not isinstance(targets, (str, type(None))) and not (
         isinstance(targets, list) and all(map(is_module_name, targets))
     ):
-        problems.append(Problem("target_modules", _short(targets), "it must be a list of module names", _AGAIN))
+        problems.append(Problem("target_modules", _short(targets), "must be a list of module names", _AGAIN))
     return problems
 
 

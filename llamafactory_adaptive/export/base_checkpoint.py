@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.errors import AdaptiveConfigError, first_of, refuse
 from llamafactory_adaptive.export.adapter_config import ELSEWHERE
 from llamafactory_adaptive.export.faults import (
     ExportError,
@@ -78,13 +78,13 @@ class BaseCheckpoint:
             return model
         except Exception as error:  # whatever a config from elsewhere makes of transformers' own code
             why = f"it is no causal language model that transformers loads by itself ({loading_fault(error)})"
-            raise AdaptiveConfigError([Problem("base", self.name, why, "`llamafactory-cli export`")]) from error
+            refuse("base", self.name, why, "`llamafactory-cli export`", cause=error)
 
     def tensor(self, name: str) -> Tensor:
         """One weight by name."""
         with safe_open(self.weights[name], framework="pt") as file:
-            found: Tensor = file.get_tensor(name)
-        return found
+            weight: Tensor = file.get_tensor(name)
+        return weight
 
 
 def find_base(name: str | None, adapter: SourceAdapter) -> BaseCheckpoint:
@@ -95,14 +95,14 @@ def find_base(name: str | None, adapter: SourceAdapter) -> BaseCheckpoint:
     """
     name = name or adapter.config.get("base_model_name_or_path")
     if not name:
-        raise AdaptiveConfigError([_problem(None, "the adapter's config names no base model", "--base <folder>")])
+        refuse("base", None, "the adapter's config names no base model", "--base <folder>")
     folder = Path(name) if _is_folder(name) else _from_hub(name)
     if not (folder / "config.json").is_file():
-        raise AdaptiveConfigError([_problem(name, "it has no config.json", "the folder of a checkpoint")])
+        refuse("base", name, "it has no config.json", "the folder of a checkpoint")
     refuse_entries_outside(folder, "base")
     config = read_untrusted(folder, "config.json", "base")
     if config.get("quantization_config"):
-        raise AdaptiveConfigError([_problem(name, "it is quantised", "--base <the 16-bit checkpoint it came from>")])
+        refuse("base", name, "it is quantised", "--base <the 16-bit checkpoint it came from>")
     try:
         weights = _weight_map(folder, name)
         _check_layers(config, len(weights))
@@ -111,7 +111,7 @@ def find_base(name: str | None, adapter: SourceAdapter) -> BaseCheckpoint:
         raise
     except (OSError, ValueError, SafetensorError) as error:
         why = f"its files cannot be read ({first_line(error)})"
-        raise AdaptiveConfigError([_problem(name, why, "a complete copy of a 16-bit checkpoint")]) from error
+        refuse("base", name, why, "a complete copy of a 16-bit checkpoint", cause=error)
 
 
 def _is_folder(name: str) -> bool:
@@ -134,10 +134,6 @@ def _check_layers(config: Mapping[str, Any], weights: int) -> None:
                 raise ValueError(f"config.json has {key} {count}, there are {weights} weights")
 
 
-def _problem(name: str | None, why: str, suggestion: str) -> Problem:
-    return Problem("base", name, why, suggestion)
-
-
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -145,7 +141,7 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["model*.safetensors", *SIDE_FILES]))
     except (OSError, ValueError) as error:
         why = f"it is no folder here and cannot be had from the hub ({first_line(error)})"
-        raise AdaptiveConfigError([_problem(name, why, "--base <folder of the checkpoint>")]) from error
+        refuse("base", name, why, "--base <folder of the checkpoint>", cause=error)
 
 
 def _weight_map(folder: Path, name: str) -> dict[str, Path]:
@@ -157,9 +153,9 @@ def _weight_map(folder: Path, name: str) -> dict[str, Path]:
         files = [WEIGHTS_FILE]
     else:
         why = "it has no weights as safetensors (pickled ones are not opened)"
-        raise AdaptiveConfigError([_problem(name, why, "a checkpoint saved with safe_serialization")])
+        refuse("base", name, why, "a checkpoint saved with safe_serialization")
     if missing := [file for file in files if not inside(folder, file).is_file()]:
-        raise AdaptiveConfigError([_problem(name, f"{missing[0]} is missing", "a complete copy of the checkpoint")])
+        refuse("base", name, f"{missing[0]} is missing", "a complete copy of the checkpoint")
     return {spec.name: path for path in (inside(folder, file) for file in files) for spec in read_specs(path)}
 
 
@@ -203,9 +199,7 @@ def check_fit(adapter: SourceAdapter, base: BaseCheckpoint, skeleton: nn.Module)
             suggestion = "--base <the 16-bit checkpoint it came from>"
             faults.append(f"{module.name} is held as {dtype} there")
     if faults:
-        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-        why = "the adapter does not fit: " + "; ".join(faults[:3]) + more
-        raise AdaptiveConfigError([_problem(base.name, why, suggestion)])
+        refuse("base", base.name, f"the adapter does not fit: {first_of(faults)}", suggestion)
 
 
 def copy_side_files(base: BaseCheckpoint, adapter: Path, target: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError, Problem
+from llamafactory_adaptive.errors import PlanError, refuse
 from llamafactory_adaptive.export import layouts, merging, nf4_merging
 from llamafactory_adaptive.export.base_checkpoint import BaseCheckpoint, check_fit, copy_side_files, find_base
 from llamafactory_adaptive.export.faults import ExportError, loading_fault
@@ -71,11 +71,9 @@ def run_export(request: ExportRequest) -> str:
 def prepare(request: ExportRequest) -> Export:
     """Read and check everything that can be refused without loading a model."""
     if request.out.is_symlink():
-        problem = Problem("out", str(request.out), "it is a link, nothing was overwritten", "the folder it points at")
-        raise AdaptiveConfigError([problem])
+        refuse("out", str(request.out), "it is a link, nothing was overwritten", "the folder it points at")
     if request.out.exists() and (not request.out.is_dir() or any(request.out.iterdir())):
-        problem = Problem("out", str(request.out), "it exists already, nothing was overwritten", "another folder")
-        raise AdaptiveConfigError([problem])
+        refuse("out", str(request.out), "it exists already, nothing was overwritten", "another folder")
     if request.vllm_python:
         check_vllm(request.vllm_python, request.server)
     adapter = read_adapter(request.adapter)
@@ -93,7 +91,7 @@ def _check_space(out: Path, needed: int) -> None:
     place = next(folder for folder in out.resolve().parents if folder.is_dir())
     if (free := shutil.disk_usage(place).free) < needed:
         why = f"the merged weights take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there"
-        raise AdaptiveConfigError([Problem("out", str(out), why, "a folder on another disk")])
+        refuse("out", str(out), why, "a folder on another disk")
 
 
 def _check_server(server: str, adapter: SourceAdapter, base: BaseCheckpoint, skeleton: nn.Module) -> None:
@@ -101,7 +99,7 @@ def _check_server(server: str, adapter: SourceAdapter, base: BaseCheckpoint, ske
         merging.check_replaced(adapter, base, skeleton)
     elif adapter.replaced or adapter.config.get("modules_to_save"):
         saved, why = adapter.config.get("modules_to_save"), f"{server} reads LoRA factors only"
-        raise AdaptiveConfigError([Problem("modules_to_save", saved, why, "--for merged")])
+        refuse("modules_to_save", saved, why, "--for merged")
     if server in ("vllm", "vllm-legacy"):
         max_lora_rank(max(module.rank for module in adapter.modules))
 
@@ -111,7 +109,7 @@ def _rows(base: BaseCheckpoint) -> list[list[int]]:
         return tokenise(base.folder)
     except Exception as error:  # whatever a tokenizer from elsewhere makes of the libraries that load it
         why = f"its tokenizer cannot be loaded ({loading_fault(error)})"
-        raise AdaptiveConfigError([Problem("base", base.name, why, "--base <folder with a tokenizer>")]) from error
+        refuse("base", base.name, why, "--base <folder with a tokenizer>", cause=error)
 
 
 def write(export: Export, target: Path) -> list[str]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from llamafactory_adaptive.errors import AdaptiveConfigError, AdaptiveError, Problem
+from llamafactory_adaptive.errors import AdaptiveError, refuse
 from llamafactory_adaptive.export.folder_links import OutsideError, check_entries, inside
 from llamafactory_adaptive.files import read_mapping
 
@@ -33,7 +33,7 @@ def read_untrusted(folder: Path, name: str, key: str) -> dict[str, Any]:
     try:
         return read_mapping(inside(folder, name), name, error=ExportError)
     except (ExportError, OutsideError) as error:
-        raise AdaptiveConfigError([Problem(key, str(folder), str(error), "a complete copy")]) from error
+        refuse(key, str(folder), str(error), "a complete copy", cause=error)
 
 
 def refuse_entries_outside(folder: Path, key: str) -> None:
@@ -46,4 +46,4 @@ def refuse_entries_outside(folder: Path, key: str) -> None:
         check_entries(folder)
     except (OutsideError, OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         suggestion = "a copy of the folder with the files themselves in it"
-        raise AdaptiveConfigError([Problem(key, str(folder), first_line(error), suggestion)]) from error
+        refuse(key, str(folder), first_line(error), suggestion, cause=error)

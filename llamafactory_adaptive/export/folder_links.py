@@ -91,9 +91,9 @@ def entries_inside(folder: Path, *patterns: str) -> Iterator[Path]:
         OutsideError: one leads out of the folder.
     """
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-        found = inside(folder, path.relative_to(folder).as_posix())
-        if found.is_file():
-            yield found
+        entry = inside(folder, path.relative_to(folder).as_posix())
+        if entry.is_file():
+            yield entry
 
 
 def check_entries(folder: Path) -> None:
@@ -107,6 +107,6 @@ def check_entries(folder: Path) -> None:
     """
     for path in sorted({*folder.glob("*"), *folder.glob("additional_chat_templates/*")}):
         name = path.relative_to(folder).as_posix()
-        found = inside(folder, name)
-        if found.exists() and not (found.is_file() or found.is_dir()):
+        entry = inside(folder, name)
+        if entry.exists() and not (entry.is_file() or entry.is_dir()):
             raise OutsideError(f"{name} is no ordinary file")

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from llamafactory_adaptive.adapter.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, contract_arguments, int_if_integral
 from llamafactory_adaptive.export.safetensors_stream import TensorSpec, write_streaming
 from llamafactory_adaptive.export.source_adapter import SourceAdapter, factor_key
+from llamafactory_adaptive.ranks.module_names import module_type
 
 
 Factors = Iterator[tuple[str, Tensor, Tensor]]
@@ -47,7 +48,7 @@ def write_padded(
     """
     scale = common_scale(adapter)
     rank = max(module.rank for module in adapter.modules)
-    present = {_type(module.name) for module in adapter.modules}
+    present = {module_type(module.name) for module in adapter.modules}
     types = sorted(present.union(*(group for group in together if present.intersection(group))))
     settings = {"r": rank, "lora_alpha": int_if_integral(scale * rank), "target_modules": types}
     _write(adapter, base, target, settings, _padded(adapter, scale, rank, types, skeleton))
@@ -56,10 +57,6 @@ def write_padded(
 def common_scale(adapter: SourceAdapter) -> float:
     """The scale most modules have."""
     return Counter(module.scale for module in adapter.modules).most_common(1)[0][0]
-
-
-def _type(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def _scaled_alike(adapter: SourceAdapter, scale: float) -> Factors:
@@ -79,7 +76,7 @@ def _padded(adapter: SourceAdapter, scale: float, rank: int, types: list[str], s
         yield name, nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
     dtype = Counter(given.values()).most_common(1)[0][0]
     for name, layer in skeleton.named_modules():
-        if isinstance(layer, nn.Linear) and _type(name) in types and name not in given:
+        if isinstance(layer, nn.Linear) and module_type(name) in types and name not in given:
             yield (
                 name,
                 torch.zeros(rank, layer.in_features, dtype=dtype),

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.errors import refuse
 from llamafactory_adaptive.export.base_checkpoint import INDEX_FILE, BaseCheckpoint, tied_weights
 from llamafactory_adaptive.export.faults import ExportError
 from llamafactory_adaptive.export.safetensors_stream import TensorSpec, read_specs, write_streaming
@@ -41,7 +41,7 @@ def only_dtype(base: BaseCheckpoint) -> torch.dtype:
     names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in base.dtypes))
     why = f"the weights of {base.name} are of several types ({names}), a merged model has one"
     suggestion = "--dtype bfloat16" if torch.bfloat16 in base.dtypes else "--dtype float16"
-    raise AdaptiveConfigError([Problem("dtype", "auto", why, suggestion)])
+    refuse("dtype", "auto", why, suggestion)
 
 
 def check_replaced(adapter: SourceAdapter, base: BaseCheckpoint, skeleton: nn.Module) -> None:
@@ -59,7 +59,7 @@ def check_replaced(adapter: SourceAdapter, base: BaseCheckpoint, skeleton: nn.Mo
         else:
             continue
         saved = adapter.config.get("modules_to_save")
-        raise AdaptiveConfigError([Problem("modules_to_save", saved, why, "`llamafactory-cli export`")])
+        refuse("modules_to_save", saved, why, "`llamafactory-cli export`")
 
 
 def merge(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.errors import Problem, refuse_all
 from llamafactory_adaptive.paths import path_argument
 
 
@@ -44,30 +44,42 @@ class ExportRequest:
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("adapter", type=path_argument, metavar="ADAPTER", help="folder of a saved LoRA adapter")
-    servers = "; ".join(f"{name}: {what}" for name, what in SERVERS.items())
-    parser.add_argument("--for", dest="server", choices=SERVERS, required=True, help=servers)
-    parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="new folder for the export")
     parser.add_argument(
-        "--base", metavar="MODEL", help="base model, folder or hub name (default: what the adapter says)"
+        "adapter", type=path_argument, metavar="ADAPTER", help="folder of a saved LoRA adapter, e.g. saves/igu"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="type of merged weights (default: the base's)")
+    servers = "; ".join(f"{name}: {what}" for name, what in SERVERS.items())
+    parser.add_argument(
+        "--for", dest="server", choices=SERVERS, required=True, help=f"who reads it, e.g. vllm ({servers})"
+    )
+    parser.add_argument(
+        "--out", type=path_argument, required=True, metavar="DIR", help="new folder for the export, e.g. served/igu"
+    )
+    parser.add_argument(
+        "--base", metavar="MODEL",
+        help="base model, folder or hub name, e.g. Qwen/Qwen3-8B (default: what the adapter says)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto",
+        help="type of merged weights, e.g. bfloat16 (default: the base's)",
+    )  # fmt: skip
     parser.add_argument(
         "--quantization-aware", action="store_true",
         help="merge into the base as NF4 quantisation leaves it, for adapters trained on a 4-bit base; reports per "
-        "layer how quantisation error and update compare",
+        "layer how quantisation error and update compare; e.g. --for merged --quantization-aware",
     )  # fmt: skip
     parser.add_argument(
         "--no-double-quantization", dest="double_quantization", action="store_false",
-        help="with --quantization-aware: the run had double_quantization: false",
+        help="the run had double_quantization: false; e.g. --quantization-aware --no-double-quantization",
     )  # fmt: skip
     parser.add_argument(
         "--tolerance", type=float, default=1e-3, metavar="X",
-        help="largest difference of log-probabilities between PEFT and the export, in nats (default: 0.001)",
+        help="largest difference of log-probabilities between PEFT and the export, in nats, e.g. 0.01 "
+        "(default: 0.001)",
     )  # fmt: skip
     parser.add_argument(
         "--vllm-python", type=path_argument, metavar="PATH",
-        help="python of an environment with vLLM, to check there too (vllm, vllm-legacy, merged)",
+        help="python of an environment with vLLM, to check there too (vllm, vllm-legacy, merged), "
+        "e.g. ~/vllm/bin/python",
     )  # fmt: skip
 
 
@@ -78,8 +90,7 @@ def export_request(arguments: argparse.Namespace) -> ExportRequest:
         AdaptiveConfigError: options that say nothing together, or a tolerance that is none.
     """
     request = ExportRequest(**{name: getattr(arguments, name) for name in ExportRequest.__dataclass_fields__})
-    if problems := _problems(request):
-        raise AdaptiveConfigError(problems)
+    refuse_all(*_problems(request))
     return request
 
 
@@ -103,5 +114,5 @@ def _problems(request: ExportRequest) -> list[Problem]:
         why = f"vLLM cannot check what is laid out for {request.server}"
         problems.append(Problem("vllm_python", str(request.vllm_python), why, "leaving it out"))
     if not (math.isfinite(request.tolerance) and request.tolerance > 0):
-        problems.append(Problem("tolerance", request.tolerance, "it must be a positive number", "--tolerance 0.001"))
+        problems.append(Problem("tolerance", request.tolerance, "must be a positive number", "--tolerance 0.001"))
     return problems

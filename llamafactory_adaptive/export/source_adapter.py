@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llamafactory_adaptive.adapter.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TENSOR_PREFIX
-from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.errors import Problem, refuse, refuse_all
 from llamafactory_adaptive.export.adapter_config import ELSEWHERE, NARROWED, read_config
 from llamafactory_adaptive.export.faults import first_line
 from llamafactory_adaptive.export.safetensors_stream import TensorSpec, read_spec
@@ -60,17 +60,17 @@ class SourceAdapter:
             self.config,
             ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save"),
         )
-        found = {key: config[key] for key in keys if config.get(key) is not None}
+        settings = {key: config[key] for key in keys if config.get(key) is not None}
         targets = config.get("target_modules")
         if not isinstance(targets, list) or any(config.get(key) is not None for key in NARROWED):
             targets = [module.name for module in self.modules]
-        return {**found, "target_modules": targets, "task_type": "CAUSAL_LM", "inference_mode": True}
+        return {**settings, "target_modules": targets, "task_type": "CAUSAL_LM", "inference_mode": True}
 
     def tensor(self, key: str) -> Tensor:
         """One tensor of the file."""
         with safe_open(self.folder / ADAPTER_WEIGHTS, framework="pt") as file:
-            found: Tensor = file.get_tensor(key)
-        return found
+            tensor: Tensor = file.get_tensor(key)
+        return tensor
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A (r, d_in) and B (d_out, r) of a module."""
@@ -93,10 +93,8 @@ def read_adapter(folder: Path) -> SourceAdapter:
     try:
         modules, replaced, faults = _read_tensors(path, config)
     except (SafetensorError, OSError, ValueError) as error:
-        problem = Problem("adapter", str(path), f"it cannot be read ({first_line(error)})", "saving it again")
-        raise AdaptiveConfigError([problem]) from error
-    if faults:
-        raise AdaptiveConfigError(Problem("adapter", str(folder), fault, ELSEWHERE) for fault in faults[:3])
+        refuse("adapter", str(path), f"it cannot be read ({first_line(error)})", "saving it again", cause=error)
+    refuse_all(*(Problem("adapter", str(folder), fault, ELSEWHERE) for fault in faults[:3]))
     return SourceAdapter(folder, config, modules, replaced)
 
 

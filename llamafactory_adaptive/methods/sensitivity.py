@@ -39,6 +39,7 @@ from llamafactory_adaptive.methods._module_metrics import (
     weigh,
 )
 from llamafactory_adaptive.options import option
+from llamafactory_adaptive.ranks.module_names import module_type
 
 
 logger = logging.getLogger("llamafactory.adaptive")
@@ -121,7 +122,7 @@ class Sensitivity:
         if self.options.transform == "log":
             return log_compress(metric_M)
         if self.options.transform == "per_type":
-            return normalise_within(metric_M, [name.rpartition(".")[2] for name in names])
+            return normalise_within(metric_M, [module_type(name) for name in names])
         return metric_M
 
     def _theta(self, trace_M: Tensor, top_k_M: Tensor, rank_M: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llamafactory_adaptive.calibration.measurement import Measurement
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
-from llamafactory_adaptive.errors import AdaptiveConfigError, CalibrationError, OtherProcessError, OutputError, Problem
+from llamafactory_adaptive.errors import CalibrationError, OtherProcessError, OutputError, first_of, refuse
 from llamafactory_adaptive.files import digest_of, is_intact, note_checksum, replacing, usable_entry
 from llamafactory_adaptive.ranks.plan import (
     SCHEMA_VERSION,
@@ -44,8 +44,7 @@ def cache_folder() -> Path:
         if not os.access(folder / "plans", os.W_OK):
             raise PermissionError("it is not writable")
     except OSError as error:
-        problem = Problem(CACHE_ENV, str(folder), f"the cache cannot be written ({error})", f"{CACHE_ENV}=<folder>")
-        raise AdaptiveConfigError([problem]) from error
+        refuse(CACHE_ENV, str(folder), f"the cache cannot be written ({error})", f"{CACHE_ENV}=<folder>", cause=error)
     return folder
 
 
@@ -106,7 +105,8 @@ def read_statistics(path: Path, shapes: list[ModuleShape]) -> tuple[dict[str, Te
     wrong = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if wrong:
         raise CalibrationError(
-            f"the statistics in {path} hold NaN or infinity for {some_names(wrong)}; delete the file and run again"
+            f"the statistics in {path} hold NaN or infinity for {first_of(wrong, most=1)}; "
+            "delete the file and run again"
         )
     return tensors, {
         "calibration_tokens": int(facts.get("tokens", 0)),
@@ -114,12 +114,6 @@ def read_statistics(path: Path, shapes: list[ModuleShape]) -> tuple[dict[str, Te
         "calibration_rows_sha256": facts.get("rows_sha256", ""),
         "calibration_seconds": float(facts.get("seconds", 0.0)),
     }
-
-
-def some_names(names: Iterable[str]) -> str:
-    """Write the first of some names and how many more there are."""
-    first, *others = names
-    return f"{first} and {len(others)} more" if others else first
 
 
 def cached_plan(path: Path) -> RankPlan | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
-from llamafactory_adaptive.errors import PlanError
+from llamafactory_adaptive.errors import PlanError, first_of
 from llamafactory_adaptive.ranks.plan import (
     ModuleShape,
     RankPlan,
@@ -22,8 +22,7 @@ def check_shapes(plan: RankPlan, shapes: list[ModuleShape], source: str) -> None
     """
     differences = plan.differences(shapes)
     if differences:
-        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-        raise PlanError(f"{source} does not fit the model: " + "; ".join(differences[:3]) + more)
+        raise PlanError(f"{source} does not fit the model: {first_of(differences)}")
 
 
 def check_plan(plan: RankPlan, shapes: list[ModuleShape], config: AdaptiveConfig, source: str) -> RankPlan:
@@ -61,16 +60,16 @@ def check_same_run(plan: RankPlan, config: AdaptiveConfig, source: str) -> None:
     Raises:
         PlanError: naming each difference.
     """
-    asked, found = _asked(config), _found(plan)
+    asked, theirs = _asked(config), _of_plan(plan)
     if config.plan_path:  # the file is what this run asks for; how it was scored says nothing about the run
         same = load_plan(Path(config.plan_path)).ranks() == plan.ranks()
         asked = {key: asked[key] for key in _SCALE_KEYS} | {"adaptive_plan": config.plan_path}
-        found |= {"adaptive_plan": config.plan_path if same else "of other ranks"}
+        theirs |= {"adaptive_plan": config.plan_path if same else "of other ranks"}
         sampling = plan.provenance.get("sampling")
         if sampling:  # ranks are given, but samples were still chosen by a method
             asked |= {"adaptive_method": config.method, **flat_options(config)}
-            found |= sampling
-    _refuse_differences(asked, found, source, "another output_dir")
+            theirs |= sampling
+    _refuse_differences(asked, theirs, source, "another output_dir")
 
 
 _SCALE_KEYS = ("lora_rank", "lora_alpha", "adaptive_budget_unit")
@@ -82,13 +81,15 @@ def check_same_scale(plan: RankPlan, config: AdaptiveConfig, source: str) -> Non
     Raises:
         PlanError: naming each difference.
     """
-    asked, found = _asked(config), _found(plan)
-    _refuse_differences({key: asked[key] for key in _SCALE_KEYS}, found, source, "create_new_adapter: true")
+    asked, theirs = _asked(config), _of_plan(plan)
+    _refuse_differences({key: asked[key] for key in _SCALE_KEYS}, theirs, source, "create_new_adapter: true")
 
 
-def _refuse_differences(asked: Mapping[str, Any], found: Mapping[str, Any], source: str, remedy: str) -> None:
+def _refuse_differences(asked: Mapping[str, Any], theirs: Mapping[str, Any], source: str, remedy: str) -> None:
     faults = [
-        f"{key} is {found.get(key)} there and {value} here" for key, value in asked.items() if found.get(key) != value
+        f"{key} is {theirs.get(key)} there and {value} here"
+        for key, value in asked.items()
+        if theirs.get(key) != value
     ]
     if faults:
         raise PlanError(
@@ -134,7 +135,7 @@ def _search_key(name: str) -> str:
     return name if name == "seed" else f"adaptive_{name}"
 
 
-def _found(plan: RankPlan) -> dict[str, Any]:
+def _of_plan(plan: RankPlan) -> dict[str, Any]:
     """The same as :func:`_asked`, of the run that wrote a plan."""
     calibration = plan.provenance.get("calibration", {})
     return {

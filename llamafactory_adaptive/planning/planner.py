@@ -16,17 +16,16 @@ from torch import Tensor
 
 from llamafactory_adaptive.calibration.measurement import Measurement
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
-from llamafactory_adaptive.errors import CalibrationError
+from llamafactory_adaptive.errors import CalibrationError, first_of
 from llamafactory_adaptive.files import usable_entry
 from llamafactory_adaptive.methods import Scores, ScoringContext, StaticMethod, get_method
 from llamafactory_adaptive.planning.cache import (
     PlanRequest,
     keep_statistics,
     read_statistics,
-    some_names,
     statistics_path,
 )
-from llamafactory_adaptive.ranks.allocation import Allocation, allocate
+from llamafactory_adaptive.ranks.allocation import Allocation, Bounds, allocate
 from llamafactory_adaptive.ranks.plan import (
     ModulePlan,
     ModuleShape,
@@ -127,7 +126,7 @@ def allocate_plan(
     wrong = [name for name, score in scores.values.items() if not math.isfinite(score)]
     if wrong:
         raise CalibrationError(
-            f"{config.method} gave no finite score for {some_names(wrong)}: no ranks follow from that"
+            f"{config.method} gave no finite score for {first_of(wrong, most=1)}: no ranks follow from that"
         )
     allocation = _spend(config, shapes, [scores.values[shape.name] for shape in shapes])
     return plan_from_allocation(
@@ -150,4 +149,4 @@ def _spend(config: AdaptiveConfig, shapes: list[ModuleShape], scores: list[float
     costs = [shape.cost(config.budget_unit) for shape in shapes]
     upper = [min(config.max_rank, shape.largest_rank) for shape in shapes]
     lower = [min(config.min_rank, high) for high in upper]
-    return allocate(scores, costs, config.lora_rank * sum(costs), lower, upper)
+    return allocate(scores, Bounds(costs, config.lora_rank * sum(costs), lower, upper))

@@ -9,13 +9,38 @@ sensitivities. Deterministic: ties go by module order.
 import bisect
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from llamafactory_adaptive.errors import InfeasibleBudgetError
 
 
 _LEAST_SCORE = 1e-250  # of the largest: below it a score is 0, so that bound / score stays finite
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What ranks may cost and be.
+
+    Attributes:
+        costs: budget units one rank of each module costs (``d_in + d_out`` parameters, or 1).
+        budget: units available in total.
+        lower, upper: smallest and largest rank of each module.
+    """
+
+    costs: Sequence[int]
+    budget: int
+    lower: Sequence[int]
+    upper: Sequence[int]
+
+    def cost(self, ranks: Iterable[float]) -> float:
+        """Sum what ranks cost; whole for whole ranks."""
+        return sum(rank * cost for rank, cost in zip(ranks, self.costs, strict=True))
+
+    def of(self, modules: Sequence[int]) -> "Bounds":
+        """Take the bounds of some modules, by number."""
+        costs, lower, upper = ([each[i] for i in modules] for each in (self.costs, self.lower, self.upper))
+        return Bounds(costs, self.budget, lower, upper)
 
 
 @dataclass(frozen=True)
@@ -35,47 +60,34 @@ class Allocation:
     budget: int
 
 
-def allocate(
-    scores: Sequence[float],
-    costs: Sequence[int],
-    budget: int,
-    lower: Sequence[int],
-    upper: Sequence[int],
-) -> Allocation:
-    """Distribute ``budget`` over modules in proportion to their scores.
+def allocate(scores: Sequence[float], bounds: Bounds) -> Allocation:
+    """Distribute the budget over modules in proportion to their scores.
 
     Args:
         scores: non-negative finite importance per module; a module's ideal rank is proportional to it.
-        costs: budget units one rank of the module costs (``d_in + d_out`` parameters, or 1).
-        budget: units available in total.
-        lower: smallest rank per module.
-        upper: largest rank per module.
+        bounds: budget, and the smallest and largest ranks.
 
     Returns:
-        Ranks that never cost more than ``budget``; what is left is smaller than the cheapest unit that could still
-        be added under ``upper``.
+        Ranks that never cost more than the budget; what is left is smaller than the cheapest unit that could still
+        be added within the bounds.
 
     Raises:
         InfeasibleBudgetError: the bounds alone cost more than the budget, or cannot use it up.
         ValueError: a score is negative, infinite or NaN.
     """
-    _check(scores, costs, budget, lower, upper)
-    ideal = water_fill(scores, costs, budget, lower, upper)
+    _check(scores, bounds)
+    ideal = water_fill(scores, bounds, bounds.budget)
     # A share that lands on an integer up to rounding error is that integer.
-    ranks = [max(low, math.floor(value + 1e-9)) for value, low in zip(ideal, lower, strict=True)]
-    left = budget - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
-    left = _complete(ranks, ideal, costs, upper, left)
-    return Allocation(tuple(ranks), tuple(ideal), budget - left, budget)
+    ranks = [max(low, math.floor(value + 1e-9)) for value, low in zip(ideal, bounds.lower, strict=True)]
+    left = _complete(ranks, ideal, bounds)
+    return Allocation(tuple(ranks), tuple(ideal), bounds.budget - left, bounds.budget)
 
 
-def _check(
-    scores: Sequence[float], costs: Sequence[int], budget: int, lower: Sequence[int], upper: Sequence[int]
-) -> None:
+def _check(scores: Sequence[float], bounds: Bounds) -> None:
     for index, score in enumerate(scores):
         if not (math.isfinite(score) and score >= 0):
             raise ValueError(f"score of module {index} is {score}; scores must be finite and not negative")
-    least = sum(low * cost for low, cost in zip(lower, costs, strict=True))
-    most = sum(high * cost for high, cost in zip(upper, costs, strict=True))
+    least, most, budget = bounds.cost(bounds.lower), bounds.cost(bounds.upper), bounds.budget
     if least > budget:
         raise InfeasibleBudgetError(
             f"the lowest ranks alone cost {least:,}, the budget is {budget:,}; lower adaptive_min_rank or "
@@ -88,14 +100,8 @@ def _check(
         )
 
 
-def water_fill(
-    scores: Sequence[float],
-    costs: Sequence[int],
-    budget: float,
-    lower: Sequence[int],
-    upper: Sequence[int],
-) -> list[float]:
-    """Real-valued ranks ``clip(level * score, lower, upper)`` whose cost is exactly ``budget``.
+def water_fill(scores: Sequence[float], bounds: Bounds, budget: float) -> list[float]:
+    """Find real-valued ranks ``clip(level * score, lower, upper)`` whose cost is exactly ``budget``.
 
     The cost is piecewise linear in ``level``: each module joins the slope at ``lower/score`` and leaves it at
     ``upper/score``. A search over the sorted break points finds the piece, and the piece gives the level. Costs are
@@ -106,15 +112,15 @@ def water_fill(
     """
     top = max(scores, default=0.0)
     if top <= 0.0:
-        return _fill_equally(costs, budget, lower, upper)
+        return _fill_equally(bounds, budget)
     scaled = [score / top if score / top > _LEAST_SCORE else 0.0 for score in scores]
-    modules = list(zip(scaled, costs, lower, upper, strict=True))
+    modules = list(zip(scaled, bounds.costs, bounds.lower, bounds.upper, strict=True))
 
     def ranks_at(level: float) -> list[float]:
         return [min(max(level * score, float(low)), float(high)) for score, _, low, high in modules]
 
     def cost_at(level: float) -> float:
-        return math.fsum(rank * unit for rank, unit in zip(ranks_at(level), costs, strict=True))
+        return math.fsum(rank * unit for rank, unit in zip(ranks_at(level), bounds.costs, strict=True))
 
     points = sorted({bound / score for score, _, low, high in modules if score for bound in (low, high)})
     place = bisect.bisect_right(points, budget, key=cost_at)
@@ -124,39 +130,31 @@ def water_fill(
     ]
     if place < len(points) and any(slopes):
         fixed = math.fsum(
-            rank * unit for rank, unit, slope in zip(ranks_at(level), costs, slopes, strict=True) if not slope
+            rank * unit for rank, unit, slope in zip(ranks_at(level), bounds.costs, slopes, strict=True) if not slope
         )
         level = min((budget - fixed) / math.fsum(slopes), points[place])
-    return _spend_rest_on_unscored(ranks_at(level), scaled, costs, budget, lower, upper)
+    return _spend_rest_on_unscored(ranks_at(level), scaled, bounds, budget)
 
 
-def _spend_rest_on_unscored(
-    ranks: list[float],
-    scores: Sequence[float],
-    costs: Sequence[int],
-    budget: float,
-    lower: Sequence[int],
-    upper: Sequence[int],
-) -> list[float]:
+def _spend_rest_on_unscored(ranks: list[float], scores: Sequence[float], bounds: Bounds, budget: float) -> list[float]:
     unscored = [index for index, score in enumerate(scores) if score <= 0]
-    rest = budget - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
+    rest = budget - bounds.cost(ranks)
     if not unscored or rest <= 1e-6 * max(budget, 1.0):
         return ranks
-    share = rest + sum(lower[index] * costs[index] for index in unscored)
-    filled = _fill_equally(
-        [costs[i] for i in unscored], share, [lower[i] for i in unscored], [upper[i] for i in unscored]
-    )
+    theirs = bounds.of(unscored)
+    filled = _fill_equally(theirs, rest + theirs.cost(theirs.lower))
     for index, value in zip(unscored, filled, strict=True):
         ranks[index] = value
     return ranks
 
 
-def _fill_equally(costs: Sequence[int], budget: float, lower: Sequence[int], upper: Sequence[int]) -> list[float]:
-    return water_fill([1.0] * len(costs), costs, budget, lower, upper) if costs else []
+def _fill_equally(bounds: Bounds, budget: float) -> list[float]:
+    return water_fill([1.0] * len(bounds.costs), bounds, budget) if bounds.costs else []
 
 
-def _complete(ranks: list[int], ideal: Sequence[float], costs: Sequence[int], upper: Sequence[int], left: int) -> int:
+def _complete(ranks: list[int], ideal: Sequence[float], bounds: Bounds) -> int:
     """Add rank units by largest remainder while any still fits; returns what stays unspent."""
+    costs, upper, left = bounds.costs, bounds.upper, bounds.budget - int(bounds.cost(ranks))
     heap = [(ranks[i] - ideal[i], i) for i in range(len(ranks)) if ranks[i] < upper[i]]
     heapq.heapify(heap)
     cheapest = min(costs, default=1)
@@ -171,23 +169,15 @@ def _complete(ranks: list[int], ideal: Sequence[float], costs: Sequence[int], up
     return left
 
 
-def keep_components(
-    scores: Sequence[Sequence[float]],
-    costs: Sequence[int],
-    budget: int,
-    lower: Sequence[int],
-    upper: Sequence[int],
-) -> list[list[bool]]:
+def keep_components(scores: Sequence[Sequence[float]], bounds: Bounds) -> list[list[bool]]:
     """Choose the rank-1 components to keep: every module's best ``lower``, then the globally best that still fit.
 
     Args:
         scores: per module, one finite score per component, higher is better.
-        costs: budget units one component of the module costs.
-        budget: units available in total.
-        lower, upper: fewest and most components of a module.
+        bounds: budget, and the fewest and most components of a module.
 
     Returns:
-        Per module, which components stay. They never cost more than ``budget``, and what is left is smaller than the
+        Per module, which components stay. They never cost more than the budget, and what is left is smaller than the
         cheapest component that could still be added.
 
     Raises:
@@ -195,23 +185,25 @@ def keep_components(
         ValueError: a score is infinite or NaN.
     """
     keep = [[False] * len(row) for row in scores]
-    ranks, left = [0] * len(scores), budget
+    ranks, left, costs = [0] * len(scores), bounds.budget, bounds.costs
     later = []
     for module, row in enumerate(scores):
         if not all(map(math.isfinite, row)):
             raise ValueError(f"module {module} has a component whose score is not finite")
         order = sorted(range(len(row)), key=lambda index: -row[index])
         for place, index in enumerate(order):
-            if place < lower[module]:
+            if place < bounds.lower[module]:
                 keep[module][index] = True
                 ranks[module] += 1
                 left -= costs[module]
             else:
                 later.append((-row[index], module, index))
     if left < 0:
-        raise InfeasibleBudgetError(f"the lowest ranks alone cost {budget - left:,}, the budget is {budget:,}")
+        raise InfeasibleBudgetError(
+            f"the lowest ranks alone cost {bounds.budget - left:,}, the budget is {bounds.budget:,}"
+        )
     for _, module, index in sorted(later):
-        if costs[module] <= left and ranks[module] < upper[module]:
+        if costs[module] <= left and ranks[module] < bounds.upper[module]:
             keep[module][index] = True
             ranks[module] += 1
             left -= costs[module]
@@ -222,10 +214,7 @@ def reallocate_components(
     sensitivities: Sequence[float],
     scores: Sequence[Sequence[float]],
     on: Sequence[Sequence[bool]],
-    costs: Sequence[int],
-    budget: int,
-    lower: Sequence[int],
-    upper: Sequence[int],
+    bounds: Bounds,
 ) -> list[list[bool]]:
     """Share the budget among modules in proportion to their sensitivities; ranks grow and shrink.
 
@@ -236,7 +225,7 @@ def reallocate_components(
         sensitivities: per module, non-negative and finite.
         scores: per module, one non-negative finite score per component.
         on: which components are in use.
-        costs, budget, lower, upper: as in :func:`allocate`.
+        bounds: as in :func:`allocate`.
 
     Returns:
         Per module, which components are in use from now on; the cost is that of :func:`allocate`.
@@ -244,7 +233,7 @@ def reallocate_components(
     Raises:
         InfeasibleBudgetError, ValueError: as :func:`allocate`.
     """
-    ranks = allocate(sensitivities, costs, budget, lower, upper).ranks
+    ranks = allocate(sensitivities, bounds).ranks
     keep = []
     for row, flags, rank in zip(scores, on, ranks, strict=True):
         order = sorted(range(len(row)), key=lambda index: (not flags[index], -row[index] if flags[index] else 0.0))

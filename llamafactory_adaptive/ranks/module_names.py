@@ -16,6 +16,17 @@ _KEY = re.compile(r"\^?[\w\-]+(?:\\?\.[\w\-]+)*\$?")
 _KEYS_PER_MODULE, _FEW_KEYS = 4, 256
 
 
+def module_type(name: str) -> str:
+    """Take the last word of a full module name: ``model.layers.3.mlp.up_proj`` is an ``up_proj``."""
+    return name.rpartition(".")[2]
+
+
+def layer_and_type(name: str) -> tuple[int | None, str]:
+    """Split a full module name: ``model.layers.3.mlp.up_proj`` is (3, ``up_proj``)."""
+    layer = re.search(r"\.(\d+)\.", name)
+    return (int(layer.group(1)) if layer else None), module_type(name)
+
+
 def is_module_name(name: object) -> bool:
     """Tell whether ``name`` is a text that a module could be called: words with dots between them."""
     return isinstance(name, str) and len(name) <= LONGEST and _NAME.fullmatch(name) is not None
@@ -45,9 +56,9 @@ class NamePattern:
         """Find the first key that is ``name`` or ends it after a dot; None where there is none."""
         words = name.split(".")
         ends = (".".join(words[start:]) for start in range(len(words)))
-        found = [self.ends[end] for end in ends if end in self.ends]
-        found += [self.exact[name]] if name in self.exact else []
-        return min(found)[1] if found else None
+        places = [self.ends[end] for end in ends if end in self.ends]
+        places += [self.exact[name]] if name in self.exact else []
+        return min(places)[1] if places else None
 
 
 def key_of(pattern: Mapping[str, object], name: str) -> str | None:

@@ -204,8 +204,8 @@ def load_plan(path: Path) -> RankPlan:
 def parse_plan(document: Any, source: str) -> RankPlan:
     """Turn a plan document into a RankPlan; ``source`` names it in errors."""
     if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
-        found = document.get("schema_version") if isinstance(document, dict) else None
-        raise PlanError(f"{source} has plan schema {shortened(found)}; this version reads schema {SCHEMA_VERSION}")
+        schema = document.get("schema_version") if isinstance(document, dict) else None
+        raise PlanError(f"{source} has plan schema {shortened(schema)}; this version reads schema {SCHEMA_VERSION}")
     values = Values(document, source)
     modules = tuple(_parse_module(entry, source) for entry in values.sequence("modules"))
     plan = RankPlan(
@@ -227,12 +227,12 @@ def parse_plan(document: Any, source: str) -> RankPlan:
 
 def _provenance(values: Values) -> dict[str, Any]:
     """Where the plan came from; the parts that a resumed run is compared with are mappings."""
-    found = values.mapping("provenance")
-    parts = Values(found, f"{values.place}: provenance")
+    provenance = values.mapping("provenance")
+    parts = Values(provenance, f"{values.place}: provenance")
     for key in ("bounds", "calibration", "course", "sampling"):
-        if found.get(key) is not None:
+        if provenance.get(key) is not None:
             parts.mapping(key)
-    return found
+    return provenance
 
 
 def _parse_module(entry: Any, source: str) -> ModulePlan:

@@ -13,7 +13,7 @@ from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import digest_of, read_json, write_atomically
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.reports.plaintext import plain
-from llamafactory_adaptive.reports.plots import save_figure
+from llamafactory_adaptive.reports.plots import new_figure, save_figure
 from llamafactory_adaptive.reports.tables import align
 
 
@@ -128,9 +128,7 @@ def _shown(sample: Mapping[str, Any], text: Callable[[int], tuple[str, str]] | N
 
 def _save_plot(data: DataQuality, path: Path) -> None:
     """Two panels: how qualities are distributed and what was used of them; loss against gradient norm."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.0, 3.8), layout="constrained")
+    figure = new_figure(10.0, 3.8)
     left, right = figure.subplots(1, 2)
     # The tail is long: the axis ends at the 99.5 % quantile, and what lies beyond stands in the last bar.
     low, high = float(data.quality_N.min()), float(data.quality_N.quantile(0.995))

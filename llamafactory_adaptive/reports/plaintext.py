@@ -34,7 +34,7 @@ def markdown(text: str) -> str:
 
     CommonMark gives a character reference no structure: it never opens a link, a tag, a comment or a table cell.
     """
-    return _IN_MARKDOWN.sub(lambda found: f"&#{ord(found[0])};", plain(text))
+    return _IN_MARKDOWN.sub(lambda character: f"&#{ord(character[0])};", plain(text))
 
 
 def plot_label(text: str, longest: int = 40) -> str:

@@ -5,32 +5,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamafactory_adaptive.files import replacing
+from llamafactory_adaptive.ranks.module_names import module_type
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.reports.plaintext import plot_label
+from llamafactory_adaptive.reports.tables import rank_grid
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-from llamafactory_adaptive.reports.tables import layer_and_type, rank_grid
-
 
 HEATMAP_FILE = "adaptive_ranks.png"
-
-
 HISTORY_FILE = "adaptive_rank_history.png"
-
-
 _WIDEST = 120.0  # inches; matplotlib refuses pictures of more than 65,536 dots
 
 
 def save_heatmap(plan: RankPlan, path: Path) -> None:
     """Draw ranks as layer x module type and write a PNG."""
-    from matplotlib.figure import Figure
-
     layers, types, cells = rank_grid(plan)
     values = [[cells.get((layer, kind), float("nan")) for layer in layers] for kind in types]
-    size = min(_WIDEST, max(6.0, 1.5 + 0.3 * len(layers))), min(_WIDEST, 1.4 + 0.42 * len(types))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = new_figure(max(6.0, 1.5 + 0.3 * len(layers)), 1.4 + 0.42 * len(types))
     axes = figure.add_subplot()
     image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0)
     axes.set_yticks(range(len(types)), [plot_label(kind) for kind in types])
@@ -62,14 +55,12 @@ def save_history(
         last_step: where the run ended.
         path: PNG to write.
     """
-    from matplotlib.figure import Figure
-
-    kinds = [layer_and_type(module.name)[1] for module in start.active]
+    kinds = [module_type(module.name) for module in start.active]
     steps = [0, *(entry["step"] for entry in history), last_step]
     begin = [sum(row) for row in first]
     rows = [begin, *(entry["ranks"] for entry in history)]
     rows.append(rows[-1])
-    figure = Figure(figsize=(8.0, 3.6), layout="constrained")
+    figure = new_figure(8.0, 3.6)
     axes = figure.add_subplot()
     for kind in dict.fromkeys(kinds):
         means = [
@@ -83,6 +74,13 @@ def save_history(
     axes.set_title(f"{plot_label(start.method)}: from rank {max(begin)} to the cost of uniform rank {start.lora_rank}")
     axes.legend(ncols=2, fontsize=8)
     save_figure(figure, path)
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """Begin a figure of that many inches, or of as many as a picture may have."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(min(_WIDEST, width), min(_WIDEST, height)), layout="constrained")
 
 
 def save_figure(figure: "Figure", path: Path) -> None:

@@ -78,8 +78,8 @@ def _all(history: Sequence[dict[str, Any]], key: str) -> tuple[float, ...]:
 
 
 def _last(history: Sequence[dict[str, Any]], key: str) -> float | None:
-    found = _all(history, key)
-    return found[-1] if found else None
+    values = _all(history, key)
+    return values[-1] if values else None
 
 
 def _is_number(value: object) -> bool:

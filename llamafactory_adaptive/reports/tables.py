@@ -1,22 +1,16 @@
 """Tables and closing words: what a person reads of a plan. No method is known here."""
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from shlex import quote
 
+from llamafactory_adaptive.ranks.module_names import layer_and_type, module_type
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
 from llamafactory_adaptive.ranks.schedule import Schedule
 from llamafactory_adaptive.reports.plaintext import plain
 
 
 _BYTES_PER_PARAMETER = 4  # LLaMA-Factory trains and saves LoRA factors in fp32
-
-
-def layer_and_type(name: str) -> tuple[int | None, str]:
-    """Layer index and module type of a full module name: ``model.layers.3.mlp.up_proj`` is (3, ``up_proj``)."""
-    layer = re.search(r"\.(\d+)\.", name)
-    return (int(layer.group(1)) if layer else None), name.rpartition(".")[2]
 
 
 def rank_grid(plan: RankPlan) -> tuple[list[int | None], list[str], dict[tuple[int | None, str], float]]:
@@ -52,7 +46,7 @@ def type_rows(plan: RankPlan, written: Callable[[str], str] = plain) -> list[lis
     rows = [["module type", "modules", "mean rank", "range", "share", "parameters"]]
     by_type: dict[str, list[ModulePlan]] = {}
     for module in plan.modules:
-        by_type.setdefault(layer_and_type(module.name)[1], []).append(module)
+        by_type.setdefault(module_type(module.name), []).append(module)
     for kind, modules in by_type.items():
         ranks = [module.rank for module in modules]
         rows.append(

@@ -81,11 +81,11 @@ class Pool:
 
     def stretch(self, refresh: int, start: int, count: int) -> list[int]:
         """``count`` sample numbers of one subset from place ``start`` on, turn after turn."""
-        found: list[int] = []
-        while len(found) < count:
-            turn, place = divmod(start + len(found), self.subset_size)
-            found += self.order(refresh, turn)[place : place + count - len(found)].tolist()
-        return found
+        samples: list[int] = []
+        while len(samples) < count:
+            turn, place = divmod(start + len(samples), self.subset_size)
+            samples += self.order(refresh, turn)[place : place + count - len(samples)].tolist()
+        return samples
 
     def mean_percentile(self, refresh: int) -> float:
         """Mean place of a subset's samples in the quality order of the pool, from 0 (worst) to 1 (best)."""

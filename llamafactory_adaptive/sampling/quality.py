@@ -113,14 +113,14 @@ def _memory_advice(recorder: SampleGradientRecorder) -> Iterator[None]:
 
 def _checked(figures: Tensor, indices: Sequence[int]) -> Tensor:
     """Figures of a batch, (..., b), on the CPU."""
-    found = figures.double().cpu()
-    finite_b = found.isfinite().reshape(-1, len(indices)).all(0)
+    on_cpu = figures.double().cpu()
+    finite_b = on_cpu.isfinite().reshape(-1, len(indices)).all(0)
     if not bool(finite_b.all()):
         worst = indices[int((~finite_b).nonzero()[0])]
         raise CalibrationError(
             f"the gradient of sample {worst} of the training set is not finite: check the base model and its dtype"
         )
-    return found
+    return on_cpu
 
 
 @contextmanager
@@ -148,9 +148,3 @@ def _scoring(model: nn.Module) -> Iterator[None]:
 
 def _needing(output: Tensor) -> Tensor:
     return output if output.requires_grad or not torch.is_grad_enabled() else output.requires_grad_(True)
-
-
-def length_sorted(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Sample numbers in batches of like length, longest first: little padding, and an out-of-memory shows at once."""
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llamafactory_adaptive.errors import PlanError
+from llamafactory_adaptive.errors import PlanError, first_of
 from llamafactory_adaptive.files import (
     COMPLETE,
     DIGESTS_FILE,
@@ -27,7 +27,6 @@ from llamafactory_adaptive.files import (
 
 LAYOUT_FILE = "adaptive_layout.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_SHOWN = 3
 
 
 def is_sealed(checkpoint: Path) -> bool:
@@ -48,8 +47,7 @@ def damage(checkpoint: Path) -> str:
         faults = faults or _not_finite(checkpoint)
     except (PlanError, OSError, SafetensorError) as error:
         faults = [str(error)]
-    more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-    return "; ".join(faults[:_SHOWN]) + more
+    return first_of(faults)
 
 
 def _not_finite(checkpoint: Path) -> list[str]:

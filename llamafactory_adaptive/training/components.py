@@ -74,10 +74,10 @@ class Components:
 
     def __init__(self, triplets: Triplets, engine: Engine) -> None:
         self.triplets, self.engine = triplets, engine
-        found: dict[tuple[str, tuple[int, ...]], list[tuple[int, nn.Parameter]]] = {}
+        groups: dict[tuple[str, tuple[int, ...]], list[tuple[int, nn.Parameter]]] = {}
         for index, module in enumerate(triplets.modules):
             for kind, parameter in module.parameters().items():
-                found.setdefault((kind, full_shape(parameter)), []).append((index, parameter))
+                groups.setdefault((kind, full_shape(parameter)), []).append((index, parameter))
         self.blocks = [
             Block(
                 f"{kind}/{'x'.join(map(str, shape))}",
@@ -87,7 +87,7 @@ class Components:
                 tuple(parameter for _, parameter in members),
                 tuple(engine.piece(parameter) for _, parameter in members),
             )
-            for (kind, shape), members in found.items()
+            for (kind, shape), members in groups.items()
         ]
         self.parameters = [parameter for block in self.blocks for parameter in block.parameters]
         self.first_kind = next(iter(triplets.modules[0].parameters()))
@@ -268,8 +268,8 @@ class Components:
 
     def observe_given(self, method: DynamicMethod, gradients: Iterable[Sequence[Tensor]]) -> None:
         """Show a method gradients from elsewhere: whole ones, a sequence per block, averaged over processes here."""
-        for block, found in zip(self.blocks, gradients, strict=True):
-            whole_MX = torch.stack([gradient.reshape(-1) for gradient in found]).float()
+        for block, given in zip(self.blocks, gradients, strict=True):
+            whole_MX = torch.stack([gradient.reshape(-1) for gradient in given]).float()
             all_reduce_sum(whole_MX).div_(world_size())
             flat = self._owned(block, whole_MX)
             self._check_arrival(block, flat)

@@ -10,7 +10,7 @@ from typing import Any
 
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import GuardError
-from llamafactory_adaptive.ranks.allocation import allocate, keep_components, reallocate_components
+from llamafactory_adaptive.ranks.allocation import Bounds, allocate, keep_components, reallocate_components
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.ranks.schedule import ReallocationConfig
 
@@ -35,8 +35,9 @@ class RankSearchState:
         self.metrics: dict[str, float] = {}
         self.sensitivities: list[float] = [0.0] * len(start.modules)
         self.fresh: Masks = [[False] * module.rank for module in start.modules]
-        self.upper = [min(config.max_rank, module.rank) for module in start.modules]
-        self.lower = [min(config.min_rank, high) for high in self.upper]
+        upper = [min(config.max_rank, module.rank) for module in start.modules]
+        lower = [min(config.min_rank, high) for high in upper]
+        self.bounds = Bounds(self.costs, self.asked, lower, upper)
 
     @property
     def reallocates(self) -> bool:
@@ -47,7 +48,7 @@ class RankSearchState:
         """What is in use at first: everything, or every module at the same rank within the budget."""
         if not self.reallocates:
             return [[True] * module.rank for module in self.start.modules]
-        ranks = allocate([1.0] * len(self.costs), self.costs, self.asked, self.lower, self.upper).ranks
+        ranks = allocate([1.0] * len(self.costs), self.bounds).ranks
         return [
             [index < rank for index in range(module.rank)]
             for module, rank in zip(self.start.modules, ranks, strict=True)
@@ -68,13 +69,12 @@ class RankSearchState:
         Raises:
             GuardError: a score is not finite.
         """
+        bounds = replace(self.bounds, budget=budget)
         try:
             if not self.reallocates:
-                return keep_components(scores, self.costs, budget, self.lower, self.upper)
+                return keep_components(scores, bounds)
             self._learn(scores, before)
-            after = reallocate_components(
-                self.sensitivities, scores, before, self.costs, budget, self.lower, self.upper
-            )
+            after = reallocate_components(self.sensitivities, scores, before, bounds)
         except ValueError as error:
             raise GuardError(f"step {step}: {error}; training has diverged, lower learning_rate") from error
         self.fresh = [

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from llamafactory_adaptive.adapter.lora import factors, live_layers
+from llamafactory_adaptive.calibration.batches import holds_media, length_sorted
 from llamafactory_adaptive.engines.distributed import (
     all_reduce_sum,
     gather,
@@ -27,7 +28,7 @@ from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.ranks.schedule import refresh_interval
 from llamafactory_adaptive.reports.data_report import DataQuality, save_data_report
 from llamafactory_adaptive.sampling.pool import Pool, combine_terms
-from llamafactory_adaptive.sampling.quality import SampleTerms, length_sorted, measure
+from llamafactory_adaptive.sampling.quality import SampleTerms, measure
 from llamafactory_adaptive.sampling.sample_gradients import TermSpec
 from llamafactory_adaptive.sampling.sampler import SubsetSampler, Timeline
 from llamafactory_adaptive.training.sample_scores import ScoringBatches, read_terms, term_vectors, write_terms
@@ -101,7 +102,7 @@ class Selection:
         lengths, self.row_digests = [], []
         quiet = process_number() != 0 or len(self.dataset) < 50_000
         for row in tqdm(self.dataset, desc="Reading samples", unit="row", disable=quiet):
-            if any(row.get(kind) for kind in ("images", "videos", "audios")):
+            if holds_media(row):
                 raise CalibrationError(
                     "training samples hold images, video or audio, whose quality is not measured; set "
                     "tsq_sampling: false"
@@ -117,9 +118,9 @@ class Selection:
         wanted, args = self._wanted(), self.trainer.args
         # The main process's cache decides: other nodes may have none.
         path = self.cache / f"{self._cache_key(wanted)}.safetensors" if process_number() == 0 else None
-        found = read_terms(path, self.rows_digest) if path is not None and usable_entry(path) else None
-        if int(all_reduce_sum(torch.tensor(int(found is not None), device=args.device))):
-            return self._shared(found)
+        cached = read_terms(path, self.rows_digest) if path is not None and usable_entry(path) else None
+        if int(all_reduce_sum(torch.tensor(int(cached is not None), device=args.device))):
+            return self._shared(cached)
         size = self.sampling.batch_size or args.train_batch_size
         groups = length_sorted(lengths, size)[process_number() :: world_size()]
         layers = live_layers(self.trainer.model)
@@ -139,10 +140,10 @@ class Selection:
             note_checksum(path)
         return terms
 
-    def _shared(self, found: SampleTerms | None) -> SampleTerms:
+    def _shared(self, terms: SampleTerms | None) -> SampleTerms:
         """What the main process read, on every process."""
         shape, device = (len(fields(SampleTerms)), len(self.dataset)), self.trainer.args.device
-        mine = torch.zeros(shape, dtype=torch.float64) if found is None else torch.stack(term_vectors(found))
+        mine = torch.zeros(shape, dtype=torch.float64) if terms is None else torch.stack(term_vectors(terms))
         return SampleTerms(*all_reduce_sum(mine.to(device)).cpu())
 
     def _wanted(self) -> TermSpec:
@@ -175,13 +176,13 @@ class Selection:
         return digest_of(facts)
 
     def _restored(self, checkpoint: Path) -> SampleTerms:
-        found = read_terms(checkpoint / QUALITY_FILE, self.rows_digest)
-        if found is None:
+        terms = read_terms(checkpoint / QUALITY_FILE, self.rows_digest)
+        if terms is None:
             raise PlanError(
                 f"{checkpoint} holds no qualities of these training samples: the data set, template or cutoff_len has "
                 "changed, or the file is damaged; change it back or use another output_dir"
             )
-        return found
+        return terms
 
     def _make_timeline(self, max_steps: int, dataloader: Any) -> Timeline:
         args = self.trainer.args

@@ -97,7 +97,7 @@ def test_steps_are_not_estimated_where_processes_are_no_number(name, word, args,
 
 def test_deepspeed_asked_for_by_the_environment_alone(args, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(AdaptiveConfigError, match="ACCELERATE_USE_DEEPSPEED: 'true' is not possible: DeepSpeed runs"):
+    with pytest.raises(AdaptiveConfigError, match="ACCELERATE_USE_DEEPSPEED: 'true' is invalid: DeepSpeed runs"):
         training_run._refuse_deepspeed_alone(args)
 
 

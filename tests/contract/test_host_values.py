@@ -15,36 +15,36 @@ from llamafactory_adaptive.bridge.validation import parse_config  # noqa: E402
 WRONG = [
     (
         {"lora_dropout": "a lot"},
-        "lora_dropout: 'a lot' is not possible: it must be a finite number; try lora_dropout: 0",
+        "lora_dropout: 'a lot' is invalid: must be a finite number; try lora_dropout: 0",
     ),
-    ({"lora_dropout": 2.0}, "lora_dropout: 2.0 is not possible: it must be between 0 and 0.999"),
-    ({"lora_dropout": -0.5}, "lora_dropout: -0.5 is not possible"),
-    ({"max_steps": "many"}, "max_steps: 'many' is not possible: it must be a whole number"),
-    ({"max_steps": 0}, "max_steps: 0 is not possible: it must be at least 1, or -1 to train num_train_epochs"),
-    ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: 0 is not possible: it must be at least 1"),
-    ({"per_device_train_batch_size": -2}, "per_device_train_batch_size: -2 is not possible"),
-    ({"per_device_train_batch_size": "big"}, "per_device_train_batch_size: 'big' is not possible"),
-    ({"learning_rate": "fast"}, "learning_rate: 'fast' is not possible: it must be a finite number"),
-    ({"learning_rate": -1.0}, "learning_rate: -1.0 is not possible: it must be at least 0"),
-    ({"learning_rate": float("nan")}, "learning_rate: nan is not possible: it must be a finite number"),
-    ({"learning_rate": float("inf")}, "learning_rate: inf is not possible"),
-    ({"cutoff_len": 0}, "cutoff_len: 0 is not possible: it must be at least 1; try cutoff_len: 2048"),
-    ({"cutoff_len": -10}, "cutoff_len: -10 is not possible"),
-    ({"cutoff_len": "2k"}, "cutoff_len: '2k' is not possible: it must be a whole number"),
-    ({"seed": -1}, "seed: -1 is not possible: it must be between 0 and 4.29497e+09"),
-    ({"seed": 1.5}, "seed: 1.5 is not possible: it must be a whole number"),
-    ({"seed": "lucky"}, "seed: 'lucky' is not possible: it must be a whole number"),
-    ({"lora_rank": None}, "lora_rank: None is not possible: it must be a number; try lora_rank: 8"),
-    ({"gradient_accumulation_steps": True}, "gradient_accumulation_steps: True is not possible"),
-    ({"num_train_epochs": 0, "max_steps": -1}, "num_train_epochs: 0 is not possible: it must be above 0"),
-    ({"report_to": "neptune"}, "report_to: 'neptune' is not possible: its package is not installed; try pip install"),
-    ({"pissa_convert": True}, "pissa_convert: True is not possible: PiSSA changes the base weights"),
+    ({"lora_dropout": 2.0}, "lora_dropout: 2.0 is invalid: must be between 0 and 0.999"),
+    ({"lora_dropout": -0.5}, "lora_dropout: -0.5 is invalid"),
+    ({"max_steps": "many"}, "max_steps: 'many' is invalid: must be a whole number"),
+    ({"max_steps": 0}, "max_steps: 0 is invalid: must be at least 1, or -1 to train num_train_epochs"),
+    ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: 0 is invalid: must be at least 1"),
+    ({"per_device_train_batch_size": -2}, "per_device_train_batch_size: -2 is invalid"),
+    ({"per_device_train_batch_size": "big"}, "per_device_train_batch_size: 'big' is invalid"),
+    ({"learning_rate": "fast"}, "learning_rate: 'fast' is invalid: must be a finite number"),
+    ({"learning_rate": -1.0}, "learning_rate: -1.0 is invalid: must be at least 0"),
+    ({"learning_rate": float("nan")}, "learning_rate: nan is invalid: must be a finite number"),
+    ({"learning_rate": float("inf")}, "learning_rate: inf is invalid"),
+    ({"cutoff_len": 0}, "cutoff_len: 0 is invalid: must be at least 1; try cutoff_len: 2048"),
+    ({"cutoff_len": -10}, "cutoff_len: -10 is invalid"),
+    ({"cutoff_len": "2k"}, "cutoff_len: '2k' is invalid: must be a whole number"),
+    ({"seed": -1}, "seed: -1 is invalid: must be between 0 and 4.29497e+09"),
+    ({"seed": 1.5}, "seed: 1.5 is invalid: must be a whole number"),
+    ({"seed": "lucky"}, "seed: 'lucky' is invalid: must be a whole number"),
+    ({"lora_rank": None}, "lora_rank: None is invalid: must be a number; try lora_rank: 8"),
+    ({"gradient_accumulation_steps": True}, "gradient_accumulation_steps: True is invalid"),
+    ({"num_train_epochs": 0, "max_steps": -1}, "num_train_epochs: 0 is invalid: must be above 0"),
+    ({"report_to": "neptune"}, "report_to: 'neptune' is invalid: its package is not installed; try pip install"),
+    ({"pissa_convert": True}, "pissa_convert: True is invalid: PiSSA changes the base weights"),
 ]
 COMBINATIONS = [
     ({"train_on_prompt": True, "mask_history": True}, "train_on_prompt"),
-    ({"use_galore": True}, "use_galore: True is not possible: LLaMA-Factory refuses it (Cannot use LoRA with GaLore"),
-    ({"streaming": True, "max_steps": -1}, "max_steps: -1 is not possible: LLaMA-Factory refuses it (Please specify"),
-    ({"stage": "dpo", "predict_with_generate": True}, "predict_with_generate: True is not possible"),
+    ({"use_galore": True}, "use_galore: True is invalid: LLaMA-Factory refuses it (Cannot use LoRA with GaLore"),
+    ({"streaming": True, "max_steps": -1}, "max_steps: -1 is invalid: LLaMA-Factory refuses it (Please specify"),
+    ({"stage": "dpo", "predict_with_generate": True}, "predict_with_generate: True is invalid"),
     ({"do_eval": True}, "LLaMA-Factory refuses it (Please make sure eval_dataset be provided"),
 ]
 
@@ -86,7 +86,7 @@ def test_good_settings_pass_and_no_process_state_is_made(tiny_llama, data_dir, t
 def test_a_folder_that_cannot_be_written_is_told_before_anything(tiny_llama, data_dir, tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "out", "/proc/out"):
-        with pytest.raises(AdaptiveConfigError, match=r"output_dir: .* is not possible: nothing can be written there"):
+        with pytest.raises(AdaptiveConfigError, match=r"output_dir: .* is invalid: nothing can be written there"):
             check_output(settings(tiny_llama, data_dir, place))
     check_output(settings(tiny_llama, data_dir, tmp_path / "good"))
     assert not (tmp_path / "good").exists()
@@ -95,9 +95,9 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything(tiny_llama, dat
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"USE_RAY": "1"}, "USE_RAY: '1' is not possible: every Ray worker"),
-        ({"USE_MCA": "1"}, "USE_MCA: '1' is not possible: Megatron"),
-        ({"LLAMABOARD_ENABLED": "1"}, "lora_alpha, lora_target: None is not possible: LLaMA Board does not pass"),
+        ({"USE_RAY": "1"}, "USE_RAY: '1' is invalid: every Ray worker"),
+        ({"USE_MCA": "1"}, "USE_MCA: '1' is invalid: Megatron"),
+        ({"LLAMABOARD_ENABLED": "1"}, "lora_alpha, lora_target: None is invalid: LLaMA Board does not pass"),
     ],
 )
 def test_hosts_of_another_kind_are_named(environment, said, tiny_llama, data_dir, tmp_path, monkeypatch):

@@ -8,6 +8,8 @@ import torch
 from accelerate import PartialState
 
 from llamafactory_adaptive.bridge import measure_process
+from llamafactory_adaptive.bridge.checked_run import CheckedRun
+from llamafactory_adaptive.bridge.scoring_job import ScoringJob, scoring_settings
 from llamafactory_adaptive.bridge.validation import parse_config
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.methods.sensitivity import Sensitivity, SensitivityOptions
@@ -26,7 +28,7 @@ def _one_process():
 
 def load(model, data, output, **more):
     args = settings(model, data, output, **more)
-    return measure_process._load(args, parse_config(args))
+    return measure_process._load(scoring_settings(args), parse_config(args))
 
 
 def refusal(*where, **more):
@@ -102,8 +104,11 @@ def score(tiny_llama, data_dir, tmp_path, monkeypatch):
         monkeypatch.setattr(measure_process.sys, "executable", str(program))
         args = settings(tiny_llama, data_dir, tmp_path / "out")
         measurement = Sensitivity(SensitivityOptions()).measurement()
+        job = ScoringJob.of(
+            CheckedRun(args, args, parse_config(args)), ["lm_head"], measurement, tmp_path / "empty" / "statistics"
+        )
         with pytest.raises(CalibrationError) as caught:
-            measure_process.measure_in_own_process(args, measurement, tmp_path / "empty" / "statistics")
+            measure_process.measure_in_own_process(job)
         [log] = (tmp_path / "cache" / "logs").iterdir()
         return str(caught.value), log
 

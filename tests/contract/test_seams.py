@@ -9,6 +9,7 @@ import pytest
 
 from llamafactory_adaptive import _bootstrap
 from llamafactory_adaptive.bridge import seams
+from llamafactory_adaptive.cli.doctor import _verdict
 from llamafactory_adaptive.errors import SeamError
 
 
@@ -106,7 +107,36 @@ def test_doctor_says_active(capsys):
     text = capsys.readouterr().out
     assert "start-up hook   active" in text
     assert "seam            fits            llamafactory.model.adapter.LoraConfig" in text
+    assert text.splitlines()[-1].startswith("verdict         ready: adaptive runs work")
     assert _bootstrap.active()
+
+
+VERDICTS = [
+    (True, {"a.b": "fits"}, True, "ready: "),
+    (False, {"a.b": "fits"}, False, "llamafactory-cli lacks the hook: use `llamafactory-adaptive train`"),
+    (
+        True,
+        {"a.b": "fits", "a.c": "looks different"},
+        False,
+        "adaptive runs are refused: a.c does not fit; tested with",
+    ),
+]
+
+
+@pytest.mark.parametrize(("hooked", "states", "ready", "words"), VERDICTS, ids=["ready", "no hook", "misfit"])
+def test_the_verdict_is_one_line_that_says_what_to_do(hooked, states, ready, words):
+    verdict = _verdict(hooked, states)
+    assert verdict[0] is ready
+    assert verdict[1].startswith(words)
+    assert "\n" not in verdict[1]
+
+
+def test_the_verdict_where_the_plugin_is_switched_off(monkeypatch, capsys):
+    from llamafactory_adaptive.cli import main
+
+    monkeypatch.setenv("LLAMAFACTORY_ADAPTIVE", "0")
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().out.splitlines()[-1].startswith("verdict         switched off: ")
 
 
 def test_a_host_that_cannot_be_imported_is_told_for_each_seam(tmp_path):

@@ -18,86 +18,86 @@ from llamafactory_adaptive.bridge.validation import parse_config  # noqa: E402
 ZERO3 = str(Path(__file__).parents[2] / "examples" / "deepspeed" / "ds_z3_config.json")
 IGU = {"adaptive_method": "igu", "adaptive_calibration_samples": None, "adaptive_calibration_batch_size": None}
 WRONG = [
-    ({"adaptive_methd": "igu"}, "adaptive_methd: 'igu' is not possible: neither LLaMA-Factory nor this plugin has such a key; "
+    ({"adaptive_methd": "igu"}, "adaptive_methd: 'igu' is invalid: neither LLaMA-Factory nor this plugin has such a key; "
      "try adaptive_method"),
-    ({"learning_rat": 1.0}, "learning_rat: 1.0 is not possible: neither LLaMA-Factory nor this plugin has such a key; try "
+    ({"learning_rat": 1.0}, "learning_rat: 1.0 is invalid: neither LLaMA-Factory nor this plugin has such a key; try "
      "learning_rate"),
-    ({"adaptive_method": "sensitvity"}, "adaptive_method: 'sensitvity' is not possible: it must be one of adalora, "
+    ({"adaptive_method": "sensitvity"}, "adaptive_method: 'sensitvity' is invalid: must be one of adalora, "
      "igu, random, sensitivity, tsq, uniform; try adaptive_method: sensitivity"),
-    ({"adaptive_budget_unit": "parms"}, "adaptive_budget_unit: 'parms' is not possible: it must be one of params, ranks; "
+    ({"adaptive_budget_unit": "parms"}, "adaptive_budget_unit: 'parms' is invalid: must be one of params, ranks; "
      "try adaptive_budget_unit: params"),
-    ({"adaptive_min_rank": -1}, "adaptive_min_rank: -1 is not possible: it must be at least 0; try adaptive_min_rank: 1"),
-    ({"adaptive_min_rank": 5}, "adaptive_min_rank: 5 is not possible: it must be at most lora_rank (4), or the budget is "
+    ({"adaptive_min_rank": -1}, "adaptive_min_rank: -1 is invalid: must be at least 0; try adaptive_min_rank: 1"),
+    ({"adaptive_min_rank": 5}, "adaptive_min_rank: 5 is invalid: must be at most lora_rank (4), or the budget is "
      "overspent; try adaptive_min_rank: 1"),
-    ({"adaptive_max_rank": 3}, "adaptive_max_rank: 3 is not possible: it must be at least lora_rank (4), or the budget "
+    ({"adaptive_max_rank": 3}, "adaptive_max_rank: 3 is invalid: must be at least lora_rank (4), or the budget "
      "cannot be spent; try adaptive_max_rank: 16"),
-    ({"adaptive_max_rank": "many"}, "adaptive_max_rank: 'many' is not possible: it must be a whole number, at least 1; "
+    ({"adaptive_max_rank": "many"}, "adaptive_max_rank: 'many' is invalid: must be a whole number, at least 1; "
      "try leaving adaptive_max_rank out"),
-    ({"adaptive_calibration_samples": 2.5}, "adaptive_calibration_samples: 2.5 is not possible: it must be a whole "
+    ({"adaptive_calibration_samples": 2.5}, "adaptive_calibration_samples: 2.5 is invalid: must be a whole "
      "number, between 1 and 1e+06; try adaptive_calibration_samples: 128"),
-    ({"lora_rank": 0}, "lora_rank: 0 is not possible: it must be a whole number of at least 1; try lora_rank: 8"),
-    ({"lora_alpha": "big"}, "lora_alpha: 'big' is not possible: it must be a whole number of at least 1; try "
+    ({"lora_rank": 0}, "lora_rank: 0 is invalid: must be a whole number of at least 1; try lora_rank: 8"),
+    ({"lora_alpha": "big"}, "lora_alpha: 'big' is invalid: must be a whole number of at least 1; try "
      "lora_alpha: 8"),
-    ({"sensitivity_classes": 4, "sensitivity_allocation": "pra"}, "sensitivity_classes: 4 is not possible: it must be "
+    ({"sensitivity_classes": 4, "sensitivity_allocation": "pra"}, "sensitivity_classes: 4 is invalid: must be "
      "between 1 and 99 and odd; try sensitivity_classes: 3"),
-    ({"sensitivity_energy": "nan"}, "sensitivity_energy: 'nan' is not possible: it must be a number, between 1e-06 and 1; "
+    ({"sensitivity_energy": "nan"}, "sensitivity_energy: 'nan' is invalid: must be a number, between 1e-06 and 1; "
      "try sensitivity_energy: 0.85"),
-    ({"adaptive_method": "uniform", "sensitivity_energy": 0.9}, "sensitivity_energy: 0.9 is not possible: it belongs to "
+    ({"adaptive_method": "uniform", "sensitivity_energy": 0.9}, "sensitivity_energy: 0.9 is invalid: it belongs to "
      "adaptive_method: sensitivity, and this run uses uniform; try adaptive_method: sensitivity"),
-    ({"adaptive_plan": "/no/such/plan.json"}, "adaptive_plan: '/no/such/plan.json' is not possible: there is no such "
+    ({"adaptive_plan": "/no/such/plan.json"}, "adaptive_plan: '/no/such/plan.json' is invalid: there is no such "
      "file; try writing one with `llamafactory-adaptive plan`"),
-    ({"adaptive_calibration_dataset": "nope"}, "adaptive_calibration_dataset: 'nope' is not possible: it is not in"),
+    ({"adaptive_calibration_dataset": "nope"}, "adaptive_calibration_dataset: 'nope' is invalid: it is not in"),
     ({"adaptive_calibration_dataset": "tiny_test_split"}, "its split is 'test'; scores may use training data only"),
     ({"adaptive_calibration_dataset": "tiny_eval", "eval_dataset": "tiny_eval"}, "adaptive_calibration_dataset: "
-     "'tiny_eval' is not possible: it is the eval_dataset; scores may use training data only"),
-    ({"use_dora": True}, "use_dora: True is not possible: DoRA magnitudes are not served right at mixed ranks; try "
+     "'tiny_eval' is invalid: it is the eval_dataset; scores may use training data only"),
+    ({"use_dora": True}, "use_dora: True is invalid: DoRA magnitudes are not served right at mixed ranks; try "
      "use_dora: false"),
-    ({"use_rslora": True}, "use_rslora: True is not possible: rsLoRA scales by sqrt(rank)"),
-    ({"use_unsloth": True}, "use_unsloth: True is not possible: Unsloth takes one rank for all modules"),
-    ({"pissa_init": True}, "pissa_init: True is not possible: PiSSA changes the base weights per rank"),
-    ({"stage": "ppo"}, "stage: 'ppo' is not possible: ranks are planned for pt, sft, rm, dpo and kto; try stage: dpo"),
-    ({"quantization_bit": 3}, "quantization_bit: 3 is not possible: bitsandbytes knows 4 and 8; try quantization_bit: 4"),
-    ({"quantization_bit": 4, "quantization_method": "hqq"}, "quantization_method: 'hqq' is not possible: only "
+    ({"use_rslora": True}, "use_rslora: True is invalid: rsLoRA scales by sqrt(rank)"),
+    ({"use_unsloth": True}, "use_unsloth: True is invalid: Unsloth takes one rank for all modules"),
+    ({"pissa_init": True}, "pissa_init: True is invalid: PiSSA changes the base weights per rank"),
+    ({"stage": "ppo"}, "stage: 'ppo' is invalid: ranks are planned for pt, sft, rm, dpo and kto; try stage: dpo"),
+    ({"quantization_bit": 3}, "quantization_bit: 3 is invalid: bitsandbytes knows 4 and 8; try quantization_bit: 4"),
+    ({"quantization_bit": 4, "quantization_method": "hqq"}, "quantization_method: 'hqq' is invalid: only "
      "bitsandbytes quantisation is supported; try quantization_method: bnb"),
-    ({"model_name_or_path": "/no/such/model"}, "model_name_or_path: '/no/such/model' is not possible: there is no such "
+    ({"model_name_or_path": "/no/such/model"}, "model_name_or_path: '/no/such/model' is invalid: there is no such "
      "folder; try a folder or a hub name"),
-    ({"dataset": None}, "dataset: None is not possible: training needs one"),
-    ({"dataset": "tiny_sft,nope"}, "dataset: 'nope' is not possible: it is not in"),
-    ({"eval_dataset": "nope"}, "eval_dataset: 'nope' is not possible: it is not in"),
-    ({"dataset": "tiny_lost"}, "dataset: 'tiny_lost' is not possible: its file"),
-    ({"dataset_dir": "/nowhere"}, "dataset_dir: '/nowhere' is not possible: there is no /nowhere/dataset_info.json"),
-    ({"template": "lama3"}, "template: 'lama3' is not possible: LLaMA-Factory has no such template; try template: llama3"),
-    ({"deepspeed": "/no/such.json"}, "deepspeed: '/no/such.json' is not possible: there is no such file"),
-    ({"stage": "sftt"}, "stage: 'sftt' is not possible: it must be one of pt, sft, rm, ppo, dpo, kto; try stage: pt"),
-    ({"fsdp": "full_shard"}, "fsdp: 'full_shard' is not possible: FSDP flattens the factors whose ranks are checked"),
-    ({"adapter_name_or_path": "x", "create_new_adapter": True, "quantization_bit": 4}, "create_new_adapter: True is not "
-     "possible: the old adapter cannot be merged into a quantised base or under ZeRO-3"),
-    ({"adaptive_interval": 5}, "adaptive_interval: 5 is not possible: adaptive_method: sensitivity fixes ranks before "
+    ({"dataset": None}, "dataset: None is invalid: training needs one"),
+    ({"dataset": "tiny_sft,nope"}, "dataset: 'nope' is invalid: it is not in"),
+    ({"eval_dataset": "nope"}, "eval_dataset: 'nope' is invalid: it is not in"),
+    ({"dataset": "tiny_lost"}, "dataset: 'tiny_lost' is invalid: its file"),
+    ({"dataset_dir": "/nowhere"}, "dataset_dir: '/nowhere' is invalid: there is no /nowhere/dataset_info.json"),
+    ({"template": "lama3"}, "template: 'lama3' is invalid: LLaMA-Factory has no such template; try template: llama3"),
+    ({"deepspeed": "/no/such.json"}, "deepspeed: '/no/such.json' is invalid: there is no such file"),
+    ({"stage": "sftt"}, "stage: 'sftt' is invalid: must be one of pt, sft, rm, ppo, dpo, kto; try stage: pt"),
+    ({"fsdp": "full_shard"}, "fsdp: 'full_shard' is invalid: FSDP flattens the factors whose ranks are checked"),
+    ({"adapter_name_or_path": "x", "create_new_adapter": True, "quantization_bit": 4}, "create_new_adapter: True is "
+     "invalid: the old adapter cannot be merged into a quantised base or under ZeRO-3"),
+    ({"adaptive_interval": 5}, "adaptive_interval: 5 is invalid: adaptive_method: sensitivity fixes ranks before "
      "training and prunes nothing; try leaving it out, or adaptive_method: igu"),
-    ({**IGU, "adaptive_calibration_samples": 8}, "adaptive_calibration_samples: 8 is not possible: adaptive_method: igu "
+    ({**IGU, "adaptive_calibration_samples": 8}, "adaptive_calibration_samples: 8 is invalid: adaptive_method: igu "
      "finds ranks during training and calibrates nothing; try leaving it out, or adaptive_method: sensitivity"),
-    ({**IGU, "adaptive_init_rank": 4}, "adaptive_init_rank: 4 is not possible: the start must be over-ranked: above "
+    ({**IGU, "adaptive_init_rank": 4}, "adaptive_init_rank: 4 is invalid: the start must be over-ranked: above "
      "lora_rank (4), at most adaptive_max_rank (16); try adaptive_init_rank: 8"),
-    ({**IGU, "adaptive_init_rank": 17}, "adaptive_init_rank: 17 is not possible: the start must be over-ranked"),
-    ({**IGU, "adaptive_max_rank": 4}, "adaptive_max_rank: 4 is not possible: the start must be over-ranked: above "
+    ({**IGU, "adaptive_init_rank": 17}, "adaptive_init_rank: 17 is invalid: the start must be over-ranked"),
+    ({**IGU, "adaptive_max_rank": 4}, "adaptive_max_rank: 4 is invalid: the start must be over-ranked: above "
      "lora_rank (4), at most adaptive_max_rank (4); try adaptive_max_rank: 8"),
-    ({**IGU, "adaptive_warmup_ratio": 0.8}, "adaptive_warmup_ratio: 0.8 is not possible: with adaptive_final_ratio 0.3 "
+    ({**IGU, "adaptive_warmup_ratio": 0.8}, "adaptive_warmup_ratio: 0.8 is invalid: with adaptive_final_ratio 0.3 "
      "it leaves no step to prune in; try adaptive_warmup_ratio: 0.35"),
-    ({**IGU, "adaptive_interval": 0}, "adaptive_interval: 0 is not possible: it must be at least 1; try "
+    ({**IGU, "adaptive_interval": 0}, "adaptive_interval: 0 is invalid: must be at least 1; try "
      "adaptive_interval: 10"),
-    ({**IGU, "adaptive_max_overhead": 0.2}, "adaptive_max_overhead: 0.2 is not possible: only igu_importance: integrated "
+    ({**IGU, "adaptive_max_overhead": 0.2}, "adaptive_max_overhead: 0.2 is invalid: only igu_importance: integrated "
      "makes extra passes that could be thinned out; try leaving it out"),
-    ({**IGU, "igu_importance": "shrnk"}, "igu_importance: 'shrnk' is not possible: it must be one of shrink, integrated, "
+    ({**IGU, "igu_importance": "shrnk"}, "igu_importance: 'shrnk' is invalid: must be one of shrink, integrated, "
      "off; try igu_importance: shrink"),
-    ({**IGU, "adapter_name_or_path": "x"}, "adapter_name_or_path: 'x' is not possible: ranks are found on a new "
+    ({**IGU, "adapter_name_or_path": "x"}, "adapter_name_or_path: 'x' is invalid: ranks are found on a new "
      "adapter, whose live tensors are larger than the old one's; try create_new_adapter: true"),
-    ({**IGU, "torch_compile": True}, "torch_compile: True is not possible: masks and path positions change"),
-    ({**IGU, "auto_find_batch_size": True}, "auto_find_batch_size: True is not possible: it restarts training"),
-    ({**IGU, "igu_importance": "integrated", "stage": "dpo"}, "stage: 'dpo' is not possible: extra passes need the loss "
+    ({**IGU, "torch_compile": True}, "torch_compile: True is invalid: masks and path positions change"),
+    ({**IGU, "auto_find_batch_size": True}, "auto_find_batch_size: True is invalid: it restarts training"),
+    ({**IGU, "igu_importance": "integrated", "stage": "dpo"}, "stage: 'dpo' is invalid: extra passes need the loss "
      "that the model itself returns; try igu_importance: shrink"),
-    ({**IGU, "igu_importance": "integrated", "use_dft_loss": True}, "use_dft_loss: True is not possible: extra passes use "
+    ({**IGU, "igu_importance": "integrated", "use_dft_loss": True}, "use_dft_loss: True is invalid: extra passes use "
      "the model's own loss; try igu_importance: shrink"),
-    ({**IGU, "igu_importance": "integrated", "deepspeed": ZERO3}, "ds_z3_config.json' is not possible: extra "
+    ({**IGU, "igu_importance": "integrated", "deepspeed": ZERO3}, "ds_z3_config.json' is invalid: extra "
      "passes need whole weights on every process"),
     ({"val_size": 0.5, "dataset": "tiny_sft,tiny_eval", "adaptive_calibration_dataset": "tiny_eval"}, "val_size holds "
      "rows of the merged training set out"),
@@ -225,17 +225,17 @@ TABLE = {"known": {"hf_hub_url": "me/rows"}, "held_out": {"hf_hub_url": "me/rows
     [
         (
             {"dataset": "known,lost"},
-            "dataset: 'lost' is not possible: it is not in dataset_dir; try one of held_out, known",
+            "dataset: 'lost' is invalid: it is not in dataset_dir; try one of held_out, known",
         ),
-        ({"eval_dataset": "lost"}, "eval_dataset: 'lost' is not possible: it is not in dataset_dir"),
+        ({"eval_dataset": "lost"}, "eval_dataset: 'lost' is invalid: it is not in dataset_dir"),
         (
             {"adaptive_calibration_dataset": "lost"},
-            "adaptive_calibration_dataset: 'lost' is not possible: it is not in",
+            "adaptive_calibration_dataset: 'lost' is invalid: it is not in",
         ),
         ({"adaptive_calibration_dataset": "held_out"}, "its split is 'test'; scores may use training data only"),
-        ({"dataset": "local"}, "dataset: 'local' is not possible: its entry in dataset_dir names nothing on a hub"),
-        ({"dataset": "text"}, "dataset: 'text' is not possible: its entry in dataset_dir is no mapping"),
-        ({"dataset_dir": {}}, "dataset: 'known' is not possible: it is not in dataset_dir; try an entry for it there"),
+        ({"dataset": "local"}, "dataset: 'local' is invalid: its entry in dataset_dir names nothing on a hub"),
+        ({"dataset": "text"}, "dataset: 'text' is invalid: its entry in dataset_dir is no mapping"),
+        ({"dataset_dir": {}}, "dataset: 'known' is invalid: it is not in dataset_dir; try an entry for it there"),
     ],
 )
 def test_a_table_of_data_sets_in_the_settings_themselves(change, said, tiny_llama, tmp_path):

@@ -120,7 +120,7 @@ def test_plan_keeps_its_hands_off_a_trained_adapter(write, tmp_path):
 
 def test_what_the_host_refuses_is_one_message_before_scoring(write):
     done = run(BIN / "llamafactory-adaptive", "plan", write(val_size=0.1, eval_dataset="tiny_eval"), expect=2)
-    assert "val_size: 0.1 is not possible: LLaMA-Factory refuses it (Cannot specify `val_size`" in done.stderr
+    assert "val_size: 0.1 is invalid: LLaMA-Factory refuses it (Cannot specify `val_size`" in done.stderr
     assert "Traceback" not in done.stderr
     assert "Scoring modules" not in done.stderr
 
@@ -136,8 +136,8 @@ def test_wrong_yaml_is_one_message_and_exit_code_2(launcher, write):
 
 def test_wrong_yaml_stops_before_torchrun_starts(write):
     """Also what only shows once the model's shapes are known."""
-    for change, message in (({"use_rslora": True}, "use_rslora: True is not possible"),
-                            ({"lora_target": "nope"}, "lora_target: 'nope' is not possible")):  # fmt: skip
+    for change, message in (({"use_rslora": True}, "use_rslora: True is invalid"),
+                            ({"lora_target": "nope"}, "lora_target: 'nope' is invalid")):  # fmt: skip
         done = run(
             BIN / "llamafactory-cli", "train", write(**change), expect=2, FORCE_TORCHRUN="1", NPROC_PER_NODE="2"
         )

@@ -25,7 +25,7 @@ from llamafactory_adaptive import (
 )
 from llamafactory_adaptive.adapter.lora import live_layers
 from llamafactory_adaptive.errors import AdaptiveConfigError, GuardError, PlanError
-from llamafactory_adaptive.ranks.allocation import allocate
+from llamafactory_adaptive.ranks.allocation import Bounds, allocate
 from llamafactory_adaptive.ranks.plan import load_plan
 from tests.helpers.tiny import rows, save_tiny, tiny_model, tiny_tokenizer
 
@@ -81,7 +81,8 @@ def test_a_static_plan_is_what_a_plain_trainer_trains_and_saves(tmp_path):
     plan = plan_ranks(scores, lora_rank=4)
     values = scores.score().values
     costs = [shape.parameters_per_rank for shape in scores.shapes]
-    expected = allocate([values[s.name] for s in scores.shapes], costs, 4 * sum(costs), [1] * 14, [16] * 14).ranks
+    bounds = Bounds(costs, 4 * sum(costs), [1] * 14, [16] * 14)
+    expected = allocate([values[s.name] for s in scores.shapes], bounds).ranks
     assert tuple(plan.ranks().values()) == expected
 
     model = attach_adapter(tiny_model(), plan)

@@ -48,12 +48,12 @@ def test_a_plain_request(words, model, adapter):
          "output_dir of a training run"),
         (["--merged", "a=/nowhere"], "--merged a=/nowhere: there is no config.json in that folder; give the "
          "export_dir of a merge"),
-        (["--limit", "0"], "--limit: 0 is not possible: it must be at least 1"),
-        (["--num-beams", "65"], "--num-beams: 65 is not possible: it must be between 1 and 64"),
-        (["--seeds", "1,x"], "--seeds: '1,x' is not possible: it must be whole numbers from 0 to 4294967295, "
+        (["--limit", "0"], "--limit: 0 is invalid: must be at least 1"),
+        (["--num-beams", "65"], "--num-beams: 65 is invalid: must be between 1 and 64"),
+        (["--seeds", "1,x"], "--seeds: '1,x' is invalid: must be whole numbers from 0 to 4294967295, "
          "comma separated; try 1,2,3"),
-        (["--port", "70000"], "--port: 70000 is not possible: it must be between 1 and 65535"),
-        (["--startup-timeout", "0"], "--startup-timeout: 0.0 is not possible: it must be above 0"),
+        (["--port", "70000"], "--port: 70000 is invalid: must be between 1 and 65535"),
+        (["--startup-timeout", "0"], "--startup-timeout: 0.0 is invalid: must be above 0"),
         (["--base-url", "localhost:8000"], "--base-url: localhost:8000 is no URL; try http://127.0.0.1:8000"),
         (["--base-url", "http://me:s@x"], "--base-url: an address with a user or a password is not possible"),
         (["--base-url", "http://x", "--port", "9"], "are for a server we start; leave them out"),

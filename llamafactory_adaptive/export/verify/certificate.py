@@ -74,10 +74,10 @@ class Check:
         )
 
 
-def update_check(found: UpdateComparison, reader: str) -> Check:
+def update_check(comparison: UpdateComparison, reader: str) -> Check:
     """The comparison by module as a check."""
-    words = f"the update of each of {found.compared} modules in PEFT"
-    return Check("modules", words, reader, found.difference, TOLERANCE_OF_UPDATES, "relative", found.worst)
+    words = f"the update of each of {comparison.compared} modules in PEFT"
+    return Check("modules", words, reader, comparison.difference, TOLERANCE_OF_UPDATES, "relative", comparison.worst)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from llamafactory_adaptive.adapter.lora import keep_4bit_unpacked_on_cpu
+from llamafactory_adaptive.errors import first_of
 from llamafactory_adaptive.export.base_checkpoint import BaseCheckpoint
 from llamafactory_adaptive.export.faults import ExportError, first_line, loading_fault
 from llamafactory_adaptive.export.nf4_merging import Nf4
@@ -48,10 +49,10 @@ class Comparer:
         reference, expected = log_probabilities(live, self.rows), updates_of_peft(live)
         plain = live.unload()
         alone = log_probabilities(plain, self.rows)
-        found, exported = self._as_read(server, folder, plain)
+        updates, exported = self._as_read(server, folder, plain)
         reader = "PEFT" if server == "peft" else f"the reading rule of {server}"
         checks = [
-            update_check(compare_updates(expected, found), reader),
+            update_check(compare_updates(expected, updates), reader),
             Check("parity", PEFT_FP32, reader, largest_difference(reference, exported), self.tolerance),
         ]
         if self.vllm_python:
@@ -63,9 +64,9 @@ class Comparer:
         if server == "peft":
             live = load_peft(plain, folder)
             return only_in(folder, updates_of_peft(live)), log_probabilities(live, self.rows)
-        found = read_as(server, folder)
-        with applied(plain, found):
-            return found, log_probabilities(plain, self.rows)
+        updates = read_as(server, folder)
+        with applied(plain, updates):
+            return updates, log_probabilities(plain, self.rows)
 
     def _layout_in_vllm(self, python: Path, folder: Path, reference: list[Tensor], alone: list[Tensor]) -> Check:
         rank = max_lora_rank(max(module.rank for module in self.adapter.modules))
@@ -112,10 +113,9 @@ class Comparer:
             model = model.dequantize()
         model = load_peft(model, self.adapter).merge_and_unload()
         if unequal := self._unequal_weights(model, folder, dtype, nf4):
-            more = f" and {len(unequal) - 3} more" if len(unequal) > 3 else ""
             raise ExportError(
                 f"parity failed, nothing was written: {len(unequal)} of the merged weights are not those of PEFT's "
-                f"merge: {', '.join(unequal[:3])}{more}"
+                f"merge: {first_of(unequal, joint=', ')}"
             )
         words = f"PEFT's merge in {str(dtype).removeprefix('torch.')} (the same weights), computed in float32"
         return log_probabilities(model, self.rows), words
@@ -127,18 +127,18 @@ class Comparer:
         went through NF4, PEFT's. What is in the files and no part of the model, such as buffers that are computed
         anew, must be the base's, too.
         """
-        weights, unequal, found = model.state_dict(), [], set()
+        weights, unequal, written = model.state_dict(), [], set()
         changed = {f"{module.name}.weight" for module in self.adapter.modules} | set(self.adapter.replaced)
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
-                    found.add(name)
+                    written.add(name)
                     expected = weights.get(name)
                     if name in self.base.weights and name not in changed and (expected is None or not nf4):
                         expected = self.base.tensor(name)
                     if expected is None or not _same(expected, file.get_tensor(name), dtype):
                         unequal.append(name)
-        return [*unequal, *sorted(self.base.weights.keys() - found)]
+        return [*unequal, *sorted(self.base.weights.keys() - written)]
 
     def _merged_alone(self, folder: Path) -> tuple[list[Tensor], float]:
         """The merged model's log-probabilities, and what rounding may have done to them."""

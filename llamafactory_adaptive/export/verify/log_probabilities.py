@@ -95,8 +95,8 @@ def log_probabilities(model: nn.Module, rows: list[list[int]], rounded: Collecti
 def largest_difference(reference: list[Tensor], other: list[Tensor], top_k: int = TOP_K) -> float:
     """Largest distance of two sets of log-probabilities among the reference's ``top_k`` tokens at every place."""
     worst = 0.0
-    for expected, found in zip(reference, other, strict=True):
+    for expected, given in zip(reference, other, strict=True):
         best = expected.topk(min(top_k, expected.shape[-1]), dim=-1).indices
-        distance = (expected.gather(-1, best) - found.gather(-1, best)).abs()
+        distance = (expected.gather(-1, best) - given.gather(-1, best)).abs()
         worst = max(worst, float(distance.nan_to_num(nan=float("inf")).max()))
     return worst

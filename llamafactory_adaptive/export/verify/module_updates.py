@@ -55,13 +55,13 @@ def updates_of_peft(model: nn.Module) -> dict[str, Update]:
 
 def compare_updates(reference: Mapping[str, Update], exported: Mapping[str, Update]) -> UpdateComparison:
     """Compare module by module; one that only a layout's zeros stand for is none."""
-    worst, found = None, 0.0
+    worst, largest = None, 0.0
     for name, difference in _differences(reference, exported):
-        if not difference <= found:  # NaN is the worst of all
-            worst, found = name, difference
+        if not difference <= largest:  # NaN is the worst of all
+            worst, largest = name, difference
             if difference != difference:
                 break
-    return UpdateComparison(found, worst, len(reference))
+    return UpdateComparison(largest, worst, len(reference))
 
 
 def _differences(reference: Mapping[str, Update], exported: Mapping[str, Update]) -> Iterator[tuple[str, float]]:

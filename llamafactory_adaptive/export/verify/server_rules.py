@@ -82,10 +82,10 @@ def read_as(server: str, folder: Path) -> dict[str, Update]:
         tensors = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{server} cannot read {ADAPTER_WEIGHTS} ({error})") from error
-    found = {name: (a, b, RULES[server](config, name, b.shape[1])) for name, a, b in _pairs(server, tensors)}
+    updates = {name: (a, b, RULES[server](config, name, b.shape[1])) for name, a, b in _pairs(server, tensors)}
     if server == "sglang":
-        _check_stacked(set(found))
-    return found
+        _check_stacked(set(updates))
+    return updates
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llamafactory_adaptive.errors import AdaptiveConfigError, Problem
+from llamafactory_adaptive.errors import refuse
 from llamafactory_adaptive.export.faults import ExportError
 from llamafactory_adaptive.export.verify import vllm_probe
 from llamafactory_adaptive.export.verify.log_probabilities import TOP_K
@@ -61,7 +61,7 @@ def check_vllm(python: Path, server: str) -> None:
     if version:
         other = "vllm" if server == "vllm-legacy" else "vllm-legacy"
         suggestion = f"--for {other}, the Python of another environment, or leaving it out"
-    raise AdaptiveConfigError([Problem("vllm_python", str(python), why, suggestion)])
+    refuse("vllm_python", str(python), why, suggestion)
 
 
 def _vllm_version(python: Path) -> tuple[str, str]:

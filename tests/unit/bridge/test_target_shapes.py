@@ -36,7 +36,7 @@ def test_layers_that_cannot_be_adapted_are_named(caplog):
         experts = MixtralForCausalLM(MixtralConfig(
             vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=1,
             num_key_value_heads=1, num_local_experts=4))  # fmt: skip
-    with pytest.raises(AdaptiveConfigError, match=r"'GPT2LMHeadModel' is not possible: .*of type Conv1D"):
+    with pytest.raises(AdaptiveConfigError, match=r"'GPT2LMHeadModel' is invalid: .*of type Conv1D"):
         _refuse_conv1d(small)
     _refuse_conv1d(experts)
     _told.clear()

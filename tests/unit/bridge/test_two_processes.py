@@ -152,15 +152,16 @@ def begin(root, tiny_llama, data_dir):
     """A job whose nodes have plans drawn with these seeds, and these settings on top of the others."""
 
     def both(seeds: list[int], more: list[dict[str, Any]]) -> list[str]:
+        from llamafactory_adaptive.bridge.checked_run import checked_run
         from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun
-        from llamafactory_adaptive.bridge.validation import parse_config
         from llamafactory_adaptive.planning.sources import fresh_plan
 
         for rank, seed in enumerate(seeds):
             args = settings(tiny_llama, data_dir, root / "unused", adaptive_method="random")
             drawn = {key: value for key, value in args.items() if not key.startswith("adaptive_calibration")}
             drawn["adaptive_calibration_seed"] = seed
-            fresh_plan(parse_config(drawn), LlamaFactoryRun(drawn)).plan.save(root / f"node{rank}" / "plan.json")
+            run = checked_run(drawn, host_too=False)
+            fresh_plan(run.config, LlamaFactoryRun(run)).plan.save(root / f"node{rank}" / "plan.json")
         return said_by_two(begin_training, root, tiny_llama, data_dir, more)
 
     return both

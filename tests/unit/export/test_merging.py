@@ -264,7 +264,7 @@ def test_a_planted_wrong_update_fails_and_leaves_nothing(tmp_path, monkeypatch):
     adapter = save_adapter(base, tmp_path / "adapter")
     honest = merging.update
     monkeypatch.setattr(merging, "update", lambda *words: honest(*words) * 1.02)
-    with pytest.raises(ExportError, match=r"parity failed.*: 11 of the merged weights are not .* and 8 more"):
+    with pytest.raises(ExportError, match=r"parity failed.*: 11 of the merged weights are not .* \(and 8 more\)"):
         run_export(ExportRequest(adapter, "merged", tmp_path / "out"))
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
 

@@ -49,22 +49,22 @@ def refusal(adapter, tmp_path, server="peft", **more):
 
 
 CONFIGS = [
-    ({"peft_type": "LOHA"}, "peft_type: 'LOHA' is not possible: only LORA adapters"),
-    ({"peft_type": None}, "peft_type: None is not possible"),
-    ({"use_dora": True}, "use_dora: True is not possible: DoRA normalises whole columns"),
-    ({"bias": "all"}, "bias: 'all' is not possible: trained biases"),
-    ({"lora_bias": True}, "lora_bias: True is not possible"),
-    ({"fan_in_fan_out": True}, "fan_in_fan_out: True is not possible: the base stores its weights transposed"),
-    ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' is not possible: PEFT changes the base weights"),
-    ({"modules_to_save": ["lm_head"]}, "modules_to_save: ['lm_head'] is not possible: peft reads LoRA factors only"),
-    ({"trainable_token_indices": [1]}, "trainable_token_indices: [1] is not possible: trained tokens are no LoRA"),
-    ({"target_parameters": ["x"]}, "target_parameters: ['x'] is not possible: adapters on bare parameters"),
-    ({"r": None}, "r: None is not possible: ranks are whole numbers from 1 on"),
-    ({"rank_pattern": {"q_proj": 0}}, "q_proj: 0 is not possible: ranks are whole numbers from 1 on"),
-    ({"alpha_pattern": {"q_proj": "8"}}, "q_proj: '8' is not possible: ranks are whole numbers from 1 on, alphas"),
+    ({"peft_type": "LOHA"}, "peft_type: 'LOHA' is invalid: only LORA adapters"),
+    ({"peft_type": None}, "peft_type: None is invalid"),
+    ({"use_dora": True}, "use_dora: True is invalid: DoRA normalises whole columns"),
+    ({"bias": "all"}, "bias: 'all' is invalid: trained biases"),
+    ({"lora_bias": True}, "lora_bias: True is invalid"),
+    ({"fan_in_fan_out": True}, "fan_in_fan_out: True is invalid: the base stores its weights transposed"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' is invalid: PEFT changes the base weights"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save: ['lm_head'] is invalid: peft reads LoRA factors only"),
+    ({"trainable_token_indices": [1]}, "trainable_token_indices: [1] is invalid: trained tokens are no LoRA"),
+    ({"target_parameters": ["x"]}, "target_parameters: ['x'] is invalid: adapters on bare parameters"),
+    ({"r": None}, "r: None is invalid: ranks are whole numbers from 1 on"),
+    ({"rank_pattern": {"q_proj": 0}}, "q_proj: 0 is invalid: ranks are whole numbers from 1 on"),
+    ({"alpha_pattern": {"q_proj": "8"}}, "q_proj: '8' is invalid: ranks are whole numbers from 1 on, alphas"),
     ({"rank_pattern": {}}, "has rank 8 by adapter_config.json but A (1, 32) and B (64, 1)"),
-    ({"base_model_name_or_path": None}, "base: None is not possible: the adapter's config names no base model"),
-    ({"base_model_name_or_path": "/gone/away"}, "base: '/gone/away' is not possible: it is no folder here and cannot"),
+    ({"base_model_name_or_path": None}, "base: None is invalid: the adapter's config names no base model"),
+    ({"base_model_name_or_path": "/gone/away"}, "base: '/gone/away' is invalid: it is no folder here and cannot"),
 ]  # fmt: skip
 
 
@@ -198,16 +198,16 @@ def test_an_existing_folder_is_left_alone(adapter, tmp_path):
 
 
 WORDS = [
-    (["--for", "vllm", "--dtype", "float16"], "dtype: 'float16' is not possible: only merged weights have a type"),
-    (["--for", "vllm", "--quantization-aware"], "quantization_aware: True is not possible"),
-    (["--for", "merged", "--no-double-quantization"], "double_quantization: False is not possible: it says how"),
+    (["--for", "vllm", "--dtype", "float16"], "dtype: 'float16' is invalid: only merged weights have a type"),
+    (["--for", "vllm", "--quantization-aware"], "quantization_aware: True is invalid"),
+    (["--for", "merged", "--no-double-quantization"], "double_quantization: False is invalid: it says how"),
     (["--for", "sglang", "--vllm-python", "x"], "vLLM cannot check what is laid out for sglang"),
-    (["--for", "peft", "--tolerance", "0"], "tolerance: 0.0 is not possible: it must be a positive number"),
-    (["--for", "peft", "--tolerance", "nan"], "tolerance: nan is not possible"),
-    (["--for", "peft", "--out", "."], "out: '.' is not possible: it names no new folder; try --out served/a"),
-    (["--for", "peft", "--out", ""], "out: '.' is not possible"),
-    (["--for", "peft", "--out", "x/.."], "out: 'x/..' is not possible"),
-    (["--for", "peft", "--out", "/"], "out: '/' is not possible"),
+    (["--for", "peft", "--tolerance", "0"], "tolerance: 0.0 is invalid: must be a positive number"),
+    (["--for", "peft", "--tolerance", "nan"], "tolerance: nan is invalid"),
+    (["--for", "peft", "--out", "."], "out: '.' is invalid: it names no new folder; try --out served/a"),
+    (["--for", "peft", "--out", ""], "out: '.' is invalid"),
+    (["--for", "peft", "--out", "x/.."], "out: 'x/..' is invalid"),
+    (["--for", "peft", "--out", "/"], "out: '/' is invalid"),
 ]
 
 
@@ -219,7 +219,7 @@ def test_options_that_say_nothing_are_user_errors(words, message, tmp_path, caps
 
 def test_pythons_without_vllm(adapter, tmp_path):
     found = refusal(adapter, tmp_path, "vllm", vllm_python=tmp_path / "no_python")
-    assert "no_python' is not possible: it cannot be run (No such file or directory)" in found
+    assert "no_python' is invalid: it cannot be run (No such file or directory)" in found
     assert "it has no vLLM that can be imported (ModuleNotFoundError: No module named 'vllm'); try" in refusal(
         adapter, tmp_path, "vllm", vllm_python=Path(sys.executable)
     )

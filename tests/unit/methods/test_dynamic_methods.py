@@ -13,7 +13,7 @@ from llamafactory_adaptive.methods._registry import get_method, methods
 from llamafactory_adaptive.methods._running_stats import SmoothedImportance
 from llamafactory_adaptive.methods.adalora import Adalora, AdaloraOptions
 from llamafactory_adaptive.methods.igu import Igu, IguOptions
-from llamafactory_adaptive.ranks.allocation import keep_components
+from llamafactory_adaptive.ranks.allocation import Bounds, keep_components
 from llamafactory_adaptive.seeding import seeded_index
 from tests.helpers import reference
 from tests.helpers.dynamic import stream, triplet_model
@@ -87,7 +87,7 @@ def test_adalora_scores_and_keeps_what_pefts_own_allocator_does():
     for module, row in zip(triplets.modules, ours, strict=True):
         e, a, b = (allocator._element_score(f"{module.name}.lora_{x}.default") for x in "EAB")
         assert np.allclose(row, (e.view(-1) + a.mean(1) + b.mean(0)).tolist(), rtol=1e-4)
-    kept = keep_components(ours, [1] * len(ours), budget, [0] * len(ours), [6] * len(ours))
+    kept = keep_components(ours, Bounds([1] * len(ours), budget, [0] * len(ours), [6] * len(ours)))
     assert [pattern[f"{module.name}.lora_E.default"] for module in triplets.modules] == kept
     assert len({sum(row) for row in kept}) > 1
 

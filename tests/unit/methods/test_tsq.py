@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
-from llamafactory_adaptive.ranks.allocation import reallocate_components
+from llamafactory_adaptive.ranks.allocation import Bounds, reallocate_components
 from tests.helpers.dynamic import stream, triplet_model
 
 
@@ -46,7 +46,7 @@ def test_one_noisy_batch_before_a_refresh_does_not_move_ranks():
         n = len(triplets.modules)
         scores = components.scores(method, mean=True)
         kept = reallocate_components(
-            [sum(row) for row in scores], scores, triplets.masks, [1] * n, 2 * n, [1] * n, [4] * n
+            [sum(row) for row in scores], scores, triplets.masks, Bounds([1] * n, 2 * n, [1] * n, [4] * n)
         )
         ranks.append([sum(row) for row in kept])
     assert ranks[0] == ranks[1]

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llamafactory_adaptive.errors import InfeasibleBudgetError
-from llamafactory_adaptive.ranks.allocation import allocate, water_fill
+from llamafactory_adaptive.ranks.allocation import Bounds, allocate, water_fill
 from tests.helpers import reference
 
 
@@ -22,40 +22,40 @@ def problems(draw, positive=st.floats(1e-6, 1e6)):  # noqa: B008
     upper = [low + draw(st.integers(0, 12)) for low in lower]
     least, most = (sum(r * c for r, c in zip(bound, costs, strict=True)) for bound in (lower, upper))
     scores = draw(st.lists(st.one_of(st.just(0.0), positive), min_size=n, max_size=n))
-    return scores, costs, draw(st.integers(least, most)), lower, upper
+    return scores, Bounds(costs, draw(st.integers(least, most)), lower, upper)
 
 
 @given(problems(st.floats(0.0, 1e6) | st.floats(0.0, 1e-290)))
-@example(([0.0, 0.0, 0.0, 36056.0, 124360.5, 4.5447163373705554e-120], [1] * 6, 18, [1] * 6, [6] * 6))
+@example(([0.0, 0.0, 0.0, 36056.0, 124360.5, 4.5447163373705554e-120], Bounds([1] * 6, 18, [1] * 6, [6] * 6)))
 @settings(max_examples=400, deadline=None)
 def test_budget_and_bounds_hold_and_what_is_left_buys_nothing(problem):
-    _, costs, budget, lower, upper = problem
-    result = allocate(*problem)
-    spent = sum(r * c for r, c in zip(result.ranks, costs, strict=True))
-    assert spent == result.spent <= budget
-    assert all(low <= r <= high for low, r, high in zip(lower, result.ranks, upper, strict=True))
-    addable = [c for c, r, high in zip(costs, result.ranks, upper, strict=True) if r < high]
-    assert not addable or budget - spent < min(addable)
+    scores, bounds = problem
+    result = allocate(scores, bounds)
+    spent = sum(r * c for r, c in zip(result.ranks, bounds.costs, strict=True))
+    assert spent == result.spent <= bounds.budget
+    assert all(low <= r <= high for low, r, high in zip(bounds.lower, result.ranks, bounds.upper, strict=True))
+    addable = [c for c, r, high in zip(bounds.costs, result.ranks, bounds.upper, strict=True) if r < high]
+    assert not addable or bounds.budget - spent < min(addable)
 
 
 @given(problems())
 @settings(max_examples=200, deadline=None)
 def test_water_level_matches_bisection(problem):
-    scores, costs, budget, lower, upper = problem
+    scores, bounds = problem
     if not all(scores):
         return
-    filled = water_fill(scores, costs, budget, lower, upper)
-    expected = reference.water_filled(*(np.array(x, float) for x in (scores, costs)), budget,
-                                      *(np.array(x, float) for x in (lower, upper)))  # fmt: skip
+    filled = water_fill(scores, bounds, bounds.budget)
+    expected = reference.water_filled(*(np.array(x, float) for x in (scores, bounds.costs)), bounds.budget,
+                                      *(np.array(x, float) for x in (bounds.lower, bounds.upper)))  # fmt: skip
     assert np.allclose(filled, expected, rtol=1e-6, atol=1e-6)
 
 
 @given(problems(), st.floats(1e-3, 1e3))
 @settings(max_examples=100, deadline=None)
 def test_a_constant_factor_of_the_scores_cancels(problem, factor):
-    scores, *rest = problem
-    ideal = allocate(scores, *rest).ideal
-    scaled = allocate([s * factor for s in scores], *rest).ideal
+    scores, bounds = problem
+    ideal = allocate(scores, bounds).ideal
+    scaled = allocate([s * factor for s in scores], bounds).ideal
     assert np.allclose(ideal, scaled, rtol=1e-6, atol=1e-6)
 
 
@@ -64,7 +64,7 @@ def test_five_modules_equal_the_best_of_all_compositions():
     draw = random.Random(3)
     for _ in range(30):
         scores, total = [draw.uniform(0.2, 3) for _ in range(5)], draw.randint(8, 14)
-        result = allocate(scores, [1] * 5, total, [0] * 5, [8] * 5)
+        result = allocate(scores, Bounds([1] * 5, total, [0] * 5, [8] * 5))
 
         def distance(ranks, ideal=result.ideal):
             return sum((r - x) ** 2 for r, x in zip(ranks, ideal, strict=True))
@@ -75,34 +75,34 @@ def test_five_modules_equal_the_best_of_all_compositions():
 
 
 def test_equal_scores_give_the_uniform_rank_at_any_cost():
-    assert allocate([0.3] * 4, [100, 7, 35, 1], 6 * 143, [1] * 4, [24] * 4).ranks == (6, 6, 6, 6)
+    assert allocate([0.3] * 4, Bounds([100, 7, 35, 1], 6 * 143, [1] * 4, [24] * 4)).ranks == (6, 6, 6, 6)
 
 
 def test_ties_go_by_module_order():
-    assert allocate([1.0] * 4, [1] * 4, 6, [0] * 4, [4] * 4).ranks == (2, 2, 1, 1)
+    assert allocate([1.0] * 4, Bounds([1] * 4, 6, [0] * 4, [4] * 4)).ranks == (2, 2, 1, 1)
 
 
 def test_overflow_of_a_capped_module_goes_to_the_rest_by_their_shares():
-    result = allocate([100.0, 2.0, 1.0], [1] * 3, 19, [1] * 3, [10] * 3)
+    result = allocate([100.0, 2.0, 1.0], Bounds([1] * 3, 19, [1] * 3, [10] * 3))
     assert result.ideal == pytest.approx((10, 6, 3))
 
 
 def test_zero_scores_get_the_minimum_and_the_rest_only_when_all_others_are_full():
-    assert allocate([0.0, 1.0], [1, 1], 6, [0, 0], [8, 8]).ranks == (0, 6)
-    assert allocate([0.0, 0.0, 1.0], [1] * 3, 24, [1] * 3, [10] * 3).ranks == (7, 7, 10)
+    assert allocate([0.0, 1.0], Bounds([1, 1], 6, [0, 0], [8, 8])).ranks == (0, 6)
+    assert allocate([0.0, 0.0, 1.0], Bounds([1] * 3, 24, [1] * 3, [10] * 3)).ranks == (7, 7, 10)
 
 
 @pytest.mark.parametrize("bounds", [(2, 9, "2 modules"), (0, 1, "")])
 def test_infeasible_bounds_name_both_numbers(bounds):
     low, high, _ = bounds
     with pytest.raises(InfeasibleBudgetError, match=r"cost \d+, the budget is 3"):
-        allocate([1.0, 1.0], [1, 1], 3, [low] * 2, [high] * 2)
+        allocate([1.0, 1.0], Bounds([1, 1], 3, [low] * 2, [high] * 2))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
 def test_bad_scores_are_refused(bad):
     with pytest.raises(ValueError, match="score of module 1"):
-        allocate([1.0, bad], [1, 1], 4, [1, 1], [8, 8])
+        allocate([1.0, bad], Bounds([1, 1], 4, [1, 1], [8, 8]))
 
 
 def lines_run(modules):
@@ -119,7 +119,7 @@ def lines_run(modules):
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        result = allocate(scores, costs, 8 * sum(costs), [1] * modules, [32] * modules)
+        result = allocate(scores, Bounds(costs, 8 * sum(costs), [1] * modules, [32] * modules))
     finally:
         sys.settrace(before)
     assert 0 <= result.budget - result.spent < 768

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamafactory_adaptive.errors import InfeasibleBudgetError
-from llamafactory_adaptive.ranks.allocation import allocate, keep_components, reallocate_components
+from llamafactory_adaptive.ranks.allocation import Bounds, allocate, keep_components, reallocate_components
 
 
 modules = st.lists(st.lists(st.floats(-5, 5), min_size=1, max_size=3), min_size=1, max_size=3)
@@ -21,7 +21,7 @@ def test_kept_components_are_the_greedy_choice_and_use_the_budget_up(scores, dat
     upper = [data.draw(st.integers(low, len(row))) for low, row in zip(lower, scores, strict=True)]
     least = sum(low * cost for low, cost in zip(lower, costs, strict=True))
     budget = least + data.draw(st.integers(0, 30))
-    keep = keep_components(scores, costs, budget, lower, upper)
+    keep = keep_components(scores, Bounds(costs, budget, lower, upper))
     ranks = [sum(row) for row in keep]
     left = budget - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
     assert left >= 0
@@ -37,22 +37,22 @@ def test_at_equal_costs_the_sum_of_scores_is_the_largest_possible(scores, budget
     """Brute force over all subsets."""
     flat = [s for row in scores for s in row]
     budget = min(budget, len(flat))
-    keep = keep_components(scores, [1] * len(scores), budget, [0] * len(scores), [len(row) for row in scores])
+    keep = keep_components(scores, Bounds([1] * len(scores), budget, [0] * len(scores), [len(row) for row in scores]))
     found = sum(s for row, flags in zip(scores, keep, strict=True) for s, f in zip(row, flags, strict=True) if f)
     best = max(sum(chosen) for chosen in itertools.combinations(flat, budget))
     assert found == pytest.approx(best)
 
 
 def test_ties_go_by_module_order():
-    keep = keep_components([[1.0, 1.0], [1.0, 1.0]], [1, 1], 3, [0, 0], [2, 2])
+    keep = keep_components([[1.0, 1.0], [1.0, 1.0]], Bounds([1, 1], 3, [0, 0], [2, 2]))
     assert keep == [[True, True], [True, False]]
 
 
 def test_bounds_above_the_budget_and_nan_are_named():
     with pytest.raises(InfeasibleBudgetError, match="the lowest ranks alone cost 4, the budget is 3"):
-        keep_components([[1.0, 2.0]], [2], 3, [2], [2])
+        keep_components([[1.0, 2.0]], Bounds([2], 3, [2], [2]))
     with pytest.raises(ValueError, match="module 1 has a component whose score is not finite"):
-        keep_components([[1.0], [float("nan")]], [1, 1], 2, [0, 0], [1, 1])
+        keep_components([[1.0], [float("nan")]], Bounds([1, 1], 2, [0, 0], [1, 1]))
 
 
 @given(
@@ -65,9 +65,10 @@ def test_reallocation_keeps_the_budget_the_best_and_the_shares(scores, data):
     costs = data.draw(st.lists(st.integers(1, 50), min_size=n, max_size=n))
     on = [[index < data.draw(st.integers(1, 6)) for index in range(6)] for _ in range(n)]
     on = [[flag or index == 0 for index, flag in enumerate(row)] for row in on]
-    budget, lower, upper = 3 * sum(costs), [1] * n, [6] * n
-    kept = reallocate_components(sensitivities, scores, on, costs, budget, lower, upper)
-    assert tuple(sum(row) for row in kept) == allocate(sensitivities, costs, budget, lower, upper).ranks
+    budget = 3 * sum(costs)
+    bounds = Bounds(costs, budget, [1] * n, [6] * n)
+    kept = reallocate_components(sensitivities, scores, on, bounds)
+    assert tuple(sum(row) for row in kept) == allocate(sensitivities, bounds).ranks
     spent = sum(cost * sum(row) for cost, row in zip(costs, kept, strict=True))
     open_costs = [cost for cost, row in zip(costs, kept, strict=True) if sum(row) < 6]
     assert 0 <= budget - spent < min(open_costs, default=math.inf)

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamafactory_adaptive.ranks.module_names import layer_and_type
 from llamafactory_adaptive.ranks.plan import ModulePlan
 from llamafactory_adaptive.reports import plots
 from llamafactory_adaptive.reports.model_card import update_card
 from llamafactory_adaptive.reports.plots import save_heatmap, save_history
-from llamafactory_adaptive.reports.tables import closing_words, concentration_warning, layer_and_type, rank_table
+from llamafactory_adaptive.reports.tables import closing_words, concentration_warning, rank_table
 from tests.helpers.plans import found_plan, make_plan
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from llamafactory_adaptive.adapter.lora import live_layers, lora_config_arguments
-from llamafactory_adaptive.calibration.batches import make_batches
+from llamafactory_adaptive.calibration.batches import length_sorted, make_batches
 from llamafactory_adaptive.errors import CalibrationError
-from llamafactory_adaptive.sampling.quality import length_sorted, measure
+from llamafactory_adaptive.sampling.quality import measure
 from llamafactory_adaptive.sampling.sample_gradients import TermSpec, sample_losses, squared_norms
 from tests.helpers.dynamic import start_plan
 from tests.helpers.tiny import ARCHITECTURES, rows, tiny_model

@@ -1,0 +1,78 @@
+"""What the scoring process is told by the process that wants scores: settings that were checked there, as JSON."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamafactory_adaptive.bridge.arguments import Args, our_keys, split_names
+from llamafactory_adaptive.bridge.checked_run import CheckedRun
+from llamafactory_adaptive.bridge.host_check import OTHER_PROCESS
+from llamafactory_adaptive.bridge.target_shapes import calibration_names, uses_tokenized_folder
+from llamafactory_adaptive.calibration.measurement import Measurement
+from llamafactory_adaptive.config.run_config import AdaptiveConfig
+
+
+_TRAINING_ONLY = (*OTHER_PROCESS, "eval_dataset", "eval_strategy",
+                  "load_best_model_at_end", "metric_for_best_model", "push_to_hub", "do_eval", "do_predict",
+                  "predict_with_generate", "early_stopping_steps", "overwrite_output_dir", "ref_model",
+                  "ref_model_adapters", "use_swanlab", "plot_loss", "save_on_each_node", "eval_steps")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ScoringJob:
+    """One measurement in a process of its own, which neither reads nor checks the run's settings again.
+
+    Attributes:
+        settings: of the host, for loading model and rows; they may hold tokens of a hub, so they go through a pipe.
+        config: the validated configuration.
+        modules: names of the target modules.
+        measurement: key of what is measured.
+        path: of the statistics, in an empty folder, which is removed if the process that wants them is killed.
+    """
+
+    settings: Args
+    config: AdaptiveConfig
+    modules: tuple[str, ...]
+    measurement: str
+    path: Path
+
+    @classmethod
+    def of(cls, run: CheckedRun, modules: Iterable[str], measurement: Measurement, path: Path) -> "ScoringJob":
+        """Describe a measurement for a run."""
+        return cls(scoring_settings(run.args), run.config, tuple(modules), measurement.key, path)
+
+    def to_json(self) -> str:
+        """Write the job as one line."""
+        parts = {**vars(self), "config": self.config.to_json()}
+        return json.dumps(parts, default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> "ScoringJob":
+        """Read what :meth:`to_json` wrote."""
+        parts = json.loads(text)
+        config, modules = AdaptiveConfig.from_json(parts["config"]), tuple(parts["modules"])
+        return cls(parts["settings"], config, modules, parts["measurement"], Path(parts["path"]))
+
+
+def scoring_settings(args: Args) -> Args:
+    """Reduce a run's settings to loading the base model and the training split in one process."""
+    dropped = {*_TRAINING_ONLY, *our_keys(args), "output_dir"}
+    kept = {key: value for key, value in args.items() if key not in dropped}
+    if not args.get("create_new_adapter"):
+        kept.pop("adapter_name_or_path", None)
+    kept["dataset"] = ",".join(calibration_names(args)) or None
+    if set(calibration_names(args)) != set(split_names(args.get("dataset"))):
+        for key in ("interleave_probs", "mix_strategy", "val_size"):  # they speak of the training set
+            kept.pop(key, None)
+    if not uses_tokenized_folder(args):
+        kept.pop("tokenized_path", None)  # the host would write it, without the run's evaluation set
+    # Rows are scored one by one: packing would add padding that counts, and attention across rows.
+    forced = {
+        "finetuning_type": "lora",
+        "do_train": True,
+        "report_to": "none",
+        "packing": False,
+        "neat_packing": False,
+    }
+    return kept | forced

@@ -1,0 +1,84 @@
+"""The words of the command line, each with help and an example."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from llamafactory_adaptive import __version__
+from llamafactory_adaptive.export.request import add_export_arguments
+from llamafactory_adaptive.paths import path_argument
+
+
+MEASURE = "measure"  # internal, so no help shows it: the process that `plan` and `train` score in
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Declare commands and arguments; CFG.yaml is a LLaMA-Factory training YAML, overrides are as upstream."""
+    parser = argparse.ArgumentParser(
+        prog="llamafactory-adaptive",
+        description="Adaptive LoRA ranks with LLaMA-Factory: see them, train them, compare runs, serve adapters.",
+        epilog="llamafactory-adaptive COMMAND --help says more, with examples.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, purpose: str, example: str) -> argparse.ArgumentParser:
+        words = f"example: llamafactory-adaptive {name} {example}".rstrip()
+        return commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.", epilog=words)
+
+    plan = command("plan", "show and write the ranks a run would train; trains nothing", "my.yaml lora_rank=16")
+    _add_config(plan)
+    plan.add_argument(
+        "--out", type=path_argument, metavar="DIR",
+        help="folder for plan and heat-map, e.g. planned (default: output_dir)",
+    )  # fmt: skip
+    _add_config(
+        command("train", "same as llamafactory-cli train, also where the start-up hook is missing", "my.yaml seed=1")
+    )
+    report = command(
+        "report", "ranks, losses and training data of finished runs; two or more: compared", "saves/igu saves/lora"
+    )
+    report.add_argument(
+        "runs", type=path_argument, nargs="+", metavar="OUTPUT_DIR", help="output_dir of a run, e.g. saves/igu"
+    )
+    add_export_arguments(
+        command(
+            "export",
+            "lay an adapter out for a server, with a parity certificate",
+            "saves/igu --for vllm --out served/igu",
+        )
+    )
+    command("doctor", "say whether the hook is active, the versions, whether each seam fits, and a verdict", "")
+    init = command("init", "copy the example YAMLs", "work")
+    init.add_argument(
+        "folder", type=path_argument, nargs="?", default=Path(), metavar="DIR",
+        help="where to put examples/, e.g. work (default: here)",
+    )  # fmt: skip
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", type=path_argument, metavar="CFG.yaml",
+        help="a LLaMA-Factory training YAML, e.g. examples/train_adaptive/qwen3_adaptive_sft.yaml",
+    )  # fmt: skip
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings over those of the file, e.g. lora_rank=16"
+    )
+
+
+def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
+    """Parse, with overrides allowed on either side of options."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == [MEASURE] and len(words) == 2:
+        return argparse.Namespace(command=MEASURE, answer=Path(words[1]))
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(words)
+    stray = [word for word in rest if word.startswith("-") or "=" not in word]
+    if stray or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognised: {' '.join(stray or rest)}; overrides are written key=value")
+    if rest:
+        arguments.overrides += rest
+    if bare := [word for word in getattr(arguments, "overrides", []) if "=" not in word]:
+        parser.error(f"{' '.join(bare)}: overrides are written key=value, e.g. lora_rank=16")
+    return arguments
