@@ -15,11 +15,12 @@ EVAL_KIND  := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 # The generated rows have the passages that lm_eval's BoolQ shows; rows of one's own may have none.
 PROTOCOL   ?= $(if $(DATA),llm_adapters,lm_eval)
 
-.PHONY: help install demo test faults lint bench worth-it eval-install eval-test eval-bench eval-demo clean
+.PHONY: help install demo test test-all faults lint bench worth-it eval-install eval-test eval-bench eval-demo clean
 
 help:
 	@echo "make demo     train, merge and ask SmolLM2-135M on generated data (CPU, about 5 minutes after downloads)"
 	@echo "make test     the test suite (no network, no GPU)"
+	@echo "make test-all the same and its slow repeats: further engines, launchers and models (about 20 minutes)"
 	@echo "make faults   kills, damaged files, full disks, hostile servers; a table of what came of each (about 40 minutes)"
 	@echo "make lint     ruff, mypy --strict, import-linter"
 	@echo "make bench    benchmarks of training on SmolLM2-135M (CPU: about 50 minutes), without export_parity and"
@@ -71,6 +72,10 @@ test: $(STAMP)
 	$(BIN)/coverage report --fail-under=85
 	$(BIN)/coverage report --include='llamafactory_adaptive/ranks/*' --fail-under=95
 	$(BIN)/coverage report --include='llamafactory_adaptive/config/*' --fail-under=95
+
+# What ``make test`` leaves out are repeats of its own tests under a further engine, launcher or model.
+test-all: $(STAMP)
+	$(BIN)/python -m pytest $(TOGETHER) -m "not eval_env and not faults"
 
 # Kills, damage, full disks, rivals, hostile servers; one at a time, since moments are drawn from measured seconds.
 faults: $(STAMP) $(EVAL_STAMP)

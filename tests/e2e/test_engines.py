@@ -19,6 +19,7 @@ from tests.helpers.workers import train_on_two
 
 
 pytestmark = pytest.mark.slow
+REPEATS = pytest.mark.repeats
 # DeepSpeed builds its CPU optimizer when it is first asked for.
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 HARD = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.01}
@@ -75,7 +76,7 @@ def test_ddp_started_by_torchrun_finds_the_same_ranks_as_one_process(make, alone
 @pytest.mark.parametrize(
     ("stage", "zero"),
     [
-        pytest.param(1, {}, id="zero1"),
+        pytest.param(1, {}, id="zero1", marks=REPEATS),
         pytest.param(2, {"offload_optimizer": {"device": "cpu"}}, id="zero2-offload", marks=NEEDS_COMPILER),
     ],
 )
@@ -84,7 +85,7 @@ def test_zero_1_and_2_find_the_same_ranks_as_one_process(stage, zero, make, alon
     check_same(tmp_path / "out", alone)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=REPEATS), 3])
 def test_two_processes_resume_bitwise_and_find_the_same_ranks(stage, make, alone, tmp_path):
     """The whole run first; then again from its checkpoint of step 5, alone in another folder. Stage 0 is DDP."""
     more = {"save_strategy": "steps", "save_steps": 5, "overwrite_output_dir": False}
@@ -107,8 +108,8 @@ def test_two_processes_resume_bitwise_and_find_the_same_ranks(stage, make, alone
     ("stage", "parts"),
     [
         pytest.param(0, SAMPLES, id="ddp"),
-        pytest.param(1, SAMPLES, id="zero1"),
-        pytest.param(2, SAMPLES, id="zero2"),
+        pytest.param(1, SAMPLES, id="zero1", marks=REPEATS),
+        pytest.param(2, SAMPLES, id="zero2", marks=REPEATS),
         pytest.param(3, {"tsq_sampling": False}, id="zero3-ranks"),
     ],
 )

@@ -86,7 +86,7 @@ def test_launchers_agree(write, tmp_path):
 
 @pytest.mark.parametrize(
     ("stage", "more"),
-    [(2, {"quantization_bit": 4}), (3, {"adaptive_min_rank": 0})],
+    [pytest.param(2, {"quantization_bit": 4}, marks=pytest.mark.repeats), (3, {"adaptive_min_rank": 0})],
 )
 def test_deepspeed_trains_the_plan_on_two_processes(stage, more, tiny_llama, data_dir, tmp_path):
     config = EXAMPLES / "deepspeed" / f"ds_z{stage}_config.json"
@@ -125,7 +125,9 @@ def test_what_the_host_refuses_is_one_message_before_scoring(write):
     assert "Scoring modules" not in done.stderr
 
 
-@pytest.mark.parametrize("launcher", ["llamafactory-cli", "llamafactory-adaptive"])
+@pytest.mark.parametrize(
+    "launcher", ["llamafactory-cli", pytest.param("llamafactory-adaptive", marks=pytest.mark.repeats)]
+)
 def test_wrong_yaml_is_one_message_and_exit_code_2(launcher, write):
     done = run(BIN / launcher, "train", write(adaptive_min_rank=9, adaptve_method="x"), expect=2)
     assert "2 problems in the configuration" in done.stderr
