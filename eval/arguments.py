@@ -32,13 +32,13 @@ _TEMPLATE_OURS = ("conversation", "tokenize", "add_generation_prompt", "continue
 
 @dataclass(frozen=True)
 class Request:
-    """One evaluation, valid as far as can be told without loading or starting anything.
+    """Settings of one evaluation, validated as far as possible without loading or starting anything.
 
     Attributes:
-        base_row: whether the base is a row of the table, or only carries the adapters.
+        base_row: whether the base is evaluated too, or only carries the adapters.
         base_tokenizer: folder or hub name of the tokenizer that stands in for the base's own; None for its own.
-        files: the local files per task, None for the hub.
-        url: a server that runs already.
+        files: the local files of each task, by split; None to read rows from the hub.
+        url: address of a server that runs already; None to start one.
     """
 
     models: tuple[Model, ...]
@@ -65,10 +65,10 @@ class Request:
 
 
 def parse(argv: Sequence[str] | None = None) -> Request:
-    """Parse and check.
+    """Parse the command line into a validated request.
 
     Raises:
-        UsageError: all problems at once.
+        UsageError: settings are wrong; it holds all problems at once.
     """
     given = build_parser().parse_args(argv)
     problems: list[str] = [*_range_problems(given), *_setting_problems(given), *_address_problems(given)]
@@ -150,7 +150,7 @@ def _models(given: argparse.Namespace) -> tuple[tuple[Model, ...], list[str]]:
 
 
 def _base_tokenizer(given: str | None, models: Sequence[Model]) -> str | None:
-    """The folder behind the name of a model, or what was given."""
+    """Return the path of the adapter or merged model named ``given``, or ``given`` itself where there is none."""
     return next((model.path for model in models if model.kind != "base" and model.name == given), given)
 
 
@@ -183,7 +183,7 @@ def _range_problems(given: argparse.Namespace) -> Iterator[str]:
 
 
 def _setting_problems(given: argparse.Namespace) -> Iterator[str]:
-    """Settings that say nothing, or nothing sensible, beside others."""
+    """Find settings that contradict others, or have no effect beside them."""
     if given.repeats > 1 and not given.temperature > 0:
         yield (
             f"--repeats: {given.repeats} greedy answers to a question are {given.repeats} times the same one; give "
@@ -201,7 +201,10 @@ def _setting_problems(given: argparse.Namespace) -> Iterator[str]:
 
 
 def _idle_problems(given: argparse.Namespace) -> Iterator[str]:
-    """Settings of generated answers, where none is generated: recorded all the same, they would set two runs apart."""
+    """Find settings of generated answers that are given although no task generates any.
+
+    They would be recorded all the same, and make two equal runs look different.
+    """
     none = Decoding()
     for key in (*vars(none), "strip_thinking"):
         if getattr(given, key) != getattr(none, key, False):
@@ -222,7 +225,10 @@ def _template_options(text: str | None) -> tuple[dict[str, Any], list[str]]:
 
 
 def _address_problems(given: argparse.Namespace) -> Iterator[str]:
-    """What is wrong with ``--base-url``; an address that may hold a key or a password is not repeated."""
+    """Find what is wrong with ``--base-url``, its key, and the options given beside it.
+
+    An address that may hold a key or a password is not repeated in a message.
+    """
     if given.base_url is None:
         return
     parts = _split(given.base_url)
@@ -240,7 +246,7 @@ def _address_problems(given: argparse.Namespace) -> Iterator[str]:
 
 
 def _split(url: str) -> tuple[str, str | None] | None:
-    """Scheme and host of an address, or None when it is none."""
+    """Split an address into scheme and host; None when it is invalid."""
     try:
         parts = urlsplit(url)
         _ = parts.port  # raises when it is no number

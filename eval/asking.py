@@ -1,4 +1,4 @@
-"""Ask the models of a run: from answers that are kept where those suffice, else on a server."""
+"""Questions to the models of a run, answered from stored answers where those suffice, else by a server."""
 
 import os
 from collections import Counter
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Record:
-    """What a run has gathered so far."""
+    """Results of a run so far: answers, timings, versions, facts about the rows, and warnings."""
 
     answers: list[results.Answers] = field(default_factory=list)
     timings: list[dict[str, Any]] = field(default_factory=list)
@@ -34,18 +34,18 @@ class Record:
 
     @property
     def all_warnings(self) -> list[str]:
-        """Every warning once, with what was mended by asking again."""
+        """List every warning once, and how often each kind of failure was resolved by asking again."""
         again = [f"{kind}: mended by asking again, {times} times" for kind, times in sorted(self.repeated.items())]
         return list(dict.fromkeys([*self.warnings, *again]))
 
 
 @dataclass(frozen=True)
 class Round:
-    """What asking needs besides the models.
+    """Everything that asking a model needs besides the model itself.
 
     Attributes:
         loaded: tasks with their rows, by name.
-        command: makes a server's command line.
+        command: returns a server's command line.
     """
 
     request: Request
@@ -56,10 +56,10 @@ class Round:
     command: Command
 
     def ask(self, serving: Serving, title: str) -> None:
-        """Ask every job of one serving; no server is started where all answers are kept already.
+        """Ask the questions of every job of one serving; start no server where all answers are stored.
 
         Raises:
-            EvalError: the server failed; what it answered before is kept.
+            EvalError: the server failed; the answers that it gave before are kept.
         """
         facts = key_of("server", self._identity(serving, serving.name))
         done = self._from_kept(serving, facts)
@@ -76,7 +76,7 @@ class Round:
             self._gather(job, done[job.served_as])
 
     def _from_kept(self, serving: Serving, facts: str) -> "dict[str, Asked]":
-        """The jobs that need no server, in their order, up to the first that does."""
+        """Answer jobs from the stored answers, in their order, up to the first that needs the server."""
         from eval.served import UnansweredError
 
         if facts not in self.cache:
@@ -128,7 +128,11 @@ class Round:
         )
 
     def _identity(self, serving: Serving, name: str) -> str:
-        """Name a served model by what its answers depend on, whatever server and folder it is in."""
+        """Compute the key of a served model from what its answers depend on.
+
+        On our own server: the contents of base and adapter (not their folders), the dtype, further server arguments
+        and whether LoRA is enabled. On a running server: its address, and the paths or names of base and model.
+        """
         server = self.request.server
         if self.request.url is not None:
             return key_of("running server", self.request.url, serving.model, name)
@@ -152,7 +156,7 @@ _digests: dict[str, str] = {}
 
 
 def model_digest(path: str) -> str:
-    """Name the content of a model: of a folder the digest of its files, of a hub name the commit that is used."""
+    """Identify the content of a model: a folder by the digest of its files, a hub name by its current commit."""
     if path not in _digests:
         _digests[path] = content_digest(path) or _hub_digest(path)
     return _digests[path]
@@ -165,11 +169,11 @@ def _hub_digest(name: str) -> str:
 
 
 def _never() -> None:
-    """A server of somebody else's: whether its process has ended is not for us to see."""
+    """Return None: whether a server that was not started here has ended is unknown."""
 
 
 def _why(error: Exception, place: Endpoint, job: Job) -> str:
-    """Say in one line why a server could not be asked any more."""
+    """Describe in one line why a server could not be asked any more."""
     ended = place.server.died(patience=10) if place.server else None
     if ended is not None:
         return f"the server ended while {job.model} was asked: {ended}"
@@ -179,7 +183,7 @@ def _why(error: Exception, place: Endpoint, job: Job) -> str:
 
 
 def settings_of(request: Request, versions: Mapping[str, str]) -> dict[str, Any]:
-    """Everything that the figures of a run depend on: two runs that differ here are not one."""
+    """Collect everything that the results of a run depend on; a run is resumed only where all of it is equal."""
     models = [
         asdict(model) | {"content": None if request.url else model_digest(model.path)} for model in request.models
     ]

@@ -1,4 +1,4 @@
-"""Answers that were paid for: kept as they come, one JSON line each, so that nothing is asked twice."""
+"""Cache of answers: stored as they come, one JSON line each, so that no question is asked twice."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ _SYNC_SECONDS = 1.0  # a power cut costs the answers of the last second; a kill 
 
 
 def key_of(*parts: Any) -> str:
-    """Name a question by everything that its answer depends on."""
+    """Compute a key for an answer: the SHA-256 of everything that it depends on."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -27,11 +27,11 @@ def key_of(*parts: Any) -> str:
 class AnswerCache:
     """Answers by key, in memory and, when there is a path, in a file that grows line by line.
 
-    Each line holds its own check sum: a line that was cut by a kill or damaged on the disk is dropped and its question
-    asked again.
+    Each line holds its own checksum: a line that was cut off or damaged on the disk is dropped, and its question asked
+    again.
 
     Attributes:
-        damaged: lines that were dropped.
+        damaged: number of lines that were dropped.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -58,10 +58,10 @@ class AnswerCache:
         return len(self._answers)
 
     def add(self, key: str, answer: Any) -> None:
-        """Keep an answer.
+        """Store an answer under its key.
 
         Raises:
-            EvalError: the disk is full, say; every answer before this one is kept.
+            EvalError: the file cannot be written (the disk is full, say); every answer before this one is kept.
         """
         answer = clean_values(answer)
         self._answers[key] = answer
@@ -78,7 +78,7 @@ class AnswerCache:
             raise self._unwritable(error) from error
 
     def sync(self) -> None:
-        """Have the disk itself hold what was added."""
+        """Flush the answers added so far to the disk itself (``fsync``)."""
         if self._file is not None:
             try:
                 os.fsync(self._file.fileno())
@@ -101,7 +101,7 @@ class AnswerCache:
             raise self._unwritable(error) from error
 
     def _load(self, path: Path) -> None:
-        """Read every whole line, and cut the file after the last line end: what follows is half a line."""
+        """Read every complete line, and truncate the file after the last one: what follows is half a line."""
         with open_own(path, os.O_RDWR, "r+b") as file:
             end = 0
             for line in file:

@@ -1,6 +1,6 @@
-"""The seam to lm-evaluation-harness: a served model as its ``local-completions`` model, its tasks, its samples.
+"""The interface to lm-evaluation-harness: tasks with their rows, the evaluation of a served model, its samples.
 
-The only file that imports lm_eval, and it is imported only once the cheap checks have passed.
+Only this file and ``served.py`` import lm_eval; both are imported once the cheap checks have passed.
 """
 
 import hashlib
@@ -29,12 +29,12 @@ from eval.served import Asking, ServedModel
 
 @dataclass(frozen=True)
 class Sample:
-    """One row of one task, asked once: what was shown, what came back, and every metric's value.
+    """One row of one task, asked once: the prompt, the response, and the value of every metric.
 
     Attributes:
-        repeat: which of several sampled answers to the same question, from 0.
+        repeat: index of this answer among several sampled ones to the same question, from 0.
         response: the text, or the log-likelihood of each choice.
-        extracted: of generated answers, the name of each of lm-evaluation-harness's filters to what it left.
+        extracted: for generated answers, what each filter of lm-evaluation-harness left, by the filter's name.
     """
 
     task: str
@@ -51,12 +51,12 @@ class Sample:
 
 @dataclass
 class Asked:
-    """What one model answered: samples, and how many requests took how long.
+    """Answers of one model: samples, the number of requests, and the seconds that they took.
 
     Attributes:
         cut: per task, the rows whose prompts were longer than the server takes and lost their beginning.
-        requests: questions, those among them that were answered before included.
-        fresh: questions that the server was asked.
+        requests: number of questions, including those with a stored answer.
+        fresh: number of questions that were sent to the server.
     """
 
     samples: list[Sample] = field(default_factory=list)
@@ -67,10 +67,10 @@ class Asked:
 
 
 class Warnings(logging.Handler):
-    """Keeps the warnings of lm-evaluation-harness, each once and cleaned of secrets.
+    """Log handler that keeps the warnings of lm-evaluation-harness, each once and cleaned of secrets.
 
-    Those about cut prompts are counted row by row elsewhere. A message with the ``repr`` of an exception may hold the
-    headers of a request: of it only the exception's name is kept.
+    Those about cut prompts are left out: cut rows are counted elsewhere. A message with the ``repr`` of an exception
+    may hold the headers of a request: only the exception's name and HTTP status are kept of it.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class Warnings(logging.Handler):
         self.texts: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a record for the results file."""
+        """Store the message of a log record for the results file, unless it is there already."""
         message = clean(record.getMessage())
         if failed := re.match(r"Exception:\s*(\w+)(?:.*?status=(\d+))?", message, re.S):
             message = " ".join(filter(None, ("a request failed:", *failed.groups())))
@@ -87,7 +87,11 @@ class Warnings(logging.Handler):
 
 
 def quiet() -> Warnings:
-    """Keep what the libraries log off the screen; their progress bars stay."""
+    """Keep log messages of the libraries off the screen.
+
+    Returns:
+        The handler that collects the warnings of lm-evaluation-harness.
+    """
     words = Warnings()
     logger = logging.getLogger("lm_eval")
     logger.handlers, logger.propagate = [words], False
@@ -100,14 +104,14 @@ def quiet() -> Warnings:
 
 
 class LocalTask(ConfigurableTask):  # type: ignore[misc]
-    """A task on rows that were read and checked here, in place of a set of the hub."""
+    """A task whose rows come from local files that were checked, in place of a data set of the hub."""
 
     def __init__(self, config: dict[str, Any], rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         self._rows = rows
         super().__init__(config=config)
 
     def download(self, dataset_kwargs: Any = None, **more: Any) -> None:
-        """Make a data set of the rows."""
+        """Build the data set from the local rows; nothing is downloaded."""
         self.dataset = {split: datasets.Dataset.from_list(list(rows)) for split, rows in self._rows.items()}
 
 
@@ -117,10 +121,10 @@ def load(
     files: Mapping[str, Mapping[str, Path]] | None,
     strip_thinking: bool = False,
 ) -> list[Any]:
-    """Tasks with their data loaded, from local files or from the hub.
+    """Load tasks with their rows, from local files or from the hub.
 
     Raises:
-        EvalError: the hub cannot be reached, or a set cannot be read.
+        EvalError: the hub cannot be reached, or a data set cannot be read.
     """
     loaded = []
     for task in tasks:
@@ -136,12 +140,12 @@ def load(
 
 
 def questions(task: Task, loaded: Any, limit: int | None) -> list[str]:
-    """The texts that identify the rows to be scored."""
+    """List the texts that identify the rows to be scored."""
     return [str(row[task.question]) for row in _scored(loaded, limit)]
 
 
 def scored_digest(loaded: Any, limit: int | None) -> str:
-    """SHA-256 of the rows to be scored as the task sees them: one JSON line each, keys sorted, UTF-8."""
+    """Compute the SHA-256 of the rows to be scored as the task reads them: one JSON line each, keys sorted, UTF-8."""
     found = hashlib.sha256()
     for row in _scored(loaded, limit):
         found.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
@@ -165,13 +169,13 @@ def ask_model(
     """Ask one served model every task.
 
     Args:
-        asking: whom, with the answers that are known already.
+        asking: the model and its server, with the answers that are stored already.
         tasks: what to ask, with ``loaded`` beside each.
-        loaded: the tasks with their data.
+        loaded: the tasks with their rows.
         seeds: one round per seed; tasks without examples have nothing to draw and are asked in the first round alone.
-        limit: rows per task, the first ones.
+        limit: number of rows per task, the first ones; None for all.
         decoding: how answers are generated. Only generated answers are asked for repeatedly.
-        prompting: what stands around the questions.
+        prompting: system message and chat template around the questions.
     """
     asked = Asked()
     for number, seed in enumerate(seeds):
@@ -216,7 +220,10 @@ def _one_round(asked: Asked, served: ServedModel, pairs: Sequence[tuple[Task, An
 
 
 def _samples(task: Task, seed: int, repeat: int, logged: Sequence[Mapping[str, Any]]) -> list[Sample]:
-    """One sample per row; the harness logs one per row and filter, whose metrics carry the filter's name."""
+    """Build one sample per row from the log of lm-evaluation-harness, which has one entry per row and filter.
+
+    The metrics of a named filter get its name as a suffix.
+    """
     metrics: dict[int, dict[str, float]] = defaultdict(dict)
     extracted: dict[int, dict[str, str]] = defaultdict(dict)
     first: dict[int, Mapping[str, Any]] = {}

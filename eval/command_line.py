@@ -14,7 +14,7 @@ DEFAULT_TASKS = "gsm8k,boolq,arc_easy,arc_challenge"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Every option with its help."""
+    """Build the parser with every option and its help."""
     parser = argparse.ArgumentParser(prog="python -m eval.run", description="Serve models with vLLM and score them.",
                                      allow_abbrev=False)  # fmt: skip
     add = parser.add_argument

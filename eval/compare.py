@@ -1,10 +1,10 @@
-"""Compares finished runs without a new one: ``python -m eval.compare A B [C ...] [--out FILE]``.
+"""Comparison of finished runs, without a new one: ``python -m eval.compare A B [C ...] [--out FILE]``.
 
-Models of different folders are compared row by row, with the statistics of a run (:mod:`eval.stats`). Folders must
-agree in how they were asked and in the rows: protocol, template, decoding, seeds, limit, tasks with their versions and
-numbers of examples, and the digest of the rows that were scored. What may differ: the models, in which form they were
-served, the tokenizer that stands in for the base's own, versions of the software (said in a note), and when and where
-it was.
+Models of different folders are compared row by row, with the statistics of a run (:mod:`eval.stats`). Runs must
+agree in how their models were asked and in the rows: protocol, template, decoding, seeds, limit, tasks with their
+versions and numbers of examples, and the digest of the rows that were scored. What may differ: the models, in which
+form they were served, the tokenizer that stands in for the base's own, versions of the software (listed in a note),
+and when and where the runs were made.
 
 Exit codes: 0 done, 2 user error (one message on stderr), 130 interrupted.
 """
@@ -25,7 +25,7 @@ from eval.reading import field
 from eval.redaction import guarded, without_control
 
 
-# Whatever else a results file holds says how was asked, and must be the same.
+# Every other key of a results file describes how the models were asked, and must be the same.
 _MAY_DIFFER = frozenset(
     ("scores", "means", "comparisons", "data", "models", "timings", "warnings", "contamination_checked_against",
      "command", "date", "versions", "base_tokenizer")
@@ -33,7 +33,7 @@ _MAY_DIFFER = frozenset(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare and print; returns the exit code."""
+    """Compare the runs named on the command line, print the result, and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m eval.compare", description="Compare finished evaluations row by row, without a new run."
     )
@@ -70,10 +70,10 @@ def _compare(folders: Sequence[Path], out: Path | None) -> None:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Finished]:
-    """Read folders that can be compared.
+    """Read the folders of runs, and check that they can be compared.
 
     Raises:
-        EvalError: fewer than two, one that cannot be read, or the reasons why they cannot be compared.
+        EvalError: there are fewer than two folders, one cannot be read, or the runs cannot be compared (all reasons).
     """
     paths = [Path(os.path.realpath(folder)) for folder in folders]  # Path.resolve raises where links go in a circle
     if len(paths) < 2 or len(set(paths)) < len(paths):
@@ -88,12 +88,12 @@ def read_runs(folders: Sequence[Path]) -> list[Finished]:
 
 
 def _printable(name: str) -> str:
-    """A folder's name as it can stand in a line of a table: its line ends and marks of direction are escaped."""
+    """Escape line ends, direction marks and the like in a folder's name, so that it fits a line of a table."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def compared(runs: Sequence[Finished]) -> dict[str, Any]:
-    """Every pair of models of different folders, as a document like a run's results."""
+    """Compare every pair of models of different folders; return a document like the results of a run."""
     answers = [a for run in runs for model, tasks in run.answers.items() for a in _called(model, tasks)]
     pairs = [
         results.compare(first, second)
@@ -118,7 +118,7 @@ def _called(model: str, tasks: Mapping[str, results.Answers]) -> Iterator[result
 
 
 def _reasons(one: Finished, other: Finished) -> Iterator[str]:
-    """Why two runs cannot be compared, each with the values of both."""
+    """Find the reasons why two runs cannot be compared, each with the values of both."""
     pair = f"{one.path} and {other.path}"
     for key in sorted((one.document.keys() | other.document.keys()) - _MAY_DIFFER):
         ours, theirs = one.document.get(key), other.document.get(key)
@@ -135,7 +135,7 @@ def _reasons(one: Finished, other: Finished) -> Iterator[str]:
 
 
 def _asked(run: Finished) -> dict[str, dict[str, Any]]:
-    """What was asked, per task; every model of a run was asked the same."""
+    """Collect what was asked in each task, and check that every model of a run was asked the same."""
     sets = field(field(run.document, "data", dict, str(run.path)), "sets", dict, str(run.path))
     found: dict[str, dict[str, Any]] = {}
     for score in run.scores:

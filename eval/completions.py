@@ -1,4 +1,4 @@
-"""What a server's answer must hold to be a completion, checked before a figure is made of it."""
+"""Texts and likelihoods from the answers of a server, each of which is checked to be a valid completion."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,26 +13,26 @@ _ROUNDING = 1e-3  # a log-probability is at most 0, up to rounding
 
 
 class BadAnswerError(EvalError):
-    """An answer that is no completion, or not the one that was asked for."""
+    """An answer that is no valid completion, or does not fit the question."""
 
 
 def texts(document: Any, expected: int) -> list[str]:
-    """The generated texts, in the order of their index.
+    """Return the generated texts, in the order of their index.
 
     Raises:
-        BadAnswerError: there are not ``expected`` of them, or one is no text.
+        BadAnswerError: there are not ``expected`` texts, or one is not a string.
     """
     return [_text(choice) for choice in _choices(document, expected)]
 
 
 def likelihood(document: Any, tokens: int, context: int) -> tuple[float, bool]:
-    """Log-probability of a prompt's tokens after the first ``context``, and whether each is the likeliest.
+    """Sum the log-probabilities of a prompt's tokens after the first ``context``; tell whether each is the likeliest.
 
     Args:
         document: answer to a question with ``echo``, ``logprobs`` and one token to generate.
-        tokens: of the prompt. The answer must have a value for each and one for the generated token, in that order;
-            the first token has none.
-        context: tokens that are given, at least one.
+        tokens: number of tokens in the prompt. The answer must have a value for each and one for the generated token,
+            in that order; the value of the first token is not read.
+        context: number of leading tokens that are given and not scored, at least one.
 
     Raises:
         BadAnswerError: values are missing, or are no log-probabilities.

@@ -1,4 +1,4 @@
-"""Refuses to score rows that the model was trained or calibrated on."""
+"""Guard against contamination: tasks with rows that the model was trained or calibrated on are refused."""
 
 import contextlib
 import hashlib
@@ -27,7 +27,10 @@ _CHARACTER = re.compile(f"[{_UNSPACED}]")
 
 
 def words_of(text: str) -> tuple[str, ...]:
-    """A text's words without case, accents' encoding and punctuation; single characters of unspaced scripts."""
+    """Split a text into words without case and punctuation, in one Unicode form (NFKC).
+
+    In scripts without spaces between words, each character counts as a word.
+    """
     return tuple(_WORDS.findall(unicodedata.normalize("NFKC", text).casefold()))
 
 
@@ -36,24 +39,27 @@ def _long_enough(words: tuple[str, ...]) -> bool:
 
 
 def question_hash(text: str) -> str:
-    """Hash of the normalised text: equal for questions that differ in case, spacing or punctuation alone."""
+    """Hash the normalised text: questions that differ in case, spacing or punctuation alone have equal hashes."""
     return hashlib.sha256(" ".join(words_of(text)).encode()).hexdigest()
 
 
 @dataclass
 class SeenTexts:
-    """Texts a model has seen. A training row often wraps the question in an instruction, so parts count too."""
+    """Texts that a model was trained or calibrated on.
+
+    A training row often wraps a question in an instruction, so a question inside a longer text counts as seen too.
+    """
 
     _whole: set[str] = field(default_factory=set)
     _texts: list[tuple[str, ...]] = field(default_factory=list)
 
     def add(self, text: str) -> None:
-        """Remember one text as seen."""
+        """Add one text that the model has seen."""
         self._whole.add(question_hash(text))
         self._texts.append(words_of(text))
 
     def seen_among(self, questions: Iterable[str]) -> list[str]:
-        """Those questions that are one of the texts or stand inside one, in their order."""
+        """Return the questions that equal a seen text or are contained in one, in their order."""
         asked = list(questions)
         wanted: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
         for question in asked:
@@ -67,7 +73,7 @@ class SeenTexts:
 def _contained(
     text: tuple[str, ...], wanted: Mapping[tuple[str, ...], set[tuple[str, ...]]]
 ) -> Iterator[tuple[str, ...]]:
-    """Wanted word sequences that stand somewhere in ``text``."""
+    """Find the wanted word sequences that occur anywhere in ``text``."""
     for length in {len(start) for start in wanted}:
         for at in range(len(text) - length + 1):
             for words in wanted.get(text[at : at + length], ()):
@@ -76,7 +82,7 @@ def _contained(
 
 
 def texts_of(row: Any) -> Iterator[str]:
-    """Every text in a row, however deep: instruction, messages, conversations."""
+    """Yield every text in a row, however deeply nested: instruction, messages, conversations."""
     if isinstance(row, str):
         yield row
     elif isinstance(row, Mapping):
@@ -88,10 +94,10 @@ def texts_of(row: Any) -> Iterator[str]:
 
 
 def read_seen(files: Iterable[Path]) -> SeenTexts:
-    """Texts of training files: JSON lines, or one JSON document of any shape.
+    """Read the texts of training files: JSON lines, or one JSON document of any shape.
 
     Raises:
-        EvalError: a file that does not exist, cannot be read or holds no text.
+        EvalError: a file does not exist, cannot be read or holds no text.
     """
     seen = SeenTexts()
     for path in files:
@@ -106,7 +112,7 @@ def read_seen(files: Iterable[Path]) -> SeenTexts:
 
 
 def _rows(path: Path) -> Iterator[Any]:
-    """Rows of JSON lines, or a whole document as one row; what a file is called does not decide what it holds."""
+    """Read the rows of a JSON-lines file, or a whole JSON document as one row, whatever the file is called."""
     try:
         with open_plain(path, os.O_RDONLY, "rb") as file:
             raw = file.read(reading.MAX_DOCUMENT + 1)
@@ -114,7 +120,7 @@ def _rows(path: Path) -> Iterator[Any]:
         raise EvalError(f"--train-file: {path} cannot be read ({error.strerror})") from error
     too_long = len(raw) > reading.MAX_DOCUMENT
     if not too_long:
-        with contextlib.suppress(ValueError):  # the lines say better what is wrong
+        with contextlib.suppress(ValueError):  # reading line by line gives a better message
             yield reading.loads(raw.decode(), str(path))
             return
     del raw
@@ -126,10 +132,10 @@ def _rows(path: Path) -> Iterator[Any]:
 
 
 def files_of_plan(plan: Path, dataset_dir: Path | None) -> list[Path]:
-    """The files behind the calibration data that a rank plan names, by way of ``dataset_info.json``.
+    """Find the files of the calibration data that a rank plan names, by way of ``dataset_info.json``.
 
     Raises:
-        UsageError: the plan or the table cannot be read, or a data set is not a local file.
+        UsageError: the plan or ``dataset_info.json`` cannot be read, or a data set is not a local file.
     """
     try:
         provenance = reading.field(reading.read_object(plan), "provenance", dict, "the plan")
@@ -170,10 +176,10 @@ def _file_of(name: str, info: Mapping[str, Any], folder: Path) -> Path:
 
 
 def refuse_seen(task: str, questions: Iterable[str], seen: SeenTexts) -> None:
-    """Refuse a task with rows the model has seen.
+    """Refuse a task with rows that the model has seen.
 
     Raises:
-        EvalError: says how many rows and shows the first.
+        EvalError: there are such rows; the message has their number and the first of them.
     """
     asked = list(questions)
     found = seen.seen_among(asked)

@@ -15,18 +15,18 @@ _LONE = re.compile("[\ud800-\udfff]")
 
 
 def local_files(task: Task, data_dir: Path, split: str) -> dict[str, Path]:
-    """Files of one task: ``test``, and ``train`` where examples are drawn from it."""
+    """Return the files of one task: ``test``, and ``train`` where examples are drawn from it."""
     folder = data_dir / str(task.config["metadata"].get("folder", task.name))
     files = {"test": folder / f"{split}.jsonl"}
     return {**files, "train": folder / "train.jsonl"} if task.fewshot else files
 
 
 def check_files(task: Task, files: Mapping[str, Path]) -> None:
-    """Read every row once.
+    """Read every row of a task's files once, and check that the task can use it.
 
     Raises:
-        UsageError: a missing or empty file, a line that is no JSON object, or a row without a field the task reads,
-            or whose values it cannot score.
+        UsageError: a file is missing or empty, or a row lacks a field that the task reads or cannot be scored.
+        EvalError: a file cannot be read, or a line is no JSON object.
     """
     for split, path in files.items():
         if not os.path.isfile(path):  # false, not an error, for a name too long as well
@@ -42,7 +42,7 @@ def check_files(task: Task, files: Mapping[str, Path]) -> None:
 def read_splits(files: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
     """Read the rows of every split, each with all the keys that any row of its file has.
 
-    What stands in the file is what is scored: no pattern in a folder's name leads elsewhere, no text becomes a date.
+    Rows are scored as they are in the file: a folder's name is not expanded as a pattern, no text becomes a date.
     """
     return {split: _same_keys([row for _, row in numbered_rows(path)]) for split, path in files.items()}
 
@@ -53,7 +53,7 @@ def _same_keys(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _check_storable(row: Mapping[str, Any], where: str) -> None:
-    """Find what JSON can say and a table of rows cannot hold; also in fields that the task does not read."""
+    """Refuse values that JSON can hold and a table of rows cannot, also in fields that the task does not read."""
     for name, value in row.items():
         for inner in (name, *_parts(value)):
             if isinstance(inner, int) and not -(2**63) <= inner < 2**64:
@@ -66,7 +66,7 @@ def _check_storable(row: Mapping[str, Any], where: str) -> None:
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """A value and all that stands inside it; its depth is bounded where it is read."""
+    """Yield a value and everything nested inside it; the depth is bounded where rows are read."""
     yield value
     if isinstance(value, dict):
         for name, inner in value.items():

@@ -1,4 +1,4 @@
-"""How questions are put and answers made: settings that are the same for every model and task of a run."""
+"""Settings of prompts and of decoding, the same for every model and task of a run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,10 +7,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are generated.
+    """Settings by which answers are generated.
 
     Attributes:
-        max_gen_toks: tokens of an answer at most; None leaves it to each task.
+        max_gen_toks: most tokens of an answer; None leaves it to each task.
         repeats: how often a question with a generated answer is asked, each time with another seed.
     """
 
@@ -21,7 +21,7 @@ class Decoding:
     repeats: int = 1
 
     def options(self) -> dict[str, Any] | None:
-        """What goes over a task's own settings; None when nothing does."""
+        """Return the generation settings that override a task's own; None when there are none."""
         found: dict[str, Any] = {}
         if self.num_beams > 1:
             found |= {"use_beam_search": True, "n": self.num_beams}
@@ -34,12 +34,12 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Prompting:
-    """What stands around a question.
+    """Settings of the prompt around a question.
 
     Attributes:
-        chat: whether the tokenizer's chat template goes around it.
+        chat: whether the tokenizer's chat template is applied.
         system: the system message, if any.
-        template_options: what the chat template is told besides (``enable_thinking`` of Qwen3, say).
+        template_options: further arguments of the chat template (``enable_thinking`` of Qwen3, say).
     """
 
     chat: bool = False

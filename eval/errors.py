@@ -1,4 +1,4 @@
-"""What a user of the harness can act on."""
+"""Errors that a user of the harness can act on."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ class EvalError(Exception):
 
 
 class UsageError(EvalError):
-    """Wrong settings, found before anything was started. Holds every problem, not only the first."""
+    """Wrong settings, found before anything was started; every problem, not only the first."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
