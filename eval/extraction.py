@@ -1,4 +1,6 @@
-r"""Numbers out of worked solutions. One figure alone misleads: what counts as an answer moves GSM8K by many points.
+r"""Extraction of numbers from worked solutions.
+
+One figure alone misleads: how answers are read moves GSM8K by many points.
 
 * strict: the first ``#### N``, as lm-evaluation-harness reads and compares it (as text, so 18.00 is not 18). Low for a
   model that was not trained to write it.
@@ -17,7 +19,7 @@ Which final answer counts in the training format, when there are several:
 3. The first statement of the greatest weight counts, unless the model corrects itself: a later statement after "wait",
    "actually", "correction", "mistake", "wrong" and the like takes its place.
 4. Where the statement is no single number (a date, a range, a sum without its result, a division by zero), there is no
-   answer: ``[invalid]``. So it is with numbers of more than 100 digits and numbers in words.
+   answer: ``[invalid]``. The same holds for numbers of more than 100 digits and numbers in words.
 
 Every function takes time in proportion to the length of its text, whatever the text is.
 """
@@ -52,7 +54,7 @@ _FILLER = re.compile(
     re.IGNORECASE,
 )
 _PIECES = 12
-_STATEMENTS = 1000  # of one text; a person stops reading before
+_STATEMENTS = 1000  # of one text at most
 _BOX = re.compile(r"\\f?boxed\s{0,4}\{")
 _BOX_LENGTH = 200
 _BRACE = re.compile(r"[{}]")
@@ -72,7 +74,7 @@ _CORRECTION = re.compile(
     r"double[- ]check|re-?calculat|let me re|hmm|on second thought|made an error|no,)",
     re.IGNORECASE,
 )
-_AFTER, _BEFORE = 200, 60  # characters behind a statement, and before the next, in which a correction is said
+_AFTER, _BEFORE = 200, 60  # characters after a statement, and before the next, that are searched for a correction
 _THINKING = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
 
 
@@ -84,19 +86,19 @@ class _Statement(NamedTuple):
 
 
 def strict(text: str) -> str:
-    """Find the number after the first ``####``, or ``[invalid]``."""
+    """Return the number after the first ``####``, or ``[invalid]`` where there is none."""
     found = re.search(STRICT, text)
     return bounded(found.group(1)) if found else NOT_FOUND
 
 
 def flexible(text: str) -> str:
-    """Find the last thing that looks like a number, or ``[invalid]``."""
+    """Return the last piece of text that looks like a number, or ``[invalid]`` where there is none."""
     found = re.findall(FLEXIBLE, text)
     return bounded(next(part for part in found[-1] if part).strip()) if found else NOT_FOUND
 
 
 def bounded(answer: str) -> str:
-    """Return an answer, or ``[invalid]`` for one that is too long to be any."""
+    """Return an answer, or ``[invalid]`` for one of more than ``MAX_ANSWER`` characters."""
     return answer if len(answer) <= MAX_ANSWER else NOT_FOUND
 
 
@@ -106,19 +108,22 @@ def matches(answer: str, target: str) -> bool:
 
 
 def compared(text: str) -> str:
-    """What lm-evaluation-harness compares of a text: without ``,``, ``$``, all up to ``#### ``, the last full stop."""
+    """Reduce a text to what lm-evaluation-harness compares for GSM8K.
+
+    The text becomes lower case and loses ``,``, ``$``, everything up to the last ``#### ``, and a final full stop.
+    """
     plain = text.replace(",", "").replace("$", "").rpartition("#### ")[2]
     return re.sub(r"\.$", "", plain).lower()
 
 
 def training_format(text: str) -> str:
-    """Find the final answer in a form of training data, canonical (``1,234.50`` is ``1234.5``), or ``[invalid]``."""
+    """Return the final answer in the training format, canonical (``1,234.50`` is ``1234.5``), or ``[invalid]``."""
     value = final_value(text)
     return NOT_FOUND if value is None else spell(value)
 
 
 def final_value(text: str) -> Fraction | None:
-    """The value of the final answer that counts, by the rule of this module."""
+    """Return the value of the final answer that counts by the rules of this module; None where there is none."""
     text = _first_solution(tidied(text))
     counts: _Statement | None = None
     for statement in _statements(text):
@@ -128,31 +133,34 @@ def final_value(text: str) -> Fraction | None:
 
 
 def last_number(text: str) -> float:
-    """The last number with commas dropped, infinity when there is none (LLM-Adapters)."""
+    """Return the last number in a text without its commas, as LLM-Adapters does; infinity where there is none."""
     found = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
     return float(found[-1]) if found else float("inf")
 
 
 def is_number(text: str) -> bool:
-    """Whether a text is one number, but for signs of currency and thousands."""
+    """Tell whether a text is a single number, apart from currency signs and thousands separators."""
     return value_of(text) is not None
 
 
 def canonical(number: str) -> str:
-    """A number's shortest spelling, without signs of currency and thousands; other text comes back as it is."""
+    """Return the shortest spelling of a number, without currency signs and thousands separators.
+
+    Text that is no number is returned without the blanks around it.
+    """
     value = value_of(number)
     return number.strip() if value is None else spell(value)
 
 
 def label_of(answer: str) -> Fraction | None:
-    """The value of a worked solution's label: what follows the last ``####``."""
+    """Return the value of a worked solution's label, which follows the last ``####``; None where it is no number."""
     return value_of(answer.rpartition("####")[2])
 
 
 def training_filter(responses: Iterable[Sequence[str]], docs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """:func:`training_format` as a filter of lm-evaluation-harness: responses per row, in and out.
+    """Apply :func:`training_format` as a filter of lm-evaluation-harness: responses per row, in and out.
 
-    The harness compares as text, so a value that is the label's is spelt as the label is.
+    lm-evaluation-harness compares texts, so a value equal to the label's is spelt as the label is.
     """
     return [[_spelt_as(doc, text) for text in row] for row, doc in zip(responses, docs, strict=True)]
 
@@ -165,12 +173,12 @@ def _spelt_as(doc: Mapping[str, Any], text: str) -> str:
 
 
 def bounded_filter(responses: Iterable[Sequence[str]], docs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """:func:`bounded` as a filter of lm-evaluation-harness."""
+    """Apply :func:`bounded` as a filter of lm-evaluation-harness."""
     return _each(bounded, responses)
 
 
 def thinking_filter(responses: Iterable[Sequence[str]], docs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """:func:`without_thinking` as a filter of lm-evaluation-harness."""
+    """Apply :func:`without_thinking` as a filter of lm-evaluation-harness."""
     return _each(without_thinking, responses)
 
 
@@ -179,9 +187,9 @@ def _each(function: Callable[[str], str], responses: Iterable[Sequence[str]]) ->
 
 
 def without_thinking(text: str) -> str:
-    """Strip ``<think>...</think>`` blocks; empty where one is not closed: the model never came to its answer.
+    """Strip ``<think>...</think>`` blocks; return an empty text where one is not closed, as no answer follows it.
 
-    A block that the prompt has opened has no start here: all before its end is thinking.
+    A block that the prompt opened has only its end in the text: everything before that is dropped.
     """
     kept, depth, at = [], 0, 0
     for tag in _THINKING.finditer(text):
@@ -198,7 +206,10 @@ def without_thinking(text: str) -> str:
 
 
 def _first_solution(text: str) -> str:
-    """The text up to another question; one before the first number only repeats what was asked."""
+    """Cut a text off where another question begins.
+
+    A question before the first number does not count: it only repeats what was asked.
+    """
     number = re.search(r"\d", text)
     found = _ANOTHER_QUESTION.search(text, number.start()) if number else None
     return text[: found.start()] if found else text
@@ -224,7 +235,7 @@ def _corrected(text: str, counts: _Statement, later: _Statement) -> bool:
 
 
 def _after(text: str, at: int, boxed: bool = False) -> Reading | None:
-    """The number that a statement names, past a few words and signs, or the result of the sum that it writes."""
+    """Read the number after a statement, past a few words and signs, or the result of the sum written there."""
     for _ in range(_PIECES):
         if found := read(text, at):
             return _result(text, at) or found
@@ -239,7 +250,7 @@ def _after(text: str, at: int, boxed: bool = False) -> Reading | None:
 
 
 def _result(text: str, at: int) -> Reading | None:
-    """What follows the last equals sign of a sum that begins here."""
+    """Read the number after the last equals sign of a sum that begins at ``at``; None where there is none."""
     line = _SUM.match(text, at, at + _BOX_LENGTH)
     equals = line.group().rfind("=") if line else -1
     if equals < 0:
@@ -249,9 +260,9 @@ def _result(text: str, at: int) -> Reading | None:
 
 
 def _in_box(text: str, at: int) -> Reading | None:
-    """The one number of a box, whatever words stand around it; the place behind its brace."""
+    """Read the single number of a box, whatever words are around it, and the place behind the closing brace."""
     end = _closing(text, at)
-    if end is None:  # cut off: what was written of it
+    if end is None:  # the text was cut off: read what there is
         return _after(text, at, boxed=True)
     content = text[at:end]
     content = content[content.rfind("=") + 1 :]
@@ -268,7 +279,7 @@ def _in_box(text: str, at: int) -> Reading | None:
 
 
 def _closing(text: str, at: int) -> int | None:
-    """The place of the brace that closes the one before ``at``, not too far away."""
+    """Find the brace that closes the one before ``at``; None where none does within ``_BOX_LENGTH`` characters."""
     depth = 1
     for brace in _BRACE.finditer(text, at, at + _BOX_LENGTH):
         depth += 1 if brace.group() == "{" else -1

@@ -1,7 +1,7 @@
-"""A finished run's folder, read without trust: its figures, and its samples sorted as when they were asked.
+"""Reader of a finished run's folder: its figures, and its samples gathered as in the run itself.
 
-Folders come from other machines and other people. A file that is damaged, or whose samples are not those behind its
-figures, is one message.
+Folders come from other machines and other people, so everything is checked: a damaged file, or samples that do not
+give the figures, raise an EvalError.
 """
 
 import re
@@ -19,18 +19,18 @@ from eval.results import RESULTS_FILE, SAMPLES_FILE, SCHEMA_VERSION, Answers, Sc
 
 _NAME = re.compile(r"[\w.-]{1,200}")
 _TYPES: dict[type, type | tuple[type, ...]] = {float: (int, float), bool: bool, int: int, str: str}
-_AGREE = 1e-9  # of a figure and the mean of its samples
+_AGREE = 1e-9  # largest gap between a figure and the mean of its samples
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What one folder holds.
+    """Figures and samples of one finished run.
 
     Attributes:
-        label: what its models are called by, before their own names.
+        label: prefix of the models' names, which tells the runs apart.
         document: the results file.
-        scores: its figures, models named with the label.
-        answers: per model (so named) and task, one value per row of the headline metric.
+        scores: the figures, with the label in the models' names.
+        answers: per model (named in the same way) and task, the values of the headline metric, one per row.
     """
 
     path: Path
@@ -41,10 +41,10 @@ class Finished:
 
 
 def read_finished(path: Path, label: str) -> Finished:
-    """Read a folder.
+    """Read and check the folder of a finished run.
 
     Raises:
-        EvalError: no results, of another version, damaged; no samples, or not those of the results.
+        EvalError: results or samples are missing, damaged or of another version, or do not fit each other.
     """
     file = path / RESULTS_FILE
     document = read_object(file)
@@ -90,7 +90,7 @@ def _score(entry: Any, protocol: str, where: str) -> Score:
 
 
 def _answers(path: Path, headlines: Mapping[tuple[str, str], Score]) -> dict[str, dict[str, Answers]]:
-    """Samples of every model and task, gathered; only their headline metric is kept."""
+    """Gather the samples of every model and task; of their metrics only the headline one is kept."""
     found: dict[tuple[str, str], list[Any]] = {key: [] for key in headlines}
     seen = set()
     if not path.is_file():
@@ -120,7 +120,10 @@ def _sample(line: Mapping[str, Any], metric: str, where: str) -> SimpleNamespace
 
 
 def _task(score: Score) -> Task:
-    """A task as far as its answers need it: this checkout may have another version of it, or none."""
+    """Build a task with only what its answers need, from a score of it.
+
+    The task's own file is not read: it may be of another version here, or missing.
+    """
     return Task(
         name=score.task,
         protocol=score.protocol,

@@ -36,7 +36,7 @@ class Rival:
 
 @dataclass(frozen=True)
 class Gates:
-    """All conditions of a run, and the models that they are asked of."""
+    """All conditions of a run, and the models to which they apply."""
 
     floors: tuple[Floor, ...] = ()
     rivals: tuple[Rival, ...] = ()
@@ -44,7 +44,7 @@ class Gates:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options to a command line."""
+    """Add ``--fail-under`` and ``--fail-if-worse-than`` to a command line's parser."""
     group = parser.add_argument_group("conditions for exit code 0 (3 where one is not met; results are written)")
     group.add_argument("--fail-under", action="append", default=[], metavar="TASK=PERCENT", help="every model but the "
                        "base must reach this in the task's headline metric (TASK mean: in the mean over tasks); "
@@ -57,16 +57,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def parse(
     given: argparse.Namespace, models: Sequence[str], tasks: Sequence[str], base_row: bool = True
 ) -> tuple[Gates, list[str]]:
-    """Read the options of :func:`add_arguments`, before anything starts.
+    """Parse the conditions from the options of :func:`add_arguments`, before anything starts.
 
     Args:
         given: the parsed command line.
-        models: every model's name, each form alike.
+        models: every model's name; an adapter and its merged form may share one.
         tasks: names of the tasks to be asked.
         base_row: whether the base is asked.
 
     Returns:
-        The conditions, and what is wrong with them in words.
+        The conditions, and the problems found in them, one sentence each.
     """
     names = [name for name in dict.fromkeys(models) if base_row or name != _BASE]
     judged = tuple(name for name in names if name != _BASE) or tuple(names)
@@ -118,7 +118,7 @@ def failures(
     means: Sequence[Mapping[str, Any]],
     comparisons: Sequence[Mapping[str, Any]],
 ) -> list[str]:
-    """Say which conditions are not met, one sentence each; none when all are.
+    """List the conditions that are not met, one sentence each; empty when all are.
 
     Args:
         gates: the conditions.

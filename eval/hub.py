@@ -1,4 +1,4 @@
-"""What a folder or a name of the hub gives besides weights: the commit behind a name, and a tokenizer that loads."""
+"""Checks of models on the hub or in folders: the commit behind a name, and whether tokenizers load."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,17 +8,17 @@ from huggingface_hub import hf_hub_download
 from eval.errors import EvalError
 
 
-_LONGEST = 300  # characters of what a library says
+_LONGEST = 300  # characters of a library's error message
 
 
 def commit_of(name: str) -> str:
-    """Ask the hub for the commit that a model's name stands for now; without the hub, the local cache.
+    """Look up the commit that a model's name on the hub stands for now; without the hub, in the local cache.
 
-    A small file is fetched, as loading the tokenizer and the server do: so all three get one commit, before the first
-    question as in a run that goes on.
+    A small file is fetched in the way in which the tokenizer and the server load theirs, so that all three use one
+    commit, also in a run that is resumed.
 
     Raises:
-        EvalError: neither knows the name.
+        EvalError: neither has a model of that name.
     """
     try:
         return Path(hf_hub_download(name, "config.json")).parent.name
@@ -30,10 +30,10 @@ def commit_of(name: str) -> str:
 
 
 def check_tokenizers(places: Iterable[str], template: str) -> None:
-    """Load every tokenizer once, before any server starts.
+    """Check that every tokenizer loads, before any server starts.
 
     Raises:
-        EvalError: it cannot be had, or has no chat template where one is asked for.
+        EvalError: a tokenizer cannot be loaded, or has no chat template where one is needed.
     """
     from transformers import AutoTokenizer  # takes seconds
 
@@ -58,7 +58,7 @@ def check_tokenizers(places: Iterable[str], template: str) -> None:
 
 
 def _words(error: Exception) -> str:
-    """Put an error of a library into one line; some say nothing, or a key alone."""
+    """Format a library's error as one line, with its type where the text may be empty or a mere key."""
     said = [line.strip() for line in str(error).splitlines() if line.strip()]
     kind = [] if isinstance(error, (OSError, ValueError)) and said else [type(error).__name__]
     return ": ".join((*kind, *said[:1]))[:_LONGEST]

@@ -1,8 +1,8 @@
-"""Runs one command in a process group of its own and ends the whole group when its own standard input closes.
+"""Program that runs one command in a process group of its own, and ends the group when standard input closes.
 
-Run: ``python keeper.py GRACE_SECONDS COMMAND ...`` with a pipe for standard input. Whoever holds the other end of the
-pipe may end in any way, kill -9 included: the pipe closes with it and no server is left behind. What the command says
-passes through here, so that a secret of the environment is in no log. Standard library only.
+Run: ``python keeper.py GRACE_SECONDS COMMAND ...`` with a pipe for standard input. However the process at the other
+end of the pipe ends, kill -9 included, the pipe closes with it and no server is left behind. The command's output
+passes through this program, so that no secret of the environment is logged. Standard library only.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from typing import BinaryIO
 
 
 _LONGEST_LINE = 2**16
-_DRAIN_SECONDS = 5.0  # for the last words of a command whose output others still hold open
+_DRAIN_SECONDS = 5.0  # wait for the last output of a command whose pipe another process still holds open
 
 
 def end_group(group: int, grace: float) -> None:
-    """Ask every process of a group to end, and kill what is left after ``grace`` seconds."""
+    """Terminate every process of a group, and kill those that are left after ``grace`` seconds."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGTERM)
         deadline = time.monotonic() + grace
@@ -33,10 +33,10 @@ def end_group(group: int, grace: float) -> None:
 
 
 def keep(command: list[str], grace: float, clean: Callable[[str], str]) -> int:
-    """Run ``command`` to its end or to the end of standard input; its output goes line by line through ``clean``.
+    """Run ``command`` until it ends or standard input closes; its output goes line by line through ``clean``.
 
     Returns:
-        Its exit code, 128 + N when signal N ended it, as a shell says it.
+        Its exit code, or 128 + N when signal N ended it, as in a shell.
     """
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, **pipe)  # type: ignore[call-overload]
@@ -56,14 +56,21 @@ def keep(command: list[str], grace: float, clean: Callable[[str], str]) -> int:
 
 
 def pass_on(source: BinaryIO, clean: Callable[[str], str]) -> None:
-    """Copy cleaned lines to standard output; go on reading when they cannot be written, or the command would wait."""
+    """Copy cleaned lines to standard output.
+
+    Lines that cannot be written are read all the same, as the command would block otherwise.
+    """
     while line := source.readline(_LONGEST_LINE):
         with contextlib.suppress(OSError):
             os.write(1, clean(line.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape"))
 
 
 def main() -> int:
-    """Run what the command line says. The pipe alone decides about the end; handlers are not inherited, SIG_IGN is."""
+    """Run the command given on the command line, and return its exit code.
+
+    SIGINT, SIGTERM and SIGHUP do nothing here: the closed pipe alone ends the command. They have a handler because
+    ignored signals (SIG_IGN) would be inherited by the command, and handlers are not.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # this file is run by its path

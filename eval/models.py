@@ -1,4 +1,4 @@
-"""Which models are compared, in which form each is served for which task, and which servers that takes."""
+"""Models to compare, the form in which each is served for each task, and the servers that this takes."""
 
 import hashlib
 import os
@@ -25,7 +25,7 @@ _CONTENT = ("*config.json", "*.safetensors", "*.safetensors.index.json", "*.bin"
 
 @dataclass(frozen=True)
 class Model:
-    """One row of the table: ``kind`` is ``base``, ``adapter`` or ``merged``; ``path`` a folder or a hub name."""
+    """One model to evaluate: ``kind`` is ``base``, ``adapter`` or ``merged``; ``path`` is a folder or a hub name."""
 
     name: str
     kind: str
@@ -45,7 +45,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Serving:
-    """One server: a model under a name, adapters beside it, the jobs it gets, and where its tokenizer lies."""
+    """One server: the model that it loads, its adapters, the jobs sent to it, and where its tokenizer is."""
 
     model: str
     name: str
@@ -61,7 +61,7 @@ def plan_servings(
     base_tokenizer: str | None = None,
     base_row: bool = True,
 ) -> list[Serving]:
-    """Divide models and tasks among as few servers as give right answers.
+    """Divide models and tasks among as few servers as give correct answers.
 
     vLLM's CPU kernels crash on prompt log-probabilities while LoRA is enabled. There, likelihood tasks of the base go
     to a server without LoRA and those of an adapter to its merged form.
@@ -114,13 +114,13 @@ def _require_merged(missing: list[str], likelihood: Sequence[Task]) -> None:
 
 
 def tokenizer_of(model: Model, base_tokenizer: str) -> str:
-    """Where a model's tokenizer and chat template lie: in its own folder when they came along, else the base's."""
+    """Return the place of a model's tokenizer and chat template: its own folder if they are there, else the base's."""
     came_along = model.kind != "base" and os.path.isfile(Path(model.path) / "tokenizer_config.json")
     return model.path if came_along else base_tokenizer
 
 
 def content_digest(path: str) -> str | None:
-    """SHA-256 over the names and contents of the files of a model folder; None for a hub name."""
+    """Compute the SHA-256 of the names and contents of a model folder's files; None for a hub name."""
     folder = Path(path)
     if not os.path.isdir(folder):
         return None
@@ -133,7 +133,7 @@ def content_digest(path: str) -> str | None:
 
 
 def base_warnings(models: Sequence[Model]) -> Iterator[str]:
-    """One sentence per adapter whose config names another base than the one it is served on."""
+    """Warn of every adapter whose config names another base than the one it is served on, one sentence each."""
     base = next(model for model in models if model.kind == "base")
     known = {name for name in (_model_name(base.path), _model_name(_own_name(base.path))) if name}
     for model in models:
@@ -148,13 +148,13 @@ def base_warnings(models: Sequence[Model]) -> Iterator[str]:
 
 
 def _model_name(path: str) -> str:
-    """The last part of a folder or hub name in small letters; of a folder of the hub's cache the model's name."""
+    """Return the last part of a folder or hub name in lower case; in the hub's cache, the model's name."""
     cached = re.search(r"models--(?:[^/\\]*--)?([^/\\]+)[/\\]+snapshots", path)
     return (cached.group(1) if cached else re.split(r"[/\\]", path.rstrip("/\\"))[-1]).lower()
 
 
 def _own_name(folder: str) -> str:
-    """The name that a model folder's config.json gives, or nothing."""
+    """Read the name in a model folder's config.json; empty where there is none."""
     try:
         name = read_object(Path(folder) / "config.json").get("_name_or_path")
     except EvalError:
@@ -163,13 +163,13 @@ def _own_name(folder: str) -> str:
 
 
 def lora_rank_to_reserve(adapters: Sequence[Path]) -> int:
-    """The smallest ``--max-lora-rank`` that fits every adapter."""
+    """Return the smallest ``--max-lora-rank`` that fits every adapter."""
     largest = max(largest_rank(adapter) for adapter in adapters)
     return next(rank for rank in LORA_RANKS if rank >= largest)
 
 
 def largest_rank(adapter: Path) -> int:
-    """The largest rank an adapter's config names.
+    """Return the largest rank in an adapter's config.
 
     Raises:
         EvalError: the config cannot be read, or a rank in it is no whole number from 1.
@@ -186,7 +186,10 @@ def largest_rank(adapter: Path) -> int:
 
 
 def problem_with(model: Model) -> str | None:
-    """What is wrong with a model's path, or None. A base may be a hub name, adapters and merged models are folders."""
+    """Describe what is wrong with a model's path; None when nothing is.
+
+    A base may be a hub name; adapters and merged models must be folders.
+    """
     folder, option = Path(model.path), f"--{model.kind} {model.name}={model.path}"
     if model.kind == "base":
         if not model.path or model.path.startswith("-"):  # vLLM would take it for an option

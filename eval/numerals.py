@@ -1,6 +1,6 @@
-r"""Reads one number the way a person writes it, exactly: no floats, no exceptions, at most ``MAX_DIGITS`` digits.
+r"""Exact parser of one number as people write it: no floats, no exceptions, at most ``MAX_DIGITS`` digits.
 
-Understood: thousands (``1,234``, ``1 234``, ``1'234``, ``1{,}234``, ``1\,234``, ``1.234,56``), any minus
+Parsed: thousands (``1,234``, ``1 234``, ``1'234``, ``1{,}234``, ``1\,234``, ``1.234,56``), any minus
 sign, signs of currency, ``.75``, ``3/4``, ``2 1/2``, ``\frac{3}{4}``, ``1.8e1``, ``1.8 \times 10^1``,
 ``50%`` (as 50), ``2 million``.
 No number: dates, times, ranges, powers, sums without a result, division by zero, ``12,5`` (125 or 12.5?).
@@ -74,7 +74,7 @@ def tidied(text: str) -> str:
 
 
 def read(text: str, at: int = 0) -> Reading | None:
-    """Read the number that begins at a place of a tidied text; None where none begins."""
+    """Read the number that begins at ``at`` in a tidied text; None where none begins."""
     sign = _SIGN.match(text, at)
     found = _unsigned(text, sign.end() if sign else at)
     if found is None:
@@ -87,7 +87,7 @@ def read(text: str, at: int = 0) -> Reading | None:
 
 
 def value_of(text: str) -> Fraction | None:
-    """The value of a text that is one number and nothing else but blanks, a full stop and signs of currency."""
+    """Return the value of a text that is one number, apart from blanks, a full stop and currency signs; else None."""
     plain = tidied(text).strip()
     found = read(plain)
     return found.value if found is not None and not plain[found.end :].strip(" .,'") else None
@@ -124,7 +124,7 @@ def _unsigned(text: str, at: int) -> Reading | None:
 
 
 def _with_parts(text: str, end: int, value: Fraction | None) -> Reading:
-    """The number with the fraction, divisor or power of ten behind it."""
+    """Extend a number by the fraction, divisor or power of ten that follows it."""
     if mixed := _MIXED.match(text, end):
         return Reading(_plus(value, _ratio(Fraction(mixed[1]), Fraction(mixed[2]))), mixed.end())
     if latex := _FRAC.match(text, end):
@@ -151,7 +151,7 @@ def _scaled(text: str, end: int, value: Fraction | None) -> Reading:
 
 
 def _decimal(run: str) -> Fraction | None:
-    """The value of digits with their separators, None where the separators make no number."""
+    """Parse digits with their separators; None where these make no number, or one with too many digits."""
     run, sign = run.lstrip("-"), -1 if run.startswith("-") else 1
     if len(run) > _LONGEST:
         return None
@@ -175,7 +175,7 @@ def _ratio(top: Fraction | None, bottom: Fraction | None) -> Fraction | None:
 
 
 def _plus(whole: Fraction | None, part: Fraction | None) -> Fraction | None:
-    """A mixed number: a whole one and a proper fraction."""
+    """Add a proper fraction to a whole number; None where either is something else."""
     if whole is None or part is None or whole.denominator != 1 or not 0 <= part < 1:
         return None
     return whole + part

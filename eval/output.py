@@ -1,4 +1,4 @@
-"""The folder that a run writes: locked for it, given to one request, and written through here alone."""
+"""The output folder of a run: locked while it runs, claimed by one request, and written only through this module."""
 
 import fcntl
 import json
@@ -21,14 +21,14 @@ from eval.results import RESULTS_FILE
 STATE_FILE = "eval_run.json"
 LOCK_FILE = "eval_run.lock"
 STATE_VERSION = 1
-# What a run may leave: where one of these lies and nothing says whose it is, it is another run's.
+# Files that a run may leave. Where there is one and no state file, it is of an unknown run.
 _OURS = ("eval_*", ANSWERS_FILE, "samples*.jsonl", "samples*.html")
 
 
 class OutputFolder:
     """One run's folder as a context manager: no other run can use it meanwhile.
 
-    The lock is the kernel's (``flock``), so one whose process is dead holds nobody up.
+    The lock is the kernel's (``flock``): it is released however its process ends.
     """
 
     def __init__(self, path: Path) -> None:
@@ -55,7 +55,7 @@ class OutputFolder:
             lock.close()
 
     def claim(self, settings: Mapping[str, Any]) -> bool:
-        """Give the folder to the request with these settings; returns whether it goes on with one that was broken off.
+        """Claim the folder for the request with these settings; return whether an unfinished run of it is resumed.
 
         Raises:
             EvalError: the folder holds another request's run, or a finished one.
@@ -83,15 +83,15 @@ class OutputFolder:
         self._write_state(self._state["settings"], complete=True)
 
     def write_text(self, name: str, text: str) -> None:
-        """Write one file, whole or not at all, cleaned of secrets."""
+        """Write one text file atomically, cleaned of secrets."""
         self._write(name, lambda path: results.write_atomically(path, text))
 
     def write_json(self, name: str, document: Mapping[str, Any]) -> None:
-        """Write one JSON document, whole or not at all, cleaned of secrets."""
+        """Write one JSON document atomically, cleaned of secrets."""
         self._write(name, lambda path: results.write_json(path, document))
 
     def draw(self, name: str, draw: Callable[[Path], None]) -> None:
-        """Have a picture written, whole or not at all."""
+        """Write a picture atomically: ``draw`` gets the path of a temporary file."""
 
         def drawn(path: Path) -> None:
             scratch = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
@@ -101,7 +101,7 @@ class OutputFolder:
         self._write(name, drawn)
 
     def append(self, name: str, documents: Iterable[Mapping[str, Any]]) -> None:
-        """Add lines to a file that this run begins anew."""
+        """Append JSON lines to a file, which is emptied by the first call of this run."""
 
         def add(path: Path) -> None:
             lines = [json.dumps(clean_values(dict(d)), ensure_ascii=False) + "\n" for d in documents]
@@ -117,7 +117,7 @@ class OutputFolder:
         self._appended.add(name)
 
     def _write(self, name: str, write: Callable[[Path], None]) -> None:
-        """Write a file of ours, or say in one sentence why it cannot be."""
+        """Write a file of the folder; raise EvalError with the reason when it cannot be written."""
         path = self.path / name
         self._check()
         try:
@@ -129,7 +129,7 @@ class OutputFolder:
             ) from error
 
     def _check(self) -> None:
-        """Raise EvalError when the folder is no longer ours: removed and made anew by another run, say."""
+        """Raise EvalError when the folder is no longer this run's: removed, or claimed by another run, say."""
         if self._lock is None or not _holds(self._lock, self.path / LOCK_FILE):
             raise EvalError(f"--out: {self.path} was taken away or replaced meanwhile; nothing more is written there")
         if self._state and _state_of(self.path) != self._state:
@@ -144,7 +144,10 @@ class OutputFolder:
 
 
 def problem_with(path: Path) -> str | None:
-    """Why a folder cannot take a run: it is a file, holds finished results, or files of an unknown run; or None."""
+    """Describe why a folder cannot take a run; None when it can.
+
+    It may be a file, or hold finished results or files of an unknown run.
+    """
     try:
         if path.exists() and not path.is_dir():
             return f"--out: {path} is a file; give a folder"
@@ -163,13 +166,13 @@ def problem_with(path: Path) -> str | None:
 
 
 def leftovers(path: Path, lock: bool = False) -> list[str]:
-    """Names of files of ours in a folder, the lock aside unless it is asked for."""
+    """List the files of a folder that a run may have left, without its lock file unless ``lock`` is set."""
     found = {file.name for pattern in _OURS for file in path.glob(pattern)}
     return sorted(found - (set() if lock else {LOCK_FILE}))
 
 
 def _plain(path: Path) -> bool:
-    """Whether a path is a file, a folder or nothing: no pipe, socket or device."""
+    """Tell whether a path is a file, a folder or nothing: no pipe, socket or device."""
     return path.is_file() or path.is_dir() or not path.exists()
 
 
@@ -191,12 +194,13 @@ def _state_of(path: Path) -> dict[str, Any] | None:
 
 
 def _locked(path: Path) -> IO[bytes]:
-    """Open the lock file and hold it.
+    """Open the lock file and lock it.
 
     Raises:
-        EvalError: another process holds it, or the file system knows no locks.
+        EvalError: another process holds the lock.
+        OSError: the file cannot be opened, or its file system has no locks.
     """
-    for _ in range(10):  # the one that held it may remove it between our opening and our locking
+    for _ in range(10):  # the process that held it may remove the file between our opening and our locking
         file = open_own(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, "a+b")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -218,7 +222,7 @@ def _locked(path: Path) -> IO[bytes]:
 
 
 def _holds(lock: IO[bytes], path: Path) -> bool:
-    """Whether the locked file is still the one of that name."""
+    """Tell whether the locked file is still the one at ``path``."""
     try:
         return os.path.samestat(os.fstat(lock.fileno()), path.stat())
     except OSError:

@@ -1,8 +1,8 @@
-"""The two named protocols: which tasks each has, read from ``tasks/PROTOCOL/TASK.yaml``, and how data is put in.
+"""The two protocols: the tasks of each, read from ``tasks/PROTOCOL/TASK.yaml``, and how rows get into them.
 
 ``lm_eval`` asks as lm-evaluation-harness does; ``llm_adapters`` asks and parses as the PEFT papers do. Their figures
 are not comparable, so one run has one protocol. A task file is an ordinary lm-evaluation-harness task; its
-``metadata`` carries the version and what this harness needs to know (see ``README.md``).
+``metadata`` holds the version and what this harness needs besides (see ``README.md``).
 """
 
 import difflib
@@ -21,8 +21,8 @@ from eval.extraction import thinking_filter
 FOLDER = Path(__file__).parent / "tasks"
 PROTOCOLS = ("lm_eval", "llm_adapters")
 TEMPLATES = ("none", "training")
-LOCAL = "local rows"  # stands where lm-evaluation-harness names a set of the hub
-_WHOLE_TEXT = {"name": "none", "filter": [{"function": "take_first"}]}  # what tasks without filters have there
+LOCAL = "local rows"  # takes the place of the name of a data set of the hub
+_WHOLE_TEXT = {"name": "none", "filter": [{"function": "take_first"}]}  # the filter of tasks that name none
 # The instruction prompt of Stanford Alpaca, which the adapter papers train and test with.
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -35,14 +35,14 @@ class Task:
     """One task of one protocol.
 
     Attributes:
-        version: changes whenever a figure could.
+        version: changes whenever an edit of the task could change a figure.
         likelihood: answers are scored by their likelihood; otherwise the model generates and its text is parsed.
         headline: the metric that stands for the task in the mean and in comparisons.
-        fewshot: examples shown before the question, drawn from the training rows.
-        fields: what a row of a local file must have.
+        fewshot: number of examples before the question, drawn from the training rows.
+        fields: fields that a row of a local file must have; ``a|b`` asks for one of two.
         question: the field that identifies a row for the contamination guard.
-        problem_with: what is wrong with the values of a row, or None.
-        reads: what each metric reads in a response, where the task parses text by itself; else None.
+        problem_with: returns what is wrong with the values of a row, or None.
+        reads: returns what each metric reads in a response, where the task parses text by itself; else None.
         config: the task file as lm-evaluation-harness takes it.
     """
 
@@ -60,7 +60,7 @@ class Task:
 
 
 class _TaskLoader(yaml.SafeLoader):
-    """YAML with lm-evaluation-harness's ``!function package.module.name``."""
+    """Safe YAML loader that also resolves lm-evaluation-harness's ``!function package.module.name``."""
 
 
 _TaskLoader.add_constructor(
@@ -70,15 +70,15 @@ _TaskLoader.add_constructor(
 
 
 def task_names(protocol: str) -> list[str]:
-    """Names of a protocol's tasks."""
+    """List the names of a protocol's tasks in alphabetical order."""
     return sorted(path.stem for path in (FOLDER / protocol).glob("*.yaml"))
 
 
 def load_tasks(protocol: str, names: Sequence[str]) -> list[Task]:
-    """Read tasks by name.
+    """Load tasks of a protocol by their names.
 
     Raises:
-        UsageError: unknown or repeated names, each with the nearest known one.
+        UsageError: names are unknown (each is listed with the nearest known one) or repeated.
     """
     known, problems = task_names(protocol), []
     for name in dict.fromkeys(names):
@@ -115,7 +115,7 @@ def _read(protocol: str, name: str) -> Task:
 
 
 def with_fewshot(task: Task, examples: int) -> Task:
-    """``task`` with another number of examples before its question, drawn from its training rows."""
+    """Return ``task`` with another number of examples before its question, drawn from its training rows."""
     drawn = {"training_split": "train", "fewshot_split": "train"} if examples else {}
     return replace(task, fewshot=examples, config={**drawn, **task.config, "num_fewshot": examples})
 
@@ -123,13 +123,13 @@ def with_fewshot(task: Task, examples: int) -> Task:
 def task_config(
     task: Task, template: str, files: Mapping[str, Path] | None, strip_thinking: bool = False
 ) -> dict[str, Any]:
-    """The configuration to run: local rows in place of the hub, the papers' prompt around the instruction.
+    """Build the configuration of a task for lm-evaluation-harness, with local rows and the papers' prompt as needed.
 
     Args:
-        task: which.
+        task: the task.
         template: ``training`` leaves the instruction bare, for the chat template to wrap.
         files: ``test`` and, where examples are shown, ``train``; None for the hub.
-        strip_thinking: answers lose their ``<think>`` blocks before anything is read in them.
+        strip_thinking: whether ``<think>`` blocks are removed from responses before anything is read in them.
     """
     config = dict(task.config)
     if files is not None:
@@ -150,5 +150,5 @@ def task_config(
 
 
 def _after_thinking(named: Mapping[str, Any]) -> dict[str, Any]:
-    """One of lm-evaluation-harness's named filters, with the stripping of thinking before its first step."""
+    """Put the stripping of thinking before the first step of one of lm-evaluation-harness's named filters."""
     return {**named, "filter": [{"function": "custom", "filter_fn": thinking_filter}, *named["filter"]]}

@@ -1,4 +1,4 @@
-"""JSON that others wrote, read with limits: a file too large, nested too deeply or of other types is one message."""
+"""Reader of untrusted JSON with limits on size, depth and types; a violation raises an EvalError."""
 
 import json
 import os
@@ -19,11 +19,11 @@ MAX_SAMPLE = 16 * MAX_LINE  # of one sample: the row is in it twice, and the ans
 
 
 def loads(text: str, where: str) -> Any:
-    """Parse JSON of bounded depth.
+    """Parse JSON text of at most ``MAX_DEPTH`` levels.
 
     Raises:
-        EvalError: nested more than ``MAX_DEPTH`` levels deep.
-        ValueError: no JSON.
+        EvalError: the value is nested more deeply.
+        ValueError: the text is not JSON.
     """
     try:
         value = json.loads(text)
@@ -55,7 +55,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        EvalError: no such file, not a regular one, too large, no UTF-8, no JSON, no object.
+        EvalError: the file is missing, not a regular one, too large, not UTF-8 or not JSON, or holds no object.
     """
     try:
         with open_plain(path, os.O_RDONLY, "rb") as file:
@@ -73,14 +73,14 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def numbered_rows(path: Path, longest: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Read line numbers, from 1, and rows of a JSON-lines file; empty lines are passed over.
+    """Yield the line number, from 1, and the row of each line of a JSON-lines file; empty lines are skipped.
 
     Args:
         path: the file.
-        longest: bytes of a line, ``MAX_LINE`` when it is not given.
+        longest: most bytes of a line; None for ``MAX_LINE``.
 
     Raises:
-        EvalError: a line that is no JSON object, too long or too deep; a file that cannot be read.
+        EvalError: a line is no JSON object, too long or too deep, or the file cannot be read.
     """
     most = MAX_LINE if longest is None else longest
     try:
@@ -107,10 +107,12 @@ def _row(line: bytes, where: str, most: int) -> dict[str, Any]:
 
 
 def field(record: Mapping[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """Take a value of a certain type; true and false are no numbers, and numbers are finite and below 2^63.
+    """Return a field of a certain type from a record.
+
+    True and false are no numbers, and numbers must be finite and below 2^63 in size.
 
     Raises:
-        EvalError: it is missing or of another type.
+        EvalError: the field is missing or of another type.
     """
     value = record.get(key)
     kinds = kind if isinstance(kind, tuple) else (kind,)
