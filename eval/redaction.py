@@ -1,4 +1,4 @@
-"""Secrets are written nowhere: one place through which files, logs, warnings and messages pass. Standard library only.
+"""Removal of secrets from files, logs, warnings and messages before they are written. Standard library only.
 
 A secret is the value of an environment variable that is named like one (``OPENAI_API_KEY``, ``HF_TOKEN``, ...), what
 follows such an option on the command line, and whatever stands behind ``Bearer`` in a header.
@@ -32,7 +32,7 @@ _learned: set[str] = set()
 
 
 def clean(text: str) -> str:
-    """Replace every secret that is known by its value, and every ``Bearer`` header, by ``***``."""
+    """Replace every secret whose value is known, and the token of every ``Bearer`` header, by ``***``."""
     escaped = any(mark in text for mark in "\\%&+")
     for value, forms in _patterns(frozenset((*_learned, *_of_environment()))):
         text = forms.sub(HIDDEN, text) if escaped else text.replace(value, HIDDEN)
@@ -40,7 +40,7 @@ def clean(text: str) -> str:
 
 
 def clean_values(value: Any) -> Any:
-    """Clean every text inside lists and mappings; other values stay as they are."""
+    """Remove secrets from every text inside lists and mappings; other values stay as they are."""
     if isinstance(value, str):
         return clean(value)
     if isinstance(value, dict):
@@ -50,7 +50,7 @@ def clean_values(value: Any) -> Any:
 
 @contextlib.contextmanager
 def guarded(words: Sequence[str]) -> Iterator[None]:
-    """Clean all that is printed inside the block, also of secrets that stand in the command line ``words``."""
+    """Remove secrets from all that is printed inside the block, also those in the command line ``words``."""
     _learned.update(_secrets_of(words))
     out, err = _CleanStream(sys.stdout, without_control), _CleanStream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -58,17 +58,17 @@ def guarded(words: Sequence[str]) -> Iterator[None]:
 
 
 class _CleanStream:
-    """A text stream that cleans what it passes on; what its encoding cannot hold (a name's bytes) it escapes.
+    """A text stream that removes secrets from what it passes on, and escapes what its encoding cannot hold.
 
-    Standard error is for progress bars too, which steer the terminal: messages there go through
-    :func:`without_control` one by one.
+    Standard error also shows progress bars, which need control characters: there, :func:`without_control` is applied
+    to each message instead.
     """
 
     def __init__(self, stream: TextIO, also: Callable[[str], str] = str) -> None:
         self._stream, self._also = stream, also
 
     def write(self, text: str) -> int:
-        """Pass cleaned text on."""
+        """Write a text to the stream without its secrets."""
         encoding = self._stream.encoding or "utf-8"
         self._stream.write(self._also(clean(text)).encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
@@ -78,12 +78,12 @@ class _CleanStream:
 
 
 def redacted(words: Sequence[str]) -> str:
-    """``words`` as one shell line, every secret shown as ``***``; a command line within ``--server-args`` too."""
+    """Join ``words`` to one shell line with every secret shown as ``***``, also within ``--server-args``."""
     return clean(shlex.join(shown for _, shown in _shown(words)))
 
 
 def _secrets_of(words: Sequence[str]) -> Iterator[str]:
-    """The values that :func:`redacted` hides as a whole, where they are long enough to be told from other text."""
+    """Yield the values of a command line that must be hidden in every other text too."""
     for word, shown in _shown(words):
         if shown == HIDDEN:
             yield word
@@ -94,7 +94,10 @@ def _secrets_of(words: Sequence[str]) -> Iterator[str]:
 
 
 def _shown(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Every word beside what may be shown of it. vLLM's ``--api-key`` takes several: all up to the next option."""
+    """Pair every word of a command line with what may be shown of it.
+
+    vLLM's ``--api-key`` takes several values: all up to the next option are hidden.
+    """
     option = ""
     for word in words:
         name, equals, value = word.partition("=")
@@ -112,7 +115,7 @@ def _value(option: str, value: str) -> str:
     if option == "--server-args":
         try:
             inner = shlex.split(value)
-        except ValueError:  # no command line: nobody knows what a word of it means
+        except ValueError:  # no command line: which of its words are secret is unknown
             return HIDDEN
         _learned.update(_secrets_of(inner))
         return redacted(inner)
@@ -138,13 +141,16 @@ def _is_secret_name(name: str) -> bool:
 
 @functools.lru_cache(maxsize=8)
 def _patterns(values: frozenset[str]) -> Sequence[tuple[str, re.Pattern[str]]]:
-    """Each value, longest first, beside what finds it however its characters are escaped."""
+    """Pair each value, longest first, with an expression that finds it however its characters are escaped."""
     secrets = {stripped for value in values if len(stripped := value.strip()) >= _SHORTEST}
     return [(value, re.compile(_any_form(value))) for value in sorted(secrets, key=lambda value: (-len(value), value))]
 
 
 def _any_form(value: str) -> str:
-    """An expression for a value in any mix of escapes: which characters a writer escapes, and how, is up to it."""
+    """Build an expression for a value in any mix of escapes.
+
+    Writers differ in which characters they escape, and in how they do.
+    """
     parts = re.findall(r"\\+|[^\\]", value)
     # Of backslashes before the first character all are taken, at once: half an escape is no JSON.
     first = "|".join(_written(parts[0])).replace(_SLASHES, r"\\(?<!\\\\)\\*")
@@ -153,7 +159,7 @@ def _any_form(value: str) -> str:
 
 @functools.cache
 def _written(part: str) -> Sequence[str]:
-    """Ways in which JSON, a URL, HTML and Python's ``repr`` write one character, or a run of backslashes."""
+    """List expressions for what JSON, a URL, HTML and ``repr`` write for one character or a run of backslashes."""
     code, times = ord(part[0]), len(part)
     if part[0] == "\\":
         return rf"\\{{{times},{8 * times}}}", f"(?:{'|'.join(_escapes(code))}){{{times}}}"
@@ -174,25 +180,25 @@ def _escapes(code: int) -> Iterator[str]:
 
 
 def _digits(number: int, width: int) -> str:
-    """A number in hexadecimal, its letters in either case."""
+    """Build an expression for a number in hexadecimal, its letters in either case."""
     return "".join(f"[{d}{d.upper()}]" if d.isalpha() else d for d in f"{number:0{width}x}")
 
 
 def without_control(text: str) -> str:
-    """Text of others for a terminal: characters that could steer it become ``?``; line ends and tabs stay."""
+    """Replace characters that could control a terminal by ``?``; line ends and tabs stay."""
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
 
 
 def excerpt(text: str, longest: int) -> str:
-    """The beginning of a text of others, for a message: one line, without secrets and control characters.
+    """Return the beginning of an untrusted text for a message: one line, without secrets and control characters.
 
-    It is cleaned before it is cut: the first half of a secret is one, too, and would not be known for it. So are
-    passwords in addresses (of a proxy, say).
+    Secrets are removed before the text is cut, as half a secret would no longer be found. Passwords in addresses (of a
+    proxy, say) are removed too.
     """
     plain = " ".join(without_control(clean(text[: longest + _CLEANED_BEFORE_CUT])).split())
     return _USER.sub(HIDDEN, plain[: longest + _LONGEST_USER])[:longest]
 
 
 def secrets_given(words: Iterable[str]) -> bool:
-    """Whether a server's command line holds an option that takes a secret."""
+    """Tell whether a server's command line has an option that takes a secret."""
     return any(_is_secret_option(word.partition("=")[0]) for word in words if word.startswith("-"))

@@ -1,4 +1,4 @@
-"""What a person sees: the table, the comparisons in words, and a bar chart. Never two protocols in one of them."""
+"""Reports for people: the table, the comparisons in words, and a bar chart, each of one protocol only."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ def _one_protocol(scores: Sequence[Score]) -> str:
 
 
 def _align(rows: Sequence[Sequence[str]], left: int) -> list[str]:
-    """Columns padded to one width, the first ``left`` to the left and the others to the right."""
+    """Pad every column to one width, with the first ``left`` aligned to the left and the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(
@@ -31,15 +31,15 @@ def _align(rows: Sequence[Sequence[str]], left: int) -> list[str]:
 
 
 def percent(value: float) -> str:
-    """A share as a percentage with two digits; ``-`` when there is no such number."""
+    """Format a share as a percentage with two decimals; ``-`` for NaN."""
     return "-" if value != value else f"{100 * value:.2f}"
 
 
 def table(scores: Sequence[Score], means: Sequence[Mapping[str, Any]], versions: Mapping[str, str]) -> str:
-    """All figures as text, headline metrics marked with ``*``, then the mean over tasks.
+    """Format all figures as text, headline metrics marked with ``*``, then the mean over tasks.
 
     Raises:
-        ValueError: figures of different protocols.
+        ValueError: the figures are of different protocols.
     """
     protocol = _one_protocol(scores)
     rows = [["model", "served as", "task", "metric", "version", "shots", "n", "value %", "stderr"]]
@@ -66,7 +66,7 @@ def _cut_prompts(scores: Sequence[Score]) -> list[str]:
 
 
 def comparison_text(comparisons: Sequence[Mapping[str, Any]]) -> str:
-    """Paired comparisons, one line per task and one for the mean."""
+    """Format paired comparisons as text, one line per task and seed, and one for the mean."""
     rows = [
         ["second - first", "task", "difference", "only first right", "only second right", "p (McNemar)", "p (Holm)"]
     ]
@@ -99,7 +99,7 @@ def save_chart(scores: Sequence[Score], path: Path) -> None:
     """Draw the headline metrics as bars with standard errors, and write a PNG.
 
     Raises:
-        ValueError: figures of different protocols.
+        ValueError: the figures are of different protocols.
     """
     from matplotlib.figure import Figure
 

@@ -1,6 +1,6 @@
-"""From samples to figures and files: scores, paired comparisons, ``eval_results.json``, ``samples.jsonl``.
+"""Results of a run: scores and paired comparisons, computed from samples, and the files that hold them.
 
-The schema of ``eval_results.json`` is told in ``eval/README.md``; ``SCHEMA_VERSION`` changes with it.
+The schema of ``eval_results.json`` is described in ``eval/README.md``; ``SCHEMA_VERSION`` changes with it.
 """
 
 import hashlib
@@ -22,13 +22,18 @@ from eval.redaction import clean
 SCHEMA_VERSION = 3
 RESULTS_FILE = "eval_results.json"
 SAMPLES_FILE = "samples.jsonl"
-NO_ANSWER = ("", extraction.NOT_FOUND, "inf")  # what the readers of answers give where there is none
+NO_ANSWER = ("", extraction.NOT_FOUND, "inf")  # what the extractions return where there is no answer
 
 
 @dataclass(frozen=True)
 class Score:
-    """One figure of the table. ``value`` and ``stderr`` are shares of 1; ``n`` counts rows, ``n_cut`` those of them
-    whose prompts were longer than the server takes and lost their beginning, ``repeats`` answers to each row.
+    """One figure of the table.
+
+    Attributes:
+        value, stderr: the figure and its standard error, as shares of 1.
+        n: number of rows.
+        n_cut: number of rows whose prompts were longer than the server takes and lost their beginning.
+        repeats: number of answers to each row.
     """
 
     model: str
@@ -48,7 +53,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Answers:
-    """What one model in one form answered to one task: per metric, per seed, one value per row.
+    """Values of one model in one form on one task: per metric and seed, one value per row.
 
     Where rows were asked several times, a value is the mean over the ``repeats``; see :func:`gather`.
     """
@@ -61,24 +66,24 @@ class Answers:
     repeats: int = 1
 
     def per_row(self, metric: str) -> list[float]:
-        """Mean over the seeds, one value per row."""
+        """Average a metric over the seeds, one value per row."""
         return [stats.mean(values) for values in zip(*self.values[metric].values(), strict=True)]
 
 
 def gather(
     model: str, form: str, tasks: Sequence[Task], samples: Sequence[Any], cut: Mapping[str, set[int]] | None = None
 ) -> list[Answers]:
-    """Sort samples (``client.Sample``) by task, metric and seed, in the order of their rows.
+    """Gather samples (``client.Sample``) by task, metric and seed, in the order of their rows.
 
     The row is the sampling unit. Rows that were asked several times (``sample.repeat``) have the mean over the repeats
     as their value; the headline metric also has ``pass@k`` (one of k answers is right, estimated without bias) for
     k = 2, 4, 8 ... and all, and ``maj@n`` (the answer that most repeats agree on).
 
     Args:
-        model: its name.
-        form: what was served.
-        tasks: those asked.
-        samples: of all tasks.
+        model: name of the model.
+        form: form in which the model was served.
+        tasks: the tasks that were asked.
+        samples: samples of all tasks.
         cut: per task, the rows whose prompts did not fit.
     """
     asked: dict[str, dict[int, dict[int, list[Any]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
@@ -100,7 +105,7 @@ def _answers(
 
 
 def _of_row(task: Task, row: Sequence[Any]) -> dict[str, float]:
-    """Every metric of one row over its repeats."""
+    """Compute every metric of one row over its repeats."""
     found = {metric: stats.mean([sample.metrics[metric] for sample in row]) for metric in row[0].metrics}
     values = [sample.metrics.get(task.headline) for sample in row]
     if len(row) == 1 or not set(values) <= {0.0, 1.0}:
@@ -114,7 +119,10 @@ def _of_row(task: Task, row: Sequence[Any]) -> dict[str, float]:
 
 
 def _voted(task: Task, extracted: Mapping[str, str]) -> str | None:
-    """What a sample votes for, as it is compared: what the headline's filter left, or what the task reads in it."""
+    """Return the answer that a sample votes for, normalised for comparison; None where there is none.
+
+    It is what the headline's filter left, or what the task reads in the response.
+    """
     answer = extracted.get(task.headline.partition(",")[2] or task.headline)
     if answer is None and task.reads is not None and "none" in extracted:
         answer = task.reads(extracted["none"]).get(task.headline)
@@ -122,7 +130,7 @@ def _voted(task: Task, extracted: Mapping[str, str]) -> str | None:
 
 
 def scores(answers: Sequence[Answers]) -> list[Score]:
-    """Every metric of every task of every model."""
+    """Compute every metric of every task of every model."""
     return [
         Score(
             model=a.model,
@@ -145,7 +153,7 @@ def scores(answers: Sequence[Answers]) -> list[Score]:
 
 
 def _headlines(answers: Sequence[Answers]) -> dict[str, dict[str, Answers]]:
-    """Model to task to answers, in the order of appearance."""
+    """Index answers by model and task, in the order of appearance."""
     found: dict[str, dict[str, Answers]] = {}
     for a in answers:
         found.setdefault(a.model, {})[a.task.name] = a
@@ -153,7 +161,7 @@ def _headlines(answers: Sequence[Answers]) -> dict[str, dict[str, Answers]]:
 
 
 def means(answers: Sequence[Answers]) -> list[dict[str, Any]]:
-    """Per model the unweighted mean of the tasks' headline metrics, with its standard error."""
+    """Average the tasks' headline metrics for each model, unweighted, with the standard error."""
     rows = []
     for model, tasks in _headlines(answers).items():
         value, error = stats.mean_over_tasks([a.per_row(a.task.headline) for a in tasks.values()])
@@ -162,9 +170,10 @@ def means(answers: Sequence[Answers]) -> list[dict[str, Any]]:
 
 
 def comparisons(answers: Sequence[Answers]) -> list[dict[str, Any]]:
-    """Every pair of models on the headline metrics: McNemar per task and seed, sign flips for the mean over tasks.
+    """Compare every pair of models on the headline metrics.
 
-    ``p_holm`` corrects for the lines of one pair, all its tasks and seeds; not for the number of pairs.
+    McNemar's test is made per task and seed, the sign-flip test for the mean over tasks. ``p_holm`` corrects for the
+    lines of one pair, all its tasks and seeds; not for the number of pairs.
     """
     return [compare(*pair) for pair in combinations(_headlines(answers).items(), 2)]
 
@@ -200,15 +209,15 @@ def _mcnemar(first: Answers, second: Answers) -> list[dict[str, Any]]:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Compute the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is either whole or not there, cleaned of secrets.
+    """Write a text file atomically (whole or not at all), cleaned of secrets.
 
-    Half of a surrogate pair, which UTF-8 cannot hold, is written as its escape, which JSON reads as what it was.
+    Half of a surrogate pair, which UTF-8 cannot hold, is written as its escape, from which JSON restores it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
@@ -220,7 +229,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a JSON document; not-a-number (the standard error of one row) becomes null, as JSON has no such number."""
+    """Write a JSON document atomically; NaN (the standard error of a single row) becomes null."""
     write_atomically(path, json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 

@@ -1,8 +1,8 @@
-"""Evaluates a base model, adapters and merged models: ``python -m eval.run --help``, and ``eval/README.md``.
+"""The command ``python -m eval.run``, which evaluates a base model, adapters and merged models (``eval/README.md``).
 
 Exit codes: 0 done, 2 user error (one message on stderr, no traceback), 3 a condition of ``--fail-under`` or
-``--fail-if-worse-than`` not met, 130 interrupted, 1 a bug. Whatever happens, no server that was started here is left
-behind, every answer that came is kept, and the same command goes on with what is open.
+``--fail-if-worse-than`` not met, 130 interrupted, 1 a bug. However a run ends, no server that it started is left
+behind and every answer is kept; the same command resumes it.
 """
 
 import os
@@ -36,7 +36,12 @@ PACKAGES = ("lm_eval", "torch", "transformers", "datasets")
 
 
 def main(argv: Sequence[str] | None = None, command: Command = vllm_command) -> int:
-    """Run one evaluation; returns the exit code. ``command`` makes a server's command line."""
+    """Run one evaluation from the command line, and return the exit code.
+
+    Args:
+        argv: the arguments; None for those of this process.
+        command: returns a server's command line.
+    """
     signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))  # one way out for both
     words = sys.argv[1:] if argv is None else argv
     with guarded(words):
@@ -55,10 +60,10 @@ def main(argv: Sequence[str] | None = None, command: Command = vllm_command) -> 
 
 
 def run(request: Request, command: Command, words: str) -> list[str]:
-    """Ask, score and write one evaluation; returns what conditions are not met.
+    """Ask, score and write one evaluation; return the conditions that are not met.
 
     Raises:
-        EvalError: nothing that was started is running any more, and what was answered is kept.
+        EvalError: the run failed; every server that it started has ended, and the answers so far are kept.
     """
     versions = _versions()
     with OutputFolder(request.out) as folder:
@@ -74,10 +79,10 @@ def run(request: Request, command: Command, words: str) -> list[str]:
 def evaluate(
     request: Request, folder: OutputFolder, cache: AnswerCache, command: Command, versions: Mapping[str, str]
 ) -> Record:
-    """Check everything that can be checked, then serve and ask, one server at a time.
+    """Check everything that can be checked, then serve and ask the models, one server at a time.
 
     Raises:
-        EvalError: nothing that was started is running any more.
+        EvalError: the run failed; every server that it started has ended.
     """
     if request.server.port is not None:
         check_port(request.server.port)
@@ -98,7 +103,7 @@ def evaluate(
 
 
 def _load(request: Request, servings: Sequence[Serving]) -> tuple[dict[str, Any], "Warnings"]:
-    """Load tasks with their rows by name, checked against what the models have seen; check tokenizers too."""
+    """Load tasks with their rows by name, and check the rows against training data, and that tokenizers load."""
     print("loading tasks", flush=True)
     from eval import client, hub  # takes seconds, so not before the checks above
 
@@ -132,7 +137,7 @@ def _write(request: Request, folder: OutputFolder, record: Record, words: str) -
     """Print the table and write every file: results first, pictures and pages last.
 
     Returns:
-        What conditions are not met.
+        One sentence for each condition that is not met.
     """
     models, tasks = [model.name for model in request.models], [task.name for task in request.tasks]
     answers = sorted(record.answers, key=lambda a: (models.index(a.model), tasks.index(a.task.name)))
@@ -156,7 +161,7 @@ def _write(request: Request, folder: OutputFolder, record: Record, words: str) -
 
 
 def _how(request: Request, record: Record) -> dict[str, Any]:
-    """Tell what was asked of whom, and how."""
+    """Describe which models were asked which rows, and with which settings."""
     return {
         "schema_version": results.SCHEMA_VERSION,
         "protocol": request.protocol,
@@ -172,7 +177,7 @@ def _how(request: Request, record: Record) -> dict[str, Any]:
 
 
 def _circumstances(request: Request, record: Record, words: str) -> dict[str, Any]:
-    """Tell when, with what and how fast the run was made."""
+    """Describe the circumstances of a run: timings, warnings, command, date and versions."""
     return {
         "timings": record.timings,
         "warnings": record.all_warnings,
@@ -184,7 +189,7 @@ def _circumstances(request: Request, record: Record, words: str) -> dict[str, An
 
 
 def _data(request: Request, loaded: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the rows came from, and which ones they are whatever the source calls them."""
+    """Describe the source of the rows, with digests of those that are scored."""
     from eval import client
 
     scored = {name: client.scored_digest(made, request.limit) for name, made in loaded.items()}

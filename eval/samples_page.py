@@ -1,7 +1,8 @@
 """A page to browse samples: ``python -m eval.samples_page FOLDER`` makes ``samples.html`` of ``samples.jsonl``.
 
-The page is one file that asks for nothing from anywhere. Texts of models are data in it, never markup: a JSON block in
-which no character can end it, put on the screen as text by one script, the only one that the page's policy lets run.
+The page is one file that loads nothing else. Texts of models are data in it, never markup: they are in a JSON block
+that none of their characters can end, and are shown as text by one script, the only one that the page's policy lets
+run.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from eval.results import RESULTS_FILE, SAMPLES_FILE, write_atomically
 
 PAGE_FILE = "samples.html"
 _PARTS = Path(__file__).parent / "page"
-# Characters that steer a terminal, turn the direction of text or are not to be seen, shown by their numbers.
+# Characters that control a terminal or the direction of text, or are invisible; they are shown by their numbers.
 _HIDDEN = {
     code: f"[U+{code:04X}]"
     for code in (*range(32), *range(0x7F, 0xA0), *range(0x200B, 0x2010), *range(0x2028, 0x202F),
@@ -65,7 +66,7 @@ _PAGE = """<!DOCTYPE html>
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the page of a folder; returns the exit code."""
+    """Write the page of the folder named on the command line, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m eval.samples_page", description="Make a page to browse samples.")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help=f"a run's --out, with {SAMPLES_FILE}")
     folder = parser.parse_args(argv).folder
@@ -79,10 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_page(folder: Path) -> Path:
-    """Make ``samples.html`` beside ``samples.jsonl``.
+    """Write ``samples.html`` beside the ``samples.jsonl`` of a folder.
 
     Raises:
-        EvalError: no samples, damaged ones, or the page cannot be written.
+        EvalError: samples are missing or damaged, or the page cannot be written.
     """
     page = page_of_folder(folder)
     try:
@@ -93,7 +94,7 @@ def write_page(folder: Path) -> Path:
 
 
 def _headlines(path: Path) -> dict[str, str]:
-    """The metric by which a task's answers are right or wrong, as the results name it; none without results."""
+    """Read from the results by which metric answers to each task are right or wrong; empty without results."""
     scores = read_object(path).get("scores") if os.path.isfile(path) else None
     named = (
         [s for s in scores if isinstance(s, dict) and s.get("headline") is True] if isinstance(scores, list) else []
@@ -102,10 +103,10 @@ def _headlines(path: Path) -> dict[str, str]:
 
 
 def page_of_folder(folder: Path) -> str:
-    """Make the page of a run's folder as text.
+    """Build the page of a run's folder as text.
 
     Raises:
-        EvalError: no samples, or damaged ones.
+        EvalError: samples are missing or damaged.
     """
     samples = folder / SAMPLES_FILE
     if not os.path.isfile(samples):  # false, not an error, for a name too long as well
@@ -114,12 +115,12 @@ def page_of_folder(folder: Path) -> str:
 
 
 def page_of(samples: Path, headlines: Mapping[str, str], title: str) -> str:
-    """The page as text.
+    """Build the page of a file of samples as text.
 
     Args:
-        samples: a file of samples.
-        headlines: per task the metric that says right or wrong; where it is not named, the first of the sample counts.
-        title: of the page.
+        samples: file of samples.
+        headlines: per task, the metric by which an answer is right or wrong; where there is none, a sample's first.
+        title: title of the page.
     """
     rows = _rows(samples, headlines)
     data = {
@@ -139,7 +140,7 @@ def page_of(samples: Path, headlines: Mapping[str, str], title: str) -> str:
 
 
 def visible(text: str) -> str:
-    """Show characters that would not be seen, or would steer a terminal or the direction of text, by their numbers."""
+    """Replace characters that are invisible, or control a terminal or the direction of text, by their numbers."""
     return text.translate(_HIDDEN)
 
 
@@ -148,13 +149,13 @@ def _source(text: str) -> str:
 
 
 def _in_script(data: Any) -> str:
-    """JSON in ASCII without the characters that begin tags, comments and references."""
+    """Encode data as ASCII JSON without the characters that begin tags, comments and references."""
     text = json.dumps(data, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _rows(path: Path, headlines: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Samples put together by task, seed and row, so that models and repeats stand side by side."""
+    """Group samples by task, seed and row, so that models and repeats are side by side."""
     found: dict[tuple[str, int, int], dict[str, Any]] = {}
     for number, line in numbered_rows(path, MAX_SAMPLE):
         where = f"{path}:{number}"
@@ -192,14 +193,14 @@ def _answer(line: Mapping[str, Any], headline: str | None, where: str) -> dict[s
 
 
 def _readings(extracted: Any, response: Any) -> Iterator[str]:
-    """What each filter left of the response, but for those that left all of it."""
+    """Yield what each filter left of the response, except for filters that changed nothing."""
     for name, text in extracted.items() if isinstance(extracted, dict) else ():
         if text != response:
             yield f"{name} {str(text)[:200]}"
 
 
 def _share_prompt(row: dict[str, Any]) -> None:
-    """Keep a prompt once where all models were asked with the same."""
+    """Store the prompt once for a row where every answer has the same one."""
     prompts = {answer["prompt"] for answer in row["answers"]}
     row["prompt"] = prompts.pop() if len(prompts) == 1 else None
     for answer in row["answers"] if row["prompt"] is not None else ():

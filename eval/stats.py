@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 
 RESAMPLES = 10_000
-_ROUNDING = 1e-12  # sums of thirds that ought to be 0
+_ROUNDING = 1e-12  # a smaller sum counts as 0, as sums of thirds do not cancel exactly
 _CHUNK = 200  # resamples at a time, to bound memory
 FEWEST = 20  # rows that must differ for an interval
 LISTED = 20  # rows that differ, up to which every assignment of signs is listed
@@ -22,7 +22,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Standard error of the mean, sample standard deviation over the root of n; NaN for a single value."""
+    """Compute the standard error of the mean: sample standard deviation over the root of n; NaN for one value."""
     if len(values) < 2:
         return math.nan
     centre = mean(values)
@@ -30,14 +30,14 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def mean_over_tasks(tasks: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Unweighted mean of the tasks' means, and its standard error for independent tasks."""
+    """Compute the unweighted mean of the tasks' means, and its standard error for independent tasks."""
     errors = [standard_error(values) for values in tasks]
     return mean([mean(values) for values in tasks]), math.sqrt(math.fsum(e**2 for e in errors)) / len(tasks)
 
 
 @dataclass(frozen=True)
 class McNemar:
-    """Rows that only the first model got right, only the second, and the exact two-sided p value."""
+    """Result of McNemar's test: rows that only one of the models got right, and the exact two-sided p value."""
 
     only_first: int
     only_second: int
@@ -45,7 +45,7 @@ class McNemar:
 
 
 def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
-    """McNemar's exact test (binomial, two-sided) on paired right-or-wrong answers (McNemar 1947).
+    """Compute McNemar's exact test (binomial, two-sided) on paired right-or-wrong answers (McNemar 1947).
 
     Args:
         first: 1.0 where the first model is right, else 0.0; one per row.
@@ -59,7 +59,7 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p values of one family so that the chance of any false finding in it stays at the level (Holm 1979).
+    """Adjust the p values of one family so that the chance of any false finding in it stays at the level (Holm 1979).
 
     The smallest is multiplied by their number, the next by one less, and so on; none falls below one before it.
     """
@@ -96,14 +96,15 @@ def paired_difference(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Difference:
-    """Difference in the mean over tasks: p value by flipping signs, interval by bootstrap of rows within their task.
+    """Compute the difference of two models in the mean over tasks, with a p value and an interval.
 
-    A bootstrap of few rows that differ knows nothing of those that might have: its interval is withheld then.
+    The p value is by flipping signs, the interval by a bootstrap of rows within their task. The interval is withheld
+    where fewer than ``FEWEST`` rows differ: so few do not represent the differences that other rows might show.
 
     Args:
         first: per task, one value per row.
         second: the same tasks and rows for the second model.
-        seed: of the draws.
+        seed: seed of the draws.
         resamples: number of resamples, and of sign flips where there are too many to list.
     """
     gaps = [
@@ -116,11 +117,12 @@ def paired_difference(
 
 
 def sign_flip_p(gaps: Sequence[npt.NDArray[np.float64]], seed: int = 0, flips: int = RESAMPLES) -> float:
-    """Two-sided p value of the mean over tasks of paired differences, by Fisher's sign-flip permutation test.
+    """Compute the two-sided p value of a mean over tasks by Fisher's sign-flip permutation test.
 
-    If the models are alike, each row's difference is as likely with either sign. Up to ``LISTED`` rows that differ,
-    all assignments are listed; beyond, ``flips`` are drawn and the p value is (1 + hits) / (1 + flips), never 0
-    (Phipson and Smyth 2010). Of one task that is right or wrong per row it is McNemar's exact test.
+    ``gaps`` holds the paired differences of each task's rows. If the models are alike, each row's difference is as
+    likely with either sign. Up to ``LISTED`` rows that differ, all assignments are listed; beyond, ``flips`` are drawn
+    and the p value is (1 + hits) / (1 + flips), never 0 (Phipson and Smyth 2010). For one task with right-or-wrong
+    rows, the listed test equals McNemar's exact test.
     """
     parts = np.concatenate([gap / (len(gap) * len(gaps)) for gap in gaps])
     parts = parts[np.abs(parts) > _ROUNDING / len(parts)]
@@ -141,7 +143,10 @@ def sign_flip_p(gaps: Sequence[npt.NDArray[np.float64]], seed: int = 0, flips: i
 def bootstrap_interval(
     gaps: Sequence[npt.NDArray[np.float64]], seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """Draw rows anew for the 95 % percentile interval of the mean over tasks (Efron and Tibshirani 1993)."""
+    """Compute the 95 % percentile interval of the mean over tasks by bootstrap (Efron and Tibshirani 1993).
+
+    Rows are drawn with replacement within their task.
+    """
     rng = np.random.default_rng(seed)
     drawn = sum(_resampled_means(gap, rng, resamples) for gap in gaps) / len(gaps)
     low, high = np.percentile(drawn, [2.5, 97.5])
@@ -160,14 +165,17 @@ def _resampled_means(
 
 
 def pass_at_k(right: int, n: int, k: int) -> float:
-    """Chance that one of ``k`` answers is right, estimated without bias from ``n`` of which ``right`` are (Chen 2021).
+    """Estimate the chance that at least one of ``k`` answers is right, where ``right`` of ``n`` are (Chen 2021).
 
-    1 - C(n - right, k) / C(n, k).
+    The estimate is unbiased: 1 - C(n - right, k) / C(n, k).
     """
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def majority(answers: Sequence[str], no_answer: Collection[str]) -> int:
-    """Place of the answer that most agree on; among equals the one given first. No answer wins only where all are."""
+    """Return the index of the answer that most agree on; among equals, of the one given first.
+
+    Answers in ``no_answer`` have no vote; where there are no others, the index is 0.
+    """
     votes = Counter(answer for answer in answers if answer not in no_answer)
     return answers.index(max(votes, key=votes.__getitem__)) if votes else 0

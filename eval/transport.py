@@ -1,4 +1,4 @@
-"""HTTP: one way to ask a server, with a limit for everything. A loopback address is never asked through a proxy."""
+"""HTTP requests to a server, with limits on time, size and retries. No proxy is used for a loopback address."""
 
 import asyncio
 import ipaddress
@@ -26,7 +26,7 @@ _CONNECT_SECONDS = 30.0
 
 
 class ServerFailedError(EvalError):
-    """A server did not answer, or not as it must."""
+    """Failure of a server: no answer, or not a valid one."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Site:
 
     @property
     def loopback(self) -> bool:
-        """Whether this machine itself is asked."""
+        """Tell whether the server is on this machine."""
         host = urlsplit(self.url).hostname or ""
         try:
             return ipaddress.ip_address(host).is_loopback
@@ -51,8 +51,8 @@ class Patience:
     """Limits of one question: seconds for an answer, how often it is asked again, and the pauses between.
 
     Attributes:
-        option: what sets ``seconds``, for the message; empty when nothing does.
-        longest_wished: bound of the pause that a server asks for.
+        option: command-line option that sets ``seconds``, for the message; empty when there is none.
+        longest_wished: longest pause that is made on a server's request.
     """
 
     seconds: float = 3600.0
@@ -63,7 +63,10 @@ class Patience:
     option: str = "--request-timeout"
 
     def pause(self, attempt: int, wished: float | None) -> float:
-        """Seconds before attempt ``attempt`` + 1: what the server asked for within bounds, else twice the last."""
+        """Compute the seconds to wait before attempt ``attempt`` + 1.
+
+        It is what the server asked for (``wished``), else twice the pause before; both are bounded.
+        """
         if wished is not None:
             return min(max(wished, 0.0), self.longest_wished)
         return float(min(self.first_pause * 2.0 ** min(attempt, 30), self.longest_pause))
@@ -78,7 +81,7 @@ class _RefusalError(Exception):
 
 
 def seconds_of(retry_after: str | None) -> float | None:
-    """Seconds that a ``Retry-After`` header asks for, given as a number or as a date; None when it says nothing."""
+    """Parse the seconds that a ``Retry-After`` header asks for, as a number or a date; None where it holds neither."""
     text = (retry_after or "").strip()
     if text.isdecimal() and len(text) < 10:
         return float(text)
@@ -89,10 +92,10 @@ def seconds_of(retry_after: str | None) -> float | None:
 
 
 def fetch(site: Site, path: str, body: Mapping[str, Any] | None = None, patience: Patience | None = None) -> Any:
-    """GET a JSON document of a server, or POST ``body`` and return the answer.
+    """Fetch a JSON document from a server, by POST where there is a ``body``, else by GET.
 
     Raises:
-        ServerFailedError: nobody answers there in time, or not in JSON.
+        ServerFailedError: there is no answer in time, or none in JSON.
     """
     limits = patience or Patience(seconds=30.0 if body is None else 300.0, retries=2, option="")
     found: list[Any] = []
@@ -105,7 +108,7 @@ def fetch(site: Site, path: str, body: Mapping[str, Any] | None = None, patience
 
 
 def healthy(site: Site) -> bool:
-    """Whether ``/health`` answers with success within five seconds."""
+    """Tell whether ``/health`` answers with success within five seconds."""
     return asyncio.run(_healthy(site))
 
 
@@ -118,9 +121,10 @@ async def _healthy(site: Site) -> bool:
 
 
 def _session(site: Site, seconds: float) -> aiohttp.ClientSession:
-    """A session that knows the environment's proxies for servers elsewhere and none for this machine.
+    """Open a session that uses the environment's proxies for servers elsewhere and none for this machine.
 
-    aiohttp's ``trust_env`` would read ``~/.netrc`` besides: a password to send where no key is set, else a clash.
+    aiohttp's ``trust_env`` is left off: it also reads ``~/.netrc``, whose password would be sent where no key is set,
+    and clash with a key.
     """
     timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=_CONNECT_SECONDS)
     headers = {"Authorization": f"Bearer {site.key}"} if site.key else {}
@@ -137,12 +141,12 @@ def _proxy_of(site: Site) -> str | None:
 
 @dataclass
 class Asker:
-    """Asks one address many questions at a time.
+    """Client that sends many questions at a time to one address.
 
     Attributes:
-        concurrency: questions under way.
-        ended: why the server's process is gone, or None; asked before a question is repeated.
-        repeated: what went wrong and was mended by asking again, as kind or status alone, with counts. The exceptions
+        concurrency: most questions under way.
+        ended: returns why the server's process has ended, or None; called before a question is repeated.
+        repeated: failures after which a question was asked again, as kind or status alone, with counts. The exceptions
             themselves hold headers.
     """
 
@@ -156,10 +160,10 @@ class Asker:
     repeated: Counter[str] = field(default_factory=Counter)
 
     def ask(self, bodies: Sequence[Any], read: Callable[[int, Any], Any], keep: Callable[[int, Any], None]) -> None:
-        """Post every body (GET for None); ``keep`` gets what ``read`` makes of each answer as it comes.
+        """Send every body (by POST; GET for None), and pass to ``keep`` what ``read`` returns for each answer.
 
         Raises:
-            ServerFailedError: the first failure that asking again does not mend; the others are given up.
+            ServerFailedError: the first failure that asking again does not resolve; the other questions are given up.
             EvalError: what ``read`` and ``keep`` raise.
         """
         asyncio.run(self._ask_all(bodies, read, keep))
@@ -234,7 +238,7 @@ class Asker:
 
 
 async def _read(answer: aiohttp.ClientResponse) -> bytes:
-    """The body of an answer, up to a limit."""
+    """Read the body of an answer, up to ``_LARGEST`` bytes."""
     parts, size = [], 0
     async for part in answer.content.iter_chunked(2**16):
         parts.append(part)
@@ -245,7 +249,7 @@ async def _read(answer: aiohttp.ClientResponse) -> bytes:
 
 
 def _words(error: Exception) -> str:
-    """A connection error without headers: its number and meaning where it has them, else its kind and text."""
+    """Describe a connection error without its headers: by number and meaning, else by kind and text."""
     number = getattr(error, "os_error", error)
     if isinstance(number, ssl.SSLError):  # its number is one of OpenSSL's
         return f"no TLS can be spoken with it ({excerpt(str(number), 200)}); try http:// in place of https://"

@@ -1,7 +1,7 @@
-"""Answers out of generated text, as LLM-Adapters' evaluation scripts read them: the first word that can be an answer.
+"""Parsing of answers as in LLM-Adapters' evaluation scripts: the first word that can be an answer.
 
-The functions of a task's name take a row and the responses to it (one) and return metrics, as lm-evaluation-harness
-wants it. Those that begin with ``read`` take a response and return what each metric reads in it, for votes over
+Functions named after a task take a row and the responses to it (one) and return metrics, as lm-evaluation-harness
+requires. Those that begin with ``read`` take a response and return what each metric reads in it, for votes over
 several answers.
 """
 
@@ -16,7 +16,7 @@ TOLERANCE = 0.001  # of a number against its label
 
 
 def first_match(pattern: str, text: str) -> str:
-    """Find the first match in ``text``; an empty string, which is never right, where there is none."""
+    """Return the first match in ``text``; an empty string, which is never right, where there is none."""
     found = re.search(pattern, text.strip())
     return found.group(0) if found else ""
 
@@ -37,12 +37,12 @@ def read_copa(text: str) -> dict[str, str]:
 
 
 def read_aqua(text: str) -> dict[str, str]:
-    """Find the first capital A to E anywhere, a word's first letter too: that is how the papers read it."""
+    """Find the first capital A to E anywhere, also inside a word, as the papers do."""
     return {"acc": first_match("[A-E]", text)}
 
 
 def read_gsm8k(text: str) -> dict[str, str]:
-    """Find the number of each extraction."""
+    """Find the number that each of the four extractions reads in a text."""
     return {
         "acc": extraction.bounded(repr(extraction.last_number(text))),
         "strict": extraction.strict(text),
@@ -73,9 +73,10 @@ def aqua(row: Mapping[str, Any], responses: Sequence[str]) -> dict[str, float]:
 
 
 def gsm8k(row: Mapping[str, Any], responses: Sequence[str]) -> dict[str, float]:
-    """``acc``: the last number within 0.001 of the label, as the papers do; beside it the other extractions.
+    """Score the number that each of the four extractions reads against the label.
 
-    ``strict`` and ``flexible`` are compared as lm-evaluation-harness compares them, ``training`` as a number.
+    ``acc`` takes the last number, right within 0.001 of the label, as the papers do. ``strict`` and ``flexible`` are
+    compared as lm-evaluation-harness compares them, ``training`` as a number.
     """
     text, label = responses[0], extraction.label_of(row["answer"])
     if label is None:  # nothing can be right

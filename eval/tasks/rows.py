@@ -1,37 +1,40 @@
-"""Rows of the hub's sets and of local files brought to one shape, before a task's templates see them."""
+"""Conversion of rows of the hub's data sets and of local files to one shape, before a task's templates see them."""
 
 from typing import Any
 
 
 def boolq(dataset: Any) -> Any:
-    """Adds ``label`` (0 no, 1 yes), and no question mark at the end: prompts write their own."""
+    """Add ``label`` (0 no, 1 yes) to every row of BoolQ, and strip the question mark, as prompts write their own."""
     return dataset.map(boolq_row)
 
 
 def boolq_row(row: dict[str, Any]) -> dict[str, Any]:
-    """SuperGLUE has ``label``; the original set and LLM-Adapters' copy have ``answer``, true or false."""
+    """Add ``label`` to one row of BoolQ, and strip the question mark.
+
+    SuperGLUE has ``label``; the original set and LLM-Adapters' copy have ``answer``, true or false.
+    """
     label = row["label"] if row.get("label") is not None else int(row["answer"])
     return {**row, "label": int(label), "question": row["question"].rstrip().removesuffix("?")}
 
 
 def aqua(dataset: Any) -> Any:
-    """Adds ``choices``, each spelled ``(A)text``, and ``gold``, the index of the right one."""
+    """Add ``choices``, spelled ``(A)text``, and ``gold``, the index of the right one, to every row of AQuA-RAT."""
     return dataset.map(aqua_row)
 
 
 def aqua_row(row: dict[str, Any]) -> dict[str, Any]:
-    """AQuA-RAT writes options as ``A)text``."""
+    """Add ``choices`` and ``gold`` to one row of AQuA-RAT, which writes options as ``A)text``."""
     choices = ["(" + option if not option.startswith("(") else option for option in row["options"]]
     return {**row, "choices": choices, "gold": "ABCDE".index(row["correct"])}
 
 
 def lower_first(text: str) -> str:
-    """COPA's choices continue a sentence."""
+    """Lower the first letter of a choice of COPA, as it continues a sentence."""
     return text[:1].lower() + text[1:]
 
 
 def copa_text(row: dict[str, Any]) -> str:
-    """The premise without its full stop, and the word that asks for a cause or an effect."""
+    """Join the premise, without its full stop, and the word that asks for a cause or an effect."""
     connector = {"cause": "because", "effect": "therefore"}[row["question"]]
     return f"{row['premise'].strip()[:-1]} {connector}"
 
@@ -42,5 +45,5 @@ def copa_choices(row: dict[str, Any]) -> list[str]:
 
 
 def copa_target(row: dict[str, Any]) -> str:
-    """Give the right continuation."""
+    """Return the right continuation of a premise."""
     return copa_choices(row)[int(row["label"])]

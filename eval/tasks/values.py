@@ -1,4 +1,4 @@
-"""What is wrong with the values of a row that is to be scored; told before a server starts, not after all answers.
+"""Checks of the values of rows that are to be scored, made before a server starts rather than after all answers.
 
 Each function takes a row that has all fields and returns a problem in words, or None.
 """
@@ -10,7 +10,7 @@ from eval import extraction
 
 
 def boolq(row: Mapping[str, Any]) -> str | None:
-    """The label, or the answer of the original set."""
+    """Check the label (``answer`` in the original data set) and the question of a row of BoolQ."""
     name = "label" if row.get("label") is not None else "answer"
     if problem := _no_text(row, "question"):
         return problem
@@ -18,7 +18,7 @@ def boolq(row: Mapping[str, Any]) -> str | None:
 
 
 def gsm8k(row: Mapping[str, Any]) -> str | None:
-    """A number after the last ``####``, or alone."""
+    """Check that the answer of a row of GSM8K is a number, or has one after its last ``####``."""
     if problem := _no_text(row, "question", "answer"):
         return problem
     if extraction.label_of(row["answer"]) is not None:
@@ -27,7 +27,7 @@ def gsm8k(row: Mapping[str, Any]) -> str | None:
 
 
 def arc(row: Mapping[str, Any]) -> str | None:
-    """Texts and labels of equal number, the key among the labels."""
+    """Check that a row of ARC has as many texts as labels, and a key that is one of the labels."""
     choices = row["choices"]
     texts, labels = (choices.get("text"), choices.get("label")) if isinstance(choices, Mapping) else (None, None)
     if not _texts(texts) or not _texts(labels) or len(texts) != len(labels):
@@ -38,7 +38,7 @@ def arc(row: Mapping[str, Any]) -> str | None:
 
 
 def aqua(row: Mapping[str, Any]) -> str | None:
-    """Up to five options, the letter of one of them."""
+    """Check that a row of AQuA-RAT has at most five options, and the letter of one of them as the answer."""
     options = row["options"]
     if not _texts(options) or len(options) > 5:
         return "options must be a list of at most 5 texts"
@@ -49,7 +49,7 @@ def aqua(row: Mapping[str, Any]) -> str | None:
 
 
 def copa(row: Mapping[str, Any]) -> str | None:
-    """A cause or an effect, one of two."""
+    """Check that a row of COPA asks for a cause or an effect, and has one of two choices as its label."""
     if problem := _no_text(row, "premise", "choice1", "choice2"):
         return problem
     if row["question"] not in ("cause", "effect"):
@@ -62,6 +62,6 @@ def _texts(value: Any) -> TypeGuard[list[str]]:
 
 
 def _no_text(row: Mapping[str, Any], *names: str) -> str | None:
-    """Which of the fields is the first that is no text."""
+    """Describe the first of the fields that is not a text; None when all are."""
     found = (f"{name} is {row[name]!r:.60}: it must be a text" for name in names if not isinstance(row[name], str))
     return next(found, None)
