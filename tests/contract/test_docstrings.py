@@ -1,0 +1,107 @@
+"""Docstrings begin with a verb in the imperative: "Return the largest rank.", not "The largest rank."."""
+
+import ast
+
+from tests.helpers.processes import ROOT
+
+
+ROOTS = ("eval",)
+FEWEST_WORDS = 4
+# With these the docstring of a function, method or property may begin, in alphabetical order.
+VERBS = [
+    "Add",
+    "Adjust",
+    "Answer",
+    "Append",
+    "Apply",
+    "Ask",
+    "Average",
+    "Build",
+    "Check",
+    "Choose",
+    "Claim",
+    "Close",
+    "Collect",
+    "Compare",
+    "Compute",
+    "Copy",
+    "Cut",
+    "Describe",
+    "Divide",
+    "Draw",
+    "Drop",
+    "Encode",
+    "End",
+    "Escape",
+    "Estimate",
+    "Extend",
+    "Fetch",
+    "Find",
+    "Flush",
+    "Format",
+    "Gather",
+    "Generate",
+    "Group",
+    "Hash",
+    "Identify",
+    "Index",
+    "Join",
+    "Keep",
+    "List",
+    "Load",
+    "Look",
+    "Lower",
+    "Mark",
+    "Open",
+    "Pad",
+    "Pair",
+    "Parse",
+    "Print",
+    "Put",
+    "Raise",
+    "Read",
+    "Reduce",
+    "Refuse",
+    "Remove",
+    "Replace",
+    "Return",
+    "Run",
+    "Score",
+    "Send",
+    "Spell",
+    "Split",
+    "Store",
+    "Strip",
+    "Sum",
+    "Tell",
+    "Terminate",
+    "Warn",
+    "Write",
+    "Yield",
+]
+
+
+def docstrings(*kinds):
+    """Yield the words of every docstring of these kinds of nodes, with its file, line and first line."""
+    for path in (path for root in ROOTS for path in sorted((ROOT / root).rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+                place = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
+                yield text.split(), f"{place}: {text.splitlines()[0]}"
+
+
+def test_functions_begin_with_a_verb_in_the_imperative():
+    functions = list(docstrings(ast.FunctionDef, ast.AsyncFunctionDef))
+    assert functions
+    other = [shown for words, shown in functions if words[0].rstrip(".,:;") not in VERBS]
+    assert not other, "no verb of VERBS is first here:\n" + "\n".join(other)
+
+
+def test_no_docstring_is_shorter_than_a_sentence():
+    every = docstrings(ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    short = [shown for words, shown in every if len(words) < FEWEST_WORDS]
+    assert not short, f"fewer than {FEWEST_WORDS} words:\n" + "\n".join(short)
+
+
+def test_verbs_are_in_order_and_none_is_there_twice():
+    assert sorted(set(VERBS)) == VERBS
