@@ -15,13 +15,7 @@ from torch import Tensor
 
 from llamafactory_adaptive.calibration.measurement import Measurement
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
-from llamafactory_adaptive.errors import (
-    CalibrationError,
-    OtherProcessError,
-    OutputError,
-    first_of,
-    refuse,
-)
+from llamafactory_adaptive.errors import CalibrationError, OtherProcessError, OutputError, first_of, refuse
 from llamafactory_adaptive.files import digest_of, is_intact, note_checksum, replacing, usable_entry
 from llamafactory_adaptive.ranks.plan import (
     SCHEMA_VERSION,
