@@ -6,11 +6,11 @@ from llamafactory_adaptive.errors import AdaptiveConfigError, Problem, first_of,
 
 
 def test_a_refusal_names_key_value_rule_and_a_value_to_try_and_keeps_its_cause():
-    error = ValueError("no number")
+    cause = ValueError("no number")
     with pytest.raises(AdaptiveConfigError) as caught:
-        refuse("max_steps", "many", "must be a whole number", "max_steps: 100", cause=error)
+        refuse("max_steps", "many", "must be a whole number", "max_steps: 100", cause=cause)
     assert str(caught.value) == "max_steps: 'many' is invalid: must be a whole number; try max_steps: 100"
-    assert caught.value.__cause__ is error
+    assert caught.value.__cause__ is cause
 
 
 def test_all_problems_are_refused_at_once_and_none_is_no_refusal():
