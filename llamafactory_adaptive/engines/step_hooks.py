@@ -24,7 +24,7 @@ def before_deepspeed_step(engine: Any, hook: Callable[[], None]) -> None:
 
 
 def _call_before(owner: Any, name: str, hook: Callable[[], None]) -> None:
-    """Call ``hook`` before every call of a method of ``owner``, of this object alone."""
+    """Make one object call ``hook`` before every call of its method ``name``."""
     original = getattr(owner, name)
 
     @wraps(original)
