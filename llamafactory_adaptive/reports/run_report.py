@@ -46,7 +46,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read the files of a run.
+    """Read the results of a finished run from its ``output_dir``.
 
     Raises:
         PlanError: there is no run in ``folder``, or it has not ended.

@@ -215,7 +215,7 @@ class SampleGradientRecorder:
         return self.dots_b
 
     def _project(self, key: str, place: int, left_btk: Tensor, right_btj: Tensor) -> None:
-        """Project a factor's gradients on random sign matrices ``u v^T``, which estimates inner products unbiased."""
+        """Project a factor's gradients on random sign matrices ``u v^T``, to estimate inner products without bias."""
         if key not in self.signs:
             generator = torch.Generator().manual_seed(seeded_index(self.wanted.seed, place, 0, 2**62))
             sides = (left_btk.shape[2], right_btj.shape[2])
