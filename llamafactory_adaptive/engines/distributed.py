@@ -21,7 +21,7 @@ from llamafactory_adaptive.errors import GuardError, OtherProcessError
 from llamafactory_adaptive.launcher import launched_number, launched_processes
 
 
-LIMIT_SECONDS = 1800.0  # no process of a job may come later than this to where the others wait
+LIMIT_SECONDS = 1800.0  # the longest that processes wait for another one of their job
 _LINGER_SECONDS = 30.0
 _last_round = -1
 
@@ -130,7 +130,7 @@ def _store() -> Any:
 
     try:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=LIMIT_SECONDS)))
-    except (RuntimeError, ValueError) as error:  # nobody came; no address to come to
+    except (RuntimeError, ValueError) as error:  # no process arrived, or there is no address
         raise GuardError(
             f"the {launched_processes()} processes of the job did not all meet within {LIMIT_SECONDS:g} s at "
             f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {error}"
@@ -150,13 +150,13 @@ def _exchange(what: str, mine: Any, seconds: float) -> list[Any]:
         try:
             store.wait([key], timedelta(seconds=max(0.1, deadline - time.monotonic())))
             documents.append(json.loads(store.get(key)))
-        except RuntimeError as error:  # the store's own errors: time is up, or its host is gone
+        except RuntimeError as error:  # the store's own errors: a timeout, or its host has ended
             raise GuardError(
                 f"rank {other} did not come to {what} within {seconds:g} s, or it has ended: see its own messages"
             ) from error
-    for old in (f"{_last_round - 1}/{rank}", f"{_last_round - 1}/{rank}/read"):  # everyone has come further
+    for old in (f"{_last_round - 1}/{rank}", f"{_last_round - 1}/{rank}/read"):  # all processes are past them
         store.delete_key(old)
-    store.set(f"{_last_round}/{rank}/read", "")  # last: from now on rank 0, and with it the store, may be gone
+    store.set(f"{_last_round}/{rank}/read", "")  # last: from now on rank 0, and with it the store, may end
     return documents
 
 
@@ -167,7 +167,7 @@ def _linger() -> None:
         try:
             _store().wait(keys, timedelta(seconds=_LINGER_SECONDS))
         except RuntimeError:
-            return  # they are gone, or see that rank 0 is
+            return  # the others have ended, or notice that rank 0 has
 
 
 def synchronize() -> None:

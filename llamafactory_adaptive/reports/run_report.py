@@ -15,7 +15,7 @@ from llamafactory_adaptive.reports.plaintext import plain
 from llamafactory_adaptive.reports.tables import align, rank_table
 
 
-# What files that are of no run, or no longer whole, make of being read.
+# Errors of reading files that belong to no run, or are damaged.
 _NO_RUN = (PlanError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError,
            RecursionError)  # fmt: skip
 

@@ -43,7 +43,7 @@ class Pool:
         self.subset_size = sampling.subset_size(samples)
         self.kept_N = torch.ones(samples, dtype=torch.bool)
         clipped = samples - sampling.pool_size(samples)
-        if clipped:  # a stable sort: of equal values the later samples go
+        if clipped:  # a stable sort: of equal values the later samples are clipped
             self.kept_N[tail_N.sort(stable=True).indices[-clipped:]] = False
         self.temperature = sampling.temperature
         self.log_weights_N = torch.where(self.kept_N, quality_N / sampling.temperature, -torch.inf)
