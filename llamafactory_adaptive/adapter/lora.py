@@ -1,7 +1,7 @@
 """The PEFT side of a plan: the arguments of its LoraConfig, and the LoRA layers and factors of a live model.
 
-What is saved obeys one rule: every module has the same alpha/r, and it equals ``lora_alpha / r`` of the config, where
-``r`` is the largest rank in use. A server that ignores ``rank_pattern`` and ``alpha_pattern`` is then right too.
+Saved adapters follow one rule: every module has the same alpha/r, equal to ``lora_alpha / r`` of the config, where
+``r`` is the largest rank in use. A server that ignores ``rank_pattern`` and ``alpha_pattern`` then scales right too.
 """
 
 from collections.abc import Mapping
@@ -21,17 +21,17 @@ TENSOR_PREFIX = "base_model.model."
 
 
 def int_if_integral(value: float) -> int | float:
-    """An int where the value is whole: some servers declare ``lora_alpha`` as int."""
+    """Convert a whole value to int, since some servers declare ``lora_alpha`` as int; leave others as they are."""
     return int(value) if float(value).is_integer() else value
 
 
 def lora_config_arguments(plan: RankPlan) -> dict[str, Any]:
-    """The arguments of ``peft.LoraConfig`` that carry the plan; everything else stays the caller's."""
+    """Build the arguments of ``peft.LoraConfig`` that carry the plan; all others are left to the caller."""
     return contract_arguments({module.name: module.rank for module in plan.active}, plan.scale)
 
 
 def contract_arguments(ranks: Mapping[str, int], scale: float) -> dict[str, Any]:
-    """The same for any ranks by full module name, every module scaled alike."""
+    """Build the arguments of ``peft.LoraConfig`` for ranks by full module name; every module has the same scale."""
     largest = max(ranks.values())
     return {
         "r": largest,
@@ -46,18 +46,18 @@ def contract_arguments(ranks: Mapping[str, int], scale: float) -> dict[str, Any]
 
 @dataclass
 class PlannedLoraConfig(LoraConfig):  # type: ignore[misc]
-    """A LoraConfig that is saved with the full names of its targets, whoever attaches the adapter.
+    """A LoraConfig that is saved with the full names of its targets, whichever program attaches the adapter.
 
     PEFT condenses a list of 20 or more targets to suffixes when it builds the adapter; the patterns keep full names.
     """
 
     def to_dict(self) -> dict[str, Any]:
-        """Write every target by the name it has in ``rank_pattern``."""
+        """Convert the config to a dict, with every target by its full name in ``rank_pattern``."""
         return {**super().to_dict(), "target_modules": list(self.rank_pattern)}
 
 
 def live_layers(model: nn.Module) -> dict[str, tuple[LoraLayer, str]]:
-    """Base-model module name to (LoRA layer, adapter name), whatever wraps the model (DDP, DeepSpeed, value head)."""
+    """Map base-model names to (LoRA layer, adapter name), whatever wraps the model (DDP, DeepSpeed, value head)."""
     layers = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and "default" in getattr(module, "lora_A", {}):
@@ -66,17 +66,17 @@ def live_layers(model: nn.Module) -> dict[str, tuple[LoraLayer, str]]:
 
 
 def _base_name(name: str) -> str:
-    """Cut wrapper prefixes: PEFT puts ``base_model.model.`` before the base model's own names."""
+    """Cut off wrapper prefixes: PEFT puts ``base_model.model.`` before the base model's own names."""
     return name.rpartition(TENSOR_PREFIX)[2]
 
 
 def factors(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-    """The trained tensors A (r, d_in) and B (d_out, r) of a layer."""
+    """Return the trained tensors A (r, d_in) and B (d_out, r) of a layer."""
     return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
 
 def name_targets_in_full(model: nn.Module, plan: RankPlan) -> None:
-    """Put the full module names back into the live config, which is what gets saved.
+    """Restore the full module names in the live config, which is the one that is saved.
 
     PEFT condenses a list of 20 or more targets to suffixes when it builds the adapter.
     """
@@ -85,16 +85,16 @@ def name_targets_in_full(model: nn.Module, plan: RankPlan) -> None:
 
 
 def peft_models(model: nn.Module) -> list[PeftModel]:
-    """The PEFT model inside whatever wraps it (DDP, DeepSpeed, value head)."""
+    """List the PEFT models among the modules of ``model``, whatever wraps them (DDP, DeepSpeed, value head)."""
     return [module for module in model.modules() if isinstance(module, PeftModel)]
 
 
 def keep_4bit_unpacked_on_cpu(model: nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights at the first evaluation on a CPU with AVX512-BF16.
 
-    The packed form is for inference only: it stays when training goes on, and gradients no longer pass through the
-    base weights, with a warning but without an error. It also fails on layers narrower than 128 (bitsandbytes 0.50.2,
-    ``Linear4bit.forward``).
+    The packed form is for inference only, but it stays when training goes on: gradients then no longer pass through
+    the base weights, with a warning but without an error. It also fails on layers narrower than 128 (bitsandbytes
+    0.50.2, ``Linear4bit.forward``).
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

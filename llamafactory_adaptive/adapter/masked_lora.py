@@ -1,9 +1,9 @@
-"""The adapter while ranks are being found: ``Delta W = P diag(lambda * mask) Q`` inside PEFT's own LoRA layers.
+"""The adapter during a rank search: ``Delta W = P diag(lambda * mask) Q`` inside PEFT's own LoRA layers.
 
 ``lora_A`` holds Q and, where the method has it, lambda, and applies the mask; ``lora_B.weight`` is P. Without lambda
 it is plain LoRA with a mask. Shapes never change while training, so that optimizers, DDP buckets and ZeRO partitions
-hold; what is saved is always plain LoRA with lambda folded into A, at the full live shape in checkpoints and cut to
-the true ranks at the end. Shapes: rank r, d_in, d_out; P is (d_out, r), Q is (r, d_in), lambda and mask are (r,).
+stay valid; what is saved is always plain LoRA with lambda folded into A, at the full live shape in checkpoints and cut
+to the final ranks at the end. Shapes: rank r, d_in, d_out; P is (d_out, r), Q is (r, d_in), lambda and mask are (r,).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,9 +25,9 @@ _FACTOR_STD = 0.02  # of P and Q at the start, in AdaLoRA and IGU-LoRA alike
 
 
 class PathPosition:
-    """Where on the path from "no adapter" to the current one the forward runs; one object for the whole model.
+    """Position of the forward pass on the path from no adapter (0) to the current one (1), shared by the whole model.
 
-    Every factor times ``value`` means the product of the three times its cube.
+    Scaling each of the three factors by ``value`` scales their product by its cube.
     """
 
     def __init__(self) -> None:
@@ -35,14 +35,15 @@ class PathPosition:
 
     @property
     def cube(self) -> float:
-        """Factor on the adapter's output."""
+        """Return the factor on the adapter's output: ``value`` cubed."""
         return self.value**3
 
 
 class _MaskedScale(torch.autograd.Function):
-    """``diag(lambda * mask) Q * factor``, whose gradient for lambda passes as if nothing were masked.
+    """Autograd function ``diag(lambda * mask) Q * factor`` whose gradient for lambda ignores the mask.
 
-    A masked component adds exactly nothing, yet its lambda learns what it would add: that is how it can come back.
+    A masked component adds exactly zero to the output, yet its lambda still gets the gradient that it would have
+    unmasked, so that it can be switched on again.
     """
 
     @staticmethod
@@ -62,20 +63,20 @@ class _MaskedScale(torch.autograd.Function):
 
 
 def _column(gate_r: Tensor, factor: float) -> Tensor:
-    """What a row of Q is multiplied by, (r, 1)."""
+    """Compute the factors that the rows of Q are multiplied by, (r, 1)."""
     return (gate_r if factor == 1.0 else gate_r * factor).unsqueeze(1)
 
 
 class MaskedLinear(nn.Linear):
-    """Takes the place of a layer's ``lora_A``: ``weight`` is Q, what it applies is ``diag(lambda * mask) Q``.
+    """Replacement of a layer's ``lora_A``: ``weight`` is Q, and the layer applies ``diag(lambda * mask) Q``.
 
-    A parametrisation of ``weight`` would do the same at more cost: PEFT reads ``weight`` twice in each forward. What
-    reads ``weight`` directly (PEFT's merge) sees Q alone; saved adapters are for that.
+    A parametrisation of ``weight`` would do the same at more cost: PEFT reads ``weight`` twice in each forward. Code
+    that reads ``weight`` directly (PEFT's merge) gets Q alone; it should work on a saved adapter instead.
 
     Args:
-        plain: the ``lora_A`` to replace; its parameter is taken over.
-        initial_lambda: value lambda starts from; None for a layer without lambda.
-        position: shared by the whole model.
+        plain: the ``lora_A`` to replace; its parameter is reused.
+        initial_lambda: initial value of lambda; None for a layer without lambda.
+        position: the position that the whole model shares.
     """
 
     def __init__(self, plain: nn.Linear, initial_lambda: float | None, position: PathPosition) -> None:
@@ -90,7 +91,7 @@ class MaskedLinear(nn.Linear):
             self.register_load_state_dict_pre_hook(_accept_plain_weight)  # type: ignore[no-untyped-call]
 
     def effective_weight(self) -> Tensor:
-        """``diag(lambda * mask) Q`` at the current position, (r, d_in): bit for bit what is saved as ``lora_A``."""
+        """Compute ``diag(lambda * mask) Q`` at the current position, (r, d_in), bit for bit as ``lora_A`` is saved."""
         factor = self.position.cube
         if self.lambda_r is None:
             return self.weight * _column(self.mask_r, factor)
@@ -100,7 +101,7 @@ class MaskedLinear(nn.Linear):
         return masked
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d_in) to (..., r)."""
+        """Apply the masked factor to ``x``: (..., d_in) becomes (..., r)."""
         return functional.linear(x, self.effective_weight())
 
 
@@ -114,23 +115,23 @@ class Triplet:
 
     @property
     def q(self) -> nn.Parameter:
-        """Q, the weight of the first factor, (r, d_in)."""
+        """Return Q, the weight of the first factor, (r, d_in)."""
         return cast(nn.Parameter, self.a.weight)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Trained parameters by kind: P, Q and, with it, lambda."""
+        """Return the trained parameters by kind: P, Q and, if the module has one, lambda."""
         lambda_r = {} if self.a.lambda_r is None else {"lambda": self.a.lambda_r}
         return {**lambda_r, "P": self.p, "Q": self.q}
 
 
 class Triplets:
-    """All modules of one model, in the order of its plan, and their masks.
+    """Triplets of all adapted modules of one model, in the order of its plan, and their masks.
 
     Args:
-        model: with the LoRA adapter of ``plan`` in it.
-        plan: with the live ranks.
-        initial_lambda: value lambda starts from; None for LoRA's own start, P = 0.
-        seed: of P and Q; equal on every process.
+        model: a model with the LoRA adapter of ``plan`` in it.
+        plan: the plan with the live ranks.
+        initial_lambda: initial value of lambda; None for LoRA's own start without lambda, P = 0.
+        seed: seed of the initial P and Q; equal on every process.
     """
 
     def __init__(self, model: nn.Module, plan: RankPlan, initial_lambda: float | None, seed: int) -> None:
@@ -153,7 +154,7 @@ class Triplets:
         self._save_plain(model)
 
     def mask(self, masks: list[list[bool]]) -> None:
-        """Put masks in force, and where the weights now are: one copy to the device for all modules."""
+        """Apply new masks, on the device where the weights now are: one copy to it for all modules."""
         self.masks = [list(row) for row in masks]
         like = self.modules[0].q
         flat = torch.tensor([flag for row in masks for flag in row], dtype=like.dtype).to(like.device)
@@ -161,7 +162,7 @@ class Triplets:
             module.a.mask_r = view
 
     def finish(self, model: nn.Module, plan: RankPlan) -> None:
-        """From here on the adapter is saved cut to ``plan``, the ranks that were found."""
+        """Cut all adapters saved from now on to ``plan``, the ranks that were found."""
         self.compact = plan
         for peft_model in peft_models(model):
             for key, value in lora_config_arguments(plan).items():
@@ -169,7 +170,7 @@ class Triplets:
         name_targets_in_full(model, plan)
 
     def _save_plain(self, model: nn.Module) -> None:
-        """Have PEFT write plain LoRA, whoever calls it and wherever the state dict comes from (ZeRO-3 gathers it)."""
+        """Make PEFT save plain LoRA, whatever calls it and wherever the state dict comes from (ZeRO-3 gathers it)."""
         for peft_model in peft_models(model):
             peft_model.save_pretrained = self._plain_save(peft_model)
 
@@ -185,7 +186,7 @@ class Triplets:
         return save
 
     def plain(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict with plain LoRA factors in place of triplets: lambda folded into A, masked rows zero or cut.
+        """Replace triplets in a state dict by plain LoRA factors: lambda folded into A, masked rows set to 0 or cut.
 
         Args:
             state: tensors by name, as ``model.state_dict()`` gives them; names without a triplet pass as they are.
@@ -213,7 +214,7 @@ class Triplets:
 
 
 def fresh_rows(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Rows of Q as PEFT initialises ``lora_A`` (Kaiming uniform with a = sqrt(5)): uniform in +-1/sqrt(d_in)."""
+    """Draw rows of Q as PEFT initialises ``lora_A`` (Kaiming uniform with a = sqrt(5)): uniform in +-1/sqrt(d_in)."""
     bound = float(shape[-1]) ** -0.5
     return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=generator)
 

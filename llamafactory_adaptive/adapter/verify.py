@@ -1,4 +1,4 @@
-"""Live and saved adapters, checked against the plan; the first faults are named."""
+"""Checks of live and saved adapters against the plan; errors name the first faults."""
 
 import math
 from collections.abc import Iterable
@@ -63,13 +63,13 @@ def _raise(faults: list[str], headline: str) -> None:
 
 
 def check_saved(folder: Path, plan: RankPlan) -> int:
-    """Check a saved adapter against the contract, clause by clause, from the files alone.
+    """Compare a saved adapter with the plan, from its files alone: config, patterns, tensor shapes and finiteness.
 
     Returns:
-        Number of modules whose B factor is still exactly zero, that is, untrained.
+        The number of modules whose B factor is still exactly zero, that is, untrained.
 
     Raises:
-        GuardError: naming what is wrong.
+        GuardError: with the first faults.
     """
     config_path, weights_path = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
     for path in (config_path, weights_path):
@@ -114,12 +114,12 @@ def _mapping(value: object) -> dict[str, Any]:
 
 
 def _number(value: object) -> float:
-    """The number a config holds; NaN, which is close to nothing, where it is none."""
+    """Return a number of a config as a float; NaN, which is close to no value, if it is no number."""
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
 def _tensor_faults(path: Path, plan: RankPlan) -> tuple[list[str], int]:
-    """Shapes and finiteness of the saved factors; also counts modules whose B is all zero."""
+    """List the faults in names, shapes and finiteness of the saved factors, and count modules whose B is all zero."""
     faults, untrained = [], 0
     with safe_open(path, framework="pt") as file:
         adapted = {_base_name(key).rpartition(".lora_")[0] for key in file.keys() if ".lora_" in key}  # noqa: SIM118

@@ -1,1 +1,1 @@
-"""Passes over a model and data that measure the target modules."""
+"""Measurements of the target modules by passes over a model and calibration data."""

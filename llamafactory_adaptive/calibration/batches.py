@@ -1,4 +1,4 @@
-"""Token rows as padded batches."""
+"""Padded batches of token rows."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Batch:
     labels: Tensor
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device."""
+        """Return the batch on another device."""
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
 
 
@@ -30,18 +30,18 @@ def holds_media(row: Mapping[str, Any]) -> bool:
 
 
 def length_sorted(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Put row numbers in batches of like length, longest first: little padding, and out of memory shows at once."""
+    """Group row numbers by similar length, longest first: little padding, and memory runs out at once or never."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def make_batches(rows: Sequence[Mapping[str, Sequence[int]]], batch_size: int, pad_id: int) -> list[Batch]:
-    """Group rows of similar length, longest first, and pad on the right.
+    """Build batches of rows of similar length, longest first, padded on the right.
 
     Args:
         rows: each with ``input_ids`` and ``labels`` of equal length.
         batch_size: samples per batch.
-        pad_id: token put where a row is shorter; it never counts.
+        pad_id: token that fills up shorter rows; the attention mask leaves it out.
     """
     groups = length_sorted([len(row["input_ids"]) for row in rows], batch_size)
     return [_pad([rows[index] for index in group], pad_id) for group in groups]
@@ -58,5 +58,5 @@ def _pad(group: Sequence[Mapping[str, Sequence[int]]], pad_id: int) -> Batch:
 
 
 def count_tokens(batches: Iterable[Batch]) -> int:
-    """Tokens that count, padding left out."""
+    """Count the tokens of all batches, padding left out."""
     return int(sum(int(batch.attention_mask.sum()) for batch in batches))

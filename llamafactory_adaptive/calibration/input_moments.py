@@ -29,12 +29,12 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 18, "other": 1 << 24}
 def second_moment_sum(
     x_TN: Tensor, spans: Sequence[tuple[int, int]] | None = None, weights_T: Tensor | None = None
 ) -> Tensor:
-    """``sum_t w_t * x_tj^2`` in fp32 pieces, accumulated in fp64.
+    """Compute ``sum_t w_t * x_tj^2``, in fp32 chunks of rows that are accumulated in fp64.
 
     Args:
         x_TN: activations, any float dtype.
-        spans: half-open row ranges that count (padding left out); all rows when None. Ranges are read in place, where
-            picking rows by index would copy them.
+        spans: half-open ranges of the rows to sum (padding left out); all rows when None. Ranges are read in place;
+            selecting rows by index would copy them.
         weights_T: non-negative weight per row of ``x_TN``; 1 when None.
 
     Returns:
@@ -52,7 +52,7 @@ def second_moment_sum(
 
 
 def spans_of(mask_T: Tensor) -> list[tuple[int, int]]:
-    """Half-open ranges of consecutive non-zero entries."""
+    """Find the half-open ranges of consecutive positive entries."""
     edges = torch.diff((mask_T > 0).to(torch.int8), prepend=mask_T.new_zeros(1), append=mask_T.new_zeros(1))
     starts, ends = (edges == 1).nonzero().flatten(), (edges == -1).nonzero().flatten()
     return list(zip(starts.tolist(), ends.tolist(), strict=True))
@@ -67,8 +67,8 @@ class InputSecondMoments:
     Attributes:
         weighting: ``none`` sets ``w_t = 1`` (the paper; forward passes only). ``gradient`` sets ``w_t = |g_t|^2``,
             the squared norm of the summed loss's gradient at the module's output: the row-summed empirical Fisher
-            diagonal, which also tells modules apart that read the same input. It holds every target's input in memory
-            until the backward pass reaches it.
+            diagonal, which differs also between modules that read the same input. It holds every target's input in
+            memory until the backward pass reaches it.
 
     Cost: one forward (and backward) pass; memory, beyond the pass, one vector per module.
     """
@@ -77,12 +77,12 @@ class InputSecondMoments:
 
     @property
     def key(self) -> str:
-        """Identity in the statistics cache."""
+        """Return the key of this measurement in the statistics cache."""
         return f"input_second_moments/weighting={self.weighting}"
 
     @property
     def backward(self) -> bool:
-        """Gradient weighting needs a backward pass."""
+        """Tell whether a backward pass is needed, as gradient weighting does."""
         return self.weighting == "gradient"
 
     def __call__(
@@ -92,10 +92,10 @@ class InputSecondMoments:
         batches: Sequence[Batch],
         forward: Forward | None = None,
     ) -> dict[str, Tensor]:
-        """One fp64 vector of length ``in_features`` per module; ``forward`` takes the place of the model's own call.
+        """Measure an fp64 vector of length ``in_features`` per module; ``forward`` replaces the model's own call.
 
         Raises:
-            CalibrationError: a module saw no token, a routed input cannot be matched with the padding mask, or a
+            CalibrationError: a module received no token, a routed input cannot be matched with the padding mask, or a
                 statistic is not finite.
         """
         collector = _MomentCollector(modules, self.backward)
@@ -116,7 +116,7 @@ class InputSecondMoments:
 
 
 class _MomentCollector:
-    """The state behind InputSecondMoments: running sums, and the last input seen with its reduction."""
+    """State of one InputSecondMoments pass: running sums, and the last input with its reduction."""
 
     def __init__(self, modules: Mapping[str, nn.Module], weighted: bool) -> None:
         self.modules = modules
@@ -129,12 +129,12 @@ class _MomentCollector:
         self._last: tuple[weakref.ref[Tensor], Tensor] | None = None
 
     def attach(self) -> Iterator[Any]:
-        """Hook every module; the caller removes the handles."""
+        """Register a forward hook on every module; the caller removes the handles."""
         for name, module in self.modules.items():
             yield module.register_forward_hook(self._hook(name))
 
     def start(self, batch: Batch) -> None:
-        """Take over the padding mask of the batch about to be run."""
+        """Store the padding mask of the batch that runs next."""
         spans = spans_of(batch.attention_mask.flatten())
         counted = sum(end - start for start, end in spans)
         self._cells, self._last = batch.attention_mask.numel(), None
@@ -179,7 +179,7 @@ class _MomentCollector:
         self.sums[name] = self.sums[name] + increment if name in self.sums else increment
 
     def means(self) -> dict[str, Tensor]:
-        """Sums over tokens divided by the number of tokens, in module order, on the CPU."""
+        """Divide the sums over tokens by the number of tokens; in module order, on the CPU."""
         unseen = [name for name in self.modules if name not in self.sums]
         if unseen:
             raise CalibrationError(
@@ -197,7 +197,7 @@ class _MomentCollector:
 
 
 def _forward_pass(model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch) -> None:
-    """Run the model; without its output head unless that head is a target, since nobody reads the logits."""
+    """Run the model on a batch; its output head is left out unless it is a target, since the logits are not used."""
     body = getattr(model, "base_model", model)
     targets = set(map(id, modules.values()))
     if not targets <= set(map(id, body.modules())):
@@ -206,12 +206,12 @@ def _forward_pass(model: nn.Module, modules: Mapping[str, nn.Module], batch: Bat
 
 
 def _decoder_forward(model: nn.Module, batch: Batch) -> Any:
-    """Call a model as transformers' decoders are called."""
+    """Call a model with the arguments of transformers' decoders."""
     return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 
 
 def _backward_pass(model: nn.Module, batch: Batch, forward: Forward) -> None:
-    """Back-propagate the next-token loss, summed (not averaged) so that the split into batches does not matter."""
+    """Back-propagate the next-token loss, summed and not averaged, so that the split into batches does not matter."""
     output = forward(model, batch)
     logits: Any = getattr(output, "logits", output)
     loss = functional.cross_entropy(

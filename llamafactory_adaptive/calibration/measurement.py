@@ -1,4 +1,4 @@
-"""What a method asks to be measured, and the state a model is measured in."""
+"""The protocol of measurements that methods ask for, and the state that a model is measured in."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,15 +15,15 @@ Forward = Callable[[nn.Module, Batch], Any]
 
 
 class Measurement(Protocol):
-    """An expensive pass over model and data. Methods with the same ``key`` share one pass and one cached result."""
+    """Expensive pass over model and data. Methods with the same ``key`` share one pass and one cached result."""
 
     @property
     def key(self) -> str:
-        """Names the measurement and every option that changes its result."""
+        """Name the measurement and every option that changes its result."""
 
     @property
     def backward(self) -> bool:
-        """Whether it needs gradients."""
+        """Tell whether the measurement needs a backward pass."""
 
     def __call__(
         self,
@@ -32,12 +32,12 @@ class Measurement(Protocol):
         batches: Sequence[Batch],
         forward: Forward | None = None,
     ) -> dict[str, Tensor]:
-        """Return one CPU tensor per module name; ``forward`` runs the model where its signature is of another kind."""
+        """Measure a CPU tensor per module name; ``forward`` runs models whose signature is not that of a decoder."""
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with all parameters frozen; every flag comes back as it was."""
+    """Put the model in evaluation mode with all parameters frozen; every flag is restored afterwards."""
     training = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()

@@ -1,1 +1,1 @@
-"""Where weights, gradients and optimizer states live: one process, DDP, ZeRO; and how processes agree."""
+"""Access to weights, gradients and optimizer states under one process, DDP and ZeRO; collectives over processes."""

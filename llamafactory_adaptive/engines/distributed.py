@@ -1,8 +1,8 @@
 """Collectives over the processes of a job; no-ops when there is only one.
 
-Sums over tensors go through the training's own process group, whose limit is ``ddp_timeout``. Everything else goes
-through the store at which the job's processes met: it is there before any process group and any model, needs no
-accelerator, and every wait on it has a limit of its own and says who is missing.
+Sums over tensors go through the training's own process group, whose time limit is ``ddp_timeout``. Everything else
+goes through the key-value store of the launcher's rendezvous: it exists before any process group and any model, needs
+no accelerator, and every wait on it has a time limit of its own and an error that names the missing process.
 """
 
 import json
@@ -21,7 +21,7 @@ from llamafactory_adaptive.errors import GuardError, OtherProcessError
 from llamafactory_adaptive.launcher import launched_number, launched_processes
 
 
-LIMIT_SECONDS = 1800.0  # no process of a job may come later than this to where the others wait
+LIMIT_SECONDS = 1800.0  # the longest that processes wait for another one of their job
 _LINGER_SECONDS = 30.0
 _last_round = -1
 
@@ -32,19 +32,19 @@ def world_size() -> int:
 
 
 def process_number() -> int:
-    """Give this process's rank in the training's process group."""
+    """Return this process's rank in the training's process group; 0 if there is none."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over all processes, in place, in one collective."""
+    """Sum a tensor over all processes, in place, in one collective, and return it."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_reduce_max(step: int, device: torch.device) -> int:
-    """Return the largest number that any process has."""
+    """Return the largest ``step`` of any process."""
     if world_size() == 1:
         return step
     number = torch.tensor(step, device=device)
@@ -53,16 +53,18 @@ def all_reduce_max(step: int, device: torch.device) -> int:
 
 
 def gather(what: str, work: Callable[[], Any], seconds: float = LIMIT_SECONDS) -> list[Any]:
-    """Do something on every process; returns what came of it on each, by rank. All processes must call it.
+    """Call ``work`` on every process and return the results of all, by rank. All processes must call it.
+
+    An error of ``work`` is raised again on its own process.
 
     Args:
-        what: names the place in messages.
-        work: gives something JSON-able.
-        seconds: how much later than the first the last process may come.
+        what: name of this exchange in messages.
+        work: returns something that JSON can hold.
+        seconds: how long to wait for the other processes.
 
     Raises:
-        OtherProcessError: it failed on another process, whose message is quoted. Where it failed, its own error.
-        GuardError: a process did not come within the limit.
+        OtherProcessError: ``work`` failed on another process, whose message is quoted.
+        GuardError: a process did not arrive within the limit.
     """
     if launched_processes() == 1:
         return [work()]
@@ -81,7 +83,7 @@ def gather(what: str, work: Callable[[], Any], seconds: float = LIMIT_SECONDS) -
 
 
 def failure_of(rank: int) -> str | None:
-    """Look, without waiting, whether a process has failed on its way to the next meeting; gives its message."""
+    """Return, without waiting, the message of a process that failed before the next exchange; None if it has not."""
     if launched_processes() == 1:
         return None
     store, key = _store(), f"{_last_round + 1}/{rank}"
@@ -90,25 +92,25 @@ def failure_of(rank: int) -> str | None:
 
 
 def from_main(what: str, work: Callable[[], Any]) -> Any:
-    """Do something on rank 0 alone; every process gets what came of it, or stops with rank 0's message."""
+    """Call ``work`` on rank 0 alone and return its result on every process; its error stops every process."""
     return gather(what, lambda: work() if launched_number() == 0 else None)[0]
 
 
 def gather_digests(digest: str) -> list[str]:
-    """A digest of every process, by rank."""
+    """Return the digests of all processes, by rank."""
     return gather("a comparison with the other processes", lambda: digest)
 
 
 def agree_across_ranks(digest: str, difference: str) -> None:
-    """Stop unless every process holds the same; ``difference`` says what it means when they do not."""
+    """Stop every process unless all digests are equal; ``difference`` is what the error says of ranks that differ."""
     refuse_differences(gather_digests(digest), difference)
 
 
 def refuse_differences(everyone: list[Any], difference: str) -> None:
-    """Stop every process unless all gave the same; ``difference`` says what it means when they did not.
+    """Stop every process unless all entries are equal; ``difference`` is what the error says of the ranks that differ.
 
     Raises:
-        GuardError: on every process, with one text.
+        GuardError: on every process, with the same text.
     """
     different = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
     if different:
@@ -117,18 +119,18 @@ def refuse_differences(everyone: list[Any], difference: str) -> None:
 
 
 def wait_for_all(what: str) -> None:
-    """Until every process is here."""
+    """Wait until every process has called this; ``what`` names the place in messages."""
     gather(what, lambda: None)
 
 
 @cache
 def _store() -> Any:
-    """Where the launcher's processes meet; the process group that comes later shares it."""
+    """Open the key-value store of the launcher's rendezvous; the process group that is made later shares it."""
     from torch.distributed.rendezvous import rendezvous
 
     try:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=LIMIT_SECONDS)))
-    except (RuntimeError, ValueError) as error:  # nobody came; no address to come to
+    except (RuntimeError, ValueError) as error:  # no process arrived, or there is no address
         raise GuardError(
             f"the {launched_processes()} processes of the job did not all meet within {LIMIT_SECONDS:g} s at "
             f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {error}"
@@ -137,7 +139,7 @@ def _store() -> Any:
 
 
 def _exchange(what: str, mine: Any, seconds: float) -> list[Any]:
-    """Every process's document, by rank."""
+    """Send a document to all processes and return those of all, by rank."""
     global _last_round
     store, rank, deadline = _store(), launched_number(), time.monotonic() + seconds
     _last_round += 1
@@ -148,27 +150,27 @@ def _exchange(what: str, mine: Any, seconds: float) -> list[Any]:
         try:
             store.wait([key], timedelta(seconds=max(0.1, deadline - time.monotonic())))
             documents.append(json.loads(store.get(key)))
-        except RuntimeError as error:  # the store's own errors: time is up, or its host is gone
+        except RuntimeError as error:  # the store's own errors: a timeout, or its host has ended
             raise GuardError(
                 f"rank {other} did not come to {what} within {seconds:g} s, or it has ended: see its own messages"
             ) from error
-    for old in (f"{_last_round - 1}/{rank}", f"{_last_round - 1}/{rank}/read"):  # everyone has come further
+    for old in (f"{_last_round - 1}/{rank}", f"{_last_round - 1}/{rank}/read"):  # all processes are past them
         store.delete_key(old)
-    store.set(f"{_last_round}/{rank}/read", "")  # last: from now on rank 0, and with it the store, may be gone
+    store.set(f"{_last_round}/{rank}/read", "")  # last: from now on rank 0, and with it the store, may end
     return documents
 
 
 def _linger() -> None:
-    """Rank 0 may keep the store: before it stops, everyone must have read what it said."""
+    """Wait on rank 0 until every process has read its last document: the store may end with the process of rank 0."""
     if launched_processes() > 1 and launched_number() == 0:
         keys = [f"{_last_round}/{rank}/read" for rank in range(launched_processes())]
         try:
             _store().wait(keys, timedelta(seconds=_LINGER_SECONDS))
         except RuntimeError:
-            return  # they are gone, or see that rank 0 is
+            return  # the others have ended, or notice that rank 0 has
 
 
 def synchronize() -> None:
-    """Wait for the accelerator, so that a clock read next is true."""
+    """Wait for the accelerator to finish its work, so that time measured next includes it."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()

@@ -1,8 +1,8 @@
-"""Where a parameter and its gradient live, by training engine.
+"""Access to parameters and their gradients, whatever engine trains them.
 
 Plain and DDP processes hold whole parameters. Under ZeRO each process owns a piece of every flattened parameter (maybe
-an empty one), in fp32 beside the working copy, and after the backward pass the averaged gradient of that piece.
-Whoever needs the two asks a :class:`Engine` and works on pieces; nothing is gathered for it.
+an empty one), in fp32 beside the working copy, and after the backward pass the averaged gradient of that piece. Code
+that needs either takes it from an :class:`Engine` and works on pieces; nothing is gathered for it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from llamafactory_adaptive.engines.zero import Zero3Engine, Zero12Engine
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Shape of the whole parameter, also while ZeRO-3 holds it in partitions."""
+    """Return the shape of the whole parameter, also while ZeRO-3 holds it in partitions."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -31,43 +31,43 @@ class Engine(Protocol):
     partitioned: bool
 
     def piece(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """Start and length of what this process owns of the flattened parameter."""
+        """Return start and length of the piece of the flattened parameter that this process owns."""
 
     def weights(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """The owned pieces, flat; under ZeRO the fp32 copies that the optimizer updates."""
+        """Return the owned pieces of the parameters, flat; under ZeRO the fp32 copies that the optimizer updates."""
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """Gradients of the owned pieces, flat, averaged over processes; zeros where none arrived."""
+        """Return the gradients of the owned pieces, flat and averaged over processes; zeros where there is none."""
 
     def set_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-        """Take back what :meth:`gradients` gave, after it was edited in place."""
+        """Store gradients that :meth:`gradients` returned and that were then edited in place."""
 
     def square_sums(self, parameter: nn.Parameter, others: Tensor) -> Tensor:
-        """Sum and number of the optimizer's running squared gradients over owned elements among ``others``, (2,)."""
+        """Sum and count the optimizer's running squared gradients of owned elements that ``others`` marks, (2,)."""
 
     def overwrite(self, parameter: nn.Parameter, where: Tensor, values: Tensor, square: float) -> None:
-        """Set some elements and their optimizer states anew, the working copy included; all processes call it.
+        """Set some elements and reset their optimizer states, the working copy included; all processes must call it.
 
         Args:
-            parameter: any.
+            parameter: the parameter to change.
             where: which elements of the whole, flattened parameter, bool on the CPU.
-            values: of that shape, on the CPU.
-            square: where the running mean of squared gradients starts from.
+            values: the new values in the same shape, on the CPU; only those of the chosen elements are used.
+            square: initial value of the running mean of squared gradients.
         """
 
     def loss_scale(self) -> float:
-        """Factor on all gradients (fp16)."""
+        """Return the factor by which all gradients are scaled; 1 except in fp16."""
 
     def gathered(self, parameters: Sequence[nn.Parameter]) -> Any:
-        """Context in which the parameters are whole on this process."""
+        """Return a context manager in which the parameters are whole on this process."""
 
 
 class UnpartitionedEngine:
-    """One process, DDP, and DeepSpeed without partitions: every process holds everything.
+    """Engine of one process, DDP, and DeepSpeed without partitions: every process holds everything.
 
     Args:
-        scale: the current loss scale.
-        optimizer: whose states :meth:`overwrite` empties.
+        scale: returns the current loss scale.
+        optimizer: the optimizer whose states :meth:`overwrite` resets.
     """
 
     partitioned = False
@@ -83,14 +83,14 @@ class UnpartitionedEngine:
         return [parameter.detach().view(-1) for parameter in parameters]
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """Flat views of ``.grad``, which is made where it is missing."""
+        """Return flat views of ``.grad``; a missing ``.grad`` is created as zeros."""
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         return [parameter.grad.view(-1) for parameter in parameters if parameter.grad is not None]
 
     def set_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-        """Views: nothing to do."""
+        """Do nothing: the gradients are views, so edits in place are already stored."""
 
     def square_sums(self, parameter: nn.Parameter, others: Tensor) -> Tensor:
         return square_sums(self._state(parameter), others)
@@ -108,7 +108,7 @@ class UnpartitionedEngine:
 
 
 def find_engine(parameter: nn.Parameter, trainer: Any) -> Engine:
-    """The engine that a prepared Trainer trains with."""
+    """Return the engine that a prepared Trainer trains with; ``parameter`` is any that it trains."""
     optimizer: Any = getattr(getattr(trainer, "deepspeed", None), "optimizer", None)
     if hasattr(parameter, "ds_id"):
         return Zero3Engine(optimizer)

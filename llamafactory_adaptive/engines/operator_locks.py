@@ -1,7 +1,8 @@
-"""Locks of torch's extension builder: one whose owner was killed must not hold up a run for ever.
+"""Locks of torch's extension builder: one whose owner was killed must not block a run for ever.
 
-PyTorch builds C++ operators (DeepSpeed's CPU Adam, say) under a file named ``lock`` and waits for such a file without
-a limit and without a word. The file does not say whose it is, but a build leaves traces: it writes into its folder.
+While PyTorch builds a C++ operator (DeepSpeed's CPU Adam, for example) it holds a file named ``lock``; other processes
+wait for that file without a time limit and without a message. The file does not name its owner, but a build that is
+alive writes into the folder of its lock.
 """
 
 import logging
@@ -22,12 +23,12 @@ logger = logging.getLogger("llamafactory.adaptive")
 
 @contextmanager
 def bounded_waits(quiet: float = QUIET_SECONDS) -> Iterator[None]:
-    """Within the context waiting for another process's build has a limit and is told of.
+    """Limit the waits for another process's build within the context, and log them.
 
     A lock in whose folder nothing was written for ``quiet`` seconds is removed at once, and its build begins anew.
 
     Args:
-        quiet: seconds without a trace after which a build is taken to be dead.
+        quiet: seconds without a write after which a build is taken to be dead.
     """
     from torch.utils.file_baton import FileBaton
 
@@ -54,10 +55,10 @@ def _remove_if_dead(lock: Path, quiet: float) -> None:
 
 
 def _wait(lock: Path, quiet: float, poll: float = 0.1) -> None:
-    """Wait until a build has ended.
+    """Wait until the build that holds ``lock`` has ended.
 
     Raises:
-        OutputError: it shows no sign of life for ``quiet`` seconds.
+        OutputError: nothing was written into the folder of the lock for ``quiet`` seconds.
     """
     started, told = time.monotonic(), False
     while lock.exists():
@@ -73,7 +74,7 @@ def _wait(lock: Path, quiet: float, poll: float = 0.1) -> None:
 
 
 def _silence(lock: Path) -> float:
-    """Seconds since anything in the lock's folder was written."""
+    """Return the seconds since anything in the folder of the lock was written; 0 if that cannot be read."""
     latest = 0.0
     with suppress(OSError):
         for entry in os.scandir(lock.parent):

@@ -1,4 +1,4 @@
-"""Weights and optimizer states changed from outside: some elements set anew, whatever the optimizer keeps of them."""
+"""Changes to weights and optimizer states from outside the optimizer, whatever states it keeps per weight."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,14 +10,14 @@ from llamafactory_adaptive.errors import GuardError
 
 
 def put(target: Tensor, where: Tensor, values: Tensor) -> None:
-    """Set some elements of a contiguous tensor, from the CPU."""
+    """Copy the values that ``where`` marks into a contiguous tensor; both may be on another device."""
     flat = target.view(-1)
     chosen = where.to(flat.device)
     flat[chosen] = values.to(flat.device, flat.dtype)[chosen]
 
 
 def is_like(state: Any, parameter: Tensor) -> bool:
-    """Whether an optimizer keeps one number per weight in it."""
+    """Tell whether an optimizer's state holds one number per weight of ``parameter``."""
     return isinstance(state, Tensor) and state.numel() == parameter.numel() > 1
 
 
@@ -30,10 +30,10 @@ _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "state2")
 
 
 def _per_weight(state: Mapping[str, Any], count: int) -> dict[str, Tensor]:
-    """The states kept per weight.
+    """Select the states that hold one number per weight; single numbers and scales per block are left out.
 
     Raises:
-        GuardError: one is not.
+        GuardError: another state has a different size, so it is not kept per weight.
     """
     states = {}
     for key, held in state.items():
@@ -49,7 +49,7 @@ def _per_weight(state: Mapping[str, Any], count: int) -> dict[str, Tensor]:
 
 
 def square_sums(state: Mapping[str, Any], others: Tensor) -> Tensor:
-    """Sum and number over ``others`` of the running mean of squares, (2,) fp64 on the CPU; zeros without any."""
+    """Sum and count the running mean of squares over ``others``, (2,) fp64 on the CPU; zeros if there is none."""
     for key, held in _per_weight(state, others.numel()).items():
         if key in _SQUARES:
             values = state[f"qmap{key[-1]}"][held.long()] if held.dtype == torch.uint8 else held
@@ -59,10 +59,10 @@ def square_sums(state: Mapping[str, Any], others: Tensor) -> Tensor:
 
 
 def restart(state: Mapping[str, Any], where: Tensor, square: float) -> None:
-    """Set an optimizer's states of some weights as if they were new, in place.
+    """Reset an optimizer's states of some weights in place, as if these weights were new.
 
-    Momenta become zero. A running mean of squares becomes ``square``: from zero, and without the correction that only
-    the first steps of a run get, updates would be several times too large for hundreds of steps.
+    Momenta become zero. A running mean of squares becomes ``square``: if it started from zero, without the bias
+    correction that only the first steps of a run get, updates would be several times too large for hundreds of steps.
     """
     for key, held in _per_weight(state, where.numel()).items():
         value = square if key in _SQUARES else 0.0

@@ -1,4 +1,4 @@
-"""Hooks at the place in a step where gradients are complete and not yet clipped."""
+"""Hooks that run in a training step when gradients are complete and not yet clipped."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -8,8 +8,8 @@ from typing import Any
 def before_clipping(accelerator: Any, hook: Callable[[], None]) -> None:
     """Call ``hook`` once gradients are complete and not yet clipped, once per optimizer step, without DeepSpeed.
 
-    The Trainer asks its accelerator for the gradient norm at every step, whether it clips or not; its callbacks only
-    come after that.
+    The Trainer has its accelerator compute the gradient norm at every step, whether it clips or not; its callbacks
+    only run after that.
     """
     _call_before(accelerator, "clip_grad_norm_", hook)
 
@@ -17,14 +17,14 @@ def before_clipping(accelerator: Any, hook: Callable[[], None]) -> None:
 def before_deepspeed_step(engine: Any, hook: Callable[[], None]) -> None:
     """Call ``hook`` between ``engine.backward`` and ``engine.step``.
 
-    accelerate calls both inside ``backward``, so that the Trainer's callbacks come too late; it calls ``step`` only at
+    accelerate calls both inside ``backward``, so that the Trainer's callbacks run too late; it calls ``step`` only at
     accumulation boundaries.
     """
     _call_before(engine, "step", hook)
 
 
 def _call_before(owner: Any, name: str, hook: Callable[[], None]) -> None:
-    """Put ``hook`` in front of one object's method."""
+    """Make one object call ``hook`` before every call of its method ``name``."""
     original = getattr(owner, name)
 
     @wraps(original)

@@ -14,11 +14,11 @@ from llamafactory_adaptive.engines.optimizer_state import is_like, put, restart,
 def init_deepspeed_on_cpu() -> None:
     """Open DeepSpeed's process group before the model loads.
 
-    Without it ``zero.Init`` of ZeRO-3 computes its batch size against a world of one process on CPU and asserts.
-    Only called where there is no accelerator; elsewhere the Trainer does this in time.
+    Without it ``zero.Init`` of ZeRO-3 computes its batch size on a CPU as if there were one process, and an assertion
+    fails. It is only called where there is no accelerator; elsewhere the Trainer opens the group in time.
 
-    DeepSpeed would build an operator for reductions in shared memory first. gloo does that work as well, and the build
-    costs a minute, needs a compiler, and when it is killed leaves a lock that holds up every later run.
+    DeepSpeed would first build an operator for reductions in shared memory. gloo does that work as well; the build
+    takes a minute, needs a compiler, and when it is killed leaves a lock that blocks every later run.
     """
     import deepspeed
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
@@ -29,7 +29,7 @@ def init_deepspeed_on_cpu() -> None:
 
 
 class _ZeroEngine(ABC):
-    """What the ZeRO stages share: the optimizer that owns the pieces."""
+    """Base of the ZeRO engines: it holds the optimizer that owns the pieces."""
 
     partitioned = True
 
@@ -37,25 +37,25 @@ class _ZeroEngine(ABC):
         self.optimizer = optimizer
 
     def loss_scale(self) -> float:
-        """1 for bf16 and fp32."""
+        """Return the factor by which all gradients are scaled; 1 for bf16 and fp32."""
         return float(self.optimizer.cur_scale)
 
     @abstractmethod
     def piece(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """Start and length of what this process owns of it, flat."""
+        """Return start and length of the piece of the flattened parameter that this process owns."""
 
     @abstractmethod
     def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The optimizer's states of the owned piece."""
+        """Return the optimizer's states of the owned piece, by name."""
 
     def square_sums(self, parameter: nn.Parameter, others: Tensor) -> Tensor:
-        """Of the owned piece."""
+        """Sum and count the optimizer's running squared gradients of owned elements that ``others`` marks, (2,)."""
         start, length = self.piece(parameter)
         return square_sums(self._state(parameter), others[start:][:length])
 
 
 class Zero12Engine(_ZeroEngine):
-    """ZeRO-1 and 2: parameters whole, gradients and optimizer states in pieces.
+    """Engine of ZeRO-1 and 2: parameters are whole, gradients and optimizer states are in pieces.
 
     Pieces are found in the optimizer's own tables. ``param._hp_mapping``, which ``safe_get_full_grad`` relies on, is
     wrong under ``round_robin_gradients`` (DeepSpeed 0.19.8): it assumes the order before the round robin.
@@ -74,12 +74,12 @@ class Zero12Engine(_ZeroEngine):
                 self.places[id(parameter)] = (group, start, place, length)
 
     def piece(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """What of it lies in this process's partition."""
+        """Return start and length of the piece of the parameter in this process's partition; (0, 0) if none is."""
         _, start, _, length = self.places.get(id(parameter), (0, 0, 0, 0))
         return start, length
 
     def weights(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """Views of the fp32 partitions."""
+        """Return the owned pieces of the parameters, as views of the fp32 partitions."""
         flat = [partition.detach().view(-1) for partition in self.optimizer.single_partition_of_fp32_groups]
         return [self._cut(flat, parameter) for parameter in parameters]
 
@@ -88,7 +88,7 @@ class Zero12Engine(_ZeroEngine):
         return flat[group].narrow(0, place, length)
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """Views of the averaged gradients."""
+        """Return the averaged gradients of the owned pieces, as views."""
         if self.optimizer.cpu_offload:
             self.optimizer._wait_for_offload_copies()  # they are still on their way from the GPU
             flat = [partition.grad.view(-1) for partition in self.optimizer.single_partition_of_fp32_groups]
@@ -99,7 +99,7 @@ class Zero12Engine(_ZeroEngine):
         return [empty if place is None else by_place[place[0], place[2]] for place in places]
 
     def _by_place(self) -> dict[tuple[int, int], Tensor]:
-        """Averaged gradients by group and start: the lists hold them, and padding, in the order of the partition."""
+        """Index the averaged gradients by group and start; the lists hold them, and padding, in partition order."""
         by_place: dict[tuple[int, int], Tensor] = {}
         for group, gradients in self.optimizer.averaged_gradients.items():
             offset = 0
@@ -109,7 +109,7 @@ class Zero12Engine(_ZeroEngine):
         return by_place
 
     def set_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-        """Views; but with offload the norms that clipping uses were taken before."""
+        """Update the norms that clipping uses: with offload they were computed before the views were edited."""
         if not self.optimizer.cpu_offload:
             return
         norms = self.optimizer.norm_for_param_grads
@@ -119,7 +119,7 @@ class Zero12Engine(_ZeroEngine):
                 norms[identity] = gradient.to(norms[identity].dtype).norm(2).to(norms[identity].device)
 
     def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Of the owned piece."""
+        """Return views of the optimizer's states of the owned piece, by name."""
         if id(parameter) not in self.places:
             return {}
         group, _, place, length = self.places[id(parameter)]
@@ -128,7 +128,7 @@ class Zero12Engine(_ZeroEngine):
         return {key: v.view(-1).narrow(0, place, length) for key, v in state.items() if is_like(v, flat)}
 
     def overwrite(self, parameter: nn.Parameter, where: Tensor, values: Tensor, square: float) -> None:
-        """The whole working copy, on every process, and the owned piece of the fp32 copy."""
+        """Set some elements of the whole working copy and the owned fp32 piece, and reset their optimizer states."""
         put(parameter.data, where, values)
         if id(parameter) not in self.places:
             return
@@ -142,10 +142,10 @@ class Zero12Engine(_ZeroEngine):
 
 
 class Zero3Engine(_ZeroEngine):
-    """ZeRO-3: everything in pieces; the last process's piece is padded."""
+    """Engine of ZeRO-3: everything is in pieces of equal length; the last of them are padded."""
 
     def piece(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """An equal share, rounded up, less the padding."""
+        """Return start and length of this process's piece: an equal share, rounded up, less the padding."""
         share = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
         start = share * dist.get_rank()
         return start, max(0, min(share, parameter.ds_numel - start))  # type: ignore[attr-defined]
@@ -154,21 +154,21 @@ class Zero3Engine(_ZeroEngine):
         return padded.detach().view(-1)[: self.piece(parameter)[1]]
 
     def weights(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """The fp32 partitions without their padding."""
+        """Return the fp32 partitions of the parameters without their padding."""
         return [self._owned(p, self.optimizer.get_local_fp32_param(p)) for p in parameters]
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """The gradient partitions (copies, unless they are fp32) without their padding."""
+        """Return the gradient partitions (copies, unless they are fp32) without their padding."""
         return [self._owned(p, self.optimizer.get_local_fp32_grad_for_param(p)) for p in parameters]
 
     def set_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-        """Write the copies back, padded."""
+        """Write edited copies of gradients back to the optimizer, padded."""
         for parameter, gradient in zip(parameters, gradients, strict=True):
             padding = parameter.ds_tensor.ds_numel - gradient.numel()  # type: ignore[attr-defined]
             self.optimizer.set_local_grad_for_param(nn.functional.pad(gradient, (0, padding)), parameter)
 
     def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Copies of the owned piece without its padding."""
+        """Copy the optimizer's states of the owned piece, without padding, by name."""
         group = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)][0]
         flat = self.optimizer.fp32_partitioned_groups_flat[group]
         state = self.optimizer.optimizer.state[flat]
@@ -180,9 +180,10 @@ class Zero3Engine(_ZeroEngine):
         }
 
     def overwrite(self, parameter: nn.Parameter, where: Tensor, values: Tensor, square: float) -> None:
-        """The owned piece: the working copy, the fp32 copy and the states beside it.
+        """Set some elements of the owned piece, in working copy and fp32 copy, and reset their optimizer states.
 
-        Small parameters stay gathered between steps (``stage3_param_persistence_threshold``): those everywhere.
+        Small parameters stay gathered between steps (``stage3_param_persistence_threshold``): every process sets their
+        whole working copy as well.
         """
         if parameter.numel() == where.numel():
             put(parameter.data, where, values)
@@ -199,7 +200,7 @@ class Zero3Engine(_ZeroEngine):
 
     @contextmanager
     def gathered(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-        """Gather all of them in one collective; nothing may be changed."""
+        """Gather whole parameters in one collective for the time of the context; they must not be changed."""
         import deepspeed
 
         with deepspeed.zero.GatheredParameters(list(parameters)):

@@ -1,1 +1,1 @@
-"""From one saved adapter to the layouts that servers read right, each with a parity certificate."""
+"""Export of a saved adapter to the layouts that servers read correctly, each with a parity certificate."""

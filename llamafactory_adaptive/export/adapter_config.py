@@ -1,6 +1,6 @@
-"""``adapter_config.json``: read, checked value by value, and refused where a plain LoRA layout could not say the same.
+"""Reading of ``adapter_config.json``: every value is checked, and what a plain LoRA layout cannot express is refused.
 
-Adapters are shared by people who do not know each other, so nothing in the file is taken for what it should be.
+Adapters are shared by people who do not know each other, so no value in the file is trusted.
 """
 
 import math
@@ -19,7 +19,7 @@ from llamafactory_adaptive.ranks.module_names import is_module_name, is_plain_ke
 VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
 # Starts that leave the base model as it is; PiSSA, OLoRA, CorDA and LoftQ subtract from it when PEFT loads them.
 HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-NARROWED = ("exclude_modules", "layers_to_transform", "layers_pattern")  # with these, targets are not what they name
+NARROWED = ("exclude_modules", "layers_to_transform", "layers_pattern")  # keys that leave out some named targets
 LARGEST_RANK, LARGEST_ALPHA = 65_536, 1e9
 
 # Keys that change what the tensors mean, and why no layout can carry them.
@@ -40,7 +40,7 @@ _AGAIN = "saving the adapter again"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read the config of an adapter whose every value is fit for PEFT and for us.
+    """Read the config of an adapter and check each value that PEFT or the export uses.
 
     Raises:
         AdaptiveConfigError: with all reasons at once.
@@ -76,7 +76,7 @@ def _problems(folder: Path, config: Mapping[str, Any]) -> list[Problem]:
 
 
 def _init_problems(config: Mapping[str, Any]) -> list[Problem]:
-    """What is trained beside the factors, or done to the base."""
+    """List problems with biases, with initial factors that change the base, and with ``use_rslora``."""
     problems = []
     if config.get("bias", "none") not in ("none", None):
         problems.append(
@@ -92,7 +92,7 @@ def _init_problems(config: Mapping[str, Any]) -> list[Problem]:
 
 
 def _number_problems(config: Mapping[str, Any]) -> list[Problem]:
-    """Ranks are whole numbers from 1 on, alphas positive numbers; patterns map names to them."""
+    """List problems with numbers: ranks are whole, from 1 on, alphas positive; patterns map module names to them."""
     problems = []
     allowed = f"ranks are whole numbers from 1 on, alphas positive numbers, up to {LARGEST_RANK} and {LARGEST_ALPHA:g}"
     for key, pattern, fits in (("r", "rank_pattern", _is_rank), ("lora_alpha", "alpha_pattern", _is_alpha)):
@@ -118,7 +118,7 @@ def _is_alpha(value: object) -> bool:
 
 
 def _name_problems(config: Mapping[str, Any]) -> list[Problem]:
-    """Names are texts: of the base, of modules held whole, of targets and of the task."""
+    """List problems with names: of the base, of the task, of modules held whole and of target modules."""
     problems = []
     base, task = config.get("base_model_name_or_path"), config.get("task_type")
     if not isinstance(base, (str, type(None))) or (base and ("\0" in base or len(base) > 4096)):
@@ -139,5 +139,5 @@ def _name_problems(config: Mapping[str, Any]) -> list[Problem]:
 
 
 def _short(value: Any) -> Any:
-    """The value itself, or the beginning of a long one."""
+    """Return a value for an error message: itself, or the beginning of its text if that is long."""
     return value if len(shown := repr(value)) <= 200 else f"{shown[:200]}..."

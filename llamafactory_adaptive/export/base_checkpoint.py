@@ -1,4 +1,4 @@
-"""The base model as files: where it is, which shard holds which weight, and whether an adapter fits it."""
+"""The files of the base model: where they are, which shard holds which weight, and whether an adapter fits."""
 
 import shutil
 from collections.abc import Mapping
@@ -39,8 +39,8 @@ class BaseCheckpoint:
     """A 16-bit (or 32-bit) checkpoint in a local folder.
 
     Attributes:
-        name: what the user or the adapter calls it: a folder or a hub name.
-        weights: weight name to the file that holds it.
+        name: the name that the user or the adapter gives: a folder or a hub name.
+        weights: file of each weight, by its name.
     """
 
     name: str
@@ -49,26 +49,26 @@ class BaseCheckpoint:
 
     @property
     def shards(self) -> list[Path]:
-        """Files with weights, in order."""
+        """Return the files with weights, sorted."""
         return sorted(set(self.weights.values()))
 
     @cached_property
     def dtypes(self) -> frozenset[torch.dtype]:
-        """Types of the floating-point weights as the files hold them, whatever ``config.json`` says."""
+        """Return the types of floating-point weights in the files, whatever ``config.json`` says."""
         return frozenset(dtype for dtype in self.dtype_of.values() if dtype.is_floating_point)
 
     @cached_property
     def dtype_of(self) -> dict[str, torch.dtype]:
-        """Type of each weight as the files hold it."""
+        """Map each weight's name to its type in the files."""
         return {spec.name: spec.dtype for path in self.shards for spec in read_specs(path)}
 
     @property
     def widest(self) -> torch.dtype:
-        """The narrowest type that holds every weight exactly."""
+        """Return the narrowest type that holds every floating-point weight exactly."""
         return reduce(torch.promote_types, self.dtypes)
 
     def skeleton(self) -> nn.Module:
-        """The model without its weights, on the meta device."""
+        """Build the model without its weights, on the meta device."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         try:
@@ -81,17 +81,17 @@ class BaseCheckpoint:
             refuse("base", self.name, why, "`llamafactory-cli export`", cause=error)
 
     def tensor(self, name: str) -> Tensor:
-        """One weight by name."""
+        """Read one weight by name."""
         with safe_open(self.weights[name], framework="pt") as file:
             weight: Tensor = file.get_tensor(name)
         return weight
 
 
 def find_base(name: str | None, adapter: SourceAdapter) -> BaseCheckpoint:
-    """The base an adapter belongs to: ``name``, or what its config says; a folder, or a name on the hub.
+    """Find the base of an adapter: ``name``, or the one in its config; a folder, or a name on the hub.
 
     Raises:
-        AdaptiveConfigError: it is not there, quantised, or not saved as safetensors.
+        AdaptiveConfigError: the base is missing, quantised, not saved as safetensors, or cannot be read.
     """
     name = name or adapter.config.get("base_model_name_or_path")
     if not name:
@@ -122,7 +122,7 @@ def _is_folder(name: str) -> bool:
 
 
 def _check_layers(config: Mapping[str, Any], weights: int) -> None:
-    """Every layer has a weight; a number of layers out of the air would take for ever to build.
+    """Check that there is at least one weight per layer: a made-up number of layers would take for ever to build.
 
     Raises:
         ValueError: there are fewer weights than layers.
@@ -145,7 +145,7 @@ def _from_hub(name: str) -> Path:
 
 
 def _weight_map(folder: Path, name: str) -> dict[str, Path]:
-    """By the headers of the files themselves, which also tells whether they are whole."""
+    """Map each weight's name to its file by the headers of the files, which also shows whether they are complete."""
     index = folder / INDEX_FILE
     if index.is_file():
         files = _files_of(read_untrusted(folder, INDEX_FILE, "base"))
@@ -167,13 +167,13 @@ def _files_of(index: Mapping[str, Any]) -> list[str]:
 
 
 def tied_weights(skeleton: nn.Module) -> set[str]:
-    """Weights that are one with another (output head and embeddings)."""
+    """Return the names of tied weights (output head and embeddings)."""
     pairs: dict[str, str] = getattr(skeleton, "all_tied_weights_keys", {})
     return set(pairs) | set(pairs.values())
 
 
 def check_fit(adapter: SourceAdapter, base: BaseCheckpoint, skeleton: nn.Module) -> None:
-    """Every adapted layer is a linear layer of the base, of the same sizes, with a weight of its own.
+    """Check that every adapted layer is a linear layer of the base, of the same sizes, with a weight of its own.
 
     Raises:
         AdaptiveConfigError: naming the first layers that do not fit.
@@ -203,12 +203,13 @@ def check_fit(adapter: SourceAdapter, base: BaseCheckpoint, skeleton: nn.Module)
 
 
 def copy_side_files(base: BaseCheckpoint, adapter: Path, target: Path) -> None:
-    """Configs and generation settings of the base; the tokenizer, with its chat template, as training left it.
+    """Copy configs and generation settings of the base, and the tokenizer, with chat template, that training saved.
 
-    LLaMA-Factory saves the tokenizer beside the adapter, set up for the template that was trained.
+    LLaMA-Factory saves the tokenizer beside the adapter, set up for the template that was trained; without one there,
+    that of the base is copied.
 
     Raises:
-        ExportError: an entry leads out of its folder, has become a link since it was looked at, or has gone.
+        ExportError: an entry leads out of its folder, has become a link since it was checked, or is gone.
     """
     try:
         for name, folder in _side_files(base.folder, adapter).items():

@@ -1,4 +1,4 @@
-"""One export from start to end: check everything, write into a scratch folder, certify, and only then name it."""
+"""One export from start to end: check everything, write into a scratch folder, certify, and rename it at the end."""
 
 import shutil
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from llamafactory_adaptive.ranks.plan import load_plan
 
 @dataclass(frozen=True)
 class Export:
-    """A checked request: nothing in it has to be refused any more."""
+    """A request that has passed all checks, with what was read for them."""
 
     request: ExportRequest
     adapter: SourceAdapter
@@ -37,27 +37,27 @@ class Export:
 
     @property
     def rank(self) -> int:
-        """Largest rank of the exported adapter."""
+        """Return the largest rank of the exported adapter."""
         return max(module.rank for module in self.adapter.modules)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of merged weights: the one asked for, or that of the base's files."""
+        """Return the type of merged weights: the one asked for, or that of the base's files."""
         asked = self.request.dtype
         return merging.only_dtype(self.base) if asked == "auto" else getattr(torch, asked)
 
     @property
     def nf4(self) -> nf4_merging.Nf4 | None:
-        """How the base is quantised before merging, None to merge into it as it is."""
+        """Return how the base is quantised before merging; None if it is merged as it is."""
         return nf4_merging.Nf4(self.request.double_quantization) if self.request.quantization_aware else None
 
 
 def run_export(request: ExportRequest) -> str:
-    """Carry out one export; returns what to tell the user.
+    """Run one export and return the text for the user.
 
     Raises:
-        AdaptiveConfigError: before anything is written.
-        ExportError: parity failed; nothing carries the name of the output folder.
+        AdaptiveConfigError: the request is refused, before anything is written.
+        ExportError: the export or its parity check failed; nothing is written to the output folder.
     """
     export = prepare(request)
     with scratch_folder(request.out) as scratch:
@@ -69,7 +69,7 @@ def run_export(request: ExportRequest) -> str:
 
 
 def prepare(request: ExportRequest) -> Export:
-    """Read and check everything that can be refused without loading a model."""
+    """Read adapter and base, and check everything that can be refused without loading a model."""
     if request.out.is_symlink():
         refuse("out", str(request.out), "it is a link, nothing was overwritten", "the folder it points at")
     if request.out.exists() and (not request.out.is_dir() or any(request.out.iterdir())):
@@ -113,7 +113,7 @@ def _rows(base: BaseCheckpoint) -> list[list[int]]:
 
 
 def write(export: Export, target: Path) -> list[str]:
-    """Write the layout into ``target``; returns notes for the user."""
+    """Write the layout into ``target`` and return notes for the user."""
     request, adapter, base = export.request, export.adapter, export.base
     if request.server == "merged":
         return _write_merged(export, target)
@@ -143,7 +143,7 @@ def _write_merged(export: Export, target: Path) -> list[str]:
 
 
 def _hint(export: Export) -> list[str]:
-    """Where the plan beside the adapter says the base was quantised, the other merge is worth a thought."""
+    """Suggest ``--quantization-aware`` if the plan beside the adapter was made on a 4-bit base."""
     path = export.adapter.folder / PLAN_FILE
     if export.nf4 or not path.is_file():
         return []
@@ -160,7 +160,7 @@ def _hint(export: Export) -> list[str]:
 
 
 def certify(export: Export, folder: Path) -> list[str]:
-    """Compare with PEFT and write the certificate; returns the checks in words.
+    """Compare the export with PEFT, write the certificate, and return the checks in words.
 
     Raises:
         ExportError: a check failed.

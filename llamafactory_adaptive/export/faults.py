@@ -1,4 +1,4 @@
-"""What can go wrong in an export, and what other libraries say of it, in words."""
+"""Errors of an export, and the words for errors of other libraries."""
 
 from pathlib import Path
 from typing import Any
@@ -9,26 +9,26 @@ from llamafactory_adaptive.files import read_mapping
 
 
 class ExportError(AdaptiveError, RuntimeError):
-    """An adapter could not be exported; nothing carries the name of the output folder."""
+    """Error of an adapter that could not be exported; nothing was written to the output folder."""
 
 
 def first_line(error: BaseException) -> str:
-    """Say what an error says, in one line."""
+    """Return the first line of an error's message, or its type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def loading_fault(error: BaseException) -> str:
-    """Say why transformers did not load something; its own advice to trust remote code is not passed on."""
+    """Describe why transformers did not load something, without its advice to trust remote code."""
     if "trust_remote_code" in str(error):
         return "it comes with Python code of its own, which is never run here"
     return first_line(error)
 
 
 def read_untrusted(folder: Path, name: str, key: str) -> dict[str, Any]:
-    """Read a JSON mapping of a folder that may come from anywhere; ``key`` is the option that named the folder.
+    """Read a JSON mapping from an untrusted folder; ``key`` is the option that named the folder.
 
     Raises:
-        AdaptiveConfigError: it cannot be read, or leads out of the folder.
+        AdaptiveConfigError: the file cannot be read, or leads out of the folder.
     """
     try:
         return read_mapping(inside(folder, name), name, error=ExportError)
@@ -37,10 +37,10 @@ def read_untrusted(folder: Path, name: str, key: str) -> dict[str, Any]:
 
 
 def refuse_entries_outside(folder: Path, key: str) -> None:
-    """Refuse a folder with a link that leads out of it.
+    """Refuse a folder with an entry that leads out of it or is not an ordinary file.
 
     Raises:
-        AdaptiveConfigError: naming the link.
+        AdaptiveConfigError: with the name of the entry.
     """
     try:
         check_entries(folder)

@@ -1,7 +1,7 @@
-"""Folders that may come from anywhere: which of their entries may be opened or copied.
+"""Checks of untrusted folders: which of their entries may be opened or copied.
 
 A link in a downloaded folder can point at any file of this machine, and what is read through it would end up in an
-export that is then shared. The cache of the Hugging Face hub consists of links, though:
+export that is then shared. The cache of the Hugging Face hub, however, consists of links:
 ``snapshots/<revision>/<file>`` points at ``blobs/<digest>`` of the same model. Those, and links that stay inside the
 folder, are followed.
 """
@@ -19,11 +19,11 @@ _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 class OutsideError(ValueError):
-    """An entry of a folder that leads out of it, or is no ordinary file."""
+    """Error about an entry of a folder that leads out of it, or is not an ordinary file."""
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Give the path of entry ``name`` of ``folder``, which need not exist.
+    """Return the path of entry ``name`` of ``folder``, which need not exist.
 
     Raises:
         OutsideError: the name is absolute or has ``..`` in it, or a link leads out of the folder.
@@ -33,7 +33,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def _target(folder: Path, name: str) -> tuple[Path, Path]:
-    """Follow the links of an entry: the folder it may lie in (itself without links), and the path from there."""
+    """Resolve the links of an entry into the folder that it may lie in, without links, and its path in there."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
         raise OutsideError(f"{name!r} is no name inside the folder")
@@ -47,12 +47,12 @@ def _target(folder: Path, name: str) -> tuple[Path, Path]:
 
 
 def open_inside(folder: Path, name: str) -> BinaryIO:
-    """Open entry ``name`` of ``folder`` for reading: the very file that was judged, whatever takes its name meanwhile.
+    """Open entry ``name`` of ``folder`` for reading: the file that was checked, even if its name is reused meanwhile.
 
     Raises:
-        OutsideError: as :func:`inside`; or a link took a place on the way after the judgement; or it is no ordinary
+        OutsideError: as :func:`inside`; or part of its path became a link after the check; or it is not an ordinary
             file.
-        OSError: it is not there, or may not be read.
+        OSError: it does not exist, or may not be read.
     """
     home, rest = _target(folder, name)
     steps = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -85,10 +85,10 @@ def _is_blob(home: Path, target: Path) -> bool:
 
 
 def entries_inside(folder: Path, *patterns: str) -> Iterator[Path]:
-    """Give the ordinary files of ``folder`` that match, by :func:`inside`; folders of such a name are passed over.
+    """Yield the ordinary files of ``folder`` that match a pattern, checked by :func:`inside`; folders are skipped.
 
     Raises:
-        OutsideError: one leads out of the folder.
+        OutsideError: an entry leads out of the folder.
     """
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         entry = inside(folder, path.relative_to(folder).as_posix())
@@ -99,11 +99,12 @@ def entries_inside(folder: Path, *patterns: str) -> Iterator[Path]:
 def check_entries(folder: Path) -> None:
     """Refuse a folder with an entry that no library should be allowed to open.
 
-    Libraries that load a model or tokenizer choose for themselves what they read, so every entry is looked at, and
-    what is one level below in folders of templates.
+    Libraries that load a model or tokenizer choose themselves which files they read, so every entry is checked, and
+    those of the folder of chat templates.
 
     Raises:
-        OutsideError: naming a link that leads out, or a pipe, socket or device, which could block for ever.
+        OutsideError: with the name of a link that leads out, or of a pipe, socket or device, which could block for
+            ever.
     """
     for path in sorted({*folder.glob("*"), *folder.glob("additional_chat_templates/*")}):
         name = path.relative_to(folder).as_posix()

@@ -1,4 +1,4 @@
-"""The layouts: what is written for each server, and why it reads it right.
+"""Layouts of adapters: what is written for each server, and why that server reads it correctly.
 
 contract   ranks by module, every module scaled by ``lora_alpha / r`` of the config, full names. PEFT, and vLLM from
            0.32 on, read the patterns; older vLLM ignores them, copies each tensor into a zeroed buffer of its largest
@@ -32,7 +32,7 @@ Factors = Iterator[tuple[str, Tensor, Tensor]]
 
 
 def write_contract(adapter: SourceAdapter, base: str, target: Path) -> None:
-    """Ranks by module, one scale."""
+    """Write the adapter with a rank per module and one scale for all."""
     scale = common_scale(adapter)
     ranks = {module.name: module.rank for module in adapter.modules}
     _write(adapter, base, target, contract_arguments(ranks, scale), _scaled_alike(adapter, scale))
@@ -41,10 +41,10 @@ def write_contract(adapter: SourceAdapter, base: str, target: Path) -> None:
 def write_padded(
     adapter: SourceAdapter, base: str, target: Path, skeleton: nn.Module, together: Sequence[tuple[str, ...]] = ()
 ) -> None:
-    """One rank, the same layer types everywhere, one scale.
+    """Write the adapter padded to one rank, with factors for all layers of its types and one scale.
 
     Args:
-        together: layer types of which all are written where the adapter has one of them.
+        together: groups of layer types; all types of a group are written if the adapter has one of them.
     """
     scale = common_scale(adapter)
     rank = max(module.rank for module in adapter.modules)
@@ -55,12 +55,12 @@ def write_padded(
 
 
 def common_scale(adapter: SourceAdapter) -> float:
-    """The scale most modules have."""
+    """Return the scale that most modules of the adapter have."""
     return Counter(module.scale for module in adapter.modules).most_common(1)[0][0]
 
 
 def _scaled_alike(adapter: SourceAdapter, scale: float) -> Factors:
-    """Every module's factors, with what its scale differs by multiplied into B."""
+    """Yield every module's factors, with the ratio of its scale to ``scale`` multiplied into B."""
     for module in adapter.modules:
         a, b = adapter.factors(module.name)
         if not math.isclose(module.scale, scale, rel_tol=1e-9):
@@ -85,7 +85,7 @@ def _padded(adapter: SourceAdapter, scale: float, rank: int, types: list[str], s
 
 
 def _write(adapter: SourceAdapter, base: str, target: Path, settings: Mapping[str, Any], factors: Factors) -> None:
-    """A PEFT adapter on disk; lists and patterns sorted, so that equal adapters are equal files."""
+    """Write a PEFT adapter to disk, with sorted keys and sets, so that equal adapters give equal files."""
     config = LoraConfig(
         task_type="CAUSAL_LM", base_model_name_or_path=base, inference_mode=True,
         **settings,

@@ -1,8 +1,8 @@
-"""Merge into the base shard by shard, bit for bit as PEFT's ``merge_and_unload`` does it on a CPU.
+"""Merging into the base shard by shard, bit for bit as PEFT's ``merge_and_unload`` does it on a CPU.
 
 PEFT computes ``W += (B @ A) * scale`` in place: the product in fp32 (it loads 16-bit factors in fp32), the sum in fp32
-too, rounded once to the weight's type. The same operations in the same order give the same bits. One weight is held at
-a time; shards keep their names and what they hold.
+too, rounded once to the weight's type. The same operations in the same order give the same bits. Only one weight is in
+memory at a time; shards keep their names and hold the same weights as before.
 """
 
 import json
@@ -25,16 +25,16 @@ Transform = Callable[[str, Tensor], Tensor]
 
 
 def update(adapter: SourceAdapter, name: str) -> Tensor:
-    """What the adapter adds to a module's weight: scale * B A in fp32, (d_out, d_in)."""
+    """Compute what the adapter adds to a module's weight: scale * B A in fp32, (d_out, d_in)."""
     a, b = adapter.factors(name)
     return (b.float() @ a.float()) * adapter.by_name[name].scale
 
 
 def only_dtype(base: BaseCheckpoint) -> torch.dtype:
-    """The one type all weights have.
+    """Return the one type that all floating-point weights of the base have.
 
     Raises:
-        AdaptiveConfigError: they have several; PEFT would merge in one, and which is not ours to choose.
+        AdaptiveConfigError: they have several; PEFT would merge in one of them, and the user has to choose which.
     """
     if len(base.dtypes) == 1:
         return next(iter(base.dtypes))
@@ -45,7 +45,7 @@ def only_dtype(base: BaseCheckpoint) -> torch.dtype:
 
 
 def check_replaced(adapter: SourceAdapter, base: BaseCheckpoint, skeleton: nn.Module) -> None:
-    """Weights the adapter holds whole must have one place to go to.
+    """Check that each weight which the adapter holds whole replaces exactly one weight of the base.
 
     Raises:
         AdaptiveConfigError: a weight is tied to another one, or the base has none of that name and shape.
@@ -93,7 +93,7 @@ def merge(
 
 
 def _added(name: str, weight: Tensor, change: Tensor) -> Tensor:
-    """Add a module's update to its weight; only what it makes infinite is the type's fault."""
+    """Add a module's update to its weight; the error for a result that is not finite names the cause."""
     merged = weight.clone().add_(change)
     if bool(torch.isfinite(merged).all()):
         return merged
@@ -109,7 +109,7 @@ def _merge_shard(
     make: Callable[[TensorSpec, Tensor], Tensor],
     progress: tqdm,
 ) -> int:
-    """One shard; returns its bytes of weights."""
+    """Write one merged shard and return the size of its weights in bytes."""
     specs = [_retyped(spec, dtype) for spec in read_specs(source)]
     with safe_open(source, framework="pt") as file:
 
@@ -122,7 +122,7 @@ def _merge_shard(
 
 
 def merged_bytes(base: BaseCheckpoint, dtype: torch.dtype) -> int:
-    """Size of the merged weights on disk."""
+    """Compute the size of the merged weights on disk, in bytes."""
     return sum(_retyped(spec, dtype).bytes for path in base.shards for spec in read_specs(path))
 
 
@@ -139,7 +139,7 @@ def _write_index(base: BaseCheckpoint, target: Path, total: int) -> None:
 
 
 def set_dtype(target: Path, dtype: torch.dtype) -> None:
-    """Say the type in the copied ``config.json``, by which servers load; the base's may say another one."""
+    """Set the type in the copied ``config.json`` to that of the merged weights, since servers load by it."""
     path = target / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     key = "torch_dtype" if "torch_dtype" in config else "dtype"

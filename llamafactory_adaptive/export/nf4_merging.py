@@ -1,8 +1,8 @@
-"""Merging for an adapter that was trained on a 4-bit base (QLoRA, Dettmers et al. 2023, arXiv 2305.14314).
+"""Merging of an adapter that was trained on a 4-bit base (QLoRA, Dettmers et al. 2023, arXiv 2305.14314).
 
-Such an adapter learned beside W_q = dequantised(NF4(W)), not beside W. Merged into W it is served on weights that
-differ by W - W_q from those it was trained with. How that compares to what was learned is, layer by layer,
-||W - W_q|| / ||scale * B A||. On a CPU, bitsandbytes quantises some ten million weights per second.
+Such an adapter was trained beside W_q = dequantised(NF4(W)), not beside W. Merged into W it is served on weights that
+differ by W - W_q from those in training. The ratio ||W - W_q|| / ||scale * B A|| of a layer compares that difference
+with what was learned. On a CPU, bitsandbytes quantises some ten million weights per second.
 """
 
 import json
@@ -26,7 +26,7 @@ SMALL, LARGE = 0.25, 1.0
 
 
 def quantised_weights(skeleton: nn.Module) -> set[str]:
-    """The weights that loading in 4-bit quantises: all linear layers but the output head, as transformers has it."""
+    """Name the weights that loading in 4-bit quantises: all linear layers but the output head, as in transformers."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
     kept = set(get_keys_to_not_convert(skeleton))
@@ -36,7 +36,7 @@ def quantised_weights(skeleton: nn.Module) -> set[str]:
 
 @dataclass(frozen=True)
 class Nf4:
-    """How a base was quantised: NF4 in blocks of 64, as LLaMA-Factory does by default.
+    """Settings of the base's quantisation: NF4 in blocks of 64, as LLaMA-Factory does by default.
 
     Attributes:
         double: whether the block maxima are quantised too (``double_quantization``, on by default).
@@ -45,7 +45,7 @@ class Nf4:
     double: bool
 
     def through(self, weight: Tensor) -> Tensor:
-        """Quantise and dequantise, in the weight's own type: what a 4-bit layer multiplies with."""
+        """Quantise and dequantise a weight in its own type, as a 4-bit layer multiplies with it."""
         # Here, since the package is an extra: all other exports do without it.
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -55,7 +55,7 @@ class Nf4:
         return dequantize_4bit(packed, state)
 
     def loading(self) -> Any:
-        """The same for ``from_pretrained``."""
+        """Build the quantisation config with the same settings for ``from_pretrained``."""
         from transformers import BitsAndBytesConfig
 
         return BitsAndBytesConfig(
@@ -68,7 +68,7 @@ class Nf4:
 
 @dataclass
 class QuantisationReport:
-    """Ratio of quantisation error to update for every adapted layer, filled while merging.
+    """Ratio of quantisation error to update for every adapted layer, collected while merging.
 
     Attributes:
         untrained: layers whose update is zero, which have no ratio.
@@ -79,7 +79,7 @@ class QuantisationReport:
     untrained: list[str] = field(default_factory=list)
 
     def transform(self, adapter: SourceAdapter, quantised: set[str]) -> Callable[[str, Tensor], Tensor]:
-        """What to do to each weight before merging: pass it through NF4, and note the ratio where it is adapted."""
+        """Make the function that passes each weight through NF4 before merging, and notes ratios of adapted ones."""
 
         def prepare(name: str, weight: Tensor) -> Tensor:
             if name not in quantised:
@@ -99,11 +99,11 @@ class QuantisationReport:
 
     @property
     def median(self) -> float:
-        """The middle ratio; zero where nothing was trained or quantised."""
+        """Return the median ratio; zero if no layer has one."""
         return statistics.median(self.ratios.values()) if self.ratios else 0.0
 
     def recommendation(self) -> str:
-        """What the ratios say. They compare sizes; only scores tell which merge answers better."""
+        """Recommend a merge by the median ratio. It compares sizes; only scores tell which merge answers better."""
         if self.median >= LARGE:
             return (
                 "quantising moved the weights more than training did. For an adapter trained on the 4-bit base, serve "
@@ -114,7 +114,7 @@ class QuantisationReport:
         return "training moved the weights far more than quantising: prefer a plain merge, it keeps the 16-bit base"
 
     def table(self) -> str:
-        """One line per adapted layer, largest ratio first, then the recommendation."""
+        """Format the report: a line per adapted layer, largest ratio first, then the recommendation."""
         width = max(map(len, self.ratios), default=5)
         ordered = sorted(self.ratios.items(), key=lambda item: -item[1])
         lines = [f"{'layer':<{width}}  quantisation error / update"]
@@ -122,6 +122,6 @@ class QuantisationReport:
         return "\n".join([*lines, f"median {self.median:.3f}: {self.recommendation()}"])
 
     def save(self, folder: Path) -> None:
-        """Write the ratios beside the merged weights."""
+        """Write the ratios to a JSON file beside the merged weights."""
         document = {**asdict(self), "block_size": BLOCK_SIZE, "median": self.median, "advice": self.recommendation()}
         (folder / REPORT_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

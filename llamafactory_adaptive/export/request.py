@@ -1,4 +1,4 @@
-"""The words of ``llamafactory-adaptive export``: standard library only, so that the command line starts at once."""
+"""Arguments of ``llamafactory-adaptive export``; standard library only, so that the command line starts quickly."""
 
 import argparse
 import math
@@ -23,12 +23,12 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What the user asked for.
+    """An export as the user asked for it.
 
     Attributes:
-        base: folder or hub name, None for what the adapter's config says.
-        dtype: one of DTYPES; for merged weights.
-        tolerance: in nats.
+        base: folder or hub name; None for the one in the adapter's config.
+        dtype: type of merged weights, one of DTYPES.
+        tolerance: largest difference of log-probabilities, in nats.
     """
 
     adapter: Path
@@ -43,7 +43,7 @@ class ExportRequest:
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
+    """Add the arguments of the export command to a parser."""
     parser.add_argument(
         "adapter", type=path_argument, metavar="ADAPTER", help="folder of a saved LoRA adapter, e.g. saves/igu"
     )
@@ -84,10 +84,10 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def export_request(arguments: argparse.Namespace) -> ExportRequest:
-    """The parsed words as a request.
+    """Turn parsed arguments into a checked request.
 
     Raises:
-        AdaptiveConfigError: options that say nothing together, or a tolerance that is none.
+        AdaptiveConfigError: options do not fit together, or a value is not allowed.
     """
     request = ExportRequest(**{name: getattr(arguments, name) for name in ExportRequest.__dataclass_fields__})
     refuse_all(*_problems(request))

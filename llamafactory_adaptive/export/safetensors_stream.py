@@ -1,8 +1,8 @@
-"""Writing safetensors one tensor at a time.
+"""Writing of safetensors files one tensor at a time.
 
-``safetensors.torch.save_file`` wants a whole file's tensors in memory, which for a checkpoint in one file is a copy of
+``safetensors.torch.save_file`` needs all tensors of a file in memory, which for a checkpoint in one file is a copy of
 the base. The format is a length (8 bytes, little endian), a JSON header with type, shape and place of each tensor, and
-the tensors one behind the other: https://github.com/huggingface/safetensors#format
+the tensors one after the other: https://github.com/huggingface/safetensors#format
 """
 
 import json
@@ -27,7 +27,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a file's header says of one tensor."""
+    """Header entry of one tensor in a file: its name, type and shape."""
 
     name: str
     dtype: torch.dtype
@@ -35,15 +35,15 @@ class TensorSpec:
 
     @property
     def bytes(self) -> int:
-        """Size of the tensor on disk, in bytes."""
+        """Return the size of the tensor on disk, in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 def read_specs(path: Path) -> list[TensorSpec]:
-    """The header of a file, in the order of the names.
+    """Read the header of a file, sorted by name.
 
     Raises:
-        ValueError: a tensor has a type (8-bit float, say) that is no weight of a 16-bit or 32-bit model.
+        ValueError: a tensor has a type (8-bit float, for example) that 16-bit and 32-bit models do not use.
     """
     specs = []
     with safe_open(path, framework="pt") as file:
@@ -53,7 +53,7 @@ def read_specs(path: Path) -> list[TensorSpec]:
 
 
 def read_spec(file: Any, name: str) -> TensorSpec:
-    """Read type and shape of one tensor of an open file, not the tensor.
+    """Read type and shape of one tensor of an open file, without its values.
 
     Raises:
         ValueError: as for :func:`read_specs`.
@@ -65,7 +65,7 @@ def read_spec(file: Any, name: str) -> TensorSpec:
 
 
 def write_streaming(path: Path, specs: Iterable[TensorSpec], make: Callable[[TensorSpec], Tensor]) -> None:
-    """Write a file whose tensors are made one by one; at no time is more than one of them held.
+    """Write a file whose tensors are made one by one; no more than one of them is in memory at a time.
 
     Wider types come first, as the safetensors library orders them, so that every tensor is aligned.
     """

@@ -1,4 +1,4 @@
-"""The folder an export is written into before it has earned its name; what killed exports leave is removed."""
+"""The scratch folder that an export is written into before it is renamed; those of killed exports are removed."""
 
 import shutil
 import time
@@ -15,18 +15,18 @@ from llamafactory_adaptive.files import LOCK_FILE, cannot_write, could_not_write
 from llamafactory_adaptive.folder_lock import locked
 
 
-# Between making its folder and locking it, or unlocking and naming it, an export is a moment without a lock.
+# An export holds no lock for a moment between making and locking its folder, and between unlocking and renaming it.
 _MOMENT_S = 3600.0
 
 
 @contextmanager
 def scratch_folder(out: Path) -> Iterator[Path]:
-    """Within the context give a folder beside ``out`` that takes its name on success and is gone otherwise.
+    """Provide a folder beside ``out`` for the time of the context; it is renamed to ``out`` on success, else removed.
 
-    It is locked as long as this process lives, so that another export knows it from one that was left behind.
+    It is locked as long as this process lives, so that other exports can tell it from a folder that was left behind.
 
     Raises:
-        ExportError: nothing can be written there, or ``out`` has come into being meanwhile.
+        ExportError: nothing can be written there, or ``out`` was created in the meantime.
     """
     remove_left_behind(out)
     folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
@@ -57,7 +57,7 @@ def _take_name(folder: Path, out: Path) -> None:
 
 
 def remove_left_behind(out: Path) -> None:
-    """Remove scratch folders of exports to ``out`` whose process has ended; one in use, on any machine, stays."""
+    """Remove scratch folders of exports to ``out`` whose process has ended; those in use, on any machine, stay."""
     for folder in _scratch_folders(out):
         try:
             if not (folder / LOCK_FILE).exists() and time.time() - folder.stat().st_mtime < _MOMENT_S:

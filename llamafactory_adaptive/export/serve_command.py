@@ -1,4 +1,4 @@
-"""The command that serves an exported folder, ready to paste. Servers bind to this machine only."""
+"""The command that serves an exported folder, ready to paste. It makes servers bind to this machine only."""
 
 import shlex
 from pathlib import Path
@@ -13,7 +13,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM allows for max_
 
 
 def max_lora_rank(rank: int) -> int:
-    """The smallest rank vLLM can be told that holds ``rank``.
+    """Return the smallest value of vLLM's ``max_lora_rank`` that covers ``rank``.
 
     Raises:
         ExportError: no allowed value is that large.
@@ -28,9 +28,9 @@ def max_lora_rank(rank: int) -> int:
 
 
 def serve_command(server: str, base: BaseCheckpoint, folder: Path, rank: int) -> str:
-    """What to type to serve ``folder``, an export for ``server`` of an adapter whose largest rank is ``rank``.
+    """Build the command that serves ``folder``, an export for ``server`` of an adapter of largest rank ``rank``.
 
-    Words in capitals are the user's to fill in.
+    Words in capitals are left for the user to fill in.
     """
     model, here, name = shlex.quote(base.name), shlex.quote(str(folder)), shlex.quote(folder.name)
     local = shlex.quote(str(base.folder))

@@ -1,4 +1,4 @@
-"""The adapter that is exported: read from disk, refused where a plain LoRA layout could not say what it says."""
+"""The adapter to export: it is read from disk, and refused if a plain LoRA layout cannot express it."""
 
 import math
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from llamafactory_adaptive.ranks.module_names import NamePattern, is_module_name
 
 @dataclass(frozen=True)
 class LoraModule:
-    """One adapted linear layer: its full name in the base model, sizes, rank, and what multiplies B A."""
+    """One adapted linear layer: its full name in the base model, sizes, rank, and the factor on B A."""
 
     name: str
     in_features: int
@@ -46,15 +46,15 @@ class SourceAdapter:
 
     @cached_property
     def by_name(self) -> dict[str, LoraModule]:
-        """Modules by their full name."""
+        """Map the full names of modules to the modules."""
         return {module.name: module for module in self.modules}
 
     @property
     def peft_settings(self) -> dict[str, Any]:
-        """Arguments of ``peft.LoraConfig``: what was checked of the adapter's config, and nothing else of it.
+        """Build arguments of ``peft.LoraConfig`` from the checked values of the adapter's config alone.
 
-        Targets that are an expression, or are narrowed down by layers, are never evaluated: the file has tensors for
-        exactly the modules they stood for.
+        Targets that are a regular expression, or are narrowed down by layers, are never evaluated: the file has
+        tensors for exactly the modules that they matched.
         """
         config, keys = (
             self.config,
@@ -67,23 +67,23 @@ class SourceAdapter:
         return {**settings, "target_modules": targets, "task_type": "CAUSAL_LM", "inference_mode": True}
 
     def tensor(self, key: str) -> Tensor:
-        """One tensor of the file."""
+        """Read one tensor of the adapter's file by its key."""
         with safe_open(self.folder / ADAPTER_WEIGHTS, framework="pt") as file:
             tensor: Tensor = file.get_tensor(key)
         return tensor
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """A (r, d_in) and B (d_out, r) of a module."""
+        """Read A (r, d_in) and B (d_out, r) of a module."""
         return self.tensor(factor_key(name, "A")), self.tensor(factor_key(name, "B"))
 
 
 def factor_key(name: str, side: str) -> str:
-    """What PEFT calls factor ``side`` (A or B) of a module in a saved adapter."""
+    """Return PEFT's key of factor ``side`` (A or B) of a module in a saved adapter."""
     return f"{TENSOR_PREFIX}{name}.lora_{side}.weight"
 
 
 def read_adapter(folder: Path) -> SourceAdapter:
-    """Read a saved adapter and refuse, all reasons at once, what is no plain LoRA.
+    """Read a saved adapter, and refuse one that is not plain LoRA, with all reasons at once.
 
     Raises:
         AdaptiveConfigError: the folder holds no adapter, or one that no layout can carry.
@@ -99,7 +99,7 @@ def read_adapter(folder: Path) -> SourceAdapter:
 
 
 def _read_tensors(path: Path, config: Mapping[str, Any]) -> tuple[tuple[LoraModule, ...], dict[str, str], list[str]]:
-    """The modules, the weights held whole, and what is wrong in words."""
+    """Read the modules and the keys of the weights held whole, and list the faults in words."""
     replaced: dict[str, str] = {}
     names, faults = [], []
     with safe_open(path, framework="pt") as file:
@@ -142,7 +142,7 @@ def _modules(file: Any, names: list[str], config: Mapping[str, Any]) -> tuple[tu
 
 
 def _sizes(file: Any, name: str, rank: int, a: TensorSpec, b: TensorSpec) -> tuple[tuple[int, int], list[str]]:
-    """Sizes of one module, in and out, and what is wrong with its factors; nothing is read before the shapes fit."""
+    """Check one module's factors: return its sizes, in and out, and the faults; values are read if shapes fit."""
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
         return (0, 0), [f"{name} has rank {rank} by {ADAPTER_CONFIG} but A {a.shape} and B {b.shape}"]
     if not (a.dtype.is_floating_point and b.dtype.is_floating_point):

@@ -1,1 +1,1 @@
-"""Ranks as numbers: from a budget and scores to whole ranks per module, and the plan file that holds them."""
+"""Arithmetic of ranks: from a budget and scores to whole ranks per module, and the plan file that holds them."""

@@ -1,9 +1,9 @@
-"""Scores, costs and a budget in; integer ranks out. Pure: no torch, no input or output.
+"""Allocation of integer ranks from scores, costs and a budget. Pure: no torch, no I/O.
 
 Static methods score modules: ranks are proportional to the scores within their bounds (water-filling: what a capped
 module cannot take goes to the rest by the same proportions), then rounded down and completed by the largest
 remainders. Dynamic methods score rank-1 components: the globally best are kept, or modules share the budget by their
-sensitivities. Deterministic: ties go by module order.
+sensitivities. Results are deterministic: ties go to the earlier module.
 """
 
 import bisect
@@ -20,7 +20,7 @@ _LEAST_SCORE = 1e-250  # of the largest: below it a score is 0, so that bound / 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What ranks may cost and be.
+    """Budget, and the limits on every module's rank.
 
     Attributes:
         costs: budget units one rank of each module costs (``d_in + d_out`` parameters, or 1).
@@ -34,18 +34,18 @@ class Bounds:
     upper: Sequence[int]
 
     def cost(self, ranks: Iterable[float]) -> float:
-        """Sum what ranks cost; whole for whole ranks."""
+        """Compute what ranks cost in total; a whole number for whole ranks."""
         return sum(rank * cost for rank, cost in zip(ranks, self.costs, strict=True))
 
     def of(self, modules: Sequence[int]) -> "Bounds":
-        """Take the bounds of some modules, by number."""
+        """Select the bounds of some modules, given by number; the budget stays the same."""
         costs, lower, upper = ([each[i] for i in modules] for each in (self.costs, self.lower, self.upper))
         return Bounds(costs, self.budget, lower, upper)
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Outcome of :func:`allocate`.
+    """Ranks that :func:`allocate` chose.
 
     Attributes:
         ranks: integer rank per module.
@@ -153,7 +153,7 @@ def _fill_equally(bounds: Bounds, budget: float) -> list[float]:
 
 
 def _complete(ranks: list[int], ideal: Sequence[float], bounds: Bounds) -> int:
-    """Add rank units by largest remainder while any still fits; returns what stays unspent."""
+    """Add rank units by largest remainder while any still fits, and return the budget that is left."""
     costs, upper, left = bounds.costs, bounds.upper, bounds.budget - int(bounds.cost(ranks))
     heap = [(ranks[i] - ideal[i], i) for i in range(len(ranks)) if ranks[i] < upper[i]]
     heapq.heapify(heap)
@@ -219,12 +219,12 @@ def reallocate_components(
     """Share the budget among modules in proportion to their sensitivities; ranks grow and shrink.
 
     A module that shrinks keeps its best components. One that grows turns on the first of those that are off, which
-    have no score worth the name.
+    have no meaningful score.
 
     Args:
-        sensitivities: per module, non-negative and finite.
+        sensitivities: per module, a non-negative finite number.
         scores: per module, one non-negative finite score per component.
-        on: which components are in use.
+        on: per module, which components are in use.
         bounds: as in :func:`allocate`.
 
     Returns:

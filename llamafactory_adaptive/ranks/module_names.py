@@ -1,8 +1,8 @@
 """Names of modules, and the patterns over them in ``rank_pattern`` and ``alpha_pattern``, without regular expressions.
 
-PEFT and vLLM hand every key of these patterns to ``re``. A key from elsewhere may be an expression that never ends, so
-only names are taken: ``q_proj``, ``layers.3.q_proj``, or ``^model.layers.3.q_proj`` for the whole name. They mean what
-they mean to PEFT: the first key that is the module's name, or ends it after a dot.
+PEFT and vLLM pass every key of these patterns to ``re``. An untrusted key may be an expression whose matching never
+ends, so only names are accepted: ``q_proj``, ``layers.3.q_proj``, or ``^model.layers.3.q_proj`` for the whole name. As
+in PEFT, the first key that is the module's name, or ends it after a dot, applies.
 """
 
 import re
@@ -17,23 +17,23 @@ _KEYS_PER_MODULE, _FEW_KEYS = 4, 256
 
 
 def module_type(name: str) -> str:
-    """Take the last word of a full module name: ``model.layers.3.mlp.up_proj`` is an ``up_proj``."""
+    """Return the last word of a full module name: ``up_proj`` for ``model.layers.3.mlp.up_proj``."""
     return name.rpartition(".")[2]
 
 
 def layer_and_type(name: str) -> tuple[int | None, str]:
-    """Split a full module name: ``model.layers.3.mlp.up_proj`` is (3, ``up_proj``)."""
+    """Return layer number and type of a full module name: (3, ``up_proj``) for ``model.layers.3.mlp.up_proj``."""
     layer = re.search(r"\.(\d+)\.", name)
     return (int(layer.group(1)) if layer else None), module_type(name)
 
 
 def is_module_name(name: object) -> bool:
-    """Tell whether ``name`` is a text that a module could be called: words with dots between them."""
+    """Tell whether ``name`` is a valid module name: words with dots between them."""
     return isinstance(name, str) and len(name) <= LONGEST and _NAME.fullmatch(name) is not None
 
 
 def is_plain_key(key: object) -> bool:
-    """Tell whether a key of a pattern is a module name, or the end of one; ``^``, ``$`` and ``\\.`` are understood."""
+    """Tell whether a key of a pattern is a module name or the end of one, maybe with ``^``, ``$`` or ``\\.`` in it."""
     return isinstance(key, str) and len(key) <= LONGEST and _KEY.fullmatch(key) is not None
 
 
@@ -43,7 +43,7 @@ def too_many_keys(pattern: Mapping[str, object], modules: int) -> bool:
 
 
 class NamePattern:
-    """Which key of a pattern stands for a module; looking up takes as many steps as the name has dots."""
+    """Index of a pattern's keys by module name; a look-up takes as many steps as the name has words."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self.exact: dict[str, tuple[int, str]] = {}
@@ -53,7 +53,7 @@ class NamePattern:
             table.setdefault(key.removeprefix("^").removesuffix("$").replace("\\.", "."), (place, key))
 
     def key_of(self, name: str) -> str | None:
-        """Find the first key that is ``name`` or ends it after a dot; None where there is none."""
+        """Find the first key that is ``name`` or ends it after a dot; None if there is none."""
         words = name.split(".")
         ends = (".".join(words[start:]) for start in range(len(words)))
         places = [self.ends[end] for end in ends if end in self.ends]
@@ -62,5 +62,5 @@ class NamePattern:
 
 
 def key_of(pattern: Mapping[str, object], name: str) -> str | None:
-    """Find the key of ``pattern`` that stands for ``name``; None where there is none."""
+    """Find the key of ``pattern`` that applies to module ``name``; None if there is none."""
     return NamePattern(pattern).key_of(name)

@@ -1,6 +1,7 @@
-"""RankPlan, the artefact: which module gets which rank, why, at what cost, and where that came from.
+"""The rank plan: the rank of every module, the score behind it, its cost, and the provenance of them all.
 
-JSON on disk, never pickle. A person may edit the ranks; everything derived from them is recomputed on load.
+Plans are stored as JSON, never pickled. A person may edit the ranks; everything derived from them is recomputed on
+load.
 """
 
 import json
@@ -29,16 +30,16 @@ class ModuleShape:
 
     @property
     def parameters_per_rank(self) -> int:
-        """Trainable parameters one rank costs: a row of A and a column of B."""
+        """Count the trainable parameters of one rank: a row of A and a column of B."""
         return self.in_features + self.out_features
 
     @property
     def largest_rank(self) -> int:
-        """The rank beyond which the update cannot become richer."""
+        """Return the largest rank the update can have: the smaller of the two sizes."""
         return min(self.in_features, self.out_features)
 
     def cost(self, unit: str) -> int:
-        """Budget units of one rank: parameters, or 1 when the budget counts ranks."""
+        """Return the budget units that one rank costs: its parameters, or 1 when the budget counts ranks."""
         return self.parameters_per_rank if unit == "params" else 1
 
 
@@ -53,7 +54,7 @@ class ModulePlan(ModuleShape):
 
     @property
     def parameters(self) -> int:
-        """Trainable parameters of the module's adapter."""
+        """Count the trainable parameters of the module's adapter."""
         return self.rank * self.parameters_per_rank
 
 
@@ -81,30 +82,30 @@ class RankPlan:
 
     @property
     def scale(self) -> float:
-        """alpha/r of every module."""
+        """Return the scale alpha/r, which is the same for every module."""
         return self.lora_alpha / self.lora_rank
 
     @property
     def active(self) -> tuple[ModulePlan, ...]:
-        """Modules that get an adapter."""
+        """Return the modules that get an adapter: those of rank 1 and more."""
         return tuple(module for module in self.modules if module.rank > 0)
 
     @property
     def largest_rank(self) -> int:
-        """Largest rank in use: ``r`` of the saved adapter."""
+        """Return the largest rank in use, which is ``r`` of the saved adapter."""
         return max((module.rank for module in self.modules), default=0)
 
     @property
     def budget_kind(self) -> str:
-        """What the budget counts, as in the keys of :meth:`budget`: ``parameters`` or ``ranks``."""
+        """Name what the budget counts, as in the keys of :meth:`budget`: ``parameters`` or ``ranks``."""
         return "parameters" if self.budget_unit == "params" else "ranks"
 
     def ranks(self) -> dict[str, int]:
-        """Module name to rank."""
+        """Map the name of every module to its rank."""
         return {module.name: module.rank for module in self.modules}
 
     def budget(self) -> dict[str, int]:
-        """Budget in parameters and in ranks: asked, used, left over."""
+        """Compute the budget in parameters and in ranks: what was asked for, what is used, what is left over."""
         asked_parameters = sum(self.lora_rank * module.parameters_per_rank for module in self.modules)
         used_parameters = sum(module.parameters for module in self.modules)
         asked_ranks = self.lora_rank * len(self.modules)
@@ -119,12 +120,12 @@ class RankPlan:
         }
 
     def digest(self) -> str:
-        """SHA-256 over what determines the adapter: names, shapes, ranks and scale."""
+        """Compute a SHA-256 over what determines the adapter: names, shapes, ranks and scale."""
         body = [[m.name, m.in_features, m.out_features, m.rank] for m in self.modules]
         return digest_of({"modules": body, "scale": self.scale})
 
     def to_json(self) -> dict[str, Any]:
-        """The document written to disk."""
+        """Build the JSON document that is written to disk."""
         return {
             "schema_version": SCHEMA_VERSION,
             "method": self.method,
@@ -138,18 +139,18 @@ class RankPlan:
         }
 
     def write(self, path: Path) -> None:
-        """Write atomically, over whatever is there."""
+        """Write the plan atomically, over whatever is at ``path``."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(self.to_json(), indent=1) + "\n")
 
     def save(self, path: str | Path) -> None:
-        """Write atomically. A different plan already there is kept beside it under its own digest."""
+        """Write the plan atomically; a different plan that is already there is kept beside it, named by its digest."""
         path = Path(path)
         keep_previous(path, self.digest())
         self.write(path)
 
     def differences(self, shapes: "tuple[ModuleShape, ...] | list[ModuleShape]") -> list[str]:
-        """Where the plan does not fit a model's target modules, in words; empty when it fits."""
+        """List in words where the plan does not fit a model's target modules; the list is empty if it fits."""
         mine = {module.name: (module.in_features, module.out_features) for module in self.modules}
         live = {shape.name: (shape.in_features, shape.out_features) for shape in shapes}
         return (
@@ -175,7 +176,7 @@ def plan_from_allocation(
     allocation: Allocation,
     **header: Any,
 ) -> RankPlan:
-    """Assemble a plan from what the method and the allocator returned; ``header`` holds RankPlan's other fields."""
+    """Build a plan from a method's scores and their allocation; ``header`` holds the other fields of RankPlan."""
     total = sum(scores.values()) or 1.0
     modules = tuple(
         ModulePlan(
@@ -196,13 +197,13 @@ def load_plan(path: Path) -> RankPlan:
     """Read and validate a plan.
 
     Raises:
-        PlanError: the file is missing, is no JSON, has another schema version, or an entry is wrong.
+        PlanError: the file is missing, is not JSON, has another schema version, or an entry of it is wrong.
     """
     return parse_plan(read_json(path, f"the plan {path}"), str(path))
 
 
 def parse_plan(document: Any, source: str) -> RankPlan:
-    """Turn a plan document into a RankPlan; ``source`` names it in errors."""
+    """Turn a plan document into a RankPlan; ``source`` names the document in error messages."""
     if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
         schema = document.get("schema_version") if isinstance(document, dict) else None
         raise PlanError(f"{source} has plan schema {shortened(schema)}; this version reads schema {SCHEMA_VERSION}")
@@ -226,7 +227,7 @@ def parse_plan(document: Any, source: str) -> RankPlan:
 
 
 def _provenance(values: Values) -> dict[str, Any]:
-    """Where the plan came from; the parts that a resumed run is compared with are mappings."""
+    """Read the provenance of a plan, and check that the parts a resumed run is compared with are mappings."""
     provenance = values.mapping("provenance")
     parts = Values(provenance, f"{values.place}: provenance")
     for key in ("bounds", "calibration", "course", "sampling"):
@@ -250,7 +251,7 @@ def _parse_module(entry: Any, source: str) -> ModulePlan:
 
 
 def keep_previous(path: Path, new_digest: str) -> None:
-    """Move a different plan out of the way, under a name that carries its digest, rather than overwrite it."""
+    """Rename a different plan at ``path`` to a name with its digest, so that it is not overwritten."""
     if not path.exists():
         return
     try:

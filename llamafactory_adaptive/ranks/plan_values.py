@@ -1,4 +1,4 @@
-"""Single values of a plan document, each checked: what a plan says may come from anywhere."""
+"""Typed reading of a plan document; every value is checked, since a plan file may come from anywhere."""
 
 import re
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ _METHOD = re.compile(r"[\w.\-]{1,100}", re.ASCII)
 
 
 class Values:
-    """One mapping of a plan document, read by type.
+    """One mapping of a plan document, whose values are read and checked by type.
 
     Args:
         document: the mapping.
-        place: names it in errors.
+        place: name of the mapping in error messages.
     """
 
     def __init__(self, document: Any, place: str) -> None:
@@ -29,14 +29,14 @@ class Values:
         self.document, self.place = document, place
 
     def integer(self, key: str, least: int) -> int:
-        """Read a whole number from ``least`` on."""
+        """Read a whole number of at least ``least``."""
         value = self._value(key)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
             raise self._error(key, value, f"a whole number of at least {least} and at most {LARGEST}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """Read a finite number; without ``default`` it has to be there."""
+        """Read a finite number; the key may be missing only if there is a ``default``."""
         value = self._value(key) if default is None else self.document.get(key, default)
         return self._finite(key, value)
 
@@ -48,7 +48,7 @@ class Values:
         return value
 
     def numbers(self, key: str) -> dict[str, float]:
-        """Read a mapping of names to finite numbers; empty where it is missing."""
+        """Read a mapping of names to finite numbers; a missing one reads as empty."""
         return {name: self._finite(f"{key} {name}", value) for name, value in self.mapping(key).items()}
 
     def method(self, key: str) -> str:
@@ -73,21 +73,21 @@ class Values:
         return str(value)
 
     def mapping(self, key: str) -> dict[str, Any]:
-        """Read a mapping; empty where it is missing."""
+        """Read a mapping whose keys are strings; a missing one reads as empty."""
         value = self.document.get(key, {})
         if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
             raise self._error(key, value, "a mapping")
         return dict(value)
 
     def sequence(self, key: str) -> list[Any]:
-        """Read a value that must be a list."""
+        """Read a list."""
         value = self._value(key)
         if not isinstance(value, list) or len(value) > MOST_MODULES:
             raise self._error(key, value, f"a list of at most {MOST_MODULES:,} entries")
         return value
 
     def part(self, key: str) -> "Values":
-        """Read a mapping inside this one."""
+        """Return the mapping under ``key`` as :class:`Values` of its own."""
         return Values(self._value(key), f"{self.place}: {key}")
 
     def _value(self, key: str) -> Any:
@@ -106,6 +106,6 @@ class Values:
 
 
 def shortened(value: Any) -> str:
-    """Show a value in an error, cut where it is long."""
+    """Format a value for an error message, cut at 80 characters."""
     shown = repr(value)
     return shown if len(shown) <= 80 else f"{shown[:80]}..."

@@ -1,11 +1,11 @@
-"""When a dynamic method allocates, and under which budget. Pure: no torch, no input or output."""
+"""Schedules of dynamic methods: the steps of their allocations and the budget of each. Pure: no torch, no I/O."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """How a dynamic method goes from its over-ranked start to the budget. Ratios are of all optimizer steps."""
+    """Settings of a method that starts above the budget and prunes down to it. Ratios are of all optimizer steps."""
 
     init_rank: int
     warmup_ratio: float
@@ -16,19 +16,19 @@ class PruningConfig:
 
     @property
     def live_rank(self) -> int:
-        """Rank of the tensors that train."""
+        """Return the rank of the tensors that train."""
         return self.init_rank
 
 
 @dataclass(frozen=True)
 class ReallocationConfig:
-    """How a dynamic method moves ranks about under a constant budget.
+    """Settings of a method that moves ranks between modules under a constant budget.
 
     Attributes:
-        live_rank: rank of the tensors that train: what a module can grow to.
+        live_rank: rank of the tensors that train, and so the largest that a module can grow to.
         refresh_ratio: share of all optimizer steps between two allocations.
-        beta: what the sensitivities of earlier intervals count, compared with those of the next.
-        seed: of the factors.
+        beta: weight of the sensitivities summed so far, relative to those of the next interval.
+        seed: seed of the factors' initial values.
     """
 
     live_rank: int
@@ -39,12 +39,12 @@ class ReallocationConfig:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Budget over optimizer steps (AdaLoRA, Eq. 12; IGU-LoRA uses the same).
+    """Cubic decay of the budget over optimizer steps (AdaLoRA, Eq. 12; IGU-LoRA uses the same).
 
     ``b(t) = b_T + (b_0 - b_T) (1 - (t - t_i) / (t_f - t_i))^3`` for ``t_i < t < t_f``; ``b_0`` before, ``b_T`` after.
 
     Attributes:
-        begin: t_i, the last step with everything on.
+        begin: t_i, the last step at the full start budget.
         end: t_f, the step after which the ranks are final.
         interval: optimizer steps between allocations.
         start_budget, target_budget: b_0 and b_T, in budget units.
@@ -57,7 +57,7 @@ class Schedule:
     target_budget: int
 
     def budget(self, step: int) -> int:
-        """Budget units allowed after ``step`` optimizer steps, rounded down."""
+        """Return the budget after ``step`` optimizer steps, in budget units, rounded down."""
         if step <= self.begin:
             return self.start_budget
         if step >= self.end:
@@ -67,15 +67,15 @@ class Schedule:
         return self.target_budget + (self.start_budget - self.target_budget) * left**3 // width**3
 
     def due(self, step: int) -> bool:
-        """Whether an allocation follows after ``step`` optimizer steps."""
+        """Tell whether an allocation is due after ``step`` optimizer steps."""
         return step == self.end or (self.begin < step < self.end and step % self.interval == 0)
 
     def is_final(self, step: int) -> bool:
-        """Whether the ranks no longer change after ``step`` optimizer steps."""
+        """Tell whether the ranks are final after ``step`` optimizer steps."""
         return step >= self.end
 
     def describe(self, kind: str) -> str:
-        """In words; ``kind`` is what the budget counts."""
+        """Describe the schedule in words; ``kind`` names what the budget counts."""
         return (
             f"{self.start_budget:,} {kind}, pruned to {self.target_budget:,} between steps {self.begin} and {self.end}"
         )
@@ -83,12 +83,12 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Refreshes:
-    """A constant budget that is shared anew every so often (TsqLoRA).
+    """A constant budget that is divided among the modules anew at regular intervals (TsqLoRA).
 
     Attributes:
         interval: optimizer steps between allocations.
-        end: step of the last one; after it ranks are final.
-        target_budget: in budget units.
+        end: step of the last allocation; after it the ranks are final.
+        target_budget: the budget, in budget units.
     """
 
     interval: int
@@ -96,19 +96,19 @@ class Refreshes:
     target_budget: int
 
     def budget(self, step: int) -> int:
-        """The same at every step."""
+        """Return the budget, which is the same after every step, in budget units."""
         return self.target_budget
 
     def due(self, step: int) -> bool:
-        """Whether an allocation follows after ``step`` optimizer steps."""
+        """Tell whether an allocation is due after ``step`` optimizer steps."""
         return 0 < step <= self.end and step % self.interval == 0
 
     def is_final(self, step: int) -> bool:
-        """Whether the ranks no longer change after ``step`` optimizer steps."""
+        """Tell whether the ranks are final after ``step`` optimizer steps."""
         return step >= self.end
 
     def describe(self, kind: str) -> str:
-        """In words; ``kind`` is what the budget counts."""
+        """Describe the refreshes in words; ``kind`` names what the budget counts."""
         return f"{self.target_budget:,} {kind}, shared anew every {self.interval} steps up to step {self.end}"
 
 
@@ -116,7 +116,7 @@ _FEWEST = {"prunes": 5, "shares": 2}
 
 
 def short_run_warning(schedule: Schedule | Refreshes, total_steps: int) -> str | None:
-    """Warn of a run too short for its schedule, with what to change; None when there are allocations enough."""
+    """Return a warning, with a remedy, if the run is too short for its schedule; None if it has enough allocations."""
     count = sum(schedule.due(step) for step in range(1, min(schedule.end, total_steps) + 1))
     prunes = isinstance(schedule, Schedule)
     if count >= _FEWEST["prunes" if prunes else "shares"]:
@@ -132,14 +132,17 @@ def short_run_warning(schedule: Schedule | Refreshes, total_steps: int) -> str |
 
 
 def refresh_interval(ratio: float, total_steps: int) -> int:
-    """Optimizer steps from one refresh to the next."""
+    """Return the number of optimizer steps between two refreshes; ``ratio`` is that share of all steps."""
     return max(1, round(ratio * total_steps))
 
 
 def make_schedule(
     search: PruningConfig | ReallocationConfig, total_steps: int, start_budget: int, target_budget: int
 ) -> Schedule | Refreshes:
-    """Turn ratios into steps. Even one step leaves room for one observation before the final allocation."""
+    """Build the schedule of a run of ``total_steps`` by turning ratios into step numbers.
+
+    Even in a run of one step the final allocation comes after one observation.
+    """
     if isinstance(search, ReallocationConfig):
         interval = refresh_interval(search.refresh_ratio, total_steps)
         # None after the very last step: what grows then would never train.

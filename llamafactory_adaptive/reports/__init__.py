@@ -1,1 +1,1 @@
-"""What a person reads: tables, plots, the model card, data quality, finished runs."""
+"""Reports for people: tables, plots, the model card, data quality, finished runs."""

@@ -1,4 +1,4 @@
-"""What a person sees of the training data: qualities, best and worst samples, duplicates, how often each was used."""
+"""Report on the training data: qualities, best and worst samples, duplicates, how often each sample was used."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -29,15 +29,15 @@ _QUANTILES = {"lowest": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "highest": 
 
 @dataclass(frozen=True)
 class DataQuality:
-    """What is known of every training sample; vectors of length N on the CPU.
+    """Measured quality and use of every training sample; vectors of length N on the CPU.
 
     Attributes:
-        terms: what was measured, by name: ``loss`` and ``gradient_norm`` at least.
-        quality_N: the weighted sum of the terms; higher is drawn more often.
-        probability_N: of being drawn first.
+        terms: the measured terms by name: ``loss`` and ``gradient_norm`` at least.
+        quality_N: the weighted sum of the terms; samples of higher quality are drawn more often.
+        probability_N: probability of being drawn first.
         kept_N: False for samples that were clipped.
-        usage_N: how often each was drawn.
-        row_digests: equal for equal samples.
+        usage_N: how often each sample was drawn.
+        row_digests: a digest per sample; equal samples have equal ones.
         subset_size: samples drawn between two refreshes.
         effective_size: how many equally likely samples the probabilities amount to.
     """
@@ -59,10 +59,10 @@ def save_data_report(
 
     Args:
         output: the run's ``output_dir``.
-        plan: any of the run, for its identity.
-        data: what is known of the samples.
-        steps: optimizer steps in which they were used.
-        text: prompt and answer of a sample; None leaves texts out.
+        plan: any plan of the run, for its identity.
+        data: quality and use of the samples.
+        steps: optimizer steps in which the samples were used.
+        text: returns prompt and answer of a sample by number; None leaves the texts out.
     """
     output.mkdir(parents=True, exist_ok=True)
     groups = _duplicates(data.row_digests)
@@ -114,7 +114,7 @@ def _sample_lines(data: DataQuality, groups: Sequence[Sequence[int]]) -> list[di
 
 
 def _duplicates(row_digests: Sequence[str]) -> list[list[int]]:
-    """Groups of equal samples, largest first."""
+    """Group the numbers of equal samples, largest group first."""
     groups: dict[str, list[int]] = {}
     for index, digest in enumerate(row_digests):
         groups.setdefault(digest, []).append(index)
@@ -127,7 +127,7 @@ def _shown(sample: Mapping[str, Any], text: Callable[[int], tuple[str, str]] | N
 
 
 def _save_plot(data: DataQuality, path: Path) -> None:
-    """Two panels: how qualities are distributed and what was used of them; loss against gradient norm."""
+    """Plot two panels: the distribution of qualities, all, used and clipped; and loss against gradient norm."""
     figure = new_figure(10.0, 3.8)
     left, right = figure.subplots(1, 2)
     # The tail is long: the axis ends at the 99.5 % quantile, and what lies beyond stands in the last bar.
@@ -152,10 +152,10 @@ def _save_plot(data: DataQuality, path: Path) -> None:
 
 
 def read_data_report(output: Path) -> dict[str, Any]:
-    """The summary of a run, from its ``output_dir``.
+    """Read the data summary of a run from its ``output_dir``.
 
     Raises:
-        PlanError: there is none, or one of another schema.
+        PlanError: there is no summary, or it has another schema.
     """
     path = output / DATA_REPORT_FILE
     document = read_json(path, str(path), "; runs with tsq_sampling write it")
@@ -165,14 +165,14 @@ def read_data_report(output: Path) -> dict[str, Any]:
 
 
 def run_identity(plan: RankPlan) -> str:
-    """Name a run by what was asked of it, which every plan on its way says alike, whatever its ranks."""
+    """Compute a digest of a run's settings, which is equal for all plans of one run, whatever their ranks."""
     shapes = [[module.name, module.in_features, module.out_features] for module in plan.modules]
     facts = [plan.method, dict(plan.options), plan.budget_unit, plan.lora_rank, plan.lora_alpha, shapes]
     return digest_of([*facts, {key: plan.provenance.get(key) for key in ("base_model", "seed", "course", "sampling")}])
 
 
 def data_report_of(output: Path, plan: RankPlan) -> dict[str, Any] | None:
-    """The summary in ``output``, if there is one and it is of the run that ``plan`` belongs to."""
+    """Read the data summary in ``output``; None if there is none or it is not of the run that ``plan`` belongs to."""
     if not (output / DATA_REPORT_FILE).is_file():
         return None
     report = read_data_report(output)
@@ -181,10 +181,10 @@ def data_report_of(output: Path, plan: RankPlan) -> dict[str, Any] | None:
 
 
 def data_table(report: Mapping[str, Any]) -> str:
-    """The summary as text.
+    """Format the data summary as text.
 
     Raises:
-        PlanError: it is not the summary that :func:`save_data_report` writes.
+        PlanError: ``report`` is not a summary as :func:`save_data_report` writes it.
     """
     try:
         return _table(report)

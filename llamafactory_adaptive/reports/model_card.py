@@ -1,4 +1,4 @@
-"""The section of the model card that tells of adaptive ranks."""
+"""The section of the model card about adaptive ranks."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ _CARD = re.compile(f"{_CARD_START}(?:(?!{_CARD_START}).)*?{_CARD_END}", re.DOTAL
 
 
 def card_section(plan: RankPlan) -> str:
-    """Markdown for the model card, between markers so that a second run replaces it."""
+    """Write the Markdown section for the model card, between markers by which a later run replaces it."""
     rows = type_rows(plan, markdown)
     table = ["| " + " | ".join(row) + " |" for row in rows]
     table.insert(1, "|" + " --- |" * len(rows[0]))
@@ -33,9 +33,9 @@ def card_section(plan: RankPlan) -> str:
 
 
 def update_card(path: Path, plan: RankPlan) -> None:
-    """Append the section to a model card, or replace the one an earlier run left; other text stays.
+    """Append the section to a model card, or replace the one of an earlier run; other text stays.
 
-    Bytes that are no UTF-8 stay as they are, too.
+    Bytes that are not UTF-8 stay as they are, too.
     """
     text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
     section, first, *more = card_section(plan), *_CARD.split(text)

@@ -1,4 +1,4 @@
-"""Pictures of ranks: a heat-map, and how ranks changed."""
+"""Plots of ranks: a heat-map, and their change over a run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ _WIDEST = 120.0  # inches; matplotlib refuses pictures of more than 65,536 dots
 
 
 def save_heatmap(plan: RankPlan, path: Path) -> None:
-    """Draw ranks as layer x module type and write a PNG."""
+    """Draw a heat-map of ranks by layer and module type, and write it as PNG."""
     layers, types, cells = rank_grid(plan)
     values = [[cells.get((layer, kind), float("nan")) for layer in layers] for kind in types]
     figure = new_figure(max(6.0, 1.5 + 0.3 * len(layers)), 1.4 + 0.42 * len(types))
@@ -46,14 +46,14 @@ def save_history(
     last_step: int,
     path: Path,
 ) -> None:
-    """Draw how ranks changed: mean rank per module type over optimizer steps, and the budget they had to keep.
+    """Plot the mean rank per module type over optimizer steps, with the rank of the uniform LoRA as a line.
 
     Args:
         start: the plan of the live tensors.
         first: per active module, which components were in use at first.
         history: per allocation ``step``, ``budget_asked``, ``budget_used`` and ``ranks`` of the active modules.
-        last_step: where the run ended.
-        path: PNG to write.
+        last_step: the step at which the run ended.
+        path: PNG file to write.
     """
     kinds = [module_type(module.name) for module in start.active]
     steps = [0, *(entry["step"] for entry in history), last_step]
@@ -77,7 +77,7 @@ def save_history(
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """Begin a figure of that many inches, or of as many as a picture may have."""
+    """Create a figure of that many inches, or of the largest size that is allowed."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(min(_WIDEST, width), min(_WIDEST, height)), layout="constrained")
@@ -87,7 +87,7 @@ def save_figure(figure: "Figure", path: Path) -> None:
     """Write a figure as a whole PNG or not at all.
 
     Raises:
-        OutputError: the folder or the disk does not take it.
+        OutputError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:

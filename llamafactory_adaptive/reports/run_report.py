@@ -1,4 +1,4 @@
-"""One or several runs, told from what lies in their ``output_dir``: ranks, losses, cost, training data."""
+"""Reports on one or several runs from the files in their ``output_dir``: ranks, losses, cost, training data."""
 
 import json
 import statistics
@@ -15,23 +15,23 @@ from llamafactory_adaptive.reports.plaintext import plain
 from llamafactory_adaptive.reports.tables import align, rank_table
 
 
-# What files that are of no run, or no longer whole, make of being read.
+# Errors of reading files that belong to no run, or are damaged.
 _NO_RUN = (PlanError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError,
            RecursionError)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of one run.
+    """Results of one finished run.
 
     Attributes:
         folder: its ``output_dir``.
         plan: the ranks it ended with.
-        steps: optimizer steps.
-        train_loss, eval_loss: mean of the training, and last of the evaluations; None where there was none.
-        train_seconds: of the whole training.
-        overhead_seconds: of finding ranks and scoring samples.
-        losses, eval_losses: as they were logged, one after the other.
+        steps: number of optimizer steps.
+        train_loss, eval_loss: mean of the training, and last of the evaluations; None if there is none.
+        train_seconds: seconds of the whole training; None if that was not logged.
+        overhead_seconds: seconds of finding ranks and scoring samples.
+        losses, eval_losses: the losses in the order in which they were logged.
     """
 
     folder: Path
@@ -46,10 +46,10 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read the files of a run.
+    """Read the results of a finished run from its ``output_dir``.
 
     Raises:
-        PlanError: there is no run, or it has not ended.
+        PlanError: there is no run in ``folder``, or it has not ended.
     """
     if not (folder / PLAN_FILE).is_file():
         raise PlanError(f"there is no run in {folder}: {PLAN_FILE} is missing; give the output_dir of a training")
@@ -83,21 +83,21 @@ def _last(history: Sequence[dict[str, Any]], key: str) -> float | None:
 
 
 def _is_number(value: object) -> bool:
-    """Tell whether a value counts as a number: whole ones of JSON may be too large to."""
+    """Tell whether a value is a number that converts to float; whole numbers in JSON may be too large for that."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return isinstance(value, float) or abs(value) < 2**1000
 
 
 def data_of_unfinished_run(folder: Path) -> str | None:
-    """What is known of the data of a run that goes on or was cut off; None where that is nothing."""
+    """Format the data summary of a run that has not ended; None if it has ended or has no summary."""
     if (folder / "trainer_state.json").is_file() or not (folder / DATA_REPORT_FILE).is_file():
         return None
     return f"{folder} (not finished)\n\nTraining data\n" + data_table(read_data_report(folder))
 
 
 def run_text(run: Run) -> str:
-    """Everything about one run."""
+    """Format a run as text: its ranks, steps, losses and seconds, and its training data if they were scored."""
     parts = [f"{run.folder}", rank_table(run.plan), _search_of(run)]
     data = data_report_of(run.folder, run.plan)
     if data is not None:
@@ -106,7 +106,7 @@ def run_text(run: Run) -> str:
 
 
 def _search_of(run: Run) -> str:
-    """Steps, losses and seconds of one run in a line each."""
+    """Format steps, losses and seconds of one run, a line each."""
     lines = [f"steps                 {run.steps:,}"]
     if run.losses:
         lines.append(
@@ -125,7 +125,7 @@ def _search_of(run: Run) -> str:
 
 
 def comparison(runs: Sequence[Run]) -> str:
-    """A line per run, then a line per method with mean and standard error over its runs."""
+    """Compare runs: a line for each, then a line per method with mean and standard error over its runs."""
     rows = [["run", "method", "parameters", "ranks", "steps", "train loss", "eval loss", "seconds", "overhead"]]
     for run in runs:
         ranks = [module.rank for module in run.plan.modules]

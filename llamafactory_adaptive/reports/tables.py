@@ -1,4 +1,4 @@
-"""Tables and closing words: what a person reads of a plan. No method is known here."""
+"""Tables of a plan, and the closing words of a run; the same for all methods."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ _BYTES_PER_PARAMETER = 4  # LLaMA-Factory trains and saves LoRA factors in fp32
 
 
 def rank_grid(plan: RankPlan) -> tuple[list[int | None], list[str], dict[tuple[int | None, str], float]]:
-    """Layers, types, and the mean rank of each cell (experts of one layer share a cell)."""
+    """Compute layers, types, and the mean rank of each cell (experts of one layer share a cell)."""
     cells: dict[tuple[int | None, str], list[int]] = {}
     for module in plan.modules:
         cells.setdefault(layer_and_type(module.name), []).append(module.rank)
@@ -24,13 +24,13 @@ def rank_grid(plan: RankPlan) -> tuple[list[int | None], list[str], dict[tuple[i
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines with aligned columns."""
+    """Format rows of cells as lines with aligned columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 def rank_table(plan: RankPlan) -> str:
-    """The plan as text: rank per layer and module type, a summary per type, totals against uniform LoRA."""
+    """Format a plan as text: rank per layer and module type, a summary per type, totals against uniform LoRA."""
     layers, types, cells = rank_grid(plan)
     grid = [["layer", *map(plain, types)]]
     for layer in layers:
@@ -42,7 +42,7 @@ def rank_table(plan: RankPlan) -> str:
 
 
 def type_rows(plan: RankPlan, written: Callable[[str], str] = plain) -> list[list[str]]:
-    """Summarise each module type; ``written`` makes names fit for where the rows go."""
+    """Summarise each module type in a row; ``written`` escapes names for the format of the output."""
     rows = [["module type", "modules", "mean rank", "range", "share", "parameters"]]
     by_type: dict[str, list[ModulePlan]] = {}
     for module in plan.modules:
@@ -63,7 +63,7 @@ def type_rows(plan: RankPlan, written: Callable[[str], str] = plain) -> list[lis
 
 
 def totals(plan: RankPlan) -> list[str]:
-    """What the plan costs against a uniform LoRA of ``lora_rank``, in parameters, ranks and megabytes."""
+    """Compare the plan's cost with a uniform LoRA of ``lora_rank``, in parameters, ranks and megabytes."""
     b = plan.budget()
     ratio = b["used_parameters"] / b["asked_parameters"]
     return [
@@ -76,7 +76,7 @@ def totals(plan: RankPlan) -> list[str]:
 
 
 def concentration_warning(plan: RankPlan, upper: int) -> str | None:
-    """One line when few modules hold most of the score or many sit at the cap; None when all is well."""
+    """Return a warning if few modules hold most of the score or many are at their largest rank; None otherwise."""
     shares = sorted((module.share for module in plan.modules), reverse=True)
     few = max(1, len(shares) // 20)
     held = sum(shares[:few])
@@ -87,7 +87,7 @@ def concentration_warning(plan: RankPlan, upper: int) -> str | None:
 
 
 def schedule_table(start: RankPlan, schedule: Schedule, total_steps: int) -> str:
-    """What a dynamic method will do, as text: where it starts and the budget at a few steps."""
+    """Describe in text what a dynamic method will do: its starting ranks and the budget at a few steps."""
     between = (schedule.begin + (schedule.end - schedule.begin) * quarter // 4 for quarter in range(5))
     points = sorted({0, *between, total_steps})
     rows = [["step", f"budget ({start.budget_unit})", "of the start"]]
@@ -103,14 +103,14 @@ def schedule_table(start: RankPlan, schedule: Schedule, total_steps: int) -> str
 def closing_words(
     plan: RankPlan, output: Path, overhead_seconds: float, seconds: float, warnings: Sequence[str]
 ) -> str:
-    """Say how a run ended: ranks by type, what finding them cost, where things lie, what can follow.
+    """Write the closing words of a run: ranks by type, the cost of finding them, its files, commands for next steps.
 
     Args:
-        plan: what was trained.
+        plan: the plan that was trained.
         output: the run's ``output_dir``.
-        overhead_seconds: of planning, scoring and allocating.
-        seconds: of the whole run.
-        warnings: what was warned of on the way.
+        overhead_seconds: seconds of planning, scoring and allocating.
+        seconds: seconds of the whole run.
+        warnings: the warnings of the run.
     """
     share = overhead_seconds / seconds if seconds > 0 else 0.0
     files = ", ".join(sorted(path.name for path in output.glob("adaptive_*") if path.is_file()))

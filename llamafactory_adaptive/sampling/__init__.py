@@ -1,1 +1,1 @@
-"""Training samples: measured, weighed and drawn. Knows no Trainer."""
+"""Measurement, weighting and drawing of training samples, independent of the Trainer."""

@@ -1,7 +1,7 @@
-"""Weights of training samples from their quality, and the subsets drawn by them.
+"""Weights of training samples from their quality, and the subsets that are drawn by them.
 
-Pure functions of qualities, seed and step: equal on every process, exact after a resume in the middle of an epoch. No
-file, no process group, no Trainer.
+All results are pure functions of qualities, seed and step: they are equal on every process and exact after a resume in
+the middle of an epoch. No file, process group or Trainer is used.
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from llamafactory_adaptive.seeding import seeded_index
 
 
 def combine_terms(terms: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Weighted sum of z-scores over the pool (TsqLoRA: ``Q_i = a1 |g_i| + a2 dl_i + a3 dC_i``); (N,) fp64.
+    """Compute weighted sums of z-scores over the pool (TsqLoRA: ``Q_i = a1 |g_i| + a2 dl_i + a3 dC_i``); (N,) fp64.
 
-    A term that is the same for every sample says nothing.
+    A term that is the same for every sample is left out.
     """
     total_N = torch.zeros_like(terms[0])
     for term_N, weight in zip(terms, weights, strict=True):
@@ -31,10 +31,10 @@ class Pool:
     """A training set with a quality per sample, and the subsets drawn from it.
 
     Args:
-        quality_N: higher is drawn more often.
-        tail_N: what ``clip_quantile`` looks at.
-        sampling: temperature, sizes.
-        seed: of the draws.
+        quality_N: quality per sample; samples of higher quality are drawn more often.
+        tail_N: values by which samples are clipped, the largest first.
+        sampling: temperature, and sizes of pool and subsets.
+        seed: seed of the draws.
     """
 
     def __init__(self, quality_N: Tensor, tail_N: Tensor, sampling: Sampling, seed: int) -> None:
@@ -43,7 +43,7 @@ class Pool:
         self.subset_size = sampling.subset_size(samples)
         self.kept_N = torch.ones(samples, dtype=torch.bool)
         clipped = samples - sampling.pool_size(samples)
-        if clipped:  # a stable sort: of equal values the later samples go
+        if clipped:  # a stable sort: of equal values the later samples are clipped
             self.kept_N[tail_N.sort(stable=True).indices[-clipped:]] = False
         self.temperature = sampling.temperature
         self.log_weights_N = torch.where(self.kept_N, quality_N / sampling.temperature, -torch.inf)
@@ -52,35 +52,35 @@ class Pool:
 
     @property
     def probabilities(self) -> Tensor:
-        """Softmax of quality over temperature; 0 for what was clipped."""
+        """Compute the softmax of quality over temperature; clipped samples get 0."""
         return torch.softmax(self.log_weights_N, 0)
 
     @property
     def effective_size(self) -> float:
-        """How many equally likely samples the weights amount to."""
+        """Compute the effective sample size: the number of equally likely samples that the weights amount to."""
         return _effective_size(self.log_weights_N)
 
     def temperature_for(self, effective_size: float) -> float:
-        """A temperature, doubled as often as it takes, whose weights amount to that many equally likely samples."""
+        """Return the temperature, doubled until the weights have at least this effective sample size."""
         factor = 1.0
         while factor < 2.0**40 and _effective_size(self.log_weights_N / factor) < effective_size:
             factor *= 2.0
         return self.temperature * factor
 
     def _subset(self, refresh: int) -> Tensor:
-        """Sample numbers drawn without replacement: the largest ``log p + Gumbel noise`` (Kool et al., 1903.06059)."""
+        """Draw sample numbers without replacement: the largest ``log p + Gumbel noise`` (Kool et al., 1903.06059)."""
         generator = torch.Generator().manual_seed(seeded_index(self.seed, refresh, 0, 2**62))
         uniform_N = torch.rand(len(self.quality_N), generator=generator, dtype=torch.float64)
         gumbel_N = -(-uniform_N.clamp(min=1e-300).log()).log()
         return (self.log_weights_N + gumbel_N).topk(self.subset_size).indices.sort().values
 
     def _order(self, refresh: int, turn: int) -> Tensor:
-        """The subset shuffled, anew for every turn through it."""
+        """Shuffle the subset, anew for every turn through it."""
         generator = torch.Generator().manual_seed(seeded_index(self.seed, refresh, 1 + turn, 2**62))
         return self.subset(refresh)[torch.randperm(self.subset_size, generator=generator)]
 
     def stretch(self, refresh: int, start: int, count: int) -> list[int]:
-        """``count`` sample numbers of one subset from place ``start`` on, turn after turn."""
+        """Return ``count`` sample numbers of one subset from place ``start`` on, turn after turn through it."""
         samples: list[int] = []
         while len(samples) < count:
             turn, place = divmod(start + len(samples), self.subset_size)
@@ -88,7 +88,7 @@ class Pool:
         return samples
 
     def mean_percentile(self, refresh: int) -> float:
-        """Mean place of a subset's samples in the quality order of the pool, from 0 (worst) to 1 (best)."""
+        """Compute the mean place of a subset's samples in the pool's quality order, from 0 (worst) to 1 (best)."""
         kept = self.kept_N.nonzero().flatten()
         if len(kept) < 2:
             return 1.0
@@ -99,5 +99,5 @@ class Pool:
 
 
 def _effective_size(log_weights_N: Tensor) -> float:
-    """``1 / sum p^2`` (Kish)."""
+    """Compute Kish's effective sample size, ``1 / sum p^2``."""
     return float(1.0 / torch.softmax(log_weights_N, 0).square().sum())

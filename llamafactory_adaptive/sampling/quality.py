@@ -1,7 +1,7 @@
-"""What each training sample would teach the adapter: its loss, gradient norm, loss drop and alignment.
+"""Quality terms of every training sample: its loss, gradient norm, loss drop and alignment.
 
-One pass over the data in whole batches. Weights get no gradients, so that nothing of the training (``.grad``, hooks of
-DDP and ZeRO, optimizers) notices.
+They are measured in one or two passes over the data in whole batches. Weights get no gradients, so that the training
+(``.grad``, hooks of DDP and ZeRO, optimizers) is not affected.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from llamafactory_adaptive.sampling.sample_gradients import Layers, SampleGradie
 
 
 class Batches(Protocol):
-    """Row numbers in the data set, and what the model is called with, labels included; can be gone through twice."""
+    """Batches of a data set: row numbers, and the model's inputs with labels; they can be iterated over twice."""
 
     def __len__(self) -> int: ...
 
@@ -28,10 +28,10 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class SampleTerms:
-    """What was measured of every sample, fp64 vectors of length N on the CPU.
+    """Measured terms of every sample, as fp64 vectors of length N on the CPU.
 
     Attributes:
-        loss: mean cross entropy over the tokens that take loss; 0 where there are none.
+        loss: mean cross entropy over the labelled tokens; 0 for a sample without any.
         gradient_norm: ``|g_i|`` of that loss over all LoRA factors.
         loss_drop: fall of the sample's own loss after one step on it, ``l(theta) - l(theta - eta g_i)``; to first
             order ``eta |g_i|^2``.
@@ -53,19 +53,19 @@ def measure(
     all_reduce_sum: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     quiet: bool = False,
 ) -> SampleTerms:
-    """Measure every sample; the model is left as it was found.
+    """Measure the terms of every sample; the model is left unchanged.
 
     Args:
         model: a decoder that returns ``.logits``, with the adapter in it; not the wrapper of DDP or DeepSpeed.
-        layers: its LoRA factors.
+        layers: the LoRA factors of the adapter.
         batches: this process's batches; samples in the batches of others stay zero until ``all_reduce_sum``.
-        samples: N, of all processes.
-        wanted: the terms.
-        all_reduce_sum: sum over processes, in place.
-        quiet: no progress bar.
+        samples: N, the number of samples of all processes.
+        wanted: the terms to measure.
+        all_reduce_sum: sums a tensor over processes, in place.
+        quiet: show no progress bar.
 
     Raises:
-        CalibrationError: a layer does not read whole sequences, a figure is not finite, or memory does not suffice.
+        CalibrationError: a layer does not read whole sequences, a result is not finite, or memory is too small.
     """
     device = next(model.parameters()).device
     found_4N = torch.zeros(4, samples, dtype=torch.float64)
@@ -85,14 +85,14 @@ def measure(
 
 
 class _Passes:
-    """One or two turns through the batches, on the device, with a progress bar; remembers the order of samples."""
+    """One or two passes through the batches, on the device and with a progress bar, and the order of samples."""
 
     def __init__(self, batches: Batches, device: torch.device, quiet: bool) -> None:
         self.batches, self.device, self.quiet = batches, device, quiet
         self.order: list[int] = []
 
     def named(self, name: str) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        """Sample numbers and model inputs of every batch."""
+        """Yield sample numbers and model inputs of every batch, under a progress bar of that name."""
         self.order = []
         for indices, inputs in tqdm(self.batches, desc=name, unit="batch", disable=self.quiet):
             self.order += indices
@@ -112,7 +112,7 @@ def _memory_advice(recorder: SampleGradientRecorder) -> Iterator[None]:
 
 
 def _checked(figures: Tensor, indices: Sequence[int]) -> Tensor:
-    """Figures of a batch, (..., b), on the CPU."""
+    """Move the results of a batch, (..., b), to the CPU, and raise an error if one is not finite."""
     on_cpu = figures.double().cpu()
     finite_b = on_cpu.isfinite().reshape(-1, len(indices)).all(0)
     if not bool(finite_b.all()):
@@ -125,10 +125,10 @@ def _checked(figures: Tensor, indices: Sequence[int]) -> Tensor:
 
 @contextmanager
 def _scoring(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without dropout; gradients flow from the embeddings on, to activations only.
+    """Put the model in evaluation mode without dropout; gradients flow from the embeddings on, to activations only.
 
-    Gradient checkpointing stays on where it is: its layers need their training flag (some apply dropout themselves by
-    it), and LLaMA-Factory's version also wants to see something trainable in them.
+    Gradient checkpointing stays on where it is on: its layers need their training flag (some apply dropout by that
+    flag themselves), and LLaMA-Factory's version also requires a trainable parameter in them.
     """
     layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     device = next(model.parameters()).device

@@ -1,7 +1,7 @@
-"""Gradients of single samples out of one backward pass over a batch: taps on every LoRA factor.
+"""Gradients of single samples from one backward pass over a batch, recorded by taps on every LoRA factor.
 
-The gradient of sample i at a factor is a sum over tokens of outer products, ``sum_t left_t right_t^T``, of what
-autograd has at hand: the gradient at the factor's output and its input. Its norm needs no backward pass of its own
+The gradient of sample i at a factor is a sum over tokens of outer products, ``sum_t left_t right_t^T``, of two tensors
+that autograd has anyway: the gradient at the factor's output and its input. Its norm needs no backward pass per sample
 and, where tokens are few, not even that sum (the ghost norm: Goodfellow, arXiv 1510.01799; Li et al., arXiv
 2110.05679).
 Shapes: b samples, t tokens, k and j the two sides of a factor, v vocabulary.
@@ -29,14 +29,15 @@ _FEWEST_SIGNS = 8  # random products per factor
 
 @dataclass(frozen=True)
 class TermSpec:
-    """Which terms to measure, and how.
+    """Selection of the terms to measure, and how to measure them.
 
     Attributes:
         step_size: eta of the loss drop.
-        exact_drop: a second forward pass at the stepped weights; else first order, ``eta |g_i|^2``.
+        exact_drop: measure the loss drop by a second forward pass at the stepped weights, not to first order as
+            ``eta |g_i|^2``.
         alignment: ``none`` (zeros), ``projected`` (random projection, same pass) or ``exact`` (a second pass).
-        dimensions: of the projection.
-        seed: of the projection.
+        dimensions: number of dimensions of the projection.
+        seed: seed of the projection.
     """
 
     step_size: float
@@ -47,9 +48,9 @@ class TermSpec:
 
 
 def squared_norms(left_btk: Tensor, right_btj: Tensor) -> Tensor:
-    """``|sum_t left_t right_t^T|_F^2`` per sample, fp32, the cheaper way round.
+    """Compute ``|sum_t left_t right_t^T|_F^2`` per sample in fp32, in the cheaper of two ways.
 
-    From the sum itself, t k j multiplications, or from the Gram matrices over tokens, t^2 (k + j).
+    The sum itself takes t k j multiplications, the Gram matrices over tokens take t^2 (k + j).
     """
     tokens, k, j = left_btk.shape[1], left_btk.shape[2], right_btj.shape[2]
     if tokens * (k + j) < k * j:
@@ -58,10 +59,10 @@ def squared_norms(left_btk: Tensor, right_btj: Tensor) -> Tensor:
 
 
 def sample_losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """Mean next-token cross entropy of each sample over its labelled tokens, (b,); 0 for a sample without any.
+    """Compute each sample's mean next-token cross entropy over its labelled tokens, (b,); 0 for one without any.
 
-    The model gets no labels: fused losses (Liger) need them and step aside. The output head runs from the first
-    labelled token of the batch on, where the model lets one choose.
+    The model gets no labels, which turns fused losses (Liger) off. The output head runs from the first labelled token
+    of the batch on, if the model has ``logits_to_keep``.
     """
     labels_bt = inputs["labels"]
     rest = {key: value for key, value in inputs.items() if key != "labels"}
@@ -85,9 +86,9 @@ def _forward_arguments(model: nn.Module) -> Collection[str]:
 
 
 class _Tap(torch.autograd.Function):
-    """Identity on a layer's output; the backward pass shows ``take`` the output's gradient and the layer's input.
+    """Identity on a layer's output whose backward pass gives ``take`` the output's gradient and the layer's input.
 
-    The input goes through autograd's own store, so that gradient checkpointing recomputes it.
+    The input is saved by autograd itself, so that gradient checkpointing recomputes it.
     """
 
     @staticmethod
@@ -104,11 +105,11 @@ class _Tap(torch.autograd.Function):
 
 
 class SampleGradientRecorder:
-    """Taps on every LoRA factor and what they add up to.
+    """Taps on every LoRA factor, and the sums of what they record.
 
     Args:
         layers: A and B by module name.
-        wanted: the terms.
+        wanted: the terms to measure.
     """
 
     def __init__(self, layers: Layers, wanted: TermSpec) -> None:
@@ -127,7 +128,7 @@ class SampleGradientRecorder:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Hook A and B of every module."""
+        """Hook A and B of every module for the time of the context."""
         with ExitStack() as stack:
             for place, (name, (a, b)) in enumerate(self.layers.items()):
                 # The gradient at A is zero as long as B is: a new adapter needs no look at A.
@@ -187,7 +188,7 @@ class SampleGradientRecorder:
         return losses_b.detach()
 
     def score(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        """Losses, squared gradient norms and loss drops of one batch, (3, b)."""
+        """Measure losses, squared gradient norms and loss drops of one batch, (3, b)."""
         losses_b = self._backward(model, inputs)
         if self.wanted.alignment == "projected":
             self.projections.append(self.projected_bD.cpu())
@@ -202,19 +203,19 @@ class SampleGradientRecorder:
     # -- alignment ---------------------------------------------------------------------------------------------------
 
     def share_mean(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
-        """From sums of this process to the unit vector along the mean gradient of all."""
+        """Turn the gradient sums of all processes into the unit vector along the mean gradient, for :meth:`align`."""
         self.total = {key: all_reduce_sum(total) for key, total in self.total.items()}
         norm = torch.stack([total.square().sum() for total in self.total.values()]).sum().sqrt()
         self.total = {key: total / norm.clamp(min=1e-30) for key, total in self.total.items()}
         self.phase = "align"
 
     def align(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        """``<g_i, mean g> / |mean g|`` of one batch, (b,)."""
+        """Compute ``<g_i, mean g> / |mean g|`` for the samples of one batch, (b,)."""
         self._backward(model, inputs)
         return self.dots_b
 
     def _project(self, key: str, place: int, left_btk: Tensor, right_btj: Tensor) -> None:
-        """Inner products with random sign matrices ``u v^T``; their products estimate those of gradients, unbiased."""
+        """Project a factor's gradients on random sign matrices ``u v^T``, to estimate inner products without bias."""
         if key not in self.signs:
             generator = torch.Generator().manual_seed(seeded_index(self.wanted.seed, place, 0, 2**62))
             sides = (left_btk.shape[2], right_btj.shape[2])
@@ -230,7 +231,7 @@ class SampleGradientRecorder:
     def projected_alignment(
         self, samples: int, all_reduce_sum: Callable[[Tensor], Tensor], device: torch.device
     ) -> Tensor:
-        """Alignment of this process's samples, in the order they were scored; the mean is over all ``samples``."""
+        """Compute the alignment of this process's samples in scoring order; the mean is over all ``samples``."""
         p_nD = torch.cat([torch.zeros(0, self.slots * self.per_factor), *self.projections])
         mean_D = all_reduce_sum(p_nD.sum(0, dtype=torch.float64).to(device)).cpu() / samples
         unit_D = (mean_D / mean_D.norm().clamp(min=1e-30)).float()

@@ -1,4 +1,4 @@
-"""Which samples are drawn when: a pure function of seed and step."""
+"""Order of the training samples, as a pure function of seed and step."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from llamafactory_adaptive.sampling.pool import Pool
 
 @dataclass(frozen=True)
 class Timeline:
-    """Which samples and which subset an optimizer step belongs to.
+    """Arithmetic of optimizer steps, epochs and subsets.
 
     Attributes:
-        epoch_samples: per epoch, all processes together.
-        samples_per_step: of all processes and micro-batches.
-        interval: optimizer steps from one refresh to the next.
-        last_refresh: number of the last one; the first subset is number 0.
+        epoch_samples: samples per epoch, of all processes together.
+        samples_per_step: samples per optimizer step, of all processes and micro-batches.
+        interval: optimizer steps from one refresh of the subset to the next.
+        last_refresh: number of the last refresh; the first subset is number 0.
     """
 
     epoch_samples: int
@@ -28,27 +28,27 @@ class Timeline:
 
     @property
     def steps_per_epoch(self) -> int:
-        """The last step of an epoch may be smaller."""
+        """Count the optimizer steps of an epoch; the last one may have fewer samples."""
         return -(-self.epoch_samples // self.samples_per_step)
 
     def refresh(self, step: int) -> int:
-        """Number of the subset that the step after ``step`` others draws from."""
+        """Return the number of the subset from which the optimizer step after ``step`` others draws."""
         return min(step // self.interval, self.last_refresh)
 
     def seen(self, step: int) -> int:
-        """Samples drawn in the first ``step`` steps."""
+        """Count the samples drawn in the first ``step`` optimizer steps."""
         epoch, within = divmod(step, self.steps_per_epoch)
         return epoch * self.epoch_samples + min(within * self.samples_per_step, self.epoch_samples)
 
 
 class SubsetSampler(Sampler[int]):
-    """The order of samples, epoch by epoch; the subset changes with the optimizer step, in the middle of an epoch too.
+    """Sampler of one epoch after another; the subset changes by optimizer step, in the middle of an epoch too.
 
-    What a step sees follows from its number alone, so that prefetching workers and resumed runs agree.
+    The samples of a step follow from its number alone, so that prefetching workers and resumed runs agree.
 
     Args:
-        epoch_samples: length of an epoch: the size of a subset, rounded up to whole batches of all processes, which
-            would otherwise be filled up with samples that nobody counts.
+        epoch_samples: length of an epoch: the size of a subset, rounded up to whole batches of all processes;
+            a last batch that is not whole would be filled up with samples that are not counted.
     """
 
     def __init__(self, epoch_samples: int) -> None:
@@ -58,9 +58,10 @@ class SubsetSampler(Sampler[int]):
         self.timeline: Timeline
 
     def begin_epoch(self, step: int) -> None:
-        """An epoch begins, or goes on after a resume, with ``step`` optimizer steps done.
+        """Set the epoch that begins, or goes on after a resume, once ``step`` optimizer steps are done.
 
-        Not ``set_epoch``: after a resume accelerate 1.11 does not reach the sampler of several processes with it.
+        This is not ``set_epoch``, which accelerate 1.11 does not pass on to the sampler after a resume of several
+        processes.
         """
         self.epoch = step // self.timeline.steps_per_epoch
 
@@ -73,12 +74,12 @@ class SubsetSampler(Sampler[int]):
             yield from self.samples_of(step)
 
     def samples_of(self, step: int) -> list[int]:
-        """Sample numbers of one optimizer step."""
+        """Return the sample numbers of one optimizer step."""
         refresh, start = self.timeline.refresh(step), self.timeline.seen(step)
         begin = self.timeline.seen(refresh * self.timeline.interval)
         return self.pool.stretch(refresh, start - begin, self.timeline.seen(step + 1) - start)
 
     def usage(self, steps: int) -> Tensor:
-        """How often each sample was drawn in the first ``steps`` steps, (N,)."""
+        """Count how often each sample was drawn in the first ``steps`` optimizer steps, (N,)."""
         drawn = [index for step in range(steps) for index in self.samples_of(step)]
         return torch.bincount(torch.tensor(drawn, dtype=torch.int64), minlength=len(self.pool.quality_N))

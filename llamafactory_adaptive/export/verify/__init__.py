@@ -1,1 +1,1 @@
-"""Proof that a server reads an export as PEFT reads the adapter it came from."""
+"""Verification that a server reads an export as PEFT reads the original adapter."""

@@ -1,23 +1,23 @@
-"""The parity certificate: what was compared with what, how far apart it was, and with which files and versions.
+"""The parity certificate: what was compared, the differences, the tolerances, and the files and versions used.
 
-The reference is always PEFT with the original adapter. Five kinds of checks:
+The reference is always PEFT with the original adapter. There are five kinds of checks:
 
 modules    LoRA layouts only: the update of every single module, scale * B A, as the server reads the exported files,
-           against the one PEFT computes with. Relative to the module's own size, so that neither a weak adapter nor
-           the number of modules hides a fault.
+           against the one PEFT computes with. It is relative to the module's own size, so that neither a weak adapter
+           nor the number of modules hides a fault.
 weights    merged models only: every weight against PEFT's merge, bit for bit.
 parity     the exported files, read as the server reads them, against PEFT in fp32. For a merged model PEFT merges too,
            in the same type, and both merged models compute in fp32.
 rounding   merged models only: against PEFT before merging. A 16-bit weight cannot hold base plus update exactly. What
-           that may cost is measured on the spot: log-probabilities of the merged model are taken again with random
+           that may cost is measured each time: log-probabilities of the merged model are taken again with random
            parts of the last place added to the adapted weights, and the merge may differ by ROUNDING_FACTOR times as
            much.
 vllm       the same comparison in a real vLLM, when its Python is given: the first generated token of each prompt. On
            GPUs vLLM's LoRA kernels take 16 bits only; there the distance of the base alone, times ROUNDING_FACTOR, is
            allowed.
 
-How much the adapter changes at all stands beside them (``adapter_effect``): a check of log-probabilities can only see
-what is larger than its tolerance.
+The certificate also holds how much the adapter changes at all (``adapter_effect``): a check of log-probabilities only
+detects what is larger than its tolerance.
 """
 
 import json
@@ -46,10 +46,10 @@ PACKAGES = ("llamafactory-adaptive", "torch", "transformers", "peft", "safetenso
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison.
+    """Result of one comparison with its tolerance.
 
     Attributes:
-        unit: of difference and tolerance; nats are of natural log-probabilities among the reference's top-k tokens.
+        unit: unit of difference and tolerance; nats are of natural log-probabilities of the reference's top-k tokens.
         worst: the module with the largest difference, where the comparison is by module.
     """
 
@@ -63,7 +63,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is within the tolerance; NaN is not, and what has no bound is no tolerance."""
+        """Tell whether the difference is within the tolerance; it is not if it is NaN or the tolerance is infinite."""
         return self.max_difference <= self.tolerance < math.inf
 
     def __str__(self) -> str:
@@ -75,7 +75,7 @@ class Check:
 
 
 def update_check(comparison: UpdateComparison, reader: str) -> Check:
-    """The comparison by module as a check."""
+    """Turn a comparison by module into a check; ``reader`` names what read the exported files."""
     words = f"the update of each of {comparison.compared} modules in PEFT"
     return Check("modules", words, reader, comparison.difference, TOLERANCE_OF_UPDATES, "relative", comparison.worst)
 
@@ -86,7 +86,7 @@ class Comparison:
 
     Attributes:
         reference: log-probabilities of PEFT with the original adapter, not merged.
-        exported: the same of the export.
+        exported: log-probabilities of the export.
         adapter_effect: largest difference that the adapter makes, against the base alone.
     """
 
@@ -97,11 +97,11 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether every check passed."""
+        """Tell whether every check passed."""
         return all(check.passed for check in self.checks)
 
     def warnings(self) -> list[str]:
-        """What a passed comparison does not show, because the adapter changes too little."""
+        """Return a warning if the adapter changes too little for a check of log-probabilities to show anything."""
         loosest = max((check for check in self.checks if check.unit == "nats"), key=lambda check: check.tolerance)
         if self.adapter_effect > loosest.tolerance:
             return []
@@ -114,7 +114,7 @@ class Comparison:
 def certificate(
     comparison: Comparison, rows: list[list[int]], folder: Path, adapter: Path, **facts: Any
 ) -> dict[str, Any]:
-    """The document; ``facts`` are what the export itself has to say (server, base, ranks)."""
+    """Build the certificate's document; ``facts`` are entries of the export itself (server, base, ranks)."""
     return {
         "schema_version": SCHEMA_VERSION,
         "passed": comparison.passed,
@@ -133,7 +133,7 @@ def certificate(
 
 
 def _last_places(comparison: Comparison, rows: list[list[int]]) -> list[dict[str, Any]]:
-    """Each prompt with the next token's most likely candidates, by PEFT and by the export."""
+    """List each prompt with the next token's most likely candidates, by PEFT and by the export."""
     entries = []
     for text, row, reference, exported in zip(PROMPTS, rows, comparison.reference, comparison.exported, strict=True):
         best = reference[-1].topk(min(TOP_K, reference.shape[-1])).indices
@@ -145,16 +145,16 @@ def _last_places(comparison: Comparison, rows: list[list[int]]) -> list[dict[str
 
 
 def digests(folder: Path, paths: Any) -> dict[str, str]:
-    """SHA-256 of files by their name inside ``folder``."""
+    """Compute the SHA-256 of files, by their name inside ``folder``."""
     files = (path for path in sorted(paths) if path.is_file() and path.name != LOCK_FILE)
     return {str(path.relative_to(folder)): file_digest(path) for path in files}
 
 
 def write_certificate(document: dict[str, Any], folder: Path) -> None:
-    """Beside the exported files; it is not part of its own digests."""
+    """Write the certificate beside the exported files; its digests do not include it."""
     (folder / CERTIFICATE_FILE).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def failures(checks: Sequence[Check]) -> str:
-    """The failed checks, a line each."""
+    """Format the failed checks, a line each."""
     return "\n  ".join(str(check) for check in checks if not check.passed)

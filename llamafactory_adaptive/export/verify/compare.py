@@ -1,4 +1,4 @@
-"""Load models and compare: PEFT with the original adapter on one side, the exported folder on the other."""
+"""Comparison of two loaded models: PEFT with the original adapter, and the exported folder."""
 
 import warnings
 from dataclasses import dataclass
@@ -29,11 +29,11 @@ PEFT_FP32 = "PEFT in float32"
 
 @dataclass(frozen=True)
 class Comparer:
-    """What every comparison needs.
+    """Comparisons of exports of one adapter with PEFT.
 
     Attributes:
         rows: token ids of the fixed prompts.
-        tolerance: in nats, for checks that compute the same weights in fp32.
+        tolerance: largest difference in nats, for checks that compute the same weights in fp32.
         vllm_python: interpreter of an environment with vLLM, or None.
     """
 
@@ -44,7 +44,7 @@ class Comparer:
     vllm_python: Path | None
 
     def layout(self, server: str, folder: Path) -> Comparison:
-        """Check a LoRA layout by the rule of its server: each module's update, then what the whole model answers."""
+        """Check a LoRA layout by its server's rule: each module's update, then the whole model's log-probabilities."""
         live = load_peft(load(self.base.folder, self.base.widest), self.adapter)
         reference, expected = log_probabilities(live, self.rows), updates_of_peft(live)
         plain = live.unload()
@@ -60,7 +60,7 @@ class Comparer:
         return Comparison(tuple(checks), reference, exported, largest_difference(reference, alone))
 
     def _as_read(self, server: str, folder: Path, plain: Any) -> tuple[dict[str, Update], list[Tensor]]:
-        """The updates in an exported folder as its server reads them, and the answers of the base with them."""
+        """Read an exported folder's updates as its server does, and compute the base's log-probabilities with them."""
         if server == "peft":
             live = load_peft(plain, folder)
             return only_in(folder, updates_of_peft(live)), log_probabilities(live, self.rows)
@@ -78,10 +78,10 @@ class Comparer:
         return Check("vllm", PEFT_FP32, str(answer), difference, tolerance)
 
     def merged(self, folder: Path, dtype: torch.dtype, nf4: Nf4 | None) -> Comparison:
-        """Check a merged model; ``nf4`` says how the base was quantised where the merge went into that.
+        """Check a merged model; ``nf4`` is how the base was quantised, None if the adapter is merged into it as it is.
 
         Raises:
-            ExportError: a merged weight is not PEFT's.
+            ExportError: a merged weight differs from that of PEFT's merge.
         """
         unmerged, effect = self._unmerged(nf4)
         by_peft, merge = self._merged_by_peft(folder, dtype, nf4)
@@ -100,14 +100,18 @@ class Comparer:
         return Comparison(tuple(checks), unmerged, exported, effect)
 
     def _unmerged(self, nf4: Nf4 | None) -> tuple[list[Tensor], float]:
-        """PEFT's log-probabilities, and how far the adapter moves them."""
+        """Compute PEFT's log-probabilities before merging, and how far the adapter moves them."""
         live = load_peft(load(self.base.folder, self.base.widest, nf4), self.adapter)
         reference = log_probabilities(live, self.rows)
         with live.disable_adapter():
             return reference, largest_difference(reference, log_probabilities(live, self.rows))
 
     def _merged_by_peft(self, folder: Path, dtype: torch.dtype, nf4: Nf4 | None) -> tuple[list[Tensor], str]:
-        """PEFT's own merge, which the files must equal: its log-probabilities, and what it is in words."""
+        """Merge with PEFT and check that the files equal it; return its log-probabilities and its description.
+
+        Raises:
+            ExportError: a merged weight differs.
+        """
         model = load(self.base.folder, dtype, nf4)
         if nf4:
             model = model.dequantize()
@@ -121,11 +125,11 @@ class Comparer:
         return log_probabilities(model, self.rows), words
 
     def _unequal_weights(self, model: nn.Module, folder: Path, dtype: torch.dtype, nf4: Nf4 | None) -> list[str]:
-        """Names of weights that differ from PEFT's or are missing.
+        """List the names of merged weights that differ from PEFT's or are missing.
 
-        A weight that is neither adapted nor replaced must be the base's own, in the type of the merge; where the base
-        went through NF4, PEFT's. What is in the files and no part of the model, such as buffers that are computed
-        anew, must be the base's, too.
+        A weight that is neither adapted nor replaced must equal the base's own, in the type of the merge; if the base
+        went through NF4, it must equal PEFT's. Tensors that are in the files but not in the model, such as buffers
+        that are computed anew, must equal the base's, too.
         """
         weights, unequal, written = model.state_dict(), [], set()
         changed = {f"{module.name}.weight" for module in self.adapter.modules} | set(self.adapter.replaced)
@@ -141,21 +145,21 @@ class Comparer:
         return [*unequal, *sorted(self.base.weights.keys() - written)]
 
     def _merged_alone(self, folder: Path) -> tuple[list[Tensor], float]:
-        """The merged model's log-probabilities, and what rounding may have done to them."""
+        """Compute the merged model's log-probabilities, and a bound on what rounding may have done to them."""
         model, adapted = load(folder), [module.name for module in self.adapter.modules]
         exported = log_probabilities(model, self.rows)
         return exported, ROUNDING_FACTOR * largest_difference(exported, log_probabilities(model, self.rows, adapted))
 
 
 def _same(expected: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a weight is ``expected``, bit for bit, in the type of the merge where it is no whole number."""
+    """Tell whether a weight equals ``expected`` bit for bit, floating-point ones in the type of the merge."""
     return torch.equal(expected.to(dtype) if expected.is_floating_point() else expected, weight) and (
         weight.dtype == (dtype if expected.is_floating_point() else expected.dtype)
     )
 
 
 def load(folder: Path, dtype: torch.dtype | None = None, nf4: Nf4 | None = None) -> Any:
-    """A causal language model on the CPU, in ``dtype`` or what its config says, or with its linear layers in NF4."""
+    """Load a causal language model on the CPU, in ``dtype`` or its config's type, or with its linear layers in NF4."""
     from transformers import AutoModelForCausalLM
 
     settings = {"quantization_config": nf4.loading(), "device_map": {"": "cpu"}} if nf4 else {}
@@ -170,10 +174,10 @@ def load(folder: Path, dtype: torch.dtype | None = None, nf4: Nf4 | None = None)
 
 
 def load_peft(model: Any, adapter: SourceAdapter | Path) -> Any:
-    """PEFT's model of an adapter from elsewhere, by what was checked of its config; or of a folder written here.
+    """Load an adapter with PEFT: an untrusted one by the checked values of its config, or an exported folder.
 
     Raises:
-        ExportError: PEFT refuses it.
+        ExportError: PEFT cannot load it.
     """
     settings = adapter.peft_settings if isinstance(adapter, SourceAdapter) else None
     folder = adapter.folder if isinstance(adapter, SourceAdapter) else adapter

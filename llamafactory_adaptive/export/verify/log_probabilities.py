@@ -23,10 +23,10 @@ PROMPTS = (
 
 
 def tokenise(folder: Path) -> list[list[int]]:
-    """The fixed prompts as token rows of the tokenizer in ``folder``.
+    """Tokenise the fixed prompts with the tokenizer in ``folder``.
 
     Raises:
-        ValueError, OSError: there is none, or it is empty.
+        ValueError, OSError: there is no tokenizer, or it is empty.
     """
     from transformers import AutoTokenizer
 
@@ -39,14 +39,14 @@ def tokenise(folder: Path) -> list[list[int]]:
 
 @contextmanager
 def computing_in_fp32(model: nn.Module, rounded: Collection[str] = ()) -> Iterator[None]:
-    """Within the context weights stay as they are stored and each layer computes with them in fp32.
+    """Make each layer compute in fp32 within the context, while weights stay as they are stored.
 
-    A layer's own parameters are widened, which is exact, for its forward pass alone: the result is that of
-    ``model.float()``, and memory holds one widened layer.
+    A layer's own parameters are converted to fp32, which is exact, for its forward pass alone: the result is that of
+    ``model.float()``, and memory holds one converted layer.
 
     Args:
-        rounded: names of layers whose weights get a random part, up to half, of their last place added: what rounding
-            to the stored type may do to them.
+        rounded: names of layers whose weights are moved by a random part, up to half, of their last place, as rounding
+            to the stored type may move them.
     """
     noise, noisy = torch.Generator().manual_seed(0), {model.get_submodule(name) for name in rounded}
     kept: dict[nn.Module, list[tuple[nn.Parameter, Tensor]]] = {}
@@ -73,17 +73,17 @@ def computing_in_fp32(model: nn.Module, rounded: Collection[str] = ()) -> Iterat
 
 
 def last_place(weight: Tensor) -> Tensor:
-    """Distance to the next number of the weight's type, in fp32."""
+    """Compute the distance from each weight to the next number of its type, in fp32."""
     _, exponent = torch.frexp(weight.float())
     return torch.exp2((exponent - 1).float()) * torch.finfo(weight.dtype).eps
 
 
 @torch.no_grad()
 def log_probabilities(model: nn.Module, rows: list[list[int]], rounded: Collection[str] = ()) -> list[Tensor]:
-    """Log-probabilities (tokens, vocabulary) of the next token at every place of every row.
+    """Compute log-probabilities of the next token at every place of every row, (tokens, vocabulary) per row.
 
-    All rows go through the model at once, so that each layer is widened once. They are filled up at their ends, which
-    a causal model does not see from the places before.
+    All rows go through the model at once, so that each layer is converted once. They are filled up at their ends,
+    which does not change earlier places of a causal model.
     """
     longest = max(map(len, rows))
     filled = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
@@ -93,7 +93,7 @@ def log_probabilities(model: nn.Module, rows: list[list[int]], rounded: Collecti
 
 
 def largest_difference(reference: list[Tensor], other: list[Tensor], top_k: int = TOP_K) -> float:
-    """Largest distance of two sets of log-probabilities among the reference's ``top_k`` tokens at every place."""
+    """Compute the largest distance of two sets of log-probabilities at the reference's ``top_k`` tokens per place."""
     worst = 0.0
     for expected, given in zip(reference, other, strict=True):
         best = expected.topk(min(top_k, expected.shape[-1]), dim=-1).indices

@@ -1,7 +1,7 @@
-"""Module by module: what the exported files add to each weight, against what PEFT adds with the original adapter.
+"""Comparison by module of what the exported files add to each weight with what PEFT adds by the original adapter.
 
-Log-probabilities alone hardly see a fault in one module of many, and a weak adapter hides it altogether. Here the
-update of each module, scale * B A, is compared by itself, relative to its own size, so that neither matters:
+A fault in one module of many hardly changes log-probabilities, and a weak adapter hides it altogether. Here the update
+of each module, scale * B A, is compared by itself, relative to its own size, so that neither matters:
 
     ||U_exported - U_peft||_F / ||U_peft||_F <= TOLERANCE
 
@@ -27,12 +27,12 @@ Update = tuple[Tensor, Tensor, float]  # A (r, d_in), B (d_out, r), scale
 
 @dataclass(frozen=True)
 class UpdateComparison:
-    """The module that is farthest off.
+    """Result of a comparison by module: its largest difference.
 
     Attributes:
-        difference: relative, in the Frobenius norm; infinite where one side lacks the module.
-        worst: its name; None where no module differs at all.
-        compared: how many modules.
+        difference: relative, in the Frobenius norm; infinite if one side lacks the module.
+        worst: name of the module with that difference; None if no module differs at all.
+        compared: number of modules.
     """
 
     difference: float
@@ -41,7 +41,7 @@ class UpdateComparison:
 
 
 def updates_of_peft(model: nn.Module) -> dict[str, Update]:
-    """Read the updates that a loaded PEFT model computes with: its factors and its scale, by module name."""
+    """Read the updates that a loaded PEFT model computes with: factors and scale, by module name."""
     return {
         name.removeprefix(TENSOR_PREFIX): (
             layer.lora_A["default"].weight.detach(),
@@ -54,7 +54,7 @@ def updates_of_peft(model: nn.Module) -> dict[str, Update]:
 
 
 def compare_updates(reference: Mapping[str, Update], exported: Mapping[str, Update]) -> UpdateComparison:
-    """Compare module by module; one that only a layout's zeros stand for is none."""
+    """Find the module whose update differs most; zeros that a layout adds for further modules do not differ."""
     worst, largest = None, 0.0
     for name, difference in _differences(reference, exported):
         if not difference <= largest:  # NaN is the worst of all
@@ -75,7 +75,7 @@ def _differences(reference: Mapping[str, Update], exported: Mapping[str, Update]
 
 
 def relative_difference(reference: Update, exported: Update) -> float:
-    """Distance of two updates over the size of the first, in the Frobenius norm."""
+    """Compute the distance of two updates over the size of the first, in the Frobenius norm."""
     (a1, b1, s1), (a2, b2, s2) = reference, exported
     if (a1.shape[1], b1.shape[0]) != (a2.shape[1], b2.shape[0]):
         return float("inf")
@@ -89,7 +89,7 @@ def relative_difference(reference: Update, exported: Update) -> float:
 
 
 def norm(update: Update) -> float:
-    """Frobenius norm of scale * B A, from the factors; NaN where they are not finite."""
+    """Compute the Frobenius norm of scale * B A from the factors; NaN if they are not finite."""
     a, b, scale = update[0].double(), update[1].double(), update[2]
     if not bool(torch.isfinite(a).all() & torch.isfinite(b).all()):
         return float("nan")

@@ -1,7 +1,7 @@
-"""How each server reads an adapter folder: its own rule, from its own documentation and source, without PEFT.
+"""Rules by which servers read an adapter folder, from their own documentation and source, without PEFT.
 
-A certificate compares PEFT on the original adapter with these rules on the exported files. Where a server would refuse
-the files, the rule raises.
+A certificate compares PEFT on the original adapter with these rules on the exported files. A rule raises an error if
+its server would refuse the files.
 
 =============  ==========================================================================================
 vllm           >= 0.32: alpha_i / r_i by ``rank_pattern`` and ``alpha_pattern`` (``lora/peft_helper.py``)
@@ -72,10 +72,10 @@ RULES: dict[str, Callable[[Config, str, int], float]] = {
 
 
 def read_as(server: str, folder: Path) -> dict[str, Update]:
-    """Module name to A, B and scale, as ``server`` understands the folder.
+    """Read A, B and scale of every module in a folder as ``server`` does.
 
     Raises:
-        ExportError: the server would refuse it.
+        ExportError: the server would refuse the folder.
     """
     config = _read_config(folder)
     try:
@@ -89,7 +89,7 @@ def read_as(server: str, folder: Path) -> dict[str, Update]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """The config as far as servers read it; the keys of its patterns are names, never expressions."""
+    """Read the config and check what servers read of it; keys of its patterns must be names, not expressions."""
     config = read_mapping(folder / ADAPTER_CONFIG, ADAPTER_CONFIG, error=ExportError)
     patterns = [config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
     for pattern in patterns:
@@ -102,7 +102,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _pairs(server: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, A and B of every module; what belongs to no pair is refused."""
+    """Yield name, A and B of every module; a tensor that belongs to no pair is an error."""
     for key, a in tensors.items():
         name, is_a, rest = key.removeprefix(TENSOR_PREFIX).partition(".lora_A.weight")
         other = key.replace(".lora_A.", ".lora_B.") if is_a else key.replace(".lora_B.", ".lora_A.")
@@ -116,10 +116,10 @@ def _pairs(server: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Te
 
 
 def only_in(folder: Path, updates: Mapping[str, Update]) -> dict[str, Update]:
-    """Leave out the updates of modules that PEFT made up, as the files have no factors for them.
+    """Select the updates of modules that have factors in the files; PEFT may have made others of its own.
 
     Raises:
-        ExportError: the files have factors that PEFT passes over.
+        ExportError: the files have factors that PEFT does not read.
     """
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
         names = {key.removeprefix(TENSOR_PREFIX).rpartition(".lora_")[0] for key in file.keys()}  # noqa: SIM118
@@ -139,7 +139,7 @@ def _check_stacked(names: set[str]) -> None:
 
 @contextmanager
 def applied(model: nn.Module, factors: Mapping[str, Update]) -> Iterator[None]:
-    """Within the context every named linear layer adds scale * B A x, in fp32."""
+    """Make every named linear layer add scale * B A x, in fp32, within the context."""
 
     def hook(a: Tensor, b: Tensor, scale: float) -> Callable[..., Tensor]:
         return lambda layer, inputs, output: output + (inputs[0].float() @ a.float().T @ b.float().T) * scale

@@ -1,4 +1,4 @@
-"""Ask a real vLLM, in an environment of its own, what it makes of an exported folder."""
+"""Checks of an exported folder in a real vLLM, which runs in an environment of its own."""
 
 import contextlib
 import json
@@ -46,13 +46,13 @@ class VllmAnswer:
 
 
 def check_vllm(python: Path, server: str) -> None:
-    """Whether ``python`` is an interpreter that has vLLM, and one that reads what is laid out for ``server``.
+    """Check that ``python`` is an interpreter with a vLLM of the kind that ``server`` means.
 
-    Every layout for vLLM is right in both kinds of vLLM. A check in the other kind would still say nothing about the
-    one the adapter is meant for.
+    Every layout for vLLM is right in both kinds, those that read patterns of ranks and those that do not. A check in
+    the other kind would still show nothing about the one that the adapter is meant for.
 
     Raises:
-        AdaptiveConfigError: it is none.
+        AdaptiveConfigError: ``python`` has no such vLLM.
     """
     version, why = _vllm_version(python)
     suggestion = "--vllm-python <environment with vLLM>/bin/python"
@@ -65,7 +65,7 @@ def check_vllm(python: Path, server: str) -> None:
 
 
 def _vllm_version(python: Path) -> tuple[str, str]:
-    """What vLLM calls itself in that environment; or nothing, and why."""
+    """Return the version of vLLM in an environment and an empty text; or an empty version, and the reason."""
     probe = "import vllm; print(vllm.__version__)"
     # As in `_run`: packages of this environment are none of that one.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -83,7 +83,7 @@ def _vllm_version(python: Path) -> tuple[str, str]:
 
 
 def _misfit(version: str, server: str) -> str:
-    """Why that vLLM says nothing about a layout; empty where it does."""
+    """Return why a check in that version of vLLM shows nothing about a layout; empty if it is the right kind."""
     if server == "merged":
         return ""
     number = re.match(r"(\d+)\.(\d+)", version)
@@ -97,7 +97,7 @@ def _misfit(version: str, server: str) -> str:
 
 
 def ask_vllm(python: Path, model: Path, adapter: Path | None, rank: int | None, rows: list[list[int]]) -> VllmAnswer:
-    """Load ``model`` (and ``adapter``) in vLLM and read off the first token after each prompt.
+    """Load ``model`` (and ``adapter``) in vLLM and return the log-probabilities of the first token after each prompt.
 
     Raises:
         ExportError: vLLM failed or took longer than half an hour.
@@ -123,9 +123,12 @@ def _parsed(document: dict[str, Any]) -> VllmAnswer:
 
 
 def _run(command: list[str], log: Path) -> None:
-    """Run in a session of its own, so that it can be ended with everything it started.
+    """Run the probe in a process session of its own, so that it can be ended with everything it started.
 
     The probe ends itself when its standard input closes, which happens however this process ends.
+
+    Raises:
+        ExportError: it took too long or failed.
     """
     # The probe must not find this environment's packages.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -148,9 +151,9 @@ def _run(command: list[str], log: Path) -> None:
 
 
 def difference_of_first_tokens(reference: list[Tensor], answer: list[dict[int, float]]) -> float:
-    """Largest distance between PEFT's log-probabilities at the last place of each prompt and vLLM's answer.
+    """Compute the largest distance of vLLM's answer from PEFT's log-probabilities at the last place of each prompt.
 
-    NaN is infinitely far away.
+    A NaN on either side makes the distance infinite.
     """
     distances = [
         abs(float(expected[-1, token]) - value)

@@ -1,7 +1,8 @@
-"""Runs in an environment with vLLM, where nothing of this package is installed: ``python vllm_probe.py JOB ANSWER``.
+"""Script for an environment with vLLM and without this package: ``python vllm_probe.py JOB ANSWER``.
 
-JOB is a JSON file with model, adapter (or null), max_lora_rank, rows of token ids and top_k. ANSWER gets, for each
-row, log-probabilities of the first generated token's most likely candidates: with the adapter, and without.
+JOB is a JSON file with model, adapter (or null), max_lora_rank, rows of token ids and top_k. The script writes to
+ANSWER, for each row, log-probabilities of the first generated token's most likely candidates: with the adapter, and
+without.
 
 Standard input is a pipe whose other end the caller holds. When it closes, however the caller ended, the probe kills
 its process group, of which it must be the leader.
@@ -17,7 +18,7 @@ from typing import Any
 
 
 def first_token(llm: Any, job: dict[str, Any], lora: Any) -> list[dict[str, float]]:
-    """Token id to log-probability, one mapping per row."""
+    """Generate one token per row and return its candidates: for each row, token id to log-probability."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(max_tokens=1, temperature=0.0, logprobs=job["top_k"])
@@ -29,7 +30,7 @@ def first_token(llm: Any, job: dict[str, Any], lora: Any) -> list[dict[str, floa
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
-    """Load once, ask with and without the adapter."""
+    """Load the model once and generate the first token of each row, with the adapter and without."""
     import vllm
     from vllm import LLM
     from vllm.lora.request import LoRARequest
