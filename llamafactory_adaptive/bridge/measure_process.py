@@ -22,8 +22,8 @@ from llamafactory_adaptive.calibration.measurement import Measurement
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.files import digest_of, read_mapping, replacing
+from llamafactory_adaptive.methods import make_method
 from llamafactory_adaptive.planning.cache import cache_folder
-from llamafactory_adaptive.planning.planner import make_method
 from llamafactory_adaptive.reports.plaintext import tell
 
 
@@ -96,7 +96,7 @@ def run_measurement_job(job: Mapping[str, Any], config: AdaptiveConfig) -> None:
     from llamafactory_adaptive.adapter.lora import keep_4bit_unpacked_on_cpu
 
     args, path = job["args"], Path(job["path"])
-    measurement = make_method(config).measurement()
+    measurement = make_method(config.method, config.options).measurement()
     assert measurement is not None
     assert measurement.key == job["measurement"]
     shapes = target_shapes(args)

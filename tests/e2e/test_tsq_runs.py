@@ -312,10 +312,10 @@ def test_wrong_options_are_named_before_anything_is_loaded(tiny_llama, data_dir,
 def test_load_best_from_before_the_first_refresh_does_not_end_as_uniform_lora(
     tiny_llama, data_dir, tmp_path, monkeypatch
 ):
-    from llamafactory_adaptive.training import search_callback
+    from llamafactory_adaptive.training import rank_search_driver
 
     said: list[str] = []
-    monkeypatch.setattr(search_callback.logger, "warning", said.append)
+    monkeypatch.setattr(rank_search_driver.logger, "warning", said.append)
     out = tmp_path / "out"
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
     every_two = {**EVALUATE, "eval_steps": 2, "save_steps": 2}  # at step 1 all sensitivities are 0, since B is
