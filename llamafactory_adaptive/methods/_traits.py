@@ -58,9 +58,9 @@ def trait_faults(method: Any) -> list[str]:
     """
     traits = getattr(method, "traits", None)
     if not isinstance(traits, MethodTraits):
-        return [f"it has no traits: give its class traits = MethodTraits({' or '.join(map(repr, STRATEGIES))})"]
+        return [f"it has no traits: declare traits = MethodTraits(strategy), with one of {', '.join(STRATEGIES)}"]
     if traits.strategy not in STRATEGIES:
-        return [f"its strategy is {traits.strategy!r}, which must be one of {', '.join(STRATEGIES)}"]
+        return [f"its strategy is {traits.strategy!r}, and must be one of {', '.join(STRATEGIES)}"]
     missing = [name for name in traits.demanded() if not hasattr(method, name)]
     return [f"it lacks {', '.join(missing)}, which its traits ({_words(traits)}) demand"] if missing else []
 

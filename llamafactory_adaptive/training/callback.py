@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.sampling.sampler import SubsetSampler
 from llamafactory_adaptive.training.bound_run import BoundRun, RunRequest
@@ -68,8 +69,14 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
     # -- the Trainer's events ----------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        """Have the parts built."""
-        assert self.bound is not None
+        """Have the parts built.
+
+        Raises:
+            GuardError: the model is not of the plan, or the Trainer is none of :func:`adaptive_trainer`.
+        """
+        if self.bound is None:
+            self.guard.verify_live(args, model)
+            raise GuardError("the run asked for adaptive ranks but its Trainer did not pass itself to the run")
         self.parts = self.bound.begin(args, state, model, kwargs.get("train_dataloader"), self.checkpoint)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
