@@ -101,20 +101,12 @@ class BoundRun:
     def _search_ranks(
         self, args: Any, state: Any, dataloader: Any, resumed: Path | None
     ) -> tuple[SampleSelection | None, RankSearchDriver]:
-        """Find engine and blocks; take back the state of a resumed search before samples are scored on it."""
+        """Take back the state of a resumed search before samples are scored on it."""
         search = self.search
         assert search is not None
-        triplets, config = search.triplets, search.request.schedule
-        engine = find_engine(triplets.modules[0].q, self.trainer)
-        if self.guard.deepspeed:  # its engine is there by now
-            before_deepspeed_step(self.trainer.deepspeed, self.see_gradients)
-        components = Components(triplets, engine)
-        triplets.mask(triplets.masks)
-        begin, asked = search.state.cost(triplets.masks), search.state.asked
-        schedule = make_schedule(config, state.max_steps, begin, asked)
-        observer = Observer(
-            search.request.method, components, self.trainer, self.log.counters, config.seed, config.max_overhead
-        )
+        begin, asked = search.state.cost(search.triplets.masks), search.state.asked
+        schedule = make_schedule(search.request.schedule, state.max_steps, begin, asked)
+        observer = self._observer(search)
         kept = SearchCheckpoint(search, observer, self.log, holds_factors=not self.guard.deepspeed)
         if resumed is not None:
             kept.resume(resumed, state.max_steps)
@@ -122,6 +114,16 @@ class BoundRun:
         return selection, RankSearchDriver(
             search, observer, schedule, kept, self.guard, self.watch, selection, state.global_step
         )
+
+    def _observer(self, search: MaskedSearch) -> Observer:
+        """Find engine and blocks of the live adapter, now that it is where it will stay, its masks with it."""
+        triplets, method, config = search.triplets, search.request.method, search.request.schedule
+        engine = find_engine(triplets.modules[0].q, self.trainer)
+        if self.guard.deepspeed:  # its engine is there by now
+            before_deepspeed_step(self.trainer.deepspeed, self.see_gradients)
+        components = Components(triplets, engine)
+        triplets.mask(triplets.masks)
+        return Observer(method, components, self.trainer, self.log.counters, config.seed, config.max_overhead)
 
     def _prepare_samples(self, args: Any, state: Any, dataloader: Any, resumed: Path | None) -> SampleSelection | None:
         """Have samples scored, or take back what was known of them, before the first step draws any."""

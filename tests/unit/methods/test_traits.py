@@ -130,7 +130,8 @@ def test_a_whole_method_is_taken(register):
 @pytest.mark.parametrize(
     ("cls", "said"),
     [
-        (without("traits"), "it has no traits: declare traits = MethodTraits(strategy), with one of prune, reallocate, fixed"),
+        (without("traits"),
+         "it has no traits: declare traits = MethodTraits(strategy), with one of prune, reallocate, fixed"),
         (without(traits="fixed"), "it has no traits: declare traits = "),
         (without(traits=MethodTraits("pruning")),
          "its strategy is 'pruning', and must be one of prune, reallocate, fixed"),
