@@ -1,5 +1,6 @@
 """What a method declares of itself, what the protocols then ask of it, and what the registry refuses."""
 
+import dataclasses
 import inspect
 import itertools
 import sys
@@ -88,6 +89,17 @@ def test_tsq_is_what_its_options_make_it(sampling, reallocation):
     traits = make_method("tsq", {"sampling": sampling, "reallocation": reallocation}).traits
     assert (traits.strategy, traits.samples) == ("reallocate" if reallocation else "fixed", sampling)
     assert is_dynamic(get_method("tsq"))
+
+
+@pytest.mark.parametrize("name", _registry.methods())
+def test_every_choice_of_a_registered_method_has_what_its_traits_demand(name):
+    for entry in dataclasses.fields(get_method(name).Options):
+        values = (True, False) if isinstance(entry.default, bool) else entry.metadata.get("choices") or ()
+        for value in values:
+            traits = make_method(name, {entry.name: value}).traits
+            assert set(traits.unused_with_plan) <= {
+                field.name for field in dataclasses.fields(get_method(name).Options)
+            }
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
