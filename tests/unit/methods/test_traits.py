@@ -93,13 +93,12 @@ def test_tsq_is_what_its_options_make_it(sampling, reallocation):
 
 @pytest.mark.parametrize("name", _registry.methods())
 def test_every_choice_of_a_registered_method_has_what_its_traits_demand(name):
-    for entry in dataclasses.fields(get_method(name).Options):
+    fields = dataclasses.fields(get_method(name).Options)
+    for entry in fields:
         values = (True, False) if isinstance(entry.default, bool) else entry.metadata.get("choices") or ()
         for value in values:
             traits = make_method(name, {entry.name: value}).traits
-            assert set(traits.unused_with_plan) <= {
-                field.name for field in dataclasses.fields(get_method(name).Options)
-            }
+            assert set(traits.unused_with_plan) <= {field.name for field in fields}
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
