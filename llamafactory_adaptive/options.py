@@ -109,6 +109,12 @@ def check_fields(owner: type, prefix: str, values: Mapping[str, Any]) -> tuple[d
     return result, problems
 
 
+def contradictions(options: Any) -> list[Problem]:
+    """List what options say against each other, which their own ``check()`` knows; not every method's have one."""
+    problems: list[Problem] = getattr(options, "check", list)()
+    return problems
+
+
 def _plain_type(annotation: Any) -> Any:
     arms = [arm for arm in typing.get_args(annotation) if arm is not type(None)]
     return arms[0] if arms else annotation

@@ -161,7 +161,7 @@ class Triplets:
         for module, view in zip(self.modules, torch.split(flat, [len(row) for row in masks]), strict=True):
             module.a.mask_r = view
 
-    def finish(self, model: nn.Module, plan: RankPlan) -> None:
+    def finalize(self, model: nn.Module, plan: RankPlan) -> None:
         """Cut all adapters saved from now on to ``plan``, the ranks that were found."""
         self.compact = plan
         for peft_model in peft_models(model):

@@ -16,7 +16,7 @@ from llamafactory_adaptive.calibration.batches import Batch, count_tokens, make_
 from llamafactory_adaptive.calibration.measurement import Forward
 from llamafactory_adaptive.errors import CalibrationError, refuse
 from llamafactory_adaptive.files import digest_of
-from llamafactory_adaptive.methods import Scores, ScoringContext, get_method
+from llamafactory_adaptive.methods import Scores, ScoringContext, make_method
 from llamafactory_adaptive.ranks.plan import ModuleShape
 
 
@@ -53,8 +53,7 @@ class ModuleScores:
         Raises:
             CalibrationError: the statistics say nothing of a module.
         """
-        cls = get_method(self.method)
-        scores: Scores = cls(cls.Options(**self.options)).score(
+        scores: Scores = make_method(self.method, self.options).score(
             self.statistics, ScoringContext(self.shapes, lora_rank, self.seed)
         )
         return scores
@@ -135,9 +134,9 @@ def score_modules(
         AdaptiveConfigError: an unknown method or option, or targets that the model does not have.
         CalibrationError: a module saw no token, its inputs are not finite, or memory ran out.
     """
-    cls, values = chosen_method(method, options, dynamic=False)
+    _, values = chosen_method(method, options, dynamic=False)
     targets = find_targets(model, target_modules)
-    measurement, started = cls(cls.Options(**values)).measurement(), time.perf_counter()
+    measurement, started = make_method(method, values).measurement(), time.perf_counter()
     statistics: dict[str, Tensor] = {}
     if measurement is not None:
         _check_batches(batches)

@@ -25,16 +25,18 @@ from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationC
 from llamafactory_adaptive.errors import GuardError, PlanError, Problem, refuse, refuse_all
 from llamafactory_adaptive.files import PLAN_FILE
 from llamafactory_adaptive.launcher import launched_number
-from llamafactory_adaptive.methods import DynamicMethod
+from llamafactory_adaptive.methods import make_method
 from llamafactory_adaptive.planning.compatibility import check_same_run
 from llamafactory_adaptive.planning.planner import start_plan
-from llamafactory_adaptive.ranks.plan import ModuleShape, RankPlan, load_plan
+from llamafactory_adaptive.ranks.plan import ModuleShape, load_plan
 from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
 from llamafactory_adaptive.reports.plots import HEATMAP_FILE, save_heatmap
-from llamafactory_adaptive.training.callback import prove_saved
+from llamafactory_adaptive.training.bound_run import RunRequest
+from llamafactory_adaptive.training.callback import AdaptiveCallback
 from llamafactory_adaptive.training.checkpoint_files import damage
-from llamafactory_adaptive.training.divergence import DivergenceWatch
-from llamafactory_adaptive.training.search_callback import DynamicCallback
+from llamafactory_adaptive.training.guard import PlanGuard
+from llamafactory_adaptive.training.masked_search import SearchRequest
+from llamafactory_adaptive.training.run_log import RunLog
 from llamafactory_adaptive.training.trainer import adaptive_trainer
 
 
@@ -97,9 +99,9 @@ def rank_search(
                "interval": interval, "max_overhead": max_overhead}  # fmt: skip
     bounds = {"budget_unit": budget_unit, "min_rank": min_rank, "max_rank": max_rank,
               "max_nonfinite_steps": max_nonfinite_steps}  # fmt: skip
-    cls, values = chosen_method(method, options, dynamic=True)
-    made = cls(cls.Options(**values))
-    if made.sampling is not None:
+    _, values = chosen_method(method, options, dynamic=True)
+    made = make_method(method, values)
+    if made.traits.samples:
         refuse("sampling", True, "samples are chosen in runs of LLaMA-Factory alone", "sampling=False")
     common, faults = common_settings(method, **bounds, **pruning)
     rank, alpha, high, more = budget_settings(method, lora_rank, lora_alpha, common)
@@ -111,7 +113,7 @@ def rank_search(
     shapes = [ModuleShape(n, m.in_features, m.out_features) for n, m in find_targets(model, target_modules).items()]
     start = start_plan(config, shapes, provenance(model, seed))
     adapted = attach_adapter(model, start, task_type, **(lora_settings or {}))
-    return RankSearch(adapted, _SearchCallback(adapted, start, config, made))
+    return RankSearch(adapted, SearchRequest(start, config, made))
 
 
 def _search(
@@ -119,7 +121,7 @@ def _search(
 ) -> tuple[PruningConfig | ReallocationConfig, list[Problem]]:
     """Say how the method changes ranks, and what of the arguments it cannot use."""
     flat = {f"adaptive_{name}": value for name, value in pruning.items()}
-    problems = check_kind(flat, method, True, made.strategy)
+    problems = check_kind(flat, method, True, made.traits.strategy)
     search, faults = check_search(flat, common, method, made, rank, high, seed)
     return search, [in_python(problem, method) for problem in problems + faults]
 
@@ -132,13 +134,15 @@ class RankSearch:
         callback: drives the search; the Trainer of :meth:`trainer` adds it by itself where it was not given.
     """
 
-    def __init__(self, model: PeftModel, callback: "_SearchCallback") -> None:
-        self.model, self.callback = model, callback
+    def __init__(self, model: PeftModel, request: SearchRequest) -> None:
+        self.model, self._request = model, request
+        self._guard = PlanGuard(request.start, RunLog(request.start.method, 0.0), is_final=False)
+        self.callback = AdaptiveCallback(self._guard, RunRequest(request.config.max_nonfinite_steps, request))
 
     @property
     def plan(self) -> PrintablePlan:
         """The ranks: those that training starts from, later those in use, in the end those found."""
-        return PrintablePlan.of(self.callback.plan_so_far())
+        return PrintablePlan.of(self.callback.current_plan())
 
     def trainer(self, trainer_class: type[AnyTrainer]) -> type[AnyTrainer]:
         """Make a Trainer class carry out the search; everything else about it stays as it is.
@@ -150,15 +154,19 @@ class RankSearch:
             A subclass. Use it for one Trainer, with ``model=search.model``; resuming works as always
             (``train(resume_from_checkpoint=...)``).
         """
-        callback = self.callback
+        admit, resume_from = self._admit, self._resume_from
 
-        class Searching(adaptive_trainer(trainer_class, callback)):  # type: ignore[misc]
+        class Searching(trainer_class):  # type: ignore[misc, valid-type]
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **kwargs)
+                admit(self)
+
             def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-                callback.resume_from(_checkpoint(resume_from_checkpoint, self.args.output_dir))
+                resume_from(_checkpoint(resume_from_checkpoint, self.args.output_dir))
                 return super().train(resume_from_checkpoint, *args, **kwargs)
 
         Searching.__name__, Searching.__qualname__ = trainer_class.__name__, trainer_class.__qualname__
-        return Searching
+        return adaptive_trainer(Searching, self.callback)
 
     def finalize(self, folder: str | Path) -> PrintablePlan:
         """Prove that the saved adapter is what was found, and put plan, picture and model card beside it.
@@ -172,65 +180,47 @@ class RankSearch:
         Raises:
             GuardError: training has not ended, chose nothing, or what was saved is not what was found.
         """
-        if not self.callback.ended:
+        if not self._guard.is_final:
             raise GuardError("the search has not ended: finalize comes after trainer.train() and trainer.save_model()")
         if launched_number() == 0:
-            prove_saved(Path(folder), self.callback)
-            self.callback.plan.save(Path(folder) / PLAN_FILE)
-            save_heatmap(self.callback.plan, Path(folder) / HEATMAP_FILE)
+            self._guard.verify_saved(Path(folder))
+            self._guard.plan.save(Path(folder) / PLAN_FILE)
+            save_heatmap(self._guard.plan, Path(folder) / HEATMAP_FILE)
         return self.plan
+
+    def _admit(self, trainer: Any) -> None:
+        """Refuse a Trainer that the search cannot go along with, before anything is changed."""
+        method = self._request.start.method
+        if self.callback.bound is not None:
+            refuse("trainer", type(trainer).__name__, "this search has a Trainer already", "rank_search anew")
+        if not any(part is self.model for part in peft_models(trainer.model)):
+            given = type(trainer.model).__name__
+            refuse("model", given, "it is not the model of this search", "model=search.model")
+        flat = {**trainer.args.to_dict(), "fsdp": trainer.args.fsdp or None}
+        strategy = self._request.method.traits.strategy
+        faults = [*check_conflicts({"fsdp": flat["fsdp"]}), *check_search_conflicts(flat, strategy, False)]
+        if trainer.args.n_gpu > 1:
+            reason = "copies of the model in one process (DataParallel) hide its gradients"
+            faults.append(Problem("n_gpu", trainer.args.n_gpu, reason, "torchrun, or CUDA_VISIBLE_DEVICES=0"))
+        refuse_all(*(in_python(fault, method) for fault in faults))
+        if self.callback not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self.callback)
+
+    def _resume_from(self, checkpoint: Path | None) -> None:
+        """Take note of what training goes on from.
+
+        Raises:
+            PlanError: the checkpoint is damaged, or of a search that asked for something else.
+        """
+        self.callback.checkpoint = checkpoint
+        if checkpoint is None:
+            return
+        if fault := damage(checkpoint):
+            raise PlanError(f"{checkpoint} cannot be resumed from: {fault}")
+        check_same_run(load_plan(checkpoint / PLAN_FILE), self._request.config, str(checkpoint))
 
 
 def _checkpoint(asked: Any, output: str) -> Path | None:
     """Find what a Trainer resumes from: True means the newest checkpoint."""
     checkpoint = get_last_checkpoint(output) if asked is True else asked
     return Path(str(checkpoint)) if checkpoint else None
-
-
-class _SearchCallback(DynamicCallback):
-    """The callback of a run that no host prepared: it checks the Trainer's settings and its checkpoint itself."""
-
-    def __init__(self, model: PeftModel, start: RankPlan, config: AdaptiveConfig, method: DynamicMethod) -> None:
-        super().__init__(start, config, method, overhead_seconds=0.0, checkpoint=None)
-        self.model, self.asked = model, config
-
-    @property
-    def ended(self) -> bool:
-        """Whether training ended and the adapter is saved at the ranks found."""
-        return self.trainer is not None and self.triplets.compact is not None
-
-    def plan_so_far(self) -> RankPlan:
-        """Give the plan at the ranks in use now."""
-        return self.plan if self.trainer is None or self.ended else self.current_plan()
-
-    def attach(self, trainer: Any) -> None:
-        """Refuse a Trainer that the search cannot go along with, before anything is changed."""
-        method = self.start.method
-        if self.trainer is not None:
-            refuse("trainer", type(trainer).__name__, "this search has a Trainer already", "rank_search anew")
-        if not any(part is self.model for part in peft_models(trainer.model)):
-            given = type(trainer.model).__name__
-            refuse("model", given, "it is not the model of this search", "model=search.model")
-        flat = {**trainer.args.to_dict(), "fsdp": trainer.args.fsdp or None}
-        faults = [*check_conflicts({"fsdp": flat["fsdp"]}), *check_search_conflicts(flat, self.method.strategy, False)]
-        if trainer.args.n_gpu > 1:
-            reason = "copies of the model in one process (DataParallel) hide its gradients"
-            faults.append(Problem("n_gpu", trainer.args.n_gpu, reason, "torchrun, or CUDA_VISIBLE_DEVICES=0"))
-        refuse_all(*(in_python(fault, method) for fault in faults))
-        self.watch = DivergenceWatch(self.asked.max_nonfinite_steps, Path(trainer.args.output_dir))
-        if self not in trainer.callback_handler.callbacks:
-            trainer.add_callback(self)
-        super().attach(trainer)
-
-    def resume_from(self, checkpoint: Path | None) -> None:
-        """Take note of what training goes on from.
-
-        Raises:
-            PlanError: the checkpoint is damaged, or of a search that asked for something else.
-        """
-        self.checkpoint = checkpoint
-        if checkpoint is None:
-            return
-        if fault := damage(checkpoint):
-            raise PlanError(f"{checkpoint} cannot be resumed from: {fault}")
-        check_same_run(load_plan(checkpoint / PLAN_FILE), self.asked, str(checkpoint))

@@ -14,7 +14,7 @@ from llamafactory_adaptive.config.arguments import AdaptiveArguments
 from llamafactory_adaptive.config.key_checks import check_budget
 from llamafactory_adaptive.errors import Problem, refuse, refuse_all
 from llamafactory_adaptive.methods import get_method, is_dynamic, methods, nearest
-from llamafactory_adaptive.options import check_fields
+from llamafactory_adaptive.options import check_fields, contradictions
 from llamafactory_adaptive.versions import installed_versions
 
 
@@ -51,7 +51,7 @@ def chosen_method(name: str, options: Mapping[str, Any], dynamic: bool) -> tuple
     unknown = [_unknown_option(name, key, value, known) for key, value in options.items() if key not in known]
     values, faults = check_fields(cls.Options, "", options)
     refuse_all(*unknown, *(in_python(fault, name) for fault in faults))
-    refuse_all(*(in_python(fault, name) for fault in getattr(cls.Options(**values), "check", list)()))
+    refuse_all(*(in_python(fault, name) for fault in contradictions(cls.Options(**values))))
     return cls, values
 
 

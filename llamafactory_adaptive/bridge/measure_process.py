@@ -19,8 +19,8 @@ from llamafactory_adaptive.calibration.batches import count_tokens, holds_media,
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.files import digest_of, read_mapping, replacing
+from llamafactory_adaptive.methods import make_method
 from llamafactory_adaptive.planning.cache import cache_folder
-from llamafactory_adaptive.planning.planner import make_method
 from llamafactory_adaptive.reports.plaintext import tell
 
 
@@ -91,7 +91,7 @@ def run_measurement_job(job: ScoringJob) -> None:
     from llamafactory_adaptive.adapter.lora import keep_4bit_unpacked_on_cpu
 
     config = job.config
-    measurement = make_method(config).measurement()
+    measurement = make_method(config.method, config.options).measurement()
     assert measurement is not None
     assert measurement.key == job.measurement
     model, rows, pad_id = _load(job.settings, config)

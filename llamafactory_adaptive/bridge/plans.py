@@ -11,7 +11,7 @@ from llamafactory_adaptive.engines.distributed import from_main, gather, refuse_
 from llamafactory_adaptive.files import digest_of
 from llamafactory_adaptive.folder_lock import locked
 from llamafactory_adaptive.planning.sources import PlanSource, obtain_plan
-from llamafactory_adaptive.training.callback import PLANS_DIFFER
+from llamafactory_adaptive.training.guard import PLANS_DIFFER
 
 
 @contextmanager

@@ -39,8 +39,8 @@ def inject_ranks(lora_config: Any) -> Callable[..., Any]:
         if callback is not None:
             from llamafactory_adaptive.adapter.lora import lora_config_arguments
 
-            kwargs |= lora_config_arguments(callback.plan)
-            callback.counters.configs_injected += 1
+            kwargs |= lora_config_arguments(callback.guard.plan)
+            callback.guard.counters.configs_injected += 1
         return lora_config(*args, **kwargs)
 
     return make
@@ -79,8 +79,6 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], c
     from llamafactory_adaptive.engines.operator_locks import bounded_waits
     from llamafactory_adaptive.engines.zero import init_deepspeed_on_cpu
     from llamafactory_adaptive.planning.sources import advice
-    from llamafactory_adaptive.training.callback import finish
-    from llamafactory_adaptive.training.divergence import DivergenceWatch
 
     args, adaptive, started = checked.args, checked.config, time.perf_counter()
     _refuse_deepspeed_alone(args)
@@ -91,11 +89,9 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], c
     if checkpoint is None:
         _begin_afresh(args)
     callback = _make_callback(args, source.plan, adaptive, checkpoint, started)
-    callback.layout = layout(args)
     if local_rank() == 0:
         for line in advice(source.plan, adaptive):
-            callback.warn(line)
-    callback.watch = DivergenceWatch(adaptive.max_nonfinite_steps, Path(str(args["output_dir"])))
+            callback.guard.log.warn(line)
     if args.get("deepspeed") and no_accelerator():
         init_deepspeed_on_cpu()
     token = current_run.set(callback)
@@ -106,7 +102,7 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], c
     finally:
         current_run.reset(token)
     if launched_number() == 0:
-        finish(Path(args["output_dir"]), callback, source.loads_adapter)
+        callback.guard.finalize(Path(args["output_dir"]), source.loads_adapter)
 
 
 def _refuse_deepspeed_alone(args: Args) -> None:
@@ -134,29 +130,31 @@ def _begin_afresh(args: Args) -> None:
 def _make_callback(
     args: Args, plan: RankPlan, adaptive: AdaptiveConfig, checkpoint: Path | None, started: float
 ) -> Any:
-    from llamafactory_adaptive.planning.planner import make_method
+    from llamafactory_adaptive.methods import make_method
+    from llamafactory_adaptive.training.bound_run import RunRequest
+    from llamafactory_adaptive.training.callback import AdaptiveCallback
+    from llamafactory_adaptive.training.guard import PlanGuard
+    from llamafactory_adaptive.training.masked_search import SearchRequest
+    from llamafactory_adaptive.training.run_log import RunLog
 
-    method = make_method(adaptive)
-    selection = _make_selection(args, method)
-    if adaptive.search is None:
-        from llamafactory_adaptive.training.callback import AdaptiveCallback
+    method = make_method(adaptive.method, adaptive.options)
+    request = RunRequest(
+        adaptive.max_nonfinite_steps,
+        search=None if adaptive.search is None else SearchRequest(plan, adaptive, method),
+        samples=_sample_request(args, method.sampling) if method.traits.samples else None,
+        layout=layout(args),
+    )
+    log = RunLog(plan.method, time.perf_counter() - started)
+    return AdaptiveCallback(PlanGuard(plan, log, is_final=adaptive.search is None), request, checkpoint)
 
-        return AdaptiveCallback(plan, time.perf_counter() - started, checkpoint, selection)
-    from llamafactory_adaptive.training.search_callback import DynamicCallback
 
-    return DynamicCallback(plan, adaptive, method, time.perf_counter() - started, checkpoint, selection)
-
-
-def _make_selection(args: Args, method: Any) -> Any:
-    """The data side of the run, where the method has one."""
-    sampling = getattr(method, "sampling", None)
-    if sampling is None:
-        return None
+def _sample_request(args: Args, sampling: Any) -> Any:
+    """Say how the training samples of this run are to be chosen."""
     from llamafactory_adaptive.bridge.fingerprint import identity
     from llamafactory_adaptive.planning.cache import cache_folder
-    from llamafactory_adaptive.training.sample_selection import Selection
+    from llamafactory_adaptive.training.sample_preparation import SampleRequest
 
-    return Selection(sampling, run_seed(args), identity(args), cache_folder() / "quality")
+    return SampleRequest(sampling, run_seed(args), identity(args), cache_folder() / "quality")
 
 
 def _refuse_stray_keys(raw: Mapping[str, Any] | list[str]) -> None:

@@ -30,8 +30,8 @@ from llamafactory_adaptive.config.key_checks import (
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.errors import PlanError, Problem, refuse_all
 from llamafactory_adaptive.files import read_mapping
-from llamafactory_adaptive.methods import get_method, is_dynamic, methods, nearest
-from llamafactory_adaptive.options import check_fields
+from llamafactory_adaptive.methods import get_method, is_dynamic, make_method, methods, nearest
+from llamafactory_adaptive.options import check_fields, contradictions
 from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
 
 
@@ -88,14 +88,12 @@ def _search(
 ) -> tuple[PruningConfig | ReallocationConfig | None, list[Problem]]:
     """How the configured method changes ranks while training, and what that cannot go together with."""
     name, cls = common["adaptive_method"], get_method(common["adaptive_method"])
-    chosen = cls.Options(**options)
-    made = cls(chosen)
-    problems: list[Problem] = getattr(chosen, "check", list)()
-    kind = getattr(made, "strategy", "fixed")
-    problems += check_kind(args, name, is_dynamic(cls), kind)
-    if getattr(made, "sampling", None) is not None:
+    made = make_method(name, options)
+    problems = contradictions(cls.Options(**options))
+    problems += check_kind(args, name, is_dynamic(cls), made.traits.strategy)
+    if made.traits.samples:
         problems += check_sampling_conflicts(args)
-    if kind == "fixed" or common["adaptive_plan"] is not None:
+    if not made.traits.dynamic or common["adaptive_plan"] is not None:
         return None, problems
     search, faults = check_search(args, common, name, made, lora_rank, max_rank, run_seed(args))
     return search, problems + faults

@@ -10,6 +10,7 @@ from typing import Any
 
 from llamafactory_adaptive.config.deepspeed_settings import document, part, zero_optimization
 from llamafactory_adaptive.errors import Problem
+from llamafactory_adaptive.methods._traits import Strategy
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def _clashes(rules: Iterable[Conflict], flat: Mapping[str, Any]) -> list[Problem
     ]
 
 
-def check_search_conflicts(flat: Mapping[str, Any], strategy: str, probes: bool) -> list[Problem]:
+def check_search_conflicts(flat: Mapping[str, Any], strategy: Strategy, probes: bool) -> list[Problem]:
     """Upstream options that cannot go with changing ranks or, where the method ``probes``, with extra passes."""
     rules = [*MASKING_CONFLICTS, *(REALLOCATION_CONFLICTS if strategy == "reallocate" else ())]
     problems = _clashes([*rules, *(PROBING_CONFLICTS if probes else ())], flat)

@@ -10,6 +10,7 @@ from typing import Any
 from llamafactory_adaptive.config.arguments import PRUNING_KEYS
 from llamafactory_adaptive.config.host_conflicts import check_search_conflicts
 from llamafactory_adaptive.errors import Problem
+from llamafactory_adaptive.methods._traits import Strategy
 from llamafactory_adaptive.options import coerce
 from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
 
@@ -34,7 +35,7 @@ CALIBRATION_KEYS = (
 )
 
 
-def check_kind(flat: Mapping[str, Any], method: str, dynamic: bool, strategy: str) -> list[Problem]:
+def check_kind(flat: Mapping[str, Any], method: str, dynamic: bool, strategy: Strategy) -> list[Problem]:
     """Keys of methods that calibrate or prune given to one that does not: they would do nothing."""
     idle: dict[str, tuple[str, str]] = {}
     if dynamic:
@@ -103,7 +104,7 @@ def check_reallocation(
     if low == 0:
         reason = "a module without components has nothing to score, and would never come back"
         problems.append(Problem("adaptive_min_rank", 0, reason, "adaptive_min_rank: 1"))
-    if made.sampling is not None and made.sampling.scales_budget and 2 * low > lora_rank:
+    if made.traits.samples and made.sampling.scales_budget and 2 * low > lora_rank:
         reason = f"the budget may fall to half of lora_rank ({lora_rank}) with {method}_phi: quality"
         problems.append(Problem("adaptive_min_rank", low, reason, f"adaptive_min_rank: {lora_rank // 2}"))
     return ReallocationConfig(max_rank, made.refresh_ratio, made.beta, seed), problems
@@ -174,9 +175,9 @@ def check_search(
         max_rank: the highest rank of a module.
         seed: of the factors.
     """
-    problems = check_search_conflicts(flat, made.strategy, made.path(0, 0) is not None)
+    problems = check_search_conflicts(flat, made.traits.strategy, made.traits.probes)
     search: PruningConfig | ReallocationConfig
-    if made.strategy == "reallocate":
+    if made.traits.strategy == "reallocate":
         search, faults = check_reallocation(method, made, common["adaptive_min_rank"], lora_rank, max_rank, seed)
     else:
         search, faults = check_pruning(common, lora_rank, max_rank, seed)

@@ -2,32 +2,39 @@
 
 A static method scores modules once, before training. A dynamic method watches rank-1 components while they train and
 scores those. Either is any class with the members of its protocol and an ``Options`` dataclass whose fields become the
-YAML keys ``<method>_<field>``; there is nothing to inherit.
+YAML keys ``<method>_<field>``; there is nothing to inherit. Its ``traits`` say which protocol it follows.
 """
 
 from llamafactory_adaptive.methods._contract import (
     DynamicMethod,
     Orthogonality,
+    ProbingMethod,
     ReallocatingMethod,
     Sampling,
+    SamplingMethod,
     Scores,
     ScoringContext,
     StaticMethod,
-    is_dynamic,
 )
-from llamafactory_adaptive.methods._registry import get_method, methods, nearest
+from llamafactory_adaptive.methods._registry import get_method, is_dynamic, make_method, methods, nearest
+from llamafactory_adaptive.methods._traits import MethodTraits, Strategy
 
 
 __all__ = [
     "DynamicMethod",
+    "MethodTraits",
     "Orthogonality",
+    "ProbingMethod",
     "ReallocatingMethod",
     "Sampling",
+    "SamplingMethod",
     "Scores",
     "ScoringContext",
     "StaticMethod",
+    "Strategy",
     "get_method",
     "is_dynamic",
+    "make_method",
     "methods",
     "nearest",
 ]

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from llamafactory_adaptive.calibration.measurement import Measurement
+from llamafactory_adaptive.methods._traits import MethodTraits
 from llamafactory_adaptive.ranks.plan import ModuleShape
 
 
@@ -77,8 +78,8 @@ class Scores:
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
-class StaticMethod(Protocol):
-    """Ranks fixed before training.
+class Method(Protocol):
+    """What every method has.
 
     Attributes:
         Options: a dataclass of options, made with :func:`~llamafactory_adaptive.options.option`.
@@ -88,6 +89,22 @@ class StaticMethod(Protocol):
 
     Options: ClassVar[type[Any]]
     concentration_advice: ClassVar[str]
+
+    @property
+    def traits(self) -> MethodTraits:
+        """What kind of method it is: a constant of the class, or a property where options decide."""
+
+
+class SamplingMethod(Method, Protocol):
+    """What a method of any strategy has besides when its traits say that it ``samples``."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """How training data is chosen."""
+
+
+class StaticMethod(Method, Protocol):
+    """Ranks fixed before training."""
 
     def measurement(self) -> Measurement | None:
         """The pass over model and data it needs; None when it needs neither."""
@@ -110,7 +127,7 @@ class Orthogonality:
     form: str
 
 
-class DynamicMethod(Protocol):
+class DynamicMethod(Method, Protocol):
     """Ranks found while training. The adapter of every module is ``P diag(lambda) Q``, over-ranked at first.
 
     Between backward pass and optimizer step the method sees weights and gradients, in blocks: all elements of one
@@ -118,27 +135,10 @@ class DynamicMethod(Protocol):
     element must depend on that element alone, so that it can live where the element lives.
 
     Attributes:
-        Options, concentration_advice: as in :class:`StaticMethod`.
         initial_lambda: value lambda starts from; None for plain LoRA factors without lambda.
     """
 
-    Options: ClassVar[type[Any]]
-    concentration_advice: ClassVar[str]
     initial_lambda: ClassVar[float | None]
-
-    @property
-    def strategy(self) -> str:
-        """How ranks change.
-
-        ``prune``: over-ranked at first, the globally best components stay under a falling budget. ``reallocate``:
-        module ranks proportional to the mean score of their elements in use, discounted over refreshes (a component's
-        first interval does not count), under a constant budget;
-        see :class:`ReallocatingMethod`. ``fixed``: not at all; the method is a :class:`StaticMethod` then.
-        """
-
-    @property
-    def sampling(self) -> Sampling | None:
-        """How training data is chosen, where the method chooses it."""
 
     @property
     def orthogonality(self) -> Orthogonality | None:
@@ -146,12 +146,6 @@ class DynamicMethod(Protocol):
 
     def position(self, seed: int, step: int, micro_batch: int) -> float:
         """Factor in (0, 1] on every adapter weight in the training forward of this micro-batch; 1 trains plainly."""
-
-    def path(self, seed: int, step: int) -> list[tuple[float, float]] | None:
-        """What to observe at this step: None for the training gradient, else extra passes (an empty list for none).
-
-        Each pass is (factor on every adapter weight, weight of the gradient there); their weighted sum is observed.
-        """
 
     def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
         """See one block.
@@ -173,6 +167,16 @@ class DynamicMethod(Protocol):
         """Take back what ``state`` gave."""
 
 
+class ProbingMethod(DynamicMethod, Protocol):
+    """What a dynamic method has besides when its traits say that it ``probes``."""
+
+    def path(self, seed: int, step: int) -> list[tuple[float, float]]:
+        """Extra passes to observe at this step in place of the training gradient; an empty list for none.
+
+        Each pass is (factor on every adapter weight, weight of the gradient there); their weighted sum is observed.
+        """
+
+
 class ReallocatingMethod(DynamicMethod, Protocol):
     """What a dynamic method has besides when its strategy is ``reallocate``."""
 
@@ -184,14 +188,5 @@ class ReallocatingMethod(DynamicMethod, Protocol):
     def beta(self) -> float:
         """What the sensitivities of earlier intervals count, compared with those of the next; 0 to 1."""
 
-    @property
-    def idle_on_a_plan(self) -> tuple[str, ...]:
-        """Options that are not read when ranks come from ``adaptive_plan``; those of its sampling still are."""
-
     def allocated(self) -> None:
         """Ranks were shared anew: another interval begins, and what was seen of elements is over."""
-
-
-def is_dynamic(method: type[Any]) -> bool:
-    """Whether a method finds ranks during training."""
-    return hasattr(method, "observe")

@@ -7,6 +7,7 @@ An outside package adds a method with an entry point in the group ``llamafactory
 """
 
 import difflib
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.errors import AdaptiveError
+from llamafactory_adaptive.methods._traits import trait_faults
 
 
 ENTRY_POINT_GROUP = "llamafactory_adaptive.methods"
@@ -24,6 +26,10 @@ class UnknownMethodError(AdaptiveError, KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class InvalidMethodError(AdaptiveError, TypeError):
+    """A registered class is no method: it lacks its traits, or members that they demand."""
 
 
 def built_in() -> dict[str, str]:
@@ -41,27 +47,56 @@ def methods() -> dict[str, str]:
     Raises:
         AdaptiveError: two packages register one name.
     """
-    found = built_in()
+    targets = built_in()
     for entry in entry_points(group=ENTRY_POINT_GROUP):
-        if entry.name in found:
+        if entry.name in targets:
             raise AdaptiveError(
-                f"the method name {entry.name!r} is registered twice: {found[entry.name]}, {entry.value}"
+                f"the method name {entry.name!r} is registered twice: {targets[entry.name]}, {entry.value}"
             )
-        found[entry.name] = entry.value
-    return found
+        targets[entry.name] = entry.value
+    return targets
 
 
 def get_method(name: str) -> Any:
-    """Import and return the class registered under ``name``.
+    """Import and return the class registered under ``name``, once it is known to have the members of a method.
 
     Raises:
         UnknownMethodError: with the nearest registered name.
+        InvalidMethodError: naming what the class lacks.
     """
     if name not in methods():
         known = ", ".join(sorted(methods()))
         raise UnknownMethodError(f"unknown method {name!r}: registered are {known}; try {nearest(name)}")
     module, _, attribute = methods()[name].partition(":")
-    return getattr(import_module(module), attribute)
+    method = getattr(import_module(module), attribute)
+    if not hasattr(method, "Options"):
+        _refuse(name, ["it lacks Options, the dataclass of its options"])
+    _refuse(name, trait_faults(method(method.Options())))
+    return method
+
+
+def make_method(name: str, options: Mapping[str, Any]) -> Any:
+    """Make the method registered under ``name`` with its options.
+
+    Raises:
+        UnknownMethodError, InvalidMethodError: as :func:`get_method`; with these options, too.
+    """
+    method = get_method(name)
+    made = method(method.Options(**options))
+    _refuse(name, trait_faults(made))
+    return made
+
+
+def is_dynamic(method: type[Any]) -> bool:
+    """Whether a class of methods finds ranks during training, unless options tell it not to."""
+    return bool(method(method.Options()).traits.dynamic)
+
+
+def _refuse(name: str, faults: list[str]) -> None:
+    if faults:
+        raise InvalidMethodError(
+            f"the method {name!r} ({methods()[name]}) cannot be used: {'; '.join(faults)} (docs/adding-a-method.md)"
+        )
 
 
 def nearest(name: str) -> str:

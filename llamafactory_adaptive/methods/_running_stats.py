@@ -1,7 +1,7 @@
 """Running statistics of importances in flat blocks: smoothed (igu, adalora), or the mean of an interval (tsq)."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -111,9 +111,6 @@ class SmoothingOptions(Protocol):
 
 class SmoothedMethod:
     """The observing half of a dynamic method: ``s = |w g|`` to S and U, and their way into checkpoints and back."""
-
-    strategy: ClassVar[str] = "prune"
-    sampling: ClassVar[None] = None
 
     def __init__(self, options: SmoothingOptions) -> None:
         self.importance = SmoothedImportance(options.beta1, options.beta2)

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llamafactory_adaptive.methods import Orthogonality
+from llamafactory_adaptive.methods import MethodTraits, Orthogonality
 from llamafactory_adaptive.methods._running_stats import SmoothedMethod
 from llamafactory_adaptive.options import option
 
@@ -32,6 +32,7 @@ class Adalora(SmoothedMethod):
     """The method registered as ``adalora``."""
 
     Options: ClassVar[type[AdaloraOptions]] = AdaloraOptions
+    traits: ClassVar[MethodTraits] = MethodTraits("prune")
     concentration_advice: ClassVar[str] = ""
     initial_lambda: ClassVar[float] = 0.0
 
@@ -47,9 +48,6 @@ class Adalora(SmoothedMethod):
 
     def position(self, seed: int, step: int, micro_batch: int) -> float:
         return 1.0
-
-    def path(self, seed: int, step: int) -> None:
-        return None
 
     def element_scores(self, block: str, weights: Tensor) -> Tensor:
         return self.importance.product(block)

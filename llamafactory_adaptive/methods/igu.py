@@ -30,7 +30,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llamafactory_adaptive.methods import Orthogonality
+from llamafactory_adaptive.methods import MethodTraits, Orthogonality
 from llamafactory_adaptive.methods._running_stats import SmoothedMethod
 from llamafactory_adaptive.options import option
 from llamafactory_adaptive.seeding import seeded_index
@@ -84,6 +84,10 @@ class Igu(SmoothedMethod):
         self.options = options
 
     @property
+    def traits(self) -> MethodTraits:
+        return MethodTraits("prune", probes=self.options.importance == "integrated")
+
+    @property
     def orthogonality(self) -> Orthogonality | None:
         if self.options.orthogonality == "none" or self.options.orthogonality_weight == 0:
             return None
@@ -95,10 +99,8 @@ class Igu(SmoothedMethod):
             return 1.0
         return (1 + seeded_index(seed, step, micro_batch, self.options.intervals)) / self.options.intervals
 
-    def path(self, seed: int, step: int) -> list[tuple[float, float]] | None:
+    def path(self, seed: int, step: int) -> list[tuple[float, float]]:
         """``integrated`` probes one random interior node and the end point, every ``probe_interval`` steps."""
-        if self.options.importance != "integrated":
-            return None
         if step % self.options.probe_interval:
             return []
         return sampled_path(self.options.intervals, 1 + seeded_index(seed, step, 0, self.options.intervals - 1))

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llamafactory_adaptive.methods import Scores, ScoringContext
+from llamafactory_adaptive.methods import MethodTraits, Scores, ScoringContext
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Random:
     """The method registered as ``random``."""
 
     Options: ClassVar[type[RandomOptions]] = RandomOptions
+    traits: ClassVar[MethodTraits] = MethodTraits("fixed")
     concentration_advice: ClassVar[str] = ""
 
     def __init__(self, options: RandomOptions) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from llamafactory_adaptive.calibration.input_moments import InputSecondMoments
 from llamafactory_adaptive.errors import CalibrationError
-from llamafactory_adaptive.methods import Scores, ScoringContext
+from llamafactory_adaptive.methods import MethodTraits, Scores, ScoringContext
 from llamafactory_adaptive.methods._module_metrics import (
     combine,
     effective_rank,
@@ -83,6 +83,7 @@ class Sensitivity:
     """The method registered as ``sensitivity``."""
 
     Options: ClassVar[type[SensitivityOptions]] = SensitivityOptions
+    traits: ClassVar[MethodTraits] = MethodTraits("fixed")
     concentration_advice: ClassVar[str] = "massive activations; sensitivity_transform: log or per_type spreads it"
 
     def __init__(self, options: SensitivityOptions) -> None:

@@ -33,8 +33,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from llamafactory_adaptive.errors import Problem
-from llamafactory_adaptive.methods import Scores, ScoringContext
-from llamafactory_adaptive.methods._contract import Sampling
+from llamafactory_adaptive.methods import MethodTraits, Sampling, Scores, ScoringContext
 from llamafactory_adaptive.methods._running_stats import IntervalMean
 from llamafactory_adaptive.options import option
 
@@ -147,16 +146,19 @@ class Tsq:
     concentration_advice: ClassVar[str] = ""
     initial_lambda: ClassVar[None] = None
     orthogonality: ClassVar[None] = None
-    idle_on_a_plan: ClassVar[tuple[str, ...]] = ("reallocation", "phi", *OF_REALLOCATION)
 
     def __init__(self, options: TsqOptions) -> None:
         self.options = options
         self.importance = IntervalMean()
 
     @property
-    def strategy(self) -> str:
-        """Ranks move about, or stay as they are."""
-        return "reallocate" if self.options.reallocation else "fixed"
+    def traits(self) -> MethodTraits:
+        """Ranks move about, or stay as they are; samples are chosen, or not."""
+        return MethodTraits(
+            "reallocate" if self.options.reallocation else "fixed",
+            samples=self.options.sampling,
+            unused_with_plan=("reallocation", "phi", *OF_REALLOCATION),
+        )
 
     @property
     def refresh_ratio(self) -> float:
@@ -167,11 +169,9 @@ class Tsq:
         return self.options.beta
 
     @property
-    def sampling(self) -> Sampling | None:
+    def sampling(self) -> Sampling:
         """How training data is chosen."""
         o = self.options
-        if not o.sampling:
-            return None
         return Sampling(
             weights=(o.norm_weight, o.loss_drop_weight, o.alignment_weight),
             loss_drop=o.loss_drop,
@@ -195,9 +195,6 @@ class Tsq:
 
     def position(self, seed: int, step: int, micro_batch: int) -> float:
         return 1.0
-
-    def path(self, seed: int, step: int) -> None:
-        return None
 
     def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
         """Average ``|w g|`` or ``g^2``; what is masked has neither."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llamafactory_adaptive.methods import Scores, ScoringContext
+from llamafactory_adaptive.methods import MethodTraits, Scores, ScoringContext
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Uniform:
     """The method registered as ``uniform``."""
 
     Options: ClassVar[type[UniformOptions]] = UniformOptions
+    traits: ClassVar[MethodTraits] = MethodTraits("fixed")
     concentration_advice: ClassVar[str] = ""
 
     def __init__(self, options: UniformOptions) -> None:

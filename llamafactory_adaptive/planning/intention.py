@@ -1,7 +1,7 @@
 """What a run is about to do before it trains, in one line for the user."""
 
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
-from llamafactory_adaptive.methods import get_method
+from llamafactory_adaptive.methods import make_method
 
 
 def intention(config: AdaptiveConfig) -> str:
@@ -13,8 +13,7 @@ def intention(config: AdaptiveConfig) -> str:
             f"{config.method} finds the ranks while it trains, from rank {config.search.live_rank} to the cost of "
             f"uniform rank {config.lora_rank}; nothing is scored before"
         )
-    method = get_method(config.method)
-    if method(method.Options(**config.options)).measurement() is None:
+    if make_method(config.method, config.options).measurement() is None:
         return f"{config.method} gives out the ranks at once; nothing is scored"
     return (
         f"{config.method} scores the modules on {config.calibration.samples} rows before training, which takes about "

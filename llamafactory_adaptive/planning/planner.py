@@ -18,7 +18,7 @@ from llamafactory_adaptive.calibration.measurement import Measurement
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import CalibrationError, first_of
 from llamafactory_adaptive.files import usable_entry
-from llamafactory_adaptive.methods import Scores, ScoringContext, StaticMethod, get_method
+from llamafactory_adaptive.methods import Scores, ScoringContext, StaticMethod, make_method
 from llamafactory_adaptive.planning.cache import (
     PlanRequest,
     keep_statistics,
@@ -39,12 +39,6 @@ from llamafactory_adaptive.ranks.plan import (
 Measure = Callable[[Measurement, Path], None]
 
 
-def make_method(config: AdaptiveConfig) -> Any:
-    """The configured method, static or dynamic, with its options."""
-    method = get_method(config.method)
-    return method(method.Options(**config.options))
-
-
 def build_plan(request: PlanRequest, shapes: list[ModuleShape], measure: Measure) -> RankPlan:
     """Score and allocate.
 
@@ -58,7 +52,7 @@ def build_plan(request: PlanRequest, shapes: list[ModuleShape], measure: Measure
     """
     config, started = request.config, time.perf_counter()
     _spend(config, shapes, [1.0] * len(shapes))  # bounds that cannot hold are found before anything is measured
-    method: StaticMethod = make_method(config)
+    method: StaticMethod = make_method(config.method, config.options)
     measurement = method.measurement()
     statistics: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}

@@ -12,7 +12,7 @@ from llamafactory_adaptive.engines.distributed import failure_of
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import PLAN_FILE, STATE_JSON
 from llamafactory_adaptive.launcher import launched_number, launched_processes, local_rank
-from llamafactory_adaptive.methods import get_method, methods
+from llamafactory_adaptive.methods import get_method, make_method, methods
 from llamafactory_adaptive.planning import cache, compatibility, planner
 from llamafactory_adaptive.planning.host import HostRun
 from llamafactory_adaptive.ranks.plan import RankPlan, load_plan
@@ -87,18 +87,17 @@ def fresh_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:
 
 
 def _given_plan(config: AdaptiveConfig, host: HostRun, path: str) -> RankPlan:
-    method = planner.make_method(config)
-    samples = getattr(method, "sampling", None) is not None
+    traits = make_method(config.method, config.options).traits
     used = {"adaptive_plan", "adaptive_budget_unit", "adaptive_max_nonfinite_steps"}
-    if samples:
-        read = set(config.options) - set(method.idle_on_a_plan)
+    if traits.samples:
+        read = set(config.options) - set(traits.unused_with_plan)
         used |= {"adaptive_method", *(f"{config.method}_{option}" for option in read)}
     idle = [key for key in host.given_keys if key not in used]
     if idle and local_rank() == 0:
         logger.warning(f"adaptive_plan is given, so these keys are not used: {', '.join(idle)}")
     plan = compatibility.check_plan(load_plan(Path(path)), host.shapes, config, path)
     facts: dict[str, Any] = {"adaptive_plan": path, **_this_run(plan, host.provenance)}
-    if samples:
+    if traits.samples:
         facts["sampling"] = {"adaptive_method": config.method, **compatibility.flat_options(config)}
     return replace(plan, provenance={**plan.provenance, **facts})
 

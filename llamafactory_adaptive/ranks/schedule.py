@@ -36,6 +36,10 @@ class ReallocationConfig:
     beta: float
     seed: int
 
+    @property
+    def max_overhead(self) -> None:
+        """Limit on extra passes: none can be set for a method that reallocates."""
+
 
 @dataclass(frozen=True)
 class Schedule:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +11,13 @@ from llamafactory_adaptive.adapter.lora import factors, live_layers
 from llamafactory_adaptive.engines.distributed import all_reduce_sum, from_main, gather
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.training.checkpoint_files import damage
+from llamafactory_adaptive.training.run_part import RunPart
 
 
 _MOST_SKIPPED = 40  # a scale starts at 2**16 and is halved each time: it is 2**-24 by then
 
 
-class DivergenceWatch:
+class DivergenceWatch(RunPart):
     """Counts optimizer steps in a row whose loss is NaN or infinite, over all processes.
 
     A gradient that is not finite makes the weights, and with them the next loss, NaN. Where a loss scaler skips such a
@@ -33,10 +35,18 @@ class DivergenceWatch:
         self.skipped = 0  # in a row, by the loss scaler
         self._bad: Tensor | None = None
 
-    def see(self, loss: Tensor) -> None:
+    def see_loss(self, loss: Tensor) -> None:
         """Take note of one micro-batch's loss; stays on its device."""
         bad = (~torch.isfinite(loss.detach())).any().float()
         self._bad = bad if self._bad is None else self._bad + bad
+
+    def after_step(self, args: Any, state: Any, model: nn.Module, optimizer: Any) -> None:
+        """Stop a run that has gone wrong with this step."""
+        self.end_step(state.global_step, model, getattr(optimizer, "step_was_skipped", False))
+
+    def end(self, args: Any, state: Any, model: nn.Module) -> None:
+        """Refuse an adapter that is not finite."""
+        self.refuse_end(state.global_step, model)
 
     def end_step(self, step: int, model: nn.Module, was_skipped: bool = False) -> None:
         """Look at the optimizer step that has just been made, its ``step`` counted from 1.

@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from llamafactory_adaptive.engines.distributed import synchronize, world_size
-from llamafactory_adaptive.methods import DynamicMethod
+from llamafactory_adaptive.methods import DynamicMethod, ProbingMethod
 from llamafactory_adaptive.training.components import Components
-from llamafactory_adaptive.training.guard import Counters
 from llamafactory_adaptive.training.path_probe import Prober
 from llamafactory_adaptive.training.probe_budget import ProbeBudget
+from llamafactory_adaptive.training.run_log import Counters
 
 
 class Observer:
@@ -38,8 +38,7 @@ class Observer:
         self.position = components.triplets.position
         self.step = self.micro_batch = 0
         self.seconds = 0.0  # since they were last asked for
-        probes = method.path(seed, 0) is not None
-        self.prober = Prober(trainer.model, components, seed) if probes else None
+        self.prober = Prober(trainer.model, components, seed) if method.traits.probes else None
 
     def begin(self, step: int, final: bool) -> None:
         """First micro-batch: where on the path it runs, and whether a batch is wanted for probing."""
@@ -58,11 +57,13 @@ class Observer:
         self.position.value = 1.0 if final else self.method.position(self.seed, self.step, self.micro_batch)
 
     def _path(self, final: bool) -> list[tuple[float, float]] | None:
-        """What to observe at this step; nothing once the mask is final."""
+        """What to observe at this step: None for the training gradient, nothing once the mask is final."""
         if final:
             return []
-        path = self.method.path(self.seed, self.step)
-        return [] if path and not self.probe_budget.due(self.step) else path
+        if self.prober is None:
+            return None
+        path = cast(ProbingMethod, self.method).path(self.seed, self.step)
+        return path if self.probe_budget.due(self.step) else []
 
     def before_step(self, final: bool) -> None:
         """Gradients are complete and not clipped: observe them, then add what the optimizer shall see besides."""

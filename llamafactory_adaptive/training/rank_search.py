@@ -1,6 +1,6 @@
 """State of the rank search: which components are on, why, and the plan they make.
 
-Pure Python without torch and without a Trainer; ``search_callback`` drives it.
+Pure Python without torch and without a Trainer; ``RankSearchDriver`` drives it.
 """
 
 import math
@@ -131,8 +131,8 @@ class RankSearchState:
         self.metrics["adaptive/mean_rank"] = sum(line["ranks"]) / len(ranks)
         return line
 
-    def found(self, masks: Masks) -> RankPlan:
-        """The start plan at the ranks now in use, with the scores that led to them."""
+    def plan(self, masks: Masks) -> RankPlan:
+        """Give the start plan at the ranks now in use, with the scores that led to them."""
         total = sum(self.module_scores) or 1.0
         modules = tuple(
             replace(module, rank=sum(row), score=score, share=score / total)

@@ -6,6 +6,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from llamafactory_adaptive.files import cannot_write, could_not_write
+from llamafactory_adaptive.training.checkpoint_record import begin_checkpoint, check_best, seal
 from llamafactory_adaptive.training.current_run import current_run
 
 
@@ -26,13 +27,12 @@ def adaptive_trainer(trainer_class: type, fixed_callback: Any = None) -> type:
             callback = current_run.get() if fixed_callback is None else fixed_callback
             self.adaptive_callback = callback
             if callback is not None:
-                callback.attach(self)
+                callback.bind_trainer(self)
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().training_step(*args, **kwargs)
-            watch = getattr(self.adaptive_callback, "watch", None)
-            if watch is not None:
-                watch.see(loss)
+            if self.adaptive_callback is not None:
+                self.adaptive_callback.see_loss(loss)
             return loss
 
         def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
@@ -44,9 +44,9 @@ def adaptive_trainer(trainer_class: type, fixed_callback: Any = None) -> type:
             return super()._run_epoch(*args, **kwargs)
 
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-            selection = getattr(self.adaptive_callback, "selection", None)
-            if selection is not None:
-                return selection.sampler
+            sampler = None if self.adaptive_callback is None else self.adaptive_callback.train_sampler
+            if sampler is not None:
+                return sampler
             return super()._get_train_sampler(*args, **kwargs)
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -54,7 +54,7 @@ def adaptive_trainer(trainer_class: type, fixed_callback: Any = None) -> type:
                 super()._save_checkpoint(*args, **kwargs)
                 return
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            self.adaptive_callback.begin_checkpoint(folder, self.args)
+            begin_checkpoint(folder, self.args)
             try:
                 super()._save_checkpoint(*args, **kwargs)
             except (OSError, RuntimeError, SafetensorError) as error:
@@ -62,16 +62,16 @@ def adaptive_trainer(trainer_class: type, fixed_callback: Any = None) -> type:
                     raise
                 raise cannot_write(folder, error) from error
             if not self.args.save_only_model:
-                self.adaptive_callback.seal(folder, self.args)
+                seal(folder, self.args)
 
         def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
             if self.adaptive_callback is not None and not self.args.save_only_model:
-                self.adaptive_callback.seal(Path(checkpoint_folder), self.args)
+                seal(Path(checkpoint_folder), self.args)
             super()._push_from_checkpoint(checkpoint_folder)
 
         def _load_best_model(self) -> None:
             if self.adaptive_callback is not None:
-                self.adaptive_callback.check_best(Path(self.state.best_model_checkpoint))
+                check_best(Path(self.state.best_model_checkpoint))
             super()._load_best_model()
 
         def _save_rng_state(self, output_dir: str) -> None:

@@ -274,9 +274,9 @@ def test_processes_that_would_choose_differently_stop(tiny_llama, data_dir, tmp_
 
 
 def test_a_run_that_never_allocated_fails(tiny_llama, data_dir, tmp_path, monkeypatch):
-    from llamafactory_adaptive.training.search_callback import DynamicCallback
+    from llamafactory_adaptive.training.rank_search_driver import RankSearchDriver
 
-    monkeypatch.setattr(DynamicCallback, "_before_step", lambda self: None)  # as if the hook had never fired
+    monkeypatch.setattr(RankSearchDriver, "see_gradients", lambda self: None)  # as if the hook had never fired
     with pytest.raises(GuardError, match="components are to be chosen at step 2, but none was observed"):
         train(pruning_settings(tiny_llama, data_dir, tmp_path / "o"))
 

@@ -179,7 +179,7 @@ def test_a_search_ends_within_budget_in_plain_lora(method, options, tmp_path):
     assert check_adapter(tmp_path, plan) == 0
     assert load_plan(tmp_path / "adaptive_rank_plan.json").ranks() == plan.ranks()
     assert_equal_in_plain_peft(search.model, tmp_path)
-    assert search.callback.counters.allocations > 1
+    assert search.callback.guard.counters.allocations > 1
 
 
 def test_folder_of_the_adapter_may_be_another_than_that_of_the_run(tmp_path):

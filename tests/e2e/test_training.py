@@ -245,11 +245,15 @@ def test_a_finished_run_is_not_overwritten(tiny_llama, data_dir, tmp_path):
 
 def test_nothing_unchecked_is_pushed(tiny_llama, data_dir, tmp_path):
     """The callback sees the final push after the final save; a damaged adapter stops it."""
+    from llamafactory_adaptive.training.bound_run import RunRequest
     from llamafactory_adaptive.training.callback import AdaptiveCallback
+    from llamafactory_adaptive.training.guard import PlanGuard
+    from llamafactory_adaptive.training.run_log import RunLog
 
     out = tmp_path / "o"
     train(settings(tiny_llama, data_dir, out, adaptive_method="random"))
-    callback = AdaptiveCallback(load_plan(out / "adaptive_rank_plan.json"), 0.0)
+    guard = PlanGuard(load_plan(out / "adaptive_rank_plan.json"), RunLog("random", 0.0))
+    callback = AdaptiveCallback(guard, RunRequest(3))
     arguments = type("Arguments", (), {"output_dir": str(out)})()
     callback.on_push_begin(arguments, None, None)
     config = json.loads((out / "adapter_config.json").read_text())

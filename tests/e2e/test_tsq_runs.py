@@ -176,11 +176,11 @@ def test_a_resumed_run_on_other_rows_or_options_is_refused(tiny_llama, data_dir,
 
 
 def test_scores_are_cached_and_weights_need_no_second_pass(tiny_llama, data_dir, tmp_path, monkeypatch):
-    from llamafactory_adaptive.training import sample_selection
+    from llamafactory_adaptive.training import sample_preparation
 
     monkeypatch.setenv("LLAMAFACTORY_ADAPTIVE_CACHE", str(tmp_path / "cache"))
-    calls, original = [], sample_selection.measure
-    monkeypatch.setattr(sample_selection, "measure", lambda *a, **k: calls.append(1) or original(*a, **k))
+    calls, original = [], sample_preparation.measure
+    monkeypatch.setattr(sample_preparation, "measure", lambda *a, **k: calls.append(1) or original(*a, **k))
     for number, more in enumerate(({}, {"tsq_temperature": 9.0, "tsq_clip_quantile": 0.9, "tsq_norm_weight": 2.0})):
         train(tsq_settings(tiny_llama, data_dir, tmp_path / str(number), max_steps=1, **more))
     assert len(calls) == 1
@@ -311,10 +311,10 @@ def test_wrong_options_are_named_before_anything_is_loaded(tiny_llama, data_dir,
 def test_load_best_from_before_the_first_refresh_does_not_end_as_uniform_lora(
     tiny_llama, data_dir, tmp_path, monkeypatch
 ):
-    from llamafactory_adaptive.training import search_callback
+    from llamafactory_adaptive.training import rank_search_driver
 
     said: list[str] = []
-    monkeypatch.setattr(search_callback.logger, "warning", said.append)
+    monkeypatch.setattr(rank_search_driver.logger, "warning", said.append)
     out = tmp_path / "out"
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
     every_two = {**EVALUATE, "eval_steps": 2, "save_steps": 2}  # at step 1 all sensitivities are 0, since B is

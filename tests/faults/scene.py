@@ -24,7 +24,7 @@ from tests.helpers.tiny import pruning_settings, save_tiny, settings, tsq_settin
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["torch", "peft", "datasets", "deepspeed", "llamafactory_adaptive.cli",
-     "llamafactory_adaptive.training.search_callback", "llamafactory_adaptive.export.exporter",
+     "llamafactory_adaptive.training.callback", "llamafactory_adaptive.export.exporter",
      "llamafactory.train.tuner", "llamafactory.train.sft.workflow",
      "llamafactory.launcher"]
 )  # fmt: skip

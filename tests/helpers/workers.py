@@ -15,7 +15,7 @@ from llamafactory_adaptive.errors import AdaptiveError
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch", "deepspeed", "llamafactory_adaptive.training.search_callback", "llamafactory.train.tuner"]
+    ["torch", "deepspeed", "llamafactory_adaptive.training.callback", "llamafactory.train.tuner"]
 )
 
 

@@ -51,7 +51,7 @@ def test_saved_adapters_are_plain_lora_and_equal_the_live_model(architecture, tm
     assert torch.equal(loaded(tmp_path / "checkpoint"), live)
     modules = tuple(replace(m, rank=sum(row)) for m, row in zip(plan.modules, masks, strict=True))
     found = replace(plan, modules=modules)
-    triplets.finish(model, found)
+    triplets.finalize(model, found)
     model.save_pretrained(tmp_path / "final")
     check_saved(tmp_path / "final", found)
     assert (loaded(tmp_path / "final") - live).abs().max() < 1e-5

@@ -13,7 +13,7 @@ NAN, GOOD = torch.tensor(float("nan")), torch.tensor(1.0)
 
 def steps_until_the_end(watch, losses, skipped):
     for step, (loss, was_skipped) in enumerate(zip(losses, skipped, strict=True), start=1):
-        watch.see(loss)
+        watch.see_loss(loss)
         try:
             watch.end_step(step, nn.Linear(1, 1), was_skipped)
         except GuardError as error:

@@ -81,7 +81,7 @@ def test_a_choice_is_noted_with_what_changed():
 def test_the_plan_found_carries_ranks_and_scores_of_what_is_in_use():
     found, masks = search(), [[True, True, False], [False, True, False]]
     found.record(8, 56, True, [[9.0, 8.0, 7.0], [3.0, 2.0, 1.0]], ALL, masks)
-    plan = found.found(masks)
+    plan = found.plan(masks)
     assert plan.ranks() == {"a": 2, "b": 1}
     assert [module.score for module in plan.modules] == [17.0, 2.0]
     assert sum(module.share for module in plan.modules) == pytest.approx(1.0)

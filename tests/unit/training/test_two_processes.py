@@ -13,11 +13,15 @@ from tests.helpers.workers import said_by_two
 
 
 def begin_steps(rank: int, states: list[dict[str, int]]) -> str:
-    from llamafactory_adaptive.training.callback import AdaptiveCallback
+    from llamafactory_adaptive.training.bound_run import BoundRun, RunRequest
+    from llamafactory_adaptive.training.guard import PlanGuard
+    from llamafactory_adaptive.training.run_log import RunLog
 
-    callback: Any = AdaptiveCallback(None, 0.0)  # type: ignore[arg-type]
-    callback.prove = lambda args, model: None  # of plan and model, which is not what this is about
-    callback.on_train_begin(SimpleNamespace(should_save=False), SimpleNamespace(**states[rank]), None, None)
+    guard: Any = PlanGuard(None, RunLog("igu", 0.0))  # type: ignore[arg-type]
+    guard.verify_live = lambda args, model: None  # of plan and model, which is not what this is about
+    arguments: Any = SimpleNamespace(should_save=False, output_dir="out")
+    run = BoundRun(RunRequest(3), guard, SimpleNamespace(args=arguments), lambda: None)
+    run.begin(arguments, SimpleNamespace(**states[rank]), None, None, None)  # type: ignore[arg-type]
     return "it trains"
 
 
@@ -37,16 +41,16 @@ def test_the_same_steps_on_both_are_trained():
 def begin_sampling(rank: int, samples: list[list[dict[str, list[int]]]], folder: Path) -> str:
     """Up to where scores are taken from a checkpoint, which has none."""
     from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
-    from llamafactory_adaptive.training.sample_selection import Selection
+    from llamafactory_adaptive.training.sample_preparation import SampleRequest, TrainingSamples
 
     arguments = SimpleNamespace(
         remove_unused_columns=False, train_batch_size=2, world_size=2, gradient_accumulation_steps=1
     )
-    selection = Selection(Tsq(TsqOptions()).sampling, 0, {}, folder)
-    selection.attach(SimpleNamespace(args=arguments, train_dataset=samples[rank]))
-    batches = range(len(selection.sampler) // (arguments.train_batch_size * arguments.world_size))
+    request = SampleRequest(Tsq(TsqOptions()).sampling, 0, {}, folder)
+    prepared = TrainingSamples(request, SimpleNamespace(args=arguments, train_dataset=samples[rank]))
+    batches = range(len(prepared.sampler) // (arguments.train_batch_size * arguments.world_size))
     try:
-        selection.begin(12, batches, folder)
+        prepared.prepare_samples(None, 12, batches, folder)  # type: ignore[arg-type]
     except PlanError as error:
         return str(error)
     return "the checkpoint had scores"

@@ -1,0 +1,70 @@
+"""What a method declares of itself, and the members that follow from it. Standard library only."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+
+Strategy = Literal["prune", "reallocate", "fixed"]
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+
+_EVERY = ("Options", "concentration_advice")
+_STATIC = ("measurement", "score")
+_DYNAMIC = ("initial_lambda", "orthogonality", "position", "observe", "element_scores", "state", "load")
+_REALLOCATING = ("refresh_ratio", "beta", "allocated")
+
+
+@dataclass(frozen=True)
+class MethodTraits:
+    """What kind of method a class is. The registry holds the class to the members that its traits demand.
+
+    Attributes:
+        strategy: how ranks change while training. ``fixed``: not at all; the method is a :class:`StaticMethod`.
+            ``prune``: over-ranked at first, the globally best components stay under a falling budget; a
+            :class:`DynamicMethod`. ``reallocate``: module ranks proportional to the mean score of their elements in
+            use, discounted over refreshes (a component's first interval does not count), under a constant budget; a
+            :class:`ReallocatingMethod`.
+        probes: whether gradients are observed by extra passes; a :class:`ProbingMethod`.
+        samples: whether training data is chosen by quality; a :class:`SamplingMethod`.
+        unused_with_plan: options that are not read when ranks come from ``adaptive_plan``, where the method still
+            chooses samples.
+    """
+
+    strategy: Strategy
+    probes: bool = False
+    samples: bool = False
+    unused_with_plan: tuple[str, ...] = ()
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether ranks are found during training."""
+        return self.strategy != "fixed"
+
+    def demanded(self) -> tuple[str, ...]:
+        """List the members that a method with these traits must have."""
+        return (
+            *_EVERY,
+            *(_DYNAMIC if self.dynamic else _STATIC),
+            *(_REALLOCATING if self.strategy == "reallocate" else ()),
+            *(("path",) if self.probes else ()),
+            *(("sampling",) if self.samples else ()),
+        )
+
+
+def trait_faults(method: Any) -> list[str]:
+    """List what a method lacks of what its traits demand.
+
+    Args:
+        method: with its options, since traits may depend on them.
+    """
+    traits = getattr(method, "traits", None)
+    if not isinstance(traits, MethodTraits):
+        return [f"it has no traits: declare traits = MethodTraits(strategy), with one of {', '.join(STRATEGIES)}"]
+    if traits.strategy not in STRATEGIES:
+        return [f"its strategy is {traits.strategy!r}, and must be one of {', '.join(STRATEGIES)}"]
+    missing = [name for name in traits.demanded() if not hasattr(method, name)]
+    return [f"it lacks {', '.join(missing)}, which its traits ({_words(traits)}) demand"] if missing else []
+
+
+def _words(traits: MethodTraits) -> str:
+    flags = [name for name in ("probes", "samples") if getattr(traits, name)]
+    return ", ".join([f"strategy {traits.strategy!r}", *flags])

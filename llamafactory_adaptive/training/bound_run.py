@@ -1,0 +1,138 @@
+"""Puts a run together: which parts it has, and in which order they are built and told of events."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llamafactory_adaptive.engines.distributed import agree_across_ranks
+from llamafactory_adaptive.engines.engine import find_engine
+from llamafactory_adaptive.engines.step_hooks import before_clipping, before_deepspeed_step
+from llamafactory_adaptive.ranks.plan import RankPlan
+from llamafactory_adaptive.ranks.schedule import make_schedule
+from llamafactory_adaptive.training.checkpoint_record import CheckpointRecord
+from llamafactory_adaptive.training.components import Components
+from llamafactory_adaptive.training.divergence import DivergenceWatch
+from llamafactory_adaptive.training.fixed_ranks import FixedRanks
+from llamafactory_adaptive.training.guard import PlanGuard, agree_on_steps, uses_deepspeed
+from llamafactory_adaptive.training.masked_search import MaskedSearch, SearchRequest
+from llamafactory_adaptive.training.observer import Observer
+from llamafactory_adaptive.training.rank_search_driver import RankSearchDriver
+from llamafactory_adaptive.training.run_part import RunPart
+from llamafactory_adaptive.training.sample_preparation import SampleRequest, TrainingSamples
+from llamafactory_adaptive.training.sample_selection import SampleSelection
+from llamafactory_adaptive.training.search_checkpoint import SearchCheckpoint
+
+
+QUALITIES_DIFFER = (
+    "hold other sample qualities than rank 0, so they would draw other subsets; delete the cache folder and run again"
+)
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What a run is to do besides training its plan.
+
+    Attributes:
+        max_nonfinite_steps: optimizer steps in a row whose loss may be NaN or infinite.
+        search: for ranks; None where they are fixed.
+        samples: how training samples are chosen; None for all of them.
+        layout: how weights are spread over processes, for checkpoints.
+    """
+
+    max_nonfinite_steps: int
+    search: SearchRequest | None = None
+    samples: SampleRequest | None = None
+    layout: Mapping[str, Any] | None = None
+
+
+class BoundRun:
+    """A run whose Trainer is known.
+
+    Args:
+        request: what it is to do.
+        guard: with plan and log.
+        trainer: before it makes its data loader and its optimizer.
+        see_gradients: is called at every step of a search once gradients are complete and not yet clipped.
+    """
+
+    def __init__(self, request: RunRequest, guard: PlanGuard, trainer: Any, see_gradients: Callable[[], None]) -> None:
+        self.request, self.guard, self.log, self.trainer = request, guard, guard.log, trainer
+        self.see_gradients = see_gradients
+        self.samples = None if request.samples is None else TrainingSamples(request.samples, trainer)
+        self.search = None if request.search is None else MaskedSearch(request.search, trainer)
+        self.watch = DivergenceWatch(request.max_nonfinite_steps, Path(trainer.args.output_dir))
+        if self.search is not None and not uses_deepspeed(trainer.args):
+            before_clipping(trainer.accelerator, see_gradients)
+
+    def current_plan(self) -> RankPlan:
+        """Give the plan at the ranks now in use."""
+        return self.guard.plan if self.search is None or self.guard.is_final else self.search.plan()
+
+    def begin(
+        self, args: Any, state: Any, model: nn.Module, dataloader: Any, checkpoint: Path | None
+    ) -> tuple[RunPart, ...]:
+        """Verify the plan, then build the parts: everything is where it will stay, and no step was made yet.
+
+        Args:
+            args, state, model: of the Trainer.
+            dataloader: of the Trainer.
+            checkpoint: what the Trainer resumes from, if anything.
+        """
+        self.guard.verify_live(args, model)
+        agree_on_steps(state)
+        resumed = checkpoint if state.global_step > 0 else None
+        make = self._fixed_ranks if self.search is None else self._search_ranks
+        selection, ranks = make(args, state, dataloader, resumed)
+        ranks.announce(args, state)
+        record = CheckpointRecord(self.current_plan, self.request.layout)
+        parts = (self.guard, self.watch, selection, ranks, record)
+        return tuple(part for part in parts if part is not None)
+
+    def _fixed_ranks(
+        self, args: Any, state: Any, dataloader: Any, resumed: Path | None
+    ) -> tuple[SampleSelection | None, FixedRanks]:
+        selection = self._prepare_samples(args, state, dataloader, resumed)
+        return selection, FixedRanks(self.guard, self.log, selection)
+
+    def _search_ranks(
+        self, args: Any, state: Any, dataloader: Any, resumed: Path | None
+    ) -> tuple[SampleSelection | None, RankSearchDriver]:
+        """Take back the state of a resumed search before samples are scored on it."""
+        search = self.search
+        assert search is not None
+        begin, asked = search.state.cost(search.triplets.masks), search.state.asked
+        schedule = make_schedule(search.request.schedule, state.max_steps, begin, asked)
+        observer = self._observer(search)
+        kept = SearchCheckpoint(search, observer, self.log, holds_factors=not self.guard.deepspeed)
+        if resumed is not None:
+            kept.resume(resumed, state.max_steps)
+        selection = self._prepare_samples(args, state, dataloader, resumed)
+        return selection, RankSearchDriver(
+            search, observer, schedule, kept, self.guard, self.watch, selection, state.global_step
+        )
+
+    def _observer(self, search: MaskedSearch) -> Observer:
+        """Find engine and blocks of the live adapter, now that it is where it will stay, its masks with it."""
+        triplets, method, config = search.triplets, search.request.method, search.request.schedule
+        engine = find_engine(triplets.modules[0].q, self.trainer)
+        if self.guard.deepspeed:  # its engine is there by now
+            before_deepspeed_step(self.trainer.deepspeed, self.see_gradients)
+        components = Components(triplets, engine)
+        triplets.mask(triplets.masks)
+        return Observer(method, components, self.trainer, self.log.counters, config.seed, config.max_overhead)
+
+    def _prepare_samples(self, args: Any, state: Any, dataloader: Any, resumed: Path | None) -> SampleSelection | None:
+        """Have samples scored, or take back what was known of them, before the first step draws any."""
+        if self.samples is None:
+            return None
+        started = time.perf_counter()
+        selection = self.samples.prepare_samples(self.guard.plan, state.max_steps, dataloader, resumed)
+        self.log.overhead_seconds += time.perf_counter() - started
+        agree_across_ranks(selection.digest(), QUALITIES_DIFFER)
+        if args.should_save:
+            selection.report(Path(args.output_dir), state.global_step)
+        return selection

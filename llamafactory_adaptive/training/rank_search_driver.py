@@ -1,0 +1,168 @@
+"""Drives a dynamic method through training: observe, regularise, allocate, log, save, cut to the ranks found.
+
+Every process takes every decision itself, from the same numbers, and proves that it was the same.
+"""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from llamafactory_adaptive.engines.distributed import agree_across_ranks
+from llamafactory_adaptive.errors import GuardError
+from llamafactory_adaptive.files import PLAN_FILE, digest_of
+from llamafactory_adaptive.methods import ReallocatingMethod
+from llamafactory_adaptive.ranks.schedule import Refreshes, Schedule, short_run_warning
+from llamafactory_adaptive.reports.plots import HEATMAP_FILE, HISTORY_FILE, save_heatmap, save_history
+from llamafactory_adaptive.seeding import seeded_index
+from llamafactory_adaptive.training.divergence import DivergenceWatch
+from llamafactory_adaptive.training.guard import PlanGuard
+from llamafactory_adaptive.training.masked_search import MaskedSearch
+from llamafactory_adaptive.training.observer import Observer
+from llamafactory_adaptive.training.run_part import RunPart
+from llamafactory_adaptive.training.sample_selection import SampleSelection, figures_of
+from llamafactory_adaptive.training.search_checkpoint import SearchCheckpoint
+
+
+DECISIONS_DIFFER = (
+    "chose other components than rank 0: their scores differ, so the processes no longer train one adapter; this is a "
+    "hardware fault or a bug, and the run stops here (the last checkpoint is intact)"
+)
+logger = logging.getLogger("llamafactory.adaptive")
+
+
+class RankSearchDriver(RunPart):
+    """Chooses components while they train.
+
+    Args:
+        search: the live adapter, and what was decided so far.
+        observer: shows the method gradients.
+        schedule: when components are chosen, under which budget.
+        checkpoint: where the exact state is kept.
+        guard: takes the plan that is found.
+        watch: refuses to choose on figures that are no numbers.
+        selection: of training samples, if any.
+        step: optimizer steps that were made before.
+    """
+
+    def __init__(
+        self,
+        search: MaskedSearch,
+        observer: Observer,
+        schedule: Schedule | Refreshes,
+        checkpoint: SearchCheckpoint,
+        guard: PlanGuard,
+        watch: DivergenceWatch,
+        selection: SampleSelection | None,
+        step: int,
+    ) -> None:
+        self.search, self.observer, self.schedule, self.checkpoint = search, observer, schedule, checkpoint
+        self.guard, self.watch, self.selection, self.step = guard, watch, selection, step
+        self.log, self.start, self.method = guard.log, search.request.start, search.request.method
+        self.state, self.triplets, self.components = search.state, search.triplets, observer.components
+
+    def announce(self, args: Any, state: Any) -> None:
+        """Say from which ranks the search begins, or goes on."""
+        if not args.should_save:
+            return
+        if warning := short_run_warning(self.schedule, state.max_steps):
+            self.log.warn(warning)
+        self._write(args, {"step": self.step, "event": "resumed" if self.step else "begin"})
+        largest = max(sum(row) for row in self.triplets.masks)
+        logger.info(
+            f"adaptive ({self.start.method}): {self.log.counters.modules_checked} modules start at rank {largest}, "
+            f"{self.schedule.describe(self.start.budget_kind)} of {state.max_steps}"
+        )
+
+    # -- during a step -----------------------------------------------------------------------------------------------
+
+    def begin_step(self, state: Any, lr_scheduler: Any) -> None:
+        """Begin to observe a step with its first micro-batch."""
+        self.step = state.global_step
+        self.observer.begin(self.step, self.state.final)
+
+    def end_micro_batch(self) -> None:
+        """Observe the next micro-batch of the step."""
+        self.observer.next_micro_batch(self.state.final)
+
+    def see_gradients(self) -> None:
+        """Show the method what it is to observe of the step."""
+        self.observer.before_step(self.state.final)
+        self.log.overhead_seconds += self.observer.take_seconds()
+
+    def after_step(self, args: Any, state: Any, model: nn.Module, optimizer: Any) -> None:
+        """Let evaluation and saving see the whole adapter; allocate where the schedule says so."""
+        self.step, self.triplets.position.value = state.global_step, 1.0
+        if not self.state.final and self.schedule.due(self.step):
+            self._allocate(args, self.schedule.budget(self.step), self.schedule.is_final(self.step))
+
+    # -- allocation --------------------------------------------------------------------------------------------------
+
+    def _allocate(self, args: Any, budget: int, final: bool) -> None:
+        """Keep the best components under ``budget``, and prove that every process kept the same."""
+        started = time.perf_counter()
+        self.watch.refuse(self.step, "choosing ranks")
+        if self.log.counters.observations == 0:
+            raise GuardError(
+                f"components are to be chosen at step {self.step}, but none was observed: {self.log.counters}"
+            )
+        if self.selection is not None:
+            budget = int(budget * self.selection.budget_share(self.step))
+        scores, before = self.components.scores(self.method, mean=self.state.reallocates), self.triplets.masks
+        masks = self.state.choose(self.step, scores, budget, before)
+        agree_across_ranks(digest_of(masks), DECISIONS_DIFFER)
+        if self.state.reallocates:  # what comes back starts as new components do; the method begins another interval
+            cast(ReallocatingMethod, self.method).allocated()
+            seed = self.search.request.schedule.seed
+            self.components.restart(self.state.fresh, seeded_index(seed, self.step, 0, 2**62))
+        self.triplets.mask(masks)
+        self.log.counters.allocations += 1
+        self.log.overhead_seconds += time.perf_counter() - started
+        line = self.state.record(self.step, budget, final, scores, before, masks)
+        if args.should_save:
+            self._write(args, line)
+
+    def _write(self, args: Any, line: dict[str, Any]) -> None:
+        """Log a line with the samples in use, and with what probing cost so far."""
+        probing = {"probing_seconds": round(self.observer.probe_budget.probing, 3)}
+        self.log.write(Path(args.output_dir), {**line, **figures_of(self.selection, self.step), **probing})
+
+    def add_figures(self, state: Any, logs: dict[str, float]) -> None:
+        """Add the last allocation's figures to what goes to TensorBoard, W&B and the log history."""
+        if "loss" in logs and self.state.metrics:
+            overhead = round(self.log.overhead_seconds, 3)
+            figures = {**self.state.metrics, "adaptive/overhead_seconds": overhead}
+            logs.update(figures)
+            state.log_history[-1].update(figures)
+
+    # -- saving, and the end -----------------------------------------------------------------------------------------
+
+    def save(self, folder: Path, args: Any, state: Any) -> None:
+        """Put the exact state beside a checkpoint's plain adapter."""
+        self.checkpoint.write(folder, args, state)
+
+    def end(self, args: Any, state: Any, model: nn.Module) -> None:
+        """Come within budget whatever happened, then make the adapter plain LoRA at the ranks found."""
+        self.triplets.position.value = 1.0
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self.step = int(state.best_model_checkpoint.rpartition("-")[2])
+            self.checkpoint.restore(Path(state.best_model_checkpoint), state.max_steps)
+        if not self.state.history or self.state.cost(self.triplets.masks) > self.state.asked:
+            if args.should_save:
+                logger.warning(
+                    f"adaptive: ranks were not yet found at step {self.step} (they are final from step "
+                    f"{self.schedule.end}); they are chosen now, without training afterwards"
+                )
+            self._allocate(args, self.schedule.target_budget, final=True)
+        plan = self.search.plan()
+        self.guard.settle(plan)
+        self.triplets.finalize(model, plan)
+        if args.should_save:
+            output = Path(args.output_dir)
+            plan.save(output / PLAN_FILE)
+            save_heatmap(plan, output / HEATMAP_FILE)
+            save_history(
+                self.start, self.state.first_masks(), self.state.history, state.global_step, output / HISTORY_FILE
+            )

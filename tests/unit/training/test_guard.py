@@ -1,0 +1,198 @@
+"""The guard against runs that train, save or push something else than their plan; oracles are PEFT's own adapters."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from dynamic import start_plan
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_model
+
+from llamafactory_adaptive.adapter.lora import lora_config_arguments
+from llamafactory_adaptive.errors import GuardError
+from llamafactory_adaptive.training.guard import PlanGuard, uses_deepspeed
+from llamafactory_adaptive.training.run_log import RunLog
+
+
+ARGS = SimpleNamespace(deepspeed=None)
+MODULES = 14
+
+
+@pytest.fixture
+def adapted():
+    """A PEFT model and its plan."""
+    base = tiny_model()
+    plan = start_plan(base)
+    return get_peft_model(base, LoraConfig(**lora_config_arguments(plan), task_type="CAUSAL_LM")), plan
+
+
+def guard_of(plan, **more):
+    return PlanGuard(plan, RunLog("igu", 1.0), **more)
+
+
+def factors_of(model):
+    return {name: p for name, p in model.named_parameters() if ".lora_" in name}
+
+
+def other_ranks(plan):
+    first, *rest = plan.modules
+    return replace(plan, modules=(replace(first, rank=first.rank - 1), *rest))
+
+
+# -- the live model --------------------------------------------------------------------------------------------------
+
+
+def test_the_planned_adapter_passes_and_its_modules_are_counted(adapted):
+    model, plan = adapted
+    guard = guard_of(plan)
+    guard.verify_live(ARGS, model)
+    assert (guard.counters.modules_checked, guard.deepspeed) == (MODULES, False)
+
+
+def test_an_adapter_of_other_ranks_does_not(adapted):
+    model, plan = adapted
+    with pytest.raises(GuardError, match=r"q_proj has A \(4, 32\) and B \(32, 4\) for rank 3"):
+        guard_of(other_ranks(plan)).verify_live(ARGS, model)
+
+
+@pytest.mark.parametrize(
+    ("setting", "variable", "expected"),
+    [(None, None, False), ("z.json", None, True), (None, "true", True), (None, "false", False)],
+)
+def test_deepspeed_is_known_by_setting_and_by_launcher(monkeypatch, setting, variable, expected):
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
+    if variable:
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", variable)
+    assert uses_deepspeed(SimpleNamespace(deepspeed=setting)) is expected
+
+
+# -- steps -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_step_needs_a_gradient_at_every_factor(adapted):
+    model, plan = adapted
+    guard = guard_of(plan)
+    every = list(factors_of(model).values())
+    for factor in every:
+        factor.grad = torch.zeros_like(factor)
+    guard.before_step(model)
+    assert guard.counters.gradients_missing == 0
+    for factor in every[:3]:
+        factor.grad = None
+    with pytest.raises(GuardError, match=r"without a gradient at the first step: .*gradients_missing=3"):
+        guard.before_step(model)
+    guard.after_step(ARGS, None, model, None)
+    guard.before_step(model)  # a later step
+
+
+@pytest.mark.parametrize("kind", ["search", "deepspeed"])
+def test_gradients_are_not_asked_for_where_others_look(adapted, kind, monkeypatch):
+    model, plan = adapted
+    guard = guard_of(plan, is_final=kind != "search")
+    guard.verify_live(SimpleNamespace(deepspeed="z.json" if kind == "deepspeed" else None), model)
+    guard.before_step(model)  # no factor has one
+    assert guard.counters.gradients_missing == 0
+
+
+def test_steps_are_counted_and_the_largest_learning_rate_kept(adapted):
+    model, plan = adapted
+    guard = guard_of(plan)
+    for rates in ([0.0, 1e-3], [2e-3, 0.0], [1e-4, 0.0]):
+        guard.begin_step(None, SimpleNamespace(get_last_lr=lambda rates=rates: rates))
+        guard.after_step(ARGS, None, model, None)
+    guard.begin_step(None, None)  # no scheduler
+    assert (guard.counters.steps, guard.counters.largest_learning_rate) == (3, 2e-3)
+
+
+# -- what is saved and pushed ----------------------------------------------------------------------------------------
+
+
+def saved(model, folder, moved):
+    """Save the adapter with B of the first ``moved`` modules off zero."""
+    bs = [p for name, p in factors_of(model).items() if ".lora_B." in name]
+    assert len(bs) == MODULES
+    for b in bs[:moved]:
+        b.data.fill_(0.5)
+    model.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlibrary_name: peft\n---\n")
+
+
+def ended(plan, rate=1e-3, deepspeed=False):
+    guard = guard_of(plan)
+    guard.counters.modules_checked, guard.counters.largest_learning_rate = MODULES, rate
+    guard.deepspeed = deepspeed
+    return guard
+
+
+def test_a_trained_adapter_passes_and_completes_the_card(adapted, tmp_path):
+    model, plan = adapted
+    saved(model, tmp_path, MODULES)
+    guard = ended(plan)
+    guard.verify_saved(tmp_path)
+    assert guard.log.warnings == []
+    assert "igu" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("moved", "rate", "deepspeed", "refused"),
+    [(0, 1e-3, False, True), (0, 0.0, False, False), (13, 1e-3, False, False), (13, 1e-3, True, True),
+     (13, 0.0, True, False)],
+)  # fmt: skip
+def test_untrained_modules_are_refused_or_warned_of(adapted, tmp_path, moved, rate, deepspeed, refused):
+    model, plan = adapted
+    saved(model, tmp_path, moved)
+    guard, untrained = ended(plan, rate, deepspeed), MODULES - moved
+    if refused:
+        with pytest.raises(GuardError, match=f"{untrained} modules were saved untrained"):
+            guard.verify_saved(tmp_path)
+    else:
+        guard.verify_saved(tmp_path)
+        assert guard.log.warnings == [f"{untrained} of 14 modules were saved untrained: B is still zero"]
+
+
+@pytest.mark.parametrize(
+    ("counters", "said"),
+    [({"modules_checked": 0}, "no allocation reached the model"),
+     ({"modules_checked": 1, "observations": 2}, "igu but no component was chosen"),
+     ({"modules_checked": 1, "allocations": 2}, "igu but no component was chosen")],
+)  # fmt: skip
+def test_a_search_that_did_nothing_is_refused(adapted, counters, said):
+    _, plan = adapted
+    guard = guard_of(plan, is_final=False)
+    vars(guard.counters).update(counters)
+    with pytest.raises(GuardError, match=said):
+        guard.verify_run()
+    vars(guard.counters).update(modules_checked=1, allocations=1, observations=1)
+    guard.verify_run()
+
+
+def test_a_fixed_run_needs_no_observation(adapted):
+    _, plan = adapted
+    ended(plan).verify_run()
+
+
+def test_only_final_ranks_are_held_against_what_is_pushed(adapted, tmp_path):
+    model, plan = adapted
+    guard_of(plan).verify_push(tmp_path)  # nothing lies there yet
+    saved(model, tmp_path, MODULES)
+    guard = guard_of(plan, is_final=False)
+    guard.verify_push(tmp_path)
+    guard.settle(other_ranks(plan))
+    assert guard.is_final
+    with pytest.raises(GuardError, match="rank_pattern gives"):
+        guard.verify_push(tmp_path)
+
+
+def test_a_run_ends_with_its_words_if_its_ranks_were_handed_over(adapted, tmp_path, capsys):
+    model, plan = adapted
+    saved(model, tmp_path, MODULES)
+    guard = ended(plan)
+    guard.log.warn("mind this")
+    with pytest.raises(GuardError, match="no allocation reached the model"):
+        guard.finalize(tmp_path, trained_before=False)
+    guard.finalize(tmp_path, trained_before=True)
+    guard.counters.configs_injected = 1
+    guard.finalize(tmp_path, trained_before=False)
+    said = capsys.readouterr().out
+    assert said.count("Adaptive ranks (igu)") == said.count("warning: mind this") == 2

@@ -1,0 +1,126 @@
+"""A whole search by events alone: what a Trainer would tell is told here, with gradients drawn at random."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from dynamic import start_plan
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_model
+
+from llamafactory_adaptive.adapter.lora import lora_config_arguments
+from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
+from llamafactory_adaptive.errors import GuardError
+from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE
+from llamafactory_adaptive.methods import make_method
+from llamafactory_adaptive.ranks.plan import load_plan
+from llamafactory_adaptive.ranks.schedule import PruningConfig
+from llamafactory_adaptive.training.bound_run import RunRequest
+from llamafactory_adaptive.training.callback import AdaptiveCallback
+from llamafactory_adaptive.training.guard import PlanGuard
+from llamafactory_adaptive.training.masked_search import SearchRequest
+from llamafactory_adaptive.training.run_log import RunLog
+
+
+STEPS, LORA_RANK, START_RANK = 8, 2, 4
+# Pruned between steps 0 and 4, every second step: allocations at 2 and 4.
+SEARCH = PruningConfig(START_RANK, warmup_ratio=0.0, final_ratio=0.5, interval=2, max_overhead=None, seed=0)
+CONFIG = AdaptiveConfig("igu", {"importance": "off"}, "params", LORA_RANK, 4.0, 1, 8, None,
+                        CalibrationConfig(None, 0, 0, 0), SEARCH)  # fmt: skip
+
+
+class Run:
+    """Tells a search what a Trainer would."""
+
+    def __init__(self, folder):
+        base = tiny_model()
+        self.plan = start_plan(base, START_RANK, LORA_RANK)
+        self.model = get_peft_model(base, LoraConfig(**lora_config_arguments(self.plan), task_type="CAUSAL_LM"))
+        self.args = SimpleNamespace(output_dir=str(folder), deepspeed=None, should_save=True, fp16=False,
+                                    load_best_model_at_end=False)  # fmt: skip
+        self.state = SimpleNamespace(global_step=0, max_steps=STEPS, log_history=[{}], best_model_checkpoint=None)
+        self.clipped = []
+        accelerator = SimpleNamespace(clip_grad_norm_=lambda: self.clipped.append(self.state.global_step))
+        self.guard = PlanGuard(self.plan, RunLog("igu", 0.0), is_final=False)
+        request = SearchRequest(self.plan, CONFIG, make_method("igu", CONFIG.options))
+        self.callback = AdaptiveCallback(self.guard, RunRequest(3, request))
+        handler = SimpleNamespace(callbacks=[self.callback])
+        self.trainer = SimpleNamespace(model=self.model, args=self.args, accelerator=accelerator, optimizer=None,
+                                       callback_handler=handler)  # fmt: skip
+        self.callback.bind_trainer(self.trainer)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def tell(self, event, **more):
+        getattr(self.callback, f"on_{event}")(self.args, self.state, None, model=self.model, **more)
+
+    def step(self):
+        self.tell("step_begin")
+        self.callback.see_loss(torch.tensor(1.0))
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.randn(parameter.shape, generator=self.generator)
+        self.trainer.accelerator.clip_grad_norm_()
+        self.tell("pre_optimizer_step")
+        self.state.global_step += 1
+        self.tell("step_end")
+
+
+def test_a_search_observes_allocates_and_settles_on_a_plan_within_budget(tmp_path):
+    run = Run(tmp_path)
+    run.tell("train_begin")
+    observed, ranks = [], []
+    for _ in range(STEPS):
+        run.step()
+        observed.append(run.guard.counters.observations)
+        ranks.append(sum(run.callback.current_plan().ranks().values()))
+    assert observed == [1, 2, 3, 4, 4, 4, 4, 4], "once a step, until ranks are final"
+    assert run.clipped == list(range(STEPS)), "the step's own clipping still takes place"
+    full = START_RANK * 14
+    assert ranks[0] == full > ranks[1] > ranks[3]
+    assert ranks[3:] == [ranks[3]] * 5
+    assert (run.guard.counters.allocations, run.guard.counters.steps) == (2, STEPS)
+    assert (run.guard.is_final, run.guard.plan) == (False, run.plan)
+
+    run.tell("train_end")
+    assert run.guard.is_final
+    assert run.guard.plan == run.callback.current_plan() == run.callback.bound.search.triplets.compact
+    budget = run.guard.plan.budget()
+    assert 0 < budget["used_parameters"] <= budget["asked_parameters"]
+    assert load_plan(tmp_path / PLAN_FILE).ranks() == run.guard.plan.ranks()
+    told = [json.loads(line) for line in (tmp_path / LOG_FILE).read_text().splitlines()]
+    assert [(line["step"], line["event"]) for line in told] == [(0, "begin"), (2, "allocation"), (4, "allocation")]
+    assert all(line["probing_seconds"] == 0 for line in told)
+    run.guard.verify_run()
+
+
+def test_figures_of_an_allocation_join_the_losses(tmp_path):
+    run = Run(tmp_path)
+    run.tell("train_begin")
+    for figures, expected in (({"loss": 1.0}, False), ({"eval_loss": 1.0}, False)):
+        run.callback.on_log(run.args, run.state, None, logs=figures)
+        assert ("adaptive/mean_rank" in figures) is expected
+    run.step()
+    run.step()
+    for figures, expected in (({"loss": 1.0}, True), ({"eval_loss": 1.0}, False)):
+        run.callback.on_log(run.args, run.state, None, logs=figures)
+        assert ("adaptive/mean_rank" in figures) is expected
+    assert "adaptive/mean_rank" in run.state.log_history[-1]
+
+
+def test_nothing_is_chosen_that_was_not_observed(tmp_path):
+    run = Run(tmp_path)
+    run.trainer.accelerator.clip_grad_norm_ = lambda: None  # as if the hook had never fired
+    run.tell("train_begin")
+    run.step()
+    with pytest.raises(GuardError, match="components are to be chosen at step 2, but none was observed"):
+        run.step()
+
+
+def test_nothing_is_chosen_on_losses_that_are_no_numbers(tmp_path):
+    run = Run(tmp_path)
+    run.tell("train_begin")
+    run.step()
+    run.callback.see_loss(torch.tensor(float("nan")))
+    with pytest.raises(GuardError, match="choosing ranks at step 2 is not possible"):
+        run.step()
