@@ -15,12 +15,13 @@ EVAL_KIND  := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 # The generated rows have the passages that lm_eval's BoolQ shows; rows of one's own may have none.
 PROTOCOL   ?= $(if $(DATA),llm_adapters,lm_eval)
 
-.PHONY: help install demo test test-all faults lint bench worth-it eval-install eval-test eval-bench eval-demo clean
+.PHONY: help install demo test test-all mutants faults lint bench worth-it eval-install eval-test eval-bench eval-demo clean
 
 help:
 	@echo "make demo     train, merge and ask SmolLM2-135M on generated data (CPU, about 5 minutes after downloads)"
-	@echo "make test     the test suite (no network, no GPU)"
+	@echo "make test     the test suite (no network, no GPU), and what of the code its fast part reaches"
 	@echo "make test-all the same and its slow repeats: further engines, launchers and models (about 20 minutes)"
+	@echo "make mutants  changes ranks/allocation.py in hundreds of ways and lists what its tests let pass (about 10 minutes)"
 	@echo "make faults   kills, damaged files, full disks, hostile servers; a table of what came of each (about 40 minutes)"
 	@echo "make lint     ruff, mypy --strict, import-linter"
 	@echo "make bench    benchmarks of training on SmolLM2-135M (CPU: about 50 minutes), without export_parity and"
@@ -76,6 +77,22 @@ test: $(STAMP)
 # What ``make test`` leaves out are repeats of its own tests under a further engine, launcher or model.
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(TOGETHER) -m "not eval_env and not faults"
+
+# An environment without the package, whose start-up hook would import what is not changed; ranks/ needs no torch. mutmut
+# is pinned since another version makes and numbers other changes.
+MUTANTS := .venv-mutants
+$(MUTANTS)/.installed: $(BIN)/uv
+	$(PYTHON) -m venv $(MUTANTS) || $(PYTHON) -m venv --clear --without-pip $(MUTANTS)
+	$(BIN)/uv pip install --quiet --python $(MUTANTS)/bin/python mutmut==3.8.1 "pytest>=8.3" "hypothesis>=6.100" "numpy>=1.26"
+	@touch $@
+
+mutants: $(MUTANTS)/.installed
+	rm -rf mutants
+	$(MUTANTS)/bin/mutmut run --max-children $(JOBS)
+	$(MUTANTS)/bin/mutmut export-cicd-stats
+	@cat mutants/mutmut-cicd-stats.json
+	@echo "survivors:"
+	$(MUTANTS)/bin/mutmut results
 
 # Kills, damage, full disks, rivals, hostile servers; one at a time, since moments are drawn from measured seconds.
 faults: $(STAMP) $(EVAL_STAMP)
@@ -133,4 +150,4 @@ eval-demo: $(EVAL_STAMP) $(DEMO) $(DEMO_RUN)
 		--train-file demo_output/data/word_problems.jsonl --out demo_output/eval/$$(date +%Y%m%d-%H%M%S)
 
 clean:
-	rm -rf $(VENV) $(EVAL) demo_output
+	rm -rf $(VENV) $(EVAL) $(MUTANTS) mutants demo_output

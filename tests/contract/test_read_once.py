@@ -9,9 +9,9 @@ import pytest
 import yaml
 from accelerate import PartialState
 from omegaconf import OmegaConf
-from tiny import pruning_settings, settings, tsq_settings
 
 from llamafactory_adaptive import _bootstrap, cli
+from tests.helpers.tiny import pruning_settings, settings, tsq_settings
 
 
 _bootstrap.install()

@@ -4,13 +4,22 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from llamafactory_adaptive.bridge.resuming import named_paths
+from llamafactory_adaptive.bridge.resuming import (
+    checkpoint_to_resume,
+    layout,
+    named_paths,
+    refuse_finished_run,
+    refuse_ranks_in_plain_run,
+    what_the_host_resumes,
+)
+from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError
+from llamafactory_adaptive.files import PLAN_FILE, STATE_JSON, write_digests
 
 
 def test_the_layout_of_a_run_is_read_from_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llamafactory_adaptive.bridge.resuming import layout
-
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
     path = tmp_path / "z.json"
@@ -22,3 +31,117 @@ def test_the_layout_of_a_run_is_read_from_its_settings(tmp_path: Path, monkeypat
 
 def test_a_zero_byte_in_the_settings_names_no_path():
     assert named_paths({"run_name": "a\0b", "output_dir": "out"}) == []
+
+
+# -- which checkpoint ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def output(tmp_path, monkeypatch):
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def checkpoint(output, step, sealed=True, plan="{}"):
+    folder = output / f"checkpoint-{step}"
+    folder.mkdir()
+    if plan:
+        (folder / PLAN_FILE).write_text(plan)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (folder / "adapter_config.json").write_text("{}")
+    save_file({"w": torch.ones(4)}, folder / "adapter_model.safetensors")
+    if sealed:
+        write_digests(folder)
+    return folder
+
+
+def spoil(folder):
+    (folder / "trainer_state.json").write_text("{}")
+    return folder
+
+
+def resumed(output, **more):
+    return checkpoint_to_resume({"output_dir": str(output), **more})
+
+
+def test_the_newest_whole_checkpoint_is_taken_and_newer_damage_is_told(output, caplog):
+    for step in (3, 12):
+        checkpoint(output, step)
+    assert resumed(output) == output / "checkpoint-12"
+    spoil(checkpoint(output, 20))
+    with caplog.at_level("WARNING", "llamafactory.adaptive"):
+        assert resumed(output) == output / "checkpoint-12"
+    assert "checkpoint-20 is damaged or was not written to its end" in caplog.text
+    assert caplog.text.rstrip().endswith("resuming from checkpoint-12")
+
+
+def test_where_no_checkpoint_is_whole_the_run_starts_afresh(output, caplog):
+    spoil(checkpoint(output, 3))
+    with caplog.at_level("WARNING", "llamafactory.adaptive"):
+        assert resumed(output) is None
+    assert caplog.text.rstrip().endswith("starting afresh")
+
+
+def test_settings_that_start_afresh_or_name_a_checkpoint_are_followed(output):
+    checkpoint(output, 3)
+    checkpoint(output, 6)
+    assert resumed(output, overwrite_output_dir=True) is None
+    assert resumed(output, resume_from_checkpoint=False) is None
+    assert resumed(output, overwrite_output_dir=True, resume_from_checkpoint=True) == output / "checkpoint-6"
+    named = str(output / "checkpoint-3")
+    assert resumed(output, resume_from_checkpoint=named) == Path(named)
+    spoil(Path(named))
+    with pytest.raises(PlanError, match=r"checkpoint-3 is damaged .*; resume from another checkpoint"):
+        resumed(output, resume_from_checkpoint=named)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"), [(True, "there is no checkpoint in"), ("none", "there is no such folder")], ids=str
+)
+def test_a_checkpoint_that_is_not_there_is_refused(wanted, said, output):
+    with pytest.raises(AdaptiveConfigError, match=said):
+        resumed(output, resume_from_checkpoint=wanted)
+
+
+def test_a_checkpoint_of_a_plain_run_is_left_to_the_host(output):
+    plain = checkpoint(output, 3, sealed=False, plan=None)
+    assert resumed(output) == plain
+
+
+def test_a_checkpoint_without_digests_is_resumed_from_with_a_word(output, caplog):
+    checkpoint(output, 3, sealed=False)
+    with caplog.at_level("WARNING", "llamafactory.adaptive"):
+        assert resumed(output) == output / "checkpoint-3"
+    assert "has no digests: its files are there and readable" in caplog.text
+
+
+def test_the_host_is_told_which_one_where_it_would_take_another(output):
+    args = {"output_dir": str(output)}
+    assert what_the_host_resumes(args, None) is args
+    whole, _ = checkpoint(output, 3), spoil(checkpoint(output, 6))
+    assert what_the_host_resumes(args, whole)["resume_from_checkpoint"] == str(whole)
+    assert what_the_host_resumes(args, None)["resume_from_checkpoint"] is False
+    assert what_the_host_resumes(args, output / "checkpoint-6") is args
+
+
+def test_a_plain_run_does_not_go_on_from_live_ranks(output):
+    args = {"output_dir": str(output), "do_train": True, "finetuning_type": "lora"}
+    folder = checkpoint(output, 3)
+    refuse_ranks_in_plain_run(args)
+    (folder / STATE_JSON).write_text("{}")
+    with pytest.raises(AdaptiveConfigError, match="is of a run that finds its ranks, and would be resumed from"):
+        refuse_ranks_in_plain_run(args)
+    refuse_ranks_in_plain_run({**args, "overwrite_output_dir": True})
+    refuse_ranks_in_plain_run({**args, "do_train": False})
+
+
+def test_a_finished_run_is_not_scored_again(output):
+    args = {"output_dir": str(output)}
+    refuse_finished_run(args, None)
+    (output / "adapter_model.safetensors").write_text("")
+    with pytest.raises(AdaptiveConfigError, match="it holds a finished run"):
+        refuse_finished_run(args, None)
+    refuse_finished_run(args, output / "checkpoint-3")
+    refuse_finished_run({**args, "overwrite_output_dir": True}, None)

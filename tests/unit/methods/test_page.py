@@ -8,11 +8,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from dynamic import stream, triplet_model
-from tiny import rows, tiny_model
 
 from llamafactory_adaptive import calibration_batches, plan_ranks, score_modules
 from llamafactory_adaptive.methods import _registry, make_method
+from tests.helpers.dynamic import stream, triplet_model
+from tests.helpers.tiny import rows, tiny_model
 
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "adding-a-method.md").read_text(encoding="utf-8")

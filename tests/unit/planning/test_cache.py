@@ -1,9 +1,24 @@
 """Plans and statistics that are kept, waited for, and lost."""
 
-import pytest
+import dataclasses
 
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from llamafactory_adaptive.calibration.input_moments import InputSecondMoments
+from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.errors import CalibrationError, OutputError
-from llamafactory_adaptive.planning.cache import keep_plan, wait_for_plan
+from llamafactory_adaptive.files import usable_entry
+from llamafactory_adaptive.planning.cache import (
+    PlanRequest,
+    keep_plan,
+    keep_statistics,
+    read_statistics,
+    statistics_path,
+    wait_for_plan,
+)
+from llamafactory_adaptive.ranks.plan import ModuleShape
 from tests.helpers.plans import make_plan
 
 
@@ -21,3 +36,56 @@ def test_a_full_cache_loses_no_plan_unless_others_wait_for_it(tmp_path, monkeypa
     assert keep_plan(plan, path) is plan
     with pytest.raises(OutputError, match="No space left"):
         keep_plan(plan, path, others_wait=True)
+
+
+SHAPES = [ModuleShape(f"m{i}", 4, 4) for i in range(3)]
+
+
+def save(path, **tensors):
+    named = {shape.name: torch.ones(4) for shape in SHAPES} | tensors
+    save_file(named, path, metadata={"tokens": "12", "samples": "3", "rows_sha256": "abc", "seconds": "1.5"})
+    return path
+
+
+def test_statistics_come_back_with_what_was_noted_of_them(tmp_path):
+    tensors, facts = read_statistics(save(tmp_path / "x", m1=torch.arange(4.0)), SHAPES)
+    assert tensors["m1"].tolist() == [0, 1, 2, 3]
+    assert facts == {"calibration_tokens": 12, "calibration_samples": 3, "calibration_rows_sha256": "abc",
+                     "calibration_seconds": 1.5}  # fmt: skip
+
+
+def test_statistics_of_another_model_or_with_what_is_no_number_are_refused(tmp_path):
+    with pytest.raises(CalibrationError, match=r"do not fit this model .*; delete the file"):
+        read_statistics(save(tmp_path / "x"), [*SHAPES, ModuleShape("m9", 4, 4)])
+    spoiled = torch.tensor([1.0, float("inf")])
+    with pytest.raises(CalibrationError, match="hold NaN or infinity for m0 and 1 more; delete the file"):
+        read_statistics(save(tmp_path / "y", m0=spoiled, m2=spoiled.clone()), SHAPES)
+
+
+def test_a_full_cache_loses_no_statistics(tmp_path, caplog):
+    fresh = save(tmp_path / "fresh")
+    with caplog.at_level("WARNING", "llamafactory.adaptive"):
+        keep_statistics(fresh, tmp_path / "no folder" / "kept")
+    assert "the scores are not kept for later runs" in caplog.text
+    (tmp_path / "cache").mkdir()
+    keep_statistics(fresh, tmp_path / "cache" / "kept")
+    assert usable_entry(tmp_path / "cache" / "kept")
+    assert (tmp_path / "cache" / "kept").read_bytes() == fresh.read_bytes()
+
+
+def test_requests_that_measure_the_same_share_statistics_and_those_that_ask_the_same_a_plan():
+    calibration = CalibrationConfig(None, 8, 2, 0)
+    config = AdaptiveConfig("sensitivity", {}, "params", 4, 8.0, 1, 16, None, calibration)
+
+    def paths(identity="a", **change):
+        request = PlanRequest(dataclasses.replace(config, **change), {"model": identity}, {})
+        return request.plan_path(), statistics_path(request, InputSecondMoments())
+
+    plan, statistics = paths()
+    assert paths(max_nonfinite_steps=9) == (plan, statistics), "it changes no rank"
+    for change in ({"lora_rank": 8}, {"calibration": dataclasses.replace(calibration, batch_size=4)}):
+        other_plan, same_statistics = paths(**change)
+        assert other_plan != plan
+        assert same_statistics == statistics
+    for change in ({"identity": "b"}, {"calibration": dataclasses.replace(calibration, samples=9)}):
+        assert not set(paths(**change)) & {plan, statistics}

@@ -12,7 +12,7 @@ from llamafactory_adaptive.errors import OtherProcessError, PlanError
 from llamafactory_adaptive.files import PLAN_FILE, STATE_JSON
 from llamafactory_adaptive.methods import get_method
 from llamafactory_adaptive.planning.cache import CACHE_ENV
-from llamafactory_adaptive.planning.sources import fresh_plan, obtain_plan
+from llamafactory_adaptive.planning.sources import advice, fresh_plan, obtain_plan
 from llamafactory_adaptive.ranks.plan import ModuleShape
 from llamafactory_adaptive.ranks.schedule import PruningConfig
 
@@ -147,3 +147,64 @@ def test_other_processes_of_a_node_wait_for_the_first_and_hear_of_its_failure(mo
     with pytest.raises(OtherProcessError, match="broken"):
         fresh_plan(configured(), host)
     assert (asked, host.measured) == ([2], 0)
+
+
+# -- a given plan ----------------------------------------------------------------------------------------------------
+
+
+def test_a_given_plan_beside_sample_selection_leaves_only_the_keys_of_the_search_unused(tmp_path, caplog):
+    path = saved(tmp_path / "given") / PLAN_FILE
+    host = Host(given_keys=["adaptive_plan", "adaptive_method", "tsq_temperature", "tsq_beta", "adaptive_init_rank"])
+    with caplog.at_level("WARNING", logger="llamafactory.adaptive"):
+        source = fresh_plan(configured("tsq", plan_path=str(path)), host)
+    assert "these keys are not used: tsq_beta, adaptive_init_rank" in caplog.text
+    noted = source.plan.provenance["sampling"]
+    assert (noted["adaptive_method"], noted["tsq_temperature"]) == ("tsq", configured("tsq").options["temperature"])
+
+
+def test_a_search_that_is_resumed_starts_from_its_own_live_ranks(tmp_path):
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    fresh_plan(IGU, Host()).plan.save(checkpoint / PLAN_FILE)
+    source = obtain_plan(IGU, Host(checkpoint=checkpoint))
+    assert (source.origin, set(ranks(source))) == ("resumed", {8})
+    wider = [ModuleShape(shape.name, 32, 16) for shape in SHAPES]
+    with pytest.raises(PlanError, match="up_proj is 16x16 in the plan, 32x16 in the model"):
+        obtain_plan(IGU, Host(checkpoint=checkpoint, shapes=wider))
+
+
+def test_a_checkpoint_of_a_version_that_noted_the_plans_model_is_resumed_with_a_word(tmp_path, caplog):
+    checkpoint = saved(tmp_path / "checkpoint-2")
+    document = json.loads((checkpoint / PLAN_FILE).read_text())
+    given = tmp_path / "given.json"
+    given.write_text(json.dumps(document))
+    document["provenance"]["adaptive_plan"] = str(given)
+    (checkpoint / PLAN_FILE).write_text(json.dumps(document))
+    with caplog.at_level("WARNING", logger="llamafactory.adaptive"):
+        source = obtain_plan(configured(plan_path=str(given)), Host(base="models/b", checkpoint=checkpoint))
+    assert source.origin == "resumed"
+    assert "noted models/a, the model its plan was made for" in caplog.text
+
+
+def test_a_base_that_was_moved_is_the_same_by_its_name_and_a_link_by_where_it_leads(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    checkpoint = saved(tmp_path / "checkpoint-2", base=str(tmp_path / "real"))
+    for base in (f"{tmp_path}/link", "elsewhere/real/"):
+        assert obtain_plan(configured(), Host(base=base, checkpoint=checkpoint)).origin == "resumed"
+
+
+def test_what_concentrates_ranks_is_told_with_the_methods_own_remedy():
+    class Steep(Host):
+        def measure(self, measurement, path):
+            facts = {"seconds": "0.1", "tokens": "10", "samples": "2", "rows_sha256": "0"}
+            tensors = {s.name: torch.full((16,), 1e6 if i == 0 else 1.0) for i, s in enumerate(self.shapes)}
+            save_file(tensors, path, metadata=facts)
+
+    shapes = [ModuleShape(f"model.layers.{i}.mlp.up_proj", 16, 16) for i in range(20)]
+    config = configured(lora_rank=2)
+    plan = fresh_plan(config, Steep(shapes=shapes)).plan
+    (said,) = advice(plan, config)
+    assert get_method("sensitivity").concentration_advice in said
+    assert advice(dataclasses.replace(plan, method="of a package that is gone"), config) == []
+    assert advice(fresh_plan(configured("uniform"), Host()).plan, configured("uniform")) == []

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llamafactory_adaptive.errors import InfeasibleBudgetError
-from llamafactory_adaptive.ranks.allocation import Bounds, allocate, water_fill
+from llamafactory_adaptive.ranks.allocation import Allocation, Bounds, allocate, water_fill
 from tests.helpers import reference
 
 
@@ -78,6 +78,10 @@ def test_equal_scores_give_the_uniform_rank_at_any_cost():
     assert allocate([0.3] * 4, Bounds([100, 7, 35, 1], 6 * 143, [1] * 4, [24] * 4)).ranks == (6, 6, 6, 6)
 
 
+def test_no_modules_take_no_budget():
+    assert allocate([], Bounds([], 0, [], [])) == Allocation((), (), 0, 0)
+
+
 def test_ties_go_by_module_order():
     assert allocate([1.0] * 4, Bounds([1] * 4, 6, [0] * 4, [4] * 4)).ranks == (2, 2, 1, 1)
 
@@ -92,11 +96,30 @@ def test_zero_scores_get_the_minimum_and_the_rest_only_when_all_others_are_full(
     assert allocate([0.0, 0.0, 1.0], Bounds([1] * 3, 24, [1] * 3, [10] * 3)).ranks == (7, 7, 10)
 
 
-@pytest.mark.parametrize("bounds", [(2, 9, "2 modules"), (0, 1, "")])
-def test_infeasible_bounds_name_both_numbers(bounds):
-    low, high, _ = bounds
-    with pytest.raises(InfeasibleBudgetError, match=r"cost \d+, the budget is 3"):
-        allocate([1.0, 1.0], Bounds([1, 1], 3, [low] * 2, [high] * 2))
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (2, 9, "the lowest ranks alone cost 4,000, the budget is 3,000; lower adaptive_min_rank or raise lora_rank"),
+        (0, 1, "the highest ranks together cost 2,000, the budget is 3,000; raise adaptive_max_rank or lower "
+               "lora_rank (no rank exceeds the smaller side of its module)"),
+    ],
+    ids=["lowest", "highest"],
+)  # fmt: skip
+def test_infeasible_bounds_name_both_numbers(low, high, said):
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        allocate([1.0, 1.0], Bounds([1000, 1000], 3000, [low] * 2, [high] * 2))
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize("short", range(4), ids=["scores", "costs", "lower", "upper"])
+def test_lists_of_unlike_lengths_are_refused_and_not_cut(short):
+    lists = [[1.0] * 3, [1] * 3, [0] * 3, [4] * 3]
+    lists[short].pop()
+    scores, costs, lower, upper = lists
+    with pytest.raises(ValueError, match="zip"):
+        allocate(scores, Bounds(costs, 9, lower, upper))
+    with pytest.raises(ValueError, match="zip"):
+        water_fill(scores, Bounds(costs, 9, lower, upper), 9)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])

@@ -77,3 +77,14 @@ def test_reallocation_keeps_the_budget_the_best_and_the_shares(scores, data):
         go = [row[i] for i in range(6) if before[i] and not after[i]]
         assert not (stay and go) or min(stay) >= max(go), "the best stay"
         assert not (go and any(not b and a for b, a in zip(before, after, strict=True))), "grown or shrunk, not both"
+
+
+def test_a_module_that_grows_turns_on_the_first_that_are_off_whatever_is_left_of_their_scores():
+    grown = reallocate_components([1.0], [[5.0, 1.0, 9.0]], [[True, False, False]], Bounds([1], 2, [1], [3]))
+    assert grown == [[True, True, False]]
+
+
+@pytest.mark.parametrize(("scores", "on"), [([[1.0], [2.0]], [[True]]), ([[1.0]], [[True], [True]])], ids=str)
+def test_rows_of_other_modules_are_refused(scores, on):
+    with pytest.raises(ValueError, match="zip"):
+        reallocate_components([1.0], scores, on, Bounds([1], 1, [0], [1]))

@@ -5,14 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dynamic import start_plan
 from peft import LoraConfig, get_peft_model
-from tiny import tiny_model
 
 from llamafactory_adaptive.adapter.lora import lora_config_arguments
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.training.guard import PlanGuard, uses_deepspeed
 from llamafactory_adaptive.training.run_log import RunLog
+from tests.helpers.dynamic import start_plan
+from tests.helpers.tiny import tiny_model
 
 
 ARGS = SimpleNamespace(deepspeed=None)

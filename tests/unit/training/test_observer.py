@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from llamafactory_adaptive.methods.igu import Igu, IguOptions
-from llamafactory_adaptive.training.guard import Counters
 from llamafactory_adaptive.training.observer import Observer
 from llamafactory_adaptive.training.path_probe import Prober
+from llamafactory_adaptive.training.run_log import Counters
 from tests.helpers.dynamic import batch, scatter, stream, triplet_model
 
 

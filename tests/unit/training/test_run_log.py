@@ -4,8 +4,6 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from dynamic import start_plan
-from tiny import tiny_model
 
 from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE
 from llamafactory_adaptive.ranks.plan import load_plan
@@ -15,6 +13,8 @@ from llamafactory_adaptive.training.checkpoint_record import CheckpointRecord
 from llamafactory_adaptive.training.fixed_ranks import FixedRanks
 from llamafactory_adaptive.training.guard import PlanGuard
 from llamafactory_adaptive.training.run_log import Counters, RunLog
+from tests.helpers.dynamic import start_plan
+from tests.helpers.tiny import tiny_model
 
 
 @pytest.fixture

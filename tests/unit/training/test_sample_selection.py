@@ -12,14 +12,16 @@ from llamafactory_adaptive.calibration.batches import make_batches
 from llamafactory_adaptive.errors import CalibrationError, GuardError, PlanError
 from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
 from llamafactory_adaptive.reports.data_report import read_data_report
-from llamafactory_adaptive.training import sample_selection
-from llamafactory_adaptive.training.sample_selection import Selection
+from llamafactory_adaptive.training import sample_preparation
+from llamafactory_adaptive.training.sample_preparation import SampleRequest, TrainingSamples
 from tests.helpers.dynamic import start_plan
 from tests.helpers.tiny import rows, tiny_model, tiny_tokenizer
 
 
 SAMPLES = 12
 STEPS = 9  # refreshes after 2, 4, 6 and 8
+PLAN = start_plan(tiny_model())
+SAVED = SimpleNamespace(should_save=True)
 
 
 def collate(samples):
@@ -49,7 +51,7 @@ def model():
 def begin(model, tmp_path):
     """Begin a run on samples; returns its selection."""
 
-    def make(resumed=None, samples=None, seed=3, identity="a", live=model, **options):
+    def make(resumed=None, samples=None, seed=3, identity="a", live=model, steps_of_epoch=None, **options):
         samples = rows(SAMPLES) if samples is None else samples
         arguments = SimpleNamespace(
             remove_unused_columns=False, train_batch_size=2, world_size=1, gradient_accumulation_steps=1,
@@ -60,10 +62,10 @@ def begin(model, tmp_path):
                                   processing_class=tiny_tokenizer())  # fmt: skip
         (tmp_path / "cache").mkdir(exist_ok=True)
         settings = TsqOptions(**{"subset_ratio": 0.5, "temperature": 2.0, "refresh_ratio": 0.25, **options})
-        selection = Selection(Tsq(settings).sampling, seed, {"model": identity}, tmp_path / "cache")
-        selection.attach(trainer)
-        selection.begin(STEPS, range(len(selection.sampler) // 2), resumed)
-        return selection
+        request = SampleRequest(Tsq(settings).sampling, seed, {"model": identity}, tmp_path / "cache")
+        prepared = TrainingSamples(request, trainer)
+        dataloader = range(steps_of_epoch or len(prepared.sampler) // 2)
+        return prepared.prepare_samples(PLAN, STEPS, dataloader, resumed)
 
     return make
 
@@ -96,7 +98,7 @@ def scored_again(*_, **__):
 
 def test_scores_are_kept_for_runs_that_would_find_the_same(begin, monkeypatch):
     first = begin()
-    monkeypatch.setattr(sample_selection, "measure", scored_again)
+    monkeypatch.setattr(sample_preparation, "measure", scored_again)
     again = begin(seed=4, temperature=5.0, subset_ratio=0.75)
     pairs = zip(vars(again.terms).values(), vars(first.terms).values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -121,8 +123,8 @@ def test_a_damaged_cache_entry_is_made_anew(begin, tmp_path):
 
 def test_a_resumed_run_draws_as_the_first_did_whatever_the_cache_says(begin, tmp_path, monkeypatch):
     first = begin()
-    first.save(tmp_path / "checkpoint-4")
-    monkeypatch.setattr(sample_selection, "measure", scored_again)
+    first.save(tmp_path / "checkpoint-4", SAVED, None)
+    monkeypatch.setattr(sample_preparation, "measure", scored_again)
     again = begin(resumed=tmp_path / "checkpoint-4", live=adapted(seed=1))
     assert again.digest() == first.digest()
     assert [again.sampler.samples_of(step) for step in range(STEPS)] == [
@@ -135,7 +137,7 @@ def test_a_resumed_run_draws_as_the_first_did_whatever_the_cache_says(begin, tmp
 
 
 def test_pictures_are_refused_before_anything_is_scored(begin, monkeypatch):
-    monkeypatch.setattr(sample_selection, "measure", scored_again)
+    monkeypatch.setattr(sample_preparation, "measure", scored_again)
     samples = rows(SAMPLES)
     samples[-1]["images"] = ["cat.png"]
     with pytest.raises(CalibrationError, match="tsq_sampling: false"):
@@ -143,9 +145,8 @@ def test_pictures_are_refused_before_anything_is_scored(begin, monkeypatch):
 
 
 def test_a_data_loader_that_counts_otherwise_is_refused(begin):
-    selection = begin()
     with pytest.raises(GuardError, match="makes 4 steps of an epoch, the sampler 3: leave accelerator_config"):
-        selection.begin(STEPS, range(4), None)
+        begin(steps_of_epoch=4)
 
 
 # -- draws -----------------------------------------------------------------------------------------------------------
@@ -192,14 +193,13 @@ def test_collapsed_weights_are_told_of_with_a_temperature_that_mends_them(begin,
 
 def test_the_report_counts_what_was_drawn_and_shows_texts_unless_they_would_be_pushed(begin, tmp_path):
     selection = begin()
-    plan = start_plan(tiny_model())
-    selection.report(tmp_path / "out", STEPS, plan)
+    selection.report(tmp_path / "out", STEPS)
     report = read_data_report(tmp_path / "out")
     drawn = [index for step in range(STEPS) for index in selection.sampler.samples_of(step)]
     assert (report["samples"], report["samples_used"], report["steps"]) == (SAMPLES, len(set(drawn)), STEPS)
     assert report["most_used"] == max(map(drawn.count, drawn))
     selection.trainer.args.push_to_hub = True
-    selection.report(tmp_path / "pushed", STEPS, plan)
+    selection.report(tmp_path / "pushed", STEPS)
     shown = json.loads((tmp_path / "pushed" / "adaptive_data_quality.json").read_text())
     assert {sample["prompt"] for sample in shown["best"]} == {"(left out: push_to_hub)"}
 

@@ -5,9 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dynamic import start_plan
 from peft import LoraConfig, get_peft_model
-from tiny import tiny_model
 
 from llamafactory_adaptive.adapter.lora import lora_config_arguments
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
@@ -21,6 +19,8 @@ from llamafactory_adaptive.training.callback import AdaptiveCallback
 from llamafactory_adaptive.training.guard import PlanGuard
 from llamafactory_adaptive.training.masked_search import SearchRequest
 from llamafactory_adaptive.training.run_log import RunLog
+from tests.helpers.dynamic import start_plan
+from tests.helpers.tiny import tiny_model
 
 
 STEPS, LORA_RANK, START_RANK = 8, 2, 4

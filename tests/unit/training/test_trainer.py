@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from llamafactory_adaptive.errors import OutputError
+from llamafactory_adaptive.training import trainer
 from llamafactory_adaptive.training.current_run import current_run
 from llamafactory_adaptive.training.trainer import adaptive_trainer
 
@@ -14,21 +15,24 @@ class Callback:
     """Notes what it is told."""
 
     def __init__(self, said):
-        self.said, self.selection = said, None
-        self.watch = SimpleNamespace(see=lambda loss: said.append(f"saw {loss}"))
+        self.said, self.train_sampler = said, None
 
-    def attach(self, trainer):
-        self.said.append(f"attached to {type(trainer).__name__}")
+    def see_loss(self, loss):
+        self.said.append(f"saw {loss}")
 
-    def __getattr__(self, name):
-        if name not in ("begin_checkpoint", "seal", "check_best", "save_into"):
-            raise AttributeError(name)
-        return lambda place, *_: self.said.append(f"{name} {place.name}")
+    def bind_trainer(self, trainer):
+        self.said.append(f"bound to {type(trainer).__name__}")
+
+    def save_into(self, folder, *_):
+        self.said.append(f"save_into {folder.name}")
 
 
 @pytest.fixture
-def said():
-    return []
+def said(monkeypatch):
+    lines = []
+    for name in ("begin_checkpoint", "seal", "check_best"):
+        monkeypatch.setattr(trainer, name, lambda folder, *_, name=name: lines.append(f"{name} {folder.name}"))
+    return lines
 
 
 @pytest.fixture
@@ -81,7 +85,7 @@ def test_it_passes_itself_on_once_it_is_built_and_keeps_its_name(plain, said):
     cls = adaptive_trainer(plain, Callback(said))
     assert (cls.__name__, issubclass(cls, plain)) == ("Plain", True)
     cls()
-    assert said == ["built", "attached to Plain"]
+    assert said == ["built", "bound to Plain"]
 
 
 def test_the_callback_of_the_run_that_the_process_is_in_counts_where_none_is_given(plain, said):
@@ -114,7 +118,7 @@ def test_every_loss_is_watched(made, said):
 
 def test_samples_come_from_the_selection_where_there_is_one(made):
     assert made._get_train_sampler() == "the Trainer's sampler"
-    made.adaptive_callback.selection = SimpleNamespace(sampler="the selection's sampler")
+    made.adaptive_callback.train_sampler = "the selection's sampler"
     assert made._get_train_sampler() == "the selection's sampler"
 
 

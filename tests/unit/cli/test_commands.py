@@ -1,0 +1,204 @@
+"""The commands in this process: what they print, write and answer, and what they leave alone."""
+
+import json
+import os
+import signal
+import sys
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from accelerate import PartialState
+
+from llamafactory_adaptive import _bootstrap, cli
+from llamafactory_adaptive.cli import app, doctor
+from llamafactory_adaptive.errors import CalibrationError, PlanError
+from llamafactory_adaptive.files import PLAN_FILE
+from llamafactory_adaptive.ranks.plan import load_plan
+from tests.helpers.plans import make_plan
+from tests.helpers.runs import save_data, save_run
+from tests.helpers.tiny import pruning_settings, settings, unmeasured_settings
+
+
+@pytest.fixture(autouse=True)
+def _words(monkeypatch):
+    """The host reads sys.argv, which a command sets."""
+    monkeypatch.setattr(sys, "argv", ["llamafactory-adaptive"])
+    yield
+    PartialState._reset_state()
+
+
+@pytest.fixture
+def write(tiny_llama, data_dir, tmp_path):
+    def make(like=unmeasured_settings, **more):
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(like(tiny_llama, data_dir, tmp_path / "out", **more)))
+        return path
+
+    return make
+
+
+def failing(error):
+    def command(_):
+        raise error
+
+    return command
+
+
+def test_a_users_error_is_one_message_and_code_2_and_an_interruption_130(monkeypatch, capsys):
+    monkeypatch.setattr(app, "doctor", failing(PlanError("there is no plan")))
+    assert cli.main(["doctor"]) == 2
+    assert "error: there is no plan" in capsys.readouterr().err
+    monkeypatch.setattr(app, "doctor", failing(KeyboardInterrupt()))
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    monkeypatch.setattr(app, "doctor", failing(ValueError("a bug")))
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["doctor"])
+
+
+# -- plan ------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_writes_the_ranks_it_prints_and_the_overrides_count(write, tmp_path, capsys):
+    assert cli.main(["plan", str(write()), "--out", str(tmp_path / "ranks"), "lora_rank=6"]) == 0
+    plan = load_plan(tmp_path / "ranks" / PLAN_FILE)
+    assert (plan.method, plan.lora_rank) == ("random", 6)
+    assert plan.budget()["left_parameters"] >= 0
+    said = capsys.readouterr().out
+    assert f"{plan.budget()['used_parameters']:,} of {plan.budget()['asked_parameters']:,}" in said
+    assert "nothing was trained" in said
+    assert {path.name for path in (tmp_path / "ranks").iterdir()} == {PLAN_FILE, "adaptive_ranks.png"}
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_keeps_its_hands_off_a_trained_adapter(write, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_model.safetensors").write_text("")
+    assert cli.main(["plan", str(write())]) == 2
+    assert "it holds a trained adapter with its plan" in capsys.readouterr().err
+    assert not (tmp_path / "out" / PLAN_FILE).exists()
+
+
+def test_plan_of_a_plain_run_says_that_there_is_none(write, capsys):
+    assert cli.main(["plan", str(write(settings, finetuning_type="lora"))]) == 2
+    assert "there are no ranks to plan" in capsys.readouterr().err
+
+
+def test_plan_of_a_search_shows_its_schedule_and_writes_nothing(write, tmp_path, capsys):
+    assert cli.main(["plan", str(write(pruning_settings))]) == 0
+    said = capsys.readouterr().out
+    assert "ranks are found during training; nothing was written" in said
+    steps = [int(words[0]) for line in said.splitlines() if (words := line.split()) and words[0].isdecimal()]
+    assert {2, 4, 6, 8} <= set(steps)
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_of_a_search_without_max_steps_counts_the_rows(write, capsys):
+    path = write(pruning_settings, max_steps=-1, num_train_epochs=2.0, per_device_train_batch_size=2)
+    assert cli.main(["plan", str(path)]) == 0
+    assert "about 24 steps, estimated from num_train_epochs" in capsys.readouterr().out
+
+
+# -- train, measure ---------------------------------------------------------------------------------------------------
+
+
+def test_train_hands_the_words_over_to_the_host_with_the_hook_in_place(write, monkeypatch):
+    from llamafactory import launcher
+
+    heard = []
+    monkeypatch.setattr(launcher, "launch", lambda: heard.append(list(sys.argv)))
+    monkeypatch.setattr(launcher, "__file__", launcher.__file__)
+    path = write()
+    assert cli.main(["train", str(path), "lora_rank=6"]) == 0
+    assert heard == [["llamafactory-cli", "train", str(path), "lora_rank=6"]]
+    assert launcher.__file__ == _bootstrap.__file__, "what torchrun is told to run arms the hook"
+
+
+def test_train_says_that_the_plugin_is_switched_off(write, monkeypatch, capsys):
+    monkeypatch.setenv(_bootstrap.ENV_SWITCH, "0")
+    assert cli.main(["train", str(write())]) == 2
+    assert "LLAMAFACTORY_ADAPTIVE=0 switches the plugin off; unset it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [None, CalibrationError("a module saw no token")], ids=["good", "bad"])
+def test_the_measuring_process_answers_with_its_error(error, tiny_llama, data_dir, tmp_path, monkeypatch):
+    from llamafactory_adaptive.bridge import child, measure_process
+
+    def run(job, config):
+        assert (job["path"], config.method) == ("statistics", "sensitivity")
+        if error:
+            raise error
+
+    args = settings(tiny_llama, data_dir, tmp_path / "out")
+    monkeypatch.setattr(child, "read_job", lambda: json.dumps({"args": args, "path": "statistics"}))
+    monkeypatch.setattr(child, "end_with_parent", lambda folder: None)
+    monkeypatch.setattr(measure_process, "run_measurement_job", run)
+    answer = tmp_path / "answer.json"
+    assert cli.main(["measure", str(answer)]) == (2 if error else 0)
+    assert (json.loads(answer.read_text()) if answer.exists() else None) == (error and {"error": str(error)})
+
+
+# -- report, export, doctor -------------------------------------------------------------------------------------------
+
+
+def test_report_tells_runs_that_ended_compares_them_and_shows_the_data_of_others(tmp_path, capsys):
+    first, second = save_run(tmp_path / "a"), save_run(tmp_path / "b", make_plan((4, 4), method="random"))
+    (tmp_path / "c").mkdir()
+    save_data(tmp_path / "c", make_plan())
+    assert cli.main(["report", str(first)]) == 0
+    assert "standard error" not in capsys.readouterr().out
+    assert cli.main(["report", str(first), str(tmp_path / "c"), str(second)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{tmp_path / 'c'} (not finished)")
+    assert said.index(f"{first}\n") < said.index(f"{second}\n") < said.index("standard error")
+
+
+def test_report_of_nothing_is_one_message(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert f"there is no run in {tmp_path}" in capsys.readouterr().err
+
+
+def test_an_export_that_is_told_to_end_cleans_up_before_it_does(tmp_path, monkeypatch):
+    cleaned = []
+
+    def export(_):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # another one does not cut the cleaning up short
+            cleaned.append(True)
+
+    monkeypatch.setattr("llamafactory_adaptive.export.exporter.run_export", export)
+    monkeypatch.setattr(app, "export_request", lambda arguments: arguments)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught:
+        app.export(SimpleNamespace())
+    assert (caught.value.code, cleaned, signal.getsignal(signal.SIGTERM)) == (143, [True], before)
+
+
+@pytest.mark.parametrize(
+    ("hooked", "states", "code"),
+    [("True", {"a.b": "fits"}, 0), ("False", {"a.b": "fits"}, 2), ("True", {"a.b": "fits", "c": "has changed"}, 2)],
+    ids=["good", "no hook", "a seam"],
+)
+def test_doctor_is_content_where_the_hook_is_active_and_every_seam_fits(hooked, states, code, monkeypatch, capsys):
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=f"{hooked}\n"))
+    monkeypatch.setattr(doctor, "_seam_states", lambda: states)
+    assert cli.main(["doctor"]) == code
+    said = capsys.readouterr().out
+    assert [line.split()[-1] for line in said.splitlines() if line.startswith("seam")] == list(states)
+    assert ("use `llamafactory-adaptive train` here" in said) is (hooked == "False")
+
+
+def test_doctor_bears_a_python_that_does_not_start(monkeypatch, capsys):
+    def late(*_, **__):
+        raise doctor.subprocess.TimeoutExpired("python", 60)
+
+    monkeypatch.setattr(doctor.subprocess, "run", late)
+    monkeypatch.setenv(_bootstrap.ENV_SWITCH, "off")
+    assert cli.main(["doctor"]) == 2
+    said = capsys.readouterr().out
+    assert "did not start within 60 s" in said
+    assert "start-up hook   NOT active  (LLAMAFACTORY_ADAPTIVE: off)" in said
+    assert "seam " not in said, "what is switched off has none"
