@@ -58,7 +58,7 @@ def test_statistics_of_another_model_or_with_what_is_no_number_are_refused(tmp_p
     with pytest.raises(CalibrationError, match=r"do not fit this model .*; delete the file"):
         read_statistics(save(tmp_path / "x"), [*SHAPES, ModuleShape("m9", 4, 4)])
     spoiled = torch.tensor([1.0, float("inf")])
-    with pytest.raises(CalibrationError, match="hold NaN or infinity for m0 and 1 more; delete the file"):
+    with pytest.raises(CalibrationError, match=r"hold NaN or infinity for m0 \(and 1 more\); delete the file"):
         read_statistics(save(tmp_path / "y", m0=spoiled, m2=spoiled.clone()), SHAPES)
 
 

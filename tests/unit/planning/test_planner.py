@@ -46,7 +46,7 @@ def test_ranks_are_the_allocation_of_the_scores_within_bounds_that_the_modules_a
 
 def test_a_score_that_is_no_number_is_named():
     scores = Scores({"a": 1.0, "b": float("nan"), "c": float("inf")})
-    with pytest.raises(CalibrationError, match="sensitivity gave no finite score for b \(and 1 more\)"):
+    with pytest.raises(CalibrationError, match=r"sensitivity gave no finite score for b \(and 1 more\)"):
         allocate_plan(request(), SHAPES, scores, {})
 
 
