@@ -7,6 +7,7 @@ What survives in ranks/allocation.py, and why no test can kill it:
 * another `strict` of a zip: the lengths of all lists are compared at several places, and one of them still refuses.
 * `place <= len(points)`, `or any(slopes)`: after the last break point every module is capped, and between two break
   points whose costs differ some slope is not 0.
+* the threshold of `rest` and its `and`: a rest within rounding leaves modules without a score where they are.
 * `[2.0] * len(costs)`, `else 1.0`: a constant that all share cancels, or sorts nothing.
 * `min(costs, default=...)`: without costs the heap is empty, and the value is not looked at.
 * `gap + 2`: gaps lie between -1 and 0, so that units are handed out in the same order.

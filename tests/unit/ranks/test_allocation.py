@@ -94,6 +94,9 @@ def test_overflow_of_a_capped_module_goes_to_the_rest_by_their_shares():
 def test_zero_scores_get_the_minimum_and_the_rest_only_when_all_others_are_full():
     assert allocate([0.0, 1.0], Bounds([1, 1], 6, [0, 0], [8, 8])).ranks == (0, 6)
     assert allocate([0.0, 0.0, 1.0], Bounds([1] * 3, 24, [1] * 3, [10] * 3)).ranks == (7, 7, 10)
+    # 39 less the 4 of the capped module is 35, which buys 5 ranks at 2 + 5 each.
+    bounds = Bounds([2, 5, 1], 39, [1, 2, 0], [9, 9, 4])
+    assert water_fill([0.0, 0.0, 1.0], bounds, 39) == pytest.approx([5.0, 5.0, 4.0])
 
 
 @pytest.mark.parametrize(
