@@ -25,7 +25,7 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class AdaptiveConfig:
-    """The validated configuration of one run; ``lora_rank`` is the budget, in the unit of ``budget_unit``.
+    """The checked configuration of one run; its budget is the cost of uniform rank ``lora_rank``, in ``budget_unit``.
 
     ``search`` tells how ranks change while training; None where they are fixed before.
     """

@@ -26,7 +26,7 @@ def check_shapes(plan: RankPlan, shapes: list[ModuleShape], source: str) -> None
 
 
 def check_plan(plan: RankPlan, shapes: list[ModuleShape], config: AdaptiveConfig, source: str) -> RankPlan:
-    """Return a given plan with this run's budget and scale, or refuse it where it fits neither model nor budget.
+    """Return a given plan with this run's budget and scale, or refuse it where it does not fit model or budget.
 
     The plan's ranks are used as they are, so a plan edited by hand is checked against what the YAML allows.
 
