@@ -41,5 +41,5 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    """List the public names too, which tab completion shows before they are imported."""
+    """List the module's names, with the public names that are not imported yet, for tab completion."""
     return sorted({*globals(), *__all__})

@@ -57,17 +57,17 @@ class _SeamFinder:
 
 
 def enabled() -> bool:
-    """Whether the environment lets the plugin act (``LLAMAFACTORY_ADAPTIVE`` does not say 0, false, no or off)."""
+    """Tell whether the plugin is switched on: ``LLAMAFACTORY_ADAPTIVE`` is not set to 0, false, no or off."""
     return os.environ.get(ENV_SWITCH, "1").lower() not in ("0", "false", "no", "off")
 
 
 def active() -> bool:
-    """Whether the finder is in place in this interpreter."""
+    """Tell whether the finder that watches for seam modules is in place in this interpreter."""
     return any(type(finder).__name__ == "_SeamFinder" for finder in sys.meta_path)
 
 
 def install() -> None:
-    """Put the finder in place, once; a no-op when switched off."""
+    """Put the finder that watches for seam modules in place, once; do nothing where the plugin is switched off."""
     if enabled() and not active():
         sys.meta_path.insert(0, _SeamFinder())
 

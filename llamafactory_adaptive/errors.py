@@ -1,4 +1,4 @@
-"""What can go wrong by the user's hand, and how it is said: one problem per wrong setting, all at once."""
+"""Errors that a user can act on, with their messages: one problem per wrong setting, all reported at once."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class AdaptiveError(Exception):
 
 
 def _shortened(text: str) -> str:
-    """Leave the middle of a text out that would fill the screen: a value of a megabyte, say."""
+    """Cut the middle out of a text that would fill the screen: a value of a megabyte, say."""
     half = _LONGEST // 2
     return text if len(text) <= _LONGEST else f"{text[:half]} ... {text[-half:]}"
 
@@ -33,7 +33,7 @@ class Problem:
 
 
 class AdaptiveConfigError(AdaptiveError, ValueError):
-    """Wrong configuration, found before any model was loaded. Holds every problem, not only the first."""
+    """A wrong configuration, found before any model was loaded; holds every problem, not only the first."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
@@ -47,7 +47,7 @@ class AdaptiveConfigError(AdaptiveError, ValueError):
 
 
 def refuse(key: str, value: Any, allowed: str, suggestion: str, cause: BaseException | None = None) -> NoReturn:
-    """Raise AdaptiveConfigError for one wrong setting; ``cause`` is the exception that told of it."""
+    """Raise AdaptiveConfigError for one wrong setting; ``cause`` is the exception that revealed it, if any."""
     raise AdaptiveConfigError([Problem(key, value, allowed, suggestion)]) from cause
 
 
@@ -58,7 +58,7 @@ def refuse_all(*problems: Problem) -> None:
 
 
 def first_of(faults: Sequence[str], joint: str = "; ", most: int = 3) -> str:
-    """List the first faults, and how many more there are."""
+    """Join the first faults into one text, and add how many more there are."""
     more = f" (and {len(faults) - most} more)" if len(faults) > most else ""
     return joint.join(faults[:most]) + more
 
@@ -84,7 +84,7 @@ class CalibrationError(AdaptiveError, RuntimeError):
 
 
 class SeamError(AdaptiveError, RuntimeError):
-    """The installed LLaMA-Factory does not offer what the plugin attaches to."""
+    """The plugin cannot attach to LLaMA-Factory: it is switched off, or the host is missing or looks different."""
 
 
 class GuardError(AdaptiveError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Files of a run: their names, whole writes, checked reads of JSON, digests of a folder, one lock per folder."""
+"""Files of a run: their names, atomic writes, checked reads of JSON, digests of folders and of cache entries."""
 
 import errno
 import hashlib
@@ -41,17 +41,17 @@ logger = logging.getLogger("llamafactory.adaptive")
 def read_json(
     path: Path, name: str, hint: str = "", *, error: type[AdaptiveError] = PlanError, finite: bool = True
 ) -> Any:
-    """Read a JSON document that may come from anywhere.
+    """Read a JSON document of any origin, and refuse what is too large, too deeply nested or no JSON.
 
     Args:
-        path: of a regular file.
-        name: what errors call it.
-        hint: follows in the message where there is no such file.
+        path: a regular file.
+        name: what messages call the file.
+        hint: ends the message where the file cannot be read.
         error: the class of errors raised.
         finite: whether NaN and infinity are refused.
 
     Raises:
-        AdaptiveError: (of class ``error``) there is no file, or it is too large, too deeply nested or no JSON.
+        AdaptiveError: (of class ``error``) the file cannot be read, or holds what is refused.
     """
     try:
         if path.exists() and not path.is_file():
@@ -75,7 +75,7 @@ def read_json(
 
 
 def read_mapping(path: Path, name: str, hint: str = "", **how: Any) -> dict[str, Any]:
-    """Read a JSON document that has to be a mapping; arguments and errors as in :func:`read_json`."""
+    """Read a JSON document, and refuse one that is no mapping; arguments and errors as in :func:`read_json`."""
     document = read_json(path, name, hint, **how)
     if not isinstance(document, dict):
         raise how.get("error", PlanError)(f"{name} is no JSON mapping but a {type(document).__name__}")
@@ -94,7 +94,7 @@ def _finite_float(digits: str) -> float:
 
 
 def _deeper_than(document: Any, levels: int) -> bool:
-    """Tell whether a document nests deeper; level by level, so that no depth can exhaust the stack."""
+    """Tell whether a document nests deeper than ``levels``, without recursion, so that no depth exhausts the stack."""
     layer = [document]
     for _ in range(levels):
         layer = [inner for value in layer for inner in _inside(value)]
@@ -110,7 +110,7 @@ def _inside(value: Any) -> Iterable[Any]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a log; half a last one, which a killed process leaves, is dropped.
+    """Read the lines of a log, without an incomplete last one, which a killed process leaves.
 
     Raises:
         PlanError: the file cannot be read.
@@ -129,10 +129,12 @@ def read_lines(path: Path) -> list[str]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a scratch name beside ``path`` that takes its place on success; unique on every node of a shared folder.
+    """Yield a temporary name beside ``path``, and rename that file to ``path`` on success.
+
+    The name is unique among all nodes that share the folder.
 
     Raises:
-        OutputError: the disk is full, say; ``path`` is as it was.
+        OutputError: the file cannot be written (the disk is full, say); ``path`` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -145,16 +147,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write beside the target and rename into place, so that a reader or a crash never sees half a file."""
+    """Write a text beside its target and rename it into place, so that no reader or crash ever sees half a file."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a log, in place of half a line that a killed process left at its end.
+    """Append a line to a log, in place of half a line that a killed process left at its end.
 
     Raises:
-        OutputError: the disk is full, say; the lines before are as they were.
+        OutputError: the line cannot be written (the disk is full, say); the lines before it are unchanged.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +170,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def could_not_write(error: Exception) -> bool:
-    """Tell whether a save failed for want of space; torch and safetensors say so in words of their own."""
+    """Tell whether a save failed for want of space, which torch and safetensors report by errors of their own."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return (
@@ -177,7 +179,7 @@ def could_not_write(error: Exception) -> bool:
 
 
 def cannot_write(path: Path, error: Exception) -> OutputError:
-    """Say in one line why ``path`` was not written, and what to do."""
+    """Return the error that states in one line why ``path`` was not written, and what to do."""
     why = getattr(error, "strerror", None) or str(error)
     if isinstance(error, shutil.Error):  # of many files: a list of (source, copy, reason)
         why = error.args[0][0][2]
@@ -188,10 +190,10 @@ def cannot_write(path: Path, error: Exception) -> OutputError:
 
 
 def check_writable(folder: Path) -> str | None:
-    """Say why nothing can be written into ``folder``, which need not exist yet; None where it can.
+    """Return the reason why nothing can be written into ``folder``, which need not exist yet; None where it can.
 
-    A file is really written, since permissions alone do not tell of read-only and full disks: into the folder, or into
-    the nearest one that exists. Nothing else is made, so that runs that begin together do not meet.
+    A file is written and removed, since permissions do not reveal read-only and full disks: in the folder, or in the
+    nearest one above it that exists. No folder is made, so that runs that begin together do not collide.
     """
     try:
         place = next(place for place in (folder, *folder.parents) if place.exists())
@@ -209,26 +211,26 @@ def check_writable(folder: Path) -> str | None:
 
 
 def digest_of(value: Any) -> str:
-    """Compute SHA-256 of a JSON-able value in canonical form."""
+    """Compute the SHA-256 of a JSON-able value in canonical form."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """Compute SHA-256 of a file's bytes."""
+    """Compute the SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_digests(folder: Path) -> None:
-    """Note the digest of every file in ``folder``, so that damage is found when they are read."""
+    """Store the digests of all files in ``folder`` in a file there, so that damage is found when they are read."""
     files = {str(path.relative_to(folder)): file_digest(path) for path in _files_below(folder)}
     write_atomically(folder / DIGESTS_FILE, json.dumps({"schema_version": 1, "sha256": files}, indent=1) + "\n")
 
 
 def damaged_files(folder: Path) -> list[str]:
-    """Say which files of ``folder`` are not as :func:`write_digests` found them; empty also where it never ran.
+    """List the files of ``folder`` that are missing or changed since :func:`write_digests`; empty where it never ran.
 
-    Files that came later do not matter.
+    Files that were added later are ignored.
 
     Raises:
         PlanError: the list of digests itself cannot be read.
@@ -250,12 +252,12 @@ def damaged_files(folder: Path) -> list[str]:
 
 
 def note_checksum(path: Path) -> None:
-    """Write the digest of a cache entry beside it; only from then on the entry counts."""
+    """Write the digest of a cache entry beside it; without that file the entry is not used."""
     write_atomically(_checksum_path(path), file_digest(path) + "\n")
 
 
 def is_intact(path: Path) -> bool:
-    """Tell whether a cache entry is there and as :func:`note_checksum` found it."""
+    """Tell whether a cache entry exists and has the digest that :func:`note_checksum` wrote."""
     try:
         return _checksum_path(path).read_text(encoding="ascii").strip() == file_digest(path)
     except (OSError, ValueError):
@@ -263,7 +265,7 @@ def is_intact(path: Path) -> bool:
 
 
 def usable_entry(path: Path) -> bool:
-    """Tell whether a cache entry can be used; a damaged one is told of and set aside, so that it is made anew."""
+    """Tell whether a cache entry can be used; warn of a damaged one and rename it, so that it is made anew."""
     if not path.exists():
         return False
     if is_intact(path):

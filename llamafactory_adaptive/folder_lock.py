@@ -1,4 +1,4 @@
-"""One run per output folder: the lock that says so."""
+"""The lock that keeps a second run out of an output folder."""
 
 import os
 import socket
@@ -13,16 +13,16 @@ from llamafactory_adaptive.errors import OutputError
 from llamafactory_adaptive.files import LOCK_FILE, cannot_write
 
 
-# A run that was killed may take some seconds to be gone: its processes are still collecting each other.
+# A killed run may take some seconds to end, until all of its processes are gone.
 _LOCK_SECONDS = 15.0
 
 
 @contextmanager
 def locked(folder: Path, seconds: float = _LOCK_SECONDS) -> Iterator[None]:
-    """Hold ``folder`` for this process alone; the operating system lets go of it however the process ends.
+    """Lock ``folder`` for this process alone; the operating system releases the lock however the process ends.
 
     Raises:
-        OutputError: another process holds it and did not let go within ``seconds``.
+        OutputError: another process holds the lock for longer than ``seconds``, or the folder cannot be written.
     """
     path, made = folder / LOCK_FILE, not folder.exists()
     lock = FileLock(path)

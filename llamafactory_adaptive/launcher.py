@@ -1,6 +1,6 @@
-"""What a launcher (torchrun, accelerate, deepspeed) told this process. Known before any process group exists.
+"""The environment variables of a launcher (torchrun, accelerate, deepspeed), set before any process group exists.
 
-Standard library only, so that it can be asked before torch is imported.
+Standard library only, so that they can be read before torch is imported.
 """
 
 import os
@@ -12,20 +12,20 @@ def is_worker() -> bool:
     Clusters (Kubeflow's PyTorchJob, SageMaker) set RANK and WORLD_SIZE for their nodes, where torchrun is still to be
     started; LOCAL_RANK is the launcher's alone.
     """
-    return os.environ.get("LOCAL_RANK", "-1") != "-1"  # older launchers' word for none
+    return os.environ.get("LOCAL_RANK", "-1") != "-1"  # which older launchers set for none
 
 
 def launched_number() -> int:
-    """This process's rank."""
+    """Return this process's rank in the job; 0 without a launcher."""
     return int(os.environ.get("RANK", "0")) if is_worker() else 0
 
 
 def launched_processes() -> int:
-    """How many processes the launcher starts for this job."""
+    """Return the number of processes that the launcher starts for this job; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1")) if is_worker() else 1
 
 
 def local_rank() -> int:
-    """This process's place on its node."""
+    """Return this process's rank on its node; 0 where none is set."""
     number = os.environ.get("LOCAL_RANK", "0")
-    return int(number) if number.isdecimal() else 0  # no number: told with the other settings
+    return int(number) if number.isdecimal() else 0  # no number: reported with the other settings

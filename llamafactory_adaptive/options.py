@@ -1,4 +1,4 @@
-"""Options as dataclass fields: help, unit and range in one place, and typed values out of YAML or a command line."""
+"""Options as dataclass fields: help, unit and range in one place, and typed values from YAML or a command line."""
 
 import dataclasses
 import difflib
@@ -22,9 +22,9 @@ def option(
     choices: tuple[str, ...] | None = None,
     odd: bool = False,
 ) -> Any:
-    """Declare one key: default, help text, unit and the closed range ``[low, high]`` or the allowed words.
+    """Declare one option as a dataclass field: default, help, unit, and closed range ``[low, high]`` or allowed words.
 
-    ``default`` may be callable (a ``default_factory``). The range is part of the generated help.
+    Unit, range and allowed words are part of the generated help.
     """
     rules = {"low": low, "high": high, "choices": choices, "odd": odd}
     allowed = describe_allowed(rules)
@@ -33,7 +33,7 @@ def option(
 
 
 def describe_allowed(rules: Mapping[str, Any]) -> str:
-    """Say a field's allowed values in words."""
+    """Describe the values that a field allows in words; empty where every value is allowed."""
     if rules.get("choices"):
         return "one of " + ", ".join(rules["choices"])
     low, high = rules.get("low"), rules.get("high")
@@ -47,7 +47,11 @@ def describe_allowed(rules: Mapping[str, Any]) -> str:
 
 
 def coerce(value: Any, annotation: Any) -> Any:
-    """Turn a YAML or command-line value into the annotated type; raise ValueError if it has another meaning."""
+    """Convert a YAML or command-line value to the annotated type.
+
+    Raises:
+        ValueError, TypeError, OverflowError: the value has another meaning.
+    """
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         inner = [arm for arm in typing.get_args(annotation) if arm is not type(None)]
         return None if value is None or value in ("null", "None") else coerce(value, inner[0])
@@ -76,7 +80,7 @@ _TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", 
 
 
 def check_fields(owner: type, prefix: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """Check the flat keys of one dataclass of options.
+    """Check the flat keys of one dataclass of options, and convert their values.
 
     Args:
         owner: a dataclass whose fields were made by :func:`option`.
@@ -84,7 +88,7 @@ def check_fields(owner: type, prefix: str, values: Mapping[str, Any]) -> tuple[d
         values: the flat YAML mapping; other keys are ignored.
 
     Returns:
-        Field name to typed value, defaults filled in, and the problems found.
+        The typed values by field name, with defaults filled in, and the problems found.
     """
     hints = typing.get_type_hints(owner)
     result: dict[str, Any] = {}
@@ -121,7 +125,7 @@ def _plain_type(annotation: Any) -> Any:
 
 
 def _range_fault(value: Any, rules: Mapping[str, Any]) -> str:
-    """Empty when ``value`` obeys the field's rules, else the rule in words."""
+    """Return the rule that ``value`` breaks, in words; empty where it breaks none."""
     choices, low, high = rules.get("choices"), rules.get("low"), rules.get("high")
     bad = (
         (choices and value not in choices)

@@ -1,4 +1,4 @@
-"""Paths as a user writes them: what no file can be called is refused before anything opens it."""
+"""Checks of paths that users write: what cannot be the path of a file is refused before anything opens it."""
 
 import argparse
 import errno
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def impossible_path(path: str) -> str:
-    """Say why nothing can be called so; empty where something can, whether it is there or not."""
+    """Return the reason why no file can have this path; empty where one can, whether it exists or not."""
     try:
         os.lstat(os.path.expanduser(path))
     except ValueError:
@@ -18,10 +18,10 @@ def impossible_path(path: str) -> str:
 
 
 def path_argument(text: str) -> Path:
-    """Take a word of the command line for a path.
+    """Convert a word of the command line to a path.
 
     Raises:
-        argparse.ArgumentTypeError: nothing can be called so.
+        argparse.ArgumentTypeError: no file can have this path.
     """
     if why := impossible_path(text):
         raise argparse.ArgumentTypeError(f"{text[:80]!r}: {why}")

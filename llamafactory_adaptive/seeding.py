@@ -4,6 +4,6 @@ import hashlib
 
 
 def seeded_index(seed: int, step: int, micro_batch: int, choices: int) -> int:
-    """A number in ``0 .. choices - 1`` that its arguments alone determine: equal on every process and after resume."""
+    """Draw a number in ``0 .. choices - 1`` from the arguments alone: equal on every process and after a resume."""
     text = f"{seed}/{step}/{micro_batch}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8]) % choices

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """Look the versions of packages up; those that are not installed are left out."""
+    """Look up the versions of packages, and leave out those that are not installed."""
     versions = {}
     for name in packages:
         try:

@@ -1,13 +1,13 @@
-"""The only room that imports LLaMA-Factory.
+"""The package that attaches the plugin to LLaMA-Factory and imports its modules.
 
 * ``seams``: the table of places where the plugin attaches, checked and applied as their modules are imported.
-* ``arguments``: the host's YAML or command line with our keys, as one flat mapping.
-* ``validation``, ``host_texts``, ``host_check``: that mapping to a validated configuration, every problem at once.
-* ``checked_run``: both, once a process.
+* ``arguments``: the host's YAML or command line with the plugin's keys, as one flat mapping.
+* ``validation``, ``host_texts``, ``host_check``: the validated configuration from that mapping, every problem at once.
+* ``checked_run``: the settings of a run, read and validated once per process.
 * ``target_shapes``, ``fingerprint``: the target modules, and what identifies model and data; no weights are read.
 * ``scoring_job``, ``measure_process``, ``child``: the process of its own in which a model is scored.
-* ``host_run``, ``plans``, ``resuming``: what planning asks of a run, its one plan, the checkpoint it resumes from.
-* ``training_run``: one training run: hand over the plan, prove the result.
+* ``host_run``, ``plans``, ``resuming``: a run as planning reads it, its one plan, the checkpoint it resumes from.
+* ``training_run``: one training run: plan its ranks before it, verify the result after it.
 * ``launch``: launcher, exit codes, the end of a process.
 
 Importing this package is cheap: it pulls in neither torch nor llamafactory.

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's arguments with our keys: generated dataclass, flat mapping, validation in one go."""
+"""LLaMA-Factory's arguments with the plugin's keys: the generated dataclass, and settings as one flat mapping."""
 
 import argparse
 import dataclasses
@@ -22,7 +22,7 @@ Args = dict[str, Any]
 
 
 def _generated_fields() -> list[tuple[str, Any, Any]]:
-    """Our keys as dataclass fields with plain help: argparse rejects other metadata."""
+    """List the plugin's keys as dataclass fields with plain help: argparse rejects other metadata."""
     owners = [("", AdaptiveArguments)] + [(f"{name}_", get_method(name).Options) for name in methods()]
     fields = []
     for prefix, owner in owners:
@@ -37,10 +37,10 @@ def _generated_fields() -> list[tuple[str, Any, Any]]:
 
 @cache
 def adaptive_finetuning_arguments() -> type:
-    """FinetuningArguments that knows ``finetuning_type: adaptive`` and every key of ours.
+    """Build the FinetuningArguments class that has ``finetuning_type: adaptive`` and every key of the plugin.
 
-    ``adaptive`` is remembered and the type set to ``lora`` before upstream looks at it, so that all of its LoRA logic
-    (resume, quantisation, DPO reference, export) holds.
+    The attribute ``adaptive`` records the choice, and the type is set to ``lora`` before upstream reads it, so that
+    all of its LoRA logic (resume, quantisation, DPO reference, export) applies.
     """
     from llamafactory.hparams.finetuning_args import FinetuningArguments
 
@@ -65,12 +65,12 @@ def adaptive_finetuning_arguments() -> type:
 
 
 def to_mapping(args: Mapping[str, Any] | list[str]) -> Args:
-    """The settings the user gave, as one flat mapping, whether they came as YAML or as ``--key value``.
+    """Convert the settings that the user gave, as YAML or as ``--key value``, to one flat mapping.
 
     Booleans written as text become booleans, so that ``"false"`` means one thing everywhere.
 
     Raises:
-        AdaptiveConfigError: a flag that neither the host nor this plugin has.
+        AdaptiveConfigError: a flag is known to neither the host nor this plugin.
     """
     if not isinstance(args, Mapping):
         from llamafactory.extras.misc import is_env_enabled
@@ -92,7 +92,7 @@ def to_mapping(args: Mapping[str, Any] | list[str]) -> Args:
 
 
 def flag_parser() -> Any:
-    """The host's parser, for what was really given: no defaults, no abbreviations."""
+    """Build the host's argument parser without defaults or abbreviations: it returns only what was given."""
     from llamafactory.hparams import parser as host
     from transformers import HfArgumentParser
 
@@ -103,7 +103,7 @@ def flag_parser() -> Any:
 
 
 def asks_for_adaptive(args: Mapping[str, Any] | list[str]) -> bool:
-    """Whether the settings say ``finetuning_type: adaptive``; cheap, no parser needed."""
+    """Tell whether the settings contain ``finetuning_type: adaptive``; cheap, without the host's parser."""
     if isinstance(args, Mapping):
         return args.get("finetuning_type") == "adaptive"
     text = " ".join(args)
@@ -111,7 +111,7 @@ def asks_for_adaptive(args: Mapping[str, Any] | list[str]) -> bool:
 
 
 def our_keys(args: Mapping[str, Any] | list[str]) -> list[str]:
-    """Keys of ours among the settings; misspelt ``adaptive_*`` keys count."""
+    """List the plugin's keys among the settings, misspelt ``adaptive_*`` keys included."""
     if isinstance(args, Mapping):
         words = [str(key) for key in args]  # YAML has keys of other types, too
     else:
@@ -121,7 +121,7 @@ def our_keys(args: Mapping[str, Any] | list[str]) -> list[str]:
 
 
 def own_names() -> set[str]:
-    """What the host's argument class has from us: nothing where the seam is not in place."""
+    """Return the names that the plugin added to the host's argument class; none where that seam is not in place."""
     from llamafactory.hparams import parser as host
     from llamafactory.hparams.finetuning_args import FinetuningArguments
 
@@ -131,10 +131,10 @@ def own_names() -> set[str]:
 
 
 def check_config_file(path: Path) -> None:
-    """Refuse what the host cannot read as a file of settings.
+    """Refuse a file of settings that the host cannot read.
 
     Raises:
-        AdaptiveConfigError: it is not there, or is called neither ``.yaml`` nor ``.yml``.
+        AdaptiveConfigError: there is no such file, or its name ends in neither ``.yaml`` nor ``.yml``.
     """
     why, suggestion = "", "the path of a YAML file"
     if path.suffix == ".json":  # the host's own reader of JSON fails on every file
@@ -166,7 +166,7 @@ def command_line_settings() -> Args | list[str]:
 
 
 def split_names(value: Any) -> list[str]:
-    """A dataset setting as a list of names."""
+    """Split a comma-separated setting or a list into names without surrounding blanks."""
     if not value:
         return []
     names = value if isinstance(value, (list, tuple)) else str(value).split(",")
@@ -174,7 +174,7 @@ def split_names(value: Any) -> list[str]:
 
 
 def run_seed(args: Mapping[str, Any]) -> int:
-    """The run's seed; the Trainer's default when none is set or, as is told elsewhere, it is none."""
+    """Return the run's seed; the Trainer's default where none is set, or one that other checks report as wrong."""
     try:
         return int(coerce(args.get("seed"), int))
     except (ValueError, TypeError, OverflowError):

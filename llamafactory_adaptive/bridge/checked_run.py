@@ -1,4 +1,4 @@
-"""A run's settings, read and validated once a process."""
+"""A run's settings, read and validated once per process."""
 
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -19,8 +19,8 @@ class CheckedRun:
     """The settings of an adaptive run in which nothing wrong was found.
 
     Attributes:
-        given: as the host reads them: a mapping, or the words of a command line.
-        args: the same as one flat mapping.
+        given: the settings as the host reads them: a mapping, or the words of a command line.
+        args: the same settings as one flat mapping.
         config: the validated configuration.
     """
 
@@ -29,19 +29,19 @@ class CheckedRun:
     config: AdaptiveConfig
 
 
-# Set while the host's launcher runs in this process: it passes no settings on to what it calls.
+# Set while the host's launcher runs in this process: the launcher passes no settings on to what it calls.
 launched_run: ContextVar[CheckedRun | None] = ContextVar("adaptive_launch", default=None)
 
 
 def checked_run(given: Given, host_too: bool) -> CheckedRun:
     """Validate the settings of an adaptive run, unless the launcher in this process has done so.
 
-    The host's parser alone sees them twice in a process without torchrun: here, where no device may be touched and
+    In a process without torchrun, the host's parser alone reads them twice: here, where no device may be touched and
     every refusal becomes one message, and in the host's training function, which opens the devices.
 
     Args:
-        given: as the host reads them.
-        host_too: whether the host's parser looks at them, too, and the folder to write into is tried.
+        given: the settings as the host reads them.
+        host_too: whether to run the host's parser on them, too, and to test that ``output_dir`` can be written.
 
     Raises:
         AdaptiveConfigError: with every problem found.

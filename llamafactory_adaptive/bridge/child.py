@@ -1,4 +1,4 @@
-"""A child process that ends with its parent, however that ends, and whose log is shown only when it matters."""
+"""A child process that ends with its parent, however that ends, and shows only progress and warnings of its log."""
 
 import os
 import re
@@ -18,25 +18,25 @@ from llamafactory_adaptive.reports.plaintext import tell
 
 
 _SHOWN = re.compile(r"^\[(WARNING|ERROR)\|.*llamafactory\.adaptive|Scoring modules")
-_EVERY_SECONDS = 15.0  # progress where nobody watches a terminal
+_EVERY_SECONDS = 15.0  # between two lines of progress where there is no terminal
 _KEPT_LINES = 2000
 _END_SECONDS = 10.0
-_LOOK_SECONDS = 1.0  # for the end of a child whose output others hold open
-_TELL_SECONDS = 600.0  # of silence, after which a person is told what is waited for, again and again
-_SILENT_SECONDS = 6 * 3600.0  # of silence, after which the child is taken to hang
+_LOOK_SECONDS = 1.0  # between two checks for the end of a child whose output others hold open
+_TELL_SECONDS = 600.0  # of silence between two notes to the user on what is waited for
+_SILENT_SECONDS = 6 * 3600.0  # of silence, after which the child counts as hanging
 
 
 def run_child(command: Sequence[str], environment: Mapping[str, str], log: Path, job: str) -> tuple[int, str]:
-    """Run a command to its end; what it prints goes to ``log``, its progress and warnings to the terminal too.
+    """Run a command to its end: its output goes to ``log``, its progress and warnings to the terminal, too.
 
     The child holds one end of a pipe (its standard input) whose other end only this process has: when this process
     ends, by ``kill -9`` too, the child sees the pipe close and ends itself (:func:`end_with_parent`).
 
     Args:
         command: of a program that calls :func:`read_job`, then :func:`end_with_parent`.
-        environment: all of it.
+        environment: all environment variables of the child.
         log: file for its output; where it cannot be written, the last lines are kept in memory alone.
-        job: one line for it.
+        job: one line, sent to the child's standard input.
 
     Returns:
         The exit code (negative for a signal), and the last lines it printed. A child that prints nothing for six hours
@@ -65,7 +65,7 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], log: Path,
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Kill what is left of the child's session: itself, and the workers of a child that was killed."""
+    """Kill what is left of the child's session: the child, and the workers of a child that was killed."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):  # stuck inside the kernel, where no signal reaches it
@@ -73,10 +73,10 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _chunks(process: "subprocess.Popen[bytes]", log: Path) -> Iterator[bytes]:
-    """Give what a child prints until it closes its output or has ended, whoever else holds its output open.
+    """Yield what a child prints until it closes its output or has ended, whoever else holds that output open.
 
     Raises:
-        TimeoutExpired: it has been silent for too long.
+        TimeoutExpired: it has printed nothing for too long.
     """
     assert process.stdout is not None
     output, heard = process.stdout.fileno(), time.monotonic()
@@ -102,7 +102,7 @@ def _chunks(process: "subprocess.Popen[bytes]", log: Path) -> Iterator[bytes]:
 
 
 def _fold(process: "subprocess.Popen[bytes]", log: Path, lines: "deque[str]") -> None:
-    """Copy what a child prints into a log, and the part of it that a person should see to the terminal."""
+    """Copy what a child prints to a log and to ``lines``, and its progress and warnings to the terminal."""
     rest, told = b"", 0.0
     with suppress(OSError):
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def _fold(process: "subprocess.Popen[bytes]", log: Path, lines: "deque[str]") ->
 
 
 def _show(line: str, told: float) -> float:
-    """Pass on a line that matters; returns when progress was shown last."""
+    """Print a line of progress or a warning; return when a line of progress was last printed."""
     if not _SHOWN.search(line):
         return told
     progress = "Scoring modules" in line
@@ -133,7 +133,7 @@ def _show(line: str, told: float) -> float:
 
 
 def read_job() -> str:
-    """Read the line that :func:`run_child` gave this process."""
+    """Read the line that :func:`run_child` sent to this process."""
     job = b""
     while not job.endswith(b"\n") and (chunk := os.read(0, 65536)):
         job += chunk
@@ -141,10 +141,10 @@ def read_job() -> str:
 
 
 def end_with_parent(folder: Path) -> None:
-    """Have this process and its workers end as soon as its parent is gone, and remove ``folder`` in its place.
+    """Start a thread that ends this process and its workers as soon as its parent is gone, and removes ``folder``.
 
     Args:
-        folder: of this process alone.
+        folder: a folder that this process alone uses.
     """
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""What identifies the model and data of a run."""
+"""Facts and digests that identify the model and data of a run."""
 
 import dataclasses
 import hashlib
@@ -40,7 +40,7 @@ _HASHED_WHOLE = 64 * 2**20  # larger files are identified by size and time
 
 
 def identity(args: Args) -> dict[str, Any]:
-    """Everything that determines the statistics: weights, token rows, precision and versions, JSON-able."""
+    """Collect everything that determines the statistics: weights, token rows, precision and versions, JSON-able."""
     from llamafactory.hparams import DataArguments, ModelArguments
 
     groups = {f.name for owner in (ModelArguments, DataArguments) for f in dataclasses.fields(owner) if f.init}
@@ -57,7 +57,7 @@ def identity(args: Args) -> dict[str, Any]:
 
 
 def _fingerprint(path: Path) -> Any:
-    """Identify a local file or folder; a hub name stands for itself (with ``model_revision`` among the settings)."""
+    """Identify a local file or folder by its content, a hub name by itself (its revision is among the settings)."""
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         return {str(file.relative_to(path)): _fingerprint(file) for file in files}
@@ -70,7 +70,7 @@ def _fingerprint(path: Path) -> Any:
 
 
 def _data_fingerprint(args: Args) -> Any:
-    """Identify what the calibration rows are drawn from, by the same choice that ``scoring_settings`` makes."""
+    """Identify the data that calibration rows are drawn from, with the same choice as ``scoring_settings``."""
     if uses_tokenized_folder(args):
         return _fingerprint(Path(args["tokenized_path"]))
     given = args.get("dataset_dir") or "data"
@@ -89,7 +89,7 @@ def _versions() -> dict[str, str]:
 
 
 def _architecture(model: str) -> str | None:
-    """Class name in the base model's own config; None where that cannot be read here."""
+    """Return the class name in the base model's own config; None where that cannot be read here."""
     from transformers import PretrainedConfig
 
     try:
@@ -100,7 +100,7 @@ def _architecture(model: str) -> str | None:
 
 
 def provenance(args: Args) -> dict[str, Any]:
-    """What a reader of the plan wants to know about where it came from."""
+    """Collect what a plan records of its origin: base model, calibration data, seed and versions."""
     return {
         "base_model": str(args["model_name_or_path"]),
         "architecture": _architecture(str(args["model_name_or_path"])),

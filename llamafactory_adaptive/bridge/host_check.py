@@ -1,6 +1,6 @@
-"""The host's own settings: checked as to type and range, then run through its whole parser before anything is planned.
+"""Checks of the host's own settings: their types and ranges, then its whole parser, before anything is planned.
 
-The host takes a YAML's values as they are and finds much of what is wrong only when it uses them, after a model was
+The host takes a YAML's values as they are, and much of what is wrong fails only when it is used, after a model was
 loaded and scored.
 """
 
@@ -19,7 +19,7 @@ from llamafactory_adaptive.files import check_writable
 from llamafactory_adaptive.options import coerce
 
 
-# What processes of other kinds read: launched ones, resumed ones, those that report.
+# Settings that only processes of other kinds read: launched ones, resumed ones, those that report.
 OTHER_PROCESS = ("deepspeed", "fsdp", "fsdp_config", "resume_from_checkpoint", "report_to")
 # Closed ranges of the host's numbers. ``None``: no bound on that side.
 _RANGES: dict[str, tuple[float | None, float | None, str]] = {
@@ -79,12 +79,12 @@ def _value_problem(key: str, value: Any, kind: Any, several: bool) -> list[Probl
 
 
 def _step_problems(args: Mapping[str, Any]) -> list[Problem]:
-    """A run of no step would train nothing and save an adapter all the same."""
+    """Find numbers of steps or epochs with which a run would train nothing and save an adapter all the same."""
     try:
         steps = float(args.get("max_steps", -1))
         epochs = float(args.get("num_train_epochs", 1.0))
     except (TypeError, ValueError):
-        return []  # told already
+        return []  # reported already
     problems = []
     if steps == 0 or steps < -1:
         reason = "must be at least 1, or -1 to train num_train_epochs"
@@ -132,9 +132,9 @@ def check_folder(key: str, folder: Path) -> None:
 
 
 def check_host_settings(args: Mapping[str, Any]) -> None:
-    """Run the whole settings through the host's own parser and checks; no device is touched, nothing is written.
+    """Run the whole settings through the host's own parser and checks; no device is touched, nothing is kept on disk.
 
-    For a process that a launcher did not start: DeepSpeed's own settings are left to the workers.
+    For a process that no launcher started: DeepSpeed's own settings are left to the workers.
 
     Raises:
         AdaptiveConfigError: with the host's reason.
@@ -150,7 +150,7 @@ def check_host_settings(args: Mapping[str, Any]) -> None:
 
 
 def _in_the_hosts_words(error: Exception, args: Mapping[str, Any]) -> Problem:
-    """The host's refusal, under the first key that it names."""
+    """Return the host's refusal as a problem of the first given key that it names."""
     said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     known = [*args, *(action.dest for action in flag_parser()._actions)]  # what was given first
     spelled = {name.removeprefix("use_"): name for name in reversed(known)} | {name: name for name in known}
@@ -162,7 +162,7 @@ def _in_the_hosts_words(error: Exception, args: Mapping[str, Any]) -> Problem:
 
 @contextmanager
 def _quietly_without_devices() -> Iterator[None]:
-    """Within the context TrainingArguments open no process group and take no memory on an accelerator."""
+    """Keep TrainingArguments, within the context, from opening process groups, using accelerators or logging."""
     import torch
     from transformers import TrainingArguments
 

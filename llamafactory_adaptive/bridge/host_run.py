@@ -1,4 +1,4 @@
-"""A run of LLaMA-Factory, as planning needs to know it."""
+"""A run of LLaMA-Factory, with the facts that planning needs of it."""
 
 from collections.abc import Collection, Mapping
 from functools import cached_property
@@ -19,16 +19,16 @@ _LONGEST_SCORING = 6 * 3600.0  # ddp_timeout is often set to years
 
 
 def longest_scoring(run: CheckedRun) -> float:
-    """Seconds that the processes of a job wait for one another's plan."""
+    """Return for how many seconds processes of a job wait for one another's plan: ``ddp_timeout``, at most 6 hours."""
     return min(float(run.args.get("ddp_timeout") or 1800), _LONGEST_SCORING)
 
 
 class LlamaFactoryRun:
-    """One run, by its settings.
+    """One training run of LLaMA-Factory, described by its settings.
 
     Args:
-        run: its settings.
-        checkpoint: the one it resumes from.
+        run: the checked settings.
+        checkpoint: the checkpoint it resumes from, if any.
 
     Raises:
         AdaptiveError: the host could not load that checkpoint, or the adapter to go on with is damaged.
@@ -47,30 +47,30 @@ class LlamaFactoryRun:
 
     @cached_property
     def shapes(self) -> list[ModuleShape]:
-        """Target modules, from the model on the meta device."""
+        """Return the target modules with their shapes, from the model on the meta device."""
         return target_shapes.target_shapes(self.run.args)
 
     @cached_property
     def identity(self) -> Mapping[str, Any]:
-        """Everything that determines the statistics."""
+        """Return everything that determines the statistics, JSON-able."""
         return fingerprint.identity(self.run.args)
 
     @cached_property
     def provenance(self) -> Mapping[str, Any]:
-        """What a reader of the plan wants to know."""
+        """Return the facts that a plan records of its origin."""
         return fingerprint.provenance(self.run.args)
 
     @property
     def given_keys(self) -> Collection[str]:
-        """Adaptive settings that the user wrote."""
+        """List the adaptive settings that the user wrote."""
         return our_keys(self.run.args)
 
     @property
     def longest_scoring(self) -> float:
-        """Seconds that the processes of a job wait for one another's plan."""
+        """Return for how many seconds processes of the job wait for one another's plan."""
         return longest_scoring(self.run)
 
     def measure(self, measurement: Measurement, path: Path) -> None:
-        """Measure in a process of its own."""
+        """Run a measurement in a process of its own, which writes the statistics to ``path``."""
         job = ScoringJob.of(self.run, [shape.name for shape in self.shapes], measurement, path)
         measure_process.measure_in_own_process(job)

@@ -1,7 +1,7 @@
-"""The host's keys that take a text: values of another type, and paths that no file can have.
+"""Checks of the host's keys that take a text: values of another type, and paths that no file can have.
 
-A YAML gives numbers, lists and mappings as readily as texts, and the host finds out only where it uses one. These keys
-are looked at before any other check, which may then take what it reads for a text.
+A YAML gives numbers, lists and mappings as readily as texts, and the host fails only where it uses one. These keys are
+checked first, so that every other check can rely on texts.
 """
 
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ _WORDS = {list: "a list of texts", dict: "a mapping", bool: "true or false"}
 
 
 def text_problems(args: Mapping[str, Any]) -> list[Problem]:
-    """Find texts that are none, and paths too long for a file or with a zero byte in them."""
+    """Find values that should be texts and are not, and paths too long for a file or with a zero byte in them."""
     problems = []
     for key, others in (_PATHS | _NAMES).items():
         value = args.get(key)

@@ -1,4 +1,4 @@
-"""Where a process enters and leaves: the host's launcher and its run_exp, with clean errors and exit codes."""
+"""Wrappers around the host's launcher and its run_exp, with clean errors and exit codes."""
 
 import atexit
 import os
@@ -28,7 +28,7 @@ from llamafactory_adaptive.reports.plaintext import tell
 
 
 def with_clean_exit(run_exp: Callable[..., None]) -> Callable[..., None]:
-    """Wrap the host's entry: user errors on a command line end in one message and exit code 2, no traceback.
+    """Wrap the host's ``run_exp``: user errors on a command line end in one message and exit code 2, no traceback.
 
     A program that passes ``args`` itself gets the exception.
     """
@@ -52,7 +52,7 @@ def with_clean_exit(run_exp: Callable[..., None]) -> Callable[..., None]:
 
 
 def _leave_without_finalizing() -> NoReturn:
-    """End a finished worker of a CPU job here.
+    """End a finished worker of a CPU job without tearing its interpreter down.
 
     Threads of gloo may still hold Python objects when the interpreter is torn down, which now and then aborts the
     process (pytorch/pytorch#179291); torchrun then kills the others, perhaps while rank 0 still writes, and reports a
@@ -65,7 +65,7 @@ def _leave_without_finalizing() -> NoReturn:
 
 
 def exit_with(error: AdaptiveError) -> NoReturn:
-    """Print a user error once and leave with code 2."""
+    """Print a user error, once per node where all its workers have the same, and exit with code 2."""
     # Configuration and plan are the same in every worker of a node: one of them says what is wrong.
     everywhere = isinstance(error, (AdaptiveConfigError, PlanError, InfeasibleBudgetError, OutputError,
                                    OtherProcessError))  # fmt: skip
@@ -102,7 +102,7 @@ def checked_launch(original: Callable[[], None], require_seams: Callable[[], Non
 
 
 def prepare_launch(words: list[str], require_seams: Callable[[], None]) -> CheckedRun | None:
-    """Validate ``X.yaml key=value ...`` if it asks for adaptive; None where it does not, and the host reads it anew.
+    """Validate ``X.yaml key=value ...`` of an adaptive run; return None for a plain run, which the host reads.
 
     Where torchrun is about to start, the plan is made here, alone on the machine: what a user can mend ends in one
     message and exit code 2, and the workers find the plan in the cache. They are processes of their own, to which
@@ -141,11 +141,11 @@ def _starts_torchrun() -> bool:
 
 
 def _mentions_adaptive(words: list[str]) -> bool:
-    """Cheap look before anything heavy is imported for a plain run."""
+    """Look for the word adaptive in file and overrides, before anything heavy is imported for a plain run."""
     try:
         # A pipe is the host's to read; it gives what it holds only once.
         text = Path(words[0]).read_bytes() if os.path.isfile(words[0]) else b""
     except OSError:
         return False
-    # Without zero bytes UTF-16, which the host cannot read, shows what it says, too.
+    # Without its zero bytes the text of UTF-16, which the host cannot read, is found, too.
     return b"adaptive" in text.replace(b"\0", b"") or any("adaptive" in word for word in words)

@@ -1,4 +1,4 @@
-"""Measurements in a process of their own: the host's model and training rows, loaded there and nowhere else."""
+"""Measurements in a process of their own: only there are the host's model and training rows loaded for scoring."""
 
 import os
 import random
@@ -24,7 +24,7 @@ from llamafactory_adaptive.planning.cache import cache_folder
 from llamafactory_adaptive.reports.plaintext import tell
 
 
-# What a launcher tells its workers; the measuring process is none of them.
+# Set by a launcher for its workers; the scoring process is none of them.
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK",
                        "ROLE_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT",
                        "FORCE_TORCHRUN", "USE_RAY", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # fmt: skip
@@ -34,7 +34,7 @@ def measure_in_own_process(job: ScoringJob) -> None:
     """Run a measurement in a fresh single process, which leaves no memory, random state or process group behind.
 
     Raises:
-        CalibrationError: with the child's own message, or its last words when it crashed.
+        CalibrationError: with the child's own message, or the last line it printed when it crashed.
     """
     environment = {
         key: value
@@ -63,12 +63,12 @@ def measure_in_own_process(job: ScoringJob) -> None:
 
 
 def _rows_of(settings: Args) -> str:
-    """Name the data sets that rows are drawn from."""
+    """Join the names of the data sets that rows are drawn from."""
     return ", ".join(split_names(settings["dataset"])) or "the training data"
 
 
 def _last_words(code: int, said: str) -> str:
-    """Say in one line why the scoring process ended."""
+    """Describe in one line how the scoring process ended."""
     lines = [line for line in said.splitlines() if line.strip()]
     words = f"; its last line: {lines[-1].strip()[:300]}" if lines else ""
     if code == -signal.SIGKILL:
@@ -84,7 +84,7 @@ _LESS_MEMORY = (
 
 
 def run_measurement_job(job: ScoringJob) -> None:
-    """Load, measure, write the statistics atomically: the body of the measuring process."""
+    """Load model and rows, measure, and write the statistics atomically; the work of the scoring process."""
     import torch
     from safetensors.torch import save_file
 
@@ -118,7 +118,7 @@ def run_measurement_job(job: ScoringJob) -> None:
 
 
 def _load(settings: Args, config: AdaptiveConfig) -> tuple[Any, list[dict[str, list[int]]], int]:
-    """Model ready for inference, calibration rows, padding id: as the host would load them for this run."""
+    """Load the model for inference, the calibration rows and the padding id, as the host would for this run."""
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_model, load_tokenizer
@@ -143,10 +143,10 @@ def _load(settings: Args, config: AdaptiveConfig) -> tuple[Any, list[dict[str, l
 
 @contextmanager
 def _told(what: str) -> Iterator[None]:
-    """Turn whatever the host raises within the context into one line; its traceback goes to the log.
+    """Convert whatever the host raises within the context to one line; print its traceback, which goes to the log.
 
     Raises:
-        CalibrationError: naming ``what`` and the cause.
+        CalibrationError: with ``what`` and the cause.
     """
     try:
         yield
@@ -161,7 +161,7 @@ def _told(what: str) -> Iterator[None]:
 
 
 def _draw_rows(dataset: Any, config: AdaptiveConfig, streaming: bool) -> list[dict[str, list[int]]]:
-    """A seeded draw of calibration rows as token ids and labels, whatever the stage calls them."""
+    """Draw calibration rows by their seed, as token ids and labels, whatever the stage's columns are called."""
     seed, wanted = config.calibration.seed, config.calibration.samples
     if streaming:
         picked: Iterable[Any] = islice(dataset.shuffle(seed=seed, buffer_size=max(1000, 4 * wanted)), wanted)

@@ -16,10 +16,10 @@ from llamafactory_adaptive.training.guard import PLANS_DIFFER
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold ``output_dir`` for this run: rank 0 of the job does, and where it is refused every process stops.
+    """Lock ``output_dir`` for this run, on rank 0 of the job; where that fails every process stops.
 
     Raises:
-        AdaptiveError: another run works there.
+        AdaptiveError: another run holds the lock, or the folder cannot be written.
     """
     with ExitStack() as stack:
         from_main(f"the lock of {folder}", lambda: stack.enter_context(locked(folder)))
@@ -27,7 +27,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def agreed_plan(run: CheckedRun, checkpoint: Path | None) -> PlanSource:
-    """Obtain the plan of a run, once it is known that every process of the job has the same.
+    """Build or find the plan of a run, and verify that every process of the job has the same.
 
     Raises:
         AdaptiveError: on every process, before any of them loads the model.

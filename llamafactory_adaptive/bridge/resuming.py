@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from: the host's rule, but only one that is whole, and one for all processes."""
+"""The checkpoint a run resumes from: chosen by the host's rule, but only a whole one, and one for all processes."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ logger = logging.getLogger("llamafactory.adaptive")
 
 
 def checkpoint_to_resume(args: Args) -> Path | None:
-    """The checkpoint all processes of the job resume from; rank 0 finds it, the others make sure that they have it.
+    """Choose the checkpoint that all processes resume from: rank 0 finds it, the others check that they have it.
 
     Raises:
         AdaptiveError: on every process, with one text.
@@ -55,7 +55,7 @@ def _choose(args: Args) -> Path | None:
 
 
 def _given(wanted: Path, output: Path) -> Path:
-    """The checkpoint that the settings name."""
+    """Return the checkpoint that the settings name; refuse a missing or damaged one."""
     if not wanted.is_dir():
         refuse("resume_from_checkpoint", str(wanted), "there is no such folder", f"{output}/checkpoint-<step>")
     if (wanted / PLAN_FILE).is_file() and (fault := damage(wanted)):
@@ -64,7 +64,7 @@ def _given(wanted: Path, output: Path) -> Path:
 
 
 def _newest_whole(output: Path) -> Path | None:
-    """The newest checkpoint without a fault; newer ones are told of."""
+    """Find the newest checkpoint without a fault; warn of newer ones that have one."""
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
     folders = [path for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step(path) >= 0]
@@ -87,7 +87,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _confirm(args: Args, chosen: Path | None) -> None:
-    """Where output_dir is no shared folder, another node may hold other checkpoints than rank 0, or none."""
+    """Check that this node has rank 0's checkpoint: without a shared output_dir it may hold others, or none."""
     if launched_number() == 0:
         return
     host, remedy = socket.gethostname(), "copy the checkpoints of rank 0 there, or use a folder all nodes share"
@@ -103,7 +103,7 @@ def _confirm(args: Args, chosen: Path | None) -> None:
 
 
 def _newest_for_the_host(args: Args) -> Path | None:
-    """The checkpoint in ``output_dir`` that the host would resume from, whole or not, when none is named."""
+    """Find the checkpoint in ``output_dir`` that the host resumes from when none is named, whole or not."""
     from transformers.trainer_utils import get_last_checkpoint
 
     wanted, output = args.get("resume_from_checkpoint"), Path(str(args["output_dir"]))
@@ -114,7 +114,7 @@ def _newest_for_the_host(args: Args) -> Path | None:
 
 
 def what_the_host_resumes(args: Args, checkpoint: Path | None) -> Args:
-    """The settings, with the checkpoint spelled out where the host by itself would take another."""
+    """Return the settings, with the checkpoint written out where the host by itself would take another."""
     last = None if isinstance(args.get("resume_from_checkpoint"), str) else _newest_for_the_host(args)
     if last is None or checkpoint == last:
         return args
@@ -122,10 +122,10 @@ def what_the_host_resumes(args: Args, checkpoint: Path | None) -> Args:
 
 
 def refuse_ranks_in_plain_run(args: Args) -> None:
-    """A plain run would load a checkpoint with live ranks, which do not fit it, and end in PyTorch's size errors.
+    """Refuse a plain run that would resume from a checkpoint with live ranks, whose sizes do not fit it.
 
     Raises:
-        AdaptiveConfigError: naming the checkpoint.
+        AdaptiveConfigError: with the checkpoint.
     """
     wanted = args.get("resume_from_checkpoint")
     if not args.get("output_dir") or not args.get("do_train"):
@@ -138,7 +138,7 @@ def refuse_ranks_in_plain_run(args: Args) -> None:
 
 
 def refuse_finished_run(args: Args, checkpoint: Path | None) -> None:
-    """The host's own rule for a filled ``output_dir``, applied before anything is scored.
+    """Refuse an ``output_dir`` with a finished run, by the host's own rule, before anything is scored.
 
     Raises:
         AdaptiveConfigError: a model or adapter lies there, and the run neither resumes nor may overwrite.
@@ -153,13 +153,13 @@ def refuse_finished_run(args: Args, checkpoint: Path | None) -> None:
 
 
 def named_paths(args: Args) -> list[Path]:
-    """Every path that the settings may name: what lies there must stay."""
+    """List every path that the settings may name: what lies there must not be moved."""
     words = [word for value in args.values() if isinstance(value, str) for word in split_names(value)]
     return [Path(word) for word in words if word != str(args.get("output_dir")) and "\0" not in word]
 
 
 def layout(args: Args) -> dict[str, Any]:
-    """How this run spreads weights and optimizer states over processes, as its settings say."""
+    """Describe how this run spreads weights and optimizer states over processes, by its settings."""
     by_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     config = args.get("deepspeed") or (by_accelerate and os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
     zero: dict[str, Any] = {}
@@ -170,7 +170,7 @@ def layout(args: Args) -> dict[str, Any]:
     stage = zero.get("stage")
     return {
         "deepspeed_stage": stage,
-        # Stage 3 has pieces of its own kind, whatever is set.
+        # Stage 3 partitions in a way of its own, whatever is set.
         "round_robin_gradients": stage in (1, 2) and bool(zero.get("round_robin_gradients", False)),
         "processes": launched_processes(),
     }

@@ -1,4 +1,4 @@
-"""What the scoring process is told by the process that wants scores: settings that were checked there, as JSON."""
+"""The job that a run sends to its scoring process, as JSON: settings that the run has checked."""
 
 import json
 from collections.abc import Iterable
@@ -24,11 +24,11 @@ class ScoringJob:
     """One measurement in a process of its own, which neither reads nor checks the run's settings again.
 
     Attributes:
-        settings: of the host, for loading model and rows; they may hold tokens of a hub, so they go through a pipe.
+        settings: the host's settings for loading model and rows; sent by a pipe, as they may hold tokens of a hub.
         config: the validated configuration.
         modules: names of the target modules.
         measurement: key of what is measured.
-        path: of the statistics, in an empty folder, which is removed if the process that wants them is killed.
+        path: file for the statistics, in an empty folder that is removed if the process that wants them is killed.
     """
 
     settings: Args
@@ -39,31 +39,31 @@ class ScoringJob:
 
     @classmethod
     def of(cls, run: CheckedRun, modules: Iterable[str], measurement: Measurement, path: Path) -> "ScoringJob":
-        """Describe a measurement for a run."""
+        """Build the job for one measurement of a run."""
         return cls(scoring_settings(run.args), run.config, tuple(modules), measurement.key, path)
 
     def to_json(self) -> str:
-        """Write the job as one line."""
+        """Encode the job as one line of JSON."""
         parts = {**vars(self), "config": self.config.to_json()}
         return json.dumps(parts, default=str)
 
     @classmethod
     def from_json(cls, text: str) -> "ScoringJob":
-        """Read what :meth:`to_json` wrote."""
+        """Read a job from the line that :meth:`to_json` returned."""
         parts = json.loads(text)
         config, modules = AdaptiveConfig.from_json(parts["config"]), tuple(parts["modules"])
         return cls(parts["settings"], config, modules, parts["measurement"], Path(parts["path"]))
 
 
 def scoring_settings(args: Args) -> Args:
-    """Reduce a run's settings to loading the base model and the training split in one process."""
+    """Reduce a run's settings to those that load base model and training split in one process."""
     dropped = {*_TRAINING_ONLY, *our_keys(args), "output_dir"}
     kept = {key: value for key, value in args.items() if key not in dropped}
     if not args.get("create_new_adapter"):
         kept.pop("adapter_name_or_path", None)
     kept["dataset"] = ",".join(calibration_names(args)) or None
     if set(calibration_names(args)) != set(split_names(args.get("dataset"))):
-        for key in ("interleave_probs", "mix_strategy", "val_size"):  # they speak of the training set
+        for key in ("interleave_probs", "mix_strategy", "val_size"):  # they are about the training set
             kept.pop(key, None)
     if not uses_tokenized_folder(args):
         kept.pop("tokenized_path", None)  # the host would write it, without the run's evaluation set

@@ -1,7 +1,8 @@
 """The seams: which attribute of which LLaMA-Factory module is replaced, and by what.
 
-A seam is applied right after its own module has been imported, once. One that does not fit is remembered and raised
-only when a run asks for ``finetuning_type: adaptive``: a plain LLaMA-Factory run must never break over this plugin.
+A seam is applied once, right after its own module has been imported. One that does not fit is recorded, and raised as
+an error only when a run asks for ``finetuning_type: adaptive``: a plain LLaMA-Factory run must never break over this
+plugin.
 """
 
 import importlib
@@ -19,12 +20,12 @@ TESTED_VERSIONS = ("0.9.5",)
 
 @dataclass(frozen=True)
 class Seam:
-    """One attachment point.
+    """One attribute of a LLaMA-Factory module that the plugin replaces.
 
     Attributes:
-        module, attribute: what is replaced or edited.
-        fits: whether the attribute looks as expected.
-        patch: given the attribute, what to put in its place.
+        module, attribute: what is replaced.
+        fits: whether the given attribute looks as expected.
+        patch: returns the replacement of the given attribute.
     """
 
     module: str
@@ -34,7 +35,7 @@ class Seam:
 
     @property
     def target(self) -> str:
-        """Dotted name, as shown to users."""
+        """Return the dotted name of the attribute, as shown to users."""
         return f"{self.module}.{self.attribute}"
 
 
@@ -106,7 +107,7 @@ _misfits: dict[str, str] = {}
 
 
 def seam_modules() -> set[str]:
-    """Modules to watch for."""
+    """Return the names of all modules that have a seam."""
     return {seam.module for seam in SEAMS}
 
 
@@ -132,7 +133,7 @@ def apply_seams(module: ModuleType) -> None:
 
 
 def seam_states() -> dict[str, str]:
-    """Import every seam module and say for each seam ``fits`` or what is wrong."""
+    """Import every seam module, and return for each seam ``fits`` or what is wrong."""
     broken: dict[str, str] = {}
     for name in sorted(seam_modules()):
         try:
@@ -146,10 +147,10 @@ def seam_states() -> dict[str, str]:
 
 
 def require_seams() -> None:
-    """Raise unless every seam is in place.
+    """Refuse to go on unless every seam is in place.
 
     Raises:
-        SeamError: naming the attributes and the versions this release was tested with.
+        SeamError: with the attributes and the versions this release was tested with.
     """
     bad = {target: state for target, state in seam_states().items() if state != "fits"}
     if bad:
@@ -161,7 +162,7 @@ def require_seams() -> None:
 
 
 def train_worker() -> None:
-    """What torchrun runs for ``llamafactory-adaptive train``: the same as LLaMA-Factory's own launcher file."""
+    """Run what torchrun starts for ``llamafactory-adaptive train``: the same as LLaMA-Factory's own launcher file."""
     from llamafactory.train.tuner import run_exp
 
     run_exp()

@@ -20,7 +20,7 @@ logger = logging.getLogger("llamafactory.adaptive")
 
 
 def target_shapes(args: Args) -> list[ModuleShape]:
-    """Name and size of every module that LoRA would adapt, from the model's config alone: no weights are read.
+    """List name and size of every module that LoRA would adapt, from the model's config alone: no weights are read.
 
     Raises:
         AdaptiveConfigError: ``lora_target`` matches nothing, or something that is no linear layer.
@@ -61,7 +61,7 @@ _told: set[str] = set()
 
 
 def _tell_of_fused_experts(model: Any) -> None:
-    """Say once that experts kept in one tensor get no adapter, as plain LoRA gives them none."""
+    """Warn once that experts kept in one tensor get no adapter, as plain LoRA gives them none."""
     fused = [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "expert" in name]
     if fused and local_rank() == 0 and "fused" not in _told:
         _told.add("fused")
@@ -72,10 +72,10 @@ def _tell_of_fused_experts(model: Any) -> None:
 
 
 def _refuse_conv1d(model: Any) -> None:
-    """Refuse a model whose layers are transposed, as in GPT-2, by that name.
+    """Refuse a model whose layers are of type Conv1D, which are transposed, as in GPT-2.
 
     Raises:
-        AdaptiveConfigError: nothing in it can be adapted.
+        AdaptiveConfigError: the model has such layers.
     """
     if any(type(module).__name__ == "Conv1D" for module in model.modules()):
         reason = "the layers of this model are of type Conv1D, and ranks are planned for nn.Linear alone"
@@ -85,7 +85,7 @@ def _refuse_conv1d(model: Any) -> None:
 def estimated_steps(args: Args) -> int | None:
     """Estimate the optimizer steps of a run from its epochs and local rows; None where rows cannot be counted.
 
-    Rows that the template or ``cutoff_len`` drops, and packing, are not foreseen.
+    Rows that the template or ``cutoff_len`` drops are counted as well.
     """
     given = args.get("dataset_dir") or "data"
     path = Path() if isinstance(given, dict) else Path(str(given)) / "dataset_info.json"
@@ -100,7 +100,7 @@ def estimated_steps(args: Args) -> int | None:
     held_out = float(args.get("val_size") or 0)
     rows -= int(held_out) if held_out >= 1 else int(rows * held_out)
     numbers = [os.environ.get(name, "1") for name in ("NPROC_PER_NODE", "NNODES")]
-    if not all(number.isdecimal() and int(number) for number in numbers):  # torchrun knows more words than numbers
+    if not all(number.isdecimal() and int(number) for number in numbers):  # torchrun takes words like gpu, too
         return None
     processes = math.prod(map(int, numbers))
     batch = int(args.get("per_device_train_batch_size") or 8) * processes
@@ -136,7 +136,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _skeleton(args: Args) -> tuple[Any, list[str], Any]:
-    """The model on the meta device and the target names, found by the host's own rules."""
+    """Build the model on the meta device; return it with the target names by the host's rules, and its arguments."""
     import torch
     import transformers
     from llamafactory.hparams import ModelArguments
@@ -173,12 +173,12 @@ def _skeleton(args: Args) -> tuple[Any, list[str], Any]:
 
 
 def calibration_names(args: Args) -> list[str]:
-    """Names of the data sets that scores are drawn from."""
+    """List the data sets that scores are drawn from: those named for calibration, else the training set's."""
     return split_names(args.get("adaptive_calibration_dataset")) or split_names(args.get("dataset"))
 
 
 def uses_tokenized_folder(args: Args) -> bool:
-    """Whether rows come from a tokenised folder that exists; one that does not is for the run itself to write."""
+    """Tell whether rows come from a tokenised folder that exists; a missing one is written by the run itself."""
     path = args.get("tokenized_path")
     return bool(
         path and not args.get("adaptive_calibration_dataset") and Path(path).is_dir() and any(Path(path).iterdir())

@@ -1,4 +1,4 @@
-"""One training run inside LLaMA-Factory: hand the plan over to the host, prove the result."""
+"""One training run inside LLaMA-Factory: its plan is passed to the host, and the result verified."""
 
 import logging
 import os
@@ -31,7 +31,7 @@ logger = logging.getLogger("llamafactory.adaptive")
 
 
 def inject_ranks(lora_config: Any) -> Callable[..., Any]:
-    """Replace the name ``LoraConfig`` in the host: in an adaptive run its rank arguments come from the plan."""
+    """Wrap ``LoraConfig`` in the host, so that in an adaptive run its rank arguments come from the plan."""
 
     @wraps(lora_config, updated=())
     def make(*args: Any, **kwargs: Any) -> Any:
@@ -49,7 +49,7 @@ def inject_ranks(lora_config: Any) -> Callable[..., Any]:
 def adaptive_training_function(
     original: Callable[[dict[str, Any]], None], require_seams: Callable[[], None]
 ) -> Callable[[dict[str, Any]], None]:
-    """Wrap the host's training function: adaptive runs get their plan first and their proof last."""
+    """Wrap the host's training function: in an adaptive run, plan before it and verify the result after it."""
 
     @wraps(original)
     def run(config: dict[str, Any]) -> None:
@@ -62,7 +62,7 @@ def adaptive_training_function(
         from llamafactory_adaptive.bridge.plans import held
 
         require_seams()
-        # Workers of a launcher, which has looked at what is the host's, must not meet devices yet.
+        # The launcher has checked the host's settings; its workers must not touch devices yet.
         checked = checked_run(raw, host_too=not is_worker())
         if not checked.args.get("do_train"):
             if local_rank() == 0:
@@ -114,7 +114,7 @@ def _refuse_deepspeed_alone(args: Args) -> None:
 
 
 def _begin_afresh(args: Args) -> None:
-    """Nothing of an older run in the folder may be taken for this one's; every process goes on when that is done."""
+    """Move records and checkpoints of an older run in ``output_dir`` aside; every process waits until that is done."""
     from llamafactory_adaptive.engines.distributed import gather
 
     writes = launched_number() == 0 or (args.get("save_on_each_node") and local_rank() == 0)
@@ -158,7 +158,7 @@ def _sample_request(args: Args, sampling: Any) -> Any:
 
 
 def _refuse_stray_keys(raw: Mapping[str, Any] | list[str]) -> None:
-    """Keys of ours without ``finetuning_type: adaptive`` would train plain LoRA unnoticed."""
+    """Refuse the plugin's keys without ``finetuning_type: adaptive``: they would train plain LoRA unnoticed."""
     stray = our_keys(raw)
     if stray:
         kind = raw.get("finetuning_type", "lora") if isinstance(raw, Mapping) else "lora"
@@ -166,7 +166,7 @@ def _refuse_stray_keys(raw: Mapping[str, Any] | list[str]) -> None:
 
 
 def no_accelerator() -> bool:
-    """Whether this machine computes on its CPU."""
+    """Tell whether this machine has no accelerator, so that it computes on its CPU."""
     import torch
 
     return not torch.accelerator.is_available()

@@ -1,6 +1,6 @@
-"""Everything that can be known to be wrong before model or data are touched, found in one go.
+"""All checks of a run's settings that need neither model nor data, with every problem found in one go.
 
-The host would notice part of it too, but only after the model has been scored.
+The host would report part of them too, but only after the model has been scored.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConf
 
 
 def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
-    """Validate everything that can be known before model or data are touched.
+    """Validate everything that can be checked before model or data are touched.
 
     Raises:
         AdaptiveConfigError: with every problem found.
@@ -86,7 +86,7 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
 def _search(
     args: Mapping[str, Any], common: Mapping[str, Any], options: Mapping[str, Any], lora_rank: int, max_rank: int
 ) -> tuple[PruningConfig | ReallocationConfig | None, list[Problem]]:
-    """How the configured method changes ranks while training, and what that cannot go together with."""
+    """Return how the configured method changes ranks while training, and the settings that cannot go with that."""
     name, cls = common["adaptive_method"], get_method(common["adaptive_method"])
     made = make_method(name, options)
     problems = contradictions(cls.Options(**options))
@@ -112,7 +112,7 @@ def _unknown_keys(args: Mapping[str, Any]) -> list[Problem]:
 
 
 def _wrong_choices(args: Mapping[str, Any]) -> list[Problem]:
-    """The host's own keys that take one of a few words; it would only notice after scoring."""
+    """Find the host's own keys whose value is none of their few words; the host fails on them after scoring."""
     problems, own = [], own_names()
     for action in flag_parser()._actions:
         value, allowed = args.get(action.dest), [str(choice) for choice in action.choices or ()]
@@ -127,7 +127,7 @@ def _wrong_choices(args: Mapping[str, Any]) -> list[Problem]:
 
 
 def _foreign_options(args: Mapping[str, Any], method: str) -> list[Problem]:
-    """Options of a method that is not the chosen one would do nothing: say so."""
+    """Find options of methods other than the chosen one, where they would have no effect."""
     return [
         Problem(
             key,
@@ -143,7 +143,7 @@ def _foreign_options(args: Mapping[str, Any], method: str) -> list[Problem]:
 
 
 def _missing_files(args: Mapping[str, Any], common: Mapping[str, Any]) -> list[Problem]:
-    """Required keys without a value, and paths that lead nowhere."""
+    """Find required keys without a value, and files, folders, packages and templates that do not exist."""
     problems = [
         Problem(key, args.get(key), "it is required", f"{key}: <path>")
         for key in ("model_name_or_path", "output_dir")
@@ -188,7 +188,7 @@ def _templates() -> list[str]:
 
 
 def _dataset_problems(args: Mapping[str, Any], calibration: str | None) -> list[Problem]:
-    """Names must be known; calibration data must be a training split and must not touch held-out rows."""
+    """Find unknown data sets, and calibration data that is no training split or overlaps held-out rows."""
     held_out, trained, scored = (split_names(v) for v in (args.get("eval_dataset"), args.get("dataset"), calibration))
     problems = [
         Problem("adaptive_calibration_dataset", name, "it is the eval_dataset; scores may use training data only",
@@ -229,7 +229,7 @@ _FROM_A_HUB = ("hf_hub_url", "ms_hub_url", "om_hub_url", "cloud_file_name")
 
 
 def _entry_problems(key: str, name: str, info: Args, info_path: Path | None, trained: list[str]) -> list[Problem]:
-    """What is wrong with one entry of a table of data sets for the key that names it.
+    """Find what is wrong with one entry of a table of data sets, for the key that names it.
 
     Args:
         info: the table: a ``dataset_info.json``, or ``dataset_dir`` itself where that is a mapping.

@@ -24,7 +24,7 @@ from llamafactory_adaptive.reports.plaintext import plain_lines, tell
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command and return its exit code."""
     arguments = parse_command_line(argv)
     handlers = {
         "plan": plan, "train": train, "report": report, "export": export, "doctor": doctor, "init": init,
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """Hand over to LLaMA-Factory's launcher with the hook in place here and in every torchrun worker."""
+    """Run LLaMA-Factory's launcher, with the hook in place here and in every torchrun worker."""
     require_enabled()
     from llamafactory_adaptive.bridge.arguments import check_config_file
 
@@ -56,7 +56,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def report(arguments: argparse.Namespace) -> int:
-    """Tell what runs did, from the files in their ``output_dir``."""
+    """Print what runs did, from the files in their ``output_dir``."""
     from llamafactory_adaptive.reports.run_report import comparison, data_of_unfinished_run, read_run, run_text
 
     unfinished = {folder: data_of_unfinished_run(folder) for folder in arguments.runs}
@@ -68,7 +68,7 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """Lay a saved adapter out for a server and certify it; needs neither the hook nor LLaMA-Factory."""
+    """Write a saved adapter in a server's layout and certify it; needs neither the hook nor LLaMA-Factory."""
     request = export_request(arguments)
     from llamafactory_adaptive.export.exporter import run_export
 
@@ -79,7 +79,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _signals_end_in_order() -> Iterator[None]:
-    """Within the context SIGTERM and SIGHUP end the program as an exception does: what is half-written is removed."""
+    """Raise SystemExit on SIGTERM and SIGHUP within the context, so that half-written files are removed."""
 
     def end(number: int, frame: Any) -> None:
         signal.signal(number, signal.SIG_IGN)  # a second one must not cut the cleaning up short
@@ -96,7 +96,7 @@ def _signals_end_in_order() -> Iterator[None]:
 
 
 def measure(arguments: argparse.Namespace) -> int:
-    """Body of the measuring process: the job is a line of its input, its answer file carries a user error back."""
+    """Run the measurement whose job is a line of standard input; write a user error to the answer file."""
     require_enabled()
     from llamafactory_adaptive.bridge.child import end_with_parent, read_job
     from llamafactory_adaptive.bridge.measure_process import run_measurement_job

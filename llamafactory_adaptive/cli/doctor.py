@@ -1,4 +1,4 @@
-"""``llamafactory-adaptive doctor``: versions, the start-up hook, and whether each seam fits, and a verdict."""
+"""``llamafactory-adaptive doctor``: versions, the start-up hook, whether each seam fits, and a verdict."""
 
 import argparse
 import os
@@ -16,9 +16,9 @@ PACKAGES = ("llamafactory", "torch", "transformers", "peft", "accelerate", "bits
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Check the installation. Exit code 0 when adaptive runs will work through ``llamafactory-cli``.
+    """Check the installation; return 0 where adaptive runs will work through ``llamafactory-cli``, else 2.
 
-    Where LLaMA-Factory is not installed there is one thing to say, and the exit code is 0: the Python API works.
+    Where LLaMA-Factory is not installed, only that is printed and 0 returned: the Python API works.
     """
     if not host_is_installed():
         print(
@@ -48,7 +48,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 def _verdict(hooked: bool, states: Mapping[str, str]) -> tuple[bool, str]:
-    """Sum up in one line whether adaptive runs work here, and what to do where they do not."""
+    """Tell whether adaptive runs work here, with one line for the user: what to do where they do not."""
     bad = [target for target, state in states.items() if state != "fits"]
     if not _bootstrap.enabled():
         return False, f"switched off: `finetuning_type: adaptive` does not exist; unset {_bootstrap.ENV_SWITCH}"

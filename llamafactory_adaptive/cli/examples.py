@@ -12,11 +12,11 @@ from llamafactory_adaptive.files import cannot_write
 
 
 def init(arguments: argparse.Namespace) -> int:
-    """Copy the examples to ``FOLDER/examples``, the place from which their commands and paths hold.
+    """Copy the examples to ``FOLDER/examples``; their commands are run from FOLDER.
 
     Raises:
-        AdaptiveConfigError: something of that name is there.
-        OutputError: nothing can be written there, or not all of it; then nothing of it stays.
+        AdaptiveConfigError: ``FOLDER/examples`` exists already.
+        OutputError: not everything can be written there; a partial copy is removed.
     """
     target = arguments.folder / "examples"
     if os.path.lexists(target):  # Path.exists raises where a folder above may not be entered
@@ -35,7 +35,7 @@ def init(arguments: argparse.Namespace) -> int:
 
 
 def examples_folder() -> Path:
-    """Where the examples lie: beside the package in a checkout, else where the installer put the wheel's data."""
+    """Find the examples: beside the package in a checkout, else where the installer put the wheel's data."""
     checkout = Path(__file__).resolve().parents[2] / "examples"
     if checkout.is_dir():
         return checkout

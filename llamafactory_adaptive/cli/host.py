@@ -1,4 +1,4 @@
-"""The start-up hook, armed for a command that needs LLaMA-Factory."""
+"""The check for LLaMA-Factory, and the start-up hook of commands that need it."""
 
 from importlib.util import find_spec
 
@@ -10,7 +10,7 @@ INSTALL_HOST = "pip install -c constraints/llamafactory.txt '.[llamafactory]' in
 
 
 def host_is_installed() -> bool:
-    """Tell whether LLaMA-Factory can be found here; it is not imported."""
+    """Tell whether LLaMA-Factory is installed, without importing it."""
     try:
         return find_spec("llamafactory") is not None
     except ImportError:
@@ -18,7 +18,7 @@ def host_is_installed() -> bool:
 
 
 def require_enabled() -> None:
-    """Arm the start-up hook in this process.
+    """Put the start-up hook in place in this process.
 
     Raises:
         SeamError: the user switched the plugin off, or LLaMA-Factory is not installed.

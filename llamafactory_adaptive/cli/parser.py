@@ -1,4 +1,4 @@
-"""The words of the command line, each with help and an example."""
+"""Commands and arguments of the command line, each with help and an example."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ MEASURE = "measure"  # internal, so no help shows it: the process that `plan` an
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Declare commands and arguments; CFG.yaml is a LLaMA-Factory training YAML, overrides are as upstream."""
+    """Build the parser of all commands; CFG.yaml is a LLaMA-Factory training YAML, overrides are as upstream."""
     parser = argparse.ArgumentParser(
         prog="llamafactory-adaptive",
         description="Adaptive LoRA ranks with LLaMA-Factory: see them, train them, compare runs, serve adapters.",
@@ -68,7 +68,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
-    """Parse, with overrides allowed on either side of options."""
+    """Parse a command line, with overrides allowed on either side of options."""
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == [MEASURE] and len(words) == 2:
         return argparse.Namespace(command=MEASURE, answer=Path(words[1]))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    """Plan ranks without training: table, heat-map, ``adaptive_rank_plan.json``."""
+    """Plan ranks without training: print their table, write heat-map and ``adaptive_rank_plan.json``."""
     require_enabled()
     tell(f"planning the ranks of {arguments.config}; LLaMA-Factory starts first, which takes 10 to 30 seconds")
     from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS
@@ -63,7 +63,7 @@ def plan(arguments: argparse.Namespace) -> int:
 
 
 def _plan_of_a_dynamic_run(run: "CheckedRun") -> int:
-    """What can be said before training: the start, and the budget over the share of the steps."""
+    """Print the start of a dynamic run and its budget over the steps, without training; return the exit code."""
     from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun
     from llamafactory_adaptive.bridge.target_shapes import estimated_steps
     from llamafactory_adaptive.planning.sources import fresh_plan

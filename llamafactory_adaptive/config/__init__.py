@@ -1,1 +1,1 @@
-"""What the user asked for, and whether it is possible."""
+"""The configuration of an adaptive run, and the checks of its settings."""

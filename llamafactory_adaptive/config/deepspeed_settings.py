@@ -1,5 +1,7 @@
-"""DeepSpeed's settings as a run is given them: a mapping, JSON, or the name of a file with it. DeepSpeed itself is not
-needed; what is wrong in them, it says when it reads them."""
+"""DeepSpeed's settings as a run is given them: a mapping, JSON, or the name of a file with it.
+
+DeepSpeed itself is not needed: it reports what is wrong in its settings when it reads them.
+"""
 
 import json
 from pathlib import Path
@@ -7,12 +9,12 @@ from typing import Any
 
 
 def is_inline(given: str) -> bool:
-    """Tell settings written as JSON from the name of a file that holds them."""
+    """Tell whether settings are written as JSON and are not the name of a file that holds them."""
     return given.lstrip().startswith("{")
 
 
 def document(given: Any) -> dict[str, Any]:
-    """Read settings given as a mapping, as JSON or as the name of a file; empty without any that can be read."""
+    """Read settings given as a mapping, as JSON or as the name of a file; empty where none can be read."""
     try:
         if isinstance(given, (str, Path)):
             text = str(given)
@@ -23,13 +25,13 @@ def document(given: Any) -> dict[str, Any]:
 
 
 def part(given: Any, name: str) -> dict[str, Any]:
-    """Read one mapping of the settings; empty where there is none."""
+    """Return the mapping ``name`` within the settings; an empty one where there is none."""
     settings = document(given).get(name)
     return settings if isinstance(settings, dict) else {}
 
 
 def zero_optimization(given: Any) -> dict[str, Any]:
-    """Read the part about ZeRO, with its ``stage`` a whole number (0 where there is none)."""
+    """Return the settings of ZeRO, with their ``stage`` a whole number (0 where there is none)."""
     settings = part(given, "zero_optimization")
     stage = settings.get("stage", 0)
     return {**settings, "stage": stage if isinstance(stage, int) else 0}

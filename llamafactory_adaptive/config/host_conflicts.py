@@ -28,7 +28,7 @@ def _on(key: str) -> Callable[[Mapping[str, Any]], bool]:
 
 
 def _deepspeed_stage(flat: Mapping[str, Any]) -> int:
-    """ZeRO stage; 0 without DeepSpeed."""
+    """Return the ZeRO stage of a run; 0 without DeepSpeed."""
     return int(zero_optimization(flat.get("deepspeed"))["stage"])
 
 
@@ -107,7 +107,7 @@ CONFLICTS = (
 
 
 def check_conflicts(flat: Mapping[str, Any]) -> list[Problem]:
-    """Problems between upstream options and the adaptive run."""
+    """Find upstream options that cannot go with an adaptive run."""
     return _clashes(CONFLICTS, flat)
 
 
@@ -118,7 +118,7 @@ def _clashes(rules: Iterable[Conflict], flat: Mapping[str, Any]) -> list[Problem
 
 
 def check_search_conflicts(flat: Mapping[str, Any], strategy: Strategy, probes: bool) -> list[Problem]:
-    """Upstream options that cannot go with changing ranks or, where the method ``probes``, with extra passes."""
+    """Find upstream options that cannot go with changing ranks or, where the method ``probes``, with extra passes."""
     rules = [*MASKING_CONFLICTS, *(REALLOCATION_CONFLICTS if strategy == "reallocate" else ())]
     problems = _clashes([*rules, *(PROBING_CONFLICTS if probes else ())], flat)
     if flat.get("adaptive_max_overhead") is not None and not probes:
@@ -128,7 +128,7 @@ def check_search_conflicts(flat: Mapping[str, Any], strategy: Strategy, probes: 
 
 
 def check_sampling_conflicts(flat: Mapping[str, Any]) -> list[Problem]:
-    """Upstream options that cannot go with choosing samples by quality."""
+    """Find upstream options that cannot go with choosing samples by quality."""
     return _clashes(SAMPLING_CONFLICTS, flat)
 
 
@@ -189,7 +189,7 @@ REALLOCATION_CONFLICTS = (
 
 
 def _regroups(flat: Mapping[str, Any]) -> bool:
-    """Whether accelerate is told to batch otherwise than by default."""
+    """Tell whether accelerate is configured to batch otherwise than by default."""
     settings = document(flat.get("accelerator_config"))
     return bool(settings.get("split_batches") or settings.get("even_batches") is False)
 

@@ -1,4 +1,4 @@
-"""Hosts of another kind, chosen by environment variables, that cannot train adaptive ranks. Standard library only."""
+"""Checks of environment variables: hosts that cannot train adaptive ranks, and launchers. Standard library only."""
 
 import os
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ _SWITCHES = {
     "USE_RAY": "every Ray worker takes itself for the first one, so each would score and plan for itself",
     "USE_MCA": "Megatron trains full parameters only",
 }
-# What tells a process which one of a job it is, and where they meet.
+# A process's rank in its job, and the address at which the processes connect.
 _NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 _MEETING = ("MASTER_ADDR", "MASTER_PORT")
 _PANEL = ("lora_rank", "lora_alpha", "lora_target")
 
 
 def _launcher_problems() -> list[Problem]:
-    """Find what of a launcher's variables is missing or no number: a process would wait for others that never come."""
+    """Find a launcher's variables that are missing or wrong: a process would wait for others that never come."""
     here = {name: value for name in (*_NUMBERS, *_MEETING) if (value := os.environ.get(name)) is not None}
     problems = [
         Problem(name, here[name], "a launcher sets it to a whole number", f"unset {name}")
@@ -40,7 +40,7 @@ def _launcher_problems() -> list[Problem]:
 
 
 def _is_number(text: str, name: str) -> bool:
-    least = {"LOCAL_RANK": -1, "RANK": 0, "WORLD_SIZE": 1}[name]  # -1: older launchers' word for none
+    least = {"LOCAL_RANK": -1, "RANK": 0, "WORLD_SIZE": 1}[name]  # older launchers set -1 for none
     try:
         return int(text) >= least
     except ValueError:
@@ -48,7 +48,7 @@ def _is_number(text: str, name: str) -> bool:
 
 
 def check_environment(flat: Mapping[str, Any]) -> list[Problem]:
-    """Find what the environment asks for and this plugin cannot do, with a way out."""
+    """Find environment variables that ask for what this plugin cannot do, each with a way out."""
     problems = [
         Problem(name, os.environ[name], f"{reason}, so finetuning_type: adaptive does not run there", f"{name}=0")
         for name, reason in _SWITCHES.items()

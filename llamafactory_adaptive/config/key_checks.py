@@ -16,7 +16,7 @@ from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConf
 
 
 def unknown_key_problems(given: Mapping[str, Any], known: Iterable[str]) -> list[Problem]:
-    """One problem per key nobody reads, with the nearest known key."""
+    """Find keys that neither LLaMA-Factory nor this plugin has, each with the nearest known key."""
     names = set(known)
     problems = []
     for key, value in given.items():
@@ -36,7 +36,7 @@ CALIBRATION_KEYS = (
 
 
 def check_kind(flat: Mapping[str, Any], method: str, dynamic: bool, strategy: Strategy) -> list[Problem]:
-    """Keys of methods that calibrate or prune given to one that does not: they would do nothing."""
+    """Find keys of methods that calibrate or prune, given to a method that does not, where they have no effect."""
     idle: dict[str, tuple[str, str]] = {}
     if dynamic:
         reason = "finds ranks during training and calibrates nothing"
@@ -56,7 +56,7 @@ def check_kind(flat: Mapping[str, Any], method: str, dynamic: bool, strategy: St
 def check_pruning(
     common: Mapping[str, Any], lora_rank: int, max_rank: int, seed: int
 ) -> tuple[PruningConfig, list[Problem]]:
-    """The schedule of a dynamic method, checked against the budget."""
+    """Build the schedule of a method that prunes, and check it against the budget."""
     problems = []
     given = common["adaptive_init_rank"]
     init_rank = min(2 * lora_rank, max_rank) if given is None else given
@@ -90,15 +90,15 @@ def check_reallocation(
     """Check the bounds of a method that moves ranks about under a constant budget.
 
     Args:
-        method: its name, for the keys of its options.
+        method: the method's name, for the keys of its options.
         made: the method with its options.
         low: the lowest rank of a module.
         lora_rank: the budget.
         max_rank: the highest rank of a module.
-        seed: of the factors.
+        seed: the seed of the LoRA factors.
 
     Returns:
-        How ranks move, and the problems.
+        The configuration of how ranks move, and the problems.
     """
     problems = []
     if low == 0:
@@ -114,7 +114,7 @@ def check_budget(flat: Mapping[str, Any], common: Mapping[str, Any]) -> tuple[in
     """Check ``lora_rank``, ``lora_alpha`` and the rank bounds against each other.
 
     Returns:
-        ``lora_rank``, ``lora_alpha`` (default 2 x rank, as upstream), the effective upper bound, the problems.
+        ``lora_rank``, ``lora_alpha`` (default 2 x rank, as upstream), the upper bound in use, and the problems.
     """
     problems: list[Problem] = []
     rank = _positive_int(flat, "lora_rank", 8, problems)
@@ -164,16 +164,19 @@ def check_search(
     max_rank: int,
     seed: int,
 ) -> tuple[PruningConfig | ReallocationConfig, list[Problem]]:
-    """Check how a method changes ranks while training, and what that cannot go together with.
+    """Check how a method changes ranks while training, and find upstream options that cannot go with that.
 
     Args:
         flat: the run's settings.
         common: the keys that hold for every method, defaults filled in.
-        method: its name, for the keys of its options.
+        method: the method's name, for the keys of its options.
         made: the method with its options.
         lora_rank: the budget.
         max_rank: the highest rank of a module.
-        seed: of the factors.
+        seed: the seed of the LoRA factors and, where a method prunes, of its extra passes.
+
+    Returns:
+        The configuration of the rank changes, and the problems.
     """
     problems = check_search_conflicts(flat, made.traits.strategy, made.traits.probes)
     search: PruningConfig | ReallocationConfig

@@ -15,7 +15,7 @@ _SEARCHES: dict[str, type[PruningConfig] | type[ReallocationConfig]] = {
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """Which samples a method scores on."""
+    """The samples that a method scores on: data set, number, batch size and the seed of their draw."""
 
     dataset: str | None
     samples: int
@@ -25,7 +25,7 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class AdaptiveConfig:
-    """The validated configuration of one run. Ranks are in rank units, ``lora_rank`` is the budget.
+    """The checked configuration of one run; its budget is the cost of uniform rank ``lora_rank``, in ``budget_unit``.
 
     ``search`` tells how ranks change while training; None where they are fixed before.
     """
@@ -52,15 +52,15 @@ class AdaptiveConfig:
         calibration: CalibrationConfig,
         search: PruningConfig | ReallocationConfig | None = None,
     ) -> "AdaptiveConfig":
-        """Put checked values together.
+        """Build the configuration from checked values.
 
         Args:
             common: the keys that hold for every method, defaults filled in.
-            method: registered name.
+            method: the method's registered name.
             options: every option of the method.
             budget: ``lora_rank``, ``lora_alpha`` and the largest rank of a module.
             calibration: which samples are scored.
-            search: how ranks change while training.
+            search: how ranks change while training; None where they are fixed before.
         """
         lora_rank, lora_alpha, max_rank = budget
         return cls(
@@ -78,13 +78,13 @@ class AdaptiveConfig:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Write the configuration as values that JSON has."""
+        """Encode the configuration as a mapping of JSON values."""
         strategy = next((name for name, kind in _SEARCHES.items() if type(self.search) is kind), None)
         return {**asdict(self), "options": dict(self.options), "strategy": strategy}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "AdaptiveConfig":
-        """Rebuild what :meth:`to_json` wrote, without validating it again."""
+        """Build the configuration from what :meth:`to_json` returned, without validating it again."""
         parts = dict(values)
         strategy = parts.pop("strategy")
         parts["calibration"] = CalibrationConfig(**parts["calibration"])
@@ -93,5 +93,5 @@ class AdaptiveConfig:
 
     @property
     def scale(self) -> float:
-        """LoRA scale alpha/r, the same for every module."""
+        """Return the LoRA scale alpha/r, the same for every module."""
         return self.lora_alpha / self.lora_rank

@@ -1,4 +1,4 @@
-"""Plans and statistics that were computed before, by digest of the request."""
+"""The cache of plans and statistics that were computed before, by digest of the request."""
 
 import logging
 import os
@@ -30,12 +30,12 @@ logger = logging.getLogger("llamafactory.adaptive")
 
 
 def cache_folder() -> Path:
-    """Where statistics and plans are re-used from: ``$LLAMAFACTORY_ADAPTIVE_CACHE`` or the user's cache folder.
+    """Return the cache folder, made if missing: ``$LLAMAFACTORY_ADAPTIVE_CACHE``, or one in the user's cache.
 
     Raises:
-        AdaptiveConfigError: it cannot be written.
+        AdaptiveConfigError: the folder cannot be written.
     """
-    # Set to nothing is not set: files would land wherever the run was started.
+    # An empty variable counts as not set, or files would land wherever the run was started.
     default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "llamafactory_adaptive")
     folder = Path(os.path.expanduser(os.environ.get(CACHE_ENV) or default))
     try:
@@ -50,12 +50,12 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What one run wants a plan for.
+    """The request for one run's plan: its configuration, and what identifies its model and data.
 
     Attributes:
         config: the validated configuration.
         identity: everything that determines the statistics (model, data, precision, versions), JSON-able.
-        provenance: what a reader of the plan wants to know of it.
+        provenance: facts that the plan records of its origin.
     """
 
     config: AdaptiveConfig
@@ -63,25 +63,25 @@ class PlanRequest:
     provenance: Mapping[str, Any]
 
     def digest(self) -> str:
-        """Names the plan in the cache: equal requests share one plan."""
+        """Compute the name of the plan in the cache: equal requests share one plan."""
         asked = {key: value for key, value in asdict(self.config).items() if key != "max_nonfinite_steps"}
         asked["course"] = asked.pop("search")  # the name in caches that are filled already
         return digest_of({"identity": self.identity, "config": asked, "schema": SCHEMA_VERSION})
 
     def plan_path(self) -> Path:
-        """Where the plan of this request is kept."""
+        """Return the cache file of the requested plan."""
         return cache_folder() / "plans" / f"{self.digest()}.json"
 
 
 def statistics_path(request: PlanRequest, measurement: Measurement) -> Path:
-    """Cache file of a measurement. The batch size is no part of it: it must not change the result."""
+    """Return the cache file of a measurement, for every batch size: that must not change the result."""
     calibration = {key: value for key, value in asdict(request.config.calibration).items() if key != "batch_size"}
     key = digest_of({"identity": request.identity, "calibration": calibration, "measurement": measurement.key})
     return cache_folder() / "statistics" / f"{key}.safetensors"
 
 
 def keep_statistics(fresh: Path, path: Path) -> None:
-    """Copy what was measured into the cache; one that takes nothing is told of, and nothing else is lost."""
+    """Copy fresh statistics into the cache; warn where they cannot be written there."""
     try:
         with replacing(path) as temporary:
             shutil.copyfile(fresh, temporary)
@@ -91,10 +91,10 @@ def keep_statistics(fresh: Path, path: Path) -> None:
 
 
 def read_statistics(path: Path, shapes: list[ModuleShape]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Load cached statistics of the target modules, and the facts noted with them.
+    """Read the statistics of the target modules from a file, and the facts stored with them.
 
     Raises:
-        CalibrationError: they are of other modules, or hold what is no number.
+        CalibrationError: the file is of other modules, or holds NaN or infinity.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -117,17 +117,17 @@ def read_statistics(path: Path, shapes: list[ModuleShape]) -> tuple[dict[str, Te
 
 
 def cached_plan(path: Path) -> RankPlan | None:
-    """Read a plan from the cache; None where there is none, or a damaged one, which is told of and set aside."""
+    """Read a plan from the cache; return None where it is missing or damaged (see :func:`usable_entry`)."""
     return load_plan(path) if usable_entry(path) else None
 
 
 def keep_plan(plan: RankPlan, path: Path, others_wait: bool = False) -> RankPlan:
-    """Write a plan into the cache; returns it as others will read it.
+    """Write a plan into the cache, and return it as other processes will read it.
 
-    A cache that takes nothing loses no plan, unless others wait for the file.
+    Where the cache cannot be written, the plan is returned with a warning, unless others wait for the file.
 
     Raises:
-        OutputError: it could not be written, and ``others_wait``.
+        OutputError: the cache cannot be written, and ``others_wait``.
     """
     try:
         plan.write(path)
@@ -141,10 +141,10 @@ def keep_plan(plan: RankPlan, path: Path, others_wait: bool = False) -> RankPlan
 
 
 def wait_for_plan(path: Path, seconds: float, failed: Callable[[], str | None] = lambda: None) -> RankPlan:
-    """Wait until the planning process of the node has written its file and its checksum.
+    """Wait until the planning process of the node has written plan and checksum, and read the plan.
 
     Raises:
-        OtherProcessError: it failed, as ``failed`` says.
+        OtherProcessError: the planning process failed, with the message that ``failed`` returns.
         CalibrationError: the time limit passed.
     """
     deadline = time.monotonic() + seconds

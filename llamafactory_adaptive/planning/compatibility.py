@@ -1,4 +1,4 @@
-"""Whether a plan, checkpoint or adapter fits the run that is asked for; differences are named by YAML key."""
+"""Checks that a plan, checkpoint or adapter fits the requested run; messages name differences by YAML key."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -15,10 +15,10 @@ from llamafactory_adaptive.ranks.plan import (
 
 
 def check_shapes(plan: RankPlan, shapes: list[ModuleShape], source: str) -> None:
-    """Refuse a plan of another model.
+    """Refuse a plan whose modules are not those of the model.
 
     Raises:
-        PlanError: naming the first differences.
+        PlanError: with the first differences.
     """
     differences = plan.differences(shapes)
     if differences:
@@ -26,13 +26,12 @@ def check_shapes(plan: RankPlan, shapes: list[ModuleShape], source: str) -> None
 
 
 def check_plan(plan: RankPlan, shapes: list[ModuleShape], config: AdaptiveConfig, source: str) -> RankPlan:
-    """Accept a given plan for this model and budget, or say where it differs.
+    """Return a given plan with this run's budget and scale, or refuse it where it does not fit model or budget.
 
-    The plan's ranks are used as they are; budget and scale are this run's, so a plan edited by hand is judged against
-    what the YAML allows.
+    The plan's ranks are used as they are, so a plan edited by hand is checked against what the YAML allows.
 
     Raises:
-        PlanError: another model, or more than the budget.
+        PlanError: the plan is of another model, or costs more than the budget.
     """
     check_shapes(plan, shapes, source)
     order = {shape.name: index for index, shape in enumerate(shapes)}
@@ -55,10 +54,10 @@ def check_plan(plan: RankPlan, shapes: list[ModuleShape], config: AdaptiveConfig
 
 
 def check_same_run(plan: RankPlan, config: AdaptiveConfig, source: str) -> None:
-    """Refuse to resume a run that asked for something else.
+    """Refuse to resume a run that was started with other settings of ranks.
 
     Raises:
-        PlanError: naming each difference.
+        PlanError: with each difference.
     """
     asked, theirs = _asked(config), _of_plan(plan)
     if config.plan_path:  # the file is what this run asks for; how it was scored says nothing about the run
@@ -79,7 +78,7 @@ def check_same_scale(plan: RankPlan, config: AdaptiveConfig, source: str) -> Non
     """Refuse to go on with an adapter of another budget or scale; how its ranks were found does not matter.
 
     Raises:
-        PlanError: naming each difference.
+        PlanError: with each difference.
     """
     asked, theirs = _asked(config), _of_plan(plan)
     _refuse_differences({key: asked[key] for key in _SCALE_KEYS}, theirs, source, "create_new_adapter: true")
@@ -98,7 +97,7 @@ def _refuse_differences(asked: Mapping[str, Any], theirs: Mapping[str, Any], sou
 
 
 def _asked(config: AdaptiveConfig) -> dict[str, Any]:
-    """What determines a run's ranks, by the keys a user knows."""
+    """Collect the settings that determine a run's ranks, by YAML key."""
     return {
         "adaptive_method": config.method,
         "adaptive_budget_unit": config.budget_unit,
@@ -113,14 +112,14 @@ def _asked(config: AdaptiveConfig) -> dict[str, Any]:
 
 
 def flat_options(config: AdaptiveConfig) -> dict[str, Any]:
-    """The method's options by the keys a user knows."""
+    """Return the method's options by YAML key."""
     return {f"{config.method}_{key}": value for key, value in config.options.items()}
 
 
 def _search(config: AdaptiveConfig) -> dict[str, Any]:
-    """What data or schedule ranks come from, beyond the method's options.
+    """Collect the settings of calibration or schedule that determine a run's ranks, by YAML key.
 
-    Costs (batch size, a limit on extra passes) may change on the way.
+    Settings of costs alone (batch size, a limit on extra passes) are left out: they may change when a run resumes.
     """
     if config.search is None:
         facts = asdict(config.calibration)
@@ -136,7 +135,7 @@ def _search_key(name: str) -> str:
 
 
 def _of_plan(plan: RankPlan) -> dict[str, Any]:
-    """The same as :func:`_asked`, of the run that wrote a plan."""
+    """Collect the settings that :func:`_asked` names, for the run that wrote a plan."""
     calibration = plan.provenance.get("calibration", {})
     return {
         "adaptive_method": plan.method,

@@ -1,4 +1,4 @@
-"""What planning must know of the program that trains, and nothing more."""
+"""The interface that planning needs of the program that trains."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -12,10 +12,10 @@ class HostRun(Protocol):
     """One training run of a host program.
 
     Attributes:
-        shapes: the target modules in model order; cheap to ask for again.
+        shapes: the target modules in model order; cheap to read again.
         identity: everything that determines the statistics (weights, token rows, precision, versions), JSON-able.
-        provenance: what a reader of the plan wants to know; ``base_model``, ``architecture`` and ``seed`` at least.
-        checkpoint: the one the run resumes from, if any.
+        provenance: facts that the plan records of its origin; ``base_model``, ``architecture`` and ``seed`` at least.
+        checkpoint: the checkpoint that the run resumes from, if any.
         adapter: the trained adapter that the host loads and goes on with, if any.
         given_keys: names of the adaptive settings that the user wrote.
         longest_scoring: seconds after which processes that wait for a plan give up.
@@ -43,5 +43,5 @@ class HostRun(Protocol):
     def longest_scoring(self) -> float: ...  # noqa: D102
 
     def measure(self, measurement: Measurement, path: Path) -> None:
-        """Run a measurement on the host's model and data; write the statistics to ``path``, in an empty folder."""
+        """Run a measurement on the host's model and data, and write the statistics to ``path``, in an empty folder."""
         ...

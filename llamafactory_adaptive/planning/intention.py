@@ -1,11 +1,11 @@
-"""What a run is about to do before it trains, in one line for the user."""
+"""The line that tells the user what a run is about to do before it trains."""
 
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.methods import make_method
 
 
 def intention(config: AdaptiveConfig) -> str:
-    """Say where the ranks will come from, and about how long that takes."""
+    """Describe where the ranks will come from, and about how long that takes."""
     if config.plan_path:
         return f"the ranks are those of {config.plan_path}; nothing is scored"
     if config.search is not None:

@@ -1,7 +1,7 @@
-"""From a request to a plan: measure (or re-use), score, allocate. Knows no host program.
+"""From a request to a plan: measure (or re-use), score, allocate. Independent of the host program.
 
-The host hands in the target modules, what identifies model and data, and a way to run a measurement in a process of
-its own; everything else is decided here.
+The host passes the target modules, what identifies model and data, and a function that runs a measurement in a process
+of its own; everything else is decided here.
 """
 
 import math
@@ -40,7 +40,7 @@ Measure = Callable[[Measurement, Path], None]
 
 
 def build_plan(request: PlanRequest, shapes: list[ModuleShape], measure: Measure) -> RankPlan:
-    """Score and allocate.
+    """Score the target modules and allocate ranks to them.
 
     Args:
         request: the configuration and what identifies model and data.
@@ -48,7 +48,8 @@ def build_plan(request: PlanRequest, shapes: list[ModuleShape], measure: Measure
         measure: called only when the method measures and no cached statistics fit.
 
     Raises:
-        InfeasibleBudgetError, CalibrationError: see there.
+        InfeasibleBudgetError: the rank bounds leave no allocation within the budget.
+        CalibrationError: the measurement failed, or a statistic or score is not finite.
     """
     config, started = request.config, time.perf_counter()
     _spend(config, shapes, [1.0] * len(shapes))  # bounds that cannot hold are found before anything is measured
@@ -73,10 +74,10 @@ def build_plan(request: PlanRequest, shapes: list[ModuleShape], measure: Measure
 
 
 def start_plan(config: AdaptiveConfig, shapes: list[ModuleShape], provenance: Mapping[str, Any]) -> RankPlan:
-    """The live plan that a dynamic method starts from: no model, no data, equal on every process.
+    """Build the live plan that a dynamic method starts from, without model or data: equal on every process.
 
     Raises:
-        InfeasibleBudgetError: bounds and budget do not fit each other for these modules.
+        InfeasibleBudgetError: the rank bounds leave no allocation within the budget for these modules.
     """
     assert config.search is not None
     _spend(config, shapes, [1.0] * len(shapes))
@@ -94,7 +95,7 @@ def start_plan(config: AdaptiveConfig, shapes: list[ModuleShape], provenance: Ma
 
 
 def _header(config: AdaptiveConfig) -> dict[str, Any]:
-    """What a plan says of the configuration it was made for."""
+    """Return the fields of a plan that record the configuration it was made for."""
     return {
         "method": config.method,
         "options": dict(config.options),
@@ -111,10 +112,10 @@ def _bounds(config: AdaptiveConfig) -> dict[str, Any]:
 def allocate_plan(
     request: PlanRequest, shapes: list[ModuleShape], scores: Scores, facts: Mapping[str, Any]
 ) -> RankPlan:
-    """Ranks for the scores under the configured budget and bounds, with where they came from.
+    """Allocate ranks for the scores under the configured budget and bounds, and record where they came from.
 
     Raises:
-        CalibrationError: a score is no number.
+        CalibrationError: a score is NaN or infinite.
     """
     config = request.config
     wrong = [name for name, score in scores.values.items() if not math.isfinite(score)]

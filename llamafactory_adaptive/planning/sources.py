@@ -38,10 +38,10 @@ class PlanSource:
 
 
 def obtain_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:
-    """Find the plan that a run trains.
+    """Find or build the plan that a run trains: of its checkpoint, of the adapter it goes on with, or a fresh one.
 
     Raises:
-        AdaptiveError: nothing is loaded or written when the plan cannot be had.
+        AdaptiveError: no plan can be had; this process has not loaded the model yet.
     """
     if host.checkpoint is not None:
         return _plan_of_checkpoint(config, host, host.checkpoint)
@@ -74,7 +74,7 @@ def _plan_of_adapter(config: AdaptiveConfig, host: HostRun, adapter: Path) -> Pl
 
 
 def fresh_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:
-    """Make the plan of a run that starts anew: the given file, a search's start, or scored.
+    """Build the plan of a run that starts anew: read from the given file, the start of a search, or from scores.
 
     Raises:
         AdaptiveError: the file does not fit the model, or the modules cannot be scored.
@@ -106,7 +106,7 @@ _OF_THE_RUN = ("base_model", "architecture", "quantization_bit", "seed", "versio
 
 
 def _this_run(plan: RankPlan, here: Mapping[str, Any]) -> dict[str, Any]:
-    """Say what a run on a given plan is of; what the plan was made for is noted apart."""
+    """Return model, seed and versions of a run on a given plan, and apart those that the plan was made for."""
     there = {key: plan.provenance.get(key) for key in _OF_THE_RUN if key in plan.provenance}
     for_one, for_other = there.get("architecture"), here.get("architecture")
     if for_one and for_other and for_one != for_other and local_rank() == 0:
@@ -118,7 +118,7 @@ def _this_run(plan: RankPlan, here: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _computed_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:
-    """Build the plan in one process per node, or re-use it; the other processes of the node wait for the file."""
+    """Build the plan in one process per node, or re-use a cached one; the node's other processes wait for the file."""
     request = cache.PlanRequest(config, host.identity, host.provenance)
     path = request.plan_path()
     if local_rank() != 0:
@@ -145,7 +145,7 @@ def advice(plan: RankPlan, config: AdaptiveConfig) -> list[str]:
 
 
 def _check_same_base(plan: RankPlan, here: Mapping[str, Any], checkpoint: Path) -> None:
-    """Refuse a checkpoint of another model, though its shapes fit; a folder may have moved, so its own name counts."""
+    """Refuse a checkpoint of another base model, though its shapes fit; only the last part of its path counts."""
     facts, ours = plan.provenance, str(here["base_model"]).rstrip("/")
     theirs = str(facts.get("base_model") or ours).rstrip("/")
     here_too = Path(ours).exists() and Path(theirs).resolve() == Path(ours).resolve()
