@@ -69,6 +69,7 @@ def test_llamafactory_cli_trains_and_the_rest_needs_no_plugin(write, tmp_path, t
     assert "ANSWERED 1" in done.stdout
 
 
+@pytest.mark.repeats
 def test_launchers_agree(write, tmp_path):
     """Two processes through each launcher; one plan for all, and the same adapter from both torchrun ways."""
     two = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}

@@ -15,9 +15,10 @@ from tests.helpers.training import logits, peft_logits, train
 
 
 pytestmark = pytest.mark.slow
+EACH_ARCHITECTURE = ["llama", pytest.param("qwen2", marks=pytest.mark.repeats), "qwen3"]
 
 
-@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
 def test_saved_adapter_in_plain_peft_equals_the_live_model(architecture, data_dir, tmp_path):
     base = save_tiny(tmp_path / "base", architecture)
     out = tmp_path / "out"
@@ -69,7 +70,12 @@ STAGES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", list(STAGES))
+REPEATED_STAGES = ("kto", "bf16", "no_checkpointing")  # as dpo, and as in the cases of igu and tsq
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.repeats] if case in REPEATED_STAGES else []) for case in STAGES]
+)
 def test_stages_and_options_train_on_a_plan(case, tiny_llama, data_dir, tmp_path):
     out = tmp_path / "out"
     train(settings(tiny_llama, data_dir, out, **STAGES[case]))
@@ -85,7 +91,7 @@ def test_stages_and_options_train_on_a_plan(case, tiny_llama, data_dir, tmp_path
         assert any("embed_tokens" in key for key in load_file(out / "adapter_model.safetensors"))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.repeats)])
 def test_quantised_bases_train_and_the_adapter_fits_the_full_precision_base(bits, tiny_llama, data_dir, tmp_path):
     out = tmp_path / "out"
     more = {"quantization_bit": bits, "bf16": True, "eval_on_start": True, "eval_strategy": "steps", "eval_steps": 1,
