@@ -22,10 +22,12 @@ end_with_parent(Path(sys.argv[1]))
 Path(sys.argv[2]).write_text(str(os.getpid()))
 time.sleep(600)
 """
+# A background job of a shell, and with it what it starts, ignores SIGINT until it asks for it again.
 PARENT = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from llamafactory_adaptive.bridge.child import run_child
+signal.signal(signal.SIGINT, signal.default_int_handler)
 run_child([sys.executable, "-c", sys.argv[1], sys.argv[2], sys.argv[3]], os.environ, Path(sys.argv[4]), "the job")
 """
 

@@ -131,7 +131,7 @@ def test_an_adaptive_run_starts_where_it_can_and_not_where_a_seam_does_not_fit(l
 def test_overrides_of_the_command_line_are_checked(launched, write, capsys):
     with pytest.raises(SystemExit):
         launched("train", write(), "adaptive_min_rank=99")
-    assert "adaptive_min_rank: 99 is not possible" in capsys.readouterr().err
+    assert "adaptive_min_rank: 99 is invalid" in capsys.readouterr().err
 
 
 def test_an_interruption_before_training_is_said_to_be_one(launched, write, capsys):

@@ -14,13 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from llamafactory_adaptive.bridge import measure_process
-from llamafactory_adaptive.bridge.measure_process import (
-    _draw_rows,
-    _single_process,
-    _told,
-    measure_in_own_process,
-    run_measurement_job,
-)
+from llamafactory_adaptive.bridge.checked_run import CheckedRun
+from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun
+from llamafactory_adaptive.bridge.measure_process import _draw_rows, _told, run_measurement_job
+from llamafactory_adaptive.bridge.scoring_job import ScoringJob, scoring_settings
+from llamafactory_adaptive.bridge.target_shapes import target_shapes
 from llamafactory_adaptive.bridge.validation import parse_config
 from llamafactory_adaptive.calibration.input_moments import InputSecondMoments
 from llamafactory_adaptive.errors import CalibrationError
@@ -28,6 +26,19 @@ from llamafactory_adaptive.files import digest_of
 from llamafactory_adaptive.planning.cache import cache_folder
 from tests.helpers.inputs import captured_inputs
 from tests.helpers.tiny import rows, settings
+
+
+@pytest.fixture
+def checked(tiny_llama, data_dir, tmp_path):
+    """A run with a secret among its settings."""
+    args = settings(tiny_llama, data_dir, tmp_path / "out", hf_hub_token="secret")
+    return CheckedRun(args, args, parse_config(args))
+
+
+@pytest.fixture
+def names(checked):
+    """Names of the run's target modules."""
+    return tuple(shape.name for shape in target_shapes(checked.args))
 
 
 # -- the process from outside ----------------------------------------------------------------------------------------
@@ -39,7 +50,7 @@ def child(monkeypatch):
     noted = SimpleNamespace(code=0, error=None, printed="", log_is_there=True)
 
     def run_child(command, environment, log, job):
-        noted.command, noted.environment, noted.job, noted.log = command, environment, json.loads(job), log
+        noted.command, noted.environment, noted.job, noted.log = command, environment, ScoringJob.from_json(job), log
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("all it printed")
         if noted.error:
@@ -51,10 +62,10 @@ def child(monkeypatch):
 
 
 @pytest.fixture
-def measure(tiny_llama, data_dir, tmp_path):
-    args = settings(tiny_llama, data_dir, tmp_path / "out", hf_hub_token="secret")
+def measure(checked, tmp_path):
     (tmp_path / "scratch").mkdir()
-    return lambda: measure_in_own_process(args, InputSecondMoments(), tmp_path / "scratch" / "statistics.safetensors")
+    run, path = LlamaFactoryRun(checked), tmp_path / "scratch" / "statistics.safetensors"
+    return lambda: run.measure(InputSecondMoments(), path)
 
 
 def test_it_is_no_worker_of_a_launcher_and_sees_one_device(child, measure, monkeypatch):
@@ -72,11 +83,15 @@ def test_it_is_no_worker_of_a_launcher_and_sees_one_device(child, measure, monke
     assert set(told) & set(child.environment) == {"HF_HOME"}
 
 
-def test_settings_reach_it_through_the_pipe_alone(child, measure, capsys):
+def test_settings_reach_it_through_the_pipe_alone(child, measure, checked, names, tmp_path, capsys):
     measure()
     assert child.command[:4] == [sys.executable, "-m", "llamafactory_adaptive.cli", "measure"]
-    assert child.job["args"]["hf_hub_token"] == "secret"
-    assert child.job["measurement"] == InputSecondMoments().key
+    path = tmp_path / "scratch" / "statistics.safetensors"
+    assert child.job == ScoringJob.of(checked, names, InputSecondMoments(), path)
+    assert child.job.settings["hf_hub_token"] == "secret"
+    assert child.job.config == checked.config
+    assert child.job.measurement == InputSecondMoments().key
+    assert (len(child.job.modules), child.job.path) == (14, path)
     assert "secret" not in " ".join([*child.command, *child.environment.values(), capsys.readouterr().err])
 
 
@@ -99,15 +114,14 @@ def test_settings_are_reduced_to_loading_the_base_and_the_training_rows(tiny_lla
         adapter_name_or_path="old", tokenized_path=str(tmp_path / "none"), report_to="wandb", val_size=0.1,
         adaptive_method="sensitivity", sensitivity_energy=0.9, push_to_hub=True,
     )  # fmt: skip
-    found = _single_process(args, "scratch")
+    found = scoring_settings(args)
     gone = ("deepspeed", "eval_dataset", "adapter_name_or_path", "tokenized_path", "push_to_hub", "adaptive_method",
-            "sensitivity_energy")  # fmt: skip
+            "sensitivity_energy", "output_dir")  # fmt: skip
     assert not set(gone) & set(found)
     expected = {
         "finetuning_type": "lora",
         "packing": False,
         "report_to": "none",
-        "output_dir": "scratch",
         "val_size": 0.1,
     }
     assert {key: found[key] for key in expected} == expected
@@ -117,14 +131,14 @@ def test_settings_are_reduced_to_loading_the_base_and_the_training_rows(tiny_lla
 
 def test_an_adapter_that_is_merged_first_is_part_of_the_base():
     args = {"model_name_or_path": "m", "dataset": "d", "adapter_name_or_path": "old", "create_new_adapter": True}
-    assert _single_process(args, "scratch")["adapter_name_or_path"] == "old"
+    assert scoring_settings(args)["adapter_name_or_path"] == "old"
 
 
 def test_with_rows_of_another_data_set_the_mixture_of_the_training_set_is_gone():
     args = {"model_name_or_path": "m", "dataset": "a,b", "interleave_probs": "0.5,0.5", "mix_strategy": "concat",
             "val_size": 0.5}  # fmt: skip
-    assert _single_process(args, "s")["interleave_probs"] == "0.5,0.5"
-    found = _single_process({**args, "adaptive_calibration_dataset": "c"}, "s")
+    assert scoring_settings(args)["interleave_probs"] == "0.5,0.5"
+    found = scoring_settings({**args, "adaptive_calibration_dataset": "c"})
     assert found["dataset"] == "c"
     assert not {"interleave_probs", "mix_strategy", "val_size"} & set(found)
 
@@ -186,27 +200,43 @@ def test_what_the_host_raises_is_one_line(error, said):
 
 
 @pytest.fixture
-def job(tiny_llama, data_dir, tmp_path):
-    args = settings(tiny_llama, data_dir, tmp_path / "out")
-    yield {"args": args, "measurement": InputSecondMoments().key, "path": str(tmp_path / "statistics.safetensors")}
+def job(checked, names, tmp_path):
+    yield ScoringJob.of(checked, names, InputSecondMoments(), tmp_path / "statistics.safetensors")
     PartialState._reset_state()  # what the host's parser keeps of devices for a whole process
 
 
 def test_statistics_are_those_of_the_rows_that_were_drawn(job, tiny_llama, monkeypatch):
     seen, real = [], measure_process.make_batches
     monkeypatch.setattr(measure_process, "make_batches", lambda data, *more: seen.extend(data) or real(data, *more))
-    run_measurement_job(job, parse_config(job["args"]))
+    run_measurement_job(job)
     assert len(seen) == 8
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
-    found = load_file(job["path"])
+    found = load_file(job.path)
     expected = {name: inputs.square().mean(0) for name, inputs in captured_inputs(model, seen).items()}
     assert found.keys() == expected.keys()
     assert all(torch.allclose(found[name].double(), expected[name], rtol=1e-4) for name in found)
-    with safe_open(job["path"], framework="pt") as file:
+    with safe_open(job.path, framework="pt") as file:
         facts = file.metadata()
     assert (facts["samples"], facts["tokens"]) == ("8", str(sum(len(row["input_ids"]) for row in seen)))
     assert facts["rows_sha256"] == digest_of([row["input_ids"] for row in seen])
-    assert os.listdir(Path(job["path"]).parent) == ["statistics.safetensors"]
+    assert os.listdir(job.path.parent) == ["statistics.safetensors"]
+
+
+def test_the_host_writes_into_a_scratch_folder_that_is_removed(job, tmp_path, monkeypatch):
+    seen = {}
+
+    def get_train_args(given):
+        seen.update(given)
+        assert os.listdir(given["output_dir"]) == []
+        raise ValueError("no further")
+
+    monkeypatch.setattr("llamafactory.hparams.get_train_args", get_train_args)
+    with pytest.raises(CalibrationError, match=r"settings cannot be used for scoring \(ValueError: no further\)"):
+        run_measurement_job(job)
+    scratch = Path(seen.pop("output_dir"))
+    assert scratch != tmp_path / "out"
+    assert not scratch.exists()
+    assert seen == job.settings
 
 
 def test_memory_that_runs_out_while_scoring_names_the_key(job, monkeypatch):
@@ -215,5 +245,5 @@ def test_memory_that_runs_out_while_scoring_names_the_key(job, monkeypatch):
 
     monkeypatch.setattr(InputSecondMoments, "__call__", measurement)
     with pytest.raises(CalibrationError, match=r"lower adaptive_calibration_batch_size \(now 3\) or score in 4-bit"):
-        run_measurement_job(job, parse_config(job["args"]))
-    assert not Path(job["path"]).exists()
+        run_measurement_job(job)
+    assert not job.path.exists()

@@ -12,7 +12,8 @@ from llamafactory_adaptive.errors import AdaptiveConfigError, OutputError
 from llamafactory_adaptive.files import LOCK_FILE, PLAN_FILE
 from llamafactory_adaptive.folder_lock import locked
 from llamafactory_adaptive.training.current_run import current_run
-from llamafactory_adaptive.training.run_log import Counters
+from llamafactory_adaptive.training.guard import PlanGuard
+from llamafactory_adaptive.training.run_log import RunLog
 from tests.helpers.plans import found_plan
 from tests.helpers.tiny import tsq_settings, unmeasured_settings
 
@@ -70,15 +71,15 @@ def test_an_adaptive_run_has_its_callback_last_and_holds_its_folder(run, args, t
     assert seen.config["callbacks"] == ["theirs", seen.callback]
     assert seen.config["args"] == args()
     assert seen.locked
-    assert sum(seen.callback.plan.ranks().values()) > 0
+    assert sum(seen.callback.guard.plan.ranks().values()) > 0
     assert current_run.get() is None, "also after a failure"
     assert not (tmp_path / "out" / LOCK_FILE).exists()
 
 
 def test_a_method_that_chooses_samples_gets_a_selection_with_the_seed_of_the_run(run, args):
     seen = run(args(tsq_settings, seed=17))
-    assert seen.callback.selection.seed == 17
-    assert run(args()).callback.selection is None
+    assert seen.callback.request.samples.seed == 17
+    assert run(args()).callback.request.samples is None
 
 
 def test_without_training_nothing_is_planned(run, args, caplog):
@@ -126,7 +127,7 @@ def test_records_of_an_older_run_are_moved_aside_by_the_process_that_writes(args
 def test_ranks_reach_peft_in_an_adaptive_run_alone():
     make = inject_ranks(LoraConfig)
     assert (make(r=5).r, make.__name__) == (5, "LoraConfig")
-    callback = SimpleNamespace(plan=found_plan(), counters=Counters())
+    callback = SimpleNamespace(guard=PlanGuard(found_plan(), RunLog("igu", 0.0)))
     token = current_run.set(callback)
     try:
         config = make(r=5, lora_alpha=3, lora_dropout=0.1, target_modules=["k_proj"])
@@ -135,4 +136,4 @@ def test_ranks_reach_peft_in_an_adaptive_run_alone():
     assert config.rank_pattern == {m.name: m.rank for m in found_plan().active}
     assert (config.r, config.lora_alpha, config.lora_dropout) == (6, 12, 0.1)
     assert set(config.target_modules) == set(config.rank_pattern)
-    assert callback.counters.configs_injected == 1
+    assert callback.guard.counters.configs_injected == 1

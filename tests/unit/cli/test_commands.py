@@ -11,6 +11,7 @@ import yaml
 from accelerate import PartialState
 
 from llamafactory_adaptive import _bootstrap, cli
+from llamafactory_adaptive.calibration.input_moments import InputSecondMoments
 from llamafactory_adaptive.cli import app, doctor
 from llamafactory_adaptive.errors import CalibrationError, PlanError
 from llamafactory_adaptive.files import PLAN_FILE
@@ -124,16 +125,23 @@ def test_train_says_that_the_plugin_is_switched_off(write, monkeypatch, capsys):
 @pytest.mark.parametrize("error", [None, CalibrationError("a module saw no token")], ids=["good", "bad"])
 def test_the_measuring_process_answers_with_its_error(error, tiny_llama, data_dir, tmp_path, monkeypatch):
     from llamafactory_adaptive.bridge import child, measure_process
+    from llamafactory_adaptive.bridge.checked_run import checked_run
+    from llamafactory_adaptive.bridge.scoring_job import ScoringJob
 
-    def run(job, config):
-        assert (job["path"], config.method) == ("statistics", "sensitivity")
+    run = checked_run(settings(tiny_llama, data_dir, tmp_path / "out"), host_too=False)
+    sent = ScoringJob.of(run, ["lm_head"], InputSecondMoments(), tmp_path / "statistics")
+    assert sent.config.method == "sensitivity"
+    watched = []
+
+    def measure(job):
+        assert job == sent
+        assert watched == [tmp_path], "from here on it ends with its parent"
         if error:
             raise error
 
-    args = settings(tiny_llama, data_dir, tmp_path / "out")
-    monkeypatch.setattr(child, "read_job", lambda: json.dumps({"args": args, "path": "statistics"}))
-    monkeypatch.setattr(child, "end_with_parent", lambda folder: None)
-    monkeypatch.setattr(measure_process, "run_measurement_job", run)
+    monkeypatch.setattr(child, "read_job", lambda: sent.to_json() + "\n")
+    monkeypatch.setattr(child, "end_with_parent", watched.append)
+    monkeypatch.setattr(measure_process, "run_measurement_job", measure)
     answer = tmp_path / "answer.json"
     assert cli.main(["measure", str(answer)]) == (2 if error else 0)
     assert (json.loads(answer.read_text()) if answer.exists() else None) == (error and {"error": str(error)})
@@ -188,7 +196,7 @@ def test_doctor_is_content_where_the_hook_is_active_and_every_seam_fits(hooked, 
     assert cli.main(["doctor"]) == code
     said = capsys.readouterr().out
     assert [line.split()[-1] for line in said.splitlines() if line.startswith("seam")] == list(states)
-    assert ("use `llamafactory-adaptive train` here" in said) is (hooked == "False")
+    assert ("llamafactory-cli lacks the hook: use `llamafactory-adaptive train`" in said) is (hooked == "False")
 
 
 def test_doctor_bears_a_python_that_does_not_start(monkeypatch, capsys):
