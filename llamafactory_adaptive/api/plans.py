@@ -35,7 +35,7 @@ def plan_ranks(
     min_rank: int = 1,
     max_rank: int | None = None,
 ) -> PrintablePlan:
-    """Turn scores into one rank per module, at no more than the cost of a uniform LoRA of rank ``lora_rank``.
+    """Compute one rank per module from scores, at no more than the cost of a uniform LoRA of rank ``lora_rank``.
 
     Args:
         scores: from :func:`score_modules`.
