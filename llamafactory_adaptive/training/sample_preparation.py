@@ -1,4 +1,4 @@
-"""Preparation of quality-based sampling before the first step: score the samples, share scores, set the sampler."""
+"""Preparation of quality-based sampling before the first step: scores of all samples, and the sampler by them."""
 
 import hashlib
 import json
