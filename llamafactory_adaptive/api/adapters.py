@@ -1,4 +1,4 @@
-"""From a plan to PEFT's adapter, and the check of what was saved."""
+"""PEFT adapters made from plans, and the check of saved adapters."""
 
 import dataclasses
 import difflib
@@ -26,7 +26,7 @@ def lora_config(plan: RankPlan | str | Path, task_type: str = "CAUSAL_LM", **set
 
     Args:
         plan: from :func:`plan_ranks`, or the path of a saved one.
-        task_type: PEFT's word for what the model does.
+        task_type: PEFT's name of the model's task.
         **settings: further arguments of ``peft.LoraConfig``, such as ``lora_dropout=0.05`` or ``bias="none"``; those
             that the plan decides (``r``, ``lora_alpha``, ``target_modules``, the patterns) cannot be given.
 
@@ -35,7 +35,7 @@ def lora_config(plan: RankPlan | str | Path, task_type: str = "CAUSAL_LM", **set
 
     Raises:
         AdaptiveConfigError: a setting that PEFT does not know or that the plan decides.
-        PlanError: the path leads to no plan.
+        PlanError: there is no valid plan at the path.
     """
     decided = lora_config_arguments(_read(plan))
     known = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
@@ -54,12 +54,12 @@ def _wrong_setting(key: str, value: Any, decided: dict[str, Any], known: set[str
 def attach_adapter(
     model: nn.Module, plan: RankPlan | str | Path, task_type: str = "CAUSAL_LM", **settings: Any
 ) -> PeftModel:
-    """Attach the plan's LoRA adapter to a model and prove that every module got its rank.
+    """Attach the plan's LoRA adapter to a model, and check that every module got its rank.
 
     Args:
         model: the base model that was scored; its target modules are replaced in place, as PEFT does.
         plan: from :func:`plan_ranks`, or the path of a saved one.
-        task_type: PEFT's word for what the model does.
+        task_type: PEFT's name of the model's task.
         **settings: further arguments of ``peft.LoraConfig``, as in :func:`lora_config`.
 
     Returns:
@@ -90,10 +90,10 @@ def check_adapter(folder: str | Path, plan: RankPlan | str | Path) -> int:
         plan: from :func:`plan_ranks`, or the path of a saved one.
 
     Returns:
-        The number of modules whose B factor is still zero, that is, whom no gradient reached; 0 after training.
+        The number of modules whose B factor is still zero, that is, which no gradient reached; 0 after training.
 
     Raises:
-        GuardError: naming the first differences.
+        GuardError: the adapter does not match; the message names the first differences.
     """
     return check_saved(Path(folder), _read(plan))
 

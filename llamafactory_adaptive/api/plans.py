@@ -1,4 +1,4 @@
-"""From scores to ranks."""
+"""Rank plans computed from scores of modules."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,15 +15,15 @@ from llamafactory_adaptive.reports.tables import rank_table
 
 @dataclass(frozen=True)
 class PrintablePlan(RankPlan):
-    """A rank plan that shows itself as text: ``print(plan.table())``."""
+    """A rank plan that can be printed as a table: ``print(plan.table())``."""
 
     @classmethod
     def of(cls, plan: RankPlan) -> "PrintablePlan":
-        """Take over a plan as it is."""
+        """Copy a plan, unchanged, into a printable one."""
         return cls(**{field.name: getattr(plan, field.name) for field in fields(RankPlan)})
 
     def table(self) -> str:
-        """Write the rank per layer and module type, a line per type, and the cost against uniform LoRA."""
+        """Format the rank per layer and module type, a line per type, and the cost against uniform LoRA."""
         return rank_table(self)
 
 
@@ -35,7 +35,7 @@ def plan_ranks(
     min_rank: int = 1,
     max_rank: int | None = None,
 ) -> PrintablePlan:
-    """Turn scores into one rank per module, at no more than the cost of a uniform LoRA of rank ``lora_rank``.
+    """Compute one rank per module from scores, at no more than the cost of a uniform LoRA of rank ``lora_rank``.
 
     Args:
         scores: from :func:`score_modules`.

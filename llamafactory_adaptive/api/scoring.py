@@ -1,4 +1,4 @@
-"""Calibration data and scores of modules."""
+"""Calibration batches, and scores of modules measured on them."""
 
 import logging
 import time
@@ -25,7 +25,7 @@ logger = logging.getLogger("llamafactory.adaptive")
 
 @dataclass(frozen=True)
 class ModuleScores:
-    """What was measured of a model's target modules, from which ranks follow for any budget.
+    """Statistics of a model's target modules, from which ranks can be planned for any budget.
 
     Attributes:
         method: registered name of the method.
@@ -48,10 +48,10 @@ class ModuleScores:
         """Score every module: non-negative ``values`` by name, and the method's own figures as ``metrics``.
 
         Args:
-            lora_rank: the budget; only ``sensitivity`` with ``allocation="pra"`` looks at it.
+            lora_rank: the budget; only ``sensitivity`` with ``allocation="pra"`` uses it.
 
         Raises:
-            CalibrationError: the statistics say nothing of a module.
+            CalibrationError: a module's statistics are not finite, are negative, or are zero throughout.
         """
         scores: Scores = make_method(self.method, self.options).score(
             self.statistics, ScoringContext(self.shapes, lora_rank, self.seed)

@@ -73,7 +73,7 @@ def rank_search(
         lora_rank: the budget.
         lora_alpha: alpha of that uniform LoRA (default: 2 x ``lora_rank``).
         target_modules: as in :func:`score_modules`.
-        task_type: PEFT's word for what the model does.
+        task_type: PEFT's name of the model's task.
         budget_unit: ``"params"`` counts trainable parameters, ``"ranks"`` the sum of ranks.
         min_rank: lowest rank of a module; 0 lets a module go without an adapter.
         max_rank: highest rank of a module (default: 4 x ``lora_rank``).
@@ -84,7 +84,7 @@ def rank_search(
         max_overhead: largest share of training time that extra passes may add, for ``importance="integrated"``.
         max_nonfinite_steps: optimizer steps in a row whose loss may be NaN or infinite before the run is ended.
         lora_settings: further arguments of ``peft.LoraConfig``, as in :func:`lora_config`.
-        seed: of the factors and of every draw.
+        seed: seed of the factors and of every draw.
         **options: of the method, the YAML keys without ``igu_``: ``importance="integrated"``. ``init_rank`` to
             ``max_overhead`` hold for methods that prune (``igu``, ``adalora``).
 
@@ -119,7 +119,7 @@ def rank_search(
 def _search(
     method: str, made: Any, common: Mapping[str, Any], pruning: Mapping[str, Any], rank: int, high: int, seed: int
 ) -> tuple[PruningConfig | ReallocationConfig, list[Problem]]:
-    """Say how the method changes ranks, and what of the arguments it cannot use."""
+    """Build the settings by which the method changes ranks, and list the arguments that it cannot use."""
     flat = {f"adaptive_{name}": value for name, value in pruning.items()}
     problems = check_kind(flat, method, True, made.traits.strategy)
     search, faults = check_search(flat, common, method, made, rank, high, seed)
@@ -141,17 +141,17 @@ class RankSearch:
 
     @property
     def plan(self) -> PrintablePlan:
-        """The ranks: those that training starts from, later those in use, in the end those found."""
+        """Return the plan of the ranks in use: at first those of the start, in the end those found."""
         return PrintablePlan.of(self.callback.current_plan())
 
     def trainer(self, trainer_class: type[AnyTrainer]) -> type[AnyTrainer]:
-        """Make a Trainer class carry out the search; everything else about it stays as it is.
+        """Make a subclass of a Trainer class that carries out the search; all else stays as it is.
 
         Args:
             trainer_class: ``transformers.Trainer``, ``trl.SFTTrainer`` or any other subclass.
 
         Returns:
-            A subclass. Use it for one Trainer, with ``model=search.model``; resuming works as always
+            The subclass. Use it for one Trainer, with ``model=search.model``; resuming works as always
             (``train(resume_from_checkpoint=...)``).
         """
         admit, resume_from = self._admit, self._resume_from
@@ -169,16 +169,16 @@ class RankSearch:
         return adaptive_trainer(Searching, self.callback)
 
     def finalize(self, folder: str | Path) -> PrintablePlan:
-        """Prove that the saved adapter is what was found, and put plan, picture and model card beside it.
+        """Check the saved adapter against the ranks found, and write plan, heat-map and model card beside it.
 
         Args:
-            folder: what was given to ``trainer.save_model``.
+            folder: folder that was given to ``trainer.save_model``.
 
         Returns:
             The ranks that were found. Under several processes the first one checks and writes.
 
         Raises:
-            GuardError: training has not ended, chose nothing, or what was saved is not what was found.
+            GuardError: training has not ended, no components were chosen, or the saved adapter differs from the plan.
         """
         if not self._guard.is_final:
             raise GuardError("the search has not ended: finalize comes after trainer.train() and trainer.save_model()")
@@ -189,7 +189,7 @@ class RankSearch:
         return self.plan
 
     def _admit(self, trainer: Any) -> None:
-        """Refuse a Trainer that the search cannot go along with, before anything is changed."""
+        """Refuse a Trainer that the search does not support, before anything is changed; else add the callback."""
         method = self._request.start.method
         if self.callback.bound is not None:
             refuse("trainer", type(trainer).__name__, "this search has a Trainer already", "rank_search anew")
@@ -207,10 +207,10 @@ class RankSearch:
             trainer.add_callback(self.callback)
 
     def _resume_from(self, checkpoint: Path | None) -> None:
-        """Take note of what training goes on from.
+        """Check and store the checkpoint that training resumes from.
 
         Raises:
-            PlanError: the checkpoint is damaged, or of a search that asked for something else.
+            PlanError: the checkpoint is damaged, or of a search with other settings.
         """
         self.callback.checkpoint = checkpoint
         if checkpoint is None:
@@ -221,6 +221,6 @@ class RankSearch:
 
 
 def _checkpoint(asked: Any, output: str) -> Path | None:
-    """Find what a Trainer resumes from: True means the newest checkpoint."""
+    """Find the checkpoint that a Trainer resumes from: True means the newest one."""
     checkpoint = get_last_checkpoint(output) if asked is True else asked
     return Path(str(checkpoint)) if checkpoint else None

@@ -1,4 +1,4 @@
-"""Arguments of the Python API, checked by the rules of the YAML keys and told by their Python names."""
+"""Checks of the Python API's arguments, by the rules of the YAML keys; messages use the Python names."""
 
 import ast
 import dataclasses
@@ -18,7 +18,7 @@ from llamafactory_adaptive.options import check_fields, contradictions
 from llamafactory_adaptive.versions import installed_versions
 
 
-# What messages of the deeper rooms call things, and what a caller of the API calls them.
+# Names in messages of other packages, and the API's names for the same things.
 _PYTHON_NAMES = {
     "adaptive_calibration_batch_size": "batch_size",
     "adaptive_calibration_samples": "the number of rows",
@@ -68,7 +68,7 @@ def _unknown_option(method: str, key: str, value: Any, known: list[str]) -> Prob
 
 
 def common_settings(method: str, **given: Any) -> tuple[dict[str, Any], list[Problem]]:
-    """Check arguments that are YAML keys ``adaptive_<name>``, by their types and ranges.
+    """Check types and ranges of arguments whose YAML keys are ``adaptive_<name>``.
 
     Returns:
         The values of all those keys, defaults filled in, and the problems.
@@ -81,19 +81,19 @@ def common_settings(method: str, **given: Any) -> tuple[dict[str, Any], list[Pro
 def budget_settings(
     method: str, lora_rank: int, lora_alpha: int | None, common: Mapping[str, Any]
 ) -> tuple[int, float, int, list[Problem]]:
-    """Check the budget against the bounds; returns ``lora_rank``, ``lora_alpha``, the largest rank, the problems."""
+    """Check the budget against the bounds; return ``lora_rank``, ``lora_alpha``, the largest rank, the problems."""
     rank, alpha, high, faults = check_budget({"lora_rank": lora_rank, "lora_alpha": lora_alpha}, common)
     return rank, alpha, high, [in_python(fault, method) for fault in faults]
 
 
 def in_python(problem: Problem, method: str) -> Problem:
-    """Say a problem in the words of Python: ``igu_intervals: 20`` becomes ``intervals=20``."""
+    """Rewrite a problem in Python's notation: ``igu_intervals: 20`` becomes ``intervals=20``."""
     said = (python_words(text, method, (problem.key,)) for text in (problem.allowed, problem.suggestion))
     return replace(problem, key=python_words(problem.key, method), allowed=next(said), suggestion=next(said))
 
 
 def python_words(text: str, method: str, also: Iterable[str] = ()) -> str:
-    """Put the names of arguments in place of YAML keys; ``also`` are further keys that a value may follow."""
+    """Replace YAML keys by the names of arguments; ``also`` are further keys that a value may follow."""
     names = "|".join(re.escape(name) for name in ("lora_rank", "lora_alpha", *_PYTHON_NAMES, *also))
     prefixed = rf"(?:adaptive_|{re.escape(method)}_)\w+"
     text = re.sub(rf"\b({prefixed}|{names}): (\S+?)(?=[,;)]|$|\s)", lambda m: f"{m[1]}={_literal(m[2])}", text)
@@ -103,7 +103,7 @@ def python_words(text: str, method: str, also: Iterable[str] = ()) -> str:
 
 
 def _literal(value: str) -> str:
-    """Write a YAML value as Python does."""
+    """Convert a YAML value to a Python literal."""
     value = {"true": "True", "false": "False", "null": "None"}.get(value, value)
     try:
         return repr(ast.literal_eval(value))
@@ -112,7 +112,7 @@ def _literal(value: str) -> str:
 
 
 def provenance(model: nn.Module, seed: int) -> dict[str, Any]:
-    """Tell what a reader of a plan wants to know about where it came from."""
+    """Collect the provenance of a plan: base model, architecture, seed and versions of packages."""
     return {
         "base_model": str(getattr(model, "name_or_path", "")),
         "architecture": type(model).__name__,

@@ -1,4 +1,4 @@
-"""The linear modules of a live model that a caller wants adapted."""
+"""Selection of the linear modules of a model that get an adapter."""
 
 from collections.abc import Sequence
 
@@ -51,10 +51,10 @@ def _is_named(full: str, name: str) -> bool:
 
 
 def _all_linear(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every linear layer but the output head, as PEFT understands the word.
+    """Find every linear layer but the output head, as ``all-linear`` means in PEFT.
 
     Raises:
-        AdaptiveConfigError: there is none.
+        AdaptiveConfigError: the model has no linear layer.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     layers = {

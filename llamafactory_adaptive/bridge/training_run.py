@@ -149,7 +149,7 @@ def _make_callback(
 
 
 def _sample_request(args: Args, sampling: Any) -> Any:
-    """Say how the training samples of this run are to be chosen."""
+    """Build the settings by which the training samples of this run are chosen."""
     from llamafactory_adaptive.bridge.fingerprint import identity
     from llamafactory_adaptive.planning.cache import cache_folder
     from llamafactory_adaptive.training.sample_preparation import SampleRequest

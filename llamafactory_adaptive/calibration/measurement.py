@@ -19,7 +19,7 @@ class Measurement(Protocol):
 
     @property
     def key(self) -> str:
-        """Name the measurement and every option that changes its result."""
+        """Identify the measurement by its name and every option that changes its result."""
 
     @property
     def backward(self) -> bool:

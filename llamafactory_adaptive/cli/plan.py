@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    """Plan ranks without training: print their table, write heat-map and ``adaptive_rank_plan.json``."""
+    """Compute ranks without training: print their table, write heat-map and ``adaptive_rank_plan.json``."""
     require_enabled()
     tell(f"planning the ranks of {arguments.config}; LLaMA-Factory starts first, which takes 10 to 30 seconds")
     from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS

@@ -23,7 +23,7 @@ logger = logging.getLogger("llamafactory.adaptive")
 
 @contextmanager
 def bounded_waits(quiet: float = QUIET_SECONDS) -> Iterator[None]:
-    """Limit the waits for another process's build within the context, and log them.
+    """Restrict the waits for another process's build within the context, and log them.
 
     A lock in whose folder nothing was written for ``quiet`` seconds is removed at once, and its build begins anew.
 

@@ -26,7 +26,7 @@ SMALL, LARGE = 0.25, 1.0
 
 
 def quantised_weights(skeleton: nn.Module) -> set[str]:
-    """Name the weights that loading in 4-bit quantises: all linear layers but the output head, as in transformers."""
+    """List the weights that loading in 4-bit quantises: all linear layers but the output head, as in transformers."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
     kept = set(get_keys_to_not_convert(skeleton))

@@ -84,7 +84,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def export_request(arguments: argparse.Namespace) -> ExportRequest:
-    """Turn parsed arguments into a checked request.
+    """Convert parsed arguments to a checked request.
 
     Raises:
         AdaptiveConfigError: options do not fit together, or a value is not allowed.

@@ -5,33 +5,34 @@ from torch import Tensor
 
 
 def top_k_mean(lambda_N: Tensor, fraction: float) -> Tensor:
-    """Mean of the ``fraction`` largest entries, at least one (Sensitivity-LoRA, Eq. 9)."""
+    """Average the largest entries, a ``fraction`` of all and at least one (Sensitivity-LoRA, Eq. 9)."""
     k = max(1, round(fraction * len(lambda_N)))
     return lambda_N.topk(k).values.mean()
 
 
 def effective_rank(lambda_N: Tensor, energy: float) -> Tensor:
-    """Fewest of the largest entries that hold ``energy`` of the total (Sensitivity-LoRA, Eq. 10)."""
+    """Count how many of the largest entries hold the share ``energy`` of the total (Sensitivity-LoRA, Eq. 10)."""
     cumulative_N = lambda_N.sort(descending=True).values.cumsum(0)
     return (cumulative_N < energy * cumulative_N[-1]).sum() + 1
 
 
 def combine(first_M: Tensor, second_M: Tensor, equal: bool = False) -> Tensor:
-    """Weighted sum of two metrics over modules (Sensitivity-LoRA, Eq. 11-14).
+    """Compute the weighted sum of two metrics over modules (Sensitivity-LoRA, Eq. 11-14).
 
     Each metric gets the weight ``sigma / mu^2`` of its own spread (population standard deviation) over the modules,
-    which cancels any constant factor. A metric that is the same everywhere thus says nothing.
+    which cancels any constant factor. A metric that is equal for all modules thus has no
+    weight.
 
     Args:
         first_M, second_M: one non-negative value per module.
-        equal: weigh by ``1 / mu`` instead: both metrics at mean 1, equally heard (the paper's ablation; what brings
-            them to one scale there is not stated, this is our choice).
+        equal: weigh by ``1 / mu`` instead, so that both metrics have mean 1 and count the same (the paper's ablation;
+            how it brings them to one scale is not stated, this is our choice).
     """
     return weigh(first_M, equal) + weigh(second_M, equal)
 
 
 def weigh(metric_M: Tensor, equal: bool = False) -> Tensor:
-    """``metric * sigma / mu^2``, or ``metric / mu`` when ``equal``; zeros for a metric whose mean is zero."""
+    """Compute ``metric * sigma / mu^2``, or ``metric / mu`` if ``equal``; zeros for a metric whose mean is zero."""
     mean = metric_M.mean()
     if mean <= 0:
         return torch.zeros_like(metric_M)
@@ -39,7 +40,7 @@ def weigh(metric_M: Tensor, equal: bool = False) -> Tensor:
 
 
 def log_compress(metric_M: Tensor) -> Tensor:
-    """``log(1 + metric / median)``: tames a few huge values, keeps the order, ignores constant factors."""
+    """Compute ``log(1 + metric / median)``, which shrinks huge values, keeps the order, ignores constant factors."""
     middle = metric_M.median()
     return torch.log1p(metric_M / middle) if middle > 0 else metric_M
 

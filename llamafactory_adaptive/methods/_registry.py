@@ -1,6 +1,6 @@
-"""Method names to classes: lazy, with suggestions for misspelt names, open to outside packages.
+"""Registry of methods by name: imported when used, with suggestions for misspelt names, open to other packages.
 
-An outside package adds a method with an entry point in the group ``llamafactory_adaptive.methods``::
+Another package adds a method with an entry point in the group ``llamafactory_adaptive.methods``::
 
     [project.entry-points."llamafactory_adaptive.methods"]
     mine = "my_package.my_method:MyMethod"
@@ -33,7 +33,7 @@ class InvalidMethodError(AdaptiveError, TypeError):
 
 
 def built_in() -> dict[str, str]:
-    """Every file of ``methods/`` is a method: ``my_method.py`` holds the class ``MyMethod``. Nothing is imported."""
+    """Map each built-in name to its target: ``my_method.py`` holds the class ``MyMethod``. Nothing is imported."""
     files = sorted((Path(__file__).parent).glob("[!_]*.py"))
     return {
         file.stem: f"llamafactory_adaptive.methods.{file.stem}:{file.stem.title().replace('_', '')}" for file in files
@@ -42,7 +42,7 @@ def built_in() -> dict[str, str]:
 
 @cache
 def methods() -> dict[str, str]:
-    """All registered names and their ``module:Class`` targets; nothing is imported.
+    """Map all registered names to their ``module:Class`` targets; nothing is imported.
 
     Raises:
         AdaptiveError: two packages register one name.
@@ -58,11 +58,11 @@ def methods() -> dict[str, str]:
 
 
 def get_method(name: str) -> Any:
-    """Import and return the class registered under ``name``, once it is known to have the members of a method.
+    """Import the class registered under ``name``, and check that it has the members of a method.
 
     Raises:
-        UnknownMethodError: with the nearest registered name.
-        InvalidMethodError: naming what the class lacks.
+        UnknownMethodError: no such name; the message suggests the nearest one.
+        InvalidMethodError: the class lacks members, which the message names.
     """
     if name not in methods():
         known = ", ".join(sorted(methods()))
@@ -79,7 +79,7 @@ def make_method(name: str, options: Mapping[str, Any]) -> Any:
     """Make the method registered under ``name`` with its options.
 
     Raises:
-        UnknownMethodError, InvalidMethodError: as :func:`get_method`; with these options, too.
+        UnknownMethodError, InvalidMethodError: as :func:`get_method`; members are checked with these options, too.
     """
     method = get_method(name)
     made = method(method.Options(**options))
@@ -88,7 +88,7 @@ def make_method(name: str, options: Mapping[str, Any]) -> Any:
 
 
 def is_dynamic(method: type[Any]) -> bool:
-    """Whether a class of methods finds ranks during training, unless options tell it not to."""
+    """Tell whether a method class, at its default options, finds ranks during training."""
     return bool(method(method.Options()).traits.dynamic)
 
 
@@ -100,5 +100,5 @@ def _refuse(name: str, faults: list[str]) -> None:
 
 
 def nearest(name: str) -> str:
-    """The registered name that is most like ``name``."""
+    """Find the registered name that is most similar to ``name``."""
     return next(iter(difflib.get_close_matches(name, methods(), n=1, cutoff=0.0)))

@@ -8,16 +8,16 @@ from torch import Tensor
 
 
 class _Blockwise:
-    """Tensors by named block, under the attributes that ``kinds`` names: how they are kept and read back."""
+    """Statistics of elements as one tensor per block, in the attributes that ``kinds`` names; saved and restored."""
 
     kinds: tuple[str, ...]
 
     def state(self) -> dict[str, Tensor]:
-        """Everything needed to go on, by name."""
+        """Return all tensors by name, as a resume needs them."""
         return {f"{kind}.{block}": value for kind in self.kinds for block, value in getattr(self, kind).items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what :meth:`state` gave; what is there now is forgotten."""
+        """Replace all tensors by what :meth:`state` returned."""
         for kind in self.kinds:
             getattr(self, kind).clear()
         for name, value in state.items():
@@ -40,12 +40,12 @@ class SmoothedImportance(_Blockwise):
         self.deviation: dict[str, Tensor] = {}
 
     def update(self, block: str, importance: Tensor, observed: Tensor | None = None) -> None:
-        """Take one observation; ``importance`` is used up as scratch.
+        """Update S and U with one observation; ``importance`` is overwritten.
 
         Args:
             block: name of the block.
             importance: s, non-negative, any shape that stays the same.
-            observed: elements to update, of that shape; the others keep S and U. All when None.
+            observed: 1.0 for elements to update, 0.0 for those that keep S and U, of that shape; None updates all.
         """
         if block not in self.mean:
             self.mean[block] = torch.zeros_like(importance)
@@ -62,11 +62,11 @@ class SmoothedImportance(_Blockwise):
         deviation.add_(step, alpha=1 - self.beta2)
 
     def snr(self, block: str, epsilon: float) -> Tensor:
-        """``(S + e) / (U + e)``: a large, steady importance scores high (IGU-LoRA, Eq. 12)."""
+        """Compute ``(S + e) / (U + e)``: a large, steady importance scores high (IGU-LoRA, Eq. 12)."""
         return (self.mean[block] + epsilon) / (self.deviation[block] + epsilon)
 
     def product(self, block: str) -> Tensor:
-        """``S * U`` (AdaLoRA, Eq. 11)."""
+        """Compute ``S * U`` (AdaLoRA, Eq. 11)."""
         return self.mean[block] * self.deviation[block]
 
 
@@ -80,7 +80,7 @@ class IntervalMean(_Blockwise):
         self.count: dict[str, Tensor] = {}
 
     def update(self, block: str, values: Tensor) -> None:
-        """Take one observation; ``values`` is kept, or used up as scratch."""
+        """Add one observation; ``values`` must not be used afterwards."""
         if block not in self.total:
             self.total[block], self.count[block] = values, torch.ones(())
         else:
@@ -88,11 +88,11 @@ class IntervalMean(_Blockwise):
             self.count[block] += 1
 
     def mean(self, block: str) -> Tensor:
-        """Mean of this interval's observations, one value per element."""
+        """Compute the mean of this interval's observations, one value per element."""
         return self.total[block] / self.count[block].item()
 
     def clear(self) -> None:
-        """Begin another interval: forget sums and counts."""
+        """Clear sums and counts, which begins another interval."""
         self.total.clear()
         self.count.clear()
 
@@ -102,25 +102,25 @@ class SmoothingOptions(Protocol):
 
     @property
     def beta1(self) -> float:
-        """Smoothing factor of the running mean of importances."""
+        """Return the smoothing factor of the running mean of importances."""
 
     @property
     def beta2(self) -> float:
-        """Smoothing factor of the running mean of their deviations."""
+        """Return the smoothing factor of the running mean of their deviations."""
 
 
 class SmoothedMethod:
-    """The observing half of a dynamic method: ``s = |w g|`` to S and U, and their way into checkpoints and back."""
+    """The observing half of a dynamic method: smooths ``s = |w g|`` to S and U, which it saves and restores."""
 
     def __init__(self, options: SmoothingOptions) -> None:
         self.importance = SmoothedImportance(options.beta1, options.beta2)
 
     def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
-        """Smooth ``s = |w g|``."""
+        """Update S and U with ``s = |w g|``."""
         self.importance.update(block, gradients.mul_(weights).abs_(), live)
 
     def state(self) -> dict[str, Tensor]:
-        """Running means and deviations."""
+        """Return the running means and deviations."""
         return self.importance.state()
 
     def load(self, state: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""What a method declares of itself, and the members that follow from it. Standard library only."""
+"""Traits that a method declares, and the members that they require. Standard library only."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -15,7 +15,7 @@ _REALLOCATING = ("refresh_ratio", "beta", "allocated")
 
 @dataclass(frozen=True)
 class MethodTraits:
-    """What kind of method a class is. The registry holds the class to the members that its traits demand.
+    """The kind of a method. The registry checks that a class has the members that its traits require.
 
     Attributes:
         strategy: how ranks change while training. ``fixed``: not at all; the method is a :class:`StaticMethod`.
@@ -36,7 +36,7 @@ class MethodTraits:
 
     @property
     def dynamic(self) -> bool:
-        """Whether ranks are found during training."""
+        """Tell whether ranks are found during training."""
         return self.strategy != "fixed"
 
     def demanded(self) -> tuple[str, ...]:
@@ -51,10 +51,10 @@ class MethodTraits:
 
 
 def trait_faults(method: Any) -> list[str]:
-    """List what a method lacks of what its traits demand.
+    """List in words what a method lacks of the members that its traits require.
 
     Args:
-        method: with its options, since traits may depend on them.
+        method: method with its options, since traits may depend on them.
     """
     traits = getattr(method, "traits", None)
     if not isinstance(traits, MethodTraits):

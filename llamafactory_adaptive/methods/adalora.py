@@ -42,7 +42,7 @@ class Adalora(SmoothedMethod):
 
     @property
     def orthogonality(self) -> Orthogonality | None:
-        """Gram against the identity."""
+        """Return the regulariser |Gram - I|; None at weight 0."""
         weight = self.options.orthogonality_weight
         return Orthogonality(weight, "identity") if weight else None
 

@@ -18,7 +18,7 @@ score(lambda_i) + mean_k score(P_ki) + mean_k score(Q_ik) (Eq. 3); the globally 
 What differs: t_i and t_f are ratios of all steps. A masked component adds exactly nothing until it comes back (in the
 released code it drifts between allocations, over budget); its lambda is observed but not trained (momentum, weight
 decay and regulariser still act on its factors); its P and Q, whose gradient is zero only
-because of the mask, keep S and U meanwhile. Scores see the gradient of the loss without the regulariser, before
+because of the mask, keep S and U meanwhile. Scores use the gradient of the loss without the regulariser, before
 clipping. Once the mask is final, nothing is scored and ``shrink`` trains at a = 1. ``integrated`` takes |IG|.
 
 Cost: shrink and off, two fp32 numbers per adapter weight and a few element-wise passes over the adapter per step;
@@ -94,19 +94,19 @@ class Igu(SmoothedMethod):
         return Orthogonality(self.options.orthogonality_weight, self.options.orthogonality)
 
     def position(self, seed: int, step: int, micro_batch: int) -> float:
-        """``shrink`` draws one of 1/N .. 1."""
+        """Draw one of 1/N .. 1 for ``shrink``; return 1 otherwise."""
         if self.options.importance != "shrink":
             return 1.0
         return (1 + seeded_index(seed, step, micro_batch, self.options.intervals)) / self.options.intervals
 
     def path(self, seed: int, step: int) -> list[tuple[float, float]]:
-        """``integrated`` probes one random interior node and the end point, every ``probe_interval`` steps."""
+        """Return a random interior node and the end point for ``integrated``, every ``probe_interval`` steps."""
         if step % self.options.probe_interval:
             return []
         return sampled_path(self.options.intervals, 1 + seeded_index(seed, step, 0, self.options.intervals - 1))
 
     def element_scores(self, block: str, weights: Tensor) -> Tensor:
-        """SNR or product; for lambda its magnitude where asked."""
+        """Compute SNR or product of each element; for lambda its magnitude if so set."""
         if block.startswith("lambda") and self.options.lambda_term == "magnitude":
             return weights.abs()
         if self.options.uncertainty == "product":
@@ -115,7 +115,7 @@ class Igu(SmoothedMethod):
 
 
 def sampled_path(intervals: int, node: int) -> list[tuple[float, float]]:
-    """An unbiased estimate of the trapezoid rule for a uniformly drawn interior ``node``.
+    """Build passes whose weighted sum estimates the trapezoid rule without bias, for a uniformly drawn ``node``.
 
     The node a = 0 is left out: there the gradient of a product of three is zero.
     """

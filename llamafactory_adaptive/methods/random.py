@@ -16,7 +16,7 @@ from llamafactory_adaptive.methods import MethodTraits, Scores, ScoringContext
 
 @dataclass(frozen=True)
 class RandomOptions:
-    """No keys; the seed is ``adaptive_calibration_seed``."""
+    """Options of the random control: it has none; the seed is ``adaptive_calibration_seed``."""
 
 
 class Random:

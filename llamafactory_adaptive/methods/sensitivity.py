@@ -90,18 +90,18 @@ class Sensitivity:
         self.options = options
 
     def measurement(self) -> InputSecondMoments:
-        """One pass over the calibration data."""
+        """Return the measurement, one pass over the calibration data."""
         return InputSecondMoments(weighting=self.options.weighting)
 
     def score(self, statistics: Mapping[str, Tensor], context: ScoringContext) -> Scores:
-        """Theta per module (SRA), or the class rank (PRA), with every metric as a column.
+        """Compute theta per module (SRA) or its class rank (PRA), with every metric as a column.
 
         Args:
             statistics: module name to lambda, a vector of length ``in_features``.
             context: shapes in model order and the budget.
 
         Raises:
-            CalibrationError: a module's statistics are no second moments, so that nothing can be said of it.
+            CalibrationError: a module's statistics are not finite, are negative, or are zero throughout.
         """
         names = [shape.name for shape in context.shapes]
         lambdas = [statistics[name].double() for name in names]
@@ -143,7 +143,7 @@ class Sensitivity:
         return theta_M
 
     def _class_ranks(self, theta_M: Tensor, lora_rank: int) -> Tensor:
-        """PRA: class 1 holds the most sensitive modules. Ranks below zero are zero; the bounds do the rest."""
+        """Compute the ranks of PRA, whose class 1 holds the most sensitive modules; ranks below zero become zero."""
         order = theta_M.argsort(descending=True, stable=True)
         ranks_M = torch.empty_like(theta_M)
         for index, members in enumerate(order.tensor_split(self.options.classes)):
@@ -152,7 +152,7 @@ class Sensitivity:
 
 
 def _refuse_nonsense(names: list[str], lambdas: list[Tensor]) -> None:
-    """Second moments are finite and not negative, and inputs that are zero throughout tell nothing."""
+    """Raise an error if second moments are not finite, are negative, or are zero throughout."""
     kinds = {
         "NaN or infinity": [not bool(torch.isfinite(value).all()) for value in lambdas],
         "negative second moments": [bool((value < 0).any()) for value in lambdas],

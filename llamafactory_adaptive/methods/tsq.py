@@ -103,7 +103,7 @@ class TsqOptions:
     )
 
     def check(self) -> list[Problem]:
-        """Options that leave nothing to do, do nothing, or contradict each other."""
+        """List options that leave nothing to do, have no effect, or contradict each other."""
         problems = self._idle()
         if not (self.sampling or self.reallocation):
             reason = "with tsq_reallocation: false nothing of the method is left"
@@ -118,7 +118,7 @@ class TsqOptions:
         return problems
 
     def _idle(self) -> list[Problem]:
-        """Options that were set, and that nobody reads because of others."""
+        """List options that were set but have no effect because of others."""
         rules = [
             (not self.sampling, _OF_SAMPLING, "with tsq_sampling: false no sample is chosen"),
             (not self.reallocation, OF_REALLOCATION, "with tsq_reallocation: false ranks stay as they are"),
@@ -153,7 +153,7 @@ class Tsq:
 
     @property
     def traits(self) -> MethodTraits:
-        """Ranks move about, or stay as they are; samples are chosen, or not."""
+        """Return the strategy, ``reallocate`` or ``fixed``, and whether samples are chosen."""
         return MethodTraits(
             "reallocate" if self.options.reallocation else "fixed",
             samples=self.options.sampling,
@@ -170,7 +170,7 @@ class Tsq:
 
     @property
     def sampling(self) -> Sampling:
-        """How training data is chosen."""
+        """Return the settings by which training samples are chosen."""
         o = self.options
         return Sampling(
             weights=(o.norm_weight, o.loss_drop_weight, o.alignment_weight),
@@ -187,22 +187,22 @@ class Tsq:
         )
 
     def measurement(self) -> None:
-        """Measure nothing beforehand: sensitivities are seen in training."""
+        """Return None: sensitivities are measured during training."""
 
     def score(self, statistics: Mapping[str, Tensor], context: ScoringContext) -> Scores:
-        """Where ranks stay as they are: the same for every module."""
+        """Return equal scores: without reallocation every module has the same rank."""
         return Scores({shape.name: 1.0 for shape in context.shapes})
 
     def position(self, seed: int, step: int, micro_batch: int) -> float:
         return 1.0
 
     def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
-        """Average ``|w g|`` or ``g^2``; what is masked has neither."""
+        """Add ``|w g|`` or ``g^2`` to the interval's mean; both are zero for masked elements."""
         fisher = self.options.sensitivity == "fisher"
         self.importance.update(block, gradients.square_() if fisher else gradients.mul_(weights).abs_())
 
     def element_scores(self, block: str, weights: Tensor) -> Tensor:
-        """The mean since the last allocation."""
+        """Return the mean importance since the last allocation."""
         return self.importance.mean(block)
 
     def allocated(self) -> None:

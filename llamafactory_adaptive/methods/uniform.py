@@ -28,5 +28,5 @@ class Uniform:
         return None
 
     def score(self, statistics: Mapping[str, Tensor], context: ScoringContext) -> Scores:
-        """The same score for every module."""
+        """Return the same score for every module."""
         return Scores({shape.name: 1.0 for shape in context.shapes})

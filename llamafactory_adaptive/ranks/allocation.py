@@ -216,7 +216,7 @@ def reallocate_components(
     on: Sequence[Sequence[bool]],
     bounds: Bounds,
 ) -> list[list[bool]]:
-    """Share the budget among modules in proportion to their sensitivities; ranks grow and shrink.
+    """Divide the budget among modules in proportion to their sensitivities; ranks grow and shrink.
 
     A module that shrinks keeps its best components. One that grows turns on the first of those that are off, which
     have no meaningful score.

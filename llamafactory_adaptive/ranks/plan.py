@@ -97,7 +97,7 @@ class RankPlan:
 
     @property
     def budget_kind(self) -> str:
-        """Name what the budget counts, as in the keys of :meth:`budget`: ``parameters`` or ``ranks``."""
+        """Return what the budget counts, as in the keys of :meth:`budget`: ``parameters`` or ``ranks``."""
         return "parameters" if self.budget_unit == "params" else "ranks"
 
     def ranks(self) -> dict[str, int]:
@@ -203,7 +203,7 @@ def load_plan(path: Path) -> RankPlan:
 
 
 def parse_plan(document: Any, source: str) -> RankPlan:
-    """Turn a plan document into a RankPlan; ``source`` names the document in error messages."""
+    """Convert a plan document to a RankPlan; ``source`` names the document in error messages."""
     if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
         schema = document.get("schema_version") if isinstance(document, dict) else None
         raise PlanError(f"{source} has plan schema {shortened(schema)}; this version reads schema {SCHEMA_VERSION}")

@@ -80,7 +80,7 @@ class Values:
         return dict(value)
 
     def sequence(self, key: str) -> list[Any]:
-        """Read a list."""
+        """Read a list of at most ``MOST_MODULES`` entries."""
         value = self._value(key)
         if not isinstance(value, list) or len(value) > MOST_MODULES:
             raise self._error(key, value, f"a list of at most {MOST_MODULES:,} entries")

@@ -38,7 +38,7 @@ class ReallocationConfig:
 
     @property
     def max_overhead(self) -> None:
-        """Limit on extra passes: none can be set for a method that reallocates."""
+        """Return None: extra passes of a method that reallocates have no limit."""
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ class SampleGradientRecorder:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Hook A and B of every module for the time of the context."""
+        """Register hooks on A and B of every module for the time of the context."""
         with ExitStack() as stack:
             for place, (name, (a, b)) in enumerate(self.layers.items()):
                 # The gradient at A is zero as long as B is: a new adapter needs no look at A.
@@ -203,7 +203,7 @@ class SampleGradientRecorder:
     # -- alignment ---------------------------------------------------------------------------------------------------
 
     def share_mean(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
-        """Turn the gradient sums of all processes into the unit vector along the mean gradient, for :meth:`align`."""
+        """Convert the gradient sums of all processes to the unit vector along the mean gradient, for :meth:`align`."""
         self.total = {key: all_reduce_sum(total) for key, total in self.total.items()}
         norm = torch.stack([total.square().sum() for total in self.total.values()]).sum().sqrt()
         self.total = {key: total / norm.clamp(min=1e-30) for key, total in self.total.items()}
@@ -215,7 +215,7 @@ class SampleGradientRecorder:
         return self.dots_b
 
     def _project(self, key: str, place: int, left_btk: Tensor, right_btj: Tensor) -> None:
-        """Project a factor's gradients on random sign matrices ``u v^T``, to estimate inner products without bias."""
+        """Compute a factor's products with random signs ``u v^T``, for unbiased estimates of inner products."""
         if key not in self.signs:
             generator = torch.Generator().manual_seed(seeded_index(self.wanted.seed, place, 0, 2**62))
             sides = (left_btk.shape[2], right_btj.shape[2])

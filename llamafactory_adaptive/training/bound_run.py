@@ -1,4 +1,4 @@
-"""Puts a run together: which parts it has, and in which order they are built and told of events."""
+"""Assembly of a run: its parts, and the order in which they are built and receive events."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -34,11 +34,11 @@ QUALITIES_DIFFER = (
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What a run is to do besides training its plan.
+    """Settings of a run beyond its plan.
 
     Attributes:
-        max_nonfinite_steps: optimizer steps in a row whose loss may be NaN or infinite.
-        search: for ranks; None where they are fixed.
+        max_nonfinite_steps: the run ends at this many optimizer steps in a row with a NaN or infinite loss.
+        search: settings of a search for ranks; None if ranks are fixed.
         samples: how training samples are chosen; None for all of them.
         layout: how weights are spread over processes, for checkpoints.
     """
@@ -50,13 +50,13 @@ class RunRequest:
 
 
 class BoundRun:
-    """A run whose Trainer is known.
+    """A run together with its Trainer, from which the parts of the run are built.
 
     Args:
-        request: what it is to do.
-        guard: with plan and log.
-        trainer: before it makes its data loader and its optimizer.
-        see_gradients: is called at every step of a search once gradients are complete and not yet clipped.
+        request: settings of the run.
+        guard: guard of the run, with plan and log.
+        trainer: Trainer that has not made its data loader and its optimizer yet.
+        see_gradients: is called at every step of a search, once gradients are complete and not yet clipped.
     """
 
     def __init__(self, request: RunRequest, guard: PlanGuard, trainer: Any, see_gradients: Callable[[], None]) -> None:
@@ -69,17 +69,17 @@ class BoundRun:
             before_clipping(trainer.accelerator, see_gradients)
 
     def current_plan(self) -> RankPlan:
-        """Give the plan at the ranks now in use."""
+        """Return the plan with the ranks now in use."""
         return self.guard.plan if self.search is None or self.guard.is_final else self.search.plan()
 
     def begin(
         self, args: Any, state: Any, model: nn.Module, dataloader: Any, checkpoint: Path | None
     ) -> tuple[RunPart, ...]:
-        """Verify the plan, then build the parts: everything is where it will stay, and no step was made yet.
+        """Verify the live adapter, then build and return the parts of the run, before the first step.
 
         Args:
-            args, state, model: of the Trainer.
-            dataloader: of the Trainer.
+            args, state, model: arguments, state and model of the Trainer.
+            dataloader: training data loader of the Trainer.
             checkpoint: what the Trainer resumes from, if anything.
         """
         self.guard.verify_live(args, model)
@@ -101,7 +101,7 @@ class BoundRun:
     def _search_ranks(
         self, args: Any, state: Any, dataloader: Any, resumed: Path | None
     ) -> tuple[SampleSelection | None, RankSearchDriver]:
-        """Take back the state of a resumed search before samples are scored on it."""
+        """Build selection and search driver; a resumed search is restored before samples are scored on its adapter."""
         search = self.search
         assert search is not None
         begin, asked = search.state.cost(search.triplets.masks), search.state.asked
@@ -116,7 +116,7 @@ class BoundRun:
         )
 
     def _observer(self, search: MaskedSearch) -> Observer:
-        """Find engine and blocks of the live adapter, now that it is where it will stay, its masks with it."""
+        """Build the observer once the model is wrapped and on its device, and apply the masks there."""
         triplets, method, config = search.triplets, search.request.method, search.request.schedule
         engine = find_engine(triplets.modules[0].q, self.trainer)
         if self.guard.deepspeed:  # its engine is there by now
@@ -126,7 +126,7 @@ class BoundRun:
         return Observer(method, components, self.trainer, self.log.counters, config.seed, config.max_overhead)
 
     def _prepare_samples(self, args: Any, state: Any, dataloader: Any, resumed: Path | None) -> SampleSelection | None:
-        """Have samples scored, or take back what was known of them, before the first step draws any."""
+        """Score the samples or restore their scores, and check that all processes have the same ones."""
         if self.samples is None:
             return None
         started = time.perf_counter()

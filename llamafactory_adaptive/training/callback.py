@@ -16,16 +16,16 @@ from llamafactory_adaptive.training.run_part import RunPart
 
 
 class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
-    """Forwards events on every rank, each to every part once, in the order of the parts; only main processes write.
+    """Callback that forwards each event to every part once, in the order of the parts, on every rank.
 
     Args:
-        guard: with the plan to train, and the run's log.
-        request: what the run is to do besides.
-        checkpoint: what the run resumes from, if anything.
+        guard: guard of the run, with plan and log.
+        request: settings of the run beyond its plan.
+        checkpoint: checkpoint that the run resumes from, if any.
 
     Attributes:
         bound: the run, once its Trainer is known.
-        parts: of the run, from the beginning of training on.
+        parts: parts of the run; empty before training begins.
     """
 
     def __init__(self, guard: PlanGuard, request: RunRequest, checkpoint: Path | None = None) -> None:
@@ -33,10 +33,10 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
         self.bound: BoundRun | None = None
         self.parts: tuple[RunPart, ...] = ()
 
-    # -- what a callback is not told, and the Trainer of trainer.py tells ---------------------------------------------
+    # -- events that callbacks do not get, forwarded by the Trainer of trainer.py -------------------------------------
 
     def bind_trainer(self, trainer: Any) -> None:
-        """Take a Trainer for the run's, before it makes its data loader and its optimizer."""
+        """Bind the run to its Trainer, which has not made its data loader and its optimizer yet."""
         self.bound = BoundRun(self.request, self.guard, trainer, self.see_gradients)
         if self.request.search is not None:  # loggers must find our figures in what they log
             callbacks = trainer.callback_handler.callbacks
@@ -44,11 +44,11 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
 
     @property
     def train_sampler(self) -> SubsetSampler | None:
-        """What the data loader is to draw from; None for the Trainer's own."""
+        """Return the sampler of the training data loader; None for the Trainer's own."""
         return None if self.bound is None or self.bound.samples is None else self.bound.samples.sampler
 
     def current_plan(self) -> RankPlan:
-        """Give the plan at the ranks now in use."""
+        """Return the plan with the ranks now in use."""
         return self.guard.plan if self.bound is None else self.bound.current_plan()
 
     def see_loss(self, loss: Tensor) -> None:
@@ -57,7 +57,7 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
             part.see_loss(loss)
 
     def see_gradients(self) -> None:
-        """Forward that gradients are complete and not clipped."""
+        """Forward that the step's gradients are complete and not clipped."""
         for part in self.parts:
             part.see_gradients()
 
@@ -69,10 +69,10 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
     # -- the Trainer's events ----------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        """Have the parts built.
+        """Verify the live adapter, and build the parts of the run.
 
         Raises:
-            GuardError: the model is not of the plan, or the Trainer is none of :func:`adaptive_trainer`.
+            GuardError: the model does not match the plan, or its Trainer is not made by :func:`adaptive_trainer`.
         """
         if self.bound is None:
             self.guard.verify_live(args, model)
@@ -112,7 +112,7 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
             part.add_figures(state, {} if logs is None else logs)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save where the Trainer, with ``save_only_model``, passes over the place where checkpoints get their plan."""
+        """Save the parts' files with ``save_only_model``, for which the Trainer skips the call that saves them."""
         if args.save_only_model:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self.save_into(folder, args, state)
@@ -124,5 +124,5 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
             part.end(args, state, model)
 
     def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let nothing unchecked go to a hub (pushes during training come from checkpoints, before the final save)."""
+        """Check the adapter before a push to a hub; pushes during training come from sealed checkpoints."""
         self.guard.verify_push(Path(args.output_dir))

@@ -22,7 +22,7 @@ STATE_SCHEMA = 2
 
 
 def tensor_file(folder: Path, partitioned: bool) -> Path:
-    """Where this process keeps its tensors."""
+    """Return the path of this process's tensor file."""
     if not partitioned:
         return folder / "adaptive_state.safetensors"
     return folder / f"adaptive_state-{dist.get_rank() + 1:05d}-of-{world_size():05d}.safetensors"
@@ -31,7 +31,7 @@ def tensor_file(folder: Path, partitioned: bool) -> Path:
 def write_state(
     folder: Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any], partitioned: bool, main: bool
 ) -> None:
-    """Write what this process has to write; ``main`` processes write what all share."""
+    """Write this process's tensors if it owns pieces or is ``main``; a ``main`` process writes the JSON, too."""
     folder.mkdir(parents=True, exist_ok=True)
     if partitioned or main:
         with replacing(tensor_file(folder, partitioned)) as temporary:
@@ -42,7 +42,7 @@ def write_state(
 
 
 def read_state(folder: Path, partitioned: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read it back on one process.
+    """Read this process's tensors, and the JSON document.
 
     Raises:
         PlanError: files are missing, damaged, or were written by another number of processes that own pieces.

@@ -1,7 +1,8 @@
-"""Checkpoints that can be trusted: digests of all their files, and the layout they were written under.
+"""Checks of checkpoints: digests of all files, and the layout of processes that wrote them.
 
-A checkpoint is sealed when every process has written its files: from then on any change is found. One without digests
-(written by an older version, or by a run killed just before they were) counts when its parts are there and readable.
+A checkpoint is sealed with digests when every process has written its files: later changes are detected. One without
+digests (of an older version, or of a run killed just before they were written) is valid if its files are there and
+readable.
 """
 
 import json
@@ -30,7 +31,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def is_sealed(checkpoint: Path) -> bool:
-    """Tell whether digests were written when it was complete."""
+    """Tell whether a checkpoint has digests, which are written once it is complete."""
     return (checkpoint / DIGESTS_FILE).exists()
 
 
@@ -41,7 +42,7 @@ def unseal(checkpoint: Path) -> None:
 
 
 def damage(checkpoint: Path) -> str:
-    """Say what is wrong with a checkpoint, file by file; empty when it can be resumed from."""
+    """Describe what is wrong with a checkpoint, by file; empty if it can be resumed from."""
     try:
         faults = damaged_files(checkpoint) if is_sealed(checkpoint) else _unreadable(checkpoint)
         faults = faults or _not_finite(checkpoint)
@@ -51,7 +52,7 @@ def damage(checkpoint: Path) -> str:
 
 
 def _not_finite(checkpoint: Path) -> list[str]:
-    """A run that has diverged saves whole checkpoints that nobody can go on from."""
+    """Find an adapter file that holds NaN or infinity, as a diverged run saves; empty if there is none."""
     for name in (name for name in ADAPTER_FILES if name.endswith(".safetensors") and (checkpoint / name).is_file()):
         with safe_open(checkpoint / name, framework="pt") as file:
             if not all(bool(torch.isfinite(file.get_tensor(key)).all()) for key in file.keys()):  # noqa: SIM118
@@ -60,7 +61,7 @@ def _not_finite(checkpoint: Path) -> list[str]:
 
 
 def _unreadable(checkpoint: Path) -> list[str]:
-    """Parts of a checkpoint without digests that are missing, or do not open as what their names say."""
+    """List the missing and unreadable files of a checkpoint without digests."""
     if missing := [name for name in COMPLETE if not (checkpoint / name).is_file()]:
         return [f"{name} is missing" for name in missing]
     needed = _needed(checkpoint)
@@ -114,25 +115,25 @@ def _fault_of(path: Path) -> str:
 
 
 def write_layout(checkpoint: Path, layout: Mapping[str, Any]) -> None:
-    """Note in a checkpoint how weights and optimizer states were spread over processes."""
+    """Write into a checkpoint how weights and optimizer states were spread over processes."""
     checkpoint.mkdir(parents=True, exist_ok=True)
     write_atomically(checkpoint / LAYOUT_FILE, json.dumps({"schema_version": 1, **layout}, indent=1) + "\n")
 
 
 def check_layout(checkpoint: Path, here: Mapping[str, Any]) -> str:
-    """Refuse to resume a checkpoint whose pieces are cut otherwise than this run would read them.
+    """Raise an error if a checkpoint was sharded in another way than this run would read it.
 
-    DeepSpeed itself does not always notice: pieces of one stage, read as those of another, train on silently wrong.
+    DeepSpeed does not always detect this: shards of one stage, read as those of another, give silently wrong training.
 
     Args:
-        checkpoint: one of an older version says nothing of its layout, and passes.
+        checkpoint: folder of the checkpoint; one of an older version holds no layout, and passes.
         here: ``deepspeed_stage`` (None without DeepSpeed), ``round_robin_gradients``, ``processes``.
 
     Returns:
-        What a user should be told of a difference that is allowed; empty when there is none.
+        A warning about a difference that is allowed; empty if there is none.
 
     Raises:
-        PlanError: naming each difference.
+        PlanError: the layouts differ; the message names each difference.
     """
     if not (checkpoint / LAYOUT_FILE).exists():
         return ""

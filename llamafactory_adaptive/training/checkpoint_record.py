@@ -1,4 +1,4 @@
-"""What tells a checkpoint of an adaptive run from another: its plan, its layout, and the seal over all its files."""
+"""What an adaptive run adds to a checkpoint: its plan, its layout, and the digests of all its files."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,18 +13,18 @@ from llamafactory_adaptive.training.run_part import RunPart
 
 
 class CheckpointRecord(RunPart):
-    """Puts the plan a checkpoint was trained on beside it; resuming checks it. The last part to save.
+    """Writer of plan and layout into checkpoints, which a resume checks. The last part to save.
 
     Args:
-        current_plan: gives the plan with the ranks now in use.
-        layout: how weights are spread over processes; None where nobody says.
+        current_plan: returns the plan with the ranks now in use.
+        layout: how weights are spread over processes; None to write no layout.
     """
 
     def __init__(self, current_plan: Callable[[], RankPlan], layout: Mapping[str, Any] | None) -> None:
         self.current_plan, self.layout = current_plan, layout
 
     def save(self, folder: Path, args: Any, state: Any) -> None:
-        """Write plan and layout, once per folder."""
+        """Write plan and layout into a checkpoint."""
         if args.should_save:
             self.current_plan().save(folder / PLAN_FILE)
             if self.layout is not None:
@@ -38,17 +38,17 @@ def begin_checkpoint(folder: Path, args: Any) -> None:
 
 
 def seal(folder: Path, args: Any) -> None:
-    """Note the digests of a checkpoint once every process has written its files into it."""
+    """Write the digests of a checkpoint, once every process has written its files into it."""
     wait_for_all(f"the end of saving {folder.name}")
     if args.should_save and folder.is_dir() and not is_sealed(folder):
         write_digests(folder)
 
 
 def check_best(folder: Path) -> None:
-    """Refuse to end with a damaged checkpoint.
+    """Raise an error if the best checkpoint, which is about to be loaded, is damaged.
 
     Raises:
-        PlanError: on every process.
+        PlanError: the checkpoint is damaged; raised on every process.
     """
     fault = from_main(f"the check of {folder.name}", lambda: damage(folder))
     if fault:

@@ -1,7 +1,7 @@
-"""All elements of all rank-1 components as a few flat blocks: what is observed, summed and regularised together.
+"""The elements of all rank-1 components in a few flat blocks, which are observed, summed and regularised as a whole.
 
 Hundreds of small factors are handled as one tensor per kind and shape. Under ZeRO a block holds this process's pieces,
-and only sums per component cross processes. Shapes: M modules of one block, r rank, k width (d_in for Q, d_out for P).
+and only sums per component are exchanged. Shapes: M modules of one block, r rank, k width (d_in for Q, d_out for P).
 """
 
 import math
@@ -29,8 +29,8 @@ class Block:
         kind: ``lambda``, ``P`` or ``Q``.
         shape: of one parameter: (r,), (d_out, r) or (r, d_in).
         modules: index of each parameter's module.
-        parameters: themselves.
-        pieces: start and length of what this process owns of each, flattened.
+        parameters: the parameters.
+        pieces: start and length of this process's part of each flattened parameter.
     """
 
     name: str
@@ -42,20 +42,20 @@ class Block:
 
     @property
     def rank(self) -> int:
-        """r of its parameters."""
+        """Return r, the rank of the block's parameters."""
         return self.shape[1] if self.kind == "P" else self.shape[0]
 
     def split(self, flat: Tensor) -> list[Tensor]:
-        """A flat block into its pieces."""
+        """Split a flat block into the pieces of its parameters."""
         return list(torch.split(flat, [length for _, length in self.pieces]))
 
     def by_component(self, x_MX: Tensor) -> Tensor:
-        """Whole parameters, flat per module (M, numel), to their means per component (M, r)."""
+        """Average whole parameters, flat per module (M, numel), over each component: (M, r)."""
         x = x_MX.view(-1, *self.shape)
         return x if self.kind == "lambda" else x.mean(1 if self.kind == "P" else 2)
 
     def spread(self, per_component_Mr: Tensor) -> Tensor:
-        """One value per component to all its elements, (M, numel)."""
+        """Copy each component's value to all its elements, (M, numel)."""
         x = per_component_Mr
         if self.kind == "Q":
             x = x.unsqueeze(2)
@@ -65,11 +65,11 @@ class Block:
 
 
 class Components:
-    """Blocks of one model under one engine.
+    """The adapter of one model in blocks, which an engine reads and writes.
 
     Args:
-        triplets: the adapter.
-        engine: where its weights and gradients are.
+        triplets: adapter as masked triplets.
+        engine: access to its weights, gradients and optimizer states.
     """
 
     def __init__(self, triplets: Triplets, engine: Engine) -> None:
@@ -94,29 +94,29 @@ class Components:
         self.arrived = False
 
     def weights(self, block: Block) -> Tensor:
-        """Owned weights of a block, flat, fp32, a copy."""
+        """Copy this process's weights of a block into a flat fp32 tensor."""
         return self._to_device(torch.cat(self.engine.weights(block.parameters)))
 
     def _to_device(self, flat: Tensor) -> Tensor:
-        """To where the masks are, in fp32; engines with offload keep their pieces elsewhere."""
+        """Convert a tensor to fp32 on the device of the masks; engines with offload keep pieces elsewhere."""
         return flat.to(self.triplets.modules[0].a.mask_r.device, torch.float32)
 
     def masks(self, block: Block) -> Tensor:
-        """1.0 for components in use, (M, r)."""
+        """Return the masks of a block's modules, (M, r): 1.0 for components in use."""
         return torch.stack([self.triplets.modules[index].a.mask_r for index in block.modules]).float()
 
     def live(self, block: Block) -> Tensor | None:
-        """Per owned element, 1.0 where its gradient says something; None when every one does."""
+        """Return 1.0 per owned element in use, 0.0 for masked elements of P and Q; None if all are in use."""
         if block.kind == "lambda" or not self._is_masked(block):
             return None
         return self._owned(block, block.spread(self.masks(block)))
 
     def _is_masked(self, block: Block) -> bool:
-        """Whether any component of the block is off."""
+        """Tell whether any component of the block is masked."""
         return any(not all(self.triplets.masks[index]) for index in block.modules)
 
     def _owned(self, block: Block, x_MX: Tensor) -> Tensor:
-        """Whole parameters, (M, numel), to this process's pieces, flat."""
+        """Select this process's pieces of whole parameters, (M, numel), as a flat tensor."""
         if not self.engine.partitioned:
             return x_MX.reshape(-1)
         return torch.cat(
@@ -124,7 +124,7 @@ class Components:
         )
 
     def _scatter_to_full(self, block: Block, flat: Tensor) -> Tensor:
-        """This process's pieces, flat, to whole parameters (M, numel) with zeros where others own them."""
+        """Put this process's flat pieces into whole parameters, (M, numel), with zeros where others own them."""
         if not self.engine.partitioned:
             return flat.view(len(block.modules), -1)
         whole_MX = flat.new_zeros(len(block.modules), math.prod(block.shape))
@@ -133,13 +133,13 @@ class Components:
         return whole_MX
 
     def scores(self, method: DynamicMethod, mean: bool = False) -> list[list[float]]:
-        """Score of every component by module: lambda's, plus the means over its column of P and its row of Q.
+        """Score every component by module: lambda's score, plus the means over its column of P and its row of Q.
 
-        One collective for all of them under ZeRO, and a wait for the device.
+        Under ZeRO this is one collective for all; the call waits for the device.
 
         Args:
-            method: scores elements.
-            mean: the mean over all elements of the component instead.
+            method: method that scores the elements.
+            mean: whether to take the mean over all elements of the component instead.
         """
         ranks = [len(row) for row in self.triplets.masks]
         like = self.triplets.modules[0].a.mask_r
@@ -155,7 +155,7 @@ class Components:
         return [row[:rank] for row, rank in zip(totals.tolist(), ranks, strict=True)]
 
     def _share_of_component(self, block: Block) -> Tensor:
-        """Which share of a component's elements a block holds, per module (M,)."""
+        """Compute the share of a component's elements that a block holds, per module (M,)."""
         held = math.prod(block.shape) // block.rank
         every = [
             sum(math.prod(full_shape(p)) for p in self.triplets.modules[index].parameters().values()) // block.rank
@@ -164,14 +164,14 @@ class Components:
         return torch.tensor([held / count for count in every], device=self.triplets.modules[0].a.mask_r.device)
 
     def restart(self, fresh: Sequence[Sequence[bool]], seed: int) -> None:
-        """Start components anew that were off: no effect on the output, nothing remembered.
+        """Reset components that were masked: no effect on the output, no optimizer history.
 
-        Column of P zero, row of Q as at the start of LoRA, momenta empty. The optimizer's squared
-        gradients start from their mean over the components of the same factor that were in use.
+        Their column of P becomes zero, their row of Q is drawn as for a new LoRA, their momenta become zero. The
+        optimizer's squared gradients start from the mean over the components of the same factor that were in use.
 
         Args:
-            fresh: per module, which components.
-            seed: of the new rows; equal on every process.
+            fresh: flags of the components to reset, per module.
+            seed: seed of the new rows; equal on every process.
         """
         generator = torch.Generator().manual_seed(seed)
         for block in self.blocks:
@@ -186,7 +186,7 @@ class Components:
                     self.engine.overwrite(parameter, flags_X, new.view(-1), square)
 
     def _mean_squares(self, block: Block) -> list[float]:
-        """The optimizer's running squared gradient per parameter, mean over what is in use; over all processes."""
+        """Average the optimizer's running squared gradients per parameter, over elements in use of all processes."""
         used_MX = block.spread(torch.tensor([list(self.triplets.masks[index]) for index in block.modules]))
         pairs = zip(block.parameters, used_MX, strict=True)
         sums_M2 = torch.stack([self.engine.square_sums(parameter, used_X) for parameter, used_X in pairs])
@@ -198,16 +198,16 @@ class Components:
     def update(
         self, method: DynamicMethod | None, orthogonality: Orthogonality | None, overflow_is_possible: bool = False
     ) -> None:
-        """The work of one step, on gradients that are complete and not clipped: look, then add, then hold.
+        """Pass the step's unclipped gradients to the method, add the regulariser's, and zero those of masked lambdas.
 
         Args:
-            method: sees every block of gradients; nobody does when None.
-            orthogonality: its gradient is added to the training gradient, after the method saw that.
-            overflow_is_possible: fp16 gradients may be infinite at a step that the loss scaler will skip; such
-                elements show a zero gradient then. Otherwise NaN is let through, to be found at the next allocation.
+            method: receives every block of gradients; None to observe nothing.
+            orthogonality: regulariser, whose gradient is added after the method received the training gradient.
+            overflow_is_possible: fp16 gradients may be infinite at a step that the loss scaler will skip; the
+                method receives zero for such elements. Otherwise NaN is passed on, and found at the next allocation.
 
         Raises:
-            GuardError: at the first look, a module got no gradient.
+            GuardError: at the first observed step, a module has no gradient.
         """
         gradients = self.engine.gradients(self.parameters)
         scale = self.engine.loss_scale()
@@ -237,9 +237,9 @@ class Components:
         return [list(islice(rest, len(block.parameters))) for block in self.blocks]
 
     def _check_arrival(self, block: Block, flat: Tensor) -> None:
-        """At the first look every module has a gradient, or nothing got there.
+        """Raise an error if a module has no gradient when it is first observed.
 
-        At lambda, whatever it starts from; without lambda at P, since Q's is zero as long as P is.
+        The gradient of lambda is checked; without lambda that of P, since Q's is zero as long as P is zero.
         """
         if self.arrived or block.kind != self.first_kind:
             return
@@ -252,9 +252,10 @@ class Components:
             raise GuardError(f"no gradient arrived at {len(lost)} modules at the first step, for example at {lost[0]}")
 
     def _regularise(self, block: Block, own: list[Tensor], known: Tensor | None, form: str, scale: float) -> None:
-        """Closed form: for E the counted part of a Gram matrix, ``d|E|_F/dQ = 2 E Q / |E|_F``; P alike.
+        """Add the regulariser's gradient to ``own``, this process's gradients of a block.
 
-        ``known`` are the block's whole weights, flat, where they were needed before.
+        In closed form: for E the counted part of a Gram matrix, ``d|E|_F/dQ = 2 E Q / |E|_F``; likewise for P.
+        ``known`` are the block's whole weights, flat, if they have been read already.
         """
         x_M = torch.stack([p.detach() for p in block.parameters]).float() if known is None else known
         added_M = gram_penalty_gradient(x_M.view(-1, *block.shape), block.kind, form, scale)
@@ -262,12 +263,12 @@ class Components:
         torch._foreach_add_(own, [piece.to(own[0]) for piece in added])
 
     def _hold_masked(self, block: Block, own: list[Tensor]) -> None:
-        """Take the training gradient from the lambda of masked components: it was only to be observed."""
+        """Set the gradients of masked components' lambdas to zero: they are observed, but not trained."""
         if self._is_masked(block):
             torch._foreach_mul_(own, block.split(self._owned(block, self.masks(block)).to(own[0])))
 
     def observe_given(self, method: DynamicMethod, gradients: Iterable[Sequence[Tensor]]) -> None:
-        """Show a method gradients from elsewhere: whole ones, a sequence per block, averaged over processes here."""
+        """Average the gradients of extra passes over processes, and pass them to a method; one sequence per block."""
         for block, given in zip(self.blocks, gradients, strict=True):
             whole_MX = torch.stack([gradient.reshape(-1) for gradient in given]).float()
             all_reduce_sum(whole_MX).div_(world_size())

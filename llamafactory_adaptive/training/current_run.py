@@ -1,4 +1,4 @@
-"""The run that this process is in, for places that are called without it."""
+"""The run of this process, for code that does not receive it as an argument."""
 
 from contextvars import ContextVar
 from typing import Any

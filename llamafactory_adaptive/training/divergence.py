@@ -1,4 +1,4 @@
-"""Stop a run whose loss is no longer a number: say since when, why if that can be told, and where to go on from."""
+"""Detection of NaN and infinite losses: the error names the first such step, and a checkpoint to resume from."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,14 +18,14 @@ _MOST_SKIPPED = 40  # a scale starts at 2**16 and is halved each time: it is 2**
 
 
 class DivergenceWatch(RunPart):
-    """Counts optimizer steps in a row whose loss is NaN or infinite, over all processes.
+    """Counter of optimizer steps in a row whose loss is NaN or infinite, over all processes.
 
-    A gradient that is not finite makes the weights, and with them the next loss, NaN. Where a loss scaler skips such a
-    step instead (fp16), it is counted apart: some are skipped while the scale is found, never as many in a row as it
+    A gradient that is not finite makes the weights, and with them the next loss, NaN. Steps that a loss scaler skips
+    instead (fp16) are counted separately: some are normal while the scale is found, but never as many in a row as it
     takes to halve the scale to nothing.
 
     Args:
-        limit: steps in a row that are borne; the run ends with the next look after them.
+        limit: number of such steps in a row at which the run ends.
         output: the run's ``output_dir``.
     """
 
@@ -36,27 +36,27 @@ class DivergenceWatch(RunPart):
         self._bad: Tensor | None = None
 
     def see_loss(self, loss: Tensor) -> None:
-        """Take note of one micro-batch's loss; stays on its device."""
+        """Store whether a micro-batch's loss is finite, on the loss's device."""
         bad = (~torch.isfinite(loss.detach())).any().float()
         self._bad = bad if self._bad is None else self._bad + bad
 
     def after_step(self, args: Any, state: Any, model: nn.Module, optimizer: Any) -> None:
-        """Stop a run that has gone wrong with this step."""
+        """Check the optimizer step that was just made, as :meth:`end_step` does."""
         self.end_step(state.global_step, model, getattr(optimizer, "step_was_skipped", False))
 
     def end(self, args: Any, state: Any, model: nn.Module) -> None:
-        """Refuse an adapter that is not finite."""
+        """Raise an error if the trained adapter is not finite."""
         self.refuse_end(state.global_step, model)
 
     def end_step(self, step: int, model: nn.Module, was_skipped: bool = False) -> None:
-        """Look at the optimizer step that has just been made, its ``step`` counted from 1.
+        """Raise an error if losses or gradients were not finite for too many steps in a row.
 
-        The Trainer itself reads every loss on the host to filter NaN, so that this look waits for nothing more.
+        The Trainer itself reads every loss on the host to filter NaN, so this check adds no wait for the device.
 
         Args:
-            step: counted from 1.
-            model: that is trained.
-            was_skipped: by the loss scaler, the same on every process.
+            step: optimizer step that was just made, counted from 1.
+            model: model that is trained.
+            was_skipped: whether the loss scaler skipped the step; equal on every process.
 
         Raises:
             GuardError: on every process.
@@ -84,12 +84,12 @@ class DivergenceWatch(RunPart):
             raise GuardError(self._words(step))
 
     def refuse(self, step: int, what: str) -> None:
-        """Raise GuardError where the last step's loss was not finite and ``what`` cannot be done on such figures."""
+        """Raise GuardError if the last step's loss was not finite; ``what`` names what is not possible then."""
         if self.in_a_row:
             raise GuardError(f"{what} at step {step} is not possible: {self._words(step)}")
 
     def refuse_end(self, step: int, model: nn.Module) -> None:
-        """Raise GuardError where the adapter that is about to be saved is not finite."""
+        """Raise GuardError if the adapter that is about to be saved is not finite."""
         live = live_layers(model).items()
         names = [name for name, (layer, adapter) in live if not _finite(map(_held, factors(layer, adapter)))]
         everyone = gather("the check of the trained adapter", lambda: names)
@@ -108,7 +108,7 @@ class DivergenceWatch(RunPart):
 
 
 def _held(parameter: Tensor) -> Tensor:
-    """Take the part of a parameter that this process holds: its piece under ZeRO-3, else all of it."""
+    """Return the part of a parameter that this process holds: its piece under ZeRO-3, else all of it."""
     piece = getattr(parameter, "ds_tensor", None)
     return parameter if piece is None else piece
 
@@ -118,7 +118,7 @@ def _finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def _first_bad_weight(model: nn.Module) -> str:
-    """Name a frozen weight that is not finite; empty where none is. Quantised ones cannot be read."""
+    """Find the name of a frozen weight that is not finite; empty if there is none. Quantised ones are not checked."""
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and parameter.is_floating_point() and not _finite([parameter]):
             return name
@@ -126,7 +126,7 @@ def _first_bad_weight(model: nn.Module) -> str:
 
 
 def _last_good(output: Path, before: int) -> str | None:
-    """The newest whole checkpoint of a step before ``before``."""
+    """Find the newest undamaged checkpoint of a step before ``before``."""
     steps = {path: path.name.rpartition("-")[2] for path in output.glob("checkpoint-*")}
     older = sorted((int(step), path) for path, step in steps.items() if step.isdigit() and int(step) < before)
     for _, path in reversed(older):

@@ -1,4 +1,4 @@
-"""A run whose ranks are fixed before it trains: what it writes and says of them."""
+"""The part of a run whose ranks are fixed before training: it writes plan, heat-map and log lines."""
 
 import logging
 from pathlib import Path
@@ -18,19 +18,19 @@ logger = logging.getLogger("llamafactory.adaptive")
 
 
 class FixedRanks(RunPart):
-    """Writes down the plan of a run, and when it trains on other samples.
+    """Writer of a run's plan, and of a log line whenever a new subset of samples begins.
 
     Args:
-        guard: with the plan.
-        log: takes the lines.
-        selection: of training samples, if any.
+        guard: guard of the run, with the plan.
+        log: receives the lines.
+        selection: selection of training samples, if any.
     """
 
     def __init__(self, guard: PlanGuard, log: RunLog, selection: SampleSelection | None) -> None:
         self.guard, self.log, self.selection = guard, log, selection
 
     def announce(self, args: Any, state: Any) -> None:
-        """Put the plan with picture and log line into ``output_dir``."""
+        """Write plan, heat-map and a log line into ``output_dir``."""
         if not args.should_save:  # one process does, or one per node with save_on_each_node
             return
         output, plan = Path(args.output_dir), self.guard.plan
@@ -45,7 +45,7 @@ class FixedRanks(RunPart):
         )
 
     def after_step(self, args: Any, state: Any, model: nn.Module, optimizer: Any) -> None:
-        """Log that the next step trains on another subset (a search says so where it logs its allocations)."""
+        """Write a log line if the next step begins a new subset (in a search, allocation lines hold the figures)."""
         step = state.global_step
         if self.selection is not None and args.should_save and self.selection.begins_at(step):
             self.log.write(Path(args.output_dir), {"step": step, "event": "sampling", **self.selection.figures(step)})

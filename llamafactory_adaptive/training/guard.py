@@ -1,4 +1,4 @@
-"""The proof that a run trains its plan, from the live model at the beginning to the saved files at the end."""
+"""Checks that a run trains its plan, from the live model at the start to the saved files at the end."""
 
 import logging
 import os
@@ -32,29 +32,29 @@ logger = logging.getLogger("llamafactory.adaptive")
 
 
 def uses_deepspeed(args: Any) -> bool:
-    """Whether a Trainer with these arguments trains under DeepSpeed."""
+    """Tell whether a Trainer with these arguments trains under DeepSpeed."""
     return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
 def agree_on_steps(state: Any) -> None:
-    """Stop processes that would begin or end at other steps here, and not in a collective that never ends."""
+    """Stop every process if first or last step differ, since a collective would then wait forever."""
     facts = {"global_step": state.global_step, "max_steps": state.max_steps}
     everyone = gather("the first step", lambda: facts)
     refuse_differences(everyone, f"would train other steps than rank 0: {everyone}")
 
 
 class PlanGuard(RunPart):
-    """Refuses to train, save or push anything but the plan.
+    """Guard of a run, which raises an error if what is trained, saved or pushed is not the plan.
 
     Args:
-        plan: of the live adapter; over-ranked where ranks are still to be found.
-        log: with the counters that messages quote.
+        plan: plan of the live adapter; over-ranked while ranks are searched for.
+        log: log with the counters that messages quote.
         is_final: whether these are the ranks that the run will end with.
 
     Attributes:
-        plan: what is trained, in the end what was found.
-        is_final: as above, and once a search has ended.
-        deepspeed: whether the run trains under DeepSpeed, known from :meth:`verify_live` on.
+        plan: plan that is trained; after a search, the plan that was found.
+        is_final: as above; true once a search has ended.
+        deepspeed: whether the run trains under DeepSpeed, set by :meth:`verify_live`.
     """
 
     def __init__(self, plan: RankPlan, log: RunLog, is_final: bool = True) -> None:
@@ -64,10 +64,10 @@ class PlanGuard(RunPart):
         self.deepspeed = False
 
     def verify_live(self, args: Any, model: nn.Module) -> None:
-        """Refuse to train anything but the plan, which is the same on all processes.
+        """Check that the plan is the same on all processes, and that the live adapter matches it.
 
         Raises:
-            GuardError: the processes hold other plans, or the live adapter is not of this one.
+            GuardError: plans differ between processes, or the live adapter does not match the plan.
         """
         self.deepspeed = uses_deepspeed(args)
         agree_across_ranks(self.plan.digest(), PLANS_DIFFER)
@@ -76,21 +76,21 @@ class PlanGuard(RunPart):
         self.counters.modules_checked = check_live(model, self.plan)
 
     def settle(self, found: RankPlan) -> None:
-        """Take the ranks that a search has found for those to hold the saved adapter to."""
+        """Replace the plan by the one that a search has found, with which the saved adapter is then compared."""
         self.plan, self.is_final = found, True
 
     # -- while training ----------------------------------------------------------------------------------------------
 
     def begin_step(self, state: Any, lr_scheduler: Any) -> None:
-        """Remember whether the learning rate was ever above zero: only then must the weights have moved."""
+        """Store the largest learning rate so far: weights must have changed only if it is above zero."""
         rates = lr_scheduler.get_last_lr() if lr_scheduler is not None else [0.0]
         self.counters.largest_learning_rate = max(self.counters.largest_learning_rate, *map(float, rates))
 
     def before_step(self, model: nn.Module) -> None:
-        """Refuse a first step without a gradient at every adapter factor.
+        """Raise an error if an adapter factor has no gradient at the first step.
 
-        DeepSpeed keeps gradients to itself, so that :meth:`verify_saved` judges by the end. In a search factors of
-        components that are off have none to show; there ``Components`` looks for each module's.
+        DeepSpeed keeps gradients in its own buffers; there :meth:`verify_saved` checks the saved factors instead. In a
+        search ``Components`` checks the gradients of each module, whose masked components have a gradient of zero.
         """
         if self.counters.steps > 0 or self.deepspeed or self.searches:
             return
@@ -100,33 +100,33 @@ class PlanGuard(RunPart):
             raise GuardError(f"adapter factors without a gradient at the first step: {self.counters}")
 
     def after_step(self, args: Any, state: Any, model: nn.Module, optimizer: Any) -> None:
-        """Count optimizer steps."""
+        """Count the optimizer step that was just made."""
         self.counters.steps += 1
 
     def verify_push(self, output: Path) -> None:
-        """Refuse to push an adapter that is not the plan; what lies there before ranks are final is not this run's."""
+        """Check the adapter in ``output`` before a push; until ranks are final, what is there is of another run."""
         if self.is_final and (output / ADAPTER_WEIGHTS).is_file():
             check_saved(output, self.plan)
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def verify_run(self) -> None:
-        """Refuse a run that did not do what was asked, beyond what the files show."""
+        """Raise an error if no module was checked, or if a search observed or chose no components."""
         if self.counters.modules_checked == 0:
             raise GuardError(f"the run asked for adaptive ranks but no allocation reached the model: {self.counters}")
         if self.searches and 0 in (self.counters.allocations, self.counters.observations):
             raise GuardError(f"the run asked for {self.plan.method} but no component was chosen: {self.counters}")
 
     def verify_saved(self, output: Path) -> None:
-        """Prove on the main process that the adapter saved in ``output`` is the plan, then complete the model card.
+        """Check on the main process that the adapter saved in ``output`` matches the plan, then update its model card.
 
         Raises:
-            GuardError: no allocation reached the model, or what was saved is not the plan.
+            GuardError: no allocation reached the model, or the saved adapter does not match the plan.
         """
         self.verify_run()
         untrained, moved = check_saved(output, self.plan), self.counters.largest_learning_rate > 0
         modules = len(self.plan.active)
-        # Under DeepSpeed nobody saw the gradients at the first step: a factor that never moved is the only sign.
+        # Under DeepSpeed no gradient was checked at the first step: a factor that never changed is the only sign.
         if moved and untrained and (untrained == modules or self.deepspeed):
             raise GuardError(
                 f"{untrained} modules were saved untrained (B is zero), no gradient arrived: {self.counters}"
@@ -140,14 +140,14 @@ class PlanGuard(RunPart):
         )
 
     def finalize(self, output: Path, trained_before: bool) -> None:
-        """End a run of the host on its main process: prove the saved adapter and say what came of it.
+        """Check the saved adapter of a finished run on the main process, and print the closing report.
 
         Args:
             output: the run's ``output_dir``.
             trained_before: the adapter came from a checkpoint or another run, so no new LoRA config was due.
 
         Raises:
-            GuardError: the host made its adapter without the plan, or as :meth:`verify_saved`.
+            GuardError: the host made its adapter without the plan; also as in :meth:`verify_saved`.
         """
         if self.counters.configs_injected == 0 and not trained_before:
             raise GuardError(f"the run asked for adaptive ranks but no allocation reached the model: {self.counters}")

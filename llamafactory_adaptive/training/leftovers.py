@@ -1,5 +1,4 @@
-"""What an older run left in a folder in which a fresh one begins: moved aside, so that nothing mixes and nothing is
-lost."""
+"""Files of an older run in the output folder of a new one: moved aside, so that none are mixed up or lost."""
 
 import os
 from collections.abc import Iterable
@@ -8,7 +7,7 @@ from pathlib import Path
 from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, PREVIOUS_FOLDER, cannot_write
 
 
-# What tells of a run or would be resumed from. The adapter itself stays until the host writes its successor.
+# Records of a run, and what a run would resume from. The adapter itself stays until the host overwrites it.
 _TELLING = (
     "checkpoint-*",
     "adaptive_*",
@@ -20,16 +19,16 @@ _TELLING = (
 
 
 def set_older_run_aside(output: Path, named: Iterable[Path] = ()) -> Path | None:
-    """Move an older run's records and checkpoints to a numbered folder; returns it, or None where there was no run.
+    """Move an older run's records and checkpoints to a numbered folder, and return it; None if there was no run.
 
-    A plan that was only written by ``plan`` is no run and stays.
+    A plan that the command ``plan`` wrote is no run, and stays.
 
     Args:
         output: the run's ``output_dir``.
-        named: paths that the fresh run's settings name: these stay, with what holds them.
+        named: paths that the new run's settings name: these stay, and so do folders that hold them.
 
     Raises:
-        OutputError: they cannot be moved.
+        OutputError: a file or folder cannot be moved.
     """
     checkpoints = output.glob(f"checkpoint-*/{PLAN_FILE}")
     if not (output / LOG_FILE).exists() and not any(checkpoints):

@@ -1,4 +1,4 @@
-"""A search for ranks once its Trainer is known: the adapter in its live form, and the state of the search."""
+"""A search for ranks on the model of a Trainer: the adapter as masked triplets, and the state of the search."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +13,12 @@ from llamafactory_adaptive.training.rank_search import RankSearchState
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """A search for ranks that is asked for.
+    """Settings of a search for ranks.
 
     Attributes:
-        start: the plan of the live tensors.
-        config: with how ranks change while training.
-        method: what observes and scores.
+        start: plan with the ranks of the tensors that train.
+        config: configuration, whose ``search`` holds how ranks change while training.
+        method: dynamic method that observes gradients and scores components.
     """
 
     start: RankPlan
@@ -27,17 +27,17 @@ class SearchRequest:
 
     @property
     def schedule(self) -> PruningConfig | ReallocationConfig:
-        """How ranks change while training."""
+        """Return the settings by which ranks change while training."""
         assert self.config.search is not None
         return self.config.search
 
 
 class MaskedSearch:
-    """Turns the adapter of one model into masked triplets, before an optimizer is made.
+    """The adapter of one model, turned into masked triplets before the optimizer is made, and the search's decisions.
 
     Args:
-        request: what is searched for, and how.
-        trainer: whose model has the adapter of ``request.start``.
+        request: settings of the search.
+        trainer: Trainer whose model has the adapter of ``request.start``.
     """
 
     def __init__(self, request: SearchRequest, trainer: Any) -> None:
@@ -47,5 +47,5 @@ class MaskedSearch:
         self.triplets.mask(self.state.first_masks())
 
     def plan(self) -> RankPlan:
-        """Give the plan that the masks amount to."""
+        """Return the plan whose ranks count the components in use."""
         return self.state.plan(self.triplets.masks)

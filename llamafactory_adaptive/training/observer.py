@@ -1,4 +1,4 @@
-"""What a dynamic method sees of a training step, between backward pass and optimizer step."""
+"""Observation of gradients by a dynamic method, between backward pass and optimizer step."""
 
 import time
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from llamafactory_adaptive.training.run_log import Counters
 
 
 class Observer:
-    """Shows a method the gradients of every step, its own or those of extra passes, until the ranks are final.
+    """Source of a method's observations: the gradients of every step or of extra passes, until the ranks are final.
 
     Args:
-        method: what observes.
-        components: of the live adapter.
-        trainer: whose model and arguments count.
-        counters: what really happened.
-        seed: of the draws.
-        max_overhead: limit on extra passes.
+        method: dynamic method that observes.
+        components: components of the live adapter.
+        trainer: Trainer of the run, for its model and arguments.
+        counters: counters of the run, which are updated.
+        seed: seed of the draws.
+        max_overhead: most seconds of extra passes per second of training; None for no limit.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Observer:
         self.prober = Prober(trainer.model, components, seed) if method.traits.probes else None
 
     def begin(self, step: int, final: bool) -> None:
-        """First micro-batch: where on the path it runs, and whether a batch is wanted for probing."""
+        """Set the path position of a step's first micro-batch, and whether its batch is kept for extra passes."""
         self.step, self.micro_batch = step, 0
         self.probe_budget.begin()
         self._take_position(final)
@@ -49,7 +49,7 @@ class Observer:
             self.prober.armed = True
 
     def next_micro_batch(self, final: bool) -> None:
-        """Another position on the path."""
+        """Set the path position of the next micro-batch."""
         self.micro_batch += 1
         self._take_position(final)
 
@@ -57,7 +57,7 @@ class Observer:
         self.position.value = 1.0 if final else self.method.position(self.seed, self.step, self.micro_batch)
 
     def _path(self, final: bool) -> list[tuple[float, float]] | None:
-        """What to observe at this step: None for the training gradient, nothing once the mask is final."""
+        """Return the extra passes of this step; None for the training gradient instead, an empty list for nothing."""
         if final:
             return []
         if self.prober is None:
@@ -66,7 +66,7 @@ class Observer:
         return path if self.probe_budget.due(self.step) else []
 
     def before_step(self, final: bool) -> None:
-        """Gradients are complete and not clipped: observe them, then add what the optimizer shall see besides."""
+        """Observe the unclipped gradients or extra passes, then adjust the gradients that the optimizer uses."""
         self.probe_budget.trained()
         started, path = time.perf_counter(), self._path(final)
         if path:
@@ -93,6 +93,6 @@ class Observer:
         self.counters.probes += 1
 
     def take_seconds(self) -> float:
-        """What observing cost since the last call."""
+        """Return the seconds that observing took since the last call."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds

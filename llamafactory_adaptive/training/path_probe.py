@@ -1,7 +1,7 @@
-"""Extra passes along the path from "no adapter" to the current one, on a batch of the run, beside the training step.
+"""Extra passes at points of the path from zero to the current adapter weights, on a batch of the training step.
 
-Gradients are taken with respect to copies of the adapter, so that neither ``.grad``, nor the hooks of DDP and ZeRO,
-nor the random state of the training notices.
+Gradients are taken with respect to copies of the adapter, so that ``.grad``, the hooks of DDP and ZeRO, and the random
+state of training are not affected.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from llamafactory_adaptive.training.components import Components
 
 
 class _Passes(nn.Module):
-    """All passes in one forward: ``functional_call`` must still hold while gradient checkpointing recomputes."""
+    """All extra passes in one forward: ``functional_call`` must be active when gradient checkpointing recomputes."""
 
     def __init__(self, model: nn.Module, components: Components, seed: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class _Passes(nn.Module):
         self.seed = seed
 
     def forward(self, inputs: Mapping[str, Any], path: Sequence[tuple[float, float]]) -> None:
-        """Leave ``sum_i weight_i dL/dw(a_i theta)`` in the gradients."""
+        """Add ``sum_i weight_i dL/dw(a_i theta)`` to the gradients of the parameters."""
         for factor, weight in path:
             torch.manual_seed(self.seed)  # the same dropout at every node of the path
             self.position.value = factor
@@ -36,12 +36,12 @@ class _Passes(nn.Module):
 
 
 class Prober:
-    """Keeps one batch per probed step and probes on it.
+    """Runner of the extra passes, on one training batch per probed step that a forward hook keeps.
 
     Args:
         model: the model inside DDP or DeepSpeed.
-        components: of its adapter.
-        seed: of dropout while probing.
+        components: components of its adapter.
+        seed: seed of dropout in the extra passes.
     """
 
     def __init__(self, model: nn.Module, components: Components, seed: int) -> None:
@@ -56,14 +56,14 @@ class Prober:
             self.inputs, self.armed = dict(inputs), False
 
     def gradients(self, path: Sequence[tuple[float, float]], shares: int = 1) -> list[list[Tensor]]:
-        """Weighted sum of the gradients at the nodes of ``path``, per block of the components, on the kept batch.
+        """Compute the weighted sum of the gradients at the nodes of ``path`` on the kept batch, a list per block.
 
         Args:
             path: (factor on every weight, weight of the gradient) per pass.
-            shares: how many batches such as the kept one make up the tokens that the loss is divided by.
+            shares: number of such batches whose tokens the loss is divided by, where the Trainer gives that number.
 
         Raises:
-            GuardError: no batch was seen, or the model returns no loss.
+            GuardError: no batch was kept, or the model returns no loss.
         """
         if self.inputs is None:
             raise GuardError("no training batch reached the model since the step began")

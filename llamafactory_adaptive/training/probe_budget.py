@@ -1,4 +1,4 @@
-"""How many extra passes a limit on their cost allows."""
+"""Spacing of extra passes under a limit on their cost."""
 
 import time
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from llamafactory_adaptive.engines.distributed import all_reduce_max
 
 
 class ProbeBudget:
-    """Spaces probes out so that they stay within a share of the training time. All processes agree on each date.
+    """Schedule of extra passes within a share of the training time; every process computes the same steps.
 
     Args:
         limit: seconds of probing per second of training; None for no limit.
@@ -23,21 +23,21 @@ class ProbeBudget:
         self._since: float | None = None
 
     def due(self, step: int) -> bool:
-        """Whether a probe at this step would fit."""
+        """Tell whether extra passes are allowed at this step."""
         return step >= self.next_step
 
     def begin(self) -> None:
-        """An optimizer step begins."""
+        """Start the clock of an optimizer step."""
         self._since = time.perf_counter()
 
     def trained(self) -> None:
-        """Its own passes are over."""
+        """Add the time of the step's own passes to the training time."""
         if self._since is not None:
             self.training += time.perf_counter() - self._since
             self.steps += 1
 
     def probed(self, step: int, seconds: float, device: torch.device) -> None:
-        """A probe took ``seconds``: set the date of the next one."""
+        """Add the ``seconds`` of a probe, and set the first step of the next one; all processes must call it."""
         self.probing += seconds
         self.probes += 1
         if self.limit is None:
@@ -47,10 +47,10 @@ class ProbeBudget:
         self.next_step = all_reduce_max(step + max(1, int(wait) + 1), device)
 
     def state(self) -> dict[str, float]:
-        """Give what a checkpoint keeps of it."""
+        """Return the times and counts that a checkpoint stores."""
         return {key: getattr(self, key) for key in ("probing", "training", "probes", "steps", "next_step")}
 
     def load(self, state: Mapping[str, float]) -> None:
-        """Take back what :meth:`state` gave."""
+        """Restore what :meth:`state` returned."""
         for key, value in state.items():
             setattr(self, key, value)

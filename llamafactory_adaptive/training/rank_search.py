@@ -1,4 +1,4 @@
-"""State of the rank search: which components are on, why, and the plan they make.
+"""State of the rank search: the components in use, their scores, and the plan that follows from them.
 
 Pure Python without torch and without a Trainer; ``RankSearchDriver`` drives it.
 """
@@ -19,11 +19,11 @@ Masks = list[list[bool]]
 
 
 class RankSearchState:
-    """Hold what the rank search has decided so far, from the ranks at the start to the plan it ends with.
+    """The decisions of a rank search so far, from the ranks at the start to the plan at the end.
 
     Args:
-        start: the plan of the live tensors.
-        config: with budget unit and bounds, and how ranks change.
+        start: plan with the ranks of the tensors that train.
+        config: budget unit, bounds, and how ranks change.
     """
 
     def __init__(self, start: RankPlan, config: AdaptiveConfig) -> None:
@@ -41,11 +41,11 @@ class RankSearchState:
 
     @property
     def reallocates(self) -> bool:
-        """Whether ranks move about under a constant budget, rather than fall."""
+        """Tell whether ranks move between modules under a constant budget, rather than fall."""
         return isinstance(self.config.search, ReallocationConfig)
 
     def first_masks(self) -> Masks:
-        """What is in use at first: everything, or every module at the same rank within the budget."""
+        """Return the masks of the start: all components, or equal ranks within the budget if ranks are reallocated."""
         if not self.reallocates:
             return [[True] * module.rank for module in self.start.modules]
         ranks = allocate([1.0] * len(self.costs), self.bounds).ranks
@@ -56,15 +56,15 @@ class RankSearchState:
 
     @property
     def asked(self) -> int:
-        """The budget in the end, in budget units."""
+        """Return the final budget, in budget units."""
         return self.start.lora_rank * sum(self.costs)
 
     def cost(self, masks: Masks) -> int:
-        """Budget units of the components in use."""
+        """Compute the cost of the components in use, in budget units."""
         return sum(cost * sum(row) for cost, row in zip(self.costs, masks, strict=True))
 
     def choose(self, step: int, scores: Sequence[Sequence[float]], budget: int, before: Masks) -> Masks:
-        """Components to use under ``budget`` and the configured bounds; ``before`` are those in use now.
+        """Choose the components to use under ``budget`` and the configured bounds; ``before`` are those in use now.
 
         Raises:
             GuardError: a score is not finite.
@@ -83,12 +83,12 @@ class RankSearchState:
         return after
 
     def _learn(self, scores: Sequence[Sequence[float]], on: Masks) -> None:
-        """Add an interval to what is known of the modules' sensitivities.
+        """Update the running sensitivities of the modules with the scores of an interval.
 
-        An interval's sensitivity of a module is the mean over its components in use, as a share of all modules'; those
-        that came back when the interval began have a B of zero, which says nothing of the module. Earlier intervals
-        count ``beta`` times as much: without a memory a module that grew would look insensitive, since its new
-        components are small as yet, and shrink again.
+        A module's sensitivity in an interval is the mean score of its components in use, as a share of the sum over
+        modules. Components that came back when the interval began are left out, as their B started at zero. Earlier
+        intervals are discounted by ``beta``; without them a module that grew would look insensitive, since its new
+        components are still small, and would shrink again.
         """
         means = []
         for module, (row, flags, fresh) in enumerate(zip(scores, on, self.fresh, strict=True)):
@@ -103,7 +103,7 @@ class RankSearchState:
     def record(
         self, step: int, budget: int, final: bool, scores: Sequence[Sequence[float]], before: Masks, after: Masks
     ) -> dict[str, Any]:
-        """Take note of a choice; returns its line for the log."""
+        """Store a choice of components, and return its line for the log."""
         self.final = final
         kept = zip(scores, after, strict=True)
         self.module_scores = (
@@ -132,7 +132,7 @@ class RankSearchState:
         return line
 
     def plan(self, masks: Masks) -> RankPlan:
-        """Give the start plan at the ranks now in use, with the scores that led to them."""
+        """Return the start plan with the ranks of ``masks``, and the scores that led to them."""
         total = sum(self.module_scores) or 1.0
         modules = tuple(
             replace(module, rank=sum(row), score=score, share=score / total)
@@ -141,11 +141,11 @@ class RankSearchState:
         return replace(self.start, modules=modules)
 
     def state(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps of it."""
+        """Return what a checkpoint stores of the search."""
         keys = ("final", "history", "module_scores", "metrics", "sensitivities", "fresh")
         return {key: getattr(self, key) for key in keys}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state` gave."""
+        """Restore what :meth:`state` returned."""
         for key in self.state():
             setattr(self, key, state[key])

@@ -1,6 +1,6 @@
-"""Drives a dynamic method through training: observe, regularise, allocate, log, save, cut to the ranks found.
+"""The part of a run that searches for ranks: observe, regularise, allocate, log, save, cut to the ranks found.
 
-Every process takes every decision itself, from the same numbers, and proves that it was the same.
+Every process makes every decision itself from the same numbers, and compares it with the other processes.
 """
 
 import logging
@@ -34,17 +34,17 @@ logger = logging.getLogger("llamafactory.adaptive")
 
 
 class RankSearchDriver(RunPart):
-    """Chooses components while they train.
+    """Driver of a search for ranks, in which a dynamic method chooses rank-1 components while they train.
 
     Args:
-        search: the live adapter, and what was decided so far.
-        observer: shows the method gradients.
-        schedule: when components are chosen, under which budget.
-        checkpoint: where the exact state is kept.
-        guard: takes the plan that is found.
-        watch: refuses to choose on figures that are no numbers.
-        selection: of training samples, if any.
-        step: optimizer steps that were made before.
+        search: the live adapter, and the decisions so far.
+        observer: passes gradients to the method.
+        schedule: steps at which components are chosen, and the budget at each.
+        checkpoint: reader and writer of the exact state.
+        guard: receives the plan that is found.
+        watch: raises an error if components are to be chosen after a loss that is not finite.
+        selection: selection of training samples, if any.
+        step: optimizer steps already made.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class RankSearchDriver(RunPart):
         self.state, self.triplets, self.components = search.state, search.triplets, observer.components
 
     def announce(self, args: Any, state: Any) -> None:
-        """Say from which ranks the search begins, or goes on."""
+        """Write to the log with which ranks and schedule the search begins or resumes."""
         if not args.should_save:
             return
         if warning := short_run_warning(self.schedule, state.max_steps):
@@ -79,21 +79,21 @@ class RankSearchDriver(RunPart):
     # -- during a step -----------------------------------------------------------------------------------------------
 
     def begin_step(self, state: Any, lr_scheduler: Any) -> None:
-        """Begin to observe a step with its first micro-batch."""
+        """Start observing a step, at its first micro-batch."""
         self.step = state.global_step
         self.observer.begin(self.step, self.state.final)
 
     def end_micro_batch(self) -> None:
-        """Observe the next micro-batch of the step."""
+        """Set the path position of the next micro-batch of the step."""
         self.observer.next_micro_batch(self.state.final)
 
     def see_gradients(self) -> None:
-        """Show the method what it is to observe of the step."""
+        """Pass the step's gradients to the method, and add the seconds that this takes to the overhead."""
         self.observer.before_step(self.state.final)
         self.log.overhead_seconds += self.observer.take_seconds()
 
     def after_step(self, args: Any, state: Any, model: nn.Module, optimizer: Any) -> None:
-        """Let evaluation and saving see the whole adapter; allocate where the schedule says so."""
+        """Set the path position to 1, so that evaluation and saving use the full adapter; allocate if it is due."""
         self.step, self.triplets.position.value = state.global_step, 1.0
         if not self.state.final and self.schedule.due(self.step):
             self._allocate(args, self.schedule.budget(self.step), self.schedule.is_final(self.step))
@@ -101,7 +101,7 @@ class RankSearchDriver(RunPart):
     # -- allocation --------------------------------------------------------------------------------------------------
 
     def _allocate(self, args: Any, budget: int, final: bool) -> None:
-        """Keep the best components under ``budget``, and prove that every process kept the same."""
+        """Keep the best components under ``budget``, and check that every process kept the same."""
         started = time.perf_counter()
         self.watch.refuse(self.step, "choosing ranks")
         if self.log.counters.observations == 0:
@@ -125,7 +125,7 @@ class RankSearchDriver(RunPart):
             self._write(args, line)
 
     def _write(self, args: Any, line: dict[str, Any]) -> None:
-        """Log a line with the samples in use, and with what probing cost so far."""
+        """Write a line to the log file, with figures of the samples in use and the seconds of probing so far."""
         probing = {"probing_seconds": round(self.observer.probe_budget.probing, 3)}
         self.log.write(Path(args.output_dir), {**line, **figures_of(self.selection, self.step), **probing})
 
@@ -140,11 +140,11 @@ class RankSearchDriver(RunPart):
     # -- saving, and the end -----------------------------------------------------------------------------------------
 
     def save(self, folder: Path, args: Any, state: Any) -> None:
-        """Put the exact state beside a checkpoint's plain adapter."""
+        """Write the exact state into a checkpoint, beside its plain adapter."""
         self.checkpoint.write(folder, args, state)
 
     def end(self, args: Any, state: Any, model: nn.Module) -> None:
-        """Come within budget whatever happened, then make the adapter plain LoRA at the ranks found."""
+        """Restore the best checkpoint if set, allocate if the budget is exceeded, and make the adapter plain LoRA."""
         self.triplets.position.value = 1.0
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.step = int(state.best_model_checkpoint.rpartition("-")[2])

@@ -5,13 +5,13 @@ from torch import Tensor
 
 
 def gram_penalty_gradient(x_M: Tensor, kind: str, form: str, scale: float = 1.0) -> Tensor:
-    """Gradient of ``scale`` times the sum over M of ``|E(gram)|_F``, E dropping the diagonal or the identity.
+    """Compute the gradient of ``scale`` times the sum over M of ``|E(gram)|_F``.
 
-    It is zero where E is zero.
+    E removes the diagonal of a Gram matrix, or subtracts the identity. The gradient is zero where E is zero.
 
     Args:
         x_M: stacked P, (M, d_out, r) with Gram ``P^T P``, or stacked Q, (M, r, d_in) with Gram ``Q Q^T``.
-        kind: which of the two.
+        kind: ``P`` or ``Q``.
         form: ``off_diagonal`` or ``identity``.
     """
     gram_Mrr = x_M.mT @ x_M if kind == "P" else x_M @ x_M.mT

@@ -1,4 +1,4 @@
-"""What a run says of itself: counters, seconds, warnings, and the lines of its log file."""
+"""Records of a run: counters, seconds, warnings, and the lines of its log file."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ logger = logging.getLogger("llamafactory.adaptive")  # a child of the host's log
 
 @dataclass
 class Counters:
-    """What really happened, quoted by the guard when something did not."""
+    """Counts of what happened in a run, which error messages quote."""
 
     configs_injected: int = 0
     modules_checked: int = 0
@@ -32,11 +32,11 @@ class Counters:
 
 
 class RunLog:
-    """Keeps count of a run, and writes it down line by line.
+    """Log of a run: counters, warnings and seconds, written line by line.
 
     Args:
-        method: named in every line.
-        overhead_seconds: what planning cost.
+        method: name of the method, part of every line.
+        overhead_seconds: seconds that planning took.
     """
 
     def __init__(self, method: str, overhead_seconds: float) -> None:
@@ -47,16 +47,16 @@ class RunLog:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the log was begun."""
+        """Return the seconds since the log was created."""
         return time.perf_counter() - self._started
 
     def warn(self, text: str) -> None:
-        """Tell the user now, and once more at the end of the run."""
+        """Write a warning to the log, and keep it for the report at the end of the run."""
         logger.warning(text)
         self.warnings.append(text)
 
     def write(self, output: Path, line: Mapping[str, Any]) -> None:
-        """Append one line to the log file in ``output``, with what every line has."""
+        """Append a line to the log file in ``output``, with method, counters, overhead and time added."""
         facts = {
             "method": self.method,
             "counters": asdict(self.counters),

@@ -1,4 +1,4 @@
-"""What the duties of a run have in common: the events that each is told of."""
+"""The common base of the parts of a run: the events that each part receives."""
 
 from pathlib import Path
 from typing import Any
@@ -7,39 +7,39 @@ from torch import Tensor, nn
 
 
 class RunPart:
-    """One duty of a run under a Trainer; this class does nothing at every event.
+    """One part of a run under a Trainer; in this class every event does nothing.
 
-    A part is built complete, with all that it works on, when training begins. From then on the callback tells every
-    part of each event once, in the order of the parts. A part defines the events that matter to it.
+    A part is built when training begins, with all objects that it works on. From then on the callback passes each
+    event once to every part, in the order of the parts. A part overrides the events that it needs.
     ``args``, ``state`` and ``model`` are the Trainer's; ``state.global_step`` counts optimizer steps.
     """
 
     def begin_epoch(self, state: Any) -> None:
-        """The data loader is about to ask for the samples of an epoch."""
+        """Handle the beginning of an epoch, before the data loader draws its samples."""
 
     def begin_step(self, state: Any, lr_scheduler: Any) -> None:
-        """The first micro-batch of an optimizer step comes next."""
+        """Handle the beginning of an optimizer step, before its first micro-batch."""
 
     def end_micro_batch(self) -> None:
-        """A micro-batch is over that is not the last of its step."""
+        """Handle the end of a micro-batch that is not the last of its step."""
 
     def see_loss(self, loss: Tensor) -> None:
-        """A micro-batch has this loss; it stays on its device."""
+        """Handle the loss of a micro-batch, a tensor on the training device."""
 
     def see_gradients(self) -> None:
-        """Gradients of the step are complete and not yet clipped (told in a search alone)."""
+        """Handle the step's gradients, complete and not yet clipped; this event comes in a search only."""
 
     def before_step(self, model: nn.Module) -> None:
-        """The optimizer steps next; gradients are clipped."""
+        """Handle the step's clipped gradients, right before the optimizer step."""
 
     def after_step(self, args: Any, state: Any, model: nn.Module, optimizer: Any) -> None:
-        """The optimizer has stepped."""
+        """Handle the end of an optimizer step."""
 
     def add_figures(self, state: Any, logs: dict[str, float]) -> None:
-        """The Trainer logs these figures; more may be added."""
+        """Add figures to ``logs``, which the Trainer is about to log."""
 
     def save(self, folder: Path, args: Any, state: Any) -> None:
-        """A checkpoint is written to this folder, on every process."""
+        """Write this part's files into the checkpoint ``folder``; called on every process."""
 
     def end(self, args: Any, state: Any, model: nn.Module) -> None:
-        """Training is over, and the adapter not yet saved."""
+        """Handle the end of training, before the adapter is saved."""

@@ -1,4 +1,4 @@
-"""Training samples chosen by quality, before the first step: score once, share, and say which are drawn when."""
+"""Preparation of quality-based sampling before the first step: scores of all samples, and the sampler by them."""
 
 import hashlib
 import json
@@ -34,13 +34,13 @@ from llamafactory_adaptive.training.sample_selection import SampleSelection
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """How the training samples of a run are to be chosen.
+    """Settings by which the training samples of a run are chosen.
 
     Attributes:
-        sampling: what the method wants.
-        seed: of every draw.
-        identity: what identifies model and data, for the cache.
-        cache: folder in which scores are re-used.
+        sampling: settings of the method.
+        seed: seed of every draw.
+        identity: values that identify model and data, part of the cache key.
+        cache: folder of scores that later runs re-use.
     """
 
     sampling: Sampling
@@ -50,11 +50,11 @@ class SampleRequest:
 
 
 class TrainingSamples:
-    """The training set of one Trainer on one process, and the sampler that its data loader is to draw from.
+    """The training set of one Trainer on one process, and the sampler for its data loader.
 
     Args:
         request: how samples are chosen.
-        trainer: before it makes its data loader.
+        trainer: Trainer that has not made its data loader yet.
     """
 
     def __init__(self, request: SampleRequest, trainer: Any) -> None:
@@ -71,14 +71,14 @@ class TrainingSamples:
         """Score every sample, or take scores from a checkpoint or the cache.
 
         Args:
-            plan: that is trained.
+            plan: plan that is trained.
             max_steps: optimizer steps of the run.
-            dataloader: of the Trainer, which draws from :attr:`sampler`.
-            resumed: the checkpoint that training goes on from; None for a fresh run.
+            dataloader: data loader of the Trainer, which draws from :attr:`sampler`.
+            resumed: checkpoint that training resumes from; None for a fresh run.
 
         Raises:
-            GuardError: the data loader batches otherwise than the sampler counts.
-            PlanError: the checkpoint was trained on other rows.
+            GuardError: data loader and sampler differ in the steps of an epoch.
+            PlanError: the checkpoint holds no scores of these rows.
         """
         timelines: list[Timeline] = []
         lengths: list[int] = []
@@ -103,7 +103,7 @@ class TrainingSamples:
         return selection
 
     def _read_rows(self) -> tuple[list[int], list[str]]:
-        """Read every row; returns their lengths, and digests of their tokens and labels."""
+        """Read every row, and return the lengths and the digests of tokens and labels."""
         lengths, digests = [], []
         quiet = process_number() != 0 or len(self.dataset) < 50_000
         for row in tqdm(self.dataset, desc="Reading samples", unit="row", disable=quiet):
@@ -145,13 +145,13 @@ class TrainingSamples:
         return terms
 
     def _shared(self, found: SampleTerms | None) -> SampleTerms:
-        """What the main process read, on every process."""
+        """Send the scores that the main process has read to every process."""
         shape, device = (len(fields(SampleTerms)), len(self.dataset)), self.trainer.args.device
         mine = torch.zeros(shape, dtype=torch.float64) if found is None else torch.stack(term_vectors(found))
         return SampleTerms(*all_reduce_sum(mine.to(device)).cpu())
 
     def _wanted(self) -> TermSpec:
-        """What to measure; settings that make no difference do not show, so that the cache fits."""
+        """Build the specification of what to measure; settings without effect are left out, so that caches match."""
         s = self.sampling
         alignment = "none" if s.weights[2] == 0 else "projected" if s.projection else "exact"
         exact = s.loss_drop == "exact"

@@ -18,8 +18,8 @@ class ScoringBatches:
     """This process's scoring batches, as the run's own collator and workers make them.
 
     Args:
-        dataset: map-style.
-        collator: rows to tensors.
+        dataset: map-style dataset.
+        collator: makes a batch of tensors from rows.
         groups: row numbers of each batch.
         workers: processes that prepare batches ahead.
     """
@@ -42,7 +42,7 @@ def term_vectors(terms: SampleTerms) -> list[Tensor]:
 
 
 def write_terms(path: Path, terms: SampleTerms, rows: str) -> None:
-    """Write what was measured, and the digest of the rows it was measured on."""
+    """Write the quality terms, and the digest of the rows that they were measured on."""
     tensors = {
         entry.name: vector.contiguous() for entry, vector in zip(fields(SampleTerms), term_vectors(terms), strict=True)
     }
@@ -51,7 +51,7 @@ def write_terms(path: Path, terms: SampleTerms, rows: str) -> None:
 
 
 def read_terms(path: Path, rows: str) -> SampleTerms | None:
-    """Read what was measured; None where there is no file, or one of other rows, or one with what is no number."""
+    """Read the quality terms; None if the file is missing, damaged, of other rows, or holds NaN or infinity."""
     try:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("rows") != rows:

@@ -1,4 +1,4 @@
-"""Training samples chosen by quality, while a run trains: what it draws, keeps for a resume, and reports."""
+"""Quality-based sampling while a run trains: the subsets in use, the scores in checkpoints, and the report."""
 
 import hashlib
 import logging
@@ -22,16 +22,16 @@ logger = logging.getLogger("llamafactory.adaptive")
 
 
 class SampleSelection(RunPart):
-    """The samples of one run, scored.
+    """The training samples of one run with their scores.
 
     Args:
-        plan: that is trained, for the report.
-        trainer: for its tokenizer and arguments.
+        plan: plan of the run, for the report.
+        trainer: Trainer of the run, for its tokenizer and arguments.
         dataset: the rows, as the sampler numbers them.
-        sampler: with pool and timeline, of which the data loader draws.
+        sampler: sampler of the data loader, with pool and timeline.
         sampling: how samples are chosen.
-        terms: what was measured of every sample.
-        row_digests: of every row's tokens and labels.
+        terms: quality terms of every sample, as measured.
+        row_digests: digests of every row's tokens and labels.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class SampleSelection(RunPart):
         self.pool, self.timeline = sampler.pool, sampler.timeline
 
     def begin_epoch(self, state: Any) -> None:
-        """Have the sampler begin where the step counter is."""
+        """Set the sampler to the optimizer step at which the epoch begins."""
         self.sampler.begin_epoch(state.global_step)
 
     def end(self, args: Any, state: Any, model: nn.Module) -> None:
-        """Say how often each sample was used."""
+        """Write the data report, with how often each sample was used."""
         if args.should_save:
             self.report(Path(args.output_dir), state.global_step)
 
@@ -71,17 +71,17 @@ class SampleSelection(RunPart):
         )
 
     def begins_at(self, step: int) -> bool:
-        """Whether another subset is drawn from after ``step`` optimizer steps."""
+        """Tell whether a new subset begins after ``step`` optimizer steps."""
         return step > 0 and self.timeline.refresh(step) != self.timeline.refresh(step - 1)
 
     def budget_share(self, step: int) -> float:
-        """phi: 1, or 0.5 to 1 by the mean place of the next subset in the quality order."""
+        """Return phi, the share of the rank budget: 1, or 0.5 to 1 by the next subset's mean quality percentile."""
         if not self.sampling.scales_budget:
             return 1.0
         return 0.5 + 0.5 * self.pool.mean_percentile(self.timeline.refresh(step))
 
     def figures(self, step: int) -> dict[str, Any]:
-        """What the log says of the samples in use from ``step`` on."""
+        """Collect the log's figures of the samples in use from ``step`` on."""
         refresh = self.timeline.refresh(step)
         now = set(self.pool.subset(refresh).tolist())
         before = set(self.pool.subset(refresh - 1).tolist()) if refresh else set()
@@ -94,17 +94,17 @@ class SampleSelection(RunPart):
         }
 
     def digest(self) -> str:
-        """Of what every draw follows from."""
+        """Compute a digest of the sampling weights, from which every draw follows."""
         return hashlib.sha256(self.pool.log_weights_N.numpy().tobytes()).hexdigest()
 
     def save(self, folder: Path, args: Any, state: Any) -> None:
-        """Keep what was measured, so that a resumed run draws the same."""
+        """Write the quality terms into a checkpoint, so that a resumed run draws the same samples."""
         if args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             write_terms(folder / QUALITY_FILE, self.terms, self.rows_digest)
 
     def report(self, output: Path, steps: int) -> None:
-        """Write what a person wants to see of the data, ``steps`` optimizer steps into the run."""
+        """Write the data report as of ``steps`` optimizer steps."""
         # What lies in output_dir is pushed with it: nobody's training text goes to a hub unasked.
         text = None if self.trainer.args.push_to_hub else self._text
         data = DataQuality(
@@ -120,7 +120,7 @@ class SampleSelection(RunPart):
         save_data_report(output, self.plan, data, steps, text)
 
     def _text(self, index: int) -> tuple[str, str]:
-        """Prompt and answer of a sample."""
+        """Decode prompt and answer of a sample."""
         row, tokenizer = self.dataset[index], self.trainer.processing_class
         ids, labels = list(row["input_ids"]), list(row.get("labels") or row["input_ids"])
         start = next((place for place, label in enumerate(labels) if label >= 0), len(ids))
@@ -128,5 +128,5 @@ class SampleSelection(RunPart):
 
 
 def figures_of(selection: SampleSelection | None, step: int) -> dict[str, Any]:
-    """Give what log lines say of the samples in use from ``step`` on; nothing where none are chosen."""
+    """Collect a log line's figures of the samples in use from ``step`` on; empty without a selection."""
     return {} if selection is None else selection.figures(step)

@@ -1,4 +1,4 @@
-"""The exact state of a search beside a checkpoint's plain adapter, and the way back from it."""
+"""The exact state of a search in a checkpoint, beside the plain adapter: how it is written and restored."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,13 +14,13 @@ from llamafactory_adaptive.training.run_log import RunLog
 
 
 class SearchCheckpoint:
-    """Writes the state of one search into checkpoints, and takes it back.
+    """Reader and writer of one search's state in checkpoints.
 
     Args:
-        search: masks, factors and what was decided.
-        observer: with the engine that holds the factors, and what probing cost.
-        log: whose counters and seconds go on.
-        holds_factors: whether checkpoints keep the factors here; DeepSpeed's own keep them, with their fp32 copies.
+        search: the search, with masks, factors and decisions.
+        observer: observer of the search, with the engine and the times of extra passes.
+        log: log of the run, whose counters and seconds a resume restores.
+        holds_factors: whether the factors are stored here; DeepSpeed stores them itself, with their fp32 copies.
     """
 
     def __init__(self, search: MaskedSearch, observer: Observer, log: RunLog, holds_factors: bool) -> None:
@@ -29,7 +29,7 @@ class SearchCheckpoint:
         self.partitioned = observer.components.engine.partitioned
 
     def write(self, folder: Path, args: Any, state: Any) -> None:
-        """Write the state, and wait until every process has."""
+        """Write the state, and wait until every process has written its part."""
         document = {
             "step": state.global_step,
             "total_steps": state.max_steps,
@@ -53,7 +53,7 @@ class SearchCheckpoint:
         wait_for_all(f"the adaptive state of {folder.name}")
 
     def resume(self, folder: Path, total_steps: int) -> None:
-        """Go on with a run: its adapter, and its counters and seconds.
+        """Restore a run from a checkpoint: its adapter, the decisions of its search, counters and seconds.
 
         Raises:
             PlanError: as :meth:`restore`.
@@ -65,7 +65,7 @@ class SearchCheckpoint:
             setattr(self.log.counters, name, document["counters"][name])
 
     def restore(self, folder: Path, total_steps: int) -> Mapping[str, Any]:
-        """Take back the adapter that :meth:`write` kept; returns the rest of what it wrote.
+        """Restore adapter, masks and method from a checkpoint, and return the JSON document that :meth:`write` stored.
 
         Raises:
             PlanError: the state is missing, of other modules, or of a run of another length.

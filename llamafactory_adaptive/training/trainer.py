@@ -13,12 +13,11 @@ from llamafactory_adaptive.training.current_run import current_run
 def adaptive_trainer(trainer_class: type, fixed_callback: Any = None) -> type:
     """Make a subclass of a Trainer class that passes itself to the run's callback once it is built.
 
-    Callbacks are not given the Trainer, and the Trainer's accelerator is where complete, unclipped gradients are
-    found.
+    Callbacks do not receive the Trainer, whose accelerator is needed to see complete, unclipped gradients.
 
     Args:
         trainer_class: transformers' Trainer or any subclass.
-        fixed_callback: the run's callback; None for that of the run that the process is in by then.
+        fixed_callback: the run's callback; None for that of :data:`current_run` when the Trainer is built.
     """
 
     class AdaptiveTrainer(trainer_class):  # type: ignore[misc]

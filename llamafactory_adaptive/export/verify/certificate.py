@@ -75,7 +75,7 @@ class Check:
 
 
 def update_check(comparison: UpdateComparison, reader: str) -> Check:
-    """Turn a comparison by module into a check; ``reader`` names what read the exported files."""
+    """Convert a comparison by module to a check; ``reader`` names what read the exported files."""
     words = f"the update of each of {comparison.compared} modules in PEFT"
     return Check("modules", words, reader, comparison.difference, TOLERANCE_OF_UPDATES, "relative", comparison.worst)
 

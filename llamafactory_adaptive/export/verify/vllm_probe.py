@@ -56,7 +56,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def end_with_caller() -> None:
-    """Block until standard input closes, then kill the process group."""
+    """Wait until standard input closes, then kill the process group."""
     while os.read(0, 4096):
         pass
     os.killpg(os.getpid(), signal.SIGKILL)
