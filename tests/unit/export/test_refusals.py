@@ -20,32 +20,16 @@ from llamafactory_adaptive.export.verify.certificate import Check
 from llamafactory_adaptive.export.verify.compare import Comparer
 from llamafactory_adaptive.export.verify.log_probabilities import TOP_K, log_probabilities, tokenise
 from llamafactory_adaptive.export.verify.vllm_check import VllmAnswer
+from tests.helpers.exports import refusal
 from tests.helpers.lora import edit_config, save_adapter
 from tests.helpers.processes import wait_until_ended
 from tests.helpers.tiny import save_tiny, tiny_model
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def adapter(base, tmp_path):
-    return save_adapter(base, tmp_path / "adapter")
 
 
 @pytest.fixture(autouse=True)
 def _no_model_is_loaded(monkeypatch, request):
     if "loads" not in request.keywords:
         monkeypatch.setattr(compare, "load", lambda *words: pytest.fail("a model was loaded"))
-
-
-def refusal(adapter, tmp_path, server="peft", **more):
-    with pytest.raises(AdaptiveConfigError) as caught:
-        exporter.run_export(ExportRequest(adapter, server, tmp_path / "out", **more))
-    assert not (tmp_path / "out").exists()
-    return str(caught.value)
 
 
 CONFIGS = [

@@ -6,6 +6,7 @@ import re
 import stat
 import struct
 import time
+from functools import partial
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -21,29 +22,14 @@ from llamafactory_adaptive.files import LOCK_FILE
 from llamafactory_adaptive.folder_lock import locked
 from llamafactory_adaptive.ranks.module_names import NamePattern, is_plain_key
 from llamafactory_adaptive.reports.plaintext import plain_lines
+from tests.helpers.exports import refusal
 from tests.helpers.lora import edit_config, save_adapter
 from tests.helpers.planting import edit_json
 from tests.helpers.tiny import save_tiny
 
 
+refused = partial(refusal, server="vllm", error=AdaptiveError)
 EXPLODES = "((([a-z_.0-9]*)*)*)*X"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def adapter(base, tmp_path):
-    return save_adapter(base, tmp_path / "adapter")
-
-
-def refusal(adapter, tmp_path, server="vllm", **more):
-    with pytest.raises(AdaptiveError) as caught:
-        exporter.run_export(ExportRequest(adapter, server, tmp_path / "out", **more))
-    assert not (tmp_path / "out").exists()
-    return str(caught.value)
 
 
 CONFIGS = [
@@ -74,16 +60,16 @@ CONFIGS = [
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(("change", "message"), CONFIGS, ids=[str(change)[:40] for change, _ in CONFIGS])
 def test_malformed_configs_are_one_message(change, message, adapter, tmp_path):
-    assert message in refusal(edit_config(adapter, **change), tmp_path)
+    assert message in refused(edit_config(adapter, **change), tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, "[]", "{", '{"r": 1e999}'])
 def test_configs_that_are_no_mapping(text, adapter, base, tmp_path):
     other = save_tiny(tmp_path / "other")
     (other / "config.json").write_text(text)
-    assert "base: " in refusal(adapter, tmp_path, base=str(other))
+    assert "base: " in refused(adapter, tmp_path, base=str(other))
     (adapter / "adapter_config.json").write_text(text)
-    assert "adapter: " in refusal(adapter, tmp_path)
+    assert "adapter: " in refused(adapter, tmp_path)
 
 
 @pytest.mark.timeout(60)
@@ -127,9 +113,9 @@ DAMAGED = {
 def test_damaged_weights_of_adapter_and_base(data, adapter, tmp_path):
     other = save_tiny(tmp_path / "other")
     (other / "model.safetensors").write_bytes(data)
-    assert "base: " in refusal(adapter, tmp_path, base=str(other))
+    assert "base: " in refused(adapter, tmp_path, base=str(other))
     (adapter / "adapter_model.safetensors").write_bytes(data)
-    assert "adapter: " in refusal(adapter, tmp_path)
+    assert "adapter: " in refused(adapter, tmp_path)
 
 
 BASES = [
@@ -145,7 +131,7 @@ BASES = [
 def test_bases_that_make_no_sense(name, change, message, adapter, tmp_path):
     other = save_tiny(tmp_path / "other")
     edit_json(other / name, **change)
-    assert message in refusal(adapter, tmp_path, base=str(other))
+    assert message in refused(adapter, tmp_path, base=str(other))
 
 
 INDICES = [
@@ -160,7 +146,7 @@ INDICES = [
 def test_an_index_names_files_of_its_folder_only(weight_map, message, adapter, tmp_path):
     other = save_tiny(tmp_path / "other")
     (other / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert message in refusal(adapter, tmp_path, base=str(other))
+    assert message in refused(adapter, tmp_path, base=str(other))
 
 
 @pytest.mark.parametrize("side", ["adapter", "base"])
@@ -171,13 +157,13 @@ def test_links_out_of_a_folder_are_refused_by_name(side, name, adapter, tmp_path
     (tmp_path / "private" / "key.jinja").write_text("PRIVATE KEY")
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(tmp_path / "private" if "templates" in name else tmp_path / "private" / "key.jinja")
-    said = refusal(adapter, tmp_path, "merged", base=str(tmp_path / "other") if side == "base" else None)
+    said = refused(adapter, tmp_path, server="merged", base=str(tmp_path / "other") if side == "base" else None)
     assert f"{name} is a link that leads out of the folder" in said
 
 
 def test_pipes_are_not_waited_for(adapter, tmp_path):
     os.mkfifo(adapter / "tokenizer.json")
-    assert "tokenizer.json is no ordinary file" in refusal(adapter, tmp_path)
+    assert "tokenizer.json is no ordinary file" in refused(adapter, tmp_path)
 
 
 def test_the_hub_cache_is_read_through_its_links(base, tmp_path):
@@ -227,7 +213,7 @@ def test_weights_under_other_names_send_to_the_other_command(adapter, tmp_path):
     other = save_tiny(tmp_path / "other")
     path = other / "model.safetensors"
     save_file({f"model.{name}": t for name, t in load_file(path).items()}, path, metadata={"format": "pt"})
-    assert "is saved there under another name" in (said := refusal(adapter, tmp_path, base=str(other)))
+    assert "is saved there under another name" in (said := refused(adapter, tmp_path, base=str(other)))
     assert "try `llamafactory-cli export`" in said
 
 
