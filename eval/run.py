@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None, command: Command = vllm_command) -> 
         argv: the arguments; None for those of this process.
         command: returns a server's command line.
     """
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))  # one way out for both
+    signal.signal(signal.SIGTERM, _interrupt)
     words = sys.argv[1:] if argv is None else argv
     with guarded(words):
         try:
@@ -57,6 +57,13 @@ def main(argv: Sequence[str] | None = None, command: Command = vllm_command) -> 
         for sentence in failed:
             print(f"eval: failed: {without_control(sentence)}", file=sys.stderr)
     return gates.FAILED if failed else 0
+
+
+def _interrupt(*_: object) -> None:
+    """Interrupt this process as Ctrl-C does, also where SIGINT is ignored, as in a script's background job."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def run(request: Request, command: Command, words: str) -> list[str]:

@@ -3,12 +3,15 @@
 import json
 import shutil
 import socket
+import subprocess
+import sys
 
 import pytest
 
 from eval import run
 from eval.arguments import parse
 from eval.errors import UsageError
+from tests.helpers.processes import ROOT
 
 
 @pytest.fixture
@@ -180,3 +183,22 @@ def test_likelihood_of_an_adapter_on_a_cpu_asks_for_the_merged_form(words, adapt
         error := capsys.readouterr().err
     )
     assert "--merged a=DIR" in error
+
+
+STOPPED_IN_THE_BACKGROUND = """
+import os, signal, sys, time
+from eval import run
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script's background job begins
+run.parse = lambda argv: None
+run.run = lambda *_: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60))
+sys.exit(run.main([]))
+"""
+
+
+def test_a_job_in_the_background_ends_by_sigterm_although_sigint_is_ignored():
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED_IN_THE_BACKGROUND], cwd=ROOT, capture_output=True, text=True, timeout=50,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 130, done.stderr
+    assert "Answers are kept: the same command goes on" in done.stderr
