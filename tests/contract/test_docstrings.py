@@ -62,6 +62,7 @@ VERBS = [
     "Identify",
     "Import",
     "Index",
+    "Interrupt",
     "Join",
     "Keep",
     "Kill",
