@@ -229,7 +229,7 @@ def parse_plan(document: Any, source: str) -> RankPlan:
 def _provenance(values: Values) -> dict[str, Any]:
     """Read the provenance of a plan, and check that the parts a resumed run is compared with are mappings."""
     provenance = values.mapping("provenance")
-    parts = Values(provenance, f"{values.place}: provenance")
+    parts = Values(provenance, f"{values.where}: provenance")
     for key in ("bounds", "calibration", "course", "sampling"):
         if provenance.get(key) is not None:
             parts.mapping(key)
