@@ -43,7 +43,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read the config of an adapter and check each value that PEFT or the export uses.
 
     Raises:
-        AdaptiveConfigError: with all reasons at once.
+        AdaptiveConfigError: the adapter cannot be exported; the message gives all reasons at once.
     """
     for name, allowed, suggestion in (
         (ADAPTER_CONFIG, "there is no adapter in it", "the output_dir of a finished run"),
