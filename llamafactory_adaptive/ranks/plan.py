@@ -68,7 +68,7 @@ class RankPlan:
         budget_unit: ``params`` or ``ranks``.
         lora_rank: the budget, as the rank of a uniform LoRA.
         lora_alpha: alpha of that uniform LoRA; alpha/r is the same for every module.
-        modules: in model order; rank 0 means the module gets no adapter.
+        modules: the target modules in model order; rank 0 means that the module gets no adapter.
         provenance: base model, data, seed, package versions, digest of the request.
     """
 
