@@ -20,7 +20,8 @@ HEAD = """# Python API
 Made by `docs/make_api_page.py` from the docstrings; change them there.
 
 For users of PEFT, TRL and the plain `transformers.Trainer`. LLaMA-Factory is not needed: `pip install .` brings the
-core alone. Runnable scripts: [`examples/python`](../examples/python).
+core alone, for torch 2.6, transformers 5.5 and PEFT 0.18 or newer. Runnable scripts:
+[`examples/python`](../examples/python).
 
 ## Ranks before training
 
@@ -94,8 +95,8 @@ def signature(thing: object) -> str:
 
 
 def bare(text: str) -> str:
-    """Cut the modules off type names."""
-    return re.sub(r"(?:\w+\.)+([A-Za-z_]\w*)", r"\1", text)
+    """Cut the modules off type names, and the ``~`` off type variables."""
+    return re.sub(r"(?:\w+\.)+([A-Za-z_]\w*)", r"\1", text.replace("~", ""))
 
 
 def markdown(doc: str) -> str:

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None, command: Command = vllm_command) -> 
 
 
 def _interrupt(*_: object) -> None:
-    """Interrupt this process as Ctrl-C does, also where SIGINT is ignored, as in a script's background job."""
+    """Send this process SIGINT as Ctrl-C does, also where SIGINT is ignored, as in a script's background job."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     os.kill(os.getpid(), signal.SIGINT)

@@ -38,12 +38,17 @@ def describe_allowed(rules: Mapping[str, Any]) -> str:
         return "one of " + ", ".join(rules["choices"])
     low, high = rules.get("low"), rules.get("high")
     if low is not None and high is not None:
-        text = f"between {low:g} and {high:g}"
+        text = f"between {format_bound(low)} and {format_bound(high)}"
     elif low is not None:
-        text = f"at least {low:g}"
+        text = f"at least {format_bound(low)}"
     else:
-        text = f"at most {high:g}" if high is not None else ""
-    return text + (" and odd" if rules.get("odd") else "")
+        text = f"at most {format_bound(high)}" if high is not None else ""
+    return f"an odd number {text}".rstrip() if rules.get("odd") else text
+
+
+def format_bound(bound: float) -> str:
+    """Format a bound for a message: large whole numbers with commas, as 1,000,000, others in short."""
+    return f"{int(bound):,}" if float(bound).is_integer() else f"{bound:g}"
 
 
 def coerce(value: Any, annotation: Any) -> Any:
@@ -105,8 +110,7 @@ def check_fields(owner: type, prefix: str, values: Mapping[str, Any]) -> tuple[d
             result[entry.name] = coerce(value, hints[entry.name])
             fault = _range_fault(result[entry.name], entry.metadata)
         except (ValueError, TypeError, OverflowError):
-            kind = next(word for kind, word in _TYPE_WORDS.items() if kind is _plain_type(hints[entry.name]))
-            fault = ", ".join(part for part in (f"must be {kind}", describe_allowed(entry.metadata)) if part)
+            fault = _type_fault(_plain_type(hints[entry.name]), entry.metadata)
         if fault:
             result[entry.name] = default
             problems.append(Problem(key, values[key], fault, _suggest(key, values[key], entry)))
@@ -122,6 +126,13 @@ def contradictions(options: Any) -> list[Problem]:
 def _plain_type(annotation: Any) -> Any:
     arms = [arm for arm in typing.get_args(annotation) if arm is not type(None)]
     return arms[0] if arms else annotation
+
+
+def _type_fault(kind: type, rules: Mapping[str, Any]) -> str:
+    """Describe what a value of another type should be, in words."""
+    allowed = describe_allowed(rules)
+    words = [] if rules.get("odd") else [_TYPE_WORDS[kind]]  # an odd number is a whole one
+    return "must be " + ", ".join([*words, allowed] if allowed else words)
 
 
 def _range_fault(value: Any, rules: Mapping[str, Any]) -> str:

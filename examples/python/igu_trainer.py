@@ -1,6 +1,6 @@
 """IGU-LoRA under the plain transformers.Trainer: ranks are found while the adapter trains. No LLaMA-Factory.
 
-    pip install llamafactory-adaptive
+    pip install .   # in a checkout of the plugin
     python examples/python/igu_trainer.py Qwen/Qwen2.5-0.5B rows.jsonl out --rank 16 --steps 200
 
 Each line of rows.jsonl is {"prompt": "...", "completion": "..."}. The folder then holds a plain PEFT adapter.

@@ -1,6 +1,6 @@
 """Sensitivity-LoRA with TRL's SFTTrainer: score the base model, plan ranks, attach the adapter, train, check.
 
-    pip install "llamafactory-adaptive[examples]"
+    pip install ".[examples]"   # in a checkout of the plugin
     python examples/python/static_sft.py Qwen/Qwen2.5-0.5B rows.jsonl out --rank 16 --steps 200
 
 Each line of rows.jsonl is {"prompt": "...", "completion": "..."}. The folder then holds a plain PEFT adapter.
@@ -28,7 +28,8 @@ def main():
 
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(given.model)
+    gpu = torch.cuda.is_available()
+    model = AutoModelForCausalLM.from_pretrained(given.model).to("cuda" if gpu else "cpu")
     with open(given.data, encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
 
@@ -41,7 +42,7 @@ def main():
         model=attach_adapter(model, plan),
         args=SFTConfig(
             given.out, max_steps=given.steps, per_device_train_batch_size=4, learning_rate=2e-4, logging_steps=10,
-            save_strategy="no", report_to="none", bf16=torch.cuda.is_available(),
+            save_strategy="no", report_to="none", bf16=gpu and torch.cuda.is_bf16_supported(),
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,

@@ -30,7 +30,7 @@ def check_live(model: nn.Module, plan: RankPlan) -> int:
         The number of adapted modules.
 
     Raises:
-        GuardError: with counts and the first differences.
+        GuardError: the adapter differs from the plan; the message gives counts and the first differences.
     """
     layers = live_layers(model)
     faults = _name_faults(layers, plan)
@@ -69,7 +69,7 @@ def check_saved(folder: Path, plan: RankPlan) -> int:
         The number of modules whose B factor is still exactly zero, that is, untrained.
 
     Raises:
-        GuardError: with the first faults.
+        GuardError: the saved adapter is missing or differs from the plan; the message names the first faults.
     """
     config_path, weights_path = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
     for path in (config_path, weights_path):

@@ -25,7 +25,7 @@ def lora_config(plan: RankPlan | str | Path, task_type: str = "CAUSAL_LM", **set
     What is saved names every module in full, also where PEFT shortens the list while it trains (20 targets or more).
 
     Args:
-        plan: from :func:`plan_ranks`, or the path of a saved one.
+        plan: plan from :func:`plan_ranks`, or the path of a saved one.
         task_type: PEFT's name of the model's task.
         **settings: further arguments of ``peft.LoraConfig``, such as ``lora_dropout=0.05`` or ``bias="none"``; those
             that the plan decides (``r``, ``lora_alpha``, ``target_modules``, the patterns) cannot be given.
@@ -34,7 +34,7 @@ def lora_config(plan: RankPlan | str | Path, task_type: str = "CAUSAL_LM", **set
         A ``peft.LoraConfig``, as in ``SFTTrainer(..., peft_config=lora_config(plan))``.
 
     Raises:
-        AdaptiveConfigError: a setting that PEFT does not know or that the plan decides.
+        AdaptiveConfigError: PEFT has no such setting, or the plan decides it.
         PlanError: there is no valid plan at the path.
     """
     decided = lora_config_arguments(_read(plan))
@@ -58,7 +58,7 @@ def attach_adapter(
 
     Args:
         model: the base model that was scored; its target modules are replaced in place, as PEFT does.
-        plan: from :func:`plan_ranks`, or the path of a saved one.
+        plan: plan from :func:`plan_ranks`, or the path of a saved one.
         task_type: PEFT's name of the model's task.
         **settings: further arguments of ``peft.LoraConfig``, as in :func:`lora_config`.
 
@@ -66,7 +66,7 @@ def attach_adapter(
         A ``peft.PeftModel`` for any trainer; ``save_pretrained`` writes a plain LoRA adapter.
 
     Raises:
-        AdaptiveConfigError: as :func:`lora_config`.
+        AdaptiveConfigError: PEFT has no such setting, or the plan decides it.
         GuardError: the adapter does not match the plan, for example because the model is another one.
     """
     plan = _read(plan)
@@ -86,8 +86,8 @@ def check_adapter(folder: str | Path, plan: RankPlan | str | Path) -> int:
     """Check a saved adapter against its plan, from the files alone: names, ranks, shapes, scale, finite values.
 
     Args:
-        folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        plan: from :func:`plan_ranks`, or the path of a saved one.
+        folder: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        plan: plan from :func:`plan_ranks`, or the path of a saved one.
 
     Returns:
         The number of modules whose B factor is still zero, that is, which no gradient reached; 0 after training.

@@ -38,8 +38,8 @@ def plan_ranks(
     """Compute one rank per module from scores, at no more than the cost of a uniform LoRA of rank ``lora_rank``.
 
     Args:
-        scores: from :func:`score_modules`.
-        lora_rank: the budget.
+        scores: scores from :func:`score_modules`.
+        lora_rank: the budget, as the rank of a uniform LoRA.
         lora_alpha: alpha of that uniform LoRA (default: 2 x ``lora_rank``); every module gets the same alpha/r.
         budget_unit: ``"params"`` counts trainable parameters, ``"ranks"`` the sum of ranks.
         min_rank: lowest rank of a module; 0 lets a module go without an adapter.
@@ -50,7 +50,7 @@ def plan_ranks(
         cost in parameters and ranks; ``plan.save(path)`` writes what ``adaptive_plan: <path>`` of a YAML reads.
 
     Raises:
-        AdaptiveConfigError: an argument out of range, or bounds and budget that do not fit each other.
+        AdaptiveConfigError: an argument is out of range, or bounds and budget do not fit each other.
         InfeasibleBudgetError: the lowest ranks alone cost more than the budget.
     """
     if not isinstance(scores, ModuleScores):

@@ -30,10 +30,9 @@ class ModuleScores:
     Attributes:
         method: registered name of the method.
         options: every option of the method, as used.
-        seed: for methods that draw at random.
+        seed: seed of the methods that draw at random.
         shapes: the target modules in model order: name, ``in_features``, ``out_features``.
-        statistics: module name to what the method measured of it, one tensor on the CPU; empty where it measures
-            nothing.
+        statistics: one tensor on the CPU by module name, as the method measured it; empty where it measures nothing.
         facts: samples, tokens and seconds of the measurement, and where it took place.
     """
 
@@ -63,18 +62,19 @@ def calibration_batches(rows: Iterable[Mapping[str, Any]], batch_size: int = 8, 
     """Pad token rows into batches to score on, rows of similar length together.
 
     Args:
-        rows: each with ``input_ids``; ``labels`` of the same length, with -100 where no loss is taken, are the
-            ``input_ids`` where they are missing. Positions whose ``attention_mask`` is 0 are left out. 128 rows of the
-            training data are a good number.
+        rows: mappings with ``input_ids`` and, if not all tokens are trained on, ``labels`` of the same length, with
+            -100 where no loss is taken; without ``labels`` the ``input_ids`` are taken. Positions whose
+            ``attention_mask`` is 0 are left out. 128 rows of the training data are a good number.
         batch_size: samples per batch.
-        pad_id: the token put where a row is shorter. It never counts, so any token of the vocabulary will do; None
-            (a tokenizer without a padding token) means 0.
+        pad_id: token with which shorter rows are filled up. It never counts, so any token of the vocabulary will do;
+            None (a tokenizer without a padding token) means 0.
 
     Returns:
         Batches of ``input_ids``, ``attention_mask`` and ``labels``, each of shape (samples, tokens), longest first.
 
     Raises:
-        AdaptiveConfigError: no rows, rows without tokens, labels of another length, a batch size below 1.
+        AdaptiveConfigError: there are no rows, a row has no tokens or labels of another length, or the batch size is
+            below 1.
     """
     if not isinstance(batch_size, int) or batch_size < 1:
         refuse("batch_size", batch_size, "must be a whole number of at least 1", "batch_size=8")
@@ -116,7 +116,7 @@ def score_modules(
 
     Args:
         model: any decoder whose targets are ``nn.Linear`` (8- and 4-bit ones of bitsandbytes are), on its device.
-        batches: from :func:`calibration_batches`; moved to the model's device.
+        batches: batches from :func:`calibration_batches`; they are moved to the model's device.
         method: ``"sensitivity"``, or the controls ``"uniform"`` and ``"random"``, which measure nothing.
         target_modules: ``"all-linear"`` for every linear layer but the output head, or names of modules: whole ones
             or their last parts, as in ``["q_proj", "v_proj"]``.
@@ -124,14 +124,14 @@ def score_modules(
             ``model(input_ids=..., attention_mask=..., use_cache=False)``. It returns logits of shape (samples,
             tokens, vocabulary) or an output that has them as ``logits``; they are read by ``weighting="gradient"``
             alone.
-        seed: for methods that draw at random.
-        **options: of the method, the YAML keys without ``sensitivity_``, such as ``transform="log"``.
+        seed: seed of the methods that draw at random.
+        **options: options of the method: its YAML keys without ``sensitivity_``, such as ``transform="log"``.
 
     Returns:
         What was measured, for :func:`plan_ranks`.
 
     Raises:
-        AdaptiveConfigError: an unknown method or option, or targets that the model does not have.
+        AdaptiveConfigError: the method or an option is unknown, or the model does not have the targets.
         CalibrationError: a module saw no token, its inputs are not finite, or memory ran out.
     """
     _, values = chosen_method(method, options, dynamic=False)

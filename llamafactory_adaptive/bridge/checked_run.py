@@ -44,7 +44,7 @@ def checked_run(given: Given, host_too: bool) -> CheckedRun:
         host_too: whether to run the host's parser on them, too, and to test that ``output_dir`` can be written.
 
     Raises:
-        AdaptiveConfigError: with every problem found.
+        AdaptiveConfigError: settings are invalid; the message gives every problem found.
     """
     launched = launched_run.get()
     if launched is not None and launched.given is given:

@@ -16,7 +16,7 @@ from typing import Any
 from llamafactory_adaptive.bridge.arguments import flag_parser, own_names, split_names
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem, refuse
 from llamafactory_adaptive.files import check_writable
-from llamafactory_adaptive.options import coerce
+from llamafactory_adaptive.options import coerce, describe_allowed
 
 
 # Settings that only processes of other kinds read: launched ones, resumed ones, those that report.
@@ -73,8 +73,7 @@ def _value_problem(key: str, value: Any, kind: Any, several: bool) -> list[Probl
         words = "a whole number" if kind is int else "a finite number"
         return [Problem(key, value, f"must be {words}", suggestion)]
     if (low is not None and number < low) or (high is not None and number > high):
-        bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
-        return [Problem(key, value, f"must be {bounds}", suggestion)]
+        return [Problem(key, value, f"must be {describe_allowed({'low': low, 'high': high})}", suggestion)]
     return []
 
 
@@ -116,7 +115,7 @@ def check_output(args: Mapping[str, Any]) -> None:
     """Refuse an ``output_dir`` into which nothing can be written, before anything expensive starts.
 
     Raises:
-        AdaptiveConfigError: with the reason.
+        AdaptiveConfigError: nothing can be written there; the message gives the reason.
     """
     check_folder("output_dir", Path(str(args["output_dir"])))
 
@@ -125,7 +124,7 @@ def check_folder(key: str, folder: Path) -> None:
     """Refuse a folder, given under ``key``, into which nothing can be written.
 
     Raises:
-        AdaptiveConfigError: with the reason.
+        AdaptiveConfigError: nothing can be written there; the message gives the reason.
     """
     if why := check_writable(folder):
         refuse(key, str(folder), f"nothing can be written there ({why})", "a folder of your own")
@@ -137,7 +136,7 @@ def check_host_settings(args: Mapping[str, Any]) -> None:
     For a process that no launcher started: DeepSpeed's own settings are left to the workers.
 
     Raises:
-        AdaptiveConfigError: with the host's reason.
+        AdaptiveConfigError: the host refuses the settings; the message gives its reason.
     """
     from llamafactory.hparams import get_train_args
 

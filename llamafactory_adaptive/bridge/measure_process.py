@@ -34,7 +34,7 @@ def measure_in_own_process(job: ScoringJob) -> None:
     """Run a measurement in a fresh single process, which leaves no memory, random state or process group behind.
 
     Raises:
-        CalibrationError: with the child's own message, or the last line it printed when it crashed.
+        CalibrationError: the measurement failed; the message is the child's own, or the last line that it printed.
     """
     environment = {
         key: value
@@ -146,7 +146,7 @@ def _told(what: str) -> Iterator[None]:
     """Convert whatever the host raises within the context to one line; print its traceback, which goes to the log.
 
     Raises:
-        CalibrationError: with ``what`` and the cause.
+        CalibrationError: the host raised an error; the message gives ``what`` and the cause.
     """
     try:
         yield

@@ -30,7 +30,7 @@ def agreed_plan(run: CheckedRun, checkpoint: Path | None) -> PlanSource:
     """Build or find the plan of a run, and verify that every process of the job has the same.
 
     Raises:
-        AdaptiveError: on every process, before any of them loads the model.
+        AdaptiveError: there is no plan, or the processes differ; every process raises it before the model is loaded.
     """
     obtained: list[PlanSource] = []
 

@@ -1,4 +1,4 @@
-"""The checkpoint a run resumes from: chosen by the host's rule, but only a whole one, and one for all processes."""
+"""The checkpoint a run resumes from: the host's choice if it is undamaged, and one for all processes."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ def checkpoint_to_resume(args: Args) -> Path | None:
     """Choose the checkpoint that all processes resume from: rank 0 finds it, the others check that they have it.
 
     Raises:
-        AdaptiveError: on every process, with one text.
+        AdaptiveError: the checkpoint is missing or damaged, here or elsewhere; every process raises it, with one text.
     """
     from llamafactory_adaptive.engines.distributed import from_main, gather
 
@@ -42,7 +42,7 @@ def _choose(args: Args) -> Path | None:
     else:
         last = _newest_for_the_host(args)
         ours = last is not None and ((output / LOG_FILE).is_file() or (last / PLAN_FILE).is_file())
-        chosen = _newest_whole(output) if ours else last
+        chosen = _newest_undamaged(output) if ours else last
         if wanted is True and last is None:
             reason = f"there is no checkpoint in {output}"
             refuse("resume_from_checkpoint", True, reason, "leaving it out")
@@ -63,7 +63,7 @@ def _given(wanted: Path, output: Path) -> Path:
     return wanted
 
 
-def _newest_whole(output: Path) -> Path | None:
+def _newest_undamaged(output: Path) -> Path | None:
     """Find the newest checkpoint without a fault; warn of newer ones that have one."""
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -103,7 +103,7 @@ def _confirm(args: Args, chosen: Path | None) -> None:
 
 
 def _newest_for_the_host(args: Args) -> Path | None:
-    """Find the checkpoint in ``output_dir`` that the host resumes from when none is named, whole or not."""
+    """Find the checkpoint in ``output_dir`` that the host resumes from when none is named, damaged or not."""
     from transformers.trainer_utils import get_last_checkpoint
 
     wanted, output = args.get("resume_from_checkpoint"), Path(str(args["output_dir"]))
@@ -125,7 +125,7 @@ def refuse_ranks_in_plain_run(args: Args) -> None:
     """Refuse a plain run that would resume from a checkpoint with live ranks, whose sizes do not fit it.
 
     Raises:
-        AdaptiveConfigError: with the checkpoint.
+        AdaptiveConfigError: the checkpoint that would be resumed from has live ranks; the message names it.
     """
     wanted = args.get("resume_from_checkpoint")
     if not args.get("output_dir") or not args.get("do_train"):

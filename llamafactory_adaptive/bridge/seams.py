@@ -150,7 +150,7 @@ def require_seams() -> None:
     """Refuse to go on unless every seam is in place.
 
     Raises:
-        SeamError: with the attributes and the versions this release was tested with.
+        SeamError: seams do not fit; the message names the attributes and the versions this release was tested with.
     """
     bad = {target: state for target, state in seam_states().items() if state != "fits"}
     if bad:

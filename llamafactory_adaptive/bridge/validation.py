@@ -39,7 +39,7 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
     """Validate everything that can be checked before model or data are touched.
 
     Raises:
-        AdaptiveConfigError: with every problem found.
+        AdaptiveConfigError: settings are invalid; the message gives every problem found.
     """
     problems = _unknown_keys(args) + text_problems(args)
     told = {problem.key for problem in problems}

@@ -26,33 +26,45 @@ def build_parser() -> argparse.ArgumentParser:
         words = f"example: llamafactory-adaptive {name} {example}".rstrip()
         return commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.", epilog=words)
 
-    plan = command("plan", "show and write the ranks a run would train; trains nothing", "my.yaml lora_rank=16")
+    plan = command("plan", "show and write the ranks that a run would train, without training", "my.yaml lora_rank=16")
     _add_config(plan)
     plan.add_argument(
         "--out", type=path_argument, metavar="DIR",
-        help="folder for plan and heat-map, e.g. planned (default: output_dir)",
+        help="folder to which the plan and its heat-map are written, e.g. planned (default: output_dir)",
     )  # fmt: skip
     _add_config(
-        command("train", "same as llamafactory-cli train, also where the start-up hook is missing", "my.yaml seed=1")
+        command(
+            "train", "train as llamafactory-cli train does, also where the start-up hook is missing", "my.yaml seed=1"
+        )
     )
     report = command(
-        "report", "ranks, losses and training data of finished runs; two or more: compared", "saves/igu saves/lora"
+        "report",
+        "show ranks, losses and training data of finished runs, and compare them where there are several",
+        "saves/igu saves/lora",
     )
     report.add_argument(
-        "runs", type=path_argument, nargs="+", metavar="OUTPUT_DIR", help="output_dir of a run, e.g. saves/igu"
+        "runs",
+        type=path_argument,
+        nargs="+",
+        metavar="OUTPUT_DIR",
+        help="output_dir of one run or of several, e.g. saves/igu",
     )
     add_export_arguments(
         command(
             "export",
-            "lay an adapter out for a server, with a parity certificate",
+            "write an adapter in the layout of a server, and certify that it answers as PEFT does",
             "saves/igu --for vllm --out served/igu",
         )
     )
-    command("doctor", "say whether the hook is active, the versions, whether each seam fits, and a verdict", "")
-    init = command("init", "copy the example YAMLs", "work")
+    command(
+        "doctor",
+        "check the installation: the start-up hook, package versions, and whether this LLaMA-Factory fits the plugin",
+        "",
+    )
+    init = command("init", "copy the example YAMLs to a folder", "work")
     init.add_argument(
         "folder", type=path_argument, nargs="?", default=Path(), metavar="DIR",
-        help="where to put examples/, e.g. work (default: here)",
+        help="folder in which the folder examples is made, e.g. work (default: the current folder)",
     )  # fmt: skip
     return parser
 
@@ -63,7 +75,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         help="a LLaMA-Factory training YAML, e.g. examples/train_adaptive/qwen3_adaptive_sft.yaml",
     )  # fmt: skip
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings over those of the file, e.g. lora_rank=16"
+        "overrides", nargs="*", metavar="key=value", help="settings that replace those of the file, e.g. lora_rank=16"
     )
 
 

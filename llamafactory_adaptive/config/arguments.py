@@ -11,11 +11,13 @@ class AdaptiveArguments:
 
     adaptive_method: str = option(
         "sensitivity",
-        "How ranks are found: sensitivity (before training), igu, adalora or tsq (while training), uniform, random.",
+        "How ranks are found: sensitivity finds them before training; igu, adalora and tsq find them during training; "
+        "uniform and random are controls that measure nothing.",
     )
     adaptive_budget_unit: str = option(
         "params",
-        "What lora_rank bounds: trainable parameters of a uniform LoRA of that rank, or its sum of ranks.",
+        "Unit of the budget: params allows as many trainable parameters as a uniform LoRA of rank lora_rank has, "
+        "ranks the same sum of ranks.",
         choices=("params", "ranks"),
     )
     adaptive_min_rank: int = option(
@@ -25,7 +27,10 @@ class AdaptiveArguments:
         None, "Highest rank of a module (default: 4 x lora_rank).", unit="rank", low=1
     )
     adaptive_init_rank: int | None = option(
-        None, "Rank every module starts with, for methods that prune (default: 2 x lora_rank).", unit="rank", low=2
+        None,
+        "Rank that every module starts with, for methods that prune (default: 2 x lora_rank).",
+        unit="rank",
+        low=2,
     )
     adaptive_warmup_ratio: float = option(
         0.1, "Share of the optimizer steps before the first pruning.", low=0.0, high=0.99
@@ -51,11 +56,11 @@ class AdaptiveArguments:
         low=1,
     )
     adaptive_plan: str | None = option(
-        None, "Path of a saved adaptive_rank_plan.json to train on; nothing is computed then."
+        None, "Path of a saved adaptive_rank_plan.json whose ranks are trained; no ranks are computed then."
     )
     adaptive_calibration_dataset: str | None = option(
         None,
-        "Data for scoring: name(s) in dataset_info.json, comma separated (default: the training set). "
+        "Data sets for scoring, as names in dataset_info.json separated by commas (default: the training set). "
         "Only training splits are accepted.",
     )
     adaptive_calibration_samples: int = option(

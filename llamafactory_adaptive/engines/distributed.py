@@ -110,7 +110,7 @@ def refuse_differences(everyone: list[Any], difference: str) -> None:
     """Stop every process unless all entries are equal; ``difference`` is what the error says of the ranks that differ.
 
     Raises:
-        GuardError: on every process, with the same text.
+        GuardError: entries differ; every process raises it, with the same text.
     """
     different = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
     if different:

@@ -63,19 +63,19 @@ class Zero12Engine(_ZeroEngine):
 
     def __init__(self, optimizer: Any) -> None:
         super().__init__(optimizer)
-        self.places: dict[int, tuple[int, int, int, int]] = {}  # group, start in parameter, start in partition, length
+        self.owned: dict[int, tuple[int, int, int, int]] = {}  # group, start in parameter, start in partition, length
         for group, parameters in enumerate(optimizer.params_in_partition):
             partition = dist.get_rank(group=optimizer.real_dp_process_group[group])
             for parameter in parameters:
                 identity = optimizer.get_param_id(parameter)
                 start = int(optimizer.grad_start_offset[group][partition][identity])
-                place = int(optimizer.grad_partition_insertion_offset[group][partition][identity])
-                length = min(parameter.numel() - start, int(optimizer.partition_size[group]) - place)
-                self.places[id(parameter)] = (group, start, place, length)
+                offset = int(optimizer.grad_partition_insertion_offset[group][partition][identity])
+                length = min(parameter.numel() - start, int(optimizer.partition_size[group]) - offset)
+                self.owned[id(parameter)] = (group, start, offset, length)
 
     def piece(self, parameter: nn.Parameter) -> tuple[int, int]:
         """Return start and length of the piece of the parameter in this process's partition; (0, 0) if none is."""
-        _, start, _, length = self.places.get(id(parameter), (0, 0, 0, 0))
+        _, start, _, length = self.owned.get(id(parameter), (0, 0, 0, 0))
         return start, length
 
     def weights(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -84,8 +84,8 @@ class Zero12Engine(_ZeroEngine):
         return [self._cut(flat, parameter) for parameter in parameters]
 
     def _cut(self, flat: Sequence[Tensor], parameter: nn.Parameter) -> Tensor:
-        group, _, place, length = self.places.get(id(parameter), (0, 0, 0, 0))
-        return flat[group].narrow(0, place, length)
+        group, _, offset, length = self.owned.get(id(parameter), (0, 0, 0, 0))
+        return flat[group].narrow(0, offset, length)
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Return the averaged gradients of the owned pieces, as views."""
@@ -93,20 +93,20 @@ class Zero12Engine(_ZeroEngine):
             self.optimizer._wait_for_offload_copies()  # they are still on their way from the GPU
             flat = [partition.grad.view(-1) for partition in self.optimizer.single_partition_of_fp32_groups]
             return [self._cut(flat, parameter) for parameter in parameters]
-        by_place = self._by_place()
+        by_offset = self._by_offset()
         empty = parameters[0].detach().view(-1)[:0].float()
-        places = [self.places.get(id(parameter)) for parameter in parameters]
-        return [empty if place is None else by_place[place[0], place[2]] for place in places]
+        found = [self.owned.get(id(parameter)) for parameter in parameters]
+        return [empty if entry is None else by_offset[entry[0], entry[2]] for entry in found]
 
-    def _by_place(self) -> dict[tuple[int, int], Tensor]:
+    def _by_offset(self) -> dict[tuple[int, int], Tensor]:
         """Index the averaged gradients by group and start; the lists hold them, and padding, in partition order."""
-        by_place: dict[tuple[int, int], Tensor] = {}
+        by_offset: dict[tuple[int, int], Tensor] = {}
         for group, gradients in self.optimizer.averaged_gradients.items():
             offset = 0
             for gradient in gradients or ():
-                by_place[group, offset] = gradient.view(-1)
+                by_offset[group, offset] = gradient.view(-1)
                 offset += gradient.numel()
-        return by_place
+        return by_offset
 
     def set_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
         """Update the norms that clipping uses: with offload they were computed before the views were edited."""
@@ -120,21 +120,21 @@ class Zero12Engine(_ZeroEngine):
 
     def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Return views of the optimizer's states of the owned piece, by name."""
-        if id(parameter) not in self.places:
+        if id(parameter) not in self.owned:
             return {}
-        group, _, place, length = self.places[id(parameter)]
+        group, _, offset, length = self.owned[id(parameter)]
         flat = self.optimizer.single_partition_of_fp32_groups[group]
         state = self.optimizer.optimizer.state[flat]
-        return {key: v.view(-1).narrow(0, place, length) for key, v in state.items() if is_like(v, flat)}
+        return {key: v.view(-1).narrow(0, offset, length) for key, v in state.items() if is_like(v, flat)}
 
     def overwrite(self, parameter: nn.Parameter, where: Tensor, values: Tensor, square: float) -> None:
         """Set some elements of the whole working copy and the owned fp32 piece, and reset their optimizer states."""
         put(parameter.data, where, values)
-        if id(parameter) not in self.places:
+        if id(parameter) not in self.owned:
             return
-        group, start, place, length = self.places[id(parameter)]
+        group, start, offset, length = self.owned[id(parameter)]
         flat = self.optimizer.single_partition_of_fp32_groups[group]
-        put(flat.data.view(-1).narrow(0, place, length), where[start:][:length], values[start:][:length])
+        put(flat.data.view(-1).narrow(0, offset, length), where[start:][:length], values[start:][:length])
         restart(self._state(parameter), where[start:][:length], square)
 
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:

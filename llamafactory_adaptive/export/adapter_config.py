@@ -43,7 +43,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read the config of an adapter and check each value that PEFT or the export uses.
 
     Raises:
-        AdaptiveConfigError: with all reasons at once.
+        AdaptiveConfigError: the adapter cannot be exported; the message gives all reasons at once.
     """
     for name, allowed, suggestion in (
         (ADAPTER_CONFIG, "there is no adapter in it", "the output_dir of a finished run"),
@@ -118,7 +118,7 @@ def _is_alpha(value: object) -> bool:
 
 
 def _name_problems(config: Mapping[str, Any]) -> list[Problem]:
-    """List problems with names: of the base, of the task, of modules held whole and of target modules."""
+    """List problems with names: of the base, of the task, of fully trained modules and of target modules."""
     problems = []
     base, task = config.get("base_model_name_or_path"), config.get("task_type")
     if not isinstance(base, (str, type(None))) or (base and ("\0" in base or len(base) > 4096)):
@@ -127,9 +127,9 @@ def _name_problems(config: Mapping[str, Any]) -> list[Problem]:
     if task not in ("CAUSAL_LM", None):
         why = "only adapters of causal language models (CAUSAL_LM) can be laid out"
         problems.append(Problem("task_type", _short(task), why, ELSEWHERE))
-    whole, targets = config.get("modules_to_save"), config.get("target_modules")
-    if whole is not None and not (isinstance(whole, list) and all(map(is_module_name, whole))):
-        problems.append(Problem("modules_to_save", _short(whole), "must be a list of module names", _AGAIN))
+    saved, targets = config.get("modules_to_save"), config.get("target_modules")
+    if saved is not None and not (isinstance(saved, list) and all(map(is_module_name, saved))):
+        problems.append(Problem("modules_to_save", _short(saved), "must be a list of module names", _AGAIN))
     # A text is an expression over names; it is not needed, since the file has a tensor for each of its modules.
     if not isinstance(targets, (str, type(None))) and not (
         isinstance(targets, list) and all(map(is_module_name, targets))

@@ -40,7 +40,7 @@ def refuse_entries_outside(folder: Path, key: str) -> None:
     """Refuse a folder with an entry that leads out of it or is not an ordinary file.
 
     Raises:
-        AdaptiveConfigError: with the name of the entry.
+        AdaptiveConfigError: there is such an entry; the message names it.
     """
     try:
         check_entries(folder)

@@ -103,8 +103,8 @@ def check_entries(folder: Path) -> None:
     those of the folder of chat templates.
 
     Raises:
-        OutsideError: with the name of a link that leads out, or of a pipe, socket or device, which could block for
-            ever.
+        OutsideError: an entry is a link that leads out, or a pipe, socket or device, which could block for ever; the
+            message names it.
     """
     for path in sorted({*folder.glob("*"), *folder.glob("additional_chat_templates/*")}):
         name = path.relative_to(folder).as_posix()

@@ -45,7 +45,7 @@ def only_dtype(base: BaseCheckpoint) -> torch.dtype:
 
 
 def check_replaced(adapter: SourceAdapter, base: BaseCheckpoint, skeleton: nn.Module) -> None:
-    """Check that each weight which the adapter holds whole replaces exactly one weight of the base.
+    """Check that each fully trained weight of the adapter replaces exactly one weight of the base.
 
     Raises:
         AdaptiveConfigError: a weight is tied to another one, or the base has none of that name and shape.

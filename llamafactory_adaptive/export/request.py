@@ -16,7 +16,7 @@ SERVERS = {
     "vllm-legacy": "vLLM 0.31 or older",
     "sglang": "SGLang",
     "llamacpp": "llama.cpp and Ollama",
-    "merged": "any server: the adapter merged into its base",
+    "merged": "any server, which reads the adapter merged into its base model",
 }
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -49,37 +49,41 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     servers = "; ".join(f"{name}: {what}" for name, what in SERVERS.items())
     parser.add_argument(
-        "--for", dest="server", choices=SERVERS, required=True, help=f"who reads it, e.g. vllm ({servers})"
+        "--for",
+        dest="server",
+        choices=SERVERS,
+        required=True,
+        help=f"server that will read the export, e.g. vllm ({servers})",
     )
     parser.add_argument(
         "--out", type=path_argument, required=True, metavar="DIR", help="new folder for the export, e.g. served/igu"
     )
     parser.add_argument(
         "--base", metavar="MODEL",
-        help="base model, folder or hub name, e.g. Qwen/Qwen3-8B (default: what the adapter says)",
+        help="folder or hub name of the base model, e.g. Qwen/Qwen3-8B (default: the name in the adapter's config)",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto",
-        help="type of merged weights, e.g. bfloat16 (default: the base's)",
+        help="data type of merged weights, e.g. bfloat16 (default: that of the base model)",
     )  # fmt: skip
     parser.add_argument(
         "--quantization-aware", action="store_true",
-        help="merge into the base as NF4 quantisation leaves it, for adapters trained on a 4-bit base; reports per "
-        "layer how quantisation error and update compare; e.g. --for merged --quantization-aware",
+        help="merge into the base model as it is after NF4 quantisation, for adapters that were trained on a 4-bit "
+        "base; a report compares quantisation error and update for each layer; e.g. --for merged --quantization-aware",
     )  # fmt: skip
     parser.add_argument(
         "--no-double-quantization", dest="double_quantization", action="store_false",
-        help="the run had double_quantization: false; e.g. --quantization-aware --no-double-quantization",
+        help="needed where the run had double_quantization: false; e.g. --quantization-aware --no-double-quantization",
     )  # fmt: skip
     parser.add_argument(
         "--tolerance", type=float, default=1e-3, metavar="X",
-        help="largest difference of log-probabilities between PEFT and the export, in nats, e.g. 0.01 "
+        help="largest allowed difference between the log-probabilities of PEFT and of the export, in nats, e.g. 0.01 "
         "(default: 0.001)",
     )  # fmt: skip
     parser.add_argument(
         "--vllm-python", type=path_argument, metavar="PATH",
-        help="python of an environment with vLLM, to check there too (vllm, vllm-legacy, merged), "
-        "e.g. ~/vllm/bin/python",
+        help="Python of an environment with vLLM, in which the export is checked as well (for vllm, vllm-legacy and "
+        "merged), e.g. ~/vllm/bin/python",
     )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ class SourceAdapter:
 
     Attributes:
         modules: the adapted layers, sorted by name.
-        replaced: weights the adapter holds whole (``modules_to_save``): name in the base model to key in the file.
+        replaced: fully trained weights (``modules_to_save``): name in the base model to key in the file.
     """
 
     folder: Path
@@ -99,7 +99,7 @@ def read_adapter(folder: Path) -> SourceAdapter:
 
 
 def _read_tensors(path: Path, config: Mapping[str, Any]) -> tuple[tuple[LoraModule, ...], dict[str, str], list[str]]:
-    """Read the modules and the keys of the weights held whole, and list the faults in words."""
+    """Read the modules and the keys of fully trained weights, and list the faults in words."""
     replaced: dict[str, str] = {}
     names, faults = [], []
     with safe_open(path, framework="pt") as file:
@@ -108,7 +108,7 @@ def _read_tensors(path: Path, config: Mapping[str, Any]) -> tuple[tuple[LoraModu
             name, is_a, _ = key.removeprefix(TENSOR_PREFIX).partition(".lora_A.weight")
             if is_a and key == factor_key(name, "A") and factor_key(name, "B") in keys and is_module_name(name):
                 names.append(name)
-            elif _saved_whole(key, config):
+            elif _is_fully_trained(key, config):
                 replaced[key.removeprefix(TENSOR_PREFIX)] = key
             elif not (key.endswith(".lora_B.weight") and key.replace("lora_B", "lora_A") in keys):
                 faults.append(f"the tensor {key} is no factor of a linear LoRA layer")
@@ -118,7 +118,7 @@ def _read_tensors(path: Path, config: Mapping[str, Any]) -> tuple[tuple[LoraModu
     return modules, replaced, faults + wrong
 
 
-def _saved_whole(key: str, config: Mapping[str, Any]) -> bool:
+def _is_fully_trained(key: str, config: Mapping[str, Any]) -> bool:
     name = key.removeprefix(TENSOR_PREFIX).rpartition(".")[0]
     return any(name == saved or name.endswith(f".{saved}") for saved in config.get("modules_to_save") or ())
 

@@ -3,7 +3,7 @@
 Another package adds a method with an entry point in the group ``llamafactory_adaptive.methods``::
 
     [project.entry-points."llamafactory_adaptive.methods"]
-    mine = "my_package.my_method:MyMethod"
+    my_method = "my_package.my_method:MyMethod"
 """
 
 import difflib

@@ -23,9 +23,15 @@ from llamafactory_adaptive.options import option
 class AdaloraOptions:
     """Options of AdaLoRA, the YAML keys ``adalora_*``."""
 
-    beta1: float = option(0.85, "Smoothing of the importance.", low=0.0, high=0.9999)
-    beta2: float = option(0.85, "Smoothing of its deviation.", low=0.0, high=0.9999)
-    orthogonality_weight: float = option(0.5, "Weight of the regulariser |Gram - I|.", low=0.0, high=1e6)
+    beta1: float = option(
+        0.85, "Decay rate of the running mean of the importance; a larger one smooths more.", low=0.0, high=0.9999
+    )
+    beta2: float = option(
+        0.85, "Decay rate of the running deviation of the importance; a larger one smooths more.", low=0.0, high=0.9999
+    )
+    orthogonality_weight: float = option(
+        0.5, "Weight of the orthogonality regulariser |Gram - I| in the loss.", low=0.0, high=1e6
+    )
 
 
 class Adalora(SmoothedMethod):

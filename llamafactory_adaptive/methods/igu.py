@@ -42,34 +42,54 @@ class IguOptions:
 
     importance: str = option(
         "shrink",
-        "Gradient that is scored: shrink trains and scores at a random point of the path from 0 to the adapter (no "
-        "extra pass), integrated probes the path with extra passes, off scores the plain gradient.",
+        "Gradient from which importance is computed: shrink trains and scores at a random point of the path from 0 to "
+        "the adapter, without extra passes; integrated probes the path with extra passes; off takes the plain "
+        "gradient.",
         choices=("shrink", "integrated", "off"),
     )
-    intervals: int = option(20, "Intervals N of the path from 0 to the adapter.", unit="intervals", low=2, high=10_000)
+    intervals: int = option(
+        20,
+        "Number N of intervals into which the path from 0 to the adapter is divided.",
+        unit="intervals",
+        low=2,
+        high=10_000,
+    )
     probe_interval: int = option(
-        1, "Optimizer steps from one probe to the next, for importance: integrated.", unit="steps", low=1
+        1, "Optimizer steps from one probe to the next; only igu_importance: integrated probes.", unit="steps", low=1
     )
     uncertainty: str = option(
         "snr",
-        "How mean S and deviation U of the importance combine: snr is S / U, product is S * U (AdaLoRA).",
+        "How the mean S and the deviation U of the importance are combined: snr takes S / U, product takes S * U as "
+        "AdaLoRA does.",
         choices=("snr", "product"),
     )
     lambda_term: str = option(
         "snr",
-        "What lambda adds to a component's score: snr, its own score (released code), or magnitude, |lambda| (paper).",
+        "Term that lambda adds to a component's score: snr adds the score of lambda itself, as the released code "
+        "does; magnitude adds |lambda|, as the paper does.",
         choices=("snr", "magnitude"),
     )
-    beta1: float = option(0.85, "Smoothing of the importance.", low=0.0, high=0.9999)
-    beta2: float = option(0.85, "Smoothing of its deviation.", low=0.0, high=0.9999)
-    epsilon: float = option(1e-6, "Added to S and U before they are divided.", low=1e-30, high=1.0)
+    beta1: float = option(
+        0.85, "Decay rate of the running mean S of the importance; a larger one smooths more.", low=0.0, high=0.9999
+    )
+    beta2: float = option(
+        0.85,
+        "Decay rate of the running deviation U of the importance; a larger one smooths more.",
+        low=0.0,
+        high=0.9999,
+    )
+    epsilon: float = option(
+        1e-6, "Small number that is added to S and U before one is divided by the other.", low=1e-30, high=1.0
+    )
     orthogonality: str = option(
         "off_diagonal",
-        "Regulariser on the Gram matrices of P and Q: their off_diagonal part, their difference from the identity, "
-        "or none.",
+        "Orthogonality regulariser on the Gram matrices of P and Q: off_diagonal penalises their off-diagonal part, "
+        "identity their difference from the identity, none penalises nothing.",
         choices=("off_diagonal", "identity", "none"),
     )
-    orthogonality_weight: float = option(1.0, "Weight of the regulariser.", low=0.0, high=1e6)
+    orthogonality_weight: float = option(
+        1.0, "Weight of the orthogonality regulariser in the loss.", low=0.0, high=1e6
+    )
 
 
 class Igu(SmoothedMethod):

@@ -51,32 +51,50 @@ class SensitivityOptions:
 
     metric: str = option(
         "both",
-        "Which sensitivity counts: global (trace), local (top-k and effective rank) or both.",
+        "How the sensitivity of a module is measured: global takes the trace, local takes the top-k mean and the "
+        "effective rank, both combines the two as the paper does.",
         choices=("both", "global", "local"),
     )
     combination: str = option(
         "dispersion",
-        "How metrics are weighed: by their spread over modules (sigma/mu^2, the paper) or equally.",
+        "How several metrics are weighted: dispersion weights each by its spread over the modules, sigma/mu^2, as the "
+        "paper does; equal gives them the same weight.",
         choices=("dispersion", "equal"),
     )
-    top_fraction: float = option(0.5, "Share of the input features in the top-k mean.", low=1e-6, high=1.0)
-    energy: float = option(0.85, "Share of the total that the effective rank must hold.", low=1e-6, high=1.0)
+    top_fraction: float = option(
+        0.5,
+        "Share of the input features that enter the top-k mean, those with the largest values.",
+        low=1e-6,
+        high=1.0,
+    )
+    energy: float = option(
+        0.85,
+        "Share of the trace that the largest input features must reach together; their number is the effective rank.",
+        low=1e-6,
+        high=1.0,
+    )
     transform: str = option(
         "none",
-        "Against a few modules with massive activations: log compresses, per_type normalises within q_proj, "
-        "k_proj and so on before combining; none is the paper.",
+        "Transform of the metrics, so that a few modules with massive activations do not take most ranks: log takes "
+        "log(1 + metric / median), per_type divides by the mean over modules of the same type (q_proj, k_proj, ...), "
+        "none leaves the metrics as in the paper.",
         choices=("none", "log", "per_type"),
     )
     weighting: str = option(
         "none",
-        "Weight of a token: none is the paper; gradient takes the squared gradient norm at the module's output, "
-        "which needs a backward pass.",
+        "Weight of each token: none weights all tokens equally, as in the paper; gradient weights a token by its "
+        "squared gradient norm at the module's output, which needs a backward pass.",
         choices=("none", "gradient"),
     )
     allocation: str = option(
-        "sra", "sra: ranks proportional to sensitivity; pra: ranks by class.", choices=("sra", "pra")
+        "sra",
+        "How sensitivity becomes ranks: sra makes ranks proportional to it, pra sorts modules into classes and sets "
+        "the ranks by class.",
+        choices=("sra", "pra"),
     )
-    classes: int = option(3, "Number of classes of pra.", low=1, high=99, odd=True)
+    classes: int = option(
+        3, "Number of classes into which sensitivity_allocation: pra sorts the modules.", low=1, high=99, odd=True
+    )
 
 
 class Sensitivity:

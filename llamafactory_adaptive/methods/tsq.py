@@ -43,23 +43,33 @@ class TsqOptions:
     """Options of TsqLoRA, the YAML keys ``tsq_*``."""
 
     sampling: bool = option(True, "Choose training samples by quality; false trains on all of them.")
-    reallocation: bool = option(True, "Move ranks about while training; false keeps all at lora_rank.")
-    norm_weight: float = option(1.0, "Weight of the gradient norm in the quality.", low=-100.0, high=100.0)
-    loss_drop_weight: float = option(1.0, "Weight of the expected loss drop.", low=-100.0, high=100.0)
+    reallocation: bool = option(
+        True, "Move ranks between modules while training; false keeps every module at lora_rank."
+    )
+    norm_weight: float = option(1.0, "Weight of the gradient norm in the quality of a sample.", low=-100.0, high=100.0)
+    loss_drop_weight: float = option(1.0, "Weight of the expected loss drop in the quality.", low=-100.0, high=100.0)
     alignment_weight: float = option(
-        0.0, "Weight of the alignment with the mean gradient; measured only when it is not 0.", low=-100.0, high=100.0
+        0.0,
+        "Weight of the alignment with the mean gradient in the quality; alignments are measured only if it is not 0.",
+        low=-100.0,
+        high=100.0,
     )
     loss_drop: str = option(
         "first_order",
-        "Expected loss drop: first_order is eta |g|^2, exact is measured with one more forward pass.",
+        "How the expected loss drop is computed: first_order takes eta |g|^2, exact measures it by one more forward "
+        "pass.",
         choices=("first_order", "exact"),
     )
     step_size: float | None = option(
-        None, "Step size eta of the loss drop (default: learning_rate).", low=1e-12, high=1e3
+        None,
+        "Step size eta with which tsq_loss_drop: exact measures the loss drop (default: learning_rate).",
+        low=1e-12,
+        high=1e3,
     )
     projection: int = option(
         1024,
-        "Dimensions of the random projection that estimates alignments; 0 for exact ones, by a second pass.",
+        "Dimensions of the random projection by which alignments are estimated; 0 computes them exactly, by a "
+        "second pass.",
         unit="dimensions",
         low=0,
         high=65_536,
@@ -70,7 +80,8 @@ class TsqOptions:
     )
     clip_term: str = option(
         "loss",
-        "What tsq_clip_quantile looks at: wrong answers stand out by their loss more than by their gradient_norm.",
+        "Measure by which tsq_clip_quantile leaves samples out. Samples with wrong answers stand out by their loss "
+        "more than by their gradient_norm.",
         choices=("loss", "gradient_norm"),
     )
     clip_quantile: float = option(
@@ -80,25 +91,31 @@ class TsqOptions:
         high=1.0,
     )
     batch_size: int | None = option(
-        None, "Samples per scoring batch (default: per_device_train_batch_size).", unit="samples", low=1, high=65_536
+        None,
+        "Samples per batch while scoring (default: per_device_train_batch_size).",
+        unit="samples",
+        low=1,
+        high=65_536,
     )
     refresh_ratio: float = option(
         0.25, "Share of all optimizer steps between refreshes of subset and ranks.", low=1e-4, high=0.5
     )
     sensitivity: str = option(
         "weight_gradient",
-        "Sensitivity of an element: weight_gradient is |w dL/dw|, fisher is (dL/dw)^2.",
+        "How the sensitivity of a weight is measured: weight_gradient takes |w dL/dw|, fisher takes (dL/dw)^2.",
         choices=("weight_gradient", "fisher"),
     )
     beta: float = option(
         0.85,
-        "What earlier refresh intervals count in the sensitivity, compared with the next: against ranks that thrash.",
+        "Weight of each refresh interval in the sensitivity, relative to the interval after it; a larger value keeps "
+        "ranks from jumping back and forth between refreshes.",
         low=0.0,
         high=1.0,
     )
     phi: str = option(
         "1",
-        "Share of the budget that is spent: 1, or quality, between 0.5 and 1 by the mean quality of the subset.",
+        "Share of the budget that is spent: 1 spends all of it; quality spends between 0.5 and 1, more for a subset "
+        "of higher mean quality.",
         choices=("1", "quality"),
     )
 

@@ -18,7 +18,7 @@ def check_shapes(plan: RankPlan, shapes: list[ModuleShape], source: str) -> None
     """Refuse a plan whose modules are not those of the model.
 
     Raises:
-        PlanError: with the first differences.
+        PlanError: modules differ; the message names the first differences.
     """
     differences = plan.differences(shapes)
     if differences:
@@ -57,7 +57,7 @@ def check_same_run(plan: RankPlan, config: AdaptiveConfig, source: str) -> None:
     """Refuse to resume a run that was started with other settings of ranks.
 
     Raises:
-        PlanError: with each difference.
+        PlanError: settings differ; the message names each of them.
     """
     asked, theirs = _asked(config), _of_plan(plan)
     if config.plan_path:  # the file is what this run asks for; how it was scored says nothing about the run
@@ -78,7 +78,7 @@ def check_same_scale(plan: RankPlan, config: AdaptiveConfig, source: str) -> Non
     """Refuse to go on with an adapter of another budget or scale; how its ranks were found does not matter.
 
     Raises:
-        PlanError: with each difference.
+        PlanError: settings differ; the message names each of them.
     """
     asked, theirs = _asked(config), _of_plan(plan)
     _refuse_differences({key: asked[key] for key in _SCALE_KEYS}, theirs, source, "create_new_adapter: true")

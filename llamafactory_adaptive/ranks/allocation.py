@@ -123,16 +123,16 @@ def water_fill(scores: Sequence[float], bounds: Bounds, budget: float) -> list[f
         return math.fsum(rank * unit for rank, unit in zip(ranks_at(level), bounds.costs, strict=True))
 
     points = sorted({bound / score for score, _, low, high in modules if score for bound in (low, high)})
-    place = bisect.bisect_right(points, budget, key=cost_at)
-    level = points[max(0, place - 1)]
+    index = bisect.bisect_right(points, budget, key=cost_at)
+    level = points[max(0, index - 1)]
     slopes = [
         unit * score if score and low / score <= level < high / score else 0.0 for score, unit, low, high in modules
     ]
-    if place < len(points) and any(slopes):
+    if index < len(points) and any(slopes):
         fixed = math.fsum(
             rank * unit for rank, unit, slope in zip(ranks_at(level), bounds.costs, slopes, strict=True) if not slope
         )
-        level = min((budget - fixed) / math.fsum(slopes), points[place])
+        level = min((budget - fixed) / math.fsum(slopes), points[index])
     return _spend_rest_on_unscored(ranks_at(level), scaled, bounds, budget)
 
 
@@ -191,8 +191,8 @@ def keep_components(scores: Sequence[Sequence[float]], bounds: Bounds) -> list[l
         if not all(map(math.isfinite, row)):
             raise ValueError(f"module {module} has a component whose score is not finite")
         order = sorted(range(len(row)), key=lambda index: -row[index])
-        for place, index in enumerate(order):
-            if place < bounds.lower[module]:
+        for position, index in enumerate(order):
+            if position < bounds.lower[module]:
                 keep[module][index] = True
                 ranks[module] += 1
                 left -= costs[module]

@@ -48,17 +48,17 @@ class NamePattern:
     def __init__(self, keys: Iterable[str]) -> None:
         self.exact: dict[str, tuple[int, str]] = {}
         self.ends: dict[str, tuple[int, str]] = {}
-        for place, key in enumerate(keys):
+        for index, key in enumerate(keys):
             table = self.exact if key.startswith("^") else self.ends
-            table.setdefault(key.removeprefix("^").removesuffix("$").replace("\\.", "."), (place, key))
+            table.setdefault(key.removeprefix("^").removesuffix("$").replace("\\.", "."), (index, key))
 
     def key_of(self, name: str) -> str | None:
         """Find the first key that is ``name`` or ends it after a dot; None if there is none."""
         words = name.split(".")
         ends = (".".join(words[start:]) for start in range(len(words)))
-        places = [self.ends[end] for end in ends if end in self.ends]
-        places += [self.exact[name]] if name in self.exact else []
-        return min(places)[1] if places else None
+        found = [self.ends[end] for end in ends if end in self.ends]
+        found += [self.exact[name]] if name in self.exact else []
+        return min(found)[1] if found else None
 
 
 def key_of(pattern: Mapping[str, object], name: str) -> str | None:

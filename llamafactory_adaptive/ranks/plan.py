@@ -68,7 +68,7 @@ class RankPlan:
         budget_unit: ``params`` or ``ranks``.
         lora_rank: the budget, as the rank of a uniform LoRA.
         lora_alpha: alpha of that uniform LoRA; alpha/r is the same for every module.
-        modules: in model order; rank 0 means the module gets no adapter.
+        modules: the target modules in model order; rank 0 means that the module gets no adapter.
         provenance: base model, data, seed, package versions, digest of the request.
     """
 
@@ -229,7 +229,7 @@ def parse_plan(document: Any, source: str) -> RankPlan:
 def _provenance(values: Values) -> dict[str, Any]:
     """Read the provenance of a plan, and check that the parts a resumed run is compared with are mappings."""
     provenance = values.mapping("provenance")
-    parts = Values(provenance, f"{values.place}: provenance")
+    parts = Values(provenance, f"{values.where}: provenance")
     for key in ("bounds", "calibration", "course", "sampling"):
         if provenance.get(key) is not None:
             parts.mapping(key)

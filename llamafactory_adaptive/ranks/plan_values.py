@@ -20,13 +20,13 @@ class Values:
 
     Args:
         document: the mapping.
-        place: name of the mapping in error messages.
+        where: name of the mapping in error messages.
     """
 
-    def __init__(self, document: Any, place: str) -> None:
+    def __init__(self, document: Any, where: str) -> None:
         if not isinstance(document, Mapping):
-            raise PlanError(f"{place} is no mapping but a {type(document).__name__}")
-        self.document, self.place = document, place
+            raise PlanError(f"{where} is no mapping but a {type(document).__name__}")
+        self.document, self.where = document, where
 
     def integer(self, key: str, least: int) -> int:
         """Read a whole number of at least ``least``."""
@@ -88,11 +88,11 @@ class Values:
 
     def part(self, key: str) -> "Values":
         """Return the mapping under ``key`` as :class:`Values` of its own."""
-        return Values(self._value(key), f"{self.place}: {key}")
+        return Values(self._value(key), f"{self.where}: {key}")
 
     def _value(self, key: str) -> Any:
         if key not in self.document:
-            raise PlanError(f"{self.place} is not a complete plan: {key} is missing")
+            raise PlanError(f"{self.where} is not a complete plan: {key} is missing")
         return self.document[key]
 
     def _finite(self, key: str, value: Any) -> float:
@@ -102,7 +102,7 @@ class Values:
         return float(value)
 
     def _error(self, key: str, value: Any, allowed: str) -> PlanError:
-        return PlanError(f"{self.place} has {key} {shortened(value)}; it must be {allowed}")
+        return PlanError(f"{self.where} has {key} {shortened(value)}; it must be {allowed}")
 
 
 def shortened(value: Any) -> str:

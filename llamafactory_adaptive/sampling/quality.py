@@ -49,7 +49,7 @@ def measure(
     layers: Layers,
     batches: Batches,
     samples: int,
-    wanted: TermSpec,
+    spec: TermSpec,
     all_reduce_sum: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     quiet: bool = False,
 ) -> SampleTerms:
@@ -60,7 +60,7 @@ def measure(
         layers: the LoRA factors of the adapter.
         batches: this process's batches; samples in the batches of others stay zero until ``all_reduce_sum``.
         samples: N, the number of samples of all processes.
-        wanted: the terms to measure.
+        spec: the terms to measure.
         all_reduce_sum: sums a tensor over processes, in place.
         quiet: show no progress bar.
 
@@ -69,16 +69,16 @@ def measure(
     """
     device = next(model.parameters()).device
     found_4N = torch.zeros(4, samples, dtype=torch.float64)
-    recorder = SampleGradientRecorder(layers, wanted)
+    recorder = SampleGradientRecorder(layers, spec)
     passes = _Passes(batches, device, quiet)
     with _scoring(model), recorder.attached(), _memory_advice(recorder):
         for indices, inputs in passes.named("Scoring samples"):
             found_4N[:3, indices] = _checked(recorder.score(model, inputs), indices)
-        if wanted.alignment == "exact":
+        if spec.alignment == "exact":
             recorder.share_mean(all_reduce_sum)
             for indices, inputs in passes.named("Aligning samples"):
                 found_4N[3, indices] = _checked(recorder.align(model, inputs), indices)
-    if wanted.alignment == "projected":
+    if spec.alignment == "projected":
         found_4N[3, passes.order] = recorder.projected_alignment(samples, all_reduce_sum, device)
     found_4N = all_reduce_sum(found_4N.to(device)).cpu()
     return SampleTerms(found_4N[0], found_4N[1].sqrt(), found_4N[2], found_4N[3])

@@ -67,8 +67,8 @@ def sample_losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     labels_bt = inputs["labels"]
     rest = {key: value for key, value in inputs.items() if key != "labels"}
     targets_bt = labels_bt[:, 1:]
-    places = (targets_bt != IGNORE_INDEX).any(0).nonzero()
-    first = int(places[0]) if len(places) else 0
+    labelled = (targets_bt != IGNORE_INDEX).any(0).nonzero()
+    first = int(labelled[0]) if len(labelled) else 0
     if "logits_to_keep" in _forward_arguments(model):
         rest["logits_to_keep"] = torch.arange(first, labels_bt.shape[1], device=labels_bt.device)
         targets_bt = targets_bt[:, first:]
@@ -109,11 +109,11 @@ class SampleGradientRecorder:
 
     Args:
         layers: A and B by module name.
-        wanted: the terms to measure.
+        spec: the terms to measure.
     """
 
-    def __init__(self, layers: Layers, wanted: TermSpec) -> None:
-        self.layers, self.wanted = layers, wanted
+    def __init__(self, layers: Layers, spec: TermSpec) -> None:
+        self.layers, self.spec = layers, spec
         self.batch_size = 0
         self.phase = "score"
         self.squared_b = torch.empty(0)
@@ -121,8 +121,8 @@ class SampleGradientRecorder:
         self.kept: dict[str, Tensor] = {}  # per-sample gradients of the batch, (b, k, j), for the exact loss drop
         self.total: dict[str, Tensor] = {}  # over all samples, (k, j), for the exact alignment
         self.signs: dict[str, tuple[Tensor, Tensor]] = {}
-        self.per_factor = max(_FEWEST_SIGNS, wanted.dimensions // (2 * len(layers)))
-        self.slots = max(1, wanted.dimensions // self.per_factor)  # factors beyond the last slot share one
+        self.per_factor = max(_FEWEST_SIGNS, spec.dimensions // (2 * len(layers)))
+        self.slots = max(1, spec.dimensions // self.per_factor)  # factors beyond the last slot share one
         self.projected_bD = torch.empty(0)
         self.projections: list[Tensor] = []  # of the batches so far, on the CPU
 
@@ -130,29 +130,29 @@ class SampleGradientRecorder:
     def attached(self) -> Iterator[None]:
         """Register hooks on A and B of every module for the time of the context."""
         with ExitStack() as stack:
-            for place, (name, (a, b)) in enumerate(self.layers.items()):
+            for index, (name, (a, b)) in enumerate(self.layers.items()):
                 # The gradient at A is zero as long as B is: a new adapter needs no look at A.
                 if bool(b.weight.any()):  # type: ignore[operator]
-                    self._attach(stack, f"{name}.A", 2 * place, a)
-                self._attach(stack, f"{name}.B", 2 * place + 1, b)
+                    self._attach(stack, f"{name}.A", 2 * index, a)
+                self._attach(stack, f"{name}.B", 2 * index + 1, b)
             yield
 
-    def _attach(self, stack: ExitStack, key: str, place: int, factor: nn.Module) -> None:
-        hook = self._hook(key, place, getattr(factor, "mask_r", None))
+    def _attach(self, stack: ExitStack, key: str, index: int, factor: nn.Module) -> None:
+        hook = self._hook(key, index, getattr(factor, "mask_r", None))
         stack.callback(factor.register_forward_hook(hook).remove)
-        if self.wanted.alignment == "exact":  # on a process without batches, too: sums are taken over all
+        if self.spec.alignment == "exact":  # on a process without batches, too: sums are taken over all
             self.total[key] = torch.zeros_like(factor.weight, dtype=torch.float32)  # type: ignore[arg-type]
 
-    def _hook(self, key: str, place: int, mask_r: Tensor | None) -> Callable[..., Tensor]:
+    def _hook(self, key: str, index: int, mask_r: Tensor | None) -> Callable[..., Tensor]:
         def take(gradient: Tensor, x: Tensor) -> None:
             left = gradient.float() if mask_r is None else gradient.float() * mask_r
-            self._add(key, place, left, x.float())
+            self._add(key, index, left, x.float())
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = args[0]
             if self.phase == "stepped":
                 change = x.float() @ self.kept[key].mT if key in self.kept else 0.0
-                return (output - self.wanted.step_size * change).to(output.dtype)
+                return (output - self.spec.step_size * change).to(output.dtype)
             if x.dim() != 3 or len(x) != self.batch_size:
                 raise CalibrationError(
                     f"{key[:-2]} reads {tuple(x.shape)} where the batch has {self.batch_size} samples (a routed "
@@ -164,19 +164,19 @@ class SampleGradientRecorder:
 
         return hook
 
-    def _add(self, key: str, place: int, left_btk: Tensor, right_btj: Tensor) -> None:
+    def _add(self, key: str, index: int, left_btk: Tensor, right_btj: Tensor) -> None:
         if self.phase == "align":
             self.dots_b += ((left_btk @ self.total[key]) * right_btj).sum((1, 2))
             return
-        if self.wanted.exact_drop:
+        if self.spec.exact_drop:
             self.kept[key] = left_btk.mT @ right_btj
             self.squared_b += self.kept[key].square().sum((1, 2))
         else:
             self.squared_b += squared_norms(left_btk, right_btj)
-        if self.wanted.alignment == "exact":
+        if self.spec.alignment == "exact":
             self.total[key] += left_btk.flatten(0, 1).mT @ right_btj.flatten(0, 1)
-        elif self.wanted.alignment == "projected":
-            self._project(key, place, left_btk, right_btj)
+        elif self.spec.alignment == "projected":
+            self._project(key, index, left_btk, right_btj)
 
     def _backward(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         self.batch_size, device = len(inputs["labels"]), inputs["labels"].device
@@ -190,10 +190,10 @@ class SampleGradientRecorder:
     def score(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """Measure losses, squared gradient norms and loss drops of one batch, (3, b)."""
         losses_b = self._backward(model, inputs)
-        if self.wanted.alignment == "projected":
+        if self.spec.alignment == "projected":
             self.projections.append(self.projected_bD.cpu())
-        drops_b = self.wanted.step_size * self.squared_b
-        if self.wanted.exact_drop:
+        drops_b = self.spec.step_size * self.squared_b
+        if self.spec.exact_drop:
             self.phase = "stepped"
             with torch.no_grad():
                 drops_b = losses_b - sample_losses(model, inputs)
@@ -214,10 +214,10 @@ class SampleGradientRecorder:
         self._backward(model, inputs)
         return self.dots_b
 
-    def _project(self, key: str, place: int, left_btk: Tensor, right_btj: Tensor) -> None:
+    def _project(self, key: str, index: int, left_btk: Tensor, right_btj: Tensor) -> None:
         """Compute a factor's products with random signs ``u v^T``, for unbiased estimates of inner products."""
         if key not in self.signs:
-            generator = torch.Generator().manual_seed(seeded_index(self.wanted.seed, place, 0, 2**62))
+            generator = torch.Generator().manual_seed(seeded_index(self.spec.seed, index, 0, 2**62))
             sides = (left_btk.shape[2], right_btj.shape[2])
             self.signs[key] = tuple(  # type: ignore[assignment]
                 (torch.randint(0, 2, (side, self.per_factor), generator=generator) * 2.0 - 1.0).to(left_btk.device)
@@ -225,7 +225,7 @@ class SampleGradientRecorder:
             )
         u_kd, v_jd = self.signs[key]
         products_bd = ((left_btk @ u_kd) * (right_btj @ v_jd)).sum(1) / self.per_factor**0.5
-        start = place % self.slots * self.per_factor
+        start = index % self.slots * self.per_factor
         self.projected_bD[:, start : start + self.per_factor] += products_bd
 
     def projected_alignment(

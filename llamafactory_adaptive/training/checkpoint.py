@@ -54,9 +54,9 @@ def read_state(folder: Path, partitioned: bool) -> tuple[dict[str, Tensor], dict
                 f"{folder} has state schema {document['schema_version']}; this version reads {STATE_SCHEMA}"
             )
         if document["partitioned"] != partitioned or (partitioned and document["processes"] != world_size()):
-            kind = "in pieces" if document["partitioned"] else "whole"
+            kind = "pieces of the adapter" if document["partitioned"] else "the full adapter"
             raise PlanError(
-                f"{folder} was written by {document['processes']} processes that held the adapter {kind}; resume with "
+                f"{folder} was written by {document['processes']} processes that each held {kind}; resume with "
                 "the same DeepSpeed stage and number of processes"
             )
         return load_file(tensor_file(folder, partitioned)), document

@@ -127,10 +127,10 @@ class Components:
         """Put this process's flat pieces into whole parameters, (M, numel), with zeros where others own them."""
         if not self.engine.partitioned:
             return flat.view(len(block.modules), -1)
-        whole_MX = flat.new_zeros(len(block.modules), math.prod(block.shape))
-        for row, piece, (start, length) in zip(whole_MX, block.split(flat), block.pieces, strict=True):
+        full_MX = flat.new_zeros(len(block.modules), math.prod(block.shape))
+        for row, piece, (start, length) in zip(full_MX, block.split(flat), block.pieces, strict=True):
             row[start : start + length] = piece
-        return whole_MX
+        return full_MX
 
     def scores(self, method: DynamicMethod, mean: bool = False) -> list[list[float]]:
         """Score every component by module: lambda's score, plus the means over its column of P and its row of Q.
@@ -270,9 +270,9 @@ class Components:
     def observe_given(self, method: DynamicMethod, gradients: Iterable[Sequence[Tensor]]) -> None:
         """Average the gradients of extra passes over processes, and pass them to a method; one sequence per block."""
         for block, given in zip(self.blocks, gradients, strict=True):
-            whole_MX = torch.stack([gradient.reshape(-1) for gradient in given]).float()
-            all_reduce_sum(whole_MX).div_(world_size())
-            flat = self._owned(block, whole_MX)
+            full_MX = torch.stack([gradient.reshape(-1) for gradient in given]).float()
+            all_reduce_sum(full_MX).div_(world_size())
+            flat = self._owned(block, full_MX)
             self._check_arrival(block, flat)
             method.observe(block.name, self.weights(block), flat, self.live(block))
         self.arrived = True

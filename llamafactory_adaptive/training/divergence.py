@@ -59,7 +59,7 @@ class DivergenceWatch(RunPart):
             was_skipped: whether the loss scaler skipped the step; equal on every process.
 
         Raises:
-            GuardError: on every process.
+            GuardError: too many steps in a row were not finite; every process raises it.
         """
         self.skipped = self.skipped + 1 if was_skipped else 0
         if self.skipped >= _MOST_SKIPPED:

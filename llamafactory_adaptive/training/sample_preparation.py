@@ -62,8 +62,9 @@ class TrainingSamples:
         self.sampling = request.sampling
         if trainer.args.remove_unused_columns:
             self.dataset = trainer._remove_unused_columns(self.dataset, description="training")
-        whole = trainer.args.train_batch_size * trainer.args.world_size
-        self.sampler = SubsetSampler(-(-self.sampling.subset_size(len(self.dataset)) // whole) * whole)
+        samples_per_batch = trainer.args.train_batch_size * trainer.args.world_size
+        batches = -(-self.sampling.subset_size(len(self.dataset)) // samples_per_batch)
+        self.sampler = SubsetSampler(batches * samples_per_batch)
 
     def prepare_samples(
         self, plan: RankPlan, max_steps: int, dataloader: Any, resumed: Path | None
@@ -119,9 +120,9 @@ class TrainingSamples:
         return lengths, digests
 
     def _measured(self, lengths: Sequence[int], rows: str) -> SampleTerms:
-        wanted, args = self._wanted(), self.trainer.args
+        spec, args = self._term_spec(), self.trainer.args
         # The main process's cache decides: other nodes may have none.
-        path = self.request.cache / f"{self._cache_key(wanted, rows)}.safetensors" if process_number() == 0 else None
+        path = self.request.cache / f"{self._cache_key(spec, rows)}.safetensors" if process_number() == 0 else None
         cached = read_terms(path, rows) if path is not None and usable_entry(path) else None
         if int(all_reduce_sum(torch.tensor(int(cached is not None), device=args.device))):
             return self._shared(cached)
@@ -135,7 +136,7 @@ class TrainingSamples:
                 {name: (layer.lora_A[adapter], layer.lora_B[adapter]) for name, (layer, adapter) in layers.items()},
                 ScoringBatches(self.dataset, self.trainer.data_collator, groups, args.dataloader_num_workers),
                 len(lengths),
-                wanted,
+                spec,
                 all_reduce_sum,
                 quiet=path is None,
             )
@@ -150,7 +151,7 @@ class TrainingSamples:
         mine = torch.zeros(shape, dtype=torch.float64) if found is None else torch.stack(term_vectors(found))
         return SampleTerms(*all_reduce_sum(mine.to(device)).cpu())
 
-    def _wanted(self) -> TermSpec:
+    def _term_spec(self) -> TermSpec:
         """Build the specification of what to measure; settings without effect are left out, so that caches match."""
         s = self.sampling
         alignment = "none" if s.weights[2] == 0 else "projected" if s.projection else "exact"
@@ -164,7 +165,7 @@ class TrainingSamples:
             seed=self.request.seed if projected else 0,
         )
 
-    def _cache_key(self, wanted: TermSpec, rows: str) -> str:
+    def _cache_key(self, spec: TermSpec, rows: str) -> str:
         weights = hashlib.sha256()
         for layer, adapter in live_layers(self.trainer.model).values():
             for factor in factors(layer, adapter):
@@ -174,7 +175,7 @@ class TrainingSamples:
             "identity": self.request.identity,
             "rows": rows,
             "adapter": weights.hexdigest(),
-            "wanted": asdict(wanted),
+            "wanted": asdict(spec),
             "precision": [args.bf16, args.fp16, bool(args.deepspeed)],
         }
         return digest_of(facts)

@@ -59,14 +59,14 @@ class SampleSelection(RunPart):
 
     def warn_if_collapsed(self) -> None:
         """Warn where a few samples hold most of the weight."""
-        wanted = _LEAST_EFFECTIVE * self.pool.subset_size
-        if self.pool.effective_size >= wanted:
+        least = _LEAST_EFFECTIVE * self.pool.subset_size
+        if self.pool.effective_size >= least:
             return
         logger.warning(
             f"sample weights have collapsed: they amount to {self.pool.effective_size:.1f} equally likely samples, "
             f"below {_LEAST_EFFECTIVE:.0%} of the subset of {self.pool.subset_size}, so that the same few lead every "
             f"draw; raise tsq_temperature from {self.sampling.temperature:g} to "
-            f"{self.pool.temperature_for(wanted):.3g}"
+            f"{self.pool.temperature_for(least):.3g}"
             + (", or leave outliers out with tsq_clip_quantile: 0.95" if self.pool.kept_N.all() else "")
         )
 
@@ -123,7 +123,7 @@ class SampleSelection(RunPart):
         """Decode prompt and answer of a sample."""
         row, tokenizer = self.dataset[index], self.trainer.processing_class
         ids, labels = list(row["input_ids"]), list(row.get("labels") or row["input_ids"])
-        start = next((place for place, label in enumerate(labels) if label >= 0), len(ids))
+        start = next((position for position, label in enumerate(labels) if label >= 0), len(ids))
         return tuple(tokenizer.decode(part, skip_special_tokens=True).strip() for part in (ids[:start], ids[start:]))
 
 

@@ -31,7 +31,7 @@ WRONG = [
     ({"cutoff_len": 0}, "cutoff_len: 0 is invalid: must be at least 1; try cutoff_len: 2048"),
     ({"cutoff_len": -10}, "cutoff_len: -10 is invalid"),
     ({"cutoff_len": "2k"}, "cutoff_len: '2k' is invalid: must be a whole number"),
-    ({"seed": -1}, "seed: -1 is invalid: must be between 0 and 4.29497e+09"),
+    ({"seed": -1}, "seed: -1 is invalid: must be between 0 and 4,294,967,295"),
     ({"seed": 1.5}, "seed: 1.5 is invalid: must be a whole number"),
     ({"seed": "lucky"}, "seed: 'lucky' is invalid: must be a whole number"),
     ({"lora_rank": None}, "lora_rank: None is invalid: must be a number; try lora_rank: 8"),

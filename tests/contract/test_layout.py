@@ -1,24 +1,15 @@
 """The tests stand where a reader looks for them."""
 
-import ast
 import re
 
 import pytest
 
+from tests.helpers.imports import imported
 from tests.helpers.processes import ROOT
 
 
 PACKAGE = ROOT / "llamafactory_adaptive"
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
-
-
-def imported(path):
-    """Full names of what a file imports, wherever in it."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (name.name for name in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{name.name}" for name in node.names)
 
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))

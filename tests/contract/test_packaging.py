@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llamafactory_adaptive import __version__
 from llamafactory_adaptive.cli import app as cli
 
 
@@ -32,6 +33,12 @@ def test_a_wheel_brings_the_start_up_file_and_the_examples(tmp_path):
         assert archive.read("llamafactory_adaptive_hook.pth").startswith(b"import sys; exec(")
     assert {"llamafactory_adaptive/methods/sensitivity.py", "llamafactory_adaptive/py.typed"} <= set(names)
     assert any(name.endswith("share/llamafactory-adaptive/examples/README.md") for name in names)
+
+
+def test_one_version_stands_in_the_package_the_citation_and_the_changes():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == __version__
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert newest[1] == __version__
 
 
 def test_init_copies_examples_whose_paths_hold(tmp_path, monkeypatch, capsys):

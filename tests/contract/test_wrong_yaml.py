@@ -34,12 +34,12 @@ WRONG = [
     ({"adaptive_max_rank": "many"}, "adaptive_max_rank: 'many' is invalid: must be a whole number, at least 1; "
      "try leaving adaptive_max_rank out"),
     ({"adaptive_calibration_samples": 2.5}, "adaptive_calibration_samples: 2.5 is invalid: must be a whole "
-     "number, between 1 and 1e+06; try adaptive_calibration_samples: 128"),
+     "number, between 1 and 1,000,000; try adaptive_calibration_samples: 128"),
     ({"lora_rank": 0}, "lora_rank: 0 is invalid: must be a whole number of at least 1; try lora_rank: 8"),
     ({"lora_alpha": "big"}, "lora_alpha: 'big' is invalid: must be a whole number of at least 1; try "
      "lora_alpha: 8"),
     ({"sensitivity_classes": 4, "sensitivity_allocation": "pra"}, "sensitivity_classes: 4 is invalid: must be "
-     "between 1 and 99 and odd; try sensitivity_classes: 3"),
+     "an odd number between 1 and 99; try sensitivity_classes: 3"),
     ({"sensitivity_energy": "nan"}, "sensitivity_energy: 'nan' is invalid: must be a number, between 1e-06 and 1; "
      "try sensitivity_energy: 0.85"),
     ({"adaptive_method": "uniform", "sensitivity_energy": 0.9}, "sensitivity_energy: 0.9 is invalid: it belongs to "

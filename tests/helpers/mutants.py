@@ -5,7 +5,7 @@ What survives in ranks/allocation.py, and why no test can kill it:
 * `floor(value - 1e-9)`: a share that falls short of its integer is the first to get the unit back.
 * `score / top >= _LEAST_SCORE`: where exactly a score counts as 0 is arbitrary.
 * another `strict` of a zip: the lengths of all lists are compared at several places, and one of them still refuses.
-* `place <= len(points)`, `or any(slopes)`: after the last break point every module is capped, and between two break
+* `index <= len(points)`, `or any(slopes)`: after the last break point every module is capped, and between two break
   points whose costs differ some slope is not 0.
 * the threshold of `rest` and its `and`: a rest within rounding leaves modules without a score where they are.
 * `[2.0] * len(costs)`, `else 1.0`: a constant that all share cancels, or sorts nothing.

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from llamafactory_adaptive import _bootstrap, cli
 from llamafactory_adaptive.calibration.input_moments import InputSecondMoments
 from llamafactory_adaptive.cli import app, doctor
+from llamafactory_adaptive.cli.export import export
 from llamafactory_adaptive.errors import CalibrationError, PlanError
 from llamafactory_adaptive.files import PLAN_FILE
 from llamafactory_adaptive.ranks.plan import load_plan
@@ -170,18 +171,18 @@ def test_report_of_nothing_is_one_message(tmp_path, capsys):
 def test_an_export_that_is_told_to_end_cleans_up_before_it_does(tmp_path, monkeypatch):
     cleaned = []
 
-    def export(_):
+    def told_to_end(_):
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)  # another one does not cut the cleaning up short
             cleaned.append(True)
 
-    monkeypatch.setattr("llamafactory_adaptive.export.exporter.run_export", export)
-    monkeypatch.setattr(app, "export_request", lambda arguments: arguments)
+    monkeypatch.setattr("llamafactory_adaptive.export.exporter.run_export", told_to_end)
+    monkeypatch.setattr("llamafactory_adaptive.cli.export.export_request", lambda arguments: arguments)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as caught:
-        app.export(SimpleNamespace())
+        export(SimpleNamespace())
     assert (caught.value.code, cleaned, signal.getsignal(signal.SIGTERM)) == (143, [True], before)
 
 

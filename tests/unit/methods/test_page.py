@@ -25,9 +25,9 @@ def written(monkeypatch):
     module = ModuleType("my_package.my_method")
     for name in ("my_package", module.__name__):
         monkeypatch.setitem(sys.modules, name, module)
-    (target,) = re.findall(r'^mine = "(.*)"$', PAGE, re.MULTILINE)
-    assert target == f"{module.__name__}:Mine"
-    entry = EntryPoint("mine", target, _registry.ENTRY_POINT_GROUP)
+    (target,) = re.findall(r'^my_method = "(.*)"$', PAGE, re.MULTILINE)
+    assert target == f"{module.__name__}:MyMethod"
+    entry = EntryPoint("my_method", target, _registry.ENTRY_POINT_GROUP)
     monkeypatch.setattr(_registry, "entry_points", lambda group: [entry])
     _registry.methods.cache_clear()
 
@@ -42,7 +42,7 @@ def written(monkeypatch):
 def test_the_static_method_of_the_page_gives_ranks_by_the_trace(written):
     written(STATIC)
     model, batches = tiny_model(), calibration_batches(rows(6), batch_size=3)
-    scores = score_modules(model, batches, method="mine", power=2.0)
+    scores = score_modules(model, batches, method="my_method", power=2.0)
     expected = {name: float(values.sum()) ** 2 for name, values in scores.statistics.items()}
     assert scores.score().values == pytest.approx(expected)
     budget = plan_ranks(scores, lora_rank=4).budget()
@@ -52,7 +52,7 @@ def test_the_static_method_of_the_page_gives_ranks_by_the_trace(written):
 def test_the_dynamic_method_of_the_page_scores_the_largest_importance_seen(written):
     written(STATIC, DYNAMIC)
     _, triplets, components = triplet_model()
-    method, seen = make_method("mine", {}), []
+    method, seen = make_method("my_method", {}), []
     assert method.traits.strategy == "prune"
     for _ in stream(triplets, 3):
         seen.append([(m.a.lambda_r * m.a.lambda_r.grad).abs() for m in triplets.modules])
@@ -60,6 +60,6 @@ def test_the_dynamic_method_of_the_page_scores_the_largest_importance_seen(writt
     (block,) = [block for block in components.blocks if block.kind == "lambda"]
     expected = torch.stack([torch.stack(values).max(0).values for values in zip(*seen, strict=True)])
     assert torch.equal(method.element_scores(block.name, components.weights(block)), expected.detach().reshape(-1))
-    other = make_method("mine", {})
+    other = make_method("my_method", {})
     other.load(method.state())
     assert components.scores(other) == components.scores(method)

@@ -48,12 +48,12 @@ def test_every_process_that_owns_pieces_writes_its_own_file(tmp_path, monkeypatc
         monkeypatch.setattr("llamafactory_adaptive.training.checkpoint.dist.get_rank", lambda rank=rank: rank)
         assert read_state(tmp_path, partitioned=True)[0]["x"].tolist() == [rank]
     monkeypatch.setattr("llamafactory_adaptive.training.checkpoint.world_size", lambda: 2)
-    with pytest.raises(PlanError, match="written by 3 processes that held the adapter in pieces; resume with"):
+    with pytest.raises(PlanError, match="written by 3 processes that each held pieces of the adapter; resume with"):
         read_state(tmp_path, partitioned=True)
 
 
 def test_a_whole_state_is_not_read_in_pieces(written):
-    with pytest.raises(PlanError, match="written by 1 processes that held the adapter whole"):
+    with pytest.raises(PlanError, match="written by 1 processes that each held the full adapter"):
         read_state(written, partitioned=True)
 
 
