@@ -145,7 +145,8 @@ def _make_callback(
         layout=layout(args),
     )
     log = RunLog(plan.method, time.perf_counter() - started)
-    return AdaptiveCallback(PlanGuard(plan, log, is_final=adaptive.search is None), request, checkpoint)
+    guard, remedy = PlanGuard(plan, log, is_final=adaptive.search is None), "llamafactory-adaptive doctor checks why"
+    return AdaptiveCallback(guard, request, checkpoint, remedy)
 
 
 def _sample_request(args: Args, sampling: Any) -> Any:

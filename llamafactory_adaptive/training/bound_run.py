@@ -11,6 +11,7 @@ from torch import nn
 from llamafactory_adaptive.engines.distributed import agree_across_ranks
 from llamafactory_adaptive.engines.engine import find_engine
 from llamafactory_adaptive.engines.step_hooks import before_clipping, before_deepspeed_step
+from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.ranks.schedule import make_schedule
 from llamafactory_adaptive.training.checkpoint_record import CheckpointRecord
@@ -81,9 +82,17 @@ class BoundRun:
             args, state, model: arguments, state and model of the Trainer.
             dataloader: training data loader of the Trainer.
             checkpoint: what the Trainer resumes from, if anything.
+
+        Raises:
+            GuardError: the live adapter does not match, or the Trainer has resumed but ``checkpoint`` is None.
         """
         self.guard.verify_live(args, model)
         agree_on_steps(state)
+        if state.global_step > 0 and checkpoint is None:
+            raise GuardError(
+                f"the Trainer has resumed at step {state.global_step}, but the run was not given the checkpoint and "
+                "would begin anew: pass resume_from_checkpoint to the Trainer's train(), or train afresh"
+            )
         resumed = checkpoint if state.global_step > 0 else None
         make = self._fixed_ranks if self.search is None else self._search_ranks
         selection, ranks = make(args, state, dataloader, resumed)
