@@ -62,11 +62,11 @@ class BoundRun:
 
     def __init__(self, request: RunRequest, guard: PlanGuard, trainer: Any, see_gradients: Callable[[], None]) -> None:
         self.request, self.guard, self.log, self.trainer = request, guard, guard.log, trainer
-        self.see_gradients = see_gradients
+        self.see_gradients, self.deepspeed = see_gradients, uses_deepspeed(trainer.args)
         self.samples = None if request.samples is None else TrainingSamples(request.samples, trainer)
         self.search = None if request.search is None else MaskedSearch(request.search, trainer)
         self.watch = DivergenceWatch(request.max_nonfinite_steps, Path(trainer.args.output_dir))
-        if self.search is not None and not uses_deepspeed(trainer.args):
+        if self.search is not None and not self.deepspeed:
             before_clipping(trainer.accelerator, see_gradients)
 
     def current_plan(self) -> RankPlan:
@@ -86,7 +86,7 @@ class BoundRun:
         Raises:
             GuardError: the live adapter does not match, or the Trainer has resumed but ``checkpoint`` is None.
         """
-        self.guard.verify_live(args, model)
+        self.guard.verify_live(model, self.deepspeed)
         agree_on_steps(state)
         if state.global_step > 0 and checkpoint is None:
             raise GuardError(
@@ -116,7 +116,7 @@ class BoundRun:
         begin, asked = search.state.cost(search.triplets.masks), search.state.asked
         schedule = make_schedule(search.request.schedule, state.max_steps, begin, asked)
         observer = self._observer(search)
-        kept = SearchCheckpoint(search, observer, self.log, holds_factors=not self.guard.deepspeed)
+        kept = SearchCheckpoint(search, observer, self.log, holds_factors=not self.deepspeed)
         if resumed is not None:
             kept.resume(resumed, state.max_steps)
         selection = self._prepare_samples(args, state, dataloader, resumed)
@@ -128,7 +128,7 @@ class BoundRun:
         """Build the observer once the model is wrapped and on its device, and apply the masks there."""
         triplets, method, config = search.triplets, search.request.method, search.request.schedule
         engine = find_engine(triplets.modules[0].q, self.trainer)
-        if self.guard.deepspeed:  # its engine is there by now
+        if self.deepspeed:  # its engine is there by now
             before_deepspeed_step(self.trainer.deepspeed, self.see_gradients)
         components = Components(triplets, engine)
         triplets.mask(triplets.masks)

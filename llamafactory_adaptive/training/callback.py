@@ -11,7 +11,7 @@ from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.sampling.sampler import SubsetSampler
 from llamafactory_adaptive.training.bound_run import BoundRun, RunRequest
 from llamafactory_adaptive.training.checkpoint_record import seal
-from llamafactory_adaptive.training.guard import PlanGuard
+from llamafactory_adaptive.training.guard import PlanGuard, uses_deepspeed
 from llamafactory_adaptive.training.run_part import RunPart
 
 
@@ -82,7 +82,7 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
             GuardError: the model does not match the plan, or its Trainer is not made by :func:`adaptive_trainer`.
         """
         if self.bound is None:
-            self.guard.verify_live(args, model)
+            self.guard.verify_live(model, uses_deepspeed(args))
             fault = "the run asked for adaptive ranks but its Trainer did not pass itself to the run"
             raise GuardError(f"{fault}; {self.remedy}" if self.remedy else fault)
         self.parts = self.bound.begin(args, state, model, kwargs.get("train_dataloader"), self.checkpoint)

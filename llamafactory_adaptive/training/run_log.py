@@ -18,7 +18,6 @@ logger = logging.getLogger("llamafactory.adaptive")  # a child of the host's log
 class Counters:
     """Counts of what happened in a run, which error messages quote."""
 
-    configs_injected: int = 0
     modules_checked: int = 0
     steps: int = 0
     gradients_missing: int = 0
