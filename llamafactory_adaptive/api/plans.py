@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from llamafactory_adaptive.api.scoring import ModuleScores
-from llamafactory_adaptive.api.settings import budget_settings, common_settings
+from llamafactory_adaptive.api.settings import budget_settings, common_settings, python_errors
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.errors import refuse, refuse_all
 from llamafactory_adaptive.planning.cache import PlanRequest
@@ -64,4 +64,5 @@ def plan_ranks(
     config = AdaptiveConfig.of(common, scores.method, scores.options, (rank, alpha, high), calibration)
     identity = {"rows": facts["calibration_rows_sha256"], "base_model": facts["base_model"]}
     request = PlanRequest(config, identity, facts)
-    return PrintablePlan.of(allocate_plan(request, list(scores.shapes), scores.score(rank), {}))
+    with python_errors(scores.method):
+        return PrintablePlan.of(allocate_plan(request, list(scores.shapes), scores.score(rank), {}))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llamafactory_adaptive.adapter.lora import keep_4bit_unpacked_on_cpu
-from llamafactory_adaptive.api.settings import chosen_method, provenance, python_words
+from llamafactory_adaptive.api.settings import chosen_method, provenance, python_errors
 from llamafactory_adaptive.api.targets import find_targets
 from llamafactory_adaptive.calibration.batches import Batch, count_tokens, make_batches
 from llamafactory_adaptive.calibration.measurement import Forward
@@ -138,27 +138,27 @@ def score_modules(
     targets = find_targets(model, target_modules)
     measurement, started = make_method(method, values).measurement(), time.perf_counter()
     statistics: dict[str, Tensor] = {}
+    _check_batches(batches, needed=measurement is not None)
     if measurement is not None:
-        _check_batches(batches)
         keep_4bit_unpacked_on_cpu(model)
         device = next(model.parameters()).device
         there = [batch.to(device) for batch in batches]
         try:
-            statistics = measurement(model, targets, there, *([] if forward is None else [forward]))
+            with python_errors(method):
+                statistics = measurement(model, targets, there, *([] if forward is None else [forward]))
         except torch.OutOfMemoryError as error:
             raise CalibrationError(
                 "out of memory while scoring: lower batch_size, or load the model in 4-bit"
             ) from error
-        except CalibrationError as error:
-            raise CalibrationError(python_words(str(error), method)) from error
     shapes = tuple(ModuleShape(name, module.in_features, module.out_features) for name, module in targets.items())
     facts = {**provenance(model, seed), **_facts(batches, started)}
     return ModuleScores(method, values, seed, shapes, statistics, facts)
 
 
-def _check_batches(batches: Sequence[Batch]) -> None:
+def _check_batches(batches: Sequence[Batch], needed: bool) -> None:
+    """Refuse what is no batch, and an empty list where batches are ``needed`` to measure."""
     wrong = [type(batch).__name__ for batch in batches if not isinstance(batch, Batch)]
-    if wrong or not batches:
+    if wrong or (needed and not batches):
         reason = "these must be what calibration_batches returns"
         refuse("batches", wrong[:1], reason, "batches=calibration_batches(rows, batch_size=8)")
 

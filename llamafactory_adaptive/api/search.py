@@ -1,6 +1,7 @@
 """Ranks found while training, under any transformers Trainer."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,8 @@ from llamafactory_adaptive.api.settings import (
     common_settings,
     in_python,
     provenance,
+    python_errors,
+    python_words,
 )
 from llamafactory_adaptive.api.targets import find_targets
 from llamafactory_adaptive.config.host_conflicts import check_conflicts, check_search_conflicts
@@ -111,7 +114,8 @@ def rank_search(
         common, method, values, (rank, alpha, high), CalibrationConfig(None, 0, 0, seed), search
     )
     shapes = [ModuleShape(n, m.in_features, m.out_features) for n, m in find_targets(model, target_modules).items()]
-    start = start_plan(config, shapes, provenance(model, seed))
+    with python_errors(method):
+        start = start_plan(config, shapes, provenance(model, seed))
     adapted = attach_adapter(model, start, task_type, **(lora_settings or {}))
     return RankSearch(adapted, SearchRequest(start, config, made))
 
@@ -136,8 +140,11 @@ class RankSearch:
 
     def __init__(self, model: PeftModel, request: SearchRequest) -> None:
         self.model, self._request = model, request
-        self._guard = PlanGuard(request.start, RunLog(request.start.method, 0.0), is_final=False)
-        self.callback = AdaptiveCallback(self._guard, RunRequest(request.config.max_nonfinite_steps, request))
+        log = RunLog(request.start.method, 0.0, partial(python_words, method=request.start.method))
+        self._guard = PlanGuard(request.start, log, is_final=False)
+        run = RunRequest(request.config.max_nonfinite_steps, request)
+        remedy = "build the Trainer with search.trainer(TrainerClass)"
+        self.callback = AdaptiveCallback(self._guard, run, remedy=remedy)
 
     @property
     def plan(self) -> PrintablePlan:
@@ -154,7 +161,7 @@ class RankSearch:
             The subclass. Use it for one Trainer, with ``model=search.model``; resuming works as always
             (``train(resume_from_checkpoint=...)``).
         """
-        admit, resume_from = self._admit, self._resume_from
+        admit, resume_from, method = self._admit, self._resume_from, self._request.start.method
 
         class Searching(trainer_class):  # type: ignore[misc, valid-type]
             def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -162,8 +169,9 @@ class RankSearch:
                 admit(self)
 
             def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-                resume_from(_checkpoint(resume_from_checkpoint, self.args.output_dir))
-                return super().train(resume_from_checkpoint, *args, **kwargs)
+                with python_errors(method):
+                    resume_from(_checkpoint(resume_from_checkpoint, self.args.output_dir))
+                    return super().train(resume_from_checkpoint, *args, **kwargs)
 
         Searching.__name__, Searching.__qualname__ = trainer_class.__name__, trainer_class.__qualname__
         return adaptive_trainer(Searching, self.callback)
@@ -197,8 +205,9 @@ class RankSearch:
             given = type(trainer.model).__name__
             refuse("model", given, "it is not the model of this search", "model=search.model")
         flat = {**trainer.args.to_dict(), "fsdp": trainer.args.fsdp or None}
-        strategy = self._request.method.traits.strategy
-        faults = [*check_conflicts({"fsdp": flat["fsdp"]}), *check_search_conflicts(flat, strategy, False)]
+        traits = self._request.method.traits
+        rules = check_search_conflicts(flat, traits.strategy, traits.probes)
+        faults = [*check_conflicts({"fsdp": flat["fsdp"]}), *rules]
         if trainer.args.n_gpu > 1:
             reason = "copies of the model in one process (DataParallel) hide its gradients"
             faults.append(Problem("n_gpu", trainer.args.n_gpu, reason, "torchrun, or CUDA_VISIBLE_DEVICES=0"))
@@ -212,7 +221,7 @@ class RankSearch:
         Raises:
             PlanError: the checkpoint is damaged, or of a search with other settings.
         """
-        self.callback.checkpoint = checkpoint
+        self.callback.resume_from(checkpoint)
         if checkpoint is None:
             return
         if fault := damage(checkpoint):
@@ -221,6 +230,15 @@ class RankSearch:
 
 
 def _checkpoint(asked: Any, output: str) -> Path | None:
-    """Find the checkpoint that a Trainer resumes from: True means the newest one."""
-    checkpoint = get_last_checkpoint(output) if asked is True else asked
-    return Path(str(checkpoint)) if checkpoint else None
+    """Find the checkpoint that a Trainer resumes from: True means the newest one.
+
+    Raises:
+        AdaptiveConfigError: the newest one is asked for where there is none.
+    """
+    if asked is not True:
+        return Path(str(asked)) if asked else None
+    newest = get_last_checkpoint(output) if Path(output).is_dir() else None
+    if newest is None:
+        remedy = "leaving it out, or resume_from_checkpoint='path/of/a/checkpoint'"
+        refuse("resume_from_checkpoint", True, f"output_dir ({output}) holds no checkpoint", remedy)
+    return Path(newest)

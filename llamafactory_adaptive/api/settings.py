@@ -4,7 +4,8 @@ import ast
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from llamafactory_adaptive.config.arguments import AdaptiveArguments
 from llamafactory_adaptive.config.key_checks import check_budget
-from llamafactory_adaptive.errors import Problem, refuse, refuse_all
+from llamafactory_adaptive.errors import AdaptiveConfigError, AdaptiveError, Problem, refuse, refuse_all
 from llamafactory_adaptive.methods import get_method, is_dynamic, methods, nearest
 from llamafactory_adaptive.options import check_fields, contradictions
 from llamafactory_adaptive.versions import installed_versions
@@ -24,6 +25,8 @@ _PYTHON_NAMES = {
     "adaptive_calibration_samples": "the number of rows",
     "lora_target": "target_modules",
 }
+# Arguments of the API and of a Trainer that are called as their YAML keys are.
+_SAME_NAMES = ("lora_rank", "lora_alpha", "bf16", "fp16", "load_best_model_at_end")
 
 
 def chosen_method(name: str, options: Mapping[str, Any], dynamic: bool) -> tuple[type[Any], dict[str, Any]]:
@@ -94,12 +97,30 @@ def in_python(problem: Problem, method: str) -> Problem:
 
 def python_words(text: str, method: str, also: Iterable[str] = ()) -> str:
     """Replace YAML keys by the names of arguments; ``also`` are further keys that a value may follow."""
-    names = "|".join(re.escape(name) for name in ("lora_rank", "lora_alpha", *_PYTHON_NAMES, *also))
-    prefixed = rf"(?:adaptive_|{re.escape(method)}_)\w+"
-    text = re.sub(rf"\b({prefixed}|{names}): (\S+?)(?=[,;)]|$|\s)", lambda m: f"{m[1]}={_literal(m[2])}", text)
-    for key, word in _PYTHON_NAMES.items():
-        text = re.sub(rf"\b{key}\b", word, text)
-    return re.sub(rf"\b(?:adaptive_|{re.escape(method)}_)(\w+)", r"\1", text)
+    short = {**_short_names(method), **_PYTHON_NAMES}
+    names = "|".join(re.escape(name) for name in (*short, *_SAME_NAMES, *also))
+    text = re.sub(rf"\b({names}): (\S+?)(?=[,;)]|$|\s)", lambda m: f"{m[1]}={_literal(m[2])}", text)
+    # Not within the name of a file or folder, such as adaptive_plan.json.
+    return re.sub(rf"(?<![\w/.-])({'|'.join(short)})(?![\w/-]|\.\w)", lambda m: short[m[1]], text)
+
+
+def _short_names(method: str) -> dict[str, str]:
+    """Map the keys that hold for every method, and those of one method, to the names without their prefix."""
+    common = {field.name: field.name.removeprefix("adaptive_") for field in dataclasses.fields(AdaptiveArguments)}
+    return common | {f"{method}_{field.name}": field.name for field in dataclasses.fields(get_method(method).Options)}
+
+
+@contextmanager
+def python_errors(method: str) -> Iterator[None]:
+    """Rewrite the messages of errors that the context raises in Python's notation; their types stay."""
+    try:
+        yield
+    except AdaptiveConfigError as error:
+        error.problems = tuple(in_python(problem, method) for problem in error.problems)
+        raise
+    except AdaptiveError as error:
+        error.args = (python_words(str(error), method),)
+        raise
 
 
 def _literal(value: str) -> str:

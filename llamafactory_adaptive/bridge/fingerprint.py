@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import Args, run_seed, split_names
-from llamafactory_adaptive.bridge.target_shapes import calibration_names, uses_tokenized_folder
+from llamafactory_adaptive.bridge.target_shapes import calibration_rows
 from llamafactory_adaptive.files import read_mapping
 from llamafactory_adaptive.versions import installed_versions
 
@@ -70,16 +70,17 @@ def _fingerprint(path: Path) -> Any:
 
 
 def _data_fingerprint(args: Args) -> Any:
-    """Identify the data that calibration rows are drawn from, with the same choice as ``scoring_settings``."""
-    if uses_tokenized_folder(args):
-        return _fingerprint(Path(args["tokenized_path"]))
+    """Identify the data that calibration rows are drawn from."""
+    rows = calibration_rows(args)
+    if rows.folder is not None:
+        return _fingerprint(rows.folder)
     given = args.get("dataset_dir") or "data"
     folder = Path() if isinstance(given, dict) else Path(str(given))
     info_path = folder / "dataset_info.json"
     if not isinstance(given, dict) and not info_path.is_file():
         return None
     info = given if isinstance(given, dict) else read_mapping(info_path, str(info_path), finite=False)
-    entries = {name: info.get(name) for name in calibration_names(args)}
+    entries = {name: info.get(name) for name in rows.names}
     files = [folder / str(entry["file_name"]) for entry in entries.values() if entry and "file_name" in entry]
     return {"entries": entries, "files": [_fingerprint(path) for path in files]}
 
@@ -105,7 +106,7 @@ def provenance(args: Args) -> dict[str, Any]:
         "base_model": str(args["model_name_or_path"]),
         "architecture": _architecture(str(args["model_name_or_path"])),
         "quantization_bit": args.get("quantization_bit"),
-        "calibration_dataset": calibration_names(args),
+        "calibration_dataset": calibration_rows(args).names,
         "seed": run_seed(args),
         "versions": _versions(),
     }

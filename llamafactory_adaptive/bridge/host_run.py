@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.bridge import fingerprint, measure_process, target_shapes
-from llamafactory_adaptive.bridge.arguments import our_keys, split_names
+from llamafactory_adaptive.bridge.arguments import Args, our_keys, split_names
 from llamafactory_adaptive.bridge.checked_run import CheckedRun
 from llamafactory_adaptive.bridge.scoring_job import ScoringJob
 from llamafactory_adaptive.calibration.measurement import Measurement
@@ -23,6 +23,12 @@ def longest_scoring(run: CheckedRun) -> float:
     return min(float(run.args.get("ddp_timeout") or 1800), _LONGEST_SCORING)
 
 
+def adapter_to_go_on_with(args: Args) -> Path | None:
+    """Return the trained adapter that the host loads, where it makes no new LoRA configuration; None for a new one."""
+    named = [] if args.get("create_new_adapter") else split_names(args.get("adapter_name_or_path"))
+    return Path(named[-1]) if named else None
+
+
 class LlamaFactoryRun:
     """One training run of LLaMA-Factory, described by its settings.
 
@@ -36,8 +42,7 @@ class LlamaFactoryRun:
 
     def __init__(self, run: CheckedRun, checkpoint: Path | None = None) -> None:
         self.run, self.checkpoint, args = run, checkpoint, run.args
-        going_on = [] if args.get("create_new_adapter") else split_names(args.get("adapter_name_or_path"))
-        self.adapter = Path(going_on[-1]) if going_on else None
+        self.adapter = adapter_to_go_on_with(args)
         if checkpoint is not None and args.get("stage") == "rm" and not args.get("deepspeed"):
             reason = "without DeepSpeed the Trainer cannot load the value-head checkpoints that LLaMA-Factory writes"
             refuse("resume_from_checkpoint", str(checkpoint), reason, "overwrite_output_dir: true")

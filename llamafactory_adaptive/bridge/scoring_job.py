@@ -8,7 +8,7 @@ from pathlib import Path
 from llamafactory_adaptive.bridge.arguments import Args, our_keys, split_names
 from llamafactory_adaptive.bridge.checked_run import CheckedRun
 from llamafactory_adaptive.bridge.host_check import OTHER_PROCESS
-from llamafactory_adaptive.bridge.target_shapes import calibration_names, uses_tokenized_folder
+from llamafactory_adaptive.bridge.target_shapes import calibration_rows
 from llamafactory_adaptive.calibration.measurement import Measurement
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 
@@ -61,11 +61,12 @@ def scoring_settings(args: Args) -> Args:
     kept = {key: value for key, value in args.items() if key not in dropped}
     if not args.get("create_new_adapter"):
         kept.pop("adapter_name_or_path", None)
-    kept["dataset"] = ",".join(calibration_names(args)) or None
-    if set(calibration_names(args)) != set(split_names(args.get("dataset"))):
+    rows = calibration_rows(args)
+    kept["dataset"] = ",".join(rows.names) or None
+    if set(rows.names) != set(split_names(args.get("dataset"))):
         for key in ("interleave_probs", "mix_strategy", "val_size"):  # they are about the training set
             kept.pop(key, None)
-    if not uses_tokenized_folder(args):
+    if rows.folder is None:
         kept.pop("tokenized_path", None)  # the host would write it, without the run's evaluation set
     # Rows are scored one by one: packing would add padding that counts, and attention across rows.
     forced = {

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llamafactory_adaptive.bridge.arguments import Args, split_names
 from llamafactory_adaptive.errors import PlanError, refuse
@@ -172,14 +172,21 @@ def _skeleton(args: Args) -> tuple[Any, list[str], Any]:
     return model, sorted(patch_target_modules(model, finetuning_args, targets)), finetuning_args
 
 
-def calibration_names(args: Args) -> list[str]:
-    """List the data sets that scores are drawn from: those named for calibration, else the training set's."""
-    return split_names(args.get("adaptive_calibration_dataset")) or split_names(args.get("dataset"))
+class CalibrationRows(NamedTuple):
+    """Where the rows come from that modules are scored on.
+
+    Attributes:
+        folder: the tokenised folder, if rows come from one that exists; a missing one is written by the run itself.
+        names: the data sets, of which the rows are drawn without a folder: those for calibration, else for training.
+    """
+
+    folder: Path | None
+    names: list[str]
 
 
-def uses_tokenized_folder(args: Args) -> bool:
-    """Tell whether rows come from a tokenised folder that exists; a missing one is written by the run itself."""
-    path = args.get("tokenized_path")
-    return bool(
-        path and not args.get("adaptive_calibration_dataset") and Path(path).is_dir() and any(Path(path).iterdir())
-    )
+def calibration_rows(args: Args) -> CalibrationRows:
+    """Choose where calibration rows come from, for the scoring process and for what identifies its data."""
+    named = split_names(args.get("adaptive_calibration_dataset"))
+    folder = Path(args["tokenized_path"]) if args.get("tokenized_path") and not named else None
+    there = folder is not None and folder.is_dir() and any(folder.iterdir())
+    return CalibrationRows(folder if there else None, named or split_names(args.get("dataset")))

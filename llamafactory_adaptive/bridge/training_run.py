@@ -37,10 +37,7 @@ def inject_ranks(lora_config: Any) -> Callable[..., Any]:
     def make(*args: Any, **kwargs: Any) -> Any:
         callback = current_run.get()
         if callback is not None:
-            from llamafactory_adaptive.adapter.lora import lora_config_arguments
-
-            kwargs |= lora_config_arguments(callback.guard.plan)
-            callback.guard.counters.configs_injected += 1
+            kwargs |= callback.lora_arguments()
         return lora_config(*args, **kwargs)
 
     return make
@@ -75,6 +72,7 @@ def adaptive_training_function(
 
 
 def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], checked: CheckedRun) -> None:
+    from llamafactory_adaptive.bridge.host_run import adapter_to_go_on_with
     from llamafactory_adaptive.bridge.plans import agreed_plan
     from llamafactory_adaptive.engines.operator_locks import bounded_waits
     from llamafactory_adaptive.engines.zero import init_deepspeed_on_cpu
@@ -102,7 +100,7 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], c
     finally:
         current_run.reset(token)
     if launched_number() == 0:
-        callback.guard.finalize(Path(args["output_dir"]), source.loads_adapter)
+        callback.finish(Path(args["output_dir"]), loads_adapter=adapter_to_go_on_with(args) is not None)
 
 
 def _refuse_deepspeed_alone(args: Args) -> None:
@@ -130,9 +128,9 @@ def _begin_afresh(args: Args) -> None:
 def _make_callback(
     args: Args, plan: RankPlan, adaptive: AdaptiveConfig, checkpoint: Path | None, started: float
 ) -> Any:
+    from llamafactory_adaptive.bridge.host_callback import HostCallback
     from llamafactory_adaptive.methods import make_method
     from llamafactory_adaptive.training.bound_run import RunRequest
-    from llamafactory_adaptive.training.callback import AdaptiveCallback
     from llamafactory_adaptive.training.guard import PlanGuard
     from llamafactory_adaptive.training.masked_search import SearchRequest
     from llamafactory_adaptive.training.run_log import RunLog
@@ -145,7 +143,8 @@ def _make_callback(
         layout=layout(args),
     )
     log = RunLog(plan.method, time.perf_counter() - started)
-    return AdaptiveCallback(PlanGuard(plan, log, is_final=adaptive.search is None), request, checkpoint)
+    guard, remedy = PlanGuard(plan, log, is_final=adaptive.search is None), "llamafactory-adaptive doctor checks why"
+    return HostCallback(guard, request, checkpoint, remedy)
 
 
 def _sample_request(args: Args, sampling: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from llamafactory_adaptive.config.deepspeed_settings import document, part, zero_optimization
 from llamafactory_adaptive.errors import Problem
-from llamafactory_adaptive.methods._traits import Strategy
+from llamafactory_adaptive.ranks.schedule import Strategy
 
 
 @dataclass(frozen=True)

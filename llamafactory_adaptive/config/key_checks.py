@@ -10,9 +10,8 @@ from typing import Any
 from llamafactory_adaptive.config.arguments import PRUNING_KEYS
 from llamafactory_adaptive.config.host_conflicts import check_search_conflicts
 from llamafactory_adaptive.errors import Problem
-from llamafactory_adaptive.methods._traits import Strategy
 from llamafactory_adaptive.options import coerce
-from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
+from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig, Strategy
 
 
 def unknown_key_problems(given: Mapping[str, Any], known: Iterable[str]) -> list[Problem]:

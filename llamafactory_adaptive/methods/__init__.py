@@ -17,7 +17,8 @@ from llamafactory_adaptive.methods._contract import (
     StaticMethod,
 )
 from llamafactory_adaptive.methods._registry import get_method, is_dynamic, make_method, methods, nearest
-from llamafactory_adaptive.methods._traits import MethodTraits, Strategy
+from llamafactory_adaptive.methods._traits import MethodTraits
+from llamafactory_adaptive.ranks.schedule import Strategy
 
 
 __all__ = [

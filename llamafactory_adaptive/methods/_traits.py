@@ -1,11 +1,10 @@
-"""Traits that a method declares, and the members that they require. Standard library only."""
+"""Traits that a method declares, and the members that they require. Without torch."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
+from llamafactory_adaptive.ranks.schedule import STRATEGIES, Strategy
 
-Strategy = Literal["prune", "reallocate", "fixed"]
-STRATEGIES: tuple[str, ...] = get_args(Strategy)
 
 _EVERY = ("Options", "concentration_advice")
 _STATIC = ("measurement", "score")

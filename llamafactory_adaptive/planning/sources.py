@@ -29,12 +29,10 @@ class PlanSource:
         plan: what the run trains; the over-ranked start of a search.
         origin: ``resumed`` from a checkpoint, ``continued`` from an adapter, ``given`` as a file, ``started`` for a
             search, ``re-used`` from the cache, ``scored``.
-        loads_adapter: whether the host loads trained weights, so that no new LoRA configuration is due.
     """
 
     plan: RankPlan
     origin: Literal["resumed", "continued", "given", "started", "re-used", "scored"]
-    loads_adapter: bool = False
 
 
 def obtain_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:
@@ -58,7 +56,7 @@ def _plan_of_checkpoint(config: AdaptiveConfig, host: HostRun, checkpoint: Path)
         compatibility.check_shapes(plan, host.shapes, path)
         return PlanSource(planner.start_plan(config, host.shapes, host.provenance), "resumed")
     checked = compatibility.check_plan(plan, host.shapes, config, path)
-    return PlanSource(checked, "resumed", loads_adapter=host.adapter is not None)
+    return PlanSource(checked, "resumed")
 
 
 def _plan_of_adapter(config: AdaptiveConfig, host: HostRun, adapter: Path) -> PlanSource:
@@ -70,7 +68,7 @@ def _plan_of_adapter(config: AdaptiveConfig, host: HostRun, adapter: Path) -> Pl
     plan = _plan_beside(adapter)
     compatibility.check_same_scale(plan, config, str(adapter))
     checked = compatibility.check_plan(plan, host.shapes, config, str(adapter / PLAN_FILE))
-    return PlanSource(checked, "continued", loads_adapter=True)
+    return PlanSource(checked, "continued")
 
 
 def fresh_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:

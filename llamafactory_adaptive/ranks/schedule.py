@@ -1,6 +1,12 @@
 """Schedules of dynamic methods: the steps of their allocations and the budget of each. Pure: no torch, no I/O."""
 
 from dataclasses import dataclass
+from typing import Literal, get_args
+
+
+# How a method changes ranks while training.
+Strategy = Literal["prune", "reallocate", "fixed"]
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
 
 
 @dataclass(frozen=True)

@@ -41,37 +41,17 @@ class Timeline:
         return epoch * self.epoch_samples + min(within * self.samples_per_step, self.epoch_samples)
 
 
-class SubsetSampler(Sampler[int]):
-    """Sampler of one epoch after another; the subset changes by optimizer step, in the middle of an epoch too.
+@dataclass(frozen=True)
+class SampleOrder:
+    """The samples of every optimizer step, which follow from its number alone.
 
-    The samples of a step follow from its number alone, so that prefetching workers and resumed runs agree.
-
-    Args:
-        epoch_samples: length of an epoch: the size of a subset, rounded up to whole batches of all processes;
-            a last batch that is not whole would be filled up with samples that are not counted.
+    Attributes:
+        pool: the scored samples, from which subsets are drawn.
+        timeline: arithmetic of steps, epochs and subsets.
     """
 
-    def __init__(self, epoch_samples: int) -> None:
-        self.epoch_samples = epoch_samples
-        self.epoch = 0
-        self.pool: Pool
-        self.timeline: Timeline
-
-    def begin_epoch(self, step: int) -> None:
-        """Set the epoch that begins, or goes on after a resume, once ``step`` optimizer steps are done.
-
-        This is not ``set_epoch``, which accelerate 1.11 does not pass on to the sampler after a resume of several
-        processes.
-        """
-        self.epoch = step // self.timeline.steps_per_epoch
-
-    def __len__(self) -> int:
-        return self.epoch_samples
-
-    def __iter__(self) -> Iterator[int]:
-        first = self.epoch * self.timeline.steps_per_epoch
-        for step in range(first, first + self.timeline.steps_per_epoch):
-            yield from self.samples_of(step)
+    pool: Pool
+    timeline: Timeline
 
     def samples_of(self, step: int) -> list[int]:
         """Return the sample numbers of one optimizer step."""
@@ -83,3 +63,51 @@ class SubsetSampler(Sampler[int]):
         """Count how often each sample was drawn in the first ``steps`` optimizer steps, (N,)."""
         drawn = [index for step in range(steps) for index in self.samples_of(step)]
         return torch.bincount(torch.tensor(drawn, dtype=torch.int64), minlength=len(self.pool.quality_N))
+
+
+class SubsetSampler(Sampler[int]):
+    """Sampler of one epoch after another; the subset changes by optimizer step, in the middle of an epoch too.
+
+    The samples of a step follow from its number alone, so that prefetching workers and resumed runs agree.
+    A Trainer takes its sampler before samples are scored: until :meth:`set_order` the sampler has a length only.
+
+    Args:
+        epoch_samples: length of an epoch: the size of a subset, rounded up to whole batches of all processes;
+            a last batch that is not whole would be filled up with samples that are not counted.
+    """
+
+    def __init__(self, epoch_samples: int) -> None:
+        self.epoch_samples = epoch_samples
+        self.epoch = 0
+        self._order: SampleOrder | None = None
+
+    def set_order(self, order: SampleOrder) -> None:
+        """Set the order that follows from the scores, before the first epoch begins."""
+        self._order = order
+
+    @property
+    def order(self) -> SampleOrder:
+        """Return the order of the samples.
+
+        Raises:
+            RuntimeError: the samples are not scored yet.
+        """
+        if self._order is None:
+            raise RuntimeError("the order of the samples is not set yet: it follows from their scores")
+        return self._order
+
+    def begin_epoch(self, step: int) -> None:
+        """Set the epoch that begins, or goes on after a resume, once ``step`` optimizer steps are done.
+
+        This is not ``set_epoch``, which accelerate 1.11 does not pass on to the sampler after a resume of several
+        processes.
+        """
+        self.epoch = step // self.order.timeline.steps_per_epoch
+
+    def __len__(self) -> int:
+        return self.epoch_samples
+
+    def __iter__(self) -> Iterator[int]:
+        steps = self.order.timeline.steps_per_epoch
+        for step in range(self.epoch * steps, (self.epoch + 1) * steps):
+            yield from self.order.samples_of(step)

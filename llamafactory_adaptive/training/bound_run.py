@@ -11,6 +11,7 @@ from torch import nn
 from llamafactory_adaptive.engines.distributed import agree_across_ranks
 from llamafactory_adaptive.engines.engine import find_engine
 from llamafactory_adaptive.engines.step_hooks import before_clipping, before_deepspeed_step
+from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.ranks.schedule import make_schedule
 from llamafactory_adaptive.training.checkpoint_record import CheckpointRecord
@@ -61,11 +62,11 @@ class BoundRun:
 
     def __init__(self, request: RunRequest, guard: PlanGuard, trainer: Any, see_gradients: Callable[[], None]) -> None:
         self.request, self.guard, self.log, self.trainer = request, guard, guard.log, trainer
-        self.see_gradients = see_gradients
+        self.see_gradients, self.deepspeed = see_gradients, uses_deepspeed(trainer.args)
         self.samples = None if request.samples is None else TrainingSamples(request.samples, trainer)
         self.search = None if request.search is None else MaskedSearch(request.search, trainer)
         self.watch = DivergenceWatch(request.max_nonfinite_steps, Path(trainer.args.output_dir))
-        if self.search is not None and not uses_deepspeed(trainer.args):
+        if self.search is not None and not self.deepspeed:
             before_clipping(trainer.accelerator, see_gradients)
 
     def current_plan(self) -> RankPlan:
@@ -81,9 +82,17 @@ class BoundRun:
             args, state, model: arguments, state and model of the Trainer.
             dataloader: training data loader of the Trainer.
             checkpoint: what the Trainer resumes from, if anything.
+
+        Raises:
+            GuardError: the live adapter does not match, or the Trainer has resumed but ``checkpoint`` is None.
         """
-        self.guard.verify_live(args, model)
+        self.guard.verify_live(model, self.deepspeed)
         agree_on_steps(state)
+        if state.global_step > 0 and checkpoint is None:
+            raise GuardError(
+                f"the Trainer has resumed at step {state.global_step}, but the run was not given the checkpoint and "
+                "would begin anew: pass resume_from_checkpoint to the Trainer's train(), or train afresh"
+            )
         resumed = checkpoint if state.global_step > 0 else None
         make = self._fixed_ranks if self.search is None else self._search_ranks
         selection, ranks = make(args, state, dataloader, resumed)
@@ -107,7 +116,7 @@ class BoundRun:
         begin, asked = search.state.cost(search.triplets.masks), search.state.asked
         schedule = make_schedule(search.request.schedule, state.max_steps, begin, asked)
         observer = self._observer(search)
-        kept = SearchCheckpoint(search, observer, self.log, holds_factors=not self.guard.deepspeed)
+        kept = SearchCheckpoint(search, observer, self.log, holds_factors=not self.deepspeed)
         if resumed is not None:
             kept.resume(resumed, state.max_steps)
         selection = self._prepare_samples(args, state, dataloader, resumed)
@@ -119,7 +128,7 @@ class BoundRun:
         """Build the observer once the model is wrapped and on its device, and apply the masks there."""
         triplets, method, config = search.triplets, search.request.method, search.request.schedule
         engine = find_engine(triplets.modules[0].q, self.trainer)
-        if self.guard.deepspeed:  # its engine is there by now
+        if self.deepspeed:  # its engine is there by now
             before_deepspeed_step(self.trainer.deepspeed, self.see_gradients)
         components = Components(triplets, engine)
         triplets.mask(triplets.masks)

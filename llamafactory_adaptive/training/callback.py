@@ -11,7 +11,7 @@ from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.sampling.sampler import SubsetSampler
 from llamafactory_adaptive.training.bound_run import BoundRun, RunRequest
 from llamafactory_adaptive.training.checkpoint_record import seal
-from llamafactory_adaptive.training.guard import PlanGuard
+from llamafactory_adaptive.training.guard import PlanGuard, uses_deepspeed
 from llamafactory_adaptive.training.run_part import RunPart
 
 
@@ -22,14 +22,17 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
         guard: guard of the run, with plan and log.
         request: settings of the run beyond its plan.
         checkpoint: checkpoint that the run resumes from, if any.
+        remedy: advice for a Trainer that was made in another way than the run needs.
 
     Attributes:
         bound: the run, once its Trainer is known.
         parts: parts of the run; empty before training begins.
     """
 
-    def __init__(self, guard: PlanGuard, request: RunRequest, checkpoint: Path | None = None) -> None:
-        self.guard, self.request, self.checkpoint = guard, request, checkpoint
+    def __init__(
+        self, guard: PlanGuard, request: RunRequest, checkpoint: Path | None = None, remedy: str = ""
+    ) -> None:
+        self.guard, self.request, self.checkpoint, self.remedy = guard, request, checkpoint, remedy
         self.bound: BoundRun | None = None
         self.parts: tuple[RunPart, ...] = ()
 
@@ -41,6 +44,10 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
         if self.request.search is not None:  # loggers must find our figures in what they log
             callbacks = trainer.callback_handler.callbacks
             callbacks.insert(0, callbacks.pop(callbacks.index(self)))
+
+    def resume_from(self, checkpoint: Path | None) -> None:
+        """Set the checkpoint that training, which has not begun, resumes from; None for a fresh run."""
+        self.checkpoint = checkpoint
 
     @property
     def train_sampler(self) -> SubsetSampler | None:
@@ -75,8 +82,9 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
             GuardError: the model does not match the plan, or its Trainer is not made by :func:`adaptive_trainer`.
         """
         if self.bound is None:
-            self.guard.verify_live(args, model)
-            raise GuardError("the run asked for adaptive ranks but its Trainer did not pass itself to the run")
+            self.guard.verify_live(model, uses_deepspeed(args))
+            fault = "the run asked for adaptive ranks but its Trainer did not pass itself to the run"
+            raise GuardError(f"{fault}; {self.remedy}" if self.remedy else fault)
         self.parts = self.bound.begin(args, state, model, kwargs.get("train_dataloader"), self.checkpoint)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -19,7 +19,6 @@ from llamafactory_adaptive.engines.distributed import agree_across_ranks, gather
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.reports.model_card import update_card
-from llamafactory_adaptive.reports.tables import closing_words
 from llamafactory_adaptive.training.run_log import RunLog
 from llamafactory_adaptive.training.run_part import RunPart
 
@@ -54,22 +53,26 @@ class PlanGuard(RunPart):
     Attributes:
         plan: plan that is trained; after a search, the plan that was found.
         is_final: as above; true once a search has ended.
-        deepspeed: whether the run trains under DeepSpeed, set by :meth:`verify_live`.
+        deepspeed: whether the run trains under DeepSpeed; None until :meth:`verify_live` is told.
     """
 
     def __init__(self, plan: RankPlan, log: RunLog, is_final: bool = True) -> None:
         self.plan, self.log, self.is_final = plan, log, is_final
         self.searches = not is_final
         self.counters = log.counters
-        self.deepspeed = False
+        self.deepspeed: bool | None = None
 
-    def verify_live(self, args: Any, model: nn.Module) -> None:
+    def verify_live(self, model: nn.Module, deepspeed: bool) -> None:
         """Check that the plan is the same on all processes, and that the live adapter matches it.
+
+        Args:
+            model: model of the Trainer.
+            deepspeed: whether it trains under DeepSpeed, on which later checks depend.
 
         Raises:
             GuardError: plans differ between processes, or the live adapter does not match the plan.
         """
-        self.deepspeed = uses_deepspeed(args)
+        self.deepspeed = deepspeed
         agree_across_ranks(self.plan.digest(), PLANS_DIFFER)
         keep_4bit_unpacked_on_cpu(model)
         name_targets_in_full(model, self.plan)
@@ -138,19 +141,3 @@ class PlanGuard(RunPart):
             f"adaptive: adapter in {output} checked: {modules} modules, r={self.plan.largest_rank}, "
             f"alpha/r={self.plan.scale:g} everywhere"
         )
-
-    def finalize(self, output: Path, trained_before: bool) -> None:
-        """Check the saved adapter of a finished run on the main process, and print the closing report.
-
-        Args:
-            output: the run's ``output_dir``.
-            trained_before: the adapter came from a checkpoint or another run, so no new LoRA config was due.
-
-        Raises:
-            GuardError: the host made its adapter without the plan; also as in :meth:`verify_saved`.
-        """
-        if self.counters.configs_injected == 0 and not trained_before:
-            raise GuardError(f"the run asked for adaptive ranks but no allocation reached the model: {self.counters}")
-        self.verify_saved(output)
-        log = self.log
-        print(closing_words(self.plan, output, log.overhead_seconds, log.seconds, log.warnings), flush=True)

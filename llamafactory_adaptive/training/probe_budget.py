@@ -8,6 +8,9 @@ import torch
 from llamafactory_adaptive.engines.distributed import all_reduce_max
 
 
+_STORED = ("probing", "training", "probes", "steps", "next_step")  # in a checkpoint
+
+
 class ProbeBudget:
     """Schedule of extra passes within a share of the training time; every process computes the same steps.
 
@@ -48,9 +51,9 @@ class ProbeBudget:
 
     def state(self) -> dict[str, float]:
         """Return the times and counts that a checkpoint stores."""
-        return {key: getattr(self, key) for key in ("probing", "training", "probes", "steps", "next_step")}
+        return {key: getattr(self, key) for key in _STORED}
 
     def load(self, state: Mapping[str, float]) -> None:
         """Restore what :meth:`state` returned."""
-        for key, value in state.items():
-            setattr(self, key, value)
+        for key in _STORED:
+            setattr(self, key, state[key])

@@ -16,6 +16,7 @@ from llamafactory_adaptive.ranks.schedule import ReallocationConfig
 
 
 Masks = list[list[bool]]
+_STORED = ("final", "history", "module_scores", "metrics", "sensitivities", "fresh")  # in a checkpoint
 
 
 class RankSearchState:
@@ -142,10 +143,9 @@ class RankSearchState:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint stores of the search."""
-        keys = ("final", "history", "module_scores", "metrics", "sensitivities", "fresh")
-        return {key: getattr(self, key) for key in keys}
+        return {key: getattr(self, key) for key in _STORED}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state` returned."""
-        for key in self.state():
+        for key in _STORED:
             setattr(self, key, state[key])

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ logger = logging.getLogger("llamafactory.adaptive")  # a child of the host's log
 class Counters:
     """Counts of what happened in a run, which error messages quote."""
 
-    configs_injected: int = 0
     modules_checked: int = 0
     steps: int = 0
     gradients_missing: int = 0
@@ -37,10 +36,11 @@ class RunLog:
     Args:
         method: name of the method, part of every line.
         overhead_seconds: seconds that planning took.
+        words: rewrites a warning in the notation of its reader; by default it stays as it is.
     """
 
-    def __init__(self, method: str, overhead_seconds: float) -> None:
-        self.method, self.overhead_seconds = method, overhead_seconds
+    def __init__(self, method: str, overhead_seconds: float, words: Callable[[str], str] = str) -> None:
+        self.method, self.overhead_seconds, self.words = method, overhead_seconds, words
         self.counters = Counters()
         self.warnings: list[str] = []
         self._started = time.perf_counter()
@@ -52,8 +52,9 @@ class RunLog:
 
     def warn(self, text: str) -> None:
         """Write a warning to the log, and keep it for the report at the end of the run."""
-        logger.warning(text)
-        self.warnings.append(text)
+        said = self.words(text)
+        logger.warning(said)
+        self.warnings.append(said)
 
     def write(self, output: Path, line: Mapping[str, Any]) -> None:
         """Append a line to the log file in ``output``, with method, counters, overhead and time added."""

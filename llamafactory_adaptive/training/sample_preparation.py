@@ -27,7 +27,7 @@ from llamafactory_adaptive.ranks.schedule import refresh_interval
 from llamafactory_adaptive.sampling.pool import Pool, combine_terms
 from llamafactory_adaptive.sampling.quality import SampleTerms, measure
 from llamafactory_adaptive.sampling.sample_gradients import TermSpec
-from llamafactory_adaptive.sampling.sampler import SubsetSampler, Timeline
+from llamafactory_adaptive.sampling.sampler import SampleOrder, SubsetSampler, Timeline
 from llamafactory_adaptive.training.sample_scores import ScoringBatches, read_terms, term_vectors, write_terms
 from llamafactory_adaptive.training.sample_selection import SampleSelection
 
@@ -97,7 +97,7 @@ class TrainingSamples:
         terms = self._measured(lengths, rows) if resumed is None else self._restored(resumed, rows)
         quality = combine_terms((terms.gradient_norm, terms.loss_drop, terms.alignment), self.sampling.weights)
         pool = Pool(quality, getattr(terms, self.sampling.clip_term), self.sampling, self.request.seed)
-        self.sampler.pool, self.sampler.timeline = pool, timelines[0]
+        self.sampler.set_order(SampleOrder(pool, timelines[0]))
         selection = SampleSelection(plan, self.trainer, self.dataset, self.sampler, self.sampling, terms, digests)
         if process_number() == 0:
             selection.warn_if_collapsed()

@@ -28,7 +28,7 @@ class SampleSelection(RunPart):
         plan: plan of the run, for the report.
         trainer: Trainer of the run, for its tokenizer and arguments.
         dataset: the rows, as the sampler numbers them.
-        sampler: sampler of the data loader, with pool and timeline.
+        sampler: sampler of the data loader, with its order set.
         sampling: how samples are chosen.
         terms: quality terms of every sample, as measured.
         row_digests: digests of every row's tokens and labels.
@@ -46,7 +46,7 @@ class SampleSelection(RunPart):
     ) -> None:
         self.plan, self.trainer, self.dataset, self.sampler, self.sampling = plan, trainer, dataset, sampler, sampling
         self.terms, self.row_digests, self.rows_digest = terms, row_digests, digest_of(row_digests)
-        self.pool, self.timeline = sampler.pool, sampler.timeline
+        self.pool, self.timeline = sampler.order.pool, sampler.order.timeline
 
     def begin_epoch(self, state: Any) -> None:
         """Set the sampler to the optimizer step at which the epoch begins."""
@@ -112,7 +112,7 @@ class SampleSelection(RunPart):
             quality_N=self.pool.quality_N,
             probability_N=self.pool.probabilities,
             kept_N=self.pool.kept_N,
-            usage_N=self.sampler.usage(steps),
+            usage_N=self.sampler.order.usage(steps),
             row_digests=self.row_digests,
             subset_size=self.pool.subset_size,
             effective_size=self.pool.effective_size,

@@ -13,6 +13,9 @@ from llamafactory_adaptive.training.observer import Observer
 from llamafactory_adaptive.training.run_log import RunLog
 
 
+_RESUMED_COUNTERS = ("observations", "probes", "allocations", "steps")
+
+
 class SearchCheckpoint:
     """Reader and writer of one search's state in checkpoints.
 
@@ -61,7 +64,7 @@ class SearchCheckpoint:
         document = self.restore(folder, total_steps)
         self.observer.probe_budget.load(document["thinner"])
         self.log.overhead_seconds += document["overhead_seconds"]
-        for name in ("observations", "probes", "allocations", "steps"):
+        for name in _RESUMED_COUNTERS:
             setattr(self.log.counters, name, document["counters"][name])
 
     def restore(self, folder: Path, total_steps: int) -> Mapping[str, Any]:

@@ -6,29 +6,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import TrainingArguments
 
-from llamafactory_adaptive import rank_search
 from llamafactory_adaptive.errors import AdaptiveConfigError, GuardError, PlanError
 from llamafactory_adaptive.files import PLAN_FILE
 from llamafactory_adaptive.ranks.plan import load_plan
 from tests.helpers.dynamic import batch
-from tests.helpers.tiny import rows, tiny_model, tiny_tokenizer
-
-
-def searching(**more):
-    return rank_search(tiny_model(), lora_rank=2, interval=2, importance="off", **more)
-
-
-def trainer_of(search, folder, model=None, **more):
-    arguments = {"max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "report_to": "none",
-                 "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, **more}  # fmt: skip
-    return search.trainer(Trainer)(
-        model=search.model if model is None else model,
-        args=TrainingArguments(str(folder), **arguments),
-        train_dataset=rows(12),
-        data_collator=DataCollatorForSeq2Seq(tiny_tokenizer()),
-    )
+from tests.helpers.searches import searching, trainer_of
+from tests.helpers.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +69,7 @@ def test_a_search_that_goes_on_from_a_checkpoint_finds_the_same(ended, tmp_path)
 def test_a_checkpoint_of_another_search_or_a_damaged_one_is_refused(ended, tmp_path):
     checkpoint = ended[2] / "checkpoint-2"
     other = trainer_of(searching(max_rank=6), tmp_path)
-    with pytest.raises(PlanError, match="adaptive_max_rank is 8 there and 6 here"):
+    with pytest.raises(PlanError, match="another run: max_rank is 8 there and 6 here"):
         other.train(resume_from_checkpoint=str(checkpoint))
     damaged = tmp_path / "checkpoint-2"
     damaged.mkdir()

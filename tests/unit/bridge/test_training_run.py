@@ -7,10 +7,12 @@ from accelerate import PartialState
 from peft import LoraConfig
 
 from llamafactory_adaptive.bridge import training_run
+from llamafactory_adaptive.bridge.host_callback import HostCallback
 from llamafactory_adaptive.bridge.training_run import adaptive_training_function, inject_ranks
 from llamafactory_adaptive.errors import AdaptiveConfigError, OutputError
 from llamafactory_adaptive.files import LOCK_FILE, PLAN_FILE
 from llamafactory_adaptive.folder_lock import locked
+from llamafactory_adaptive.training.bound_run import RunRequest
 from llamafactory_adaptive.training.current_run import current_run
 from llamafactory_adaptive.training.guard import PlanGuard
 from llamafactory_adaptive.training.run_log import RunLog
@@ -127,7 +129,7 @@ def test_records_of_an_older_run_are_moved_aside_by_the_process_that_writes(args
 def test_ranks_reach_peft_in_an_adaptive_run_alone():
     make = inject_ranks(LoraConfig)
     assert (make(r=5).r, make.__name__) == (5, "LoraConfig")
-    callback = SimpleNamespace(guard=PlanGuard(found_plan(), RunLog("igu", 0.0)))
+    callback = HostCallback(PlanGuard(found_plan(), RunLog("igu", 0.0)), RunRequest(3))
     token = current_run.set(callback)
     try:
         config = make(r=5, lora_alpha=3, lora_dropout=0.1, target_modules=["k_proj"])
@@ -136,4 +138,4 @@ def test_ranks_reach_peft_in_an_adaptive_run_alone():
     assert config.rank_pattern == {m.name: m.rank for m in found_plan().active}
     assert (config.r, config.lora_alpha, config.lora_dropout) == (6, 12, 0.1)
     assert set(config.target_modules) == set(config.rank_pattern)
-    assert callback.guard.counters.configs_injected == 1
+    assert callback.configs_injected == 1

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llamafactory_adaptive.methods import Sampling
 from llamafactory_adaptive.sampling.pool import Pool, combine_terms
-from llamafactory_adaptive.sampling.sampler import SubsetSampler, Timeline
+from llamafactory_adaptive.sampling.sampler import SampleOrder, SubsetSampler, Timeline
 
 
 def sampling(**more):
@@ -93,8 +93,9 @@ def test_every_step_sees_its_own_stretch_whatever_the_epoch(samples, per_step, i
     made = pool([0.0] * (2 * samples), subset_ratio=0.5)
     size = made.subset_size
     sampler = SubsetSampler(size)
-    sampler.pool = made
-    sampler.timeline = timeline = Timeline(size, per_step, interval, max(0, total - 1) // interval)
+    timeline = Timeline(size, per_step, interval, max(0, total - 1) // interval)
+    order = SampleOrder(made, timeline)
+    sampler.set_order(order)
     epochs = -(-total // timeline.steps_per_epoch)
     stream = []
     for epoch in range(epochs):
@@ -104,10 +105,10 @@ def test_every_step_sees_its_own_stretch_whatever_the_epoch(samples, per_step, i
         # A data loader cuts an epoch into steps; the last one may be smaller.
         stream += [drawn[i : i + per_step] for i in range(0, size, per_step)]
     for step in range(total):
-        assert stream[step] == sampler.samples_of(step)
+        assert stream[step] == order.samples_of(step)
         assert set(stream[step]) <= set(made.subset(min(step // interval, timeline.last_refresh)).tolist())
     drawn = torch.tensor([i for step in stream[:total] for i in step])
-    assert sampler.usage(total).tolist() == torch.bincount(drawn, minlength=2 * samples).tolist()
+    assert order.usage(total).tolist() == torch.bincount(drawn, minlength=2 * samples).tolist()
 
 
 def test_between_refreshes_every_sample_comes_once_a_turn():
@@ -116,3 +117,11 @@ def test_between_refreshes_every_sample_comes_once_a_turn():
     assert all(sorted(turn) == made.subset(0).tolist() for turn in turns)
     assert len({tuple(turn) for turn in turns}) == 3
     assert made.stretch(0, 4, 5) == turns[0][4:] + turns[1][:3]
+
+
+def test_before_samples_are_scored_a_sampler_has_a_length_and_no_order():
+    sampler = SubsetSampler(6)
+    assert len(sampler) == 6
+    for use in (lambda: list(sampler), lambda: sampler.begin_epoch(0)):
+        with pytest.raises(RuntimeError, match="not set yet"):
+            use()

@@ -105,13 +105,13 @@ def trainer(callbacks=()):
 def test_a_fixed_run_verifies_first_and_has_its_parts_in_order(monkeypatch):
     happened = []
     forwarding = made(layout={"processes": 1})
-    monkeypatch.setattr(PlanGuard, "verify_live", lambda self, args, model: happened.append("live"))
+    monkeypatch.setattr(PlanGuard, "verify_live", lambda self, model, deepspeed: happened.append("live"))
     monkeypatch.setattr(bound_run, "agree_on_steps", lambda state: happened.append("steps"))
     monkeypatch.setattr(FixedRanks, "announce", lambda self, args, state: happened.append("announced"))
     given = trainer()
     forwarding.bind_trainer(given)
     assert (forwarding.parts, forwarding.train_sampler, happened) == ((), None, [])
-    forwarding.on_train_begin(given.args, STATE, None, model=None)
+    forwarding.on_train_begin(given.args, SimpleNamespace(global_step=0, max_steps=9), None, model=None)
     assert happened == ["live", "steps", "announced"]
     assert [type(part) for part in forwarding.parts] == [PlanGuard, DivergenceWatch, FixedRanks, CheckpointRecord]
     guard, watch, ranks, record = forwarding.parts
@@ -147,14 +147,17 @@ def test_a_search_comes_before_loggers_which_find_its_figures(monkeypatch):
 
 
 def test_a_trainer_that_did_not_pass_itself_on_is_refused(monkeypatch):
-    monkeypatch.setattr(PlanGuard, "verify_live", lambda self, args, model: None)
-    with pytest.raises(GuardError, match="its Trainer did not pass itself to the run"):
+    monkeypatch.setattr(PlanGuard, "verify_live", lambda self, model, deepspeed: None)
+    with pytest.raises(GuardError, match=r"its Trainer did not pass itself to the run$"):
         made().on_train_begin(trainer().args, STATE, None, model=None)
+    advised = AdaptiveCallback(PlanGuard(None, RunLog("igu", 0.0)), RunRequest(3), remedy="make it otherwise")
+    with pytest.raises(GuardError, match=r"its Trainer did not pass itself to the run; make it otherwise$"):
+        advised.on_train_begin(trainer().args, STATE, None, model=None)
 
 
 def test_a_checkpoint_counts_only_where_steps_were_made(monkeypatch):
     resumed = []
-    monkeypatch.setattr(PlanGuard, "verify_live", lambda self, args, model: None)
+    monkeypatch.setattr(PlanGuard, "verify_live", lambda self, model, deepspeed: None)
 
     def fixed_ranks(self, args, state, dataloader, checkpoint):
         resumed.append(checkpoint)
@@ -167,3 +170,11 @@ def test_a_checkpoint_counts_only_where_steps_were_made(monkeypatch):
     for step in (0, 3):
         forwarding.on_train_begin(given.args, SimpleNamespace(global_step=step, max_steps=9), None, model=None)
     assert resumed == [None, "checkpoint-3"]
+
+
+def test_a_trainer_that_resumed_from_an_unknown_checkpoint_is_refused(monkeypatch):
+    monkeypatch.setattr(PlanGuard, "verify_live", lambda self, model, deepspeed: None)
+    forwarding, given = made(), trainer()
+    forwarding.bind_trainer(given)
+    with pytest.raises(GuardError, match=r"resumed at step 3, but .* pass resume_from_checkpoint to the Trainer's"):
+        forwarding.on_train_begin(given.args, STATE, None, model=None)

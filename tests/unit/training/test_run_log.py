@@ -33,7 +33,7 @@ def test_lines_have_what_every_line_has_as_it_was_then(tmp_path, clock):
     log.write(tmp_path, {"step": 0, "event": "begin"})
     log.counters.steps, log.overhead_seconds, clock[0] = 4, 2.0, 103.5
     log.write(tmp_path, {"step": 4})
-    none = {"configs_injected": 0, "modules_checked": 0, "steps": 0, "gradients_missing": 0, "observations": 0,
+    none = {"modules_checked": 0, "steps": 0, "gradients_missing": 0, "observations": 0,
             "probes": 0, "allocations": 0, "largest_learning_rate": 0.0}  # fmt: skip
     assert lines(tmp_path) == [
         {"step": 0, "event": "begin", "method": "igu", "counters": none, "overhead_seconds": 1.235, "time": 107.0},
@@ -52,7 +52,7 @@ def test_warnings_are_told_at_once_and_kept_in_order(caplog):
 def test_counters_say_all_of_themselves():
     said = str(Counters(steps=3, largest_learning_rate=0.5))
     assert said == (
-        "configs_injected=0, modules_checked=0, steps=3, gradients_missing=0, observations=0, probes=0, "
+        "modules_checked=0, steps=3, gradients_missing=0, observations=0, probes=0, "
         "allocations=0, largest_learning_rate=0.5"
     )
 

@@ -127,8 +127,8 @@ def test_a_resumed_run_draws_as_the_first_did_whatever_the_cache_says(begin, tmp
     monkeypatch.setattr(sample_preparation, "measure", scored_again)
     again = begin(resumed=tmp_path / "checkpoint-4", live=adapted(seed=1))
     assert again.digest() == first.digest()
-    assert [again.sampler.samples_of(step) for step in range(STEPS)] == [
-        first.sampler.samples_of(step) for step in range(STEPS)
+    assert [again.sampler.order.samples_of(step) for step in range(STEPS)] == [
+        first.sampler.order.samples_of(step) for step in range(STEPS)
     ]
     changed = rows(SAMPLES)
     changed[3]["labels"] = [-100, *changed[3]["labels"][1:-1], 7]
@@ -195,7 +195,7 @@ def test_the_report_counts_what_was_drawn_and_shows_texts_unless_they_would_be_p
     selection = begin()
     selection.report(tmp_path / "out", STEPS)
     report = read_data_report(tmp_path / "out")
-    drawn = [index for step in range(STEPS) for index in selection.sampler.samples_of(step)]
+    drawn = [index for step in range(STEPS) for index in selection.sampler.order.samples_of(step)]
     assert (report["samples"], report["samples_used"], report["steps"]) == (SAMPLES, len(set(drawn)), STEPS)
     assert report["most_used"] == max(map(drawn.count, drawn))
     selection.trainer.args.push_to_hub = True
