@@ -1,22 +1,16 @@
 """Runs that find their ranks while they train, through LLaMA-Factory's own entry, in this process, on tiny models."""
 
 import json
-import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from llamafactory_adaptive.errors import AdaptiveConfigError, GuardError, PlanError
+from llamafactory_adaptive.errors import AdaptiveConfigError, GuardError
 from llamafactory_adaptive.ranks.plan import load_plan
-from llamafactory_adaptive.training.checkpoint_files import damage
 from tests.helpers.tiny import pruning_settings, save_tiny, settings
-from tests.helpers.training import EVALUATE, Keep, adapters_equal, allocations, lines, logits, peft_logits, train
+from tests.helpers.training import EVALUATE, Keep, allocations, logits, peft_logits, train
 
 
 pytestmark = pytest.mark.slow
@@ -151,110 +145,6 @@ def test_early_stopping_and_load_best_end_within_budget(tiny_llama, data_dir, tm
     assert last["final"]
     assert plan.budget()["left_parameters"] >= 0
     assert (peft_logits(tiny_llama, out) - logits(keep.model)).abs().max() <= 1e-4
-
-
-SAVING = {"save_strategy": "steps", "save_steps": 3, "overwrite_output_dir": False, "lora_dropout": 0.1}
-
-
-@pytest.mark.parametrize("more", [{}, {"adaptive_method": "adalora"}, {"igu_importance": "integrated"}],
-                         ids=["igu", "adalora", "integrated"])  # fmt: skip
-def test_interrupted_and_resumed_equals_uninterrupted(more, tiny_llama, data_dir, tmp_path):
-    """Crash after step 7, between the checkpoint of step 6 and the final allocation: bitwise the same in the end."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    train(pruning_settings(tiny_llama, data_dir, whole, **SAVING, **more))
-    with pytest.raises(KeyboardInterrupt):
-        train(pruning_settings(tiny_llama, data_dir, cut, **SAVING, **more), crash_at=7)
-    train(pruning_settings(tiny_llama, data_dir, cut, **SAVING, **more))
-    assert adapters_equal(whole, cut)
-    for name in ("checkpoint-9", "checkpoint-12"):
-        states = [load_file(folder / name / "adaptive_state.safetensors") for folder in (whole, cut)]
-        assert states[0].keys() == states[1].keys()
-        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-        documents = [json.loads((folder / name / "adaptive_state.json").read_text()) for folder in (whole, cut)]
-        assert documents[0]["masks"] == documents[1]["masks"]
-        assert documents[0]["history"] == documents[1]["history"]
-        assert documents[0]["counters"] == documents[1]["counters"]
-    assert [line["event"] for line in lines(cut)].count("resumed") == 1
-    assert (cut / "adaptive_rank_history.png").is_file()
-
-
-def test_killed_and_resumed_equals_never_killed(tiny_llama, data_dir, tmp_path):
-    """kill -9 while it runs; then a checkpoint that was being written is left over, and is not resumed from."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    more = {**SAVING, "max_steps": 400, "save_steps": 20, "adaptive_interval": 10, "save_total_limit": 1}
-    path = tmp_path / "cut.yaml"
-    path.write_text(yaml.safe_dump(pruning_settings(tiny_llama, data_dir, cut, **more)))
-    program = "from llamafactory_adaptive.cli import main; import sys; main(['train', sys.argv[1]])"
-    process = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (cut / "checkpoint-40" / "trainer_state.json").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    folders = sorted(cut.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
-    complete = [folder for folder in folders if not damage(folder)]
-    assert not (cut / "adapter_model.safetensors").exists()
-    half = cut / f"checkpoint-{int(folders[-1].name.rpartition('-')[2]) + 20}"
-    shutil.copytree(complete[-1], half)
-    (half / "trainer_state.json").unlink()
-    (half / "optimizer.pt").unlink()
-    train(pruning_settings(tiny_llama, data_dir, cut, **more))
-    resumed = next(line for line in lines(cut) if line["event"] == "resumed")
-    assert f"checkpoint-{resumed['step']}" == complete[-1].name
-    train(pruning_settings(tiny_llama, data_dir, whole, **more))
-    assert adapters_equal(whole, cut)
-
-
-def test_killed_in_its_first_save_starts_afresh(tiny_llama, data_dir, tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    train(pruning_settings(tiny_llama, data_dir, whole, **SAVING))
-    with pytest.raises(KeyboardInterrupt):
-        train(pruning_settings(tiny_llama, data_dir, cut, **SAVING), crash_at=4)
-    (cut / "checkpoint-3" / "adaptive_rank_plan.json").unlink()
-    train(pruning_settings(tiny_llama, data_dir, cut, **SAVING))
-    assert adapters_equal(whole, cut)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"lora_rank": 3}, "lora_rank is 4 there and 3 here"),
-        ({"adaptive_method": "adalora"}, "adaptive_method is igu there and adalora here"),
-        ({"igu_beta1": 0.9}, "igu_beta1 is 0.85 there and 0.9 here"),
-        ({"adaptive_interval": 3}, "adaptive_interval is 2 there and 3 here"),
-        ({"model": {}}, "model_name_or_path is .* there and .*other here"),
-        ({"model": {"intermediate_size": 48}, "name": "same"}, "is 32x64 in the plan, 32x48 in the model"),
-        ({"max_steps": 15}, "belongs to a run of 12 steps and this one has 15"),
-        ({"damaged": "adaptive_state.safetensors"}, "adaptive_state.safetensors has changed since it was written"),
-        ({"damaged": "adaptive_state.json"}, "adaptive_state.json has changed since it was written"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_a_checkpoint_of_another_run_is_refused(change, message, one_crashed_run, tiny_llama, data_dir, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(one_crashed_run, out)
-    change = dict(change)
-    base = tiny_llama
-    if "model" in change:
-        name = tiny_llama.name if change.pop("name", "") == "same" else "other"
-        base = save_tiny(tmp_path / name, **change.pop("model"))
-    if "damaged" in change:
-        (out / "checkpoint-3" / change.pop("damaged")).write_bytes(b"{")
-        change["resume_from_checkpoint"] = str(out / "checkpoint-3")
-    with pytest.raises(PlanError, match=message):
-        train(pruning_settings(base, data_dir, out, **{**SAVING, **change}))
-    assert not (out / "adapter_model.safetensors").exists()
-
-
-@pytest.fixture(scope="module")
-def one_crashed_run(tiny_llama, data_dir, tmp_path_factory):
-    out = tmp_path_factory.mktemp("crashed") / "out"
-    with pytest.raises(KeyboardInterrupt):
-        train(pruning_settings(tiny_llama, data_dir, out, **SAVING), crash_at=4)
-    return out
 
 
 def test_a_diverged_run_is_not_pruned_by_nan(tiny_llama, data_dir, tmp_path):

@@ -1,4 +1,4 @@
-"""TsqLoRA through LLaMA-Factory's own entry: samples chosen, ranks moved, alone and together, resumed, refused."""
+"""TsqLoRA through LLaMA-Factory's own entry: samples chosen, ranks moved, alone and together, refused."""
 
 import json
 from pathlib import Path
@@ -7,32 +7,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError
+from llamafactory_adaptive.errors import AdaptiveConfigError
 from llamafactory_adaptive.ranks.plan import load_plan
 from llamafactory_adaptive.reports.data_report import DATA_PLOT_FILE, DATA_REPORT_FILE, SAMPLES_FILE, read_data_report
 from tests.helpers.tiny import tsq_settings
-from tests.helpers.training import EVALUATE, adapters_equal, allocations, lines, logits, peft_logits, train
+from tests.helpers.training import (
+    EVALUATE,
+    allocations,
+    batches_seen,
+    lines,
+    logits,
+    peft_logits,
+    samples,
+    train,
+)
 
 
 pytestmark = pytest.mark.slow
-
-
-def samples(out):
-    return [json.loads(line) for line in (out / SAMPLES_FILE).read_text().splitlines()]
-
-
-def batches_seen(monkeypatch):
-    """Token rows of every training batch, in order, as the model gets them."""
-    from transformers import Trainer
-
-    seen, original = [], Trainer.training_step
-
-    def step(self, model, inputs, *args, **kwargs):
-        seen.append(inputs["input_ids"].tolist())
-        return original(self, model, inputs, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "training_step", step)
-    return seen
 
 
 def test_samples_and_ranks_together(tiny_llama, data_dir, tmp_path):
@@ -133,48 +124,6 @@ def test_options_and_stages(case, tiny_llama, data_dir, tmp_path):
         assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 2 * 3
 
 
-SAVING = {"save_strategy": "steps", "save_steps": 4, "overwrite_output_dir": False, "lora_dropout": 0.1}
-PARTS = {
-    "both": {"tsq_alignment_weight": 1.0},
-    "samples": {"tsq_reallocation": False},
-    "ranks": {"tsq_sampling": False},
-}
-
-
-@pytest.mark.parametrize("part", list(PARTS))
-def test_interrupted_and_resumed_equals_uninterrupted(part, tiny_llama, data_dir, tmp_path, monkeypatch):
-    """Crash after step 5, resume from step 4: in the middle of an epoch and between two refreshes."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    monkeypatch.setenv("LLAMAFACTORY_ADAPTIVE_CACHE", str(tmp_path / "first"))  # one run scores, the other re-uses
-    more = {**SAVING, **PARTS[part]}
-    seen = batches_seen(monkeypatch)
-    train(tsq_settings(tiny_llama, data_dir, whole, **more))
-    expected = list(seen)
-    seen.clear()
-    with pytest.raises(KeyboardInterrupt):
-        train(tsq_settings(tiny_llama, data_dir, cut, **more), crash_at=5)
-    monkeypatch.setenv("LLAMAFACTORY_ADAPTIVE_CACHE", str(tmp_path / "empty"))  # the checkpoint must be enough
-    train(tsq_settings(tiny_llama, data_dir, cut, **more))
-    assert seen[:5] + seen[6:] == expected[:5] + expected[5:], "step 5 is trained twice"
-    assert seen[4] == seen[5]
-    assert adapters_equal(whole, cut)
-    if part != "ranks":
-        assert (whole / SAMPLES_FILE).read_text() == (cut / SAMPLES_FILE).read_text()
-        assert list((tmp_path / "empty" / "quality").iterdir()) == []
-
-
-def test_a_resumed_run_on_other_rows_or_options_is_refused(tiny_llama, data_dir, tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        train(tsq_settings(tiny_llama, data_dir, out, **SAVING), crash_at=5)
-    with pytest.raises(
-        PlanError, match="no qualities of these training samples: the data set, template or cutoff_len"
-    ):
-        train(tsq_settings(tiny_llama, data_dir, out, **SAVING, cutoff_len=40))
-    with pytest.raises(PlanError, match=r"tsq_temperature is 3\.0 there and 2\.0 here"):
-        train(tsq_settings(tiny_llama, data_dir, out, **{**SAVING, "tsq_temperature": 2.0}))
-
-
 def test_scores_are_cached_and_weights_need_no_second_pass(tiny_llama, data_dir, tmp_path, monkeypatch):
     from llamafactory_adaptive.training import sample_preparation
 
@@ -243,19 +192,6 @@ def test_a_tokenised_folder_is_sampled(tiny_llama, data_dir, tmp_path):
     train(tsq_settings(tiny_llama, data_dir, tmp_path / "c", max_steps=2))
     first, second = ([s["gradient_norm"] for s in samples(tmp_path / name)] for name in "bc")
     assert first == second
-
-
-def test_samples_are_chosen_on_given_ranks(tiny_llama, data_dir, tmp_path):
-    train(tsq_settings(tiny_llama, data_dir, tmp_path / "a"))
-    plan = tmp_path / "a" / "adaptive_rank_plan.json"
-    args = tsq_settings(tiny_llama, data_dir, tmp_path / "b", adaptive_plan=str(plan), **SAVING)
-    with pytest.raises(KeyboardInterrupt):
-        train(args, crash_at=5)
-    with pytest.raises(PlanError, match=r"tsq_subset_ratio is 0\.7 there and 0\.5 here"):
-        train({**args, "tsq_subset_ratio": 0.5})
-    train(args)
-    assert load_plan(tmp_path / "b" / "adaptive_rank_plan.json").ranks() == load_plan(plan).ranks()
-    assert read_data_report(tmp_path / "b")["steps"] == 12
 
 
 def test_report_shows_runs_and_refuses_what_is_none(tiny_llama, data_dir, tmp_path, capsys):

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import ROOT, processes_naming
+from tests.helpers.processes import EVAL_DRIVER, FAKE_SERVER, ROOT, processes_naming
 
 
 NAMED = os.environ.get("LLAMAFACTORY_ADAPTIVE_VLLM_PYTHON")  # set by make eval-test: missing is then a failure
 PYTHON = Path(NAMED or ROOT / ".venv-eval" / "bin" / "python")
-HERE = Path(__file__).parent
 needs_environment = [
     pytest.mark.eval_env,
     pytest.mark.skipif(not NAMED and not PYTHON.exists(), reason="needs .venv-eval: make eval-install"),
@@ -27,7 +26,7 @@ class Harness:
         self.base, self.rows, self.out = base, rows, out
 
     def words(self, *more, fake="", protocol="llm_adapters", tasks=ALL, out="out"):
-        driver = [str(PYTHON), str(HERE / "driver.py"), fake, "--base", str(self.base), "--data-dir", str(self.rows)]
+        driver = [str(PYTHON), str(EVAL_DRIVER), fake, "--base", str(self.base), "--data-dir", str(self.rows)]
         return [*driver, "--protocol", protocol, "--tasks", tasks, "--out", str(self.out / out), *map(str, more)]
 
     def start(self, *more, **settings):
@@ -37,7 +36,7 @@ class Harness:
 
     def run(self, *more, expect=0, **settings):
         told = self.finished(self.start(*more, **settings), expect)
-        assert not processes_naming(str(HERE / "fake_server.py"))
+        assert not processes_naming(str(FAKE_SERVER))
         return told
 
     def finished(self, process, expect=0):

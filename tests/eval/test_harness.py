@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.eval.harness import ALL, HERE, PYTHON, needs_environment
-from tests.helpers.processes import ROOT, processes_naming
+from tests.eval.harness import ALL, PYTHON, needs_environment
+from tests.helpers.processes import FAKE_SERVER, ROOT, processes_naming
 
 
+OWN_TASKS = Path(__file__).with_name("own_tasks.py")  # run with the other Python
 pytestmark = needs_environment
 
 
@@ -48,10 +49,10 @@ def test_a_whole_run(protocol, harness, model):
 def test_lm_evals_own_tasks_give_the_same_numbers(harness, tmp_path, port):
     """Its task files, only the data replaced, against ours: same prompts, same scores, row by row."""
     harness.run("--log-samples", protocol="lm_eval")
-    server = subprocess.Popen([sys.executable, str(HERE / "fake_server.py"), str(port), "base"])
+    server = subprocess.Popen([sys.executable, str(FAKE_SERVER), str(port), "base"])
     try:
         done = subprocess.run(
-            [PYTHON, HERE / "own_tasks.py", f"http://127.0.0.1:{port}", harness.base, harness.rows], text=True,
+            [PYTHON, OWN_TASKS, f"http://127.0.0.1:{port}", harness.base, harness.rows], text=True,
             capture_output=True, check=False, cwd=ROOT)  # fmt: skip
     finally:
         server.kill()
@@ -181,13 +182,13 @@ def test_an_interruption_leaves_nothing(number, fake, harness, tmp_path):
         "eval: interrupted; no server was left running. Answers are kept: the same command goes on"
     )
     assert not (harness.out / "out" / "eval_results.json").exists()
-    assert not processes_naming(str(HERE / "fake_server.py"))
+    assert not processes_naming(str(FAKE_SERVER))
     if (tmp_path / "pids").exists():
         assert not any(Path(f"/proc/{pid}/exe").exists() for pid in (tmp_path / "pids").read_text().split())
 
 
 def test_a_running_server_is_asked_and_left_running(harness, port):
-    server = subprocess.Popen([sys.executable, str(HERE / "fake_server.py"), str(port), "other,one"])
+    server = subprocess.Popen([sys.executable, str(FAKE_SERVER), str(port), "other,one"])
     try:
         time.sleep(1)
         process = harness.start("--base-url", f"http://127.0.0.1:{port}/v1", "--adapter", "one=anything")
@@ -205,7 +206,7 @@ def test_a_running_server_is_asked_and_left_running(harness, port):
 
 
 def test_a_foreign_server_that_dies_in_the_middle_is_one_line(harness, port):
-    server = subprocess.Popen([sys.executable, str(HERE / "fake_server.py"), str(port), "base", "--die-after", "7"])
+    server = subprocess.Popen([sys.executable, str(FAKE_SERVER), str(port), "base", "--die-after", "7"])
     try:
         time.sleep(1)
         process = harness.start("--base-url", f"http://127.0.0.1:{port}")

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from tests.eval.harness import HERE, needs_environment
+from tests.eval.harness import needs_environment
+from tests.helpers.processes import FAKE_SERVER, ROOT
 from tests.helpers.replies import replying
 
 
@@ -24,7 +25,7 @@ def served(port):
     started = []
 
     def start(*words, names="base"):
-        started.append(subprocess.Popen([sys.executable, str(HERE / "fake_server.py"), str(port), names, *words]))
+        started.append(subprocess.Popen([sys.executable, str(FAKE_SERVER), str(port), names, *words]))
         time.sleep(1)
         return f"http://127.0.0.1:{port}"
 
@@ -64,7 +65,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(harness, 
     assert total // 2 < kept < total
     (folder / "answers.jsonl").open("a").write('{"key": "half of a li')
     process = subprocess.Popen(
-        harness.words(*more, fake=f"--log {log}", **settings), text=True, stdout=subprocess.PIPE, cwd=HERE.parents[1],
+        harness.words(*more, fake=f"--log {log}", **settings), text=True, stdout=subprocess.PIPE, cwd=ROOT,
         stderr=subprocess.PIPE, preexec_fn=lambda: resource.setrlimit(
             resource.RLIMIT_FSIZE, ((folder / "answers.jsonl").stat().st_size + 300,) * 2)
     )  # fmt: skip

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.jsonl import write_jsonl
-from tests.helpers.processes import ROOT
+from tests.helpers.processes import EVAL_DRIVER, ROOT
 
 
 NAMED = os.environ.get("LLAMAFACTORY_ADAPTIVE_VLLM_PYTHON")  # set by make eval-test: missing is then a failure
 PYTHON = Path(NAMED or ROOT / ".venv-eval" / "bin" / "python")
-DRIVER = Path(__file__).with_name("driver.py")
 pytestmark = [
     pytest.mark.eval_env,
     pytest.mark.skipif(not NAMED and not PYTHON.exists(), reason="needs .venv-eval: make eval-install"),
@@ -28,7 +27,7 @@ def run(tiny_llama, model, tmp_path):
                  "--protocol", protocol, "--tasks", tasks, "--log-samples", *more]  # fmt: skip
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [PYTHON, DRIVER, "", *map(str, words)], capture_output=True, text=True, env=env, cwd=ROOT
+            [PYTHON, EVAL_DRIVER, "", *map(str, words)], capture_output=True, text=True, env=env, cwd=ROOT
         )
         assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-6000:]
         assert "Traceback" not in done.stderr

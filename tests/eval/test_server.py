@@ -18,10 +18,10 @@ from eval.redaction import redacted
 from eval.server import Server, ServerOptions, check_port, environment, reason
 from eval.serving import _describe, _probe
 from eval.transport import Patience, Site, fetch
-from tests.helpers.processes import ROOT, alive, processes_naming
+from tests.helpers.processes import FAKE_SERVER, ROOT, alive, processes_naming
 
 
-FAKE = str(Path(__file__).with_name("fake_server.py"))
+FAKE = str(FAKE_SERVER)
 
 
 def server(port, tmp_path, *words, seconds=30.0, said=None):

@@ -14,11 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.scene import kill_at, nothing_left_running
-from tests.helpers.processes import ROOT
+from tests.helpers.processes import EVAL_DRIVER, FAKE_SERVER, ROOT
 from tests.helpers.replies import replying
-
-
-EVAL_TESTS = ROOT / "tests" / "eval"
 
 
 NAMED = os.environ.get("LLAMAFACTORY_ADAPTIVE_VLLM_PYTHON")  # set by make faults
@@ -35,7 +32,7 @@ class Evaluation:
 
     def __init__(self, words, log, limit=None, **environment):
         self.log, self.started = log, time.monotonic()
-        command = [str(PYTHON), str(EVAL_TESTS / "driver.py"), *map(str, words)]
+        command = [str(PYTHON), str(EVAL_DRIVER), *map(str, words)]
         bound = None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         with log.open("ab") as file:
             self.process = subprocess.Popen(
@@ -97,7 +94,7 @@ def test_kills(moment, words, reference, tell, tmp_path):
     run = Evaluation(told, tmp_path / "log")
     time.sleep(begin * seconds)
     fault = kill_at(run, moment, (1 - begin) * seconds)
-    nothing_left_running(str(EVAL_TESTS / "fake_server.py"))
+    nothing_left_running(str(FAKE_SERVER))
     if not json.loads((tmp_path / "out" / "eval_run.json").read_text() if (tmp_path / "out" / "eval_run.json").exists()
                       else "{}").get("complete"):  # fmt: skip
         Evaluation(told, tmp_path / "log").finish()

@@ -1,11 +1,13 @@
 """Saved LoRA adapters for the tiny models: mixed ranks, trained by no one, with an effect one can measure."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llamafactory_adaptive.adapter.lora import contract_arguments
@@ -38,3 +40,11 @@ def edit_config(folder: Path, **changes: Any) -> Path:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     return folder
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Change the saved factors in place."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)

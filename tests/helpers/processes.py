@@ -1,4 +1,4 @@
-"""Which processes run: tests assert that none is left behind."""
+"""Scripts that tests start by their path, and which processes run: tests assert that none is left behind."""
 
 import os
 import time
@@ -7,6 +7,8 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parents[2]
+EVAL_DRIVER = Path(__file__).with_name("eval_driver.py")
+FAKE_SERVER = Path(__file__).with_name("fake_server.py")
 
 
 def alive(pid: int) -> bool:
@@ -28,12 +30,12 @@ def wait_until_ended(pids: Iterable[int], seconds: float = 30.0) -> None:
 
 def processes_naming(text: str) -> list[int]:
     """Ids of other processes whose command line holds ``text``."""
-    found = []
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_bytes().decode(errors="replace")
         except OSError:
             continue
         if text in words and int(folder.name) != os.getpid() and alive(int(folder.name)):
-            found.append(int(folder.name))
-    return found
+            pids.append(int(folder.name))
+    return pids

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from llamafactory_adaptive import _bootstrap
+from llamafactory_adaptive.reports.data_report import SAMPLES_FILE
 
 
 EVALUATE = {"eval_dataset": "tiny_eval", "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps",
@@ -66,3 +67,21 @@ def allocations(out):
 def adapters_equal(first, second):
     a, b = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def samples(out):
+    return [json.loads(line) for line in (out / SAMPLES_FILE).read_text().splitlines()]
+
+
+def batches_seen(monkeypatch):
+    """Token rows of every training batch, in order, as the model gets them."""
+    from transformers import Trainer
+
+    seen, original = [], Trainer.training_step
+
+    def step(self, model, inputs, *args, **kwargs):
+        seen.append(inputs["input_ids"].tolist())
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", step)
+    return seen

@@ -2,6 +2,7 @@
 
 import pytest
 
+from llamafactory_adaptive.export.verify import compare
 from tests.helpers.lora import save_adapter
 from tests.helpers.tiny import save_tiny
 
@@ -14,3 +15,9 @@ def base(tmp_path_factory):
 @pytest.fixture
 def adapter(base, tmp_path):
     return save_adapter(base, tmp_path / "adapter")
+
+
+@pytest.fixture
+def no_model_is_loaded(monkeypatch, request):
+    if "loads" not in request.keywords:
+        monkeypatch.setattr(compare, "load", lambda *words: pytest.fail("a model was loaded"))

@@ -1,14 +1,13 @@
-"""Merged files are PEFT's merge bit for bit, made one weight at a time; the fp32 computation is what it says."""
+"""Merged files are PEFT's merge bit for bit, made one weight at a time."""
 
 import json
 import weakref
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_adaptive.adapter.lora import contract_arguments
 from llamafactory_adaptive.errors import AdaptiveConfigError
@@ -16,30 +15,20 @@ from llamafactory_adaptive.export import exporter, merging
 from llamafactory_adaptive.export.base_checkpoint import find_base
 from llamafactory_adaptive.export.exporter import run_export
 from llamafactory_adaptive.export.faults import ExportError
-from llamafactory_adaptive.export.nf4_merging import Nf4, QuantisationReport
 from llamafactory_adaptive.export.request import ExportRequest
 from llamafactory_adaptive.export.source_adapter import read_adapter
 from llamafactory_adaptive.export.verify import log_probabilities
 from llamafactory_adaptive.export.verify.compare import Comparer
 from llamafactory_adaptive.files import PLAN_FILE
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
+from tests.helpers.exports import save_base, weights
 from tests.helpers.lora import mixed_ranks, save_adapter
-from tests.helpers.tiny import save_tiny, tiny_model, tiny_tokenizer
-
-
-def save_base(folder, architecture="llama", dtype=torch.bfloat16, shard="50GB", **sizes):
-    tiny_model(architecture, **sizes).to(dtype).save_pretrained(folder, max_shard_size=shard)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+from tests.helpers.tiny import save_tiny, tiny_model
 
 
 def merged_by_peft(base, adapter, dtype="auto"):
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), adapter)
     return model.merge_and_unload().state_dict()
-
-
-def weights(folder):
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 BASES = {
@@ -210,55 +199,6 @@ def test_a_base_that_is_no_number_is_not_blamed_on_the_type(tmp_path):
         run_export(ExportRequest(adapter, "merged", tmp_path / "out"))
 
 
-@pytest.mark.parametrize("double", [True, False])
-def test_quantisation_aware_merge_is_peft_on_the_dequantised_base(double, tmp_path):
-    base = save_base(tmp_path / "base", shard="20KB", num_hidden_layers=1)
-    adapter = save_adapter(base, tmp_path / "adapter")
-    said = run_export(
-        ExportRequest(adapter, "merged", tmp_path / "out", quantization_aware=True, double_quantization=double)
-    )
-    loading = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
-    model = AutoModelForCausalLM.from_pretrained(
-        base, dtype="auto", quantization_config=loading, device_map={"": "cpu"}
-    )
-    expected = PeftModel.from_pretrained(model.dequantize(), adapter).merge_and_unload().state_dict()
-    found = weights(tmp_path / "out")
-    assert all(torch.equal(found[name], expected[name]) for name in found)
-    changed = {name for name, tensor in weights(base).items() if not torch.equal(found[name], tensor)}
-    assert len(changed) == 7  # every linear layer, adapted or not; neither head, embeddings nor norms
-    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
-    assert report["nf4"] == {"double": double}
-    assert f"median {report['median']:.3f}" in said
-
-
-def test_the_ratio_is_quantisation_error_over_update(tmp_path):
-    base = save_base(tmp_path / "base", num_hidden_layers=1)
-    folder = save_adapter(base, tmp_path / "adapter")
-    factors = load_file(folder / "adapter_model.safetensors")
-    untrained = "base_model.model.model.layers.0.self_attn.k_proj.lora_B.weight"
-    save_file({**factors, untrained: factors[untrained] * 0}, folder / "adapter_model.safetensors")
-    report, name = QuantisationReport(Nf4(True)), "model.layers.0.self_attn.q_proj"
-    prepare = report.transform(read_adapter(folder), {f"model.layers.0.self_attn.{kind}_proj.weight" for kind in "qk"})
-    weight = weights(base)[f"{name}.weight"]
-    seen = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
-    assert torch.equal(prepare(f"{name}.weight", weight), seen)
-    prepare("model.layers.0.self_attn.k_proj.weight", weights(base)["model.layers.0.self_attn.k_proj.weight"])
-    assert prepare("model.norm.weight", weight) is weight
-    a, b = (factors[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
-    error, learned = (seen.double() - weight.double()).norm(), (2.0 * b @ a).norm()
-    assert report.ratios == {name: pytest.approx(float(error / learned), rel=1e-4)}
-    assert report.untrained == ["model.layers.0.self_attn.k_proj"]  # an update of zero has no ratio
-
-
-@pytest.mark.parametrize(
-    ("ratio", "words"), [(0.1, "prefer a plain merge"), (0.5, "score this merge"), (3.0, "weights that training saw")]
-)
-def test_the_recommendation_follows_the_median(ratio, words):
-    report = QuantisationReport(Nf4(True), {"a": ratio, "b": ratio, "c": 100.0})
-    assert words in report.recommendation()
-    assert report.table().splitlines()[1].startswith("c")
-
-
 def test_a_planted_wrong_update_fails_and_leaves_nothing(tmp_path, monkeypatch):
     base = save_base(tmp_path / "base")
     adapter = save_adapter(base, tmp_path / "adapter")
@@ -304,38 +244,6 @@ def test_a_merge_must_be_pefts_in_every_weight(fault, tmp_path, monkeypatch):
     ):
         run_export(ExportRequest(adapter, "merged", tmp_path / "out", tolerance=1e9))
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("tied", [True, False])
-def test_layers_widened_one_by_one_compute_what_a_float_model_does(dtype, tied):
-    model, rows = tiny_model("qwen2", tie_word_embeddings=tied).to(dtype), [[1, 2, 3, 4, 5], [9, 8]]
-    found = log_probabilities.log_probabilities(model, rows)
-    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    expected = log_probabilities.log_probabilities(model.float(), rows)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def test_weights_are_restored_after_an_exception():
-    model = tiny_model().bfloat16()
-    with pytest.raises(IndexError):
-        log_probabilities.log_probabilities(model, [[10_000]])
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_last_place_is_the_distance_to_the_next_number(dtype):
-    values = torch.tensor([1.0, 1.5, -3.0, 1024.0, 0.1], dtype=dtype)
-    away = torch.nextafter(values, torch.sign(values) * torch.tensor(float("inf"), dtype=dtype))
-    assert torch.equal(log_probabilities.last_place(values), (away - values).abs().float())
-
-
-def test_differences_are_taken_among_the_references_best_tokens():
-    reference = [torch.tensor([[-1.0, -2.0, -9.0], [-3.0, -0.5, -0.6]])]
-    other = [torch.tensor([[-1.1, -2.0, -50.0], [-9.0, -0.5, -0.9]])]
-    assert log_probabilities.largest_difference(reference, other, top_k=2) == pytest.approx(0.3)
-    assert log_probabilities.largest_difference(reference, [torch.full((2, 3), float("nan"))]) == float("inf")
 
 
 @pytest.mark.parametrize(("bits", "hinted"), [(4, True), (None, False)])

@@ -7,20 +7,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.image import imread
 
-from llamafactory_adaptive.ranks.module_names import layer_and_type
 from llamafactory_adaptive.ranks.plan import ModulePlan
 from llamafactory_adaptive.reports import plots
 from llamafactory_adaptive.reports.model_card import update_card
 from llamafactory_adaptive.reports.plots import save_heatmap, save_history
 from llamafactory_adaptive.reports.tables import closing_words, concentration_warning, rank_table
 from tests.helpers.plans import found_plan, make_plan
-
-
-def test_place_reads_layer_and_type():
-    assert layer_and_type("model.layers.12.self_attn.q_proj") == (12, "q_proj")
-    assert layer_and_type("model.layers.3.mlp.experts.7.up_proj") == (3, "up_proj")
-    assert layer_and_type("score") == (None, "score")
 
 
 def test_table_shows_ranks_totals_and_size():
@@ -46,11 +40,6 @@ def test_warning_only_when_few_modules_hold_most():
     text = concentration_warning(skewed([0.4, 0.4, *[0.2 / 38] * 38]), upper=8)
     assert text == "2 of 40 modules hold 80% of the score, 0 sit at their largest rank"
     assert concentration_warning(skewed([1 / 40] * 40), upper=1)
-
-
-def test_heatmap_is_a_picture(tmp_path):
-    save_heatmap(make_plan(), tmp_path / "new" / "ranks.png")
-    assert (tmp_path / "new" / "ranks.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_model_card_section_is_replaced_not_repeated(tmp_path):
@@ -87,12 +76,12 @@ def named(method, kind):
 
 @settings(max_examples=60, deadline=None)
 @given(TEXTS, TEXTS)
-def test_nothing_in_a_plan_gets_out_of_its_place(method, kind):
+def test_nothing_in_a_plan_gets_out_of_its_section(method, kind):
     plan = named(method, kind)
     text = rank_table(plan)
     assert all(letter.isprintable() or letter == "\n" for letter in text)
-    with tempfile.TemporaryDirectory() as place:
-        card = Path(place) / "README.md"
+    with tempfile.TemporaryDirectory() as folder:
+        card = Path(folder) / "README.md"
         card.write_text("mine\n")
         for _ in range(2):
             update_card(card, plan)
@@ -102,19 +91,6 @@ def test_nothing_in_a_plan_gets_out_of_its_place(method, kind):
         assert written.count("<!--") == written.count("-->") == 2
         assert "<b>" not in written
         assert written.count("](") == 1  # the picture's
-
-
-@settings(max_examples=15, deadline=None)
-@given(TEXTS, TEXTS)
-def test_a_picture_is_drawn_whatever_a_plan_calls_things(method, kind):
-    with tempfile.TemporaryDirectory() as place:
-        save_heatmap(named(method, kind), Path(place) / "x.png")
-        assert (Path(place) / "x.png").stat().st_size > 0
-
-
-def test_a_plan_of_very_many_types_is_still_a_picture(tmp_path):
-    modules = tuple(ModulePlan(f"m.0.type{i}", 4, 4, 1) for i in range(2000))
-    save_heatmap(make_plan(modules=modules), tmp_path / "x.png")
 
 
 def test_text_around_the_section_stays_byte_for_byte(tmp_path):
@@ -146,19 +122,57 @@ def test_closing_words_name_ranks_cost_files_and_what_follows(tmp_path):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Figures instead of files."""
+    """Figures as they were drawn; they are written, too."""
+    return record_figures(monkeypatch)
+
+
+def record_figures(monkeypatch):
+    figures, save = [], plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure) or save(figure, path))
+    return figures
+
+
+def cells(figure):
+    """Ranks by type and layer as the picture has them; -1 where there is no module."""
+    return figure.axes[0].images[0].get_array().filled(-1).tolist()
+
+
+def test_the_heatmap_shows_the_plan_and_is_written_as_a_picture_of_its_size(drawn, tmp_path):
+    save_heatmap(make_plan(), tmp_path / "new" / "ranks.png")
+    (figure,) = drawn
+    axes, scale = figure.axes
+    assert cells(figure) == [[3, 5]]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1"]
+    assert axes.get_title() == "sensitivity: 240 parameters, the cost of uniform rank 4"
+    assert (scale.get_ylabel(), axes.images[0].get_clim()) == ("rank", (0, 5))
+    height, width, _ = imread(tmp_path / "new" / "ranks.png").shape
+    assert (width, height) == (6.0 * 130, int((1.4 + 0.42) * 130)), "inches at 130 dots each"
+
+
+@settings(max_examples=15, deadline=None)
+@given(TEXTS, TEXTS)
+def test_a_picture_is_drawn_whatever_a_plan_calls_things(method, kind):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        figures = record_figures(patch)
+        save_heatmap(named(method, kind), Path(folder) / "x.png")
+        assert imread(Path(folder) / "x.png").size > 0
+    assert sorted(rank for row in cells(figures[0]) for rank in row if rank >= 0) == [3, 5]
+
+
+def test_a_plan_of_very_many_types_is_still_a_picture(monkeypatch, tmp_path):
     figures = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
-    return figures
+    modules = tuple(ModulePlan(f"m.0.type{i}", 4, 4, 1 + i % 3) for i in range(2000))
+    save_heatmap(make_plan(modules=modules), tmp_path / "x.png")
+    assert cells(figures[0]) == [[1 + i % 3] for i in range(2000)]
+    assert max(figures[0].get_size_inches()) * 130 < 2**16, "matplotlib refuses more dots"
 
 
 def test_the_heatmap_has_the_rank_of_each_layer_and_type_and_gaps_where_there_is_no_module(drawn, tmp_path):
     modules = (*found_plan().modules, ModulePlan("model.layers.1.self_attn.q_proj", 8, 8, rank=5))
     save_heatmap(dataclasses.replace(found_plan(), modules=modules), tmp_path / "x.png")
-    axes = drawn[0].axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["up_proj", "down_proj", "q_proj"]
-    shown = axes.images[0].get_array()
-    assert shown.filled(-1).tolist() == [[2, 4], [6, 0], [-1, 5]]
+    assert [label.get_text() for label in drawn[0].axes[0].get_yticklabels()] == ["up_proj", "down_proj", "q_proj"]
+    assert cells(drawn[0]) == [[2, 4], [6, 0], [-1, 5]]
 
 
 def test_the_history_shows_mean_ranks_of_each_type_from_the_start_to_the_last_step(drawn, tmp_path):

@@ -62,9 +62,12 @@ def test_each_part_is_told_once_and_in_order(hook):
 
 @pytest.mark.parametrize("hook", EVENTS)
 def test_an_event_that_a_part_does_not_define_is_nothing_to_it(hook):
+    event, given = EVENTS[hook]
+    told = []
     forwarding = made()
-    forwarding.parts = (RunPart(),)
-    EVENTS[hook][0](forwarding)
+    forwarding.parts = (RunPart(), recorder("later", told))
+    event(forwarding)
+    assert told == [("later", hook, given)], "the next part is told as if the first were not there"
 
 
 def test_a_part_that_refuses_keeps_later_parts_from_going_on():
@@ -120,7 +123,7 @@ def test_a_fixed_run_verifies_first_and_has_its_parts_in_order(monkeypatch):
     assert (ranks.selection, record.layout) == (None, {"processes": 1})
 
 
-def test_a_fixed_run_keeps_its_plan_and_place():
+def test_a_fixed_run_keeps_its_plan_and_its_position():
     others = ["a logger", "another"]
     forwarding = made()
     given = trainer([*others, forwarding])

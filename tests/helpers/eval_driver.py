@@ -1,4 +1,4 @@
-"""``python -m eval.run`` with the fake server in vLLM's place: ``python driver.py 'WORDS FOR THE FAKE' ...``."""
+"""``python -m eval.run`` with the fake server in vLLM's place: ``python eval_driver.py 'WORDS FOR THE FAKE' ...``."""
 
 import shlex
 import sys

@@ -1,0 +1,122 @@
+"""The state of a search comes back from its checkpoint bit for bit, into a search that had gone elsewhere."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
+from llamafactory_adaptive.errors import PlanError
+from llamafactory_adaptive.files import STATE_JSON
+from llamafactory_adaptive.methods import make_method
+from llamafactory_adaptive.ranks.schedule import PruningConfig
+from llamafactory_adaptive.training.checkpoint import read_state
+from llamafactory_adaptive.training.probe_budget import ProbeBudget
+from llamafactory_adaptive.training.rank_search import RankSearchState
+from llamafactory_adaptive.training.run_log import RunLog
+from llamafactory_adaptive.training.search_checkpoint import SearchCheckpoint
+from tests.helpers.dynamic import scatter, start_plan, stream, triplet_model
+from tests.helpers.tiny import tiny_model
+
+
+ARGS = SimpleNamespace(should_save=True)
+STEPS = 8
+SCHEDULE = PruningConfig(4, warmup_ratio=0.0, final_ratio=0.5, interval=2, max_overhead=None, seed=0)
+CONFIG = AdaptiveConfig("igu", {"importance": "off"}, "params", 2, 4.0, 1, 8, None,
+                        CalibrationConfig(None, 0, 0, 0), SCHEDULE)  # fmt: skip
+
+
+class Search:
+    """A search that has run for some steps: factors, masks, running statistics and a decision of its own."""
+
+    def __init__(self, seed, holds_factors=True, **sizes):
+        _, self.triplets, components = triplet_model(**sizes)
+        method, self.log, self.budget = make_method("igu", CONFIG.options), RunLog("igu", 2.5), ProbeBudget(None)
+        state = RankSearchState(start_plan(tiny_model(**sizes)), CONFIG)
+        for _ in stream(self.triplets, 3, seed):
+            components.update(method, None)
+        scatter(self.triplets, seed)
+        self.masks = [[(i + j + seed) % 2 == 0 for j in range(4)] for i in range(len(self.triplets.modules))]
+        ones = [[1.0] * 4 for _ in self.masks]
+        state.record(2, 99, False, ones, [[True] * 4 for _ in self.masks], self.masks)
+        self.triplets.mask(self.masks)
+        self.log.counters.observations, self.log.counters.steps, self.log.counters.modules_checked = 5 + seed, 6, 14
+        self.budget.load({"probing": 1.5, "training": 9.0 + seed, "probes": 2, "steps": 6, "next_step": 7})
+        search = SimpleNamespace(state=state, triplets=self.triplets, request=SimpleNamespace(method=method))
+        observer = SimpleNamespace(components=components, probe_budget=self.budget)
+        self.method, self.state = method, state
+        self.checkpoint = SearchCheckpoint(search, observer, self.log, holds_factors)
+
+    def factors(self):
+        return {f"{kind}.{module.name}": parameter.detach().clone()
+                for module in self.triplets.modules for kind, parameter in module.parameters().items()}  # fmt: skip
+
+    def write(self, folder):
+        self.checkpoint.write(folder, ARGS, SimpleNamespace(global_step=6, max_steps=STEPS))
+        return folder
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_resumed_search_is_the_one_that_was_written(tmp_path):
+    written, resumed = Search(0), Search(1)
+    factors, statistics = written.factors(), {key: value.clone() for key, value in written.method.state().items()}
+    assert not equal(factors, resumed.factors()), "the other search had gone elsewhere"
+    assert statistics, "there is something to store"
+    assert not equal(statistics, resumed.method.state())
+    resumed.checkpoint.resume(written.write(tmp_path / "checkpoint-6"), STEPS)
+    assert equal(resumed.factors(), factors)
+    assert equal(resumed.method.state(), statistics)
+    assert resumed.triplets.masks == written.masks
+    assert resumed.state.state() == written.state.state()
+    assert resumed.budget.state() == written.budget.state()
+    assert resumed.log.overhead_seconds == 2.5 + 2.5, "planning of this process, and what went before"
+    counters = resumed.log.counters
+    assert (counters.observations, counters.probes, counters.allocations, counters.steps) == (5, 0, 0, 6)
+
+
+def test_masks_in_force_are_those_that_were_written(tmp_path):
+    written, resumed = Search(0), Search(1)
+    resumed.checkpoint.resume(written.write(tmp_path / "checkpoint-6"), STEPS)
+    assert [module.a.mask_r.bool().tolist() for module in resumed.triplets.modules] == written.masks
+
+
+def test_the_file_says_what_a_reader_needs(tmp_path):
+    written = Search(0)
+    document = json.loads((written.write(tmp_path / "checkpoint-6") / STATE_JSON).read_text())
+    assert (document["step"], document["total_steps"], document["overhead_seconds"]) == (6, STEPS, 2.5)
+    assert list(document["masks"]) == [module.name for module in written.triplets.modules]
+    assert list(document["masks"].values())[:2] == ["1010", "0101"]
+    assert document["thinner"] == written.budget.state(), "files keep this key's name"
+    assert document["counters"]["observations"] == 5
+
+
+def test_factors_that_deepspeed_stores_are_neither_written_nor_restored(tmp_path):
+    written, resumed = Search(0, holds_factors=False), Search(1, holds_factors=False)
+    folder, own = written.write(tmp_path / "checkpoint-6"), resumed.factors()
+    tensors, _ = read_state(folder, partitioned=False)
+    assert {name.partition(".")[0] for name in tensors} == {"method"}
+    resumed.checkpoint.resume(folder, STEPS)
+    assert equal(resumed.factors(), own)
+    assert resumed.triplets.masks == written.masks
+
+
+def test_the_state_of_other_modules_is_refused_before_anything_is_restored(tmp_path):
+    folder, other = Search(0).write(tmp_path / "checkpoint-6"), Search(1, num_hidden_layers=1)
+    factors = other.factors()
+    with pytest.raises(PlanError, match=r"checkpoint-6 holds the state of other modules; use another output_dir"):
+        other.checkpoint.resume(folder, STEPS)
+    assert equal(other.factors(), factors)
+
+
+def test_a_run_of_another_length_resumes_only_once_ranks_are_final(tmp_path):
+    written, resumed = Search(0), Search(1)
+    folder = written.write(tmp_path / "checkpoint-6")
+    with pytest.raises(PlanError, match=r"belongs to a run of 8 steps and this one has 9: .* set max_steps"):
+        resumed.checkpoint.resume(folder, 9)
+    written.state.final = True
+    resumed.checkpoint.resume(written.write(folder), 9)
+    assert resumed.state.final
