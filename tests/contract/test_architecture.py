@@ -65,7 +65,7 @@ def test_an_arrow_without_an_import_is_found(wrong):
     assert arrows - imports_between(rooms) == {tuple(wrong.split(" --> "))}
 
 
-@pytest.mark.parametrize("lost", ["adapter --> engines", "config --> methods", "engines --> ground"])
+@pytest.mark.parametrize("lost", ["adapter --> engines", "sampling --> methods", "engines --> ground"])
 def test_an_import_without_an_arrow_is_found(lost):
     rooms, arrows = read_picture(PAGE)
     pair = tuple(lost.split(" --> "))
