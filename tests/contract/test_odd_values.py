@@ -76,21 +76,21 @@ IMPOSSIBLE = {
 @pytest.mark.parametrize("key", ["model_name_or_path", "output_dir", "dataset_dir", "adaptive_plan", "deepspeed",
                                  "resume_from_checkpoint", "tokenized_path"])  # fmt: skip
 def test_a_path_that_no_file_can_have(key, path, why, given):
-    [found] = problems(given(**{key: "/" + path}))
-    assert found.key == key
-    assert why in found.allowed
+    [problem] = problems(given(**{key: "/" + path}))
+    assert problem.key == key
+    assert why in problem.allowed
 
 
 def test_a_home_that_nobody_has_is_no_folder(given):
-    [found] = problems(given(model_name_or_path="~no-such-user/model"))
-    assert found.allowed == "there is no such folder"
+    [problem] = problems(given(model_name_or_path="~no-such-user/model"))
+    assert problem.allowed == "there is no such folder"
 
 
 @pytest.mark.parametrize("key", [1, True, 2.5])
 def test_a_key_that_is_no_text(key, given):
-    [found] = problems({**given(), key: 2})
-    assert found.key == str(key)
-    assert "neither LLaMA-Factory nor this plugin has such a key" in str(found)
+    [problem] = problems({**given(), key: 2})
+    assert problem.key == str(key)
+    assert "neither LLaMA-Factory nor this plugin has such a key" in str(problem)
     assert our_keys({key: 2}) == []
 
 
@@ -101,25 +101,25 @@ def test_a_key_that_is_no_text(key, given):
 ], ids=lambda value: value[:30])  # fmt: skip
 def test_a_table_of_datasets_of_another_shape(text, said, given, tmp_path):
     (tmp_path / "dataset_info.json").write_text(text)
-    [found] = problems(given(dataset_dir=str(tmp_path)))
-    assert said in found.allowed
+    [problem] = problems(given(dataset_dir=str(tmp_path)))
+    assert said in problem.allowed
 
 
 def test_the_word_no_without_quotes(given):
-    [found] = problems(given(save_strategy=False))
-    assert str(found).endswith('try save_strategy: "no"')
+    [problem] = problems(given(save_strategy=False))
+    assert str(problem).endswith('try save_strategy: "no"')
 
 
 def test_an_unknown_reporter_is_told_before_the_model_is_scored(given):
-    [found] = problems(given(report_to="tensorbord"))
-    assert "must be one of" in found.allowed
-    assert "tensorboard" in found.allowed
+    [problem] = problems(given(report_to="tensorbord"))
+    assert "must be one of" in problem.allowed
+    assert "tensorboard" in problem.allowed
 
 
 def test_the_base_model_is_not_written_over(given, tiny_llama):
-    [found] = problems(given(output_dir=f"{tiny_llama}/"))
-    assert found.key == "output_dir"
-    assert "it is the base model's folder" in found.allowed
+    [problem] = problems(given(output_dir=f"{tiny_llama}/"))
+    assert problem.key == "output_dir"
+    assert "it is the base model's folder" in problem.allowed
 
 
 def test_a_checkpoint_is_asked_for_where_there_is_none(given):

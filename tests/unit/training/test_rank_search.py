@@ -26,9 +26,9 @@ ALL = [[True] * 3, [True] * 3]
 
 
 def test_the_budget_and_what_components_cost():
-    found = search()
-    assert found.asked == 2 * 8 + 2 * 20
-    assert found.cost(ALL) == 3 * 8 + 3 * 20
+    decisions = search()
+    assert decisions.asked == 2 * 8 + 2 * 20
+    assert decisions.cost(ALL) == 3 * 8 + 3 * 20
 
 
 def test_bounds_are_kept_and_nan_is_a_diverged_run():
@@ -40,48 +40,48 @@ def test_bounds_are_kept_and_nan_is_a_diverged_run():
 
 
 def test_sensitivities_are_discounted_shares_in_which_new_components_do_not_count():
-    found = search(budget_unit="ranks", search=ReallocationConfig(3, 0.25, 0.5, 0))
+    decisions = search(budget_unit="ranks", search=ReallocationConfig(3, 0.25, 0.5, 0))
     on = [[True, True, False], [True, True, False]]
     # Means 3 and 1: shares 3/4 and 1/4 of four ranks. The module that grows turns on its third component.
-    on = found.choose(4, [[4.0, 2.0, 0.0], [1.5, 0.5, 0.0]], 4, on)
+    on = decisions.choose(4, [[4.0, 2.0, 0.0], [1.5, 0.5, 0.0]], 4, on)
     assert on == [[True, True, True], [True, False, False]]
     # Again 3 to 1 where components count; with the new one, 0, the mean of the first would be 2.
-    found.choose(8, [[4.0, 2.0, 0.0], [1.0, 0.0, 0.0]], 4, on)
-    assert found.sensitivities == [0.5 * 0.75 + 0.75, 0.5 * 0.25 + 0.25]
+    decisions.choose(8, [[4.0, 2.0, 0.0], [1.0, 0.0, 0.0]], 4, on)
+    assert decisions.sensitivities == [0.5 * 0.75 + 0.75, 0.5 * 0.25 + 0.25]
     # An interval later it counts: 2 and 6, shares 1/4 and 3/4.
-    on = found.choose(12, [[4.0, 2.0, 0.0], [6.0, 0.0, 0.0]], 4, on)
-    assert found.sensitivities == pytest.approx([0.5 * 1.125 + 0.25, 0.5 * 0.375 + 0.75])
+    on = decisions.choose(12, [[4.0, 2.0, 0.0], [6.0, 0.0, 0.0]], 4, on)
+    assert decisions.sensitivities == pytest.approx([0.5 * 1.125 + 0.25, 0.5 * 0.375 + 0.75])
     assert on == [[True, True, False], [True, True, False]]
-    assert found.fresh == [[False] * 3, [False, True, False]]
-    again = search(budget_unit="ranks", search=found.config.search)
-    again.load(json.loads(json.dumps(found.state())))
-    for resumed in (found, again):  # 3 and 9 where components count
+    assert decisions.fresh == [[False] * 3, [False, True, False]]
+    again = search(budget_unit="ranks", search=decisions.config.search)
+    again.load(json.loads(json.dumps(decisions.state())))
+    for resumed in (decisions, again):  # 3 and 9 where components count
         resumed.choose(16, [[4.0, 2.0, 0.0], [9.0, 0.0, 0.0]], 4, on)
         assert resumed.sensitivities == pytest.approx([0.5 * 0.8125 + 0.25, 0.5 * 0.9375 + 0.75])
     with pytest.raises(GuardError, match=r"step 20: module 1 .* not finite; training has diverged"):
-        found.choose(20, [[4.0, 2.0, 0.0], [float("nan"), 1.0, 0.0]], 4, on)
+        decisions.choose(20, [[4.0, 2.0, 0.0], [float("nan"), 1.0, 0.0]], 4, on)
 
 
 def test_a_choice_is_noted_with_what_changed():
-    found, scores = search(), [[9.0, 8.0, 7.0], [3.0, 2.0, 1.0]]
-    first = found.record(4, 60, False, scores, ALL, [[True, False, False], [True, True, True]])
+    decisions, scores = search(), [[9.0, 8.0, 7.0], [3.0, 2.0, 1.0]]
+    first = decisions.record(4, 60, False, scores, ALL, [[True, False, False], [True, True, True]])
     assert (first["components_changed"], first["grown"], first["shrunk"], first["budget_used"]) == (2, 0, 1, 68)
-    last = found.record(8, 56, True, scores, [[True, False, False], [True, True, True]],
+    last = decisions.record(8, 56, True, scores, [[True, False, False], [True, True, True]],
                         [[True, True, True], [False, True, False]])  # fmt: skip
     assert (last["components_changed"], last["grown"], last["shrunk"], last["budget_used"]) == (4, 1, 1, 44)
     assert last["final"]
-    assert found.final
-    assert found.metrics["adaptive/mean_rank"] == 2.0
-    assert [entry["step"] for entry in found.history] == [4, 8]
+    assert decisions.final
+    assert decisions.metrics["adaptive/mean_rank"] == 2.0
+    assert [entry["step"] for entry in decisions.history] == [4, 8]
     again = search()
-    again.load(found.state())
-    assert again.state() == found.state()
+    again.load(decisions.state())
+    assert again.state() == decisions.state()
 
 
 def test_the_plan_found_carries_ranks_and_scores_of_what_is_in_use():
-    found, masks = search(), [[True, True, False], [False, True, False]]
-    found.record(8, 56, True, [[9.0, 8.0, 7.0], [3.0, 2.0, 1.0]], ALL, masks)
-    plan = found.plan(masks)
+    decisions, masks = search(), [[True, True, False], [False, True, False]]
+    decisions.record(8, 56, True, [[9.0, 8.0, 7.0], [3.0, 2.0, 1.0]], ALL, masks)
+    plan = decisions.plan(masks)
     assert plan.ranks() == {"a": 2, "b": 1}
     assert [module.score for module in plan.modules] == [17.0, 2.0]
     assert sum(module.share for module in plan.modules) == pytest.approx(1.0)
