@@ -112,6 +112,7 @@ def test_plan_prints_a_table_and_trains_nothing(write, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.repeats  # in this process: tests/unit/cli/test_commands.py
 def test_plan_keeps_its_hands_off_a_trained_adapter(write, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "adapter_model.safetensors").touch()
