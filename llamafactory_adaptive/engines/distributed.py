@@ -72,12 +72,10 @@ def gather(what: str, work: Callable[[], Any], seconds: float = LIMIT_SECONDS) -
         mine = {"value": work()}
     except Exception as error:
         _exchange(what, {"error": str(error) or type(error).__name__}, seconds)
-        _linger()
         raise
     said = _exchange(what, mine, seconds)
     for rank, answer in enumerate(said):
         if "error" in answer:
-            _linger()
             raise OtherProcessError(f"rank {rank}: {answer['error']}")
     return [answer["value"] for answer in said]
 
@@ -114,7 +112,6 @@ def refuse_differences(everyone: list[Any], difference: str) -> None:
     """
     different = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
     if different:
-        _linger()
         raise GuardError(f"ranks {different} {difference}")
 
 
@@ -157,17 +154,21 @@ def _exchange(what: str, mine: Any, seconds: float) -> list[Any]:
     for old in (f"{_last_round - 1}/{rank}", f"{_last_round - 1}/{rank}/read"):  # all processes are past them
         store.delete_key(old)
     store.set(f"{_last_round}/{rank}/read", "")  # last: from now on rank 0, and with it the store, may end
+    if rank == 0:
+        _wait_until_read(store)
     return documents
 
 
-def _linger() -> None:
-    """Wait on rank 0 until every process has read its last document: the store may end with the process of rank 0."""
-    if launched_processes() > 1 and launched_number() == 0:
-        keys = [f"{_last_round}/{rank}/read" for rank in range(launched_processes())]
-        try:
-            _store().wait(keys, timedelta(seconds=_LINGER_SECONDS))
-        except RuntimeError:
-            return  # the others have ended, or notice that rank 0 has
+def _wait_until_read(store: Any) -> None:
+    """Wait on rank 0 until every process has read what was exchanged.
+
+    The store may end with the process of rank 0, and what is exchanged is often why all processes end.
+    """
+    keys = [f"{_last_round}/{rank}/read" for rank in range(launched_processes())]
+    try:
+        store.wait(keys, timedelta(seconds=_LINGER_SECONDS))
+    except RuntimeError:
+        return  # the others have ended, or notice that rank 0 has
 
 
 def synchronize() -> None:

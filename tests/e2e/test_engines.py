@@ -154,6 +154,7 @@ def test_two_processes_probe_what_one_does(make, tmp_path):
     check_same(tmp_path / "out", alone)
 
 
+@pytest.mark.repeats
 def test_4bit_under_zero2_started_by_the_command_line_probes_and_prunes(make, tmp_path):
     config = str(EXAMPLES / "deepspeed" / "ds_z2_config.json")
     args = make(deepspeed=config, bf16=True, quantization_bit=4, igu_importance="integrated", igu_probe_interval=2)

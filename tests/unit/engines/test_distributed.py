@@ -53,3 +53,32 @@ def test_processes_agree_or_stop_together_and_none_hangs(case: str, expected: li
     assert issubclass(OtherProcessError, AdaptiveError)
     assert issubclass(GuardError, AdaptiveError)
     assert said_by_two(meet, case) == expected
+
+
+class SlowStore:
+    """A store whose answers come late."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def wait(self, *words: Any) -> None:
+        time.sleep(0.5)
+        self.store.wait(*words)
+
+
+def end_after_an_answer(rank: int) -> None:
+    """Rank 0, with which the store ends, raises as soon as it has the answer."""
+    from llamafactory_adaptive.engines import distributed
+
+    if rank == 1:
+        store = SlowStore(distributed._store())
+        distributed._store = lambda: store
+    checkpoint = distributed.from_main("the search for a good checkpoint", lambda: "checkpoint-3")
+    raise GuardError(f"training diverged, resume from {checkpoint}")
+
+
+def test_what_all_processes_end_with_reaches_the_slowest():
+    assert said_by_two(end_after_an_answer) == ["GuardError: training diverged, resume from checkpoint-3"] * 2
