@@ -114,10 +114,10 @@ def test_good_values_are_typed_and_the_ends_of_a_range_belong_to_it():
 @pytest.mark.parametrize(
     ("key", "value", "allowed", "suggestion"),
     [
-        ("steps", 0, "must be between 1 and 99 and odd", "own_steps: 7"),
-        ("steps", 101, "must be between 1 and 99 and odd", "own_steps: 7"),
-        ("steps", 4, "must be between 1 and 99 and odd", "own_steps: 7"),
-        ("steps", "many", "must be a whole number, between 1 and 99 and odd", "own_steps: 7"),
+        ("steps", 0, "must be an odd number between 1 and 99", "own_steps: 7"),
+        ("steps", 101, "must be an odd number between 1 and 99", "own_steps: 7"),
+        ("steps", 4, "must be an odd number between 1 and 99", "own_steps: 7"),
+        ("steps", "many", "must be an odd number between 1 and 99", "own_steps: 7"),
         ("ratio", 1.01, "must be between 0 and 1", "own_ratio: 0.5"),
         ("ratio", "half", "must be a number, between 0 and 1", "own_ratio: 0.5"),
         ("limit", -1, "must be at least 0", "leaving own_limit out"),
@@ -139,7 +139,7 @@ def test_wrong_values_are_told_with_what_is_allowed_and_a_value_to_try(key, valu
 def test_all_problems_come_at_once_with_the_values_as_written():
     _, problems = check_fields(Options, "", {"steps": "4", "ratio": 2})
     assert problems == [
-        Problem("steps", "4", "must be between 1 and 99 and odd", "steps: 7"),
+        Problem("steps", "4", "must be an odd number between 1 and 99", "steps: 7"),
         Problem("ratio", 2, "must be between 0 and 1", "ratio: 0.5"),
     ]
 
@@ -153,7 +153,7 @@ def test_off_in_a_yaml_is_a_word_where_it_is_allowed():
 
 def test_help_holds_unit_and_range():
     metadata = Options.__dataclass_fields__["steps"].metadata
-    assert metadata["help"] == "Steps. Unit: optimizer steps. Allowed: between 1 and 99 and odd."
+    assert metadata["help"] == "Steps. Unit: optimizer steps. Allowed: an odd number between 1 and 99."
     assert Options.__dataclass_fields__["flag"].metadata["help"] == "Flag."
     assert describe_allowed({}) == ""
 
