@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llamafactory_adaptive.bridge.checked_run import CheckedRun
 from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun, longest_scoring
-from llamafactory_adaptive.engines.distributed import from_main, gather, refuse_differences
+from llamafactory_adaptive.engines.distributed import from_main, gather_facts, refuse_differences
 from llamafactory_adaptive.files import digest_of
 from llamafactory_adaptive.folder_lock import locked
 from llamafactory_adaptive.planning.sources import PlanSource, obtain_plan
@@ -32,14 +32,13 @@ def agreed_plan(run: CheckedRun, checkpoint: Path | None) -> PlanSource:
     Raises:
         AdaptiveError: there is no plan, or the processes differ; every process raises it before the model is loaded.
     """
-    obtained: list[PlanSource] = []
-
-    def work() -> tuple[str, str]:
-        obtained.append(obtain_plan(run.config, LlamaFactoryRun(run, checkpoint)))
-        asked = {key: value for key, value in asdict(run.config).items() if key != "plan_path"}
-        return obtained[0].plan.digest(), digest_of(asked)
-
-    everyone = gather("the start of training with its rank plan", work, longest_scoring(run))
+    asked = {key: value for key, value in asdict(run.config).items() if key != "plan_path"}
+    source, everyone = gather_facts(
+        "the start of training with its rank plan",
+        lambda: obtain_plan(run.config, LlamaFactoryRun(run, checkpoint)),
+        lambda obtained: (obtained.plan.digest(), digest_of(asked)),
+        longest_scoring(run),
+    )
     refuse_differences([plan for plan, _ in everyone], PLANS_DIFFER)
     refuse_differences([asked for _, asked in everyone], "were given other adaptive settings than rank 0")
-    return obtained[0]
+    return source

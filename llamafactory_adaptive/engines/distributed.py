@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from llamafactory_adaptive.errors import GuardError, OtherProcessError
 from llamafactory_adaptive.launcher import launched_number, launched_processes
 
 
+Result = TypeVar("Result")
 LIMIT_SECONDS = 1800.0  # the longest that processes wait for another one of their job
 _LINGER_SECONDS = 30.0
 _last_round = -1
@@ -78,6 +79,30 @@ def gather(what: str, work: Callable[[], Any], seconds: float = LIMIT_SECONDS) -
         if "error" in answer:
             raise OtherProcessError(f"rank {rank}: {answer['error']}")
     return [answer["value"] for answer in said]
+
+
+def gather_facts(
+    what: str, work: Callable[[], Result], facts: Callable[[Result], Any], seconds: float = LIMIT_SECONDS
+) -> tuple[Result, list[Any]]:
+    """Call ``work`` on every process; return its result here, and the facts about the results of all, by rank.
+
+    Args:
+        what: name of this exchange in messages.
+        work: returns anything; it stays on its process.
+        facts: returns what the processes tell one another of a result, something that JSON can hold.
+        seconds: how long to wait for the other processes.
+
+    Raises:
+        OtherProcessError, GuardError: as in :func:`gather`.
+    """
+    results: list[Result] = []
+
+    def tell() -> Any:
+        results.append(work())
+        return facts(results[0])
+
+    everyone = gather(what, tell, seconds)
+    return results[0], everyone
 
 
 def failure_of(rank: int) -> str | None:

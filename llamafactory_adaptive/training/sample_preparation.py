@@ -14,7 +14,7 @@ from llamafactory_adaptive.adapter.lora import factors, live_layers
 from llamafactory_adaptive.calibration.batches import holds_media, length_sorted
 from llamafactory_adaptive.engines.distributed import (
     all_reduce_sum,
-    gather,
+    gather_facts,
     process_number,
     refuse_differences,
     world_size,
@@ -81,23 +81,18 @@ class TrainingSamples:
             GuardError: data loader and sampler differ in the steps of an epoch.
             PlanError: the checkpoint holds no scores of these rows.
         """
-        timelines: list[Timeline] = []
-        lengths: list[int] = []
-        digests: list[str] = []
-
-        def read() -> tuple[int, str]:
-            timelines.append(self._make_timeline(max_steps, dataloader))
-            lengths[:], digests[:] = self._read_rows()
-            return len(lengths), digest_of(digests)
-
-        everyone = gather("the reading of training samples", read)
+        (timeline, lengths, digests), everyone = gather_facts(
+            "the reading of training samples",
+            lambda: (self._make_timeline(max_steps, dataloader), *self._read_rows()),
+            lambda read: (len(read[1]), digest_of(read[2])),
+        )
         sizes = [size for size, _ in everyone]
         refuse_differences(everyone, f"have other training samples than rank 0 (numbers by rank: {sizes})")
         rows = digest_of(digests)
         terms = self._measured(lengths, rows) if resumed is None else self._restored(resumed, rows)
         quality = combine_terms((terms.gradient_norm, terms.loss_drop, terms.alignment), self.sampling.weights)
         pool = Pool(quality, getattr(terms, self.sampling.clip_term), self.sampling, self.request.seed)
-        self.sampler.set_order(SampleOrder(pool, timelines[0]))
+        self.sampler.set_order(SampleOrder(pool, timeline))
         selection = SampleSelection(plan, self.trainer, self.dataset, self.sampler, self.sampling, terms, digests)
         if process_number() == 0:
             selection.warn_if_collapsed()
@@ -145,10 +140,10 @@ class TrainingSamples:
             note_checksum(path)
         return terms
 
-    def _shared(self, found: SampleTerms | None) -> SampleTerms:
+    def _shared(self, cached: SampleTerms | None) -> SampleTerms:
         """Send the scores that the main process has read to every process."""
         shape, device = (len(fields(SampleTerms)), len(self.dataset)), self.trainer.args.device
-        mine = torch.zeros(shape, dtype=torch.float64) if found is None else torch.stack(term_vectors(found))
+        mine = torch.zeros(shape, dtype=torch.float64) if cached is None else torch.stack(term_vectors(cached))
         return SampleTerms(*all_reduce_sum(mine.to(device)).cpu())
 
     def _term_spec(self) -> TermSpec:
