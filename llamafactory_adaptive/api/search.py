@@ -60,6 +60,7 @@ def rank_search(
     warmup_ratio: float | None = None,
     final_ratio: float | None = None,
     interval: int | None = None,
+    interval_epochs: float | None = None,
     max_overhead: float | None = None,
     max_nonfinite_steps: int = 3,
     lora_settings: Mapping[str, Any] | None = None,
@@ -84,6 +85,7 @@ def rank_search(
         warmup_ratio: share of the optimizer steps before the first pruning (default: 0.1).
         final_ratio: share of the optimizer steps, at the end, that train the final ranks (default: 0.3).
         interval: optimizer steps between two allocations (default: 10).
+        interval_epochs: the same as a share of an epoch; one of both.
         max_overhead: largest share of training time that extra passes may add, for ``importance="integrated"``.
         max_nonfinite_steps: optimizer steps in a row whose loss may be NaN or infinite before the run is ended.
         lora_settings: further arguments of ``peft.LoraConfig``, as in :func:`lora_config`.
@@ -99,7 +101,7 @@ def rank_search(
         InfeasibleBudgetError: bounds and budget do not fit each other for these modules.
     """
     pruning = {"init_rank": init_rank, "warmup_ratio": warmup_ratio, "final_ratio": final_ratio,
-               "interval": interval, "max_overhead": max_overhead}  # fmt: skip
+               "interval": interval, "interval_epochs": interval_epochs, "max_overhead": max_overhead}  # fmt: skip
     bounds = {"budget_unit": budget_unit, "min_rank": min_rank, "max_rank": max_rank,
               "max_nonfinite_steps": max_nonfinite_steps}  # fmt: skip
     _, values = chosen_method(method, options, dynamic=True)

@@ -82,8 +82,8 @@ def _refuse_conv1d(model: Any) -> None:
         refuse("model_name_or_path", type(model).__name__, reason, "finetuning_type: lora")
 
 
-def estimated_steps(args: Args) -> int | None:
-    """Estimate the optimizer steps of a run from its epochs and local rows; None where rows cannot be counted.
+def estimated_epoch_steps(args: Args) -> int | None:
+    """Estimate the optimizer steps of an epoch from local rows; None where rows cannot be counted.
 
     Rows that the template or ``cutoff_len`` drops are counted as well.
     """
@@ -105,8 +105,18 @@ def estimated_steps(args: Args) -> int | None:
     processes = math.prod(map(int, numbers))
     batch = int(args.get("per_device_train_batch_size") or 8) * processes
     batches = math.ceil(rows / batch)
-    steps = math.ceil(batches / int(args.get("gradient_accumulation_steps") or 1))
-    return math.ceil(steps * float(args.get("num_train_epochs") or 3.0)) or None
+    return math.ceil(batches / int(args.get("gradient_accumulation_steps") or 1)) or None
+
+
+def estimated_steps(args: Args) -> int | None:
+    """Estimate the optimizer steps of a run from its epochs and local rows; None where rows cannot be counted."""
+    steps = estimated_epoch_steps(args)
+    return steps and math.ceil(steps * epochs(args))
+
+
+def epochs(args: Args) -> float:
+    """Return the number of epochs that a run asks for; of no effect where ``max_steps`` is set."""
+    return float(args.get("num_train_epochs") or 3.0)
 
 
 def _count_rows(path: Path) -> int | None:

@@ -52,11 +52,25 @@ def check_kind(flat: Mapping[str, Any], method: str, dynamic: bool, strategy: St
     ]
 
 
+def check_interval(flat: Mapping[str, Any]) -> list[Problem]:
+    """Find what speaks against a distance of allocations that is given as a share of an epoch."""
+    key, share, problems = "adaptive_interval_epochs", flat.get("adaptive_interval_epochs"), []
+    if share is None:
+        return []
+    if (steps := flat.get("adaptive_interval")) is not None:
+        reason = f"adaptive_interval ({steps}) says the same in steps, and only one of both can hold"
+        problems.append(Problem(key, share, reason, "leaving adaptive_interval out"))
+    if flat.get("streaming"):
+        reason = "a stream has no known length, so the steps of an epoch are not known"
+        problems.append(Problem(key, share, reason, "adaptive_interval: 10 in its place, or streaming: false"))
+    return problems
+
+
 def check_pruning(
-    common: Mapping[str, Any], lora_rank: int, max_rank: int, seed: int
+    flat: Mapping[str, Any], common: Mapping[str, Any], lora_rank: int, max_rank: int, seed: int
 ) -> tuple[PruningConfig, list[Problem]]:
     """Build the schedule of a method that prunes, and check it against the budget."""
-    problems = []
+    problems = check_interval(flat)
     given = common["adaptive_init_rank"]
     init_rank = min(2 * lora_rank, max_rank) if given is None else given
     if not lora_rank < init_rank <= max_rank:
@@ -76,9 +90,10 @@ def check_pruning(
         init_rank=init_rank,
         warmup_ratio=ratios["adaptive_warmup_ratio"],
         final_ratio=ratios["adaptive_final_ratio"],
-        interval=common["adaptive_interval"],
+        interval=None if common["adaptive_interval_epochs"] is not None else common["adaptive_interval"],
         max_overhead=common["adaptive_max_overhead"],
         seed=seed,
+        interval_epochs=common["adaptive_interval_epochs"],
     )
     return pruning, problems
 
@@ -182,5 +197,5 @@ def check_search(
     if made.traits.strategy == "reallocate":
         search, faults = check_reallocation(method, made, common["adaptive_min_rank"], lora_rank, max_rank, seed)
     else:
-        search, faults = check_pruning(common, lora_rank, max_rank, seed)
+        search, faults = check_pruning(flat, common, lora_rank, max_rank, seed)
     return search, problems + faults

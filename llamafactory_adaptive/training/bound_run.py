@@ -18,7 +18,7 @@ from llamafactory_adaptive.training.checkpoint_record import CheckpointRecord
 from llamafactory_adaptive.training.components import Components
 from llamafactory_adaptive.training.divergence import DivergenceWatch
 from llamafactory_adaptive.training.fixed_ranks import FixedRanks
-from llamafactory_adaptive.training.guard import PlanGuard, agree_on_steps, uses_deepspeed
+from llamafactory_adaptive.training.guard import PlanGuard, agree_on_steps, epoch_steps, uses_deepspeed
 from llamafactory_adaptive.training.masked_search import MaskedSearch, SearchRequest
 from llamafactory_adaptive.training.observer import Observer
 from llamafactory_adaptive.training.rank_search_driver import RankSearchDriver
@@ -87,7 +87,7 @@ class BoundRun:
             GuardError: the live adapter does not match, or the Trainer has resumed but ``checkpoint`` is None.
         """
         self.guard.verify_live(model, self.deepspeed)
-        agree_on_steps(state)
+        agree_on_steps(state, epoch_steps(dataloader, args))
         if state.global_step > 0 and checkpoint is None:
             raise GuardError(
                 f"the Trainer has resumed at step {state.global_step}, but the run was not given the checkpoint and "
@@ -114,9 +114,10 @@ class BoundRun:
         search = self.search
         assert search is not None
         begin, asked = search.state.cost(search.triplets.masks), search.state.asked
-        schedule = make_schedule(search.request.schedule, state.max_steps, begin, asked)
+        steps = epoch_steps(dataloader, args)
+        schedule = make_schedule(search.request.schedule, state.max_steps, begin, asked, steps)
         observer = self._observer(search)
-        kept = SearchCheckpoint(search, observer, self.log, holds_factors=not self.deepspeed)
+        kept = SearchCheckpoint(search, observer, self.log, not self.deepspeed, schedule.interval)
         if resumed is not None:
             kept.resume(resumed, state.max_steps)
         selection = self._prepare_samples(args, state, dataloader, resumed)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.trainer_utils import has_length
 
 from llamafactory_adaptive.adapter.lora import (
     ADAPTER_WEIGHTS,
@@ -35,9 +36,16 @@ def uses_deepspeed(args: Any) -> bool:
     return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
-def agree_on_steps(state: Any) -> None:
-    """Stop every process if first or last step differ, since a collective would then wait forever."""
-    facts = {"global_step": state.global_step, "max_steps": state.max_steps}
+def epoch_steps(dataloader: Any, args: Any) -> int | None:
+    """Return the optimizer steps of an epoch, as the Trainer counts them; None where the data has no length."""
+    if dataloader is None or not has_length(dataloader):
+        return None
+    return max(1, -(-len(dataloader) // args.gradient_accumulation_steps))
+
+
+def agree_on_steps(state: Any, steps_of_an_epoch: int | None) -> None:
+    """Stop every process if any number of steps differs, since a collective would then wait forever."""
+    facts = {"global_step": state.global_step, "max_steps": state.max_steps, "epoch_steps": steps_of_an_epoch}
     everyone = gather("the first step", lambda: facts)
     refuse_differences(everyone, f"would train other steps than rank 0: {everyone}")
 

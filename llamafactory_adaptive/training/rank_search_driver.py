@@ -69,7 +69,8 @@ class RankSearchDriver(RunPart):
             return
         if warning := short_run_warning(self.schedule, state.max_steps):
             self.log.warn(warning)
-        self._write(args, {"step": self.step, "event": "resumed" if self.step else "begin"})
+        event = "resumed" if self.step else "begin"
+        self._write(args, {"step": self.step, "event": event, "interval": self.schedule.interval})
         largest = max(sum(row) for row in self.triplets.masks)
         logger.info(
             f"adaptive ({self.start.method}): {self.log.counters.modules_checked} modules start at rank {largest}, "

@@ -85,6 +85,15 @@ WRONG = [
      "it leaves no step to prune in; try adaptive_warmup_ratio: 0.35"),
     ({**IGU, "adaptive_interval": 0}, "adaptive_interval: 0 is invalid: must be at least 1; try "
      "adaptive_interval: 10"),
+    ({**IGU, "adaptive_interval": 5, "adaptive_interval_epochs": 0.2}, "adaptive_interval_epochs: 0.2 is invalid: "
+     "adaptive_interval (5) says the same in steps, and only one of both can hold; try leaving adaptive_interval out"),
+    ({**IGU, "adaptive_interval_epochs": 0}, "adaptive_interval_epochs: 0 is invalid: must be between 0.001 and 100; "
+     "try leaving adaptive_interval_epochs out"),
+    ({**IGU, "adaptive_interval_epochs": 0.2, "streaming": True, "max_steps": 9}, "adaptive_interval_epochs: 0.2 is "
+     "invalid: a stream has no known length, so the steps of an epoch are not known; try adaptive_interval: 10 in its "
+     "place, or streaming: false"),
+    ({"adaptive_interval_epochs": 0.2}, "adaptive_interval_epochs: 0.2 is invalid: adaptive_method: sensitivity fixes "
+     "ranks before training and prunes nothing; try leaving it out, or adaptive_method: igu"),
     ({**IGU, "adaptive_max_overhead": 0.2}, "adaptive_max_overhead: 0.2 is invalid: only igu_importance: integrated "
      "makes extra passes that could be thinned out; try leaving it out"),
     ({**IGU, "igu_importance": "shrnk"}, "igu_importance: 'shrnk' is invalid: must be one of shrink, integrated, "

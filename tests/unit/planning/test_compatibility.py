@@ -8,6 +8,7 @@ from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationC
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.planning.compatibility import check_plan, check_same_run, check_same_scale
 from llamafactory_adaptive.ranks.plan import ModuleShape
+from llamafactory_adaptive.ranks.schedule import PruningConfig
 from tests.helpers.plans import make_plan
 
 
@@ -72,6 +73,18 @@ def test_resuming_asks_for_the_same_run(tmp_path):
     edited = make_plan(provenance={**provenance, "adaptive_plan": "mine.json"})
     with pytest.raises(PlanError, match=r"adaptive_plan is mine.json there and None here"):
         check_same_run(edited, CONFIG, "ckpt")
+
+
+def test_a_search_is_resumed_at_the_distance_it_began_with():
+    bounds = {"adaptive_min_rank": 1, "adaptive_max_rank": 16}
+    # As versions wrote it that knew steps alone.
+    course = {"init_rank": 8, "warmup_ratio": 0.1, "final_ratio": 0.3, "interval": 10, "max_overhead": None, "seed": 0}
+    plan = make_plan(provenance={"bounds": bounds, "course": course})
+    config = dataclasses.replace(CONFIG, search=PruningConfig(8, 0.1, 0.3, 10, None, 0))
+    check_same_run(plan, config, "ckpt")
+    epochs = dataclasses.replace(config, search=PruningConfig(8, 0.1, 0.3, None, None, 0, interval_epochs=0.2))
+    with pytest.raises(PlanError, match=r"adaptive_interval_epochs is None there and 0\.2 here"):
+        check_same_run(plan, epochs, "ckpt")
 
 
 def test_going_on_asks_for_the_same_scale_only():

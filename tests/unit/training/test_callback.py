@@ -109,7 +109,7 @@ def test_a_fixed_run_verifies_first_and_has_its_parts_in_order(monkeypatch):
     happened = []
     forwarding = made(layout={"processes": 1})
     monkeypatch.setattr(PlanGuard, "verify_live", lambda self, model, deepspeed: happened.append("live"))
-    monkeypatch.setattr(bound_run, "agree_on_steps", lambda state: happened.append("steps"))
+    monkeypatch.setattr(bound_run, "agree_on_steps", lambda *facts: happened.append("steps"))
     monkeypatch.setattr(FixedRanks, "announce", lambda self, args, state: happened.append("announced"))
     given = trainer()
     forwarding.bind_trainer(given)

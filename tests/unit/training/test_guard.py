@@ -5,11 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from peft import LoraConfig, get_peft_model
+from torch.utils.data import DataLoader
+from transformers import Trainer
 
 from llamafactory_adaptive.adapter.lora import lora_config_arguments
 from llamafactory_adaptive.errors import GuardError
-from llamafactory_adaptive.training.guard import PlanGuard, uses_deepspeed
+from llamafactory_adaptive.training.guard import PlanGuard, epoch_steps, uses_deepspeed
 from llamafactory_adaptive.training.run_log import RunLog
 from tests.helpers.dynamic import start_plan
 from tests.helpers.tiny import tiny_model
@@ -38,6 +41,26 @@ def factors_of(model):
 def other_ranks(plan):
     first, *rest = plan.modules
     return replace(plan, modules=(replace(first, rank=first.rank - 1), *rest))
+
+
+# -- steps -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("accumulation", [1, 4, 100])
+def test_steps_of_an_epoch_are_the_trainers_own_and_the_same_on_all_processes(processes, accumulation):
+    args = SimpleNamespace(gradient_accumulation_steps=accumulation, max_steps=-1, num_train_epochs=1.0)
+    trainer = SimpleNamespace(get_total_train_batch_size=lambda args: 1, get_sp_size=lambda: 1, num_examples=len)
+    loaders = [prepare_data_loader(DataLoader(range(53), batch_size=4), num_processes=processes, process_index=i,
+                                   put_on_device=False) for i in range(processes)]  # fmt: skip
+    asked = {Trainer.set_initial_training_values(trainer, args, loader)[1] for loader in loaders}
+    assert {epoch_steps(loader, args) for loader in loaders} == asked
+    assert len(asked) == 1
+
+
+def test_a_stream_has_no_steps_of_an_epoch():
+    assert epoch_steps(iter(range(8)), SimpleNamespace(gradient_accumulation_steps=1)) is None
+    assert epoch_steps(None, ARGS) is None
 
 
 # -- the live model --------------------------------------------------------------------------------------------------
