@@ -30,6 +30,7 @@ from llamafactory_adaptive.files import PLAN_FILE
 from llamafactory_adaptive.launcher import launched_number
 from llamafactory_adaptive.methods import make_method
 from llamafactory_adaptive.planning.compatibility import check_same_run
+from llamafactory_adaptive.planning.earlier_plans import with_all_options
 from llamafactory_adaptive.planning.planner import start_plan
 from llamafactory_adaptive.ranks.plan import ModuleShape, load_plan
 from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
@@ -226,7 +227,8 @@ class RankSearch:
             return
         if fault := damage(checkpoint):
             raise PlanError(f"{checkpoint} cannot be resumed from: {fault}")
-        check_same_run(load_plan(checkpoint / PLAN_FILE), self._request.config, str(checkpoint))
+        plan = with_all_options(load_plan(checkpoint / PLAN_FILE))
+        check_same_run(plan, self._request.config, str(checkpoint))
 
 
 def _checkpoint(asked: Any, output: str) -> Path | None:

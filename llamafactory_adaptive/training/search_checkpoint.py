@@ -92,4 +92,5 @@ class SearchCheckpoint:
                     parameter.data.copy_(tensors[f"{kind}.{module.name}"])
         self.triplets.mask(masks)
         self.search.state.load(document)
+        self.search.set_strength()
         return document
