@@ -1,13 +1,15 @@
-"""IGU-LoRA part by part, against plain LoRA: which choices make the method good, on a small Llama trained here.
+"""IGU-LoRA part by part, against plain LoRA: which choices make the method good.
 
-Run: ``python benchmarks/method_quality.py [--seeds 5] [--arms ...] [--ranks 4,1,2] [--ledger FILE]``.
+Run: ``python benchmarks/method_quality.py [--seeds 5] [--arms ...] [--ranks 4,1,2] [--ledger FILE]``, and on a real
+model: ``python benchmarks/method_quality.py --model smollm2 [--data FOLDER] [--ledger FILE]``.
 
-A Llama of 3 layers is pretrained on sequences from a random source (each token depends on the two before it), then
-adapted to a source that shares most of its rules. A seed gives the rows, their order and the adapter's start. Every
-arm runs over one grid of learning rates, with the first ``--rate-seeds`` seeds; the rate that is best on one half of
-the held-out rows is then run with all seeds. The other half, which chose nothing, judges. Differences to plain LoRA
-and to ``published`` are taken seed by seed, with 95 % intervals and p values of Student's t (Holm over arms). All
-curves over the rate are kept.
+Without ``--model``, a Llama of 3 layers is pretrained on sequences from a random source (each token depends on the
+two before it), then adapted to a source that shares most of its rules. A seed gives the rows, their order and the
+adapter's start; with SmolLM2-135M, which learns rows of GSM8K of at most 112 tokens, order and start alone. Every arm
+runs over one grid of learning rates, with the first ``--rate-seeds`` seeds; the rate that is best on one half of the
+held-out rows is then run with all seeds. The other half, which chose nothing, judges. Differences to plain LoRA and
+to ``published`` are taken seed by seed, with 95 % intervals and p values of Student's t (Holm over arms). All curves
+over the rate are kept.
 
 Training is the product's own: ``rank_search`` under transformers' Trainer. What is judged is the adapter as it would
 be saved, cut to its budget. Each finished run is a line of the ledger; the same command goes on where it was ended.
@@ -30,10 +32,8 @@ from torch import Tensor
 from worth_it import holm, paired, verdict
 
 
-VOCABULARY, LENGTH, BATCH = 48, 48, 16
-PRETRAINING_STEPS, ROWS, SHIFT = 1500, 1200, 0.3
-HELD_OUT = 256  # rows in each half
-RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+VOCABULARY, LENGTH = 48, 48
+PRETRAINING_STEPS, SHIFT = 1500, 0.3
 
 PUBLISHED_OFF = {"variant": "published", "importance": "off"}
 SHRINK = {"importance": "shrink"}
@@ -77,7 +77,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "corrected, shrink, not mended": ("igu", {**SHRINK, "mend_strength": False}),
     "corrected, integrated": ("igu", {"importance": "integrated", "probe_interval": 5}),
 }
-FEWER = ("lora", "corrected", "published", "adalora")  # the arms of every budget but the first
+# The arms of every budget but the first, and of the real model.
+FEWER = ("lora", "corrected", "published", "published, off, product")
 
 
 @dataclass(frozen=True)
@@ -112,19 +113,6 @@ class Source:
         return rows
 
 
-class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Rows of token ids that are their own labels."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.rows[index], "labels": self.rows[index]}
-
-
 def pretrained(folder: Path) -> Path:
     """Train the small model on the unshifted source, once per folder."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -147,7 +135,7 @@ def pretrained(folder: Path) -> Path:
     source, optimizer = Source(), torch.optim.AdamW(model.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, PRETRAINING_STEPS)
     for step in range(PRETRAINING_STEPS):
-        rows = source.rows(4 * BATCH, 10_000 + step)
+        rows = source.rows(64, 10_000 + step)
         model(input_ids=rows, labels=rows).loss.backward()
         optimizer.step()
         schedule.step()
@@ -156,55 +144,144 @@ def pretrained(folder: Path) -> Path:
     return folder
 
 
-def loss_of(model: Any, rows: Tensor) -> float:
-    """Compute the mean loss per token over ``rows``."""
+Row = dict[str, Any]  # input_ids and labels
+
+
+class SmallTask:
+    """The small Llama and the shifted source; every seed has rows of its own."""
+
+    name, batch_size, rates, bf16, targets = "small", 16, (2e-3, 4e-3, 8e-3, 1.6e-2), False, "all-linear"
+    description = "Llama of 3 layers, width 64, pretrained in the script; order-2 source, 30 % of the rules new"
+
+    def __init__(self, folder: Path, data: str | None) -> None:
+        self.base, self.source = pretrained(folder / "base"), Source(SHIFT)
+
+    def training_rows(self, seed: int) -> list[Row]:
+        """Return the 1200 rows of a seed."""
+        return self._rows(1200, 100 + seed)
+
+    def held_out(self) -> tuple[list[Row], list[Row]]:
+        """Return the half that chooses and the half that judges."""
+        return self._rows(256, 1), self._rows(256, 2)
+
+    def _rows(self, count: int, seed: int) -> list[Row]:
+        return [{"input_ids": row, "labels": row} for row in self.source.rows(count, seed)]
+
+
+class SmolLM2Task:
+    """SmolLM2-135M with its bf16 base, and short rows of GSM8K; every seed orders the same rows."""
+
+    name, batch_size, rates, bf16, targets = "smollm2", 4, (1e-3, 2e-3, 4e-3, 8e-3), True, "all-linear"
+    description = "SmolLM2-135M-Instruct, bf16; rows of at most 112 tokens, answers alone take loss"
+
+    def __init__(self, folder: Path, data: str | None) -> None:
+        self.base = record.smollm2()
+        source, name = record.dataset_folder(data, folder / "rows")
+        many = len(record.read_lines(source, name)[0])
+        rows = record.read_rows(source, name, self.base, min(many, 4096), answers_only=True)
+        short = [row for row in rows if len(row["input_ids"]) <= 112]
+        self.halves, self.rows = (short[:96], short[96:192]), short[192:]
+
+    def training_rows(self, seed: int) -> list[Row]:
+        """Return the training rows, which are the same for every seed."""
+        return self.rows
+
+    def held_out(self) -> tuple[list[Row], list[Row]]:
+        """Return the half that chooses and the half that judges."""
+        return self.halves
+
+
+Task = SmallTask | SmolLM2Task
+
+
+def padded(rows: Sequence[Row]) -> dict[str, Tensor]:
+    """Put rows into one batch; padding is neither attended to nor learned."""
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def filled(key: str, value: int) -> Tensor:
+        pairs = [(torch.as_tensor(row[key]), longest - len(row[key])) for row in rows]
+        return torch.stack([torch.nn.functional.pad(tokens, (0, rest), value=value) for tokens, rest in pairs])
+
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    mask = (torch.arange(longest) < lengths[:, None]).long()
+    return {"input_ids": filled("input_ids", 0), "labels": filled("labels", -100), "attention_mask": mask}
+
+
+def loss_of(model: Any, rows: Sequence[Row]) -> float:
+    """Compute the mean loss per answer token over ``rows``."""
     model.eval()
+    total = tokens = 0.0
     with torch.no_grad():
-        return sum(float(model(input_ids=part, labels=part).loss) * len(part) for part in rows.split(64)) / len(rows)
+        for start in range(0, len(rows), 32):
+            batch = padded(rows[start : start + 32])
+            count = int((batch["labels"][:, 1:] != -100).sum())
+            total, tokens = total + float(model(**batch).loss) * count, tokens + count
+    return total / tokens
 
 
-def train(base: Path, run: Run) -> dict[str, Any]:
+def arguments(task: Task, run: Run, output: str) -> Any:
+    """Build the Trainer's arguments: AdamW, warm-up over a tenth of the steps, linear decay."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output,
+        max_steps=run.steps,
+        per_device_train_batch_size=task.batch_size,
+        learning_rate=run.rate,
+        warmup_steps=run.steps // 10,
+        lr_scheduler_type="linear",
+        bf16=task.bf16,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=run.steps,
+        seed=run.seed,
+        use_cpu=not torch.accelerator.is_available(),
+    )
+
+
+def train(task: Task, run: Run) -> dict[str, Any]:
     """Adapt the base, and judge what would be saved on both halves of the held-out rows."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+    from transformers import AutoModelForCausalLM, set_seed
     from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    set_seed(run.seed)
+    started = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(task.base, dtype=torch.bfloat16 if task.bf16 else torch.float32)
+    data = {"train_dataset": task.training_rows(run.seed), "data_collator": padded}
+    with tempfile.TemporaryDirectory() as output:
+        adapt = adapt_plainly if run.method in ("lora", "cut") else adapt_searching
+        model, facts = adapt(model, run, task.targets, {"args": arguments(task, run, output), **data})
+    dev, test = (loss_of(model, rows) for rows in task.held_out())
+    return {"dev": dev, "test": test, **facts, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def adapt_plainly(model: Any, run: Run, targets: str, data: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Train plain LoRA; for ``cut`` of twice the rank, cut to the budget at the end."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer
+
+    rank = run.rank * (2 if run.method == "cut" else 1)
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+    Trainer(model=model, **data).train()
+    if run.method == "cut":
+        cut_by_norm(model, run.rank)
+    return model, {}
+
+
+def adapt_searching(model: Any, run: Run, targets: str, data: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Train while a dynamic method searches for ranks."""
+    from transformers import Trainer
 
     from llamafactory_adaptive import rank_search
 
-    logging.set_verbosity_error()
-    set_seed(run.seed)
-    source, model, started = Source(SHIFT), LlamaForCausalLM.from_pretrained(base), time.perf_counter()
-    with tempfile.TemporaryDirectory() as output:
-        args = TrainingArguments(
-            output,
-            max_steps=run.steps,
-            per_device_train_batch_size=BATCH,
-            learning_rate=run.rate,
-            warmup_steps=run.steps // 10,
-            lr_scheduler_type="linear",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=run.steps,
-            seed=run.seed,
-            use_cpu=True,
-        )
-        data: dict[str, Any] = {"args": args, "train_dataset": Rows(source.rows(ROWS, 100 + run.seed))}
-        facts: dict[str, Any] = {}
-        if run.method in ("lora", "cut"):
-            rank = run.rank * (2 if run.method == "cut" else 1)
-            model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
-            Trainer(model=model, **data).train()
-            if run.method == "cut":
-                cut_by_norm(model, run.rank)
-        else:
-            options = json.loads(run.options)
-            search = rank_search(model, run.method, lora_rank=run.rank, seed=run.seed, interval=10, **options)
-            trainer = search.trainer(Trainer)(model=search.model, **data)
-            trainer.train()
-            model, facts = trainer.model, changes(Path(output) / "adaptive_log.jsonl")
-    dev, test = (loss_of(model, source.rows(HELD_OUT, seed)) for seed in (1, 2))
-    return {"dev": dev, "test": test, **facts, "seconds": round(time.perf_counter() - started, 1)}
+    options = {"interval": 10 if run.steps >= 200 else 5, **json.loads(run.options)}
+    search = rank_search(model, run.method, lora_rank=run.rank, seed=run.seed, **options)
+    trainer = search.trainer(Trainer)(model=search.model, **data)
+    trainer.train()
+    return trainer.model, changes(Path(data["args"].output_dir) / "adaptive_log.jsonl")
 
 
 def cut_by_norm(model: Any, rank: int) -> None:
@@ -234,11 +311,11 @@ class Ledger:
         lines = path.read_text().splitlines() if path.is_file() else []
         self.done = {json.dumps(line["run"], sort_keys=True): line["outcome"] for line in map(json.loads, lines)}
 
-    def outcome(self, base: Path, run: Run) -> dict[str, Any]:
+    def outcome(self, task: Task, run: Run) -> dict[str, Any]:
         """Return what came of a run, which is made if the ledger does not hold it."""
         key = json.dumps(asdict(run), sort_keys=True)
         if key not in self.done:
-            self.done[key] = train(base, run)
+            self.done[key] = train(task, run)
             with self.path.open("a") as file:
                 file.write(json.dumps({"run": asdict(run), "outcome": self.done[key]}) + "\n")
             print(f"rank {run.rank}  {run.arm:<40} rate {run.rate:<7g} seed {run.seed}  "
@@ -246,20 +323,22 @@ class Ledger:
         return self.done[key]
 
 
-def compare(base: Path, ledger: Ledger, arms: Sequence[str], rank: int, options: argparse.Namespace) -> dict[str, Any]:
+def compare(task: Task, ledger: Ledger, arms: Sequence[str], rank: int, options: argparse.Namespace) -> dict[str, Any]:
     """Run arms at their own best rates, and compare them with plain LoRA and ``published``."""
     rows: dict[str, dict[str, Any]] = {}
     for arm in arms:
         method, chosen = ARMS[arm]
 
-        def run(rate: float, seeds: Iterable[int], arm: str = arm, kind: str = method, given: Any = chosen) -> list[Any]:
+        def run(
+            rate: float, seeds: Iterable[int], arm: str = arm, kind: str = method, given: Any = chosen
+        ) -> list[Any]:
             text = json.dumps(given, sort_keys=True)
-            return [ledger.outcome(base, Run(arm, kind, text, rank, rate, seed, options.steps)) for seed in seeds]
+            return [ledger.outcome(task, Run(arm, kind, text, rank, rate, seed, options.steps)) for seed in seeds]
 
-        curve = {rate: run(rate, range(options.rate_seeds)) for rate in RATES}
-        best = min(RATES, key=lambda rate: statistics.fmean(each["dev"] for each in curve[rate]))
+        curve = {rate: run(rate, range(options.rate_seeds)) for rate in task.rates}
+        best = min(task.rates, key=lambda rate: statistics.fmean(each["dev"] for each in curve[rate]))
         at_best = run(best, range(options.seeds))
-        rows[arm] = row_of(at_best, best, {rate: [each["test"] for each in curve[rate]] for rate in RATES})
+        rows[arm] = row_of(at_best, best, {rate: [each["test"] for each in curve[rate]] for rate in task.rates})
     for rival in ("lora", "published"):
         others = [arm for arm in arms if arm not in ("lora", rival)]
         if rival not in rows:
@@ -275,7 +354,7 @@ def row_of(runs: Sequence[dict[str, Any]], best: float, curve: dict[float, list[
     losses = [run["test"] for run in runs]
     row = {
         "rate": best,
-        "rate_at_the_edge": best in (min(RATES), max(RATES)),
+        "rate_at_the_edge": best in (min(curve), max(curve)),
         "loss": statistics.fmean(losses),
         "losses": losses,
         "curve": {f"{rate:g}": values for rate, values in curve.items()},
@@ -312,32 +391,38 @@ def told(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arms", help=f"semicolon separated, of: {'; '.join(ARMS)} (default: all)")
-    parser.add_argument("--ranks", default="4,1,2", help="budgets; all arms run at the first, a few at the others")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rate-seeds", type=int, default=2, help="seeds that choose the rate")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--model", choices=("small", "smollm2"), default="small")
+    parser.add_argument("--data", help="folder with gsm8k/train.jsonl, for smollm2 (default: generated word problems)")
+    parser.add_argument("--arms", help=f"semicolon separated, of: {'; '.join(ARMS)} (default: all, for smollm2 a few)")
+    parser.add_argument("--ranks", help="budgets; a few arms run at those after the first (default: 4,1,2, or 8)")
+    parser.add_argument("--seeds", type=int, help="default: 5, or 3 for smollm2")
+    parser.add_argument("--rate-seeds", type=int, help="seeds that choose the rate (default: 2, or 1 for smollm2)")
+    parser.add_argument("--steps", type=int, help="default: 300, or 100 for smollm2")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--ledger", type=Path, help="file of finished runs, beside which the model lies")
+    parser.add_argument("--ledger", type=Path, help="file of finished runs, beside which the small model lies")
     options = parser.parse_args()
-    arms = options.arms.split("; ") if options.arms else list(ARMS)
+    small = options.model == "small"
+    defaults = {"ranks": "4,1,2", "seeds": 5, "rate_seeds": 2, "steps": 300} if small else {
+        "ranks": "8", "seeds": 3, "rate_seeds": 1, "steps": 100}  # fmt: skip
+    for key, value in defaults.items():
+        setattr(options, key, getattr(options, key) or value)
+    arms = options.arms.split("; ") if options.arms else list(ARMS if small else FEWER)
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise SystemExit(f"--arms: {', '.join(unknown)} is none of {'; '.join(ARMS)}")
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:
         path = options.ledger or Path(scratch) / "runs.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        base, ledger = pretrained(path.parent / "base"), Ledger(path)
+        task, ledger = (SmallTask if small else SmolLM2Task)(path.parent, options.data), Ledger(path)
         first, *others = [int(rank) for rank in options.ranks.split(",")]
-        results = {str(first): compare(base, ledger, arms, first, options)}
+        results = {str(first): compare(task, ledger, arms, first, options)}
         fewer = [arm for arm in arms if arm in FEWER]
-        results |= {str(rank): compare(base, ledger, fewer, rank, options) for rank in others}
+        results |= {str(rank): compare(task, ledger, fewer, rank, options) for rank in others}
     for rank, rows in results.items():
         for arm, row in rows.items():
             print(f"rank {rank}  {arm:<40} {told(row)}")
-    written = record.write_result("method_quality", {
-        "model": "Llama of 3 layers, width 64, pretrained in the script", "source": "order-2, 30 % of the rules new",
-        "steps": options.steps, "batch_size": BATCH, "rows": ROWS, "held_out": HELD_OUT, "rates": RATES,
+    written = record.write_result("method_quality" if small else "method_quality_smollm2", {
+        "task": task.description, "steps": options.steps, "batch_size": task.batch_size, "rates": task.rates,
         "seeds": options.seeds, "rate_seeds": options.rate_seeds, "device": "cpu",
         "arms": {arm: {"method": ARMS[arm][0], "options": ARMS[arm][1]} for arm in arms},
         "results_by_rank": results,
