@@ -77,8 +77,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "corrected, shrink, not mended": ("igu", {**SHRINK, "mend_strength": False}),
     "corrected, integrated": ("igu", {"importance": "integrated", "probe_interval": 5}),
 }
-# The arms of every budget but the first, and of the real model.
-FEWER = ("lora", "corrected", "published", "published, off, product")
+FEWER = ("lora", "corrected", "published", "adalora")  # the arms of every budget but the first
+ON_SMOLLM2 = ("lora", "corrected", "published", "published, off, product")  # unless others are asked for
 
 
 @dataclass(frozen=True)
@@ -327,13 +327,10 @@ def compare(task: Task, ledger: Ledger, arms: Sequence[str], rank: int, options:
     """Run arms at their own best rates, and compare them with plain LoRA and ``published``."""
     rows: dict[str, dict[str, Any]] = {}
     for arm in arms:
-        method, chosen = ARMS[arm]
+        start = (arm, ARMS[arm][0], json.dumps(ARMS[arm][1], sort_keys=True))
 
-        def run(
-            rate: float, seeds: Iterable[int], arm: str = arm, kind: str = method, given: Any = chosen
-        ) -> list[Any]:
-            text = json.dumps(given, sort_keys=True)
-            return [ledger.outcome(task, Run(arm, kind, text, rank, rate, seed, options.steps)) for seed in seeds]
+        def run(rate: float, seeds: Iterable[int], start: tuple[str, str, str] = start) -> list[dict[str, Any]]:
+            return [ledger.outcome(task, Run(*start, rank, rate, seed, options.steps)) for seed in seeds]
 
         curve = {rate: run(rate, range(options.rate_seeds)) for rate in task.rates}
         best = min(task.rates, key=lambda rate: statistics.fmean(each["dev"] for each in curve[rate]))
@@ -406,7 +403,7 @@ def main() -> None:
         "ranks": "8", "seeds": 3, "rate_seeds": 1, "steps": 100}  # fmt: skip
     for key, value in defaults.items():
         setattr(options, key, getattr(options, key) or value)
-    arms = options.arms.split("; ") if options.arms else list(ARMS if small else FEWER)
+    arms = options.arms.split("; ") if options.arms else list(ARMS if small else ON_SMOLLM2)
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise SystemExit(f"--arms: {', '.join(unknown)} is none of {'; '.join(ARMS)}")
     torch.set_num_threads(options.threads)
