@@ -6,7 +6,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import MISSING, field
 from typing import Any
 
 from llamafactory_adaptive.errors import Problem
@@ -21,12 +21,14 @@ def option(
     high: float | None = None,
     choices: tuple[str, ...] | None = None,
     odd: bool = False,
+    before: Any = MISSING,
 ) -> Any:
     """Declare one option as a dataclass field: default, help, unit, and closed range ``[low, high]`` or allowed words.
 
-    Unit, range and allowed words are part of the generated help.
+    Unit, range and allowed words are part of the generated help. ``before`` is the value that runs had before the
+    option existed, where that is not the default.
     """
-    rules = {"low": low, "high": high, "choices": choices, "odd": odd}
+    rules = {"low": low, "high": high, "choices": choices, "odd": odd, "before": before}
     allowed = describe_allowed(rules)
     text = help + (f" Unit: {unit}." if unit else "") + (f" Allowed: {allowed}." if allowed else "")
     return field(default=default, metadata={"help": text, **rules})
@@ -114,7 +116,22 @@ def check_fields(owner: type, prefix: str, values: Mapping[str, Any]) -> tuple[d
         if fault:
             result[entry.name] = default
             problems.append(Problem(key, values[key], fault, _suggest(key, values[key], entry)))
-    return result, problems
+    return completed(owner, result), problems
+
+
+def completed(owner: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in options whose default depends on other options, which ``complete()`` of their dataclass knows."""
+    complete = getattr(owner, "complete", dict)
+    return dict(complete(values))
+
+
+def with_earlier_values(owner: type, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Add to options that an earlier version stored the values that it had in place of options it did not know."""
+    earlier = {
+        entry.name: entry.default if entry.metadata["before"] is MISSING else entry.metadata["before"]
+        for entry in dataclasses.fields(owner)
+    }
+    return {**earlier, **stored}
 
 
 def contradictions(options: Any) -> list[Problem]:

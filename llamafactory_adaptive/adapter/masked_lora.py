@@ -27,16 +27,23 @@ _FACTOR_STD = 0.02  # of P and Q at the start, in AdaLoRA and IGU-LoRA alike
 class PathPosition:
     """Position of the forward pass on the path from no adapter (0) to the current one (1), shared by the whole model.
 
-    Scaling each of the three factors by ``value`` scales their product by its cube.
+    Scaling each of the three factors by the position scales their product by its cube.
+
+    Attributes:
+        strength: factor on the adapter outside of training steps: in evaluation, and in what is saved.
+        factor: factor on the adapter in the next forward pass.
     """
 
     def __init__(self) -> None:
-        self.value = 1.0
+        self.strength = self.factor = 1.0
 
-    @property
-    def cube(self) -> float:
-        """Return the factor on the adapter's output: ``value`` cubed."""
-        return self.value**3
+    def take(self, value: float) -> None:
+        """Set the position of the next forward passes of training."""
+        self.factor = value**3
+
+    def leave(self) -> None:
+        """End a training step: the next forward passes see the adapter as it would be saved."""
+        self.factor = self.strength
 
 
 class _MaskedScale(torch.autograd.Function):
@@ -92,7 +99,7 @@ class MaskedLinear(nn.Linear):
 
     def effective_weight(self) -> Tensor:
         """Compute ``diag(lambda * mask) Q`` at the current position, (r, d_in), bit for bit as ``lora_A`` is saved."""
-        factor = self.position.cube
+        factor = self.position.factor
         if self.lambda_r is None:
             return self.weight * _column(self.mask_r, factor)
         if not torch.is_grad_enabled():  # the first pass of gradient checkpointing, and evaluation
@@ -130,18 +137,21 @@ class Triplets:
     Args:
         model: a model with the LoRA adapter of ``plan`` in it.
         plan: the plan with the live ranks.
-        initial_lambda: initial value of lambda; None for LoRA's own start without lambda, P = 0.
+        initial_lambda: initial value of lambda; None for an adapter without lambda.
+        initial_factors: ``gaussian`` draws P and Q from N(0, 0.02); ``lora`` sets P to 0 and draws Q as LoRA draws A.
         seed: seed of the initial P and Q; equal on every process.
     """
 
-    def __init__(self, model: nn.Module, plan: RankPlan, initial_lambda: float | None, seed: int) -> None:
-        self.position = PathPosition()
+    def __init__(
+        self, model: nn.Module, plan: RankPlan, initial_lambda: float | None, initial_factors: str, seed: int
+    ) -> None:
+        self.position, self.initial_factors = PathPosition(), initial_factors
         layers, generator = live_layers(model), torch.Generator().manual_seed(seed)
         self.modules: list[Triplet] = []
         for planned in plan.active:
             layer, adapter = layers[planned.name]
             a, b = layer.lora_A[adapter], layer.lora_B[adapter]
-            if initial_lambda is None:
+            if initial_factors == "lora":
                 a.weight.data.copy_(fresh_rows(a.weight.shape, generator))
                 b.weight.data.zero_()
             else:
@@ -188,6 +198,8 @@ class Triplets:
     def plain(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Replace triplets in a state dict by plain LoRA factors: lambda folded into A, masked rows set to 0 or cut.
 
+        What is saved is what an evaluation sees, the strength outside of training included.
+
         Args:
             state: tensors by name, as ``model.state_dict()`` gives them; names without a triplet pass as they are.
         """
@@ -205,7 +217,7 @@ class Triplets:
             if factor.startswith("A."):
                 lambda_r = state.get(key.removesuffix("weight") + _LAMBDA)
                 gate_r = mask_r if lambda_r is None else lambda_r.to(tensor.device) * mask_r
-                tensor = tensor * gate_r.unsqueeze(1)
+                tensor = tensor * _column(gate_r, self.position.strength)
             if self.compact is None:
                 result[key] = tensor
             elif mask_r.any():

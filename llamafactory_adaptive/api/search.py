@@ -30,6 +30,7 @@ from llamafactory_adaptive.files import PLAN_FILE
 from llamafactory_adaptive.launcher import launched_number
 from llamafactory_adaptive.methods import make_method
 from llamafactory_adaptive.planning.compatibility import check_same_run
+from llamafactory_adaptive.planning.earlier_plans import with_all_options
 from llamafactory_adaptive.planning.planner import start_plan
 from llamafactory_adaptive.ranks.plan import ModuleShape, load_plan
 from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
@@ -207,8 +208,7 @@ class RankSearch:
             given = type(trainer.model).__name__
             refuse("model", given, "it is not the model of this search", "model=search.model")
         flat = {**trainer.args.to_dict(), "fsdp": trainer.args.fsdp or None}
-        traits = self._request.method.traits
-        rules = check_search_conflicts(flat, traits.strategy, traits.probes)
+        rules = check_search_conflicts(flat, self._request.method)
         faults = [*check_conflicts({"fsdp": flat["fsdp"]}), *rules]
         if trainer.args.n_gpu > 1:
             reason = "copies of the model in one process (DataParallel) hide its gradients"
@@ -228,7 +228,8 @@ class RankSearch:
             return
         if fault := damage(checkpoint):
             raise PlanError(f"{checkpoint} cannot be resumed from: {fault}")
-        check_same_run(load_plan(checkpoint / PLAN_FILE), self._request.config, str(checkpoint))
+        plan = with_all_options(load_plan(checkpoint / PLAN_FILE))
+        check_same_run(plan, self._request.config, str(checkpoint))
 
 
 def _checkpoint(asked: Any, output: str) -> Path | None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from llamafactory_adaptive.engines.optimizer_state import put, restart, square_sums
+from llamafactory_adaptive.engines.optimizer_state import put, restart, scale_states, square_sums
 from llamafactory_adaptive.engines.zero import Zero3Engine, Zero12Engine
 
 
@@ -53,6 +53,15 @@ class Engine(Protocol):
             where: which elements of the whole, flattened parameter, bool on the CPU.
             values: the new values in the same shape, on the CPU; only those of the chosen elements are used.
             square: initial value of the running mean of squared gradients.
+        """
+
+    def rescale(self, parameter: nn.Parameter, factor: float, gradient_factor: float) -> None:
+        """Scale a parameter, the working copy included, and its optimizer states; all processes must call it.
+
+        Args:
+            parameter: the parameter to change.
+            factor: factor of its elements.
+            gradient_factor: factor by which its gradients will differ from those that the optimizer has averaged.
         """
 
     def loss_scale(self) -> float:
@@ -102,6 +111,10 @@ class UnpartitionedEngine:
     def overwrite(self, parameter: nn.Parameter, where: Tensor, values: Tensor, square: float) -> None:
         put(parameter.data, where, values)
         restart(self._state(parameter), where, square)
+
+    def rescale(self, parameter: nn.Parameter, factor: float, gradient_factor: float) -> None:
+        parameter.data.mul_(factor)
+        scale_states(self._state(parameter), parameter.numel(), gradient_factor)
 
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         return nullcontext()

@@ -58,6 +58,24 @@ def square_sums(state: Mapping[str, Any], others: Tensor) -> Tensor:
     return torch.zeros(2, dtype=torch.float64)
 
 
+def scale_states(state: Mapping[str, Any], count: int, factor: float) -> None:
+    """Scale an optimizer's states in place, as if all gradients so far had been ``factor`` times what they were.
+
+    Args:
+        state: states of ``count`` weights, by name.
+        count: number of weights.
+        factor: factor of the gradients; running means of squares are scaled by its square.
+    """
+    for key, held in _per_weight(state, count).items():
+        by = factor**2 if key in _SQUARES else factor
+        if held.dtype == torch.uint8:  # quantised: the scales of its blocks hold the magnitude
+            for name in (f"absmax{key[-1]}", f"max{key[-1]}"):
+                if isinstance(state.get(name), Tensor):
+                    state[name].mul_(by)
+        else:
+            held.mul_(by)
+
+
 def restart(state: Mapping[str, Any], where: Tensor, square: float) -> None:
     """Reset an optimizer's states of some weights in place, as if these weights were new.
 

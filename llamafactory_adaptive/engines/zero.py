@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from llamafactory_adaptive.engines.optimizer_state import is_like, put, restart, square_sums
+from llamafactory_adaptive.engines.optimizer_state import is_like, put, restart, scale_states, square_sums
 
 
 def init_deepspeed_on_cpu() -> None:
@@ -137,6 +137,14 @@ class Zero12Engine(_ZeroEngine):
         put(flat.data.view(-1).narrow(0, offset, length), where[start:][:length], values[start:][:length])
         restart(self._state(parameter), where[start:][:length], square)
 
+    def rescale(self, parameter: nn.Parameter, factor: float, gradient_factor: float) -> None:
+        """Scale the whole working copy, the owned fp32 piece and its optimizer states."""
+        parameter.data.mul_(factor)
+        if id(parameter) in self.owned:
+            (piece,) = self.weights([parameter])
+            piece.mul_(factor)
+            scale_states(self._state(parameter), piece.numel(), gradient_factor)
+
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         return nullcontext()
 
@@ -190,12 +198,25 @@ class Zero3Engine(_ZeroEngine):
         start, length = self.piece(parameter)
         where, values = where[start:][:length], values[start:][:length]
         put(parameter.ds_tensor.data.view(-1)[:length], where, values)  # type: ignore[attr-defined]
-        pieces = self._state(parameter)
-        restart(pieces, where, square)
-        fp32 = self.optimizer.get_local_fp32_param(parameter).view(-1)[:length].clone()
+        states = self._state(parameter)
+        restart(states, where, square)
+        fp32 = self.weights([parameter])[0].clone()
         put(fp32, where, values)
-        padding = parameter.ds_tensor.ds_numel - length  # type: ignore[attr-defined]
-        for kind, piece in ((None, fp32), *pieces.items()):
+        self._store(parameter, fp32, states)
+
+    def rescale(self, parameter: nn.Parameter, factor: float, gradient_factor: float) -> None:
+        """Scale the owned piece, in working copy and fp32 copy, and its optimizer states."""
+        if parameter.numel() == parameter.ds_numel:  # type: ignore[attr-defined]
+            parameter.data.mul_(factor)  # small parameters stay gathered between steps
+        parameter.ds_tensor.data.mul_(factor)  # type: ignore[attr-defined]
+        states = self._state(parameter)
+        scale_states(states, self.piece(parameter)[1], gradient_factor)
+        self._store(parameter, self.weights([parameter])[0] * factor, states)
+
+    def _store(self, parameter: nn.Parameter, fp32: Tensor, states: dict[str, Tensor]) -> None:
+        """Write the owned piece of the fp32 copy and of the optimizer's states back, padded."""
+        padding = parameter.ds_tensor.ds_numel - fp32.numel()  # type: ignore[attr-defined]
+        for kind, piece in ((None, fp32), *states.items()):
             self.optimizer.set_local_hp_param(nn.functional.pad(piece, (0, padding)), parameter, kind)
 
     @contextmanager

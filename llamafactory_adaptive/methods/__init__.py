@@ -7,13 +7,17 @@ YAML keys ``<method>_<field>``; there is nothing to inherit. Its ``traits`` say 
 
 from llamafactory_adaptive.methods._contract import (
     DynamicMethod,
+    InitialAdapter,
     Orthogonality,
     ProbingMethod,
     ReallocatingMethod,
+    RelativeMethod,
+    ReturnRule,
     Sampling,
     SamplingMethod,
     Scores,
     ScoringContext,
+    Shrinkage,
     StaticMethod,
 )
 from llamafactory_adaptive.methods._registry import get_method, is_dynamic, make_method, methods, nearest
@@ -23,14 +27,18 @@ from llamafactory_adaptive.ranks.schedule import Strategy
 
 __all__ = [
     "DynamicMethod",
+    "InitialAdapter",
     "MethodTraits",
     "Orthogonality",
     "ProbingMethod",
     "ReallocatingMethod",
+    "RelativeMethod",
+    "ReturnRule",
     "Sampling",
     "SamplingMethod",
     "Scores",
     "ScoringContext",
+    "Shrinkage",
     "StaticMethod",
     "Strategy",
     "get_method",

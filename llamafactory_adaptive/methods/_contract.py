@@ -1,8 +1,9 @@
 """Protocols of methods, and the types that methods take and return."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -120,10 +121,63 @@ class Orthogonality:
         weight: factor of the mean.
         form: what of the Gram matrix (``P^T P``, ``Q Q^T``) counts: its ``off_diagonal`` part, or its difference from
             the ``identity`` (AdaLoRA, Eq. 4).
+        relative: whether ``weight`` is the norm of the regulariser's gradient as a share of that of the training
+            gradient, over all factors of one kind and shape, rather than the factor of the mean.
     """
 
     weight: float
     form: str
+    relative: bool = False
+
+
+@dataclass(frozen=True)
+class InitialAdapter:
+    """The adapter ``P diag(lambda) Q`` at the first step.
+
+    Attributes:
+        lambda_value: value of every lambda; None for plain LoRA factors without lambda.
+        factors: ``gaussian``: P and Q are drawn from N(0, 0.02) (AdaLoRA, IGU-LoRA). ``lora``: P is zero and Q is
+            drawn as LoRA draws A; with lambda at 1 the first update of ``Delta W`` is that of plain LoRA.
+    """
+
+    lambda_value: float | None
+    factors: Literal["gaussian", "lora"]
+
+
+@dataclass(frozen=True)
+class ReturnRule:
+    """How components that were removed come back.
+
+    Attributes:
+        hysteresis: share by which scores of components in use are raised before they are compared with the others.
+        resets_lambda: whether the lambda of a component that comes back starts at zero, rather than where it was.
+    """
+
+    hysteresis: float = 0.0
+    resets_lambda: bool = False
+
+
+@dataclass(frozen=True)
+class Shrinkage:
+    """A random factor f = a^3 on the adapter's output in training, for positions a.
+
+    Attributes:
+        mean: E f.
+        mean_square: E f^2.
+    """
+
+    mean: float
+    mean_square: float
+
+    @property
+    def strength(self) -> float:
+        """Return the best factor on an adapter trained so: the optimum of E (f w - w*)^2 is ``w = w* E f / E f^2``."""
+        return self.mean_square / self.mean
+
+    @property
+    def gradient_rms(self) -> float:
+        """Return the root mean square of the factor, which is on the gradients as well."""
+        return math.sqrt(self.mean_square)
 
 
 class DynamicMethod(Method, Protocol):
@@ -132,12 +186,23 @@ class DynamicMethod(Method, Protocol):
     Between backward pass and optimizer step the method receives weights and gradients, in blocks: all elements of one
     kind (``lambda``, ``P`` or ``Q``) and shape, flat; under ZeRO the elements this process owns. What it keeps per
     element must depend on that element alone, so that it can be stored on the process of that element.
-
-    Attributes:
-        initial_lambda: value that lambda starts from; None for plain LoRA factors without lambda.
     """
 
-    initial_lambda: ClassVar[float | None]
+    @property
+    def initial_adapter(self) -> InitialAdapter:
+        """Return the start of P, lambda and Q."""
+
+    @property
+    def return_rule(self) -> ReturnRule:
+        """Return how components that were removed come back; it is read where ranks are pruned."""
+
+    @property
+    def shrinkage(self) -> Shrinkage | None:
+        """Return the moments of the factor that random positions put on the adapter, if its strength is to be mended.
+
+        Training at a random :meth:`position` makes the adapter too strong for use at the full one. Until the ranks are
+        final, what is evaluated and saved is then weakened by the strength; afterwards lambda is.
+        """
 
     @property
     def orthogonality(self) -> Orthogonality | None:
@@ -164,6 +229,16 @@ class DynamicMethod(Method, Protocol):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Restore what ``state`` returned."""
+
+
+class RelativeMethod(DynamicMethod, Protocol):
+    """Further members of a dynamic method whose traits set ``relative``: scores depend on the typical importance."""
+
+    def log_importance(self, block: str) -> Tensor:
+        """Sum and count the logarithms of the positive importances that this process holds of a block, (2,) fp32."""
+
+    def set_typical(self, typical: Mapping[str, float]) -> None:
+        """Store the geometric mean of the importances of each kind (``lambda``, ``P``, ``Q``) over all processes."""
 
 
 class ProbingMethod(DynamicMethod, Protocol):

@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from llamafactory_adaptive.methods._contract import ReturnRule, Shrinkage
+
 
 class _Blockwise:
     """Statistics of elements as one tensor per block, in the attributes that ``kinds`` names; saved and restored."""
@@ -69,6 +71,16 @@ class SmoothedImportance(_Blockwise):
         """Compute ``S * U`` (AdaLoRA, Eq. 11)."""
         return self.mean[block] * self.deviation[block]
 
+    def discounted(self, block: str) -> Tensor:
+        """Compute ``S * S / (S + U)``: the importance, less where it is unsteady; 0 where S is."""
+        mean = self.mean[block]
+        return mean.square().div_((mean + self.deviation[block]).clamp_(min=torch.finfo(mean.dtype).tiny))
+
+    def log_sum(self, block: str) -> Tensor:
+        """Sum and count the logarithms of the positive S of a block, (2,)."""
+        positive = self.mean[block][self.mean[block] > 0]
+        return torch.stack([positive.log().sum(), positive.new_tensor(float(positive.numel()))])
+
 
 class IntervalMean(_Blockwise):
     """Mean of the observations of one interval. Elements come in named blocks, flat, in fp32: a number per element."""
@@ -114,6 +126,16 @@ class SmoothedMethod:
 
     def __init__(self, options: SmoothingOptions) -> None:
         self.importance = SmoothedImportance(options.beta1, options.beta2)
+
+    @property
+    def return_rule(self) -> ReturnRule:
+        """Return the rule of AdaLoRA: components come back as they were, once they are among the best."""
+        return ReturnRule()
+
+    @property
+    def shrinkage(self) -> Shrinkage | None:
+        """Return None: training is at the full position."""
+        return None
 
     def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
         """Update S and U with ``s = |w g|``."""

@@ -8,8 +8,19 @@ from llamafactory_adaptive.ranks.schedule import STRATEGIES, Strategy
 
 _EVERY = ("Options", "concentration_advice")
 _STATIC = ("measurement", "score")
-_DYNAMIC = ("initial_lambda", "orthogonality", "position", "observe", "element_scores", "state", "load")
+_DYNAMIC = (
+    "initial_adapter",
+    "return_rule",
+    "shrinkage",
+    "orthogonality",
+    "position",
+    "observe",
+    "element_scores",
+    "state",
+    "load",
+)
 _REALLOCATING = ("refresh_ratio", "beta", "allocated")
+_RELATIVE = ("log_importance", "set_typical")
 
 
 @dataclass(frozen=True)
@@ -23,6 +34,7 @@ class MethodTraits:
             use, discounted over refreshes (a component's first interval does not count), under a constant budget; a
             :class:`ReallocatingMethod`.
         probes: whether gradients are observed by extra passes; a :class:`ProbingMethod`.
+        relative: whether scores depend on the typical importance of a kind; a :class:`RelativeMethod`.
         samples: whether training data is chosen by quality; a :class:`SamplingMethod`.
         unused_with_plan: options that are not read when ranks come from ``adaptive_plan``, where the method still
             chooses samples.
@@ -30,6 +42,7 @@ class MethodTraits:
 
     strategy: Strategy
     probes: bool = False
+    relative: bool = False
     samples: bool = False
     unused_with_plan: tuple[str, ...] = ()
 
@@ -45,6 +58,7 @@ class MethodTraits:
             *(_DYNAMIC if self.dynamic else _STATIC),
             *(_REALLOCATING if self.strategy == "reallocate" else ()),
             *(("path",) if self.probes else ()),
+            *(_RELATIVE if self.relative else ()),
             *(("sampling",) if self.samples else ()),
         )
 
@@ -65,5 +79,5 @@ def trait_faults(method: Any) -> list[str]:
 
 
 def _words(traits: MethodTraits) -> str:
-    flags = [name for name in ("probes", "samples") if getattr(traits, name)]
+    flags = [name for name in ("probes", "relative", "samples") if getattr(traits, name)]
     return ", ".join([f"strategy {traits.strategy!r}", *flags])

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llamafactory_adaptive.methods import MethodTraits, Orthogonality
+from llamafactory_adaptive.methods import InitialAdapter, MethodTraits, Orthogonality
 from llamafactory_adaptive.methods._running_stats import SmoothedMethod
 from llamafactory_adaptive.options import option
 
@@ -40,7 +40,7 @@ class Adalora(SmoothedMethod):
     Options: ClassVar[type[AdaloraOptions]] = AdaloraOptions
     traits: ClassVar[MethodTraits] = MethodTraits("prune")
     concentration_advice: ClassVar[str] = ""
-    initial_lambda: ClassVar[float] = 0.0
+    initial_adapter: ClassVar[InitialAdapter] = InitialAdapter(0.0, "gaussian")
 
     def __init__(self, options: AdaloraOptions) -> None:
         super().__init__(options)

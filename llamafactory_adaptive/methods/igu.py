@@ -1,7 +1,7 @@
 """IGU-LoRA (arXiv 2603.13792): starts over-ranked, prunes components by integrated gradients and uncertainty.
 
-Adapter (Eq. 2): ``Delta W = P diag(lambda) Q``, P, Q ~ N(0, 0.02), lambda = 0.1, rank 2 x ``lora_rank``. A component
-is lambda_i, column i of P, row i of Q.
+Adapter (Eq. 2): ``Delta W = P diag(lambda) Q`` of rank 2 x ``lora_rank``. A component is lambda_i, column i of P, row
+i of Q.
 
 Importance of an element w, by ``importance``:
 
@@ -15,81 +15,44 @@ Importance of an element w, by ``importance``:
 Smoothing (Eq. 10-12): S <- b1 S + (1-b1) s; U <- b2 U + (1-b2)|s - S|; score (S + e)/(U + e). A component scores
 score(lambda_i) + mean_k score(P_ki) + mean_k score(Q_ik) (Eq. 3); the globally best are kept under the cubic budget.
 
-What differs: t_i and t_f are ratios of all steps. A masked component adds exactly nothing until it comes back (in the
-released code it drifts between allocations, over budget); its lambda is observed but not trained (momentum, weight
-decay and regulariser still act on its factors); its P and Q, whose gradient is zero only
-because of the mask, keep S and U meanwhile. Scores use the gradient of the loss without the regulariser, before
-clipping. Once the mask is final, nothing is scored and ``shrink`` trains at a = 1. ``integrated`` takes |IG|.
+The variant ``published`` is the released implementation: P, Q ~ N(0, 0.02), lambda = 0.1, ``shrink``, the ratio of S
+and U, regulariser of weight 1. ``corrected`` mends what was measured to be at fault; every part has its own option:
+
+    init              P = 0, Q as LoRA draws A, lambda = 1: as long as P is zero only P has a gradient, and it is the
+                      one of LoRA's B, so the first update of Delta W is LoRA's at the same learning rate. From N(0,
+                      0.02) and 0.1 it is several times smaller.
+    descale           under ``shrink`` the gradient carries a^3, so that S / U measures the draws of a. All micro-
+                      batches of a step share one a, whose cube is divided out of what is scored.
+    mend_strength     trained under ``shrink``, the adapter minimises E L(a^3 theta): on a quadratic it ends up
+                      E a^3 / E a^6 = 1.63 times too strong. What is evaluated and saved is weakened by E a^6 / E a^3,
+                      and once the ranks are final lambda is, the optimizer's states with it.
+    uncertainty       S * U (AdaLoRA), S alone, or S * S / (S + U) do not depend on the scale of gradients; nor does
+    epsilon_scale     S / U with an epsilon in units of the geometric mean of S over all elements of a kind.
+    returning_lambda  a component that comes back grows anew from lambda zero, where it would jump to its former
+                      strength.
+    hysteresis        components in use get a bonus, so that near ties do not swap at every allocation.
+    orthogonality_scale  the regulariser's gradient is a share of the training gradient, whatever the loss scale.
+
+What differs from the paper in both: t_i and t_f are ratios of all steps. A masked component adds exactly nothing until
+it comes back (in the released code it drifts between allocations, over budget); its lambda is observed but not trained
+(momentum, weight decay and regulariser still act on its factors); its P and Q, whose gradient is zero only because of
+the mask, keep S and U meanwhile. Scores use the gradient of the loss without the regulariser, before clipping. Once
+the mask is final, nothing is scored and ``shrink`` trains at a = 1. ``integrated`` takes |IG|.
 
 Cost: shrink and off, two fp32 numbers per adapter weight and a few element-wise passes over the adapter per step;
 integrated, two more forward-backward passes per probed step.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from statistics import fmean
 from typing import ClassVar
 
 from torch import Tensor
 
-from llamafactory_adaptive.methods import MethodTraits, Orthogonality
+from llamafactory_adaptive.methods import InitialAdapter, MethodTraits, Orthogonality, ReturnRule, Shrinkage
+from llamafactory_adaptive.methods._igu_options import IguOptions
 from llamafactory_adaptive.methods._running_stats import SmoothedMethod
-from llamafactory_adaptive.options import option
 from llamafactory_adaptive.seeding import seeded_index
-
-
-@dataclass(frozen=True)
-class IguOptions:
-    """Options of IGU-LoRA, the YAML keys ``igu_*``."""
-
-    importance: str = option(
-        "shrink",
-        "Gradient from which importance is computed: shrink trains and scores at a random point of the path from 0 to "
-        "the adapter, without extra passes; integrated probes the path with extra passes; off takes the plain "
-        "gradient.",
-        choices=("shrink", "integrated", "off"),
-    )
-    intervals: int = option(
-        20,
-        "Number N of intervals into which the path from 0 to the adapter is divided.",
-        unit="intervals",
-        low=2,
-        high=10_000,
-    )
-    probe_interval: int = option(
-        1, "Optimizer steps from one probe to the next; only igu_importance: integrated probes.", unit="steps", low=1
-    )
-    uncertainty: str = option(
-        "snr",
-        "How the mean S and the deviation U of the importance are combined: snr takes S / U, product takes S * U as "
-        "AdaLoRA does.",
-        choices=("snr", "product"),
-    )
-    lambda_term: str = option(
-        "snr",
-        "Term that lambda adds to a component's score: snr adds the score of lambda itself, as the released code "
-        "does; magnitude adds |lambda|, as the paper does.",
-        choices=("snr", "magnitude"),
-    )
-    beta1: float = option(
-        0.85, "Decay rate of the running mean S of the importance; a larger one smooths more.", low=0.0, high=0.9999
-    )
-    beta2: float = option(
-        0.85,
-        "Decay rate of the running deviation U of the importance; a larger one smooths more.",
-        low=0.0,
-        high=0.9999,
-    )
-    epsilon: float = option(
-        1e-6, "Small number that is added to S and U before one is divided by the other.", low=1e-30, high=1.0
-    )
-    orthogonality: str = option(
-        "off_diagonal",
-        "Orthogonality regulariser on the Gram matrices of P and Q: off_diagonal penalises their off-diagonal part, "
-        "identity their difference from the identity, none penalises nothing.",
-        choices=("off_diagonal", "identity", "none"),
-    )
-    orthogonality_weight: float = option(
-        1.0, "Weight of the orthogonality regulariser in the loss.", low=0.0, high=1e6
-    )
 
 
 class Igu(SmoothedMethod):
@@ -97,27 +60,49 @@ class Igu(SmoothedMethod):
 
     Options: ClassVar[type[IguOptions]] = IguOptions
     concentration_advice: ClassVar[str] = ""
-    initial_lambda: ClassVar[float] = 0.1
 
     def __init__(self, options: IguOptions) -> None:
         super().__init__(options)
         self.options = options
+        self._typical: dict[str, float] = {}
+        self._cube = 1.0  # the factor on the gradients of this step
 
     @property
     def traits(self) -> MethodTraits:
-        return MethodTraits("prune", probes=self.options.importance == "integrated")
+        o = self.options
+        relative = o.uncertainty == "snr" and o.epsilon_scale == "relative"
+        return MethodTraits("prune", probes=o.importance == "integrated", relative=relative)
+
+    @property
+    def initial_adapter(self) -> InitialAdapter:
+        return InitialAdapter(1.0, "lora") if self.options.init == "lora" else InitialAdapter(0.1, "gaussian")
+
+    @property
+    def return_rule(self) -> ReturnRule:
+        return ReturnRule(self.options.hysteresis or 0.0, self.options.returning_lambda == "zero")
+
+    @property
+    def shrinkage(self) -> Shrinkage | None:
+        if self.options.importance != "shrink" or not self.options.mend_strength:
+            return None
+        positions = [node / self.options.intervals for node in range(1, self.options.intervals + 1)]
+        return Shrinkage(fmean(a**3 for a in positions), fmean(a**6 for a in positions))
 
     @property
     def orthogonality(self) -> Orthogonality | None:
-        if self.options.orthogonality == "none" or self.options.orthogonality_weight == 0:
+        o = self.options
+        if o.orthogonality == "none" or not o.orthogonality_weight:
             return None
-        return Orthogonality(self.options.orthogonality_weight, self.options.orthogonality)
+        return Orthogonality(o.orthogonality_weight, o.orthogonality, o.orthogonality_scale == "relative")
 
     def position(self, seed: int, step: int, micro_batch: int) -> float:
-        """Draw one of 1/N .. 1 for ``shrink``; return 1 otherwise."""
+        """Draw one of 1/N .. 1 for ``shrink``, one per step where scores are descaled; return 1 otherwise."""
         if self.options.importance != "shrink":
             return 1.0
-        return (1 + seeded_index(seed, step, micro_batch, self.options.intervals)) / self.options.intervals
+        draw = seeded_index(seed, step, 0 if self.options.descale else micro_batch, self.options.intervals)
+        position = (1 + draw) / self.options.intervals
+        self._cube = position**3 if self.options.descale else 1.0
+        return position
 
     def path(self, seed: int, step: int) -> list[tuple[float, float]]:
         """Return a random interior node and the end point for ``integrated``, every ``probe_interval`` steps."""
@@ -125,13 +110,26 @@ class Igu(SmoothedMethod):
             return []
         return sampled_path(self.options.intervals, 1 + seeded_index(seed, step, 0, self.options.intervals - 1))
 
+    def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
+        """Update S and U with ``s = |w g|``, g at the full position where scores are descaled."""
+        super().observe(block, weights, gradients if self._cube == 1.0 else gradients.div_(self._cube), live)
+
     def element_scores(self, block: str, weights: Tensor) -> Tensor:
-        """Compute SNR or product of each element; for lambda its magnitude if so set."""
-        if block.startswith("lambda") and self.options.lambda_term == "magnitude":
+        """Combine S and U of each element; for lambda return its magnitude if so set."""
+        kind, o = block.partition("/")[0], self.options
+        if kind == "lambda" and o.lambda_term == "magnitude":
             return weights.abs()
-        if self.options.uncertainty == "product":
-            return self.importance.product(block)
-        return self.importance.snr(block, self.options.epsilon)
+        if o.uncertainty == "snr":
+            return self.importance.snr(block, (o.epsilon or 0.0) * self._typical.get(kind, 1.0))
+        if o.uncertainty == "mean":
+            return self.importance.mean[block].clone()
+        return self.importance.product(block) if o.uncertainty == "product" else self.importance.discounted(block)
+
+    def log_importance(self, block: str) -> Tensor:
+        return self.importance.log_sum(block)
+
+    def set_typical(self, typical: Mapping[str, float]) -> None:
+        self._typical = dict(typical)
 
 
 def sampled_path(intervals: int, node: int) -> list[tuple[float, float]]:

@@ -33,7 +33,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from llamafactory_adaptive.errors import Problem
-from llamafactory_adaptive.methods import MethodTraits, Sampling, Scores, ScoringContext
+from llamafactory_adaptive.methods import InitialAdapter, MethodTraits, ReturnRule, Sampling, Scores, ScoringContext
 from llamafactory_adaptive.methods._running_stats import IntervalMean
 from llamafactory_adaptive.options import option
 
@@ -161,7 +161,9 @@ class Tsq:
 
     Options: ClassVar[type[TsqOptions]] = TsqOptions
     concentration_advice: ClassVar[str] = ""
-    initial_lambda: ClassVar[None] = None
+    initial_adapter: ClassVar[InitialAdapter] = InitialAdapter(None, "lora")
+    return_rule: ClassVar[ReturnRule] = ReturnRule()
+    shrinkage: ClassVar[None] = None
     orthogonality: ClassVar[None] = None
 
     def __init__(self, options: TsqOptions) -> None:

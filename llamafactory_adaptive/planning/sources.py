@@ -14,6 +14,7 @@ from llamafactory_adaptive.files import PLAN_FILE, STATE_JSON
 from llamafactory_adaptive.launcher import launched_number, launched_processes, local_rank
 from llamafactory_adaptive.methods import get_method, make_method, methods
 from llamafactory_adaptive.planning import cache, compatibility, planner
+from llamafactory_adaptive.planning.earlier_plans import with_all_options
 from llamafactory_adaptive.planning.host import HostRun
 from llamafactory_adaptive.ranks.plan import RankPlan, load_plan
 
@@ -51,7 +52,7 @@ def obtain_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:
 def _plan_of_checkpoint(config: AdaptiveConfig, host: HostRun, checkpoint: Path) -> PlanSource:
     path, plan = str(checkpoint / PLAN_FILE), _plan_beside(checkpoint)
     _check_same_base(plan, host.provenance, checkpoint)
-    compatibility.check_same_run(plan, config, str(checkpoint))
+    compatibility.check_same_run(with_all_options(plan), config, str(checkpoint))
     if config.search is not None:
         compatibility.check_shapes(plan, host.shapes, path)
         return PlanSource(planner.start_plan(config, host.shapes, host.provenance), "resumed")

@@ -8,15 +8,16 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from llamafactory_adaptive.adapter.masked_lora import Triplets, fresh_rows
+from llamafactory_adaptive.adapter.masked_lora import Triplets
 from llamafactory_adaptive.engines.distributed import all_reduce_sum, world_size
 from llamafactory_adaptive.engines.engine import Engine, full_shape
 from llamafactory_adaptive.errors import GuardError
-from llamafactory_adaptive.methods import DynamicMethod, Orthogonality
+from llamafactory_adaptive.methods import DynamicMethod, Orthogonality, RelativeMethod
 from llamafactory_adaptive.training.regulariser import gram_penalty_gradient
 
 
@@ -90,7 +91,8 @@ class Components:
             for (kind, shape), members in groups.items()
         ]
         self.parameters = [parameter for block in self.blocks for parameter in block.parameters]
-        self.first_kind = next(iter(triplets.modules[0].parameters()))
+        # As long as P is zero, P alone has a gradient.
+        self.first_kind = "P" if triplets.initial_factors == "lora" else next(iter(triplets.modules[0].parameters()))
         self.arrived = False
 
     def weights(self, block: Block) -> Tensor:
@@ -144,6 +146,8 @@ class Components:
         ranks = [len(row) for row in self.triplets.masks]
         like = self.triplets.modules[0].a.mask_r
         totals = torch.zeros(len(ranks), max(ranks), dtype=torch.float32, device=like.device)
+        if method.traits.relative:
+            self._set_typical(cast(RelativeMethod, method))
         for block in self.blocks:
             flat = method.element_scores(block.name, self.weights(block))
             per_component_Mr = block.by_component(self._scatter_to_full(block, flat))
@@ -154,6 +158,17 @@ class Components:
             all_reduce_sum(totals)
         return [row[:rank] for row, rank in zip(totals.tolist(), ranks, strict=True)]
 
+    def _set_typical(self, method: RelativeMethod) -> None:
+        """Give a method the geometric mean of each kind's importances, over all modules and processes."""
+        kinds = list(dict.fromkeys(block.kind for block in self.blocks))
+        sums_K2 = torch.zeros(len(kinds), 2, device=self.triplets.modules[0].a.mask_r.device)
+        for block in self.blocks:
+            sums_K2[kinds.index(block.kind)] += method.log_importance(block.name)
+        if self.engine.partitioned:
+            all_reduce_sum(sums_K2)
+        means = (sums_K2[:, 0] / sums_K2[:, 1].clamp(min=1.0)).exp().tolist()
+        method.set_typical(dict(zip(kinds, means, strict=True)))
+
     def _share_of_component(self, block: Block) -> Tensor:
         """Compute the share of a component's elements that a block holds, per module (M,)."""
         held = math.prod(block.shape) // block.rank
@@ -162,38 +177,6 @@ class Components:
             for index in block.modules
         ]
         return torch.tensor([held / count for count in every], device=self.triplets.modules[0].a.mask_r.device)
-
-    def restart(self, fresh: Sequence[Sequence[bool]], seed: int) -> None:
-        """Reset components that were masked: no effect on the output, no optimizer history.
-
-        Their column of P becomes zero, their row of Q is drawn as for a new LoRA, their momenta become zero. The
-        optimizer's squared gradients start from the mean over the components of the same factor that were in use.
-
-        Args:
-            fresh: flags of the components to reset, per module.
-            seed: seed of the new rows; equal on every process.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        for block in self.blocks:
-            fresh_Mr = torch.tensor([list(fresh[index]) for index in block.modules])
-            if not bool(fresh_Mr.any()):
-                continue
-            flags_MX = block.spread(fresh_Mr)
-            squares_M = self._mean_squares(block)
-            for parameter, flags_X, square in zip(block.parameters, flags_MX, squares_M, strict=True):
-                if bool(flags_X.any()):
-                    new = fresh_rows(block.shape, generator) if block.kind == "Q" else torch.zeros(block.shape)
-                    self.engine.overwrite(parameter, flags_X, new.view(-1), square)
-
-    def _mean_squares(self, block: Block) -> list[float]:
-        """Average the optimizer's running squared gradients per parameter, over elements in use of all processes."""
-        used_MX = block.spread(torch.tensor([list(self.triplets.masks[index]) for index in block.modules]))
-        pairs = zip(block.parameters, used_MX, strict=True)
-        sums_M2 = torch.stack([self.engine.square_sums(parameter, used_X) for parameter, used_X in pairs])
-        if self.engine.partitioned:
-            sums_M2 = all_reduce_sum(sums_M2.to(self.triplets.modules[0].a.mask_r.device)).cpu()
-        mean_M: list[float] = (sums_M2[:, 0] / sums_M2[:, 1].clamp(min=1.0)).tolist()
-        return mean_M
 
     def update(
         self, method: DynamicMethod | None, orthogonality: Orthogonality | None, overflow_is_possible: bool = False
@@ -212,6 +195,7 @@ class Components:
         gradients = self.engine.gradients(self.parameters)
         scale = self.engine.loss_scale()
         factors = [block for block in self.blocks if block.kind != "lambda"] if orthogonality is not None else []
+        task_norms = self._norms(gradients) if orthogonality is not None and orthogonality.relative else {}
         count = sum(len(block.modules) for block in factors)
         with self.engine.gathered([parameter for block in factors for parameter in block.parameters]):
             for block, own in zip(self.blocks, self._by_block(gradients), strict=True):
@@ -228,7 +212,11 @@ class Components:
                     self._hold_masked(block, own)
                 elif orthogonality is not None:
                     known = weights if method is not None and not self.engine.partitioned else None
-                    self._regularise(block, own, known, orthogonality.form, orthogonality.weight / count * scale)
+                    added_MX = self._penalty_gradient(block, known, orthogonality.form)
+                    strength = scale / count
+                    if orthogonality.relative:
+                        strength = task_norms[block.name] / added_MX.norm().clamp(min=1e-30)
+                    self._add(block, own, added_MX * (orthogonality.weight * strength))
         self.arrived = self.arrived or method is not None
         self.engine.set_gradients(self.parameters, gradients)
 
@@ -239,7 +227,7 @@ class Components:
     def _check_arrival(self, block: Block, flat: Tensor) -> None:
         """Raise an error if a module has no gradient when it is first observed.
 
-        The gradient of lambda is checked; without lambda that of P, since Q's is zero as long as P is zero.
+        The gradient of lambda is checked; where P starts at zero that of P, since the others are zero as long as P is.
         """
         if self.arrived or block.kind != self.first_kind:
             return
@@ -251,16 +239,32 @@ class Components:
         if lost:
             raise GuardError(f"no gradient arrived at {len(lost)} modules at the first step, for example at {lost[0]}")
 
-    def _regularise(self, block: Block, own: list[Tensor], known: Tensor | None, form: str, scale: float) -> None:
-        """Add the regulariser's gradient to ``own``, this process's gradients of a block.
+    def _norms(self, gradients: list[Tensor]) -> dict[str, Tensor]:
+        """Compute the norm of every block's gradients over all processes."""
+        squares = torch.stack(
+            [
+                torch.stack([self._to_device(piece).square().sum() for piece in own]).sum()
+                for own in self._by_block(gradients)
+            ]
+        )
+        if self.engine.partitioned:
+            all_reduce_sum(squares)
+        return {block.name: square.sqrt() for block, square in zip(self.blocks, squares, strict=True)}
+
+    def _penalty_gradient(self, block: Block, known: Tensor | None, form: str) -> Tensor:
+        """Compute the gradient of the regulariser's sum over the modules of a block, (M, numel).
 
         In closed form: for E the counted part of a Gram matrix, ``d|E|_F/dQ = 2 E Q / |E|_F``; likewise for P.
         ``known`` are the block's whole weights, flat, if they have been read already.
         """
         x_M = torch.stack([p.detach() for p in block.parameters]).float() if known is None else known
-        added_M = gram_penalty_gradient(x_M.view(-1, *block.shape), block.kind, form, scale)
-        added = block.split(self._owned(block, added_M.view(len(block.modules), -1)))
-        torch._foreach_add_(own, [piece.to(own[0]) for piece in added])
+        gradient_M = gram_penalty_gradient(x_M.view(-1, *block.shape), block.kind, form)
+        return gradient_M.view(len(block.modules), -1)
+
+    def _add(self, block: Block, own: list[Tensor], added_MX: Tensor) -> None:
+        """Add to ``own``, this process's gradients of a block, its pieces of ``added_MX``."""
+        pieces = block.split(self._owned(block, added_MX))
+        torch._foreach_add_(own, [piece.to(own[0]) for piece in pieces])
 
     def _hold_masked(self, block: Block, own: list[Tensor]) -> None:
         """Set the gradients of masked components' lambdas to zero: they are observed, but not trained."""

@@ -43,8 +43,17 @@ class MaskedSearch:
     def __init__(self, request: SearchRequest, trainer: Any) -> None:
         self.request, self.trainer = request, trainer
         self.state = RankSearchState(request.start, request.config)
-        self.triplets = Triplets(trainer.model, request.start, request.method.initial_lambda, request.schedule.seed)
+        start, seed = request.method.initial_adapter, request.schedule.seed
+        self.triplets = Triplets(trainer.model, request.start, start.lambda_value, start.factors, seed)
         self.triplets.mask(self.state.first_masks())
+        self.set_strength()
+
+    def set_strength(self) -> None:
+        """Set the strength of the adapter outside of training steps; 1 once the ranks are final."""
+        position = self.triplets.position
+        shrinkage = None if self.state.final else self.request.method.shrinkage
+        position.strength = 1.0 if shrinkage is None else shrinkage.strength
+        position.leave()
 
     def plan(self) -> RankPlan:
         """Return the plan whose ranks count the components in use."""

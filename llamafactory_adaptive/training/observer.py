@@ -54,7 +54,7 @@ class Observer:
         self._take_position(final)
 
     def _take_position(self, final: bool) -> None:
-        self.position.value = 1.0 if final else self.method.position(self.seed, self.step, self.micro_batch)
+        self.position.take(1.0 if final else self.method.position(self.seed, self.step, self.micro_batch))
 
     def _path(self, final: bool) -> list[tuple[float, float]] | None:
         """Return the extra passes of this step; None for the training gradient instead, an empty list for nothing."""

@@ -27,7 +27,7 @@ class _Passes(nn.Module):
         """Add ``sum_i weight_i dL/dw(a_i theta)`` to the gradients of the parameters."""
         for factor, weight in path:
             torch.manual_seed(self.seed)  # the same dropout at every node of the path
-            self.position.value = factor
+            self.position.take(factor)
             loss = self.model(**inputs).loss
             if loss is None:
                 raise GuardError("the model returns no loss for a training batch, so the path cannot be probed")
@@ -80,12 +80,13 @@ class Prober:
             for parameter, copy in zip(block.parameters, row, strict=True)
         }
         passes = _Passes(self.model, self.components, self.seed)
-        before = self.components.triplets.position.value
+        position = self.components.triplets.position
+        before = position.factor
         try:
             device = blocks[0].parameters[0].device
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.func.functional_call(passes, swapped, (self.inputs, path), strict=False)
         finally:
-            self.components.triplets.position.value = before
+            position.factor = before
             self.inputs = None
         return [[torch.zeros_like(copy) if copy.grad is None else copy.grad for copy in row] for row in copies]

@@ -64,18 +64,28 @@ class RankSearchState:
         """Compute the cost of the components in use, in budget units."""
         return sum(cost * sum(row) for cost, row in zip(self.costs, masks, strict=True))
 
-    def choose(self, step: int, scores: Sequence[Sequence[float]], budget: int, before: Masks) -> Masks:
-        """Choose the components to use under ``budget`` and the configured bounds; ``before`` are those in use now.
+    def choose(
+        self, step: int, scores: Sequence[Sequence[float]], budget: int, before: Masks, hysteresis: float = 0.0
+    ) -> Masks:
+        """Choose the components to use under ``budget`` and the configured bounds.
+
+        Args:
+            step: optimizer steps so far, for the message of an error.
+            scores: score of every component, by module.
+            budget: most budget units that they may cost.
+            before: components in use now.
+            hysteresis: share by which the scores of those are raised; read where ranks are pruned.
 
         Raises:
             GuardError: a score is not finite.
         """
         bounds = replace(self.bounds, budget=budget)
         try:
-            if not self.reallocates:
-                return keep_components(scores, bounds)
-            self._learn(scores, before)
-            after = reallocate_components(self.sensitivities, scores, before, bounds)
+            if self.reallocates:
+                self._learn(scores, before)
+                after = reallocate_components(self.sensitivities, scores, before, bounds)
+            else:
+                after = keep_components(raise_used(scores, before, hysteresis), bounds)
         except ValueError as error:
             raise GuardError(f"step {step}: {error}; training has diverged, lower learning_rate") from error
         self.fresh = [
@@ -149,3 +159,13 @@ class RankSearchState:
         """Restore what :meth:`state` returned."""
         for key in _STORED:
             setattr(self, key, state[key])
+
+
+def raise_used(scores: Sequence[Sequence[float]], on: Masks, hysteresis: float) -> Sequence[Sequence[float]]:
+    """Raise the scores of components in use by a share: others replace them only if they are that much better."""
+    if not hysteresis:
+        return scores
+    return [
+        [score * (1.0 + hysteresis) if flag else score for score, flag in zip(*rows, strict=True)]
+        for rows in zip(scores, on, strict=True)
+    ]

@@ -17,6 +17,7 @@ from llamafactory_adaptive.methods import ReallocatingMethod
 from llamafactory_adaptive.ranks.schedule import Refreshes, Schedule, short_run_warning
 from llamafactory_adaptive.reports.plots import HEATMAP_FILE, HISTORY_FILE, save_heatmap, save_history
 from llamafactory_adaptive.seeding import seeded_index
+from llamafactory_adaptive.training.component_resets import rescale_lambda, reset_lambda, restart
 from llamafactory_adaptive.training.divergence import DivergenceWatch
 from llamafactory_adaptive.training.guard import PlanGuard
 from llamafactory_adaptive.training.masked_search import MaskedSearch
@@ -94,8 +95,9 @@ class RankSearchDriver(RunPart):
         self.log.overhead_seconds += self.observer.take_seconds()
 
     def after_step(self, args: Any, state: Any, model: nn.Module, optimizer: Any) -> None:
-        """Set the path position to 1, so that evaluation and saving use the full adapter; allocate if it is due."""
-        self.step, self.triplets.position.value = state.global_step, 1.0
+        """End the step, so that evaluation uses what would be saved; allocate if it is due."""
+        self.step = state.global_step
+        self.triplets.position.leave()
         if not self.state.final and self.schedule.due(self.step):
             self._allocate(args, self.schedule.budget(self.step), self.schedule.is_final(self.step))
 
@@ -112,18 +114,33 @@ class RankSearchDriver(RunPart):
         if self.selection is not None:
             budget = int(budget * self.selection.budget_share(self.step))
         scores, before = self.components.scores(self.method, mean=self.state.reallocates), self.triplets.masks
-        masks = self.state.choose(self.step, scores, budget, before)
+        hysteresis = 0.0 if self.state.reallocates else self.method.return_rule.hysteresis
+        masks = self.state.choose(self.step, scores, budget, before, hysteresis)
         agree_across_ranks(digest_of(masks), DECISIONS_DIFFER)
-        if self.state.reallocates:  # what comes back starts as new components do; the method begins another interval
-            cast(ReallocatingMethod, self.method).allocated()
-            seed = self.search.request.schedule.seed
-            self.components.restart(self.state.fresh, seeded_index(seed, self.step, 0, 2**62))
+        self._restart_returned()
         self.triplets.mask(masks)
         self.log.counters.allocations += 1
         self.log.overhead_seconds += time.perf_counter() - started
         line = self.state.record(self.step, budget, final, scores, before, masks)
+        if final:
+            self._end_shrinkage()
         if args.should_save:
             self._write(args, line)
+
+    def _restart_returned(self) -> None:
+        """Restart the components that come back, by the rule of the method."""
+        if self.state.reallocates:  # they start as new components do, and the method begins another interval
+            cast(ReallocatingMethod, self.method).allocated()
+            seed = self.search.request.schedule.seed
+            restart(self.components, self.state.fresh, seeded_index(seed, self.step, 0, 2**62))
+        elif self.method.return_rule.resets_lambda:
+            reset_lambda(self.components, self.state.fresh)
+
+    def _end_shrinkage(self) -> None:
+        """Move the strength of the adapter into lambda, once the ranks are final and training is at full position."""
+        if self.method.shrinkage is not None:
+            rescale_lambda(self.components, self.method.shrinkage)
+        self.search.set_strength()
 
     def _write(self, args: Any, line: dict[str, Any]) -> None:
         """Write a line to the log file, with figures of the samples in use and the seconds of probing so far."""
@@ -146,7 +163,7 @@ class RankSearchDriver(RunPart):
 
     def end(self, args: Any, state: Any, model: nn.Module) -> None:
         """Restore the best checkpoint if set, allocate if the budget is exceeded, and make the adapter plain LoRA."""
-        self.triplets.position.value = 1.0
+        self.triplets.position.leave()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.step = int(state.best_model_checkpoint.rpartition("-")[2])
             self.checkpoint.restore(Path(state.best_model_checkpoint), state.max_steps)

@@ -98,6 +98,7 @@ class SearchCheckpoint:
                     parameter.data.copy_(tensors[f"{kind}.{module.name}"])
         self.triplets.mask(masks)
         self.search.state.load(document)
+        self.search.set_strength()
         return document
 
     def _check_interval(self, folder: Path, document: Mapping[str, Any]) -> None:

@@ -53,9 +53,9 @@ def make(tiny_llama, data_dir, tmp_path):
 
 def check_same(out, alone, tolerance=1e-5):
     assert load_plan(out / "adaptive_rank_plan.json").ranks() == load_plan(alone / "adaptive_rank_plan.json").ranks()
-    found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (out, alone))
-    assert found.keys() == expected.keys()
-    assert max(float((found[key] - expected[key]).abs().max()) for key in found) < tolerance
+    tensors, expected = (load_file(folder / "adapter_model.safetensors") for folder in (out, alone))
+    assert tensors.keys() == expected.keys()
+    assert max(float((tensors[key] - expected[key]).abs().max()) for key in tensors) < tolerance
     histories = [
         [line["ranks"] for line in map(json.loads, (folder / "adaptive_log.jsonl").read_text().splitlines())
          if line["event"] == "allocation"]
@@ -97,9 +97,9 @@ def test_two_processes_resume_bitwise_and_find_the_same_ranks(stage, make, alone
     shutil.copytree(out / "checkpoint-5", again / "checkpoint-5")
     (again / "adaptive_log.jsonl").write_text((out / "adaptive_log.jsonl").read_text().splitlines()[0] + "\n")
     train_on_two(make(**more, output_dir=str(again)), tmp_path / "logs")
-    found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (again, out))
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in found)
+    tensors, expected = (load_file(folder / "adapter_model.safetensors") for folder in (again, out))
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[key], expected[key]) for key in tensors)
     lines = [json.loads(line) for line in (again / "adaptive_log.jsonl").read_text().splitlines()]
     assert [(line["event"], line["step"]) for line in lines][1:3] == [("resumed", 5), ("allocation", 6)]
 
@@ -125,14 +125,14 @@ def test_two_processes_choose_samples_and_ranks_as_one_does(stage, parts, tiny_l
     alone = alone_tsq[parts is not SAMPLES]
     check_same(out, alone, tolerance=1e-3)
     if parts is SAMPLES:
-        found, expected = ([json.loads(line) for line in (folder / SAMPLES_FILE).read_text().splitlines()]
-                           for folder in (out, alone))  # fmt: skip
-        assert [sample["used"] for sample in found] == [sample["used"] for sample in expected]
-        assert [s["quality"] for s in found] == pytest.approx([s["quality"] for s in expected], abs=1e-4)
+        samples, expected = ([json.loads(line) for line in (folder / SAMPLES_FILE).read_text().splitlines()]
+                             for folder in (out, alone))  # fmt: skip
+        assert [sample["used"] for sample in samples] == [sample["used"] for sample in expected]
+        assert [s["quality"] for s in samples] == pytest.approx([s["quality"] for s in expected], abs=1e-4)
     shutil.copytree(out / "checkpoint-5", again / "checkpoint-5")
     train_on_two(tsq_settings(tiny_llama, data_dir, again, **more), tmp_path / "logs")
-    found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (again, out))
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    tensors, expected = (load_file(folder / "adapter_model.safetensors") for folder in (again, out))
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
 
 
 @pytest.fixture(scope="module")

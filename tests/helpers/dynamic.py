@@ -23,12 +23,19 @@ def start_plan(model, rank: int = 4, lora_rank: int = 2) -> RankPlan:
     return RankPlan("igu", {}, "params", lora_rank, 2.0 * lora_rank, modules)
 
 
-def triplet_model(architecture: str = "llama", rank: int = 4, initial_lambda: float | None = 0.1, **sizes: Any):
-    """A PEFT model, its triplets and their components."""
+def triplet_model(
+    architecture: str = "llama",
+    rank: int = 4,
+    initial_lambda: float | None = 0.1,
+    initial_factors: str | None = None,
+    **sizes: Any,
+):
+    """A PEFT model, its triplets and their components; without lambda they start as LoRA does."""
+    factors = initial_factors or ("lora" if initial_lambda is None else "gaussian")
     base = tiny_model(architecture, **sizes)
     plan = start_plan(base, rank)
     model = get_peft_model(base, LoraConfig(**lora_config_arguments(plan), task_type="CAUSAL_LM"))
-    triplets = Triplets(model, plan, initial_lambda, seed=1)
+    triplets = Triplets(model, plan, initial_lambda, factors, seed=1)
     return model, triplets, Components(triplets, UnpartitionedEngine())
 
 

@@ -32,9 +32,11 @@ def test_factors_of_masked_components_are_not_scored_on_gradients_the_mask_made_
     for block in components.blocks:
         old, new = before[f"mean.{block.name}"], method.state()[f"mean.{block.name}"]
         held = (old == new).view(len(block.modules), *block.shape)
-        for place, index in enumerate(block.modules):
+        for position, index in enumerate(block.modules):
             for component, on in enumerate(masks[index]):
-                part = held[place] if block.kind == "lambda" else held[place].transpose(0, int(block.kind == "P"))
+                part = (
+                    held[position] if block.kind == "lambda" else held[position].transpose(0, int(block.kind == "P"))
+                )
                 assert bool(part[component].all()) is (not on and block.kind != "lambda")
 
 
@@ -64,7 +66,7 @@ def test_a_missing_gradient_is_named():
 
 def test_the_loss_scale_is_taken_out_of_scores_and_put_into_the_regulariser():
     plain, scaled = [], []
-    for scale, found in ((1.0, plain), (1024.0, scaled)):
+    for scale, results in ((1.0, plain), (1024.0, scaled)):
         _, triplets, _ = triplet_model()
         components = Components(triplets, UnpartitionedEngine(lambda scale=scale: scale))
         next(stream(triplets, 1))
@@ -72,7 +74,7 @@ def test_the_loss_scale_is_taken_out_of_scores_and_put_into_the_regulariser():
             parameter.grad.mul_(scale)
         method = Igu(IguOptions())
         components.update(method, Orthogonality(50.0, "identity"))
-        found += [components.scores(method), [parameter.grad / scale for parameter in components.parameters]]
+        results += [components.scores(method), [parameter.grad / scale for parameter in components.parameters]]
     assert np.allclose(plain[0], scaled[0], rtol=1e-4)
     assert all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(plain[1], scaled[1], strict=True))
 

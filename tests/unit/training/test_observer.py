@@ -43,15 +43,15 @@ def equal(first, second):
 
 def test_every_micro_batch_runs_where_the_method_puts_it_until_ranks_are_final():
     observer = observing()
-    found = []
+    positions = []
     for step in range(3):
         observer.begin(step, final=False)
-        found.append(observer.position.value)
+        positions.append(observer.position.value)
         for _ in range(2):
             observer.next_micro_batch(final=False)
-            found.append(observer.position.value)
-    assert found == [observer.method.position(SEED, step, micro) for step in range(3) for micro in range(3)]
-    assert len(set(found)) > 3
+            positions.append(observer.position.value)
+    assert positions == [observer.method.position(SEED, step, micro) for step in range(3) for micro in range(3)]
+    assert len(set(positions)) > 3
     observer.begin(3, final=True)
     assert observer.position.value == 1.0
 

@@ -50,10 +50,10 @@ def path_problem():
 
     def attributions(path):
         prober.inputs = dict(inputs)
-        found = prober.gradients(path)
+        gradients = prober.gradients(path)
         return sum(
             float((p.detach() * g).sum())
-            for block, row in zip(components.blocks, found, strict=True)
+            for block, row in zip(components.blocks, gradients, strict=True)
             for p, g in zip(block.parameters, row, strict=True)
         )
 

@@ -1,0 +1,431 @@
+"""IGU-LoRA part by part, against plain LoRA: which choices make the method good.
+
+Run: ``python benchmarks/method_quality.py [--seeds 5] [--arms ...] [--ranks 4,1,2] [--ledger FILE]``, and on a real
+model: ``python benchmarks/method_quality.py --model smollm2 [--data FOLDER] [--ledger FILE]``.
+
+Without ``--model``, a Llama of 3 layers is pretrained on sequences from a random source (each token depends on the
+two before it), then adapted to a source that shares most of its rules. A seed gives the rows, their order and the
+adapter's start; with SmolLM2-135M, which learns rows of GSM8K of at most 136 tokens, order and start alone. Every arm
+runs over one grid of learning rates, with the first ``--rate-seeds`` seeds; the rate that is best on one half of the
+held-out rows is then run with all seeds. The other half, which chose nothing, judges. Differences to plain LoRA and
+to ``published`` are taken seed by seed, with 95 % intervals and p values of Student's t (Holm over arms). All curves
+over the rate are kept.
+
+Training is the product's own: ``rank_search`` under transformers' Trainer. What is judged is the adapter as it would
+be saved, cut to its budget. Each finished run is a line of the ledger; the same command goes on where it was ended.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import record
+import torch
+from scipy import stats
+from torch import Tensor
+from worth_it import holm, paired, verdict
+
+
+VOCABULARY, LENGTH = 48, 48
+PRETRAINING_STEPS, SHIFT = 1500, 0.3
+
+PUBLISHED_OFF = {"variant": "published", "importance": "off"}
+SHRINK = {"importance": "shrink"}
+# Arm: its method, and its options; those of igu are of the corrected variant where none is named. The letters are the
+# hypotheses that an arm tests.
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("lora", {}),
+    "corrected": ("igu", {}),
+    "published": ("igu", {"variant": "published"}),
+    "adalora": ("adalora", {}),
+    # H9: no schedule and no score, twice the rank to the end and a cut by the norms of components
+    "lora of twice the rank, cut by norm": ("cut", {}),
+    # H4, H1: without shrinkage; the product in place of the ratio
+    "published, off": ("igu", PUBLISHED_OFF),
+    "published, off, product": ("igu", {**PUBLISHED_OFF, "uncertainty": "product"}),
+    "published, product": ("igu", {"variant": "published", "uncertainty": "product"}),
+    # H2, H3: positions taken out of scores; strength mended
+    "published, descaled": ("igu", {"variant": "published", "descale": True}),
+    "published, mended": ("igu", {"variant": "published", "mend_strength": True}),
+    "published, descaled, mended": ("igu", {"variant": "published", "descale": True, "mend_strength": True}),
+    # H5, H10: the start
+    "published, off, LoRA's start": ("igu", {**PUBLISHED_OFF, "init": "lora"}),
+    # H6: returns
+    "published, off, hysteresis": ("igu", {**PUBLISHED_OFF, "hysteresis": 0.1}),
+    "published, off, lambda zero on return": ("igu", {**PUBLISHED_OFF, "returning_lambda": "zero"}),
+    # H7: the regulariser
+    "published, off, no regulariser": ("igu", {**PUBLISHED_OFF, "orthogonality_weight": 0.0}),
+    # H8: epsilon
+    "published, off, relative epsilon": ("igu", {**PUBLISHED_OFF, "epsilon_scale": "relative", "epsilon": 1.0}),
+    # corrected without one of its parts
+    "corrected, snr": ("igu", {"uncertainty": "snr"}),
+    "corrected, mean": ("igu", {"uncertainty": "mean"}),
+    "corrected, discounted": ("igu", {"uncertainty": "discounted"}),
+    "corrected, gaussian start": ("igu", {"init": "gaussian"}),
+    "corrected, former lambda on return": ("igu", {"returning_lambda": "former"}),
+    "corrected, no hysteresis": ("igu", {"hysteresis": 0.0}),
+    "corrected, hysteresis 0.5": ("igu", {"hysteresis": 0.5}),
+    "corrected, regulariser 0.1": ("igu", {"orthogonality_weight": 0.1}),
+    "corrected, shrink": ("igu", SHRINK),
+    "corrected, shrink, not descaled": ("igu", {**SHRINK, "descale": False}),
+    "corrected, shrink, not mended": ("igu", {**SHRINK, "mend_strength": False}),
+    "corrected, integrated": ("igu", {"importance": "integrated", "probe_interval": 5}),
+}
+FEWER = ("lora", "corrected", "published", "adalora")  # the arms of every budget but the first
+ON_SMOLLM2 = ("lora", "corrected", "published", "published, off, product")  # unless others are asked for
+
+
+@dataclass(frozen=True)
+class Run:
+    """Settings of one run; the key of its line in the ledger."""
+
+    arm: str
+    method: str
+    options: str
+    rank: int
+    rate: float
+    seed: int
+    steps: int
+
+
+class Source:
+    """Sequences in which each token is drawn by the two before it; ``shift`` is the share of rules that are new."""
+
+    def __init__(self, shift: float = 0.0) -> None:
+        generator = torch.Generator().manual_seed(1)
+        logits = 2.5 * torch.randn(VOCABULARY, VOCABULARY, VOCABULARY, generator=generator)
+        others = 2.5 * torch.randn(VOCABULARY, VOCABULARY, VOCABULARY, generator=generator)
+        replaced = torch.rand(VOCABULARY, VOCABULARY, 1, generator=generator) < shift
+        self.rules = torch.where(replaced, others, logits).softmax(-1)
+
+    def rows(self, count: int, seed: int) -> Tensor:
+        """Draw ``count`` sequences, (count, LENGTH)."""
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randint(VOCABULARY, (count, LENGTH), generator=generator)
+        for at in range(2, LENGTH):
+            rows[:, at] = torch.multinomial(self.rules[rows[:, at - 2], rows[:, at - 1]], 1, generator=generator)[:, 0]
+        return rows
+
+
+def pretrained(folder: Path) -> Path:
+    """Train the small model on the unshifted source, once per folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if (folder / "config.json").is_file():
+        return folder
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=172,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=LENGTH,
+            tie_word_embeddings=False,
+        )
+    )
+    source, optimizer = Source(), torch.optim.AdamW(model.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, PRETRAINING_STEPS)
+    for step in range(PRETRAINING_STEPS):
+        rows = source.rows(64, 10_000 + step)
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return folder
+
+
+Row = dict[str, Any]  # input_ids and labels
+
+
+class SmallTask:
+    """The small Llama and the shifted source; every seed has rows of its own."""
+
+    name, batch_size, rates, bf16, targets = "small", 16, (4e-3, 8e-3, 1.6e-2, 3.2e-2), False, "all-linear"
+    description = "Llama of 3 layers, width 64, pretrained in the script; order-2 source, 30 % of the rules new"
+
+    def __init__(self, folder: Path, data: str | None) -> None:
+        self.base, self.source = pretrained(folder / "base"), Source(SHIFT)
+
+    def training_rows(self, seed: int) -> list[Row]:
+        """Return the 1200 rows of a seed."""
+        return self._rows(1200, 100 + seed)
+
+    def held_out(self) -> tuple[list[Row], list[Row]]:
+        """Return the half that chooses and the half that judges."""
+        return self._rows(256, 1), self._rows(256, 2)
+
+    def _rows(self, count: int, seed: int) -> list[Row]:
+        return [{"input_ids": row, "labels": row} for row in self.source.rows(count, seed)]
+
+
+class SmolLM2Task:
+    """SmolLM2-135M with its bf16 base, and short rows of GSM8K; every seed orders the same rows."""
+
+    name, batch_size, rates, bf16, targets = "smollm2", 4, (1e-3, 2e-3, 4e-3, 8e-3), True, "all-linear"
+    description = "SmolLM2-135M-Instruct, bf16; rows of at most 136 tokens, answers alone take loss"
+
+    def __init__(self, folder: Path, data: str | None) -> None:
+        self.base = record.smollm2()
+        source, name = record.dataset_folder(data, folder / "rows")
+        many = len(record.read_lines(source, name)[0])
+        rows = record.read_rows(source, name, self.base, many, answers_only=True)
+        short = [row for row in rows if len(row["input_ids"]) <= 136]
+        self.halves, self.rows = (short[:64], short[64:128]), short[128:]
+
+    def training_rows(self, seed: int) -> list[Row]:
+        """Return the training rows, which are the same for every seed."""
+        return self.rows
+
+    def held_out(self) -> tuple[list[Row], list[Row]]:
+        """Return the half that chooses and the half that judges."""
+        return self.halves
+
+
+Task = SmallTask | SmolLM2Task
+
+
+def padded(rows: Sequence[Row]) -> dict[str, Tensor]:
+    """Put rows into one batch; padding is neither attended to nor learned."""
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def filled(key: str, value: int) -> Tensor:
+        pairs = [(torch.as_tensor(row[key]), longest - len(row[key])) for row in rows]
+        return torch.stack([torch.nn.functional.pad(tokens, (0, rest), value=value) for tokens, rest in pairs])
+
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    mask = (torch.arange(longest) < lengths[:, None]).long()
+    return {"input_ids": filled("input_ids", 0), "labels": filled("labels", -100), "attention_mask": mask}
+
+
+def loss_of(model: Any, rows: Sequence[Row]) -> float:
+    """Compute the mean loss per answer token over ``rows``."""
+    model.eval()
+    total = tokens = 0.0
+    with torch.no_grad():
+        for start in range(0, len(rows), 32):
+            batch = padded(rows[start : start + 32])
+            count = int((batch["labels"][:, 1:] != -100).sum())
+            total, tokens = total + float(model(**batch).loss) * count, tokens + count
+    return total / tokens
+
+
+def arguments(task: Task, run: Run, output: str) -> Any:
+    """Build the Trainer's arguments: AdamW, warm-up over a tenth of the steps, linear decay."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output,
+        max_steps=run.steps,
+        per_device_train_batch_size=task.batch_size,
+        learning_rate=run.rate,
+        warmup_steps=run.steps // 10,
+        lr_scheduler_type="linear",
+        bf16=task.bf16,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=run.steps,
+        seed=run.seed,
+        use_cpu=not torch.accelerator.is_available(),
+    )
+
+
+def train(task: Task, run: Run) -> dict[str, Any]:
+    """Adapt the base, and judge what would be saved on both halves of the held-out rows."""
+    from transformers import AutoModelForCausalLM, set_seed
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    set_seed(run.seed)
+    started = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(task.base, dtype=torch.bfloat16 if task.bf16 else torch.float32)
+    data = {"train_dataset": task.training_rows(run.seed), "data_collator": padded}
+    with tempfile.TemporaryDirectory() as output:
+        adapt = adapt_plainly if run.method in ("lora", "cut") else adapt_searching
+        model, facts = adapt(model, run, task.targets, {"args": arguments(task, run, output), **data})
+    dev, test = (loss_of(model, rows) for rows in task.held_out())
+    return {"dev": dev, "test": test, **facts, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def adapt_plainly(model: Any, run: Run, targets: str, data: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Train plain LoRA; for ``cut`` of twice the rank, cut to the budget at the end."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer
+
+    rank = run.rank * (2 if run.method == "cut" else 1)
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+    Trainer(model=model, **data).train()
+    if run.method == "cut":
+        cut_by_norm(model, run.rank)
+    return model, {}
+
+
+def adapt_searching(model: Any, run: Run, targets: str, data: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Train while a dynamic method searches for ranks."""
+    from transformers import Trainer
+
+    from llamafactory_adaptive import rank_search
+
+    options = {"interval": 10 if run.steps >= 200 else 5, **json.loads(run.options)}
+    search = rank_search(model, run.method, lora_rank=run.rank, seed=run.seed, **options)
+    trainer = search.trainer(Trainer)(model=search.model, **data)
+    trainer.train()
+    return trainer.model, changes(Path(data["args"].output_dir) / "adaptive_log.jsonl")
+
+
+def cut_by_norm(model: Any, rank: int) -> None:
+    """Remove the components of smallest norm of ``B_i A_i``, until as many parameters are left as at ``rank``."""
+    from llamafactory_adaptive.ranks.allocation import Bounds, keep_components
+
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    factors = [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in layers]
+    scores = [(a.norm(dim=1) * b.norm(dim=0)).tolist() for a, b in factors]
+    costs, high = [a.shape[1] + b.shape[0] for a, b in factors], [len(row) for row in scores]
+    masks = keep_components(scores, Bounds(costs, rank * sum(costs), [1] * len(costs), high))
+    for (a, _), mask in zip(factors, masks, strict=True):
+        a.data.mul_(torch.tensor(mask, dtype=a.dtype)[:, None])
+
+
+def changes(log: Path) -> dict[str, Any]:
+    """Sum up the allocations of a run: components that changed, and the ranks at the end."""
+    lines = [line for line in map(json.loads, log.read_text().splitlines()) if line.get("event") == "allocation"]
+    return {"components_changed": sum(line["components_changed"] for line in lines), "ranks": lines[-1]["ranks"]}
+
+
+class Ledger:
+    """Finished runs, one JSON line each, keyed by their settings."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.is_file() else []
+        self.done = {json.dumps(line["run"], sort_keys=True): line["outcome"] for line in map(json.loads, lines)}
+
+    def outcome(self, task: Task, run: Run) -> dict[str, Any]:
+        """Return what came of a run, which is made if the ledger does not hold it."""
+        key = json.dumps(asdict(run), sort_keys=True)
+        if key not in self.done:
+            self.done[key] = train(task, run)
+            with self.path.open("a") as file:
+                file.write(json.dumps({"run": asdict(run), "outcome": self.done[key]}) + "\n")
+            print(f"rank {run.rank}  {run.arm:<40} rate {run.rate:<7g} seed {run.seed}  "
+                  f"loss {self.done[key]['test']:.4f}  {self.done[key]['seconds']:.0f} s", flush=True)  # fmt: skip
+        return self.done[key]
+
+
+def compare(task: Task, ledger: Ledger, arms: Sequence[str], rank: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Run arms at their own best rates, and compare them with plain LoRA and ``published``."""
+    rows: dict[str, dict[str, Any]] = {}
+    for arm in arms:
+        start = (arm, ARMS[arm][0], json.dumps(ARMS[arm][1], sort_keys=True))
+
+        def run(rate: float, seeds: Iterable[int], start: tuple[str, str, str] = start) -> list[dict[str, Any]]:
+            return [ledger.outcome(task, Run(*start, rank, rate, seed, options.steps)) for seed in seeds]
+
+        curve = {rate: run(rate, range(options.rate_seeds)) for rate in task.rates}
+        best = min(task.rates, key=lambda rate: statistics.fmean(each["dev"] for each in curve[rate]))
+        at_best = run(best, range(options.seeds))
+        rows[arm] = row_of(at_best, best, {rate: [each["test"] for each in curve[rate]] for rate in task.rates})
+    for rival in ("lora", "published"):
+        others = [arm for arm in arms if arm not in ("lora", rival)]
+        if rival not in rows:
+            continue
+        for arm in others:
+            rows[arm][f"over_{rival}"] = paired(rows[rival]["losses"], rows[arm]["losses"])
+        holm([rows[arm][f"over_{rival}"] for arm in others])
+    return rows
+
+
+def row_of(runs: Sequence[dict[str, Any]], best: float, curve: dict[float, list[float]]) -> dict[str, Any]:
+    """Sum up one arm at its best rate."""
+    losses = [run["test"] for run in runs]
+    row = {
+        "rate": best,
+        "rate_at_the_edge": best in (min(curve), max(curve)),
+        "loss": statistics.fmean(losses),
+        "losses": losses,
+        "curve": {f"{rate:g}": values for rate, values in curve.items()},
+        "seconds": statistics.fmean(run["seconds"] for run in runs),
+    }
+    if "ranks" in runs[0]:
+        row["components_changed"] = statistics.fmean(run["components_changed"] for run in runs)
+        row["rank_correlation_of_seeds"] = mean_correlation([run["ranks"] for run in runs])
+    return row
+
+
+def mean_correlation(allocations: Sequence[Sequence[int]]) -> float | None:
+    """Average Spearman's correlation over all pairs of allocations; None where ranks are all equal."""
+    pairs = list(all_pairs([ranks for ranks in allocations if len(set(ranks)) > 1]))
+    return statistics.fmean(float(stats.spearmanr(a, b).statistic) for a, b in pairs) if pairs else None
+
+
+def all_pairs(items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    """Iterate over all pairs of different items."""
+    for index, first in enumerate(items):
+        for second in items[index + 1 :]:
+            yield first, second
+
+
+def told(row: dict[str, Any]) -> str:
+    """Say in one line what a row holds."""
+    words = [f"rate {row['rate']:<7g}loss {row['loss']:.4f}"]
+    for rival in ("lora", "published"):
+        if (over := row.get(f"over_{rival}")) is not None:
+            reach = f" ({over['low']:+.4f} to {over['high']:+.4f})" if "low" in over else ""
+            words.append(f"over {rival} {over['mean']:+.4f}{reach}: {verdict(over)}")
+    return "  ".join(words) + ("  (its best rate is the end of the list)" if row["rate_at_the_edge"] else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=("small", "smollm2"), default="small")
+    parser.add_argument("--data", help="folder with gsm8k/train.jsonl, for smollm2 (default: generated word problems)")
+    parser.add_argument("--arms", help=f"semicolon separated, of: {'; '.join(ARMS)} (default: all, for smollm2 a few)")
+    parser.add_argument("--ranks", help="budgets; a few arms run at those after the first (default: 4,1,2, or 8)")
+    parser.add_argument("--seeds", type=int, help="default: 5, or 3 for smollm2")
+    parser.add_argument("--rate-seeds", type=int, help="seeds that choose the rate (default: 2, or 1 for smollm2)")
+    parser.add_argument("--steps", type=int, help="default: 300, or 100 for smollm2")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--ledger", type=Path, help="file of finished runs, beside which the small model lies")
+    options = parser.parse_args()
+    small = options.model == "small"
+    defaults = {"ranks": "4,1,2", "seeds": 5, "rate_seeds": 2, "steps": 300} if small else {
+        "ranks": "8", "seeds": 3, "rate_seeds": 1, "steps": 100}  # fmt: skip
+    for key, value in defaults.items():
+        setattr(options, key, getattr(options, key) or value)
+    arms = options.arms.split("; ") if options.arms else list(ARMS if small else ON_SMOLLM2)
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise SystemExit(f"--arms: {', '.join(unknown)} is none of {'; '.join(ARMS)}")
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = options.ledger or Path(scratch) / "runs.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        task, ledger = (SmallTask if small else SmolLM2Task)(path.parent, options.data), Ledger(path)
+        first, *others = [int(rank) for rank in options.ranks.split(",")]
+        results = {str(first): compare(task, ledger, arms, first, options)}
+        fewer = [arm for arm in arms if arm in FEWER]
+        results |= {str(rank): compare(task, ledger, fewer, rank, options) for rank in others}
+    for rank, rows in results.items():
+        for arm, row in rows.items():
+            print(f"rank {rank}  {arm:<40} {told(row)}")
+    written = record.write_result("method_quality" if small else "method_quality_smollm2", {
+        "task": task.description, "steps": options.steps, "batch_size": task.batch_size, "rates": task.rates,
+        "seeds": options.seeds, "rate_seeds": options.rate_seeds, "device": "cpu",
+        "arms": {arm: {"method": ARMS[arm][0], "options": ARMS[arm][1]} for arm in arms},
+        "results_by_rank": results,
+    })  # fmt: skip
+    print(f"written to {written}")
+
+
+if __name__ == "__main__":
+    main()

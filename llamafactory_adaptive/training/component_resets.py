@@ -1,0 +1,81 @@
+"""Changes to components from outside the optimizer: back to a start, to lambda zero, or to another strength.
+
+All processes must call them, with the same arguments. Shapes as in ``components``.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from llamafactory_adaptive.adapter.masked_lora import fresh_rows
+from llamafactory_adaptive.engines.distributed import all_reduce_sum
+from llamafactory_adaptive.methods import Shrinkage
+from llamafactory_adaptive.training.components import Block, Components
+
+
+Flags = Sequence[Sequence[bool]]  # per module and component
+
+
+def restart(components: Components, fresh: Flags, seed: int) -> None:
+    """Reset components that were masked: no effect on the output, no optimizer history.
+
+    Their column of P becomes zero, their row of Q is drawn as for a new LoRA, their momenta become zero. The
+    optimizer's squared gradients start from the mean over the components of the same factor that were in use.
+
+    Args:
+        components: components of the live adapter, which has no lambda.
+        fresh: flags of the components to reset, per module.
+        seed: seed of the new rows; equal on every process.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for block in components.blocks:
+        _overwrite(components, block, fresh, generator if block.kind == "Q" else None)
+
+
+def reset_lambda(components: Components, fresh: Flags) -> None:
+    """Set the lambda of some components to zero, without optimizer history: they grow anew from no effect.
+
+    Args:
+        components: components of the live adapter.
+        fresh: flags of the components to reset, per module.
+    """
+    for block in components.blocks:
+        if block.kind == "lambda":
+            _overwrite(components, block, fresh, None)
+
+
+def _overwrite(components: Components, block: Block, fresh: Flags, rows: torch.Generator | None) -> None:
+    """Set the flagged components of a block to zero, or to new rows of Q drawn from ``rows``."""
+    fresh_Mr = torch.tensor([list(fresh[index]) for index in block.modules])
+    if not bool(fresh_Mr.any()):
+        return
+    flags_MX, squares_M = block.spread(fresh_Mr), _mean_squares(components, block)
+    for parameter, flags_X, square in zip(block.parameters, flags_MX, squares_M, strict=True):
+        if bool(flags_X.any()):
+            new = torch.zeros(block.shape) if rows is None else fresh_rows(block.shape, rows)
+            components.engine.overwrite(parameter, flags_X, new.view(-1), square)
+
+
+def _mean_squares(components: Components, block: Block) -> list[float]:
+    """Average the optimizer's running squared gradients per parameter, over elements in use of all processes."""
+    masks = components.triplets.masks
+    used_MX = block.spread(torch.tensor([list(masks[index]) for index in block.modules]))
+    pairs = zip(block.parameters, used_MX, strict=True)
+    sums_M2 = torch.stack([components.engine.square_sums(parameter, used_X) for parameter, used_X in pairs])
+    if components.engine.partitioned:
+        sums_M2 = all_reduce_sum(sums_M2.to(components.triplets.modules[0].a.mask_r.device)).cpu()
+    mean_M: list[float] = (sums_M2[:, 0] / sums_M2[:, 1].clamp(min=1.0)).tolist()
+    return mean_M
+
+
+def rescale_lambda(components: Components, shrinkage: Shrinkage) -> None:
+    """Multiply every lambda by the strength of an adapter that was trained under shrinkage, which ends.
+
+    The optimizer's states are scaled to the gradients that follow, so that the next update is as large as the last.
+    """
+    strength, rms = shrinkage.strength, shrinkage.gradient_rms
+    for block in components.blocks:
+        is_lambda = block.kind == "lambda"
+        for parameter in block.parameters:
+            gradient_factor = (1.0 if is_lambda else strength) / rms
+            components.engine.rescale(parameter, strength if is_lambda else 1.0, gradient_factor)
