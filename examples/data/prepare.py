@@ -4,8 +4,8 @@ Run: ``python examples/data/prepare.py [NAME ...] [--data-dir FOLDER]``. The hub
 answers are no texts, or choices are nested, and LLaMA-Factory drops such rows. ``--data-dir`` takes a folder with
 ``boolq/train.jsonl``, ``arc_easy/train.jsonl`` and so on, in the fields of the hub's sets.
 
-Questions are worded as the task of ``eval/tasks`` asks them that scores the set (``README.md`` says which), and answers
-as it reads them. Only training splits are written.
+Questions are worded as the task of ``eval/tasks`` asks them that scores the set (``README.md`` says which), and
+answers as it reads them. Only training splits are written.
 """
 
 import argparse
@@ -86,8 +86,10 @@ def copa_row(row: Row) -> Text:
 
 def sst2_row(row: Row) -> Text:
     """Ask for the sentiment of a sentence."""
-    asked = f"Tell whether the sentiment of the sentence is positive or negative.\n\nSentence: {row['sentence'].strip()}"
-    return text(f"{asked}\n\nAnswer format: positive/negative", "positive" if row["label"] else "negative")
+    asked = "Tell whether the sentiment of the sentence is positive or negative."
+    sentence = f"Sentence: {row['sentence'].strip()}"
+    words = ("negative", "positive")
+    return text(f"{asked}\n\n{sentence}\n\nAnswer format: positive/negative", words[int(row["label"])])
 
 
 ARC_FIELDS = ("question", "choices", "answerKey")

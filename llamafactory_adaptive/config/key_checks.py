@@ -54,8 +54,9 @@ def check_kind(flat: Mapping[str, Any], method: str, dynamic: bool, strategy: St
 
 def check_interval(flat: Mapping[str, Any]) -> list[Problem]:
     """Find what speaks against a distance of allocations that is given as a share of an epoch."""
-    key, share, problems = "adaptive_interval_epochs", flat.get("adaptive_interval_epochs"), []
-    if share is None:
+    key = "adaptive_interval_epochs"
+    problems = []
+    if (share := flat.get(key)) is None:
         return []
     if (steps := flat.get("adaptive_interval")) is not None:
         reason = f"adaptive_interval ({steps}) says the same in steps, and only one of both can hold"

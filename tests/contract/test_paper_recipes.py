@@ -32,7 +32,7 @@ sys.path.insert(0, str(DATA))
 import prepare  # noqa: E402
 
 
-# What the papers state, by recipe: a value that a recipe marks with "paper" has to stand here, and the other way round.
+# What the papers state, by recipe: the values that a recipe marks with "paper" are these and no others.
 QWEN = {"model_name_or_path": "Qwen/Qwen2.5-0.5B"}
 IGU = {"adaptive_method": "igu", "igu_intervals": 20, "adaptive_init_rank": 32, "lora_rank": 16,
        "adaptive_budget_unit": "params", "adaptive_warmup_ratio": 2 / 10, "adaptive_final_ratio": (10 - 5) / 10,
@@ -43,7 +43,8 @@ SENSITIVITY = {"adaptive_method": "sensitivity", "sensitivity_transform": "none"
                "num_train_epochs": 10}  # fmt: skip
 PAPER = {
     "igu_lora_boolq": {**QWEN, **IGU, "dataset": "boolq_no_passage"},
-    **{f"igu_lora_{task}": {**QWEN, **IGU, "dataset": task} for task in ("arc_easy", "arc_challenge", "gsm8k", "aqua")},
+    **{f"igu_lora_{name}": {**QWEN, **IGU, "dataset": name}
+       for name in ("arc_easy", "arc_challenge", "gsm8k", "aqua")},
     "igu_lora_copa": {**IGU, "dataset": "copa"},
     "igu_lora_sst2_llama2": {},
     "sensitivity_lora_qwen2_5_7b": {
@@ -142,13 +143,13 @@ def test_published_recipes_are_not_changed_by_newer_defaults():
         assert make_method("igu", given).options == published
 
 
-# -- the data, against the tasks that score it --------------------------------------------------------------------------
+# -- the data, against the tasks that score it ------------------------------------------------------------------------
 
 
 ARC = {"question": "2+2?", "choices": {"text": ["3", "4", "5"], "label": ["A", "B", "C"]}, "answerKey": "B"}
 BOOLQ = {"question": "is water wet", "passage": "Water is wet.", "answer": True}
-AQUA = {"question": "What is 3 x 7?", "options": ["A)20", "B) 24", "C)21", "D)18", "E)none"], "rationale": "A product.",
-        "correct": "C"}  # fmt: skip
+AQUA = {"question": "What is 3 x 7?", "options": ["A)20", "B) 24", "C)21", "D)18", "E)none"],
+        "rationale": "A product.", "correct": "C"}  # fmt: skip
 COPA = {"premise": "The man fell.", "choice1": "He slept.", "choice2": "It was icy.", "question": "cause", "label": 1}
 READ = [
     ("boolq_no_passage", "boolq", BOOLQ, rows.boolq_row, "true"),
@@ -183,7 +184,8 @@ def test_a_row_is_worded_as_the_task_asks_and_answered_as_the_task_reads(name, t
 def test_boolq_with_its_passage_is_worded_as_lm_eval_asks_it(answer, word):
     row = {**BOOLQ, "answer": answer}
     written, config = prepare.boolq_row(row), tasks_config("lm_eval", "boolq")
-    assert written == {"instruction": rendered(config["doc_to_text"], rows.boolq_row(row)), "input": "", "output": word}
+    assert written["instruction"] == rendered(config["doc_to_text"], rows.boolq_row(row))
+    assert written["output"] == word
     assert config["doc_to_choice"][int(answer)] == word
 
 
@@ -224,5 +226,17 @@ def test_local_rows_that_lack_the_passage_make_the_questions_alone(tmp_path, cap
     assert re.search(r"^boolq is left out: the rows of .*train\.jsonl have no field passage$", said, re.MULTILINE)
     assert re.search(r"^copa is left out: there is no .*copa.train\.jsonl$", said, re.MULTILINE)
     assert "2 rows in" in said
-    with pytest.raises(SystemExit, match="boolq cannot be written: the rows of .* have no field passage"):
+    with pytest.raises(SystemExit, match=r"boolq cannot be written: the rows of .* have no field passage"):
         prepare.prepare(["boolq"], tmp_path, tmp_path / "out")
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_names_every_recipe_and_the_task_that_scores_it():
+    page = (ROOT / "docs" / "papers.md").read_text()
+    told = dict(re.findall(r"`(\w+)\.yaml` \| (?:`llm_adapters`, `(\w+)` )?", page))
+    scored = {name: "" if name.endswith("llama2") else settings_of(name)["dataset"].removesuffix("_no_passage")
+              for name in RECIPES}  # fmt: skip
+    assert told == scored
+    assert all(word in page.split("## What is out of reach")[1] for word in ("RoBERTa", "DeBERTa", "BART", "Conv1D"))
