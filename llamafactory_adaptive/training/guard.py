@@ -40,7 +40,8 @@ def epoch_steps(dataloader: Any, args: Any) -> int | None:
     """Return the optimizer steps of an epoch, as the Trainer counts them; None where the data has no length."""
     if dataloader is None or not has_length(dataloader):
         return None
-    return max(1, -(-len(dataloader) // args.gradient_accumulation_steps))
+    batches_per_step: int = args.gradient_accumulation_steps
+    return max(1, -(-len(dataloader) // batches_per_step))
 
 
 def agree_on_steps(state: Any, steps_of_an_epoch: int | None) -> None:

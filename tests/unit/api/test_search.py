@@ -66,6 +66,16 @@ def test_a_search_that_goes_on_from_a_checkpoint_finds_the_same(ended, tmp_path)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_share_of_an_epoch_is_the_trainers_steps_and_the_same_ones_on_resume(tmp_path):
+    by_epochs = {"interval": None, "interval_epochs": 1 / 3}  # an epoch is twelve rows
+    trainer_of(searching(**by_epochs), tmp_path, save_strategy="steps", save_steps=2).train()
+    begin, *allocations = [json.loads(line) for line in (tmp_path / "adaptive_log.jsonl").read_text().splitlines()]
+    assert (begin["interval"], [line["step"] for line in allocations]) == (2, [2, 4])
+    again = trainer_of(searching(**by_epochs), tmp_path / "again", per_device_train_batch_size=1)
+    with pytest.raises(PlanError, match=r"every 2 steps and this one does every 4: interval_epochs is a share"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_a_checkpoint_of_another_search_or_a_damaged_one_is_refused(ended, tmp_path):
     checkpoint = ended[2] / "checkpoint-2"
     other = trainer_of(searching(max_rank=6), tmp_path)
