@@ -5,9 +5,9 @@ Run: ``python benchmarks/stability.py [--data FOLDER] [--steps 40] [--methods ..
 
 SmolLM2-135M with its bf16 base, one global batch of 4 x 64 tokens a step, every run the command a user types. Per
 method a first run in one process with seed 42 on the first half of the rows is compared with runs that differ in one
-thing: another engine on two processes (the same batches: what differs is rounding), another seed, the other half of the
-rows. Told are the share of modules at the same rank, Spearman's correlation of the ranks, and the same for the ranks of
-two random allocations (``random``), which is what chance gives. A method whose ranks rounding decides has measured noise.
+thing: another engine on two processes (the same batches: what differs is rounding), another seed, the other half of
+the rows. Told are the share of modules at the same rank and Spearman's correlation of the ranks; ``random`` shows what
+chance gives. A method whose ranks rounding decides has measured noise.
 """
 
 import argparse
