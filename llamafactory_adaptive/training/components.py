@@ -211,11 +211,12 @@ class Components:
                     self._hold_masked(block, own)
                 elif orthogonality is not None:
                     known = weights if method is not None and not self.engine.partitioned else None
-                    added_MX = self._penalty_gradient(block, known, orthogonality.form)
-                    strength = scale / count
+                    factor = 1.0 if orthogonality.relative else orthogonality.weight / count * scale
+                    added_MX = self._penalty_gradient(block, known, orthogonality.form, factor)
                     if orthogonality.relative:
-                        strength = task_norms[block.name] / added_MX.norm().clamp(min=1e-30)
-                    self._add(block, own, added_MX * (orthogonality.weight * strength))
+                        share = orthogonality.weight * task_norms[block.name]
+                        added_MX.mul_(share / added_MX.norm().clamp(min=1e-30))
+                    self._add(block, own, added_MX)
         self.engine.set_gradients(self.parameters, gradients)
 
     def _by_block(self, gradients: list[Tensor]) -> list[list[Tensor]]:
@@ -255,14 +256,14 @@ class Components:
             all_reduce_sum(squares)
         return {block.name: square.sqrt() for block, square in zip(self.blocks, squares, strict=True)}
 
-    def _penalty_gradient(self, block: Block, known: Tensor | None, form: str) -> Tensor:
-        """Compute the gradient of the regulariser's sum over the modules of a block, (M, numel).
+    def _penalty_gradient(self, block: Block, known: Tensor | None, form: str, scale: float) -> Tensor:
+        """Compute the gradient of ``scale`` times the regulariser's sum over the modules of a block, (M, numel).
 
         In closed form: for E the counted part of a Gram matrix, ``d|E|_F/dQ = 2 E Q / |E|_F``; likewise for P.
         ``known`` are the block's whole weights, flat, if they have been read already.
         """
         x_M = torch.stack([p.detach() for p in block.parameters]).float() if known is None else known
-        gradient_M = gram_penalty_gradient(x_M.view(-1, *block.shape), block.kind, form)
+        gradient_M = gram_penalty_gradient(x_M.view(-1, *block.shape), block.kind, form, scale)
         return gradient_M.view(len(block.modules), -1)
 
     def _add(self, block: Block, own: list[Tensor], added_MX: Tensor) -> None:
