@@ -12,7 +12,7 @@ def test_position_masks_and_gradients_of_the_triplet_form():
     model, triplets, _ = triplet_model()
     module = triplets.modules[0]
     triplets.mask([[True, False, True, True], *triplets.masks[1:]])
-    triplets.position.value = 0.5
+    triplets.position.take(0.5)
     layer = model.get_submodule(f"base_model.model.{module.name}")
     effective = layer.lora_A["default"].effective_weight()
     q, lam = module.q.detach(), module.a.lambda_r.detach()

@@ -40,12 +40,14 @@ def test_smoothing_matches_the_numpy_reference(observed):
     [
         ({}, lambda s, u: (s + 1e-6) / (u + 1e-6)),
         ({"uncertainty": "product"}, lambda s, u: s * u),
+        ({"uncertainty": "mean"}, lambda s, u: s),
+        ({"uncertainty": "discounted"}, lambda s, u: s * s / (s + u)),
     ],
 )
 @pytest.mark.parametrize("term", ["snr", "magnitude"])
 def test_component_scores_match_the_numpy_reference(options, element, term):
     _, triplets, components = triplet_model()
-    method = Igu(IguOptions(importance="off", lambda_term=term, **options))
+    method = Igu(IguOptions("published", importance="off", lambda_term=term, **options))
     seen = {}
     for _ in stream(triplets, 6):
         for index, module in enumerate(triplets.modules):
@@ -94,7 +96,7 @@ def test_adalora_scores_and_keeps_what_pefts_own_allocator_does():
 
 def test_draws_depend_on_their_arguments_alone_and_cover_all_choices():
     assert seeded_index(1, 2, 3, 20) == seeded_index(1, 2, 3, 20)
-    positions = [Igu(IguOptions()).position(7, step, micro) for step in range(200) for micro in range(2)]
+    positions = [Igu(IguOptions("published")).position(7, step, micro) for step in range(200) for micro in range(2)]
     assert set(positions) == {k / 20 for k in range(1, 21)}
     counts = np.bincount([seeded_index(0, step, 0, 20) for step in range(20_000)], minlength=20)
     assert abs(counts - 1000).max() < 150

@@ -12,6 +12,7 @@ from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.methods import Orthogonality
 from llamafactory_adaptive.methods.igu import Igu, IguOptions
 from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
+from llamafactory_adaptive.training.component_resets import restart
 from llamafactory_adaptive.training.components import Components
 from tests.helpers.dynamic import batch, scatter, stream, triplet_model
 
@@ -99,7 +100,7 @@ def grown(model, triplets, components):
     triplets.mask(off)
     with torch.no_grad():
         before = model(**batch()).logits
-    components.restart(fresh, seed=4)
+    restart(components, fresh, seed=4)
     triplets.mask([[True] * 4 for _ in off])
     with torch.no_grad():
         assert torch.equal(model(**batch()).logits, before), "no effect on the output"
@@ -186,7 +187,7 @@ def test_an_optimizer_that_keeps_no_state_per_weight_is_refused():
     components.update(method, None)
     optimizer.step()
     with pytest.raises(GuardError, match=r"optimizer's row_var is not kept per weight, .*optim: adamw_torch"):
-        components.restart([[True] * 4 for _ in triplets.masks], 0)
+        restart(components, [[True] * 4 for _ in triplets.masks], 0)
 
 
 def test_masked_components_get_no_gradient_and_the_guard_watches_b():
