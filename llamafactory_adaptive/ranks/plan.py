@@ -18,6 +18,7 @@ from llamafactory_adaptive.ranks.plan_values import Values, shortened
 
 
 SCHEMA_VERSION = 1
+ASKED_ALPHA = "asked_lora_alpha"  # in the provenance, where a run divides lora_alpha by another rank than lora_rank
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,11 @@ class RankPlan:
     def scale(self) -> float:
         """Return the scale alpha/r, which is the same for every module."""
         return self.lora_alpha / self.lora_rank
+
+    @property
+    def asked_alpha(self) -> Any:
+        """Return ``lora_alpha`` as it stood in the settings of the run that made the plan."""
+        return self.provenance.get(ASKED_ALPHA, self.lora_alpha)
 
     @property
     def active(self) -> tuple[ModulePlan, ...]:
@@ -233,6 +239,8 @@ def _provenance(values: Values) -> dict[str, Any]:
     for key in ("bounds", "calibration", "course", "sampling"):
         if provenance.get(key) is not None:
             parts.mapping(key)
+    if ASKED_ALPHA in provenance:
+        parts.positive(ASKED_ALPHA)
     return provenance
 
 

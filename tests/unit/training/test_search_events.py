@@ -38,7 +38,8 @@ class Run:
         self.plan = start_plan(base, START_RANK, LORA_RANK)
         self.model = get_peft_model(base, LoraConfig(**lora_config_arguments(self.plan), task_type="CAUSAL_LM"))
         self.args = SimpleNamespace(output_dir=str(folder), deepspeed=None, should_save=True, fp16=False,
-                                    load_best_model_at_end=False)  # fmt: skip
+                                    load_best_model_at_end=False, save_strategy="no", optim="adamw_torch",
+                                    learning_rate=1e-4)  # fmt: skip
         self.state = SimpleNamespace(global_step=0, max_steps=STEPS, log_history=[{}], best_model_checkpoint=None)
         self.clipped = []
         accelerator = SimpleNamespace(clip_grad_norm_=lambda: self.clipped.append(self.state.global_step))
