@@ -5,7 +5,7 @@ model: ``python benchmarks/method_quality.py --model smollm2 [--data FOLDER] [--
 
 Without ``--model``, a Llama of 3 layers is pretrained on sequences from a random source (each token depends on the
 two before it), then adapted to a source that shares most of its rules. A seed gives the rows, their order and the
-adapter's start; with SmolLM2-135M, which learns rows of GSM8K of at most 112 tokens, order and start alone. Every arm
+adapter's start; with SmolLM2-135M, which learns rows of GSM8K of at most 136 tokens, order and start alone. Every arm
 runs over one grid of learning rates, with the first ``--rate-seeds`` seeds; the rate that is best on one half of the
 held-out rows is then run with all seeds. The other half, which chose nothing, judges. Differences to plain LoRA and
 to ``published`` are taken seed by seed, with 95 % intervals and p values of Student's t (Holm over arms). All curves
@@ -150,7 +150,7 @@ Row = dict[str, Any]  # input_ids and labels
 class SmallTask:
     """The small Llama and the shifted source; every seed has rows of its own."""
 
-    name, batch_size, rates, bf16, targets = "small", 16, (2e-3, 4e-3, 8e-3, 1.6e-2), False, "all-linear"
+    name, batch_size, rates, bf16, targets = "small", 16, (4e-3, 8e-3, 1.6e-2, 3.2e-2), False, "all-linear"
     description = "Llama of 3 layers, width 64, pretrained in the script; order-2 source, 30 % of the rules new"
 
     def __init__(self, folder: Path, data: str | None) -> None:
@@ -172,15 +172,15 @@ class SmolLM2Task:
     """SmolLM2-135M with its bf16 base, and short rows of GSM8K; every seed orders the same rows."""
 
     name, batch_size, rates, bf16, targets = "smollm2", 4, (1e-3, 2e-3, 4e-3, 8e-3), True, "all-linear"
-    description = "SmolLM2-135M-Instruct, bf16; rows of at most 112 tokens, answers alone take loss"
+    description = "SmolLM2-135M-Instruct, bf16; rows of at most 136 tokens, answers alone take loss"
 
     def __init__(self, folder: Path, data: str | None) -> None:
         self.base = record.smollm2()
         source, name = record.dataset_folder(data, folder / "rows")
         many = len(record.read_lines(source, name)[0])
-        rows = record.read_rows(source, name, self.base, min(many, 4096), answers_only=True)
-        short = [row for row in rows if len(row["input_ids"]) <= 112]
-        self.halves, self.rows = (short[:96], short[96:192]), short[192:]
+        rows = record.read_rows(source, name, self.base, many, answers_only=True)
+        short = [row for row in rows if len(row["input_ids"]) <= 136]
+        self.halves, self.rows = (short[:64], short[64:128]), short[128:]
 
     def training_rows(self, seed: int) -> list[Row]:
         """Return the training rows, which are the same for every seed."""

@@ -87,9 +87,9 @@ def member(thing: object, name: str) -> str:
 
 def signature(thing: object) -> str:
     """Write arguments and result without the modules of their types, one argument a line where they are many."""
-    found = inspect.signature(thing)  # type: ignore[arg-type]
-    arguments = [bare(str(each)) for each in found.parameters.values()]
-    result = f" -> {bare(inspect.formatannotation(found.return_annotation)).strip(QUOTES)}"
+    inspected = inspect.signature(thing)  # type: ignore[arg-type]
+    arguments = [bare(str(each)) for each in inspected.parameters.values()]
+    result = f" -> {bare(inspect.formatannotation(inspected.return_annotation)).strip(QUOTES)}"
     one_line = f"({', '.join(arguments)}){result}"
     return one_line if len(one_line) < 90 else "(\n    " + ",\n    ".join(arguments) + f",\n){result}"
 

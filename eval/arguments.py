@@ -74,10 +74,10 @@ def parse(argv: Sequence[str] | None = None) -> Request:
     problems: list[str] = [*_range_problems(given), *_setting_problems(given), *_address_problems(given)]
     problems += server_words.problems(given.server_args)
     problems += _path_problems(given)
-    models, found = _models(given)
-    problems += found
-    options, found = _template_options(given.chat_template_kwargs)
-    problems += found
+    models, model_problems = _models(given)
+    problems += model_problems
+    options, option_problems = _template_options(given.chat_template_kwargs)
+    problems += option_problems
     tasks: list[Task] = []
     files: dict[str, dict[str, Path]] | None = None
     seen: list[Path] = list(given.train_file)
@@ -89,10 +89,10 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         seen += files_of_plan(given.plan, given.dataset_dir) if given.plan else []
     except UsageError as error:
         problems += error.problems
-    conditions, found = gates.parse(
+    conditions, gate_problems = gates.parse(
         given, [model.name for model in models], [task.name for task in tasks], not given.no_base_row
     )
-    problems += found if tasks else []
+    problems += gate_problems if tasks else []
     if tasks and all(task.likelihood for task in tasks):
         problems += _idle_problems(given)
     if problems:
@@ -215,13 +215,13 @@ def _template_options(text: str | None) -> tuple[dict[str, Any], list[str]]:
     if text is None:
         return {}, []
     try:
-        found = json.loads(text)
+        options = json.loads(text)
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        options = None
+    if not isinstance(options, dict):
         return {}, ["--chat-template-kwargs: it must be a JSON object; try '{\"enable_thinking\": false}'"]
-    ours = [key for key in found if key in _TEMPLATE_OURS]
-    return found, [f"--chat-template-kwargs: {key} is set by the harness; leave it out" for key in ours]
+    ours = [key for key in options if key in _TEMPLATE_OURS]
+    return options, [f"--chat-template-kwargs: {key} is set by the harness; leave it out" for key in ours]
 
 
 def _address_problems(given: argparse.Namespace) -> Iterator[str]:

@@ -13,7 +13,7 @@ from eval.cache import AnswerCache, key_of
 from eval.errors import EvalError
 from eval.models import Job, Serving, content_digest
 from eval.output import OutputFolder
-from eval.serving import Command, Endpoint, endpoint
+from eval.serving import Command, Endpoint, open_endpoint
 
 
 if TYPE_CHECKING:
@@ -67,11 +67,11 @@ class Round:
         if not rest:
             print(f"{title} all answers are kept from before", flush=True)
         else:
-            with endpoint(self.request, serving, self.command, partial(print, title, flush=True)) as place:
-                self.cache.add(facts, {"max_length": place.max_length, "version": place.version})
-                self.record.versions["vllm"] = place.version
+            with open_endpoint(self.request, serving, self.command, partial(print, title, flush=True)) as endpoint:
+                self.cache.add(facts, {"max_length": endpoint.max_length, "version": endpoint.version})
+                self.record.versions["vllm"] = endpoint.version
                 for job in rest:
-                    done[job.served_as] = self._on_server(serving, job, place)
+                    done[job.served_as] = self._on_server(serving, job, endpoint)
         for job in serving.jobs:
             self._gather(job, done[job.served_as])
 
@@ -82,25 +82,25 @@ class Round:
         if facts not in self.cache:
             return {}
         known, done = self.cache[facts], {}
-        place = Endpoint(None, {job.served_as: job.served_as for job in serving.jobs}, known["max_length"],
-                         known["version"], None)  # fmt: skip
+        endpoint = Endpoint(None, {job.served_as: job.served_as for job in serving.jobs}, known["max_length"],
+                            known["version"], None)  # fmt: skip
         for job in serving.jobs:
             try:
-                done[job.served_as] = self._questions(job, self._asking(serving, job, place))
+                done[job.served_as] = self._questions(job, self._asking(serving, job, endpoint))
             except UnansweredError:
                 return done
-        self.record.versions["vllm"] = place.version
+        self.record.versions["vllm"] = endpoint.version
         return done
 
-    def _on_server(self, serving: Serving, job: Job, place: Endpoint) -> "Asked":
+    def _on_server(self, serving: Serving, job: Job, endpoint: Endpoint) -> "Asked":
         from eval.transport import ServerFailedError
 
         print(f"  {job.model} ({job.form}): {', '.join(task.name for task in job.tasks)}", flush=True)
-        asking = self._asking(serving, job, place)
+        asking = self._asking(serving, job, endpoint)
         try:
             return self._questions(job, asking)
         except ServerFailedError as error:
-            raise EvalError(_why(error, place, job)) from error
+            raise EvalError(_why(error, endpoint, job)) from error
         finally:
             self.record.repeated.update(asking.repeated)
 
@@ -112,19 +112,19 @@ class Round:
             asking, job.tasks, made, request.seeds, request.limit, request.decoding, request.prompting
         )
 
-    def _asking(self, serving: Serving, job: Job, place: Endpoint) -> "Asking":
+    def _asking(self, serving: Serving, job: Job, endpoint: Endpoint) -> "Asking":
         from eval.served import Asking
 
         return Asking(
-            site=place.site,
-            name=place.names[job.served_as],
+            site=endpoint.site,
+            name=endpoint.names[job.served_as],
             identity=self._identity(serving, job.served_as),
             tokenizer=job.tokenizer,
-            max_length=place.max_length,
+            max_length=endpoint.max_length,
             concurrency=self.request.concurrency,
             patience=self.request.patience,
             cache=self.cache,
-            ended=place.server.died if place.server else _never,
+            ended=endpoint.server.died if endpoint.server else _never,
         )
 
     def _identity(self, serving: Serving, name: str) -> str:
@@ -172,13 +172,13 @@ def _never() -> None:
     """Return None: whether a server that was not started here has ended is unknown."""
 
 
-def _why(error: Exception, place: Endpoint, job: Job) -> str:
+def _why(error: Exception, endpoint: Endpoint, job: Job) -> str:
     """Describe in one line why a server could not be asked any more."""
-    ended = place.server.died(patience=10) if place.server else None
+    ended = endpoint.server.died(patience=10) if endpoint.server else None
     if ended is not None:
         return f"the server ended while {job.model} was asked: {ended}"
-    where = place.site.url if place.site else "the server"
-    log = f"; log: {place.server.log}" if place.server else ""
+    where = endpoint.site.url if endpoint.site else "the server"
+    log = f"; log: {endpoint.server.log}" if endpoint.server else ""
     return f"{where} failed while {job.model} was asked: {error}{log}"
 
 
@@ -200,7 +200,7 @@ def settings_of(request: Request, versions: Mapping[str, str]) -> dict[str, Any]
         "models": models,
         "base_row": request.base_row,
         "base_tokenizer": request.base_tokenizer,
-        "data": {name: {part: results.digest(path) for part, path in found.items()} for name, found in files.items()},
+        "data": {name: {part: results.digest(path) for part, path in paths.items()} for name, paths in files.items()},
         "server": {"url": request.url, "dtype": request.server.dtype, "extra": list(request.server.extra)},
         "log_samples": request.log_samples,
         "versions": dict(versions),

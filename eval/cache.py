@@ -112,9 +112,9 @@ class AnswerCache:
 
     def _take(self, line: bytes) -> None:
         try:
-            found = json.loads(line.decode())
-            if isinstance(found, Mapping) and found["check"] == _check(found["key"], found["answer"]):
-                self._answers[found["key"]] = found["answer"]
+            entry = json.loads(line.decode())
+            if isinstance(entry, Mapping) and entry["check"] == _check(entry["key"], entry["answer"]):
+                self._answers[entry["key"]] = entry["answer"]
                 return
         except (ValueError, KeyError, TypeError, RecursionError):
             pass

@@ -146,10 +146,10 @@ def questions(task: Task, loaded: Any, limit: int | None) -> list[str]:
 
 def scored_digest(loaded: Any, limit: int | None) -> str:
     """Compute the SHA-256 of the rows to be scored as the task reads them: one JSON line each, keys sorted, UTF-8."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for row in _scored(loaded, limit):
-        found.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
-    return found.hexdigest()
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _scored(loaded: Any, limit: int | None) -> Any:

@@ -137,7 +137,7 @@ def _reasons(one: Finished, other: Finished) -> Iterator[str]:
 def _asked(run: Finished) -> dict[str, dict[str, Any]]:
     """Collect what was asked in each task, and check that every model of a run was asked the same."""
     sets = field(field(run.document, "data", dict, str(run.path)), "sets", dict, str(run.path))
-    found: dict[str, dict[str, Any]] = {}
+    asked: dict[str, dict[str, Any]] = {}
     for score in run.scores:
         if score.headline:
             rows = field(sets, score.task, dict, f"{run.path}: data.sets")
@@ -149,29 +149,29 @@ def _asked(run: Finished) -> dict[str, dict[str, Any]]:
                 "number of answers to a row": score.repeats,
                 "set of rows (scored_sha256)": field(rows, "scored_sha256", str, f"{run.path}: {score.task}"),
             }
-            if found.setdefault(score.task, facts) != facts:
+            if asked.setdefault(score.task, facts) != facts:
                 raise EvalError(f"{run.path}: {score.task} was asked of its models in different ways; it is damaged")
-    if any(tasks.keys() != found.keys() for tasks in run.answers.values()):
+    if any(tasks.keys() != asked.keys() for tasks in run.answers.values()):
         raise EvalError(f"{run.path}: not every model was asked every task; it is damaged")
-    return found
+    return asked
 
 
 def _notes(runs: Sequence[Finished]) -> Iterator[str]:
     versions = [_versions(run) for run in runs]
-    for name in sorted({name for found in versions for name in found}):
-        said = [found.get(name, "unknown") for found in versions]
+    for name in sorted({name for run_versions in versions for name in run_versions}):
+        said = [run_versions.get(name, "unknown") for run_versions in versions]
         if len(set(said)) > 1:
             yield f"{name} differs: {', '.join(f'{v} in {run.label}' for v, run in zip(said, runs, strict=True))}"
 
 
 def _common(runs: Sequence[Finished]) -> dict[str, str]:
     first, *others = (_versions(run) for run in runs)
-    return {name: value for name, value in first.items() if all(found.get(name) == value for found in others)}
+    return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
 
 
 def _versions(run: Finished) -> dict[str, str]:
-    found = run.document.get("versions")
-    items = found.items() if isinstance(found, dict) else ()
+    versions = run.document.get("versions")
+    items = versions.items() if isinstance(versions, dict) else ()
     return {name: value[:40] for name, value in items if isinstance(value, str) and (name + value).isprintable()}
 
 

@@ -38,10 +38,10 @@ def likelihood(document: Any, tokens: int, context: int) -> tuple[float, bool]:
         BadAnswerError: values are missing, or are no log-probabilities.
     """
     (choice,) = _choices(document, 1)
-    found = choice.get("logprobs")
-    if not isinstance(found, Mapping):
+    logprobs = choice.get("logprobs")
+    if not isinstance(logprobs, Mapping):
         raise BadAnswerError("it returned no log-probabilities for the tokens of the prompt")
-    values, tops = (_list_of(found, name, tokens + 1)[context:-1] for name in ("token_logprobs", "top_logprobs"))
+    values, tops = (_list_of(logprobs, name, tokens + 1)[context:-1] for name in ("token_logprobs", "top_logprobs"))
     numbers = [_log_probability(value) for value in values]
     greedy = [number == max(map(_log_probability, _top(top))) for number, top in zip(numbers, tops, strict=True)]
     return sum(numbers), all(greedy)

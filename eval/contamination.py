@@ -50,33 +50,33 @@ class SeenTexts:
     A training row often wraps a question in an instruction, so a question inside a longer text counts as seen too.
     """
 
-    _whole: set[str] = field(default_factory=set)
+    _hashes: set[str] = field(default_factory=set)
     _texts: list[tuple[str, ...]] = field(default_factory=list)
 
     def add(self, text: str) -> None:
         """Add one text that the model has seen."""
-        self._whole.add(question_hash(text))
+        self._hashes.add(question_hash(text))
         self._texts.append(words_of(text))
 
     def seen_among(self, questions: Iterable[str]) -> list[str]:
         """Return the questions that equal a seen text or are contained in one, in their order."""
         asked = list(questions)
-        wanted: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+        by_start: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
         for question in asked:
             words = words_of(question)
             if _long_enough(words):
-                wanted.setdefault(words[:_WINDOW], set()).add(words)
-        inside = {found for text in self._texts for found in _contained(text, wanted)}
-        return [q for q in asked if question_hash(q) in self._whole or words_of(q) in inside]
+                by_start.setdefault(words[:_WINDOW], set()).add(words)
+        inside = {match for text in self._texts for match in _contained(text, by_start)}
+        return [q for q in asked if question_hash(q) in self._hashes or words_of(q) in inside]
 
 
 def _contained(
-    text: tuple[str, ...], wanted: Mapping[tuple[str, ...], set[tuple[str, ...]]]
+    text: tuple[str, ...], by_start: Mapping[tuple[str, ...], set[tuple[str, ...]]]
 ) -> Iterator[tuple[str, ...]]:
-    """Find the wanted word sequences that occur anywhere in ``text``."""
-    for length in {len(start) for start in wanted}:
+    """Find the word sequences, listed under their first words, that occur anywhere in ``text``."""
+    for length in {len(start) for start in by_start}:
         for at in range(len(text) - length + 1):
-            for words in wanted.get(text[at : at + length], ()):
+            for words in by_start.get(text[at : at + length], ()):
                 if text[at : at + len(words)] == words:
                     yield words
 
@@ -182,9 +182,9 @@ def refuse_seen(task: str, questions: Iterable[str], seen: SeenTexts) -> None:
         EvalError: there are such rows; the message has their number and the first of them.
     """
     asked = list(questions)
-    found = seen.seen_among(asked)
-    if found:
+    seen_questions = seen.seen_among(asked)
+    if seen_questions:
         raise EvalError(
-            f"{task}: {len(found)} of {len(asked)} rows were in the training or calibration data, first: "
-            f"{found[0][:200]!r}; score rows that the model has not seen"
+            f"{task}: {len(seen_questions)} of {len(asked)} rows were in the training or calibration data, first: "
+            f"{seen_questions[0][:200]!r}; score rows that the model has not seen"
         )

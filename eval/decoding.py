@@ -22,14 +22,14 @@ class Decoding:
 
     def options(self) -> dict[str, Any] | None:
         """Return the generation settings that override a task's own; None when there are none."""
-        found: dict[str, Any] = {}
+        overrides: dict[str, Any] = {}
         if self.num_beams > 1:
-            found |= {"use_beam_search": True, "n": self.num_beams}
+            overrides |= {"use_beam_search": True, "n": self.num_beams}
         if self.temperature > 0:
-            found |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+            overrides |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
         if self.max_gen_toks is not None:
-            found["max_gen_toks"] = self.max_gen_toks
-        return found or None
+            overrides["max_gen_toks"] = self.max_gen_toks
+        return overrides or None
 
 
 @dataclass(frozen=True)

@@ -87,14 +87,14 @@ class _Statement(NamedTuple):
 
 def strict(text: str) -> str:
     """Return the number after the first ``####``, or ``[invalid]`` where there is none."""
-    found = re.search(STRICT, text)
-    return bounded(found.group(1)) if found else NOT_FOUND
+    match = re.search(STRICT, text)
+    return bounded(match.group(1)) if match else NOT_FOUND
 
 
 def flexible(text: str) -> str:
     """Return the last piece of text that looks like a number, or ``[invalid]`` where there is none."""
-    found = re.findall(FLEXIBLE, text)
-    return bounded(next(part for part in found[-1] if part).strip()) if found else NOT_FOUND
+    numbers = re.findall(FLEXIBLE, text)
+    return bounded(next(part for part in numbers[-1] if part).strip()) if numbers else NOT_FOUND
 
 
 def bounded(answer: str) -> str:
@@ -134,8 +134,8 @@ def final_value(text: str) -> Fraction | None:
 
 def last_number(text: str) -> float:
     """Return the last number in a text without its commas, as LLM-Adapters does; infinity where there is none."""
-    found = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
-    return float(found[-1]) if found else float("inf")
+    numbers = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
+    return float(numbers[-1]) if numbers else float("inf")
 
 
 def is_number(text: str) -> bool:
@@ -211,21 +211,21 @@ def _first_solution(text: str) -> str:
     A question before the first number does not count: it only repeats what was asked.
     """
     number = re.search(r"\d", text)
-    found = _ANOTHER_QUESTION.search(text, number.start()) if number else None
-    return text[: found.start()] if found else text
+    next_question = _ANOTHER_QUESTION.search(text, number.start()) if number else None
+    return text[: next_question.start()] if next_question else text
 
 
 def _statements(text: str) -> Iterator[_Statement]:
     for marker in islice(_MARKER.finditer(text), _STATEMENTS):
-        found = _in_box(text, marker.end()) if marker["box"] else _after(text, marker.end())
-        if found is None:
+        reading = _in_box(text, marker.end()) if marker["box"] else _after(text, marker.end())
+        if reading is None:
             continue
         weight = 2 if marker["hashes"] or marker["box"] or marker["final"] else 1
-        if not _SENTENCE_ENDS.match(text, found.end) or (
-            marker["hashes"] and _NUMBERED_HEADING.match(text, found.end)
+        if not _SENTENCE_ENDS.match(text, reading.end) or (
+            marker["hashes"] and _NUMBERED_HEADING.match(text, reading.end)
         ):
             weight = 0
-        yield _Statement(marker.start(), found.end, weight, found.value)
+        yield _Statement(marker.start(), reading.end, weight, reading.value)
 
 
 def _corrected(text: str, counts: _Statement, later: _Statement) -> bool:
@@ -237,8 +237,8 @@ def _corrected(text: str, counts: _Statement, later: _Statement) -> bool:
 def _after(text: str, at: int, boxed: bool = False) -> Reading | None:
     """Read the number after a statement, past a few words and signs, or the result of the sum written there."""
     for _ in range(_PIECES):
-        if found := read(text, at):
-            return _result(text, at) or found
+        if reading := read(text, at):
+            return _result(text, at) or reading
         box = None if boxed else _BOX.match(text, at)
         if box:
             return _in_box(text, box.end())
@@ -269,9 +269,9 @@ def _in_box(text: str, at: int) -> Reading | None:
     start = _STARTS.search(content)
     if start is None:
         return None
-    before, found = content[: start.start()].rstrip(" {*"), read(content, start.start())
-    value = found.value if found else None
-    rest = _SQUARED_UNIT.sub("", content[found.end :]) if found else ""
+    before, number = content[: start.start()].rstrip(" {*"), read(content, start.start())
+    value = number.value if number else None
+    rest = _SQUARED_UNIT.sub("", content[number.end :]) if number else ""
     signed = start.group()[0] in "-+"
     if _OPERATORS.search(before) or (signed and before[-1:].isalnum()) or re.search(r"\d|[\u03c0\u221a]", rest):
         value = None

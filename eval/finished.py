@@ -91,7 +91,7 @@ def _score(entry: Any, protocol: str, where: str) -> Score:
 
 def _answers(path: Path, headlines: Mapping[tuple[str, str], Score]) -> dict[str, dict[str, Answers]]:
     """Gather the samples of every model and task; of their metrics only the headline one is kept."""
-    found: dict[tuple[str, str], list[Any]] = {key: [] for key in headlines}
+    samples_by_key: dict[tuple[str, str], list[Any]] = {key: [] for key in headlines}
     seen = set()
     if not path.is_file():
         raise EvalError(f"{path} does not exist: rows are compared one by one; run the evaluation with --log-samples")
@@ -101,13 +101,13 @@ def _answers(path: Path, headlines: Mapping[tuple[str, str], Score]) -> dict[str
         if key not in headlines:
             raise EvalError(f"{where}: model {key[0]!r:.60} and task {key[1]!r:.60} are not in {RESULTS_FILE}")
         sample = _sample(line, headlines[key].metric, where)
-        place = (*key, sample.seed, sample.row, sample.repeat)
-        if place in seen:
+        sample_key = (*key, sample.seed, sample.row, sample.repeat)
+        if sample_key in seen:
             raise EvalError(f"{where}: row {sample.row} of {key[1]} stands in this file twice")
-        seen.add(place)
-        found[key].append(sample)
+        seen.add(sample_key)
+        samples_by_key[key].append(sample)
     answers: dict[str, dict[str, Answers]] = {}
-    for (model, task), samples in found.items():
+    for (model, task), samples in samples_by_key.items():
         score = headlines[model, task]
         answers.setdefault(model, {})[task] = gather(model, score.form, [_task(score)], samples)[0]
     return answers

@@ -29,7 +29,7 @@ def commit_of(name: str) -> str:
         ) from error
 
 
-def check_tokenizers(places: Iterable[str], template: str) -> None:
+def check_tokenizers(tokenizers: Iterable[str], template: str) -> None:
     """Check that every tokenizer loads, before any server starts.
 
     Raises:
@@ -37,23 +37,23 @@ def check_tokenizers(places: Iterable[str], template: str) -> None:
     """
     from transformers import AutoTokenizer  # takes seconds
 
-    for place in sorted(places):
+    for name_or_path in sorted(tokenizers):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         except Exception as error:  # whatever a tokenizer from elsewhere makes of the libraries that load it
             if "trust_remote_code" in str(error):
                 raise EvalError(
-                    f"the tokenizer of {place} needs code that comes with it, which is never run; evaluate a copy "
-                    "with a tokenizer of transformers"
+                    f"the tokenizer of {name_or_path} needs code that comes with it, which is never run; evaluate a "
+                    "copy with a tokenizer of transformers"
                 ) from error
             raise EvalError(
-                f"the tokenizer of {place} cannot be loaded: {_words(error)}; give a folder with one that "
+                f"the tokenizer of {name_or_path} cannot be loaded: {_words(error)}; give a folder with one that "
                 "transformers loads"
             ) from error
         if template == "training" and tokenizer.chat_template is None:
             raise EvalError(
-                f"--template training: {place} has no chat template; use --template none, or for a base whose adapter "
-                "brings one --base-tokenizer with the adapter's NAME, or --no-base-row"
+                f"--template training: {name_or_path} has no chat template; use --template none, or for a base whose "
+                "adapter brings one --base-tokenizer with the adapter's NAME, or --no-base-row"
             )
 
 

@@ -124,12 +124,12 @@ def content_digest(path: str) -> str | None:
     folder = Path(path)
     if not os.path.isdir(folder):
         return None
-    found = hashlib.sha256()
+    folder_digest = hashlib.sha256()
     for file in sorted({file for pattern in _CONTENT for file in folder.glob(pattern) if file.is_file()}):
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
-        found.update(f"{file.name} {digest}\n".encode())
-    return found.hexdigest()
+        folder_digest.update(f"{file.name} {digest}\n".encode())
+    return folder_digest.hexdigest()
 
 
 def base_warnings(models: Sequence[Model]) -> Iterator[str]:

@@ -76,10 +76,10 @@ def tidied(text: str) -> str:
 def read(text: str, at: int = 0) -> Reading | None:
     """Read the number that begins at ``at`` in a tidied text; None where none begins."""
     sign = _SIGN.match(text, at)
-    found = _unsigned(text, sign.end() if sign else at)
-    if found is None:
+    unsigned = _unsigned(text, sign.end() if sign else at)
+    if unsigned is None:
         return None
-    value, end = found
+    value, end = unsigned
     if _GOES_ON.match(text, end):
         value = None
     negative = sign is not None and sign.group().startswith("-")
@@ -89,8 +89,8 @@ def read(text: str, at: int = 0) -> Reading | None:
 def value_of(text: str) -> Fraction | None:
     """Return the value of a text that is one number, apart from blanks, a full stop and currency signs; else None."""
     plain = tidied(text).strip()
-    found = read(plain)
-    return found.value if found is not None and not plain[found.end :].strip(" .,'") else None
+    reading = read(plain)
+    return reading.value if reading is not None and not plain[reading.end :].strip(" .,'") else None
 
 
 def spell(value: Fraction) -> str:
@@ -174,11 +174,11 @@ def _ratio(top: Fraction | None, bottom: Fraction | None) -> Fraction | None:
     return None if top is None or not bottom else _capped(top / bottom)
 
 
-def _plus(whole: Fraction | None, part: Fraction | None) -> Fraction | None:
+def _plus(integer: Fraction | None, part: Fraction | None) -> Fraction | None:
     """Add a proper fraction to a whole number; None where either is something else."""
-    if whole is None or part is None or whole.denominator != 1 or not 0 <= part < 1:
+    if integer is None or part is None or integer.denominator != 1 or not 0 <= part < 1:
         return None
-    return whole + part
+    return integer + part
 
 
 def _capped(value: Fraction) -> Fraction | None:

@@ -60,19 +60,21 @@ class OutputFolder:
         Raises:
             EvalError: the folder holds another request's run, or a finished one.
         """
-        wanted = json.loads(json.dumps(clean_values(dict(settings)), default=str))
+        requested = json.loads(json.dumps(clean_values(dict(settings)), default=str))
         if (problem := problem_with(self.path)) is not None:
             raise EvalError(problem)
-        found = _state_of(self.path)
-        if found is None:
-            self._write_state(wanted, complete=False)
+        state = _state_of(self.path)
+        if state is None:
+            self._write_state(requested, complete=False)
             return False
-        if different := sorted(k for k in {*found["settings"], *wanted} if found["settings"].get(k) != wanted.get(k)):
+        if different := sorted(
+            k for k in {*state["settings"], *requested} if state["settings"].get(k) != requested.get(k)
+        ):
             raise EvalError(
                 f"--out: {self.path} holds another run that was not finished; it differs in {', '.join(different)}. "
                 "Give the command that began it to go on, or another folder"
             )
-        self._state = found
+        self._state = state
         for pattern in _OURS:
             for scratch in self.path.glob(f".{pattern.removesuffix('*')}*.[0-9]*"):  # a kill left it half written
                 scratch.unlink()
@@ -90,15 +92,15 @@ class OutputFolder:
         """Write one JSON document atomically, cleaned of secrets."""
         self._write(name, lambda path: results.write_json(path, document))
 
-    def draw(self, name: str, draw: Callable[[Path], None]) -> None:
-        """Write a picture atomically: ``draw`` gets the path of a temporary file."""
+    def write_picture(self, name: str, save: Callable[[Path], None]) -> None:
+        """Write a picture atomically: ``save`` gets the path of a temporary file."""
 
-        def drawn(path: Path) -> None:
+        def save_atomically(path: Path) -> None:
             scratch = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-            draw(scratch)
+            save(scratch)
             scratch.replace(path)
 
-        self._write(name, drawn)
+        self._write(name, save_atomically)
 
     def append(self, name: str, documents: Iterable[Mapping[str, Any]]) -> None:
         """Append JSON lines to a file, which is emptied by the first call of this run."""
@@ -167,8 +169,8 @@ def problem_with(path: Path) -> str | None:
 
 def leftovers(path: Path, lock: bool = False) -> list[str]:
     """List the files of a folder that a run may have left, without its lock file unless ``lock`` is set."""
-    found = {file.name for pattern in _OURS for file in path.glob(pattern)}
-    return sorted(found - (set() if lock else {LOCK_FILE}))
+    names = {file.name for pattern in _OURS for file in path.glob(pattern)}
+    return sorted(names - (set() if lock else {LOCK_FILE}))
 
 
 def _plain(path: Path) -> bool:

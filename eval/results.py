@@ -106,16 +106,16 @@ def _answers(
 
 def _of_row(task: Task, row: Sequence[Any]) -> dict[str, float]:
     """Compute every metric of one row over its repeats."""
-    found = {metric: stats.mean([sample.metrics[metric] for sample in row]) for metric in row[0].metrics}
+    metrics = {metric: stats.mean([sample.metrics[metric] for sample in row]) for metric in row[0].metrics}
     values = [sample.metrics.get(task.headline) for sample in row]
     if len(row) == 1 or not set(values) <= {0.0, 1.0}:
-        return found
+        return metrics
     for k in sorted({2**i for i in range(1, len(row).bit_length())} | {len(row)}):
-        found[f"pass@{k}"] = stats.pass_at_k(sum(value == 1 for value in values), len(row), k)
+        metrics[f"pass@{k}"] = stats.pass_at_k(sum(value == 1 for value in values), len(row), k)
     answers = [answer for sample in row if (answer := _voted(task, sample.extracted)) is not None]
     if len(answers) == len(row):
-        found[f"maj@{len(row)}"] = values[stats.majority(answers, NO_ANSWER)]
-    return found
+        metrics[f"maj@{len(row)}"] = values[stats.majority(answers, NO_ANSWER)]
+    return metrics
 
 
 def _voted(task: Task, extracted: Mapping[str, str]) -> str | None:
@@ -154,10 +154,10 @@ def scores(answers: Sequence[Answers]) -> list[Score]:
 
 def _headlines(answers: Sequence[Answers]) -> dict[str, dict[str, Answers]]:
     """Index answers by model and task, in the order of appearance."""
-    found: dict[str, dict[str, Answers]] = {}
+    by_model: dict[str, dict[str, Answers]] = {}
     for a in answers:
-        found.setdefault(a.model, {})[a.task.name] = a
-    return found
+        by_model.setdefault(a.model, {})[a.task.name] = a
+    return by_model
 
 
 def means(answers: Sequence[Answers]) -> list[dict[str, Any]]:

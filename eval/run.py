@@ -131,13 +131,13 @@ def _guard(request: Request, questions: Sequence[Sequence[str]]) -> None:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 def _write(request: Request, folder: OutputFolder, record: Record, words: str) -> list[str]:
@@ -159,7 +159,7 @@ def _write(request: Request, folder: OutputFolder, record: Record, words: str) -
     text += "".join(f"\nWARNING: {warning}" for warning in record.all_warnings)
     print("\n" + text)
     folder.write_text(report.TABLE_FILE, text + "\n")
-    folder.draw(report.CHART_FILE, lambda path: report.save_chart(scores, path))
+    folder.write_picture(report.CHART_FILE, lambda path: report.save_chart(scores, path))
     if request.log_samples:
         folder.write_text(samples_page.PAGE_FILE, samples_page.page_of_folder(request.out))
     folder.finish()
@@ -203,7 +203,7 @@ def _data(request: Request, loaded: Mapping[str, Any]) -> dict[str, Any]:
     if request.files is None:
         sets = {t.name: _hub_set(t) | {"scored_sha256": scored[t.name]} for t in request.tasks}
         return {"source": "hub", "sets": sets}
-    files = {name: {s: results.digest(path) for s, path in found.items()} for name, found in request.files.items()}
+    files = {name: {s: results.digest(path) for s, path in paths.items()} for name, paths in request.files.items()}
     sets = {name: {"split": request.split, "sha256": files[name], "scored_sha256": scored[name]} for name in files}
     return {"source": "local", "sets": sets}
 

@@ -156,7 +156,7 @@ def _in_script(data: Any) -> str:
 
 def _rows(path: Path, headlines: Mapping[str, str]) -> list[dict[str, Any]]:
     """Group samples by task, seed and row, so that models and repeats are side by side."""
-    found: dict[tuple[str, int, int], dict[str, Any]] = {}
+    groups: dict[tuple[str, int, int], dict[str, Any]] = {}
     for number, line in numbered_rows(path, MAX_SAMPLE):
         where = f"{path}:{number}"
         task, seed, row = (
@@ -167,13 +167,13 @@ def _rows(path: Path, headlines: Mapping[str, str]) -> list[dict[str, Any]]:
         texts = {name: visible(field(line, name, str, where)) for name in ("question", "target", "prompt")}
         shown = {"task": visible(task), "seed": seed, "row": row, **texts, "answers": []}
         answer = _answer(line, headlines.get(task), where)
-        found.setdefault((task, seed, row), shown)["answers"].append({**answer, "prompt": texts["prompt"]})
-    seeds = {seed for _, seed, _ in found}
-    for shown in found.values():
+        groups.setdefault((task, seed, row), shown)["answers"].append({**answer, "prompt": texts["prompt"]})
+    seeds = {seed for _, seed, _ in groups}
+    for shown in groups.values():
         _share_prompt(shown)
         shown["seeds"] = len(seeds) > 1
         shown["repeats"] = any(answer["repeat"] for answer in shown["answers"])
-    return list(found.values())
+    return list(groups.values())
 
 
 def _answer(line: Mapping[str, Any], headline: str | None, where: str) -> dict[str, Any]:

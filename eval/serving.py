@@ -39,7 +39,9 @@ class Endpoint:
 
 
 @contextmanager
-def endpoint(request: Request, serving: Serving, command: Command, say: Callable[[str], None]) -> Iterator[Endpoint]:
+def open_endpoint(
+    request: Request, serving: Serving, command: Command, say: Callable[[str], None]
+) -> Iterator[Endpoint]:
     """Yield the endpoint for one serving; end a server that was started for it when the block is left.
 
     Raises:
@@ -48,9 +50,9 @@ def endpoint(request: Request, serving: Serving, command: Command, say: Callable
     if request.url is not None:
         say(f"asking the server at {request.url}")
         site = Site(request.url, os.environ.get("OPENAI_API_KEY", "").strip() or None)
-        place = _describe(site, serving, None, str)
-        _probe(site, place, serving, request.decoding.num_beams, request.patience)
-        yield place
+        endpoint = _describe(site, serving, None, str)
+        _probe(site, endpoint, serving, request.decoding.num_beams, request.patience)
+        yield endpoint
         return
     port = request.server.port or free_port()
     check_port(port)
@@ -95,13 +97,13 @@ def _models(site: Site) -> list[Mapping[str, Any]]:
     return models
 
 
-def _probe(site: Site, place: Endpoint, serving: Serving, num_beams: int, patience: Patience) -> None:
+def _probe(site: Site, endpoint: Endpoint, serving: Serving, num_beams: int, patience: Patience) -> None:
     """Check with short questions that a running server can score prompts and generate, as far as its tasks need it.
 
     Raises:
         EvalError: the server cannot score prompts, or cannot generate (with that many beams).
     """
-    name, tasks = place.names[serving.jobs[0].served_as], serving.jobs[0].tasks
+    name, tasks = endpoint.names[serving.jobs[0].served_as], serving.jobs[0].tasks
     prompt = [1, 2, 3]
     question = {"model": name, "prompt": [prompt], "max_tokens": 1, "temperature": 0}
 
@@ -132,8 +134,8 @@ def _find(name: str, serving: Serving, models: Sequence[Mapping[str, Any]], url:
     if name == serving.name:
         bases = [m["id"] for m in models if not m.get("parent")]
         rooted = [m["id"] for m in models if serving.model in (m["id"], m.get("root"))]
-        if len(found := rooted[:1] or (bases if serving.name == "base" else [])) == 1:
-            return str(found[0])
+        if len(candidates := rooted[:1] or (bases if serving.name == "base" else [])) == 1:
+            return str(candidates[0])
     raise EvalError(f"the server at {url} does not serve {name}; it serves {_served(models)}")
 
 

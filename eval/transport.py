@@ -98,13 +98,13 @@ def fetch(site: Site, path: str, body: Mapping[str, Any] | None = None, patience
         ServerFailedError: there is no answer in time, or none in JSON.
     """
     limits = patience or Patience(seconds=30.0 if body is None else 300.0, retries=2, option="")
-    found: list[Any] = []
+    documents: list[Any] = []
     asker = Asker(site, path, 1, limits, connection_retries=0)
     try:
-        asker.ask([body], lambda _, document: document, lambda _, document: found.append(document))
+        asker.ask([body], lambda _, document: document, lambda _, document: documents.append(document))
     except ServerFailedError as error:
         raise ServerFailedError(f"no OpenAI-compatible server answers at {site.url}{path}: {error}") from error
-    return found[0]
+    return documents[0]
 
 
 def healthy(site: Site) -> bool:

@@ -63,11 +63,11 @@ function shown(row) {
 }
 
 function show() {
-  const found = data.rows.filter(fits);
-  const pages = Math.max(1, Math.ceil(found.length / PER_PAGE));
+  const matches = data.rows.filter(fits);
+  const pages = Math.max(1, Math.ceil(matches.length / PER_PAGE));
   page = Math.min(Math.max(page, 0), pages - 1);
-  list.replaceChildren(...found.slice(page * PER_PAGE, (page + 1) * PER_PAGE).map(shown));
-  document.getElementById("count").textContent = `${found.length} of ${data.rows.length} rows, page ${page + 1} of ${pages}`;
+  list.replaceChildren(...matches.slice(page * PER_PAGE, (page + 1) * PER_PAGE).map(shown));
+  document.getElementById("count").textContent = `${matches.length} of ${data.rows.length} rows, page ${page + 1} of ${pages}`;
 }
 
 function turn(pages) {

@@ -17,8 +17,8 @@ TOLERANCE = 0.001  # of a number against its label
 
 def first_match(pattern: str, text: str) -> str:
     """Return the first match in ``text``; an empty string, which is never right, where there is none."""
-    found = re.search(pattern, text.strip())
-    return found.group(0) if found else ""
+    match = re.search(pattern, text.strip())
+    return match.group(0) if match else ""
 
 
 def read_boolq(text: str) -> dict[str, str]:

@@ -63,5 +63,5 @@ def _texts(value: Any) -> TypeGuard[list[str]]:
 
 def _no_text(row: Mapping[str, Any], *names: str) -> str | None:
     """Describe the first of the fields that is not a text; None when all are."""
-    found = (f"{name} is {row[name]!r:.60}: it must be a text" for name in names if not isinstance(row[name], str))
-    return next(found, None)
+    problems = (f"{name} is {row[name]!r:.60}: it must be a text" for name in names if not isinstance(row[name], str))
+    return next(problems, None)

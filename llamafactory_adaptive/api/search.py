@@ -209,8 +209,7 @@ class RankSearch:
             given = type(trainer.model).__name__
             refuse("model", given, "it is not the model of this search", "model=search.model")
         flat = {**trainer.args.to_dict(), "fsdp": trainer.args.fsdp or None}
-        traits = self._request.method.traits
-        rules = check_search_conflicts(flat, traits.strategy, traits.probes)
+        rules = check_search_conflicts(flat, self._request.method)
         faults = [*check_conflicts({"fsdp": flat["fsdp"]}), *rules]
         if trainer.args.n_gpu > 1:
             reason = "copies of the model in one process (DataParallel) hide its gradients"

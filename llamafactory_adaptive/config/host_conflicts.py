@@ -10,7 +10,6 @@ from typing import Any
 
 from llamafactory_adaptive.config.deepspeed_settings import document, part, zero_optimization
 from llamafactory_adaptive.errors import Problem
-from llamafactory_adaptive.ranks.schedule import Strategy
 
 
 @dataclass(frozen=True)
@@ -117,9 +116,11 @@ def _clashes(rules: Iterable[Conflict], flat: Mapping[str, Any]) -> list[Problem
     ]
 
 
-def check_search_conflicts(flat: Mapping[str, Any], strategy: Strategy, probes: bool) -> list[Problem]:
-    """Find upstream options that cannot go with changing ranks or, where the method ``probes``, with extra passes."""
-    rules = [*MASKING_CONFLICTS, *(REALLOCATION_CONFLICTS if strategy == "reallocate" else ())]
+def check_search_conflicts(flat: Mapping[str, Any], made: Any) -> list[Problem]:
+    """Find upstream options that cannot go with a search for ranks by the method ``made``."""
+    changes_states = made.traits.strategy == "reallocate" or made.return_rule.resets_lambda or made.shrinkage
+    rules = [*MASKING_CONFLICTS, *(OPTIMIZER_CONFLICTS if changes_states else ())]
+    probes = made.traits.probes
     problems = _clashes([*rules, *(PROBING_CONFLICTS if probes else ())], flat)
     if flat.get("adaptive_max_overhead") is not None and not probes:
         reason = "only igu_importance: integrated makes extra passes that could be thinned out"
@@ -168,7 +169,8 @@ _ELEMENTWISE_OPTIMIZERS = {
     "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
 }  # fmt: skip
 _OWN_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
-REALLOCATION_CONFLICTS = (
+# Where a search resets or scales the optimizer's states of some weights.
+OPTIMIZER_CONFLICTS = (
     Conflict(
         "optim",
         lambda flat: str(flat.get("optim") or "adamw_torch") not in _ELEMENTWISE_OPTIMIZERS,

@@ -179,7 +179,7 @@ def check_search(
     Returns:
         The configuration of the rank changes, and the problems.
     """
-    problems = check_search_conflicts(flat, made.traits.strategy, made.traits.probes)
+    problems = check_search_conflicts(flat, made)
     search: PruningConfig | ReallocationConfig
     if made.traits.strategy == "reallocate":
         search, faults = check_reallocation(method, made, common["adaptive_min_rank"], lora_rank, max_rank, seed)

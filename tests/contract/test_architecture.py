@@ -16,11 +16,13 @@ NODE = r'(\w+)(?:\["([^"]*)"\])?'
 def read_picture(page):
     """Return the rooms by the picture's names for them, and its arrows as pairs of these names."""
     (picture,) = re.findall(r"```mermaid\n(.*?)```", page, re.DOTALL)
-    found = re.findall(rf"{NODE} --> {NODE}", picture)
-    assert len(found) == picture.count("-->")
-    labels = {name: label for a, a_label, b, b_label in found for name, label in ((a, a_label), (b, b_label)) if label}
+    arrows = re.findall(rf"{NODE} --> {NODE}", picture)
+    assert len(arrows) == picture.count("-->")
+    labels = {
+        name: label for a, a_label, b, b_label in arrows for name, label in ((a, a_label), (b, b_label)) if label
+    }
     rooms = {name: frozenset(label.partition(":")[0].split(", ")) for name, label in labels.items()}
-    return rooms, {(a, b) for a, _, b, _ in found}
+    return rooms, {(a, b) for a, _, b, _ in arrows}
 
 
 def room_of(path):

@@ -8,8 +8,8 @@ from llamafactory_adaptive.cli.parser import MEASURE, build_parser, parse_comman
 
 
 def commands():
-    [found] = [action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)]
-    return found.choices
+    [subcommands] = [action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    return subcommands.choices
 
 
 ARGUMENTS = [

@@ -138,8 +138,8 @@ def docstrings(*kinds):
     for path in (path for root in ROOTS for path in sorted((ROOT / root).rglob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, kinds) and (text := ast.get_docstring(node)):
-                place = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
-                yield text.split(), f"{place}: {text.splitlines()[0]}"
+                location = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
+                yield text.split(), f"{location}: {text.splitlines()[0]}"
 
 
 def test_functions_begin_with_a_verb_in_the_imperative():

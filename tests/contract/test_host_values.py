@@ -85,9 +85,9 @@ def test_good_settings_pass_and_no_process_state_is_made(tiny_llama, data_dir, t
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything(tiny_llama, data_dir, tmp_path):
     (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file", tmp_path / "file" / "out", "/proc/out"):
+    for folder in (tmp_path / "file", tmp_path / "file" / "out", "/proc/out"):
         with pytest.raises(AdaptiveConfigError, match=r"output_dir: .* is invalid: nothing can be written there"):
-            check_output(settings(tiny_llama, data_dir, place))
+            check_output(settings(tiny_llama, data_dir, folder))
     check_output(settings(tiny_llama, data_dir, tmp_path / "good"))
     assert not (tmp_path / "good").exists()
 

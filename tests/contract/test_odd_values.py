@@ -53,10 +53,10 @@ def problems(args):
 def test_what_is_no_text_is_told_once_under_its_key(key, value, given):
     if isinstance(value, TEXTS[key]):
         pytest.skip("the host takes it")
-    found = problems(given(**{key: value}))
-    assert [problem.key for problem in found] == [key]
-    assert found[0].value == value
-    assert found[0].allowed.startswith("must be ")
+    reported = problems(given(**{key: value}))
+    assert [problem.key for problem in reported] == [key]
+    assert reported[0].value == value
+    assert reported[0].allowed.startswith("must be ")
 
 
 @pytest.mark.parametrize("change", [{"lora_target": ["q_proj", "v_proj"]}, {"dataset": ["tiny_sft"]},
@@ -72,7 +72,7 @@ IMPOSSIBLE = {
 }
 
 
-@pytest.mark.parametrize(("path", "why"), IMPOSSIBLE.items(), ids=["name", "whole", "zero"])
+@pytest.mark.parametrize(("path", "why"), IMPOSSIBLE.items(), ids=["long name", "long path", "zero byte"])
 @pytest.mark.parametrize("key", ["model_name_or_path", "output_dir", "dataset_dir", "adaptive_plan", "deepspeed",
                                  "resume_from_checkpoint", "tokenized_path"])  # fmt: skip
 def test_a_path_that_no_file_can_have(key, path, why, given):

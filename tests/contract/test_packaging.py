@@ -76,7 +76,7 @@ def file_limit(size):
 
 
 @pytest.mark.parametrize(
-    ("place", "condition", "why"),
+    ("target", "condition", "why"),
     [
         ("file", nullcontext(), "Not a directory"),
         ("file/below", nullcontext(), "Not a directory"),
@@ -85,17 +85,17 @@ def file_limit(size):
     ],
     ids=["a file", "below a file", "no rights", "no room"],
 )
-def test_init_says_in_one_line_why_it_cannot_copy_and_leaves_nothing(place, condition, why, tmp_path, capsys):
+def test_init_says_in_one_line_why_it_cannot_copy_and_leaves_nothing(target, condition, why, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "open").mkdir()
     (tmp_path / "closed").mkdir(mode=0o500)
     with condition:
-        code = cli.main(["init", str(tmp_path / place)])
+        code = cli.main(["init", str(tmp_path / target)])
     said = capsys.readouterr().err
     assert code == 2
     assert len(said.splitlines()) == 1
     assert re.search(
-        rf"error: {re.escape(str(tmp_path / place / 'examples'))} cannot be written \((\[Errno \d+\] )?{why}", said
+        rf"error: {re.escape(str(tmp_path / target / 'examples'))} cannot be written \((\[Errno \d+\] )?{why}", said
     )
     assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["closed", "file", "open"]
 

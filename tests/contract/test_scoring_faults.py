@@ -134,10 +134,10 @@ def test_a_process_that_was_killed_ran_out_of_memory_as_a_rule(score):
     ],
 )
 def test_a_process_that_crashed_tells_how_and_its_last_line(script, said, score):
-    found, log = score(script)
-    assert found == f"the scoring process {said} (the whole log: {log})"
+    message, log = score(script)
+    assert message == f"the scoring process {said} (the whole log: {log})"
 
 
 def test_a_process_that_says_what_is_wrong_is_quoted(score):
-    found, log = score("""printf '{"error": "no rows at all"}' > "$4"; echo noise; exit 2""")
-    assert found == f"no rows at all (the scoring process's whole log: {log})"
+    message, log = score("""printf '{"error": "no rows at all"}' > "$4"; echo noise; exit 2""")
+    assert message == f"no rows at all (the scoring process's whole log: {log})"

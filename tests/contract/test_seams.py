@@ -90,7 +90,7 @@ def test_a_patch_that_raises_does_not_break_a_plain_run(monkeypatch):
     def broken(original):
         raise RuntimeError("entry point is broken")
 
-    seam = seams.Seam("some.module", "name", lambda found: True, broken)
+    seam = seams.Seam("some.module", "name", lambda attribute: True, broken)
     monkeypatch.setattr(seams, "SEAMS", (seam,))
     module = types.ModuleType("some.module")
     module.name = "untouched"

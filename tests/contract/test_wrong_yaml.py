@@ -151,10 +151,10 @@ def test_defaults_and_values_of_a_right_yaml(tiny_llama, data_dir, tmp_path):
 def test_command_line_flags_mean_the_same_as_yaml():
     words = ["--finetuning_type", "adaptive", "--lora_rank", "6", "--adaptive_min_rank=2", "--do_train", "True",
              "--sensitivity_metric", "local", "--model_name_or_path", "x", "--output_dir", "y"]  # fmt: skip
-    found = to_mapping(words)
-    assert found["finetuning_type"] == "adaptive"
-    assert (found["lora_rank"], found["adaptive_min_rank"], found["sensitivity_metric"]) == (6, 2, "local")
-    assert "lora_alpha" not in found
+    mapping = to_mapping(words)
+    assert mapping["finetuning_type"] == "adaptive"
+    assert (mapping["lora_rank"], mapping["adaptive_min_rank"], mapping["sensitivity_metric"]) == (6, 2, "local")
+    assert "lora_alpha" not in mapping
 
 
 def test_flags_that_nobody_has_are_named_and_abbreviations_are_no_flags():
@@ -253,11 +253,11 @@ def test_the_digest_follows_weights_data_and_tokenised_folders(tiny_llama, data_
     assert identity(args) != identity({**args, "quantization_bit": 4})
     folder = tmp_path / "tokens" / "train"
     folder.mkdir(parents=True)
-    tokenized, found = {**args, "tokenized_path": str(folder.parent)}, []
+    tokenized, digests = {**args, "tokenized_path": str(folder.parent)}, []
     for text in ("a", "b"):
         (folder / "data.arrow").write_text(text)
-        found.append(identity(tokenized))
-    assert found[0] != found[1]
+        digests.append(identity(tokenized))
+    assert digests[0] != digests[1]
 
 
 def test_help_names_unit_and_range():

@@ -23,6 +23,10 @@ REPEATS = pytest.mark.repeats
 # DeepSpeed builds its CPU optimizer when it is first asked for.
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 HARD = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.01}
+# Whatever of IGU-LoRA an engine could do in another way: typical importances and norms of gradients are summed over
+# processes, lambda and the optimizer's states are reset and scaled.
+IGU = {**HARD, "igu_importance": "shrink", "igu_init": "gaussian", "igu_uncertainty": "snr",
+       "igu_orthogonality_weight": 0.1}  # fmt: skip
 # Where B starts at zero some gradients are near zero, and Adam makes their rounding visible: a larger epsilon helps.
 TSQ = {**HARD, "adam_epsilon": 1e-4}
 SAMPLES = {"tsq_alignment_weight": 0.5, "tsq_projection": 0}
@@ -41,21 +45,21 @@ def deepspeed_config(folder: Path, stage: int, **zero) -> Path:
 def alone(tiny_llama, data_dir, tmp_path_factory):
     """The reference: one process sees the whole batch. Two micro-batches a step, and clipping at every step."""
     out = tmp_path_factory.mktemp("alone") / "out"
-    train(pruning_settings(tiny_llama, data_dir, out, per_device_train_batch_size=4, **HARD))
+    train(pruning_settings(tiny_llama, data_dir, out, per_device_train_batch_size=4, **IGU))
     return out
 
 
 @pytest.fixture
 def make(tiny_llama, data_dir, tmp_path):
     """Settings of one of two processes, half the batch each."""
-    return lambda **more: pruning_settings(tiny_llama, data_dir, tmp_path / "out", **{**HARD, **more})
+    return lambda **more: pruning_settings(tiny_llama, data_dir, tmp_path / "out", **{**IGU, **more})
 
 
 def check_same(out, alone, tolerance=1e-5):
     assert load_plan(out / "adaptive_rank_plan.json").ranks() == load_plan(alone / "adaptive_rank_plan.json").ranks()
-    found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (out, alone))
-    assert found.keys() == expected.keys()
-    assert max(float((found[key] - expected[key]).abs().max()) for key in found) < tolerance
+    tensors, expected = (load_file(folder / "adapter_model.safetensors") for folder in (out, alone))
+    assert tensors.keys() == expected.keys()
+    assert max(float((tensors[key] - expected[key]).abs().max()) for key in tensors) < tolerance
     histories = [
         [line["ranks"] for line in map(json.loads, (folder / "adaptive_log.jsonl").read_text().splitlines())
          if line["event"] == "allocation"]
@@ -97,9 +101,9 @@ def test_two_processes_resume_bitwise_and_find_the_same_ranks(stage, make, alone
     shutil.copytree(out / "checkpoint-5", again / "checkpoint-5")
     (again / "adaptive_log.jsonl").write_text((out / "adaptive_log.jsonl").read_text().splitlines()[0] + "\n")
     train_on_two(make(**more, output_dir=str(again)), tmp_path / "logs")
-    found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (again, out))
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in found)
+    tensors, expected = (load_file(folder / "adapter_model.safetensors") for folder in (again, out))
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[key], expected[key]) for key in tensors)
     lines = [json.loads(line) for line in (again / "adaptive_log.jsonl").read_text().splitlines()]
     assert [(line["event"], line["step"]) for line in lines][1:3] == [("resumed", 5), ("allocation", 6)]
 
@@ -125,14 +129,14 @@ def test_two_processes_choose_samples_and_ranks_as_one_does(stage, parts, tiny_l
     alone = alone_tsq[parts is not SAMPLES]
     check_same(out, alone, tolerance=1e-3)
     if parts is SAMPLES:
-        found, expected = ([json.loads(line) for line in (folder / SAMPLES_FILE).read_text().splitlines()]
-                           for folder in (out, alone))  # fmt: skip
-        assert [sample["used"] for sample in found] == [sample["used"] for sample in expected]
-        assert [s["quality"] for s in found] == pytest.approx([s["quality"] for s in expected], abs=1e-4)
+        samples, expected = ([json.loads(line) for line in (folder / SAMPLES_FILE).read_text().splitlines()]
+                             for folder in (out, alone))  # fmt: skip
+        assert [sample["used"] for sample in samples] == [sample["used"] for sample in expected]
+        assert [s["quality"] for s in samples] == pytest.approx([s["quality"] for s in expected], abs=1e-4)
     shutil.copytree(out / "checkpoint-5", again / "checkpoint-5")
     train_on_two(tsq_settings(tiny_llama, data_dir, again, **more), tmp_path / "logs")
-    found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (again, out))
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    tensors, expected = (load_file(folder / "adapter_model.safetensors") for folder in (again, out))
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
 
 
 @pytest.fixture(scope="module")

@@ -33,20 +33,20 @@ def test_the_adapter_is_cut_to_the_ranks_found_and_equals_the_live_model(archite
         assert (logits(keep.model) - live).abs().max() > 1e-3, "the adapter should do something"
     assert (peft_logits(base, out) - live).abs().max() <= 1e-4
 
-    found = allocations(out)
-    assert [line["step"] for line in found] == [2, 4, 6, 8]
-    assert all(line["budget_used"] <= line["budget_asked"] for line in found)
-    assert [line["budget_asked"] for line in found] == sorted((line["budget_asked"] for line in found), reverse=True)
-    assert found[-1]["final"]
-    assert found[-1]["budget_asked"] == 4096 == plan.budget()["asked_parameters"]
-    assert found[-1]["ranks"] == list(plan.ranks().values())
-    assert any(line["grown"] for line in found), "components should come back, too"
-    assert any(line["shrunk"] for line in found)
-    assert found[-1]["counters"]["observations"] == 8, "nothing is scored once the ranks are final"
+    events = allocations(out)
+    assert [line["step"] for line in events] == [2, 4, 6, 8]
+    assert all(line["budget_used"] <= line["budget_asked"] for line in events)
+    assert [line["budget_asked"] for line in events] == sorted((line["budget_asked"] for line in events), reverse=True)
+    assert events[-1]["final"]
+    assert events[-1]["budget_asked"] == 4096 == plan.budget()["asked_parameters"]
+    assert events[-1]["ranks"] == list(plan.ranks().values())
+    assert any(line["grown"] for line in events), "components should come back, too"
+    assert any(line["shrunk"] for line in events)
+    assert events[-1]["counters"]["observations"] == 8, "nothing is scored once the ranks are final"
 
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     seen = [entry["adaptive/budget_used"] for entry in history if "adaptive/budget_used" in entry]
-    assert seen[-1] == found[-1]["budget_used"]
+    assert seen[-1] == events[-1]["budget_used"]
     for picture in ("adaptive_ranks.png", "adaptive_rank_history.png"):
         assert (out / picture).stat().st_size > 5000
     assert "## Adaptive ranks: igu" in (out / "README.md").read_text()

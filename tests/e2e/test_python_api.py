@@ -149,10 +149,10 @@ class Odd(nn.Module):
 @pytest.mark.parametrize("weighting", ["none", "gradient"])
 def test_a_given_forward_runs_models_of_another_signature(weighting):
     batches, chosen = calibration_batches(rows(6), batch_size=2), {"weighting": weighting}
-    wanted = {"target_modules": ["q_proj", "down_proj"]}
-    plain = score_modules(tiny_model(), batches, **wanted, **chosen)
+    targets = {"target_modules": ["q_proj", "down_proj"]}
+    plain = score_modules(tiny_model(), batches, **targets, **chosen)
     odd = score_modules(Odd(), batches, forward=lambda model, batch: model(batch.input_ids, batch.attention_mask),
-                        **wanted, **chosen)  # fmt: skip
+                        **targets, **chosen)  # fmt: skip
     assert [f"inner.{name}" for name in plain.statistics] == list(odd.statistics)
     for name, value in plain.statistics.items():
         assert torch.allclose(odd.statistics[f"inner.{name}"], value, rtol=1e-6)
@@ -199,8 +199,8 @@ class StopAt(TrainerCallback):
 
 def test_a_resumed_search_ends_as_one_that_was_never_stopped(tmp_path):
     settings = {"lora_rank": 4, "interval": 2, "seed": 3}
-    whole = rank_search(tiny_model(), **settings)
-    trained(whole.trainer(Trainer), whole.model, tmp_path / "whole")
+    uninterrupted = rank_search(tiny_model(), **settings)
+    trained(uninterrupted.trainer(Trainer), uninterrupted.model, tmp_path / "uninterrupted")
 
     stopped = rank_search(tiny_model(), **settings)
     trainer = stopped.trainer(Trainer)(
@@ -210,8 +210,8 @@ def test_a_resumed_search_ends_as_one_that_was_never_stopped(tmp_path):
     trainer.train()
     resumed = rank_search(tiny_model(), **settings)
     trained(resumed.trainer(Trainer), resumed.model, tmp_path / "run", resume=True)
-    assert resumed.finalize(tmp_path / "run").ranks() == whole.finalize(tmp_path / "whole").ranks()
-    theirs, ours = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "run"))
+    assert resumed.finalize(tmp_path / "run").ranks() == uninterrupted.finalize(tmp_path / "uninterrupted").ranks()
+    theirs, ours = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("uninterrupted", "run"))
     assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
 
     other = rank_search(tiny_model(), **{**settings, "lora_rank": 3})

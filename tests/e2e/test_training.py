@@ -104,15 +104,17 @@ def test_quantised_bases_train_and_the_adapter_fits_the_full_precision_base(bits
 
 def test_interrupted_and_resumed_equals_uninterrupted(tiny_llama, data_dir, tmp_path):
     more = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "overwrite_output_dir": False}
-    train(settings(tiny_llama, data_dir, tmp_path / "whole", **more))
+    train(settings(tiny_llama, data_dir, tmp_path / "uninterrupted", **more))
     with pytest.raises(KeyboardInterrupt):
         train(settings(tiny_llama, data_dir, tmp_path / "cut", **more), crash_at=3)
     assert not (tmp_path / "cut" / "adapter_model.safetensors").exists()
     train(settings(tiny_llama, data_dir, tmp_path / "cut", **more))  # found by itself, as upstream does
-    whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
-    assert whole.keys() == cut.keys()
-    assert all(torch.equal(whole[key], cut[key]) for key in whole)
-    assert (load_plan(tmp_path / "whole" / "adaptive_rank_plan.json").digest()
+    uninterrupted, cut = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("uninterrupted", "cut")
+    )
+    assert uninterrupted.keys() == cut.keys()
+    assert all(torch.equal(uninterrupted[key], cut[key]) for key in uninterrupted)
+    assert (load_plan(tmp_path / "uninterrupted" / "adaptive_rank_plan.json").digest()
             == load_plan(tmp_path / "cut" / "checkpoint-2" / "adaptive_rank_plan.json").digest())  # fmt: skip
 
 
@@ -164,10 +166,10 @@ def test_a_plan_edited_by_hand_is_trained_and_one_over_budget_is_not(tiny_llama,
     by_name["model.layers.1.self_attn.q_proj"]["rank"] = 8
     path.write_text(json.dumps(document))
     train(settings(tiny_llama, data_dir, tmp_path / "edited", adaptive_plan=str(path)))
-    found = json.loads((tmp_path / "edited" / "adapter_config.json").read_text())
-    assert found["r"] == 8
-    assert found["lora_alpha"] == 16
-    assert "model.layers.0.self_attn.q_proj" not in found["rank_pattern"]
+    config = json.loads((tmp_path / "edited" / "adapter_config.json").read_text())
+    assert config["r"] == 8
+    assert config["lora_alpha"] == 16
+    assert "model.layers.0.self_attn.q_proj" not in config["rank_pattern"]
     by_name["model.layers.0.mlp.up_proj"]["rank"] = 9
     path.write_text(json.dumps(document))
     with pytest.raises(PlanError, match=r"costs 4,576 parameters.*is 4,096: 480 too many.*lora_rank: 5"):
@@ -206,8 +208,8 @@ def test_a_run_whose_ranks_never_reached_the_model_fails(tiny_llama, data_dir, t
     from llamafactory_adaptive.training import trainer
 
     lost = type("Lost", (), {"get": lambda s: None, "set": lambda s, v: None, "reset": lambda s, t: None})()
-    for place in (trainer, training_run):
-        monkeypatch.setattr(place, "current_run", lost)
+    for module in (trainer, training_run):
+        monkeypatch.setattr(module, "current_run", lost)
     monkeypatch.setattr(training_run, "inject_ranks", lambda original: original)
     with pytest.raises(GuardError, match=r"does not match the plan \(14 adapted modules, 14 planned\)"):
         train(settings(tiny_llama, data_dir, tmp_path / "o"))

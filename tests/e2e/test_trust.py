@@ -20,18 +20,18 @@ SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "overwrite_
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_llama, data_dir, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "out"
+def full_run(tiny_llama, data_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("full_run") / "out"
     train(settings(tiny_llama, data_dir, out, **SAVING))
     return out
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.safetensors"])
 def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(
-    name, whole, tiny_llama, data_dir, tmp_path, caplog
+    name, full_run, tiny_llama, data_dir, tmp_path, caplog
 ):
     out = tmp_path / "out"
-    shutil.copytree(whole, out)
+    shutil.copytree(full_run, out)
     (out / "adapter_model.safetensors").unlink()
     shutil.rmtree(out / "checkpoint-6")
     path = out / "checkpoint-4" / name
@@ -48,15 +48,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(
         train(args)
     assert f"{name}" in caplog.text
     assert "resuming from checkpoint-2" in caplog.text
-    found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (out, whole))
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    tensors, expected = (load_file(folder / "adapter_model.safetensors") for folder in (out, full_run))
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
 
 
-def test_a_run_on_another_models_plan_resumes_with_its_own_command(whole, tiny_llama, data_dir, tmp_path):
+def test_a_run_on_another_models_plan_resumes_with_its_own_command(full_run, tiny_llama, data_dir, tmp_path):
     link = tmp_path / "another_name"
     link.symlink_to(tiny_llama)
     plan = tmp_path / "plan.json"
-    shutil.copy(whole / files.PLAN_FILE, plan)
+    shutil.copy(full_run / files.PLAN_FILE, plan)
     out = tmp_path / "out"
     args = settings(link, data_dir, out, **SAVING, adaptive_plan=str(plan))
     with pytest.raises(KeyboardInterrupt):
@@ -65,13 +65,13 @@ def test_a_run_on_another_models_plan_resumes_with_its_own_command(whole, tiny_l
     assert facts["base_model"] == str(link)
     assert facts["planned_for"]["base_model"] == str(tiny_llama)
     train(args)
-    found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (out, whole))
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    tensors, expected = (load_file(folder / "adapter_model.safetensors") for folder in (out, full_run))
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
 
 
-def test_a_fresh_run_moves_the_older_one_aside_and_a_second_one_is_refused(whole, tiny_llama, data_dir, tmp_path):
+def test_a_fresh_run_moves_the_older_one_aside_and_a_second_one_is_refused(full_run, tiny_llama, data_dir, tmp_path):
     out = tmp_path / "out"
-    shutil.copytree(whole, out)
+    shutil.copytree(full_run, out)
     args = settings(tiny_llama, data_dir, out, adaptive_method="uniform", max_steps=1)
     with folder_lock.locked(out), pytest.MonkeyPatch.context() as patch:
         patch.setattr(folder_lock.locked.__wrapped__, "__defaults__", (0.0,))
@@ -99,9 +99,9 @@ def test_a_damaged_plan_or_statistics_in_the_cache_are_made_anew(tiny_llama, dat
     assert load_plan(tmp_path / "b" / files.PLAN_FILE).ranks() == ranks
 
 
-def test_a_plain_run_over_live_ranks_is_told(whole, tiny_llama, data_dir, tmp_path):
+def test_a_plain_run_over_live_ranks_is_told(full_run, tiny_llama, data_dir, tmp_path):
     out = tmp_path / "out"
-    shutil.copytree(whole, out)
+    shutil.copytree(full_run, out)
     (out / "checkpoint-6" / files.STATE_JSON).write_text("{}")
     args = settings(tiny_llama, data_dir, out, finetuning_type="lora", overwrite_output_dir=False)
     plain = {key: value for key, value in args.items() if not key.startswith("adaptive_")}
@@ -109,12 +109,12 @@ def test_a_plain_run_over_live_ranks_is_told(whole, tiny_llama, data_dir, tmp_pa
         train(plain)
 
 
-def test_checkpoints_of_older_versions_on_a_given_plan_still_resume(whole, tiny_llama, data_dir, tmp_path, caplog):
+def test_checkpoints_of_older_versions_on_a_given_plan_still_resume(full_run, tiny_llama, data_dir, tmp_path, caplog):
     """They noted the model that the plan was made for, and neither digests nor layout."""
     out, plan = tmp_path / "out", tmp_path / "plan.json"
-    shutil.copytree(whole, out)
+    shutil.copytree(full_run, out)
     (out / "adapter_model.safetensors").unlink()
-    shutil.copy(whole / files.PLAN_FILE, plan)
+    shutil.copy(full_run / files.PLAN_FILE, plan)
     for folder in out.glob("checkpoint-*"):
         (folder / files.DIGESTS_FILE).unlink()
         (folder / "adaptive_layout.json").unlink()

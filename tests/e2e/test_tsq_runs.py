@@ -29,23 +29,23 @@ pytestmark = pytest.mark.slow
 def test_samples_and_ranks_together(tiny_llama, data_dir, tmp_path):
     out = tmp_path / "out"
     keep = train(tsq_settings(tiny_llama, data_dir, out, save_strategy="steps", save_steps=5))
-    plan, found = load_plan(out / "adaptive_rank_plan.json"), allocations(out)
+    plan, events = load_plan(out / "adaptive_rank_plan.json"), allocations(out)
     live = logits(keep.model)
     assert (peft_logits(tiny_llama, out) - live).abs().max() <= 1e-4
     tensors = load_file(out / "adapter_model.safetensors")
     assert sum(t.numel() for t in tensors.values()) == plan.budget()["used_parameters"]
 
-    assert [line["step"] for line in found] == [3, 6, 9]
+    assert [line["step"] for line in events] == [3, 6, 9]
     cheapest = min(m.parameters_per_rank for m in plan.modules)
-    for line in found:
+    for line in events:
         assert line["budget_asked"] == 4096
         assert 0 <= line["budget_asked"] - line["budget_used"] < cheapest
         assert line["subset_size"] == round(0.7 * 24)
         assert line["effective_sample_size"] > 1
     assert [line["subset"] for line in lines(out)] == [0, 1, 2, 3]
-    assert all(any(line[key] for line in found) for key in ("grown", "shrunk"))
-    assert found[-1]["final"]
-    assert found[-1]["ranks"] == list(plan.ranks().values())
+    assert all(any(line[key] for line in events) for key in ("grown", "shrunk"))
+    assert events[-1]["final"]
+    assert events[-1]["ranks"] == list(plan.ranks().values())
 
     checkpoint = json.loads((out / "checkpoint-5" / "adapter_config.json").read_text())
     assert checkpoint["r"] == 16, "live shapes stay at adaptive_max_rank"
@@ -105,13 +105,13 @@ CASES = {
 def test_options_and_stages(case, tiny_llama, data_dir, tmp_path):
     out = tmp_path / "out"
     train(tsq_settings(tiny_llama, data_dir, out, **CASES[case]))
-    plan, found = load_plan(out / "adaptive_rank_plan.json"), allocations(out)
-    assert found
+    plan, events = load_plan(out / "adaptive_rank_plan.json"), allocations(out)
+    assert events
     assert all(
-        line["budget_used"] <= line["budget_asked"] <= plan.budget()["asked_" + plan.budget_kind] for line in found
+        line["budget_used"] <= line["budget_asked"] <= plan.budget()["asked_" + plan.budget_kind] for line in events
     )
     if case == "quality_budget":
-        assert all(0.5 * 4096 <= line["budget_asked"] < 4096 for line in found)
+        assert all(0.5 * 4096 <= line["budget_asked"] < 4096 for line in events)
     if case == "projected":
         assert plan.budget()["left_ranks"] == 0
     if case == "clipped":
@@ -119,7 +119,7 @@ def test_options_and_stages(case, tiny_llama, data_dir, tmp_path):
         assert [s["index"] for s in samples(out) if s["clipped"]] == sorted(s["index"] for s in left_out)
         assert not any(sample["used"] for sample in samples(out) if sample["clipped"])
     if case == "epochs":
-        assert found[-1]["counters"]["steps"] == found[-1]["step"]
+        assert events[-1]["counters"]["steps"] == events[-1]["step"]
         # 17 samples a subset, 18 an epoch; batches of 2, 3 of them a step
         assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 2 * 3
 
@@ -151,8 +151,8 @@ def test_collapsed_weights_are_warned_of_once(tiny_llama, data_dir, tmp_path, mo
     train(tsq_settings(tiny_llama, data_dir, tmp_path / "a", tsq_temperature=0.05))
     assert len(said) == 1
     assert "below 10% of the subset of 17" in said[0]
-    wanted = float(said[0].split("tsq_temperature from 0.05 to ")[1].split(",")[0])
-    train(tsq_settings(tiny_llama, data_dir, tmp_path / "b", tsq_temperature=wanted))
+    advised = float(said[0].split("tsq_temperature from 0.05 to ")[1].split(",")[0])
+    train(tsq_settings(tiny_llama, data_dir, tmp_path / "b", tsq_temperature=advised))
     assert len(said) == 1, "the advice helps"
 
 

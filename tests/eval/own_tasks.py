@@ -53,10 +53,10 @@ def main(url: str, tokenizer: str, data: Path, limit: int | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         names = [write_task(Path(folder), name, data) for name in OWN if rows_of(name, data).exists()]
         manager = TaskManager(include_path=folder, include_defaults=False)
-        found = lm_eval.simple_evaluate("local-completions", arguments, names, bootstrap_iters=0, limit=limit,
-                                        task_manager=manager)  # fmt: skip
+        evaluation = lm_eval.simple_evaluate("local-completions", arguments, names, bootstrap_iters=0, limit=limit,
+                                             task_manager=manager)  # fmt: skip
     rows: dict[str, tuple[str, dict[str, float]]] = {}
-    for task, samples in found["samples"].items():
+    for task, samples in evaluation["samples"].items():
         for s in samples:
             suffix = "" if s["filter"] == "none" else f",{s['filter']}"
             metrics = {f"{m}{suffix}": float(s[m]) for m in s["metrics"]}

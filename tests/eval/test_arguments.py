@@ -104,9 +104,9 @@ def test_results_are_never_overwritten(words, tmp_path):
 def test_boolq_without_passages_is_refused_where_the_passage_is_shown(words, rows):
     path = rows / "boolq" / "dev.jsonl"
     path.write_text('{"question": "is it", "answer": true}\n')
-    found = problems(words(protocol="lm_eval"))
-    assert f"{path}:1: boolq of lm_eval needs the field passage; lm_eval's BoolQ shows the passage. Try " in found
-    assert "--tasks boolq_no_passage" in found
+    message = problems(words(protocol="lm_eval"))
+    assert f"{path}:1: boolq of lm_eval needs the field passage; lm_eval's BoolQ shows the passage. Try " in message
+    assert "--tasks boolq_no_passage" in message
     parse(words("--tasks", "boolq", protocol="llm_adapters"))
     parse(words("--tasks", "boolq_no_passage", protocol="lm_eval"))
 

@@ -69,14 +69,14 @@ def test_the_figures_are_those_of_a_run(first, tmp_path, capsys):
     """Two folders of one model each say what one folder of both says."""
     second = write(tmp_path / "second", ["other"])
     assert compare.main([str(first), str(second), "--out", str(tmp_path / "both.json")]) == 0
-    found = json.loads((tmp_path / "both.json").read_text())
-    assert [(c["first"], c["second"]) for c in found["comparisons"]] == [
+    written = json.loads((tmp_path / "both.json").read_text())
+    assert [(c["first"], c["second"]) for c in written["comparisons"]] == [
         ("first:base", "second:other"), ("first:mine", "second:other")]  # fmt: skip
-    base = found["comparisons"][0]
+    base = written["comparisons"][0]
     assert base["mean_difference"]["value"] == pytest.approx(((3 - 2) / 5 + (2 - 1) / 3) / 2)
     assert [(t["task"], t["only_first"], t["only_second"], t["p_value"]) for t in base["tasks"]] == [
         ("gsm8k", 1, 2, 1.0), ("boolq", 1, 2, 1.0)]  # fmt: skip
-    assert [m["value"] for m in found["means"]] == pytest.approx(
+    assert [m["value"] for m in written["means"]] == pytest.approx(
         [(2 / 5 + 1 / 3) / 2, (4 / 5 + 2 / 3) / 2, (3 / 5 + 2 / 3) / 2]
     )
     out = capsys.readouterr().out

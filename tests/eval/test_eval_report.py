@@ -41,10 +41,10 @@ def test_scores_and_means(answers):
 
 
 def test_comparison_pairs_rows(answers):
-    (found,) = results.comparisons(answers)
-    assert (found["first"], found["second"]) == ("base", "tuned")
-    assert found["mean_difference"]["value"] == pytest.approx(0.375)
-    easy, hard = found["tasks"]
+    (comparison,) = results.comparisons(answers)
+    assert (comparison["first"], comparison["second"]) == ("base", "tuned")
+    assert comparison["mean_difference"]["value"] == pytest.approx(0.375)
+    easy, hard = comparison["tasks"]
     assert (easy["only_first"], easy["only_second"], easy["p_value"]) == (0, 2, 0.5)
     assert (hard["only_first"], hard["only_second"], hard["p_value"]) == (0, 1, 1.0)
 
@@ -54,9 +54,9 @@ def test_seeds_are_averaged_per_row_and_compared_one_by_one():
     a = results.gather("a", "base", [task], samples("gsm8k", "acc", [1, 0], [0, 0]))
     b = results.gather("b", "merged", [task], samples("gsm8k", "acc", [1, 1], [1, 1]))
     assert [(s.value, s.n) for s in results.scores(a)] == [(0.25, 2)]
-    (found,) = results.comparisons([*a, *b])
-    assert [(t["seed"], t["only_second"], t["difference"]) for t in found["tasks"]] == [(0, 1, 0.5), (1, 2, 1.0)]
-    assert "gsm8k (seed 1)" in report.comparison_text([found])
+    (comparison,) = results.comparisons([*a, *b])
+    assert [(t["seed"], t["only_second"], t["difference"]) for t in comparison["tasks"]] == [(0, 1, 0.5), (1, 2, 1.0)]
+    assert "gsm8k (seed 1)" in report.comparison_text([comparison])
 
 
 def test_the_table_says_what_was_measured_how(answers):
@@ -89,20 +89,20 @@ def test_repeats_by_hand():
         [["18", "7", "7", "[invalid]"], ["18", "$18", "[invalid]", "1,8"], ["1", "2", "3", "4"]],
     )
     (task,) = load_tasks("llm_adapters", ["gsm8k"])
-    found = {s.metric: s for s in results.scores(results.gather("a", "base", [task], asked[::-1]))}
-    assert {metric: s.value for metric, s in found.items()} == pytest.approx(
+    by_metric = {s.metric: s for s in results.scores(results.gather("a", "base", [task], asked[::-1]))}
+    assert {metric: s.value for metric, s in by_metric.items()} == pytest.approx(
         {"acc": 1 / 3, "pass@2": 1 / 2, "pass@4": 2 / 3, "maj@4": 1 / 3}
     )
-    assert {(s.n, s.repeats) for s in found.values()} == {(3, 4)}  # the row is the unit, not the answer
-    assert found["acc"].stderr == pytest.approx(statistics.stdev([0.25, 0.75, 0]) / math.sqrt(3))
-    assert [s.headline for s in found.values()] == [True, False, False, False]
+    assert {(s.n, s.repeats) for s in by_metric.values()} == {(3, 4)}  # the row is the unit, not the answer
+    assert by_metric["acc"].stderr == pytest.approx(statistics.stdev([0.25, 0.75, 0]) / math.sqrt(3))
+    assert [s.headline for s in by_metric.values()] == [True, False, False, False]
 
 
 def test_no_answer_wins_only_where_all_are_none():
     (task,) = load_tasks("llm_adapters", ["gsm8k"])
     asked = repeated([[0, 0, 1], [0, 0, 0]], [["[invalid]", "[invalid]", "18"], ["[invalid]", "", "inf"]])
-    found = {s.metric: s.value for s in results.scores(results.gather("a", "base", [task], asked))}
-    assert (found["maj@3"], found["acc"]) == (0.5, pytest.approx(1 / 6))
+    values = {s.metric: s.value for s in results.scores(results.gather("a", "base", [task], asked))}
+    assert (values["maj@3"], values["acc"]) == (0.5, pytest.approx(1 / 6))
 
 
 def test_votes_on_whole_texts_are_read_as_the_task_reads_them():
@@ -115,8 +115,8 @@ def test_votes_on_whole_texts_are_read_as_the_task_reads_them():
         )
         for i, text in enumerate(texts)
     ]
-    found = {s.metric: s.value for s in results.scores(results.gather("a", "base", [task], asked))}
-    assert found == {"acc": 0.5, "pass@2": 1 - 1 / 6, "pass@4": 1.0, "maj@4": 1.0}
+    values = {s.metric: s.value for s in results.scores(results.gather("a", "base", [task], asked))}
+    assert values == {"acc": 0.5, "pass@2": 1 - 1 / 6, "pass@4": 1.0, "maj@4": 1.0}
 
 
 def test_a_vote_needs_answers_that_were_kept():
@@ -126,10 +126,10 @@ def test_a_vote_needs_answers_that_were_kept():
 
 
 def test_comparisons_in_words(answers):
-    (found,) = results.comparisons(answers)
-    text = report.comparison_text([found])
+    (comparison,) = results.comparisons(answers)
+    text = report.comparison_text([comparison])
     assert "+37.50 points, p 0.25 (sign flips), no interval, since the models differ on 3 rows only" in text
-    assert [t["p_holm"] for t in found["tasks"]] == [1.0, 1.0]
+    assert [t["p_holm"] for t in comparison["tasks"]] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("shown", [lambda s, p: report.table(s, [], {}), report.save_chart])

@@ -19,15 +19,15 @@ def test_mcnemar_against_all_assignments(only_first, only_second):
     n = only_first + only_second
     gap = abs(only_first - only_second)
     extreme = sum(abs(n - 2 * sum(sides)) >= gap for sides in itertools.product((0, 1), repeat=n))
-    found = stats.mcnemar(first, second)
-    assert (found.only_first, found.only_second) == (only_first, only_second)
-    assert found.p_value == pytest.approx(extreme / 2**n)
+    result = stats.mcnemar(first, second)
+    assert (result.only_first, result.only_second) == (only_first, only_second)
+    assert result.p_value == pytest.approx(extreme / 2**n)
 
 
 def test_mcnemar_of_many_rows_does_not_overflow():
-    found = stats.mcnemar([1.0] * 1100 + [0.0] * 900, [0.0] * 1100 + [1.0] * 900)
+    result = stats.mcnemar([1.0] * 1100 + [0.0] * 900, [0.0] * 1100 + [1.0] * 900)
     z = (1100 - 900 - 1) / math.sqrt(2000)  # normal approximation with continuity correction
-    assert found.p_value == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.03)
+    assert result.p_value == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.03)
 
 
 def test_standard_error_is_that_of_the_standard_library():
@@ -51,8 +51,8 @@ def test_interval_against_every_resample():
         for one in itertools.product(gaps[0], repeat=3)
         for two in itertools.product(gaps[1], repeat=3)
     ]
-    found = stats.bootstrap_interval(gaps, resamples=50_000)
-    assert found == pytest.approx(tuple(np.percentile(exact, [2.5, 97.5])))
+    interval = stats.bootstrap_interval(gaps, resamples=50_000)
+    assert interval == pytest.approx(tuple(np.percentile(exact, [2.5, 97.5])))
 
 
 def difference(first, second, **settings):
@@ -72,11 +72,11 @@ def test_differences_pair_rows_and_are_seeded():
 
 def test_interval_covers_as_it_says():
     """95 of 100 intervals hold the true difference of 0.1, give or take."""
-    draw = np.random.default_rng(5)
+    rng = np.random.default_rng(5)
     held = 0
     for seed in range(100):
-        first = draw.random(80)
-        second = first + 0.1 + 0.3 * draw.standard_normal(80)
+        first = rng.random(80)
+        second = first + 0.1 + 0.3 * rng.standard_normal(80)
         d = difference(first.tolist(), second.tolist(), seed=seed, resamples=1000)
         held += d.low <= 0.1 <= d.high
     assert 88 <= held <= 100
@@ -85,9 +85,9 @@ def test_interval_covers_as_it_says():
 @pytest.mark.parametrize(("won", "p_value"), [(1, 1.0), (4, 0.125), (5, 0.0625)])
 def test_few_rows_are_no_finding(won, p_value):
     """One row won of one, four of four: as McNemar says, and no interval."""
-    found = difference([0.0] * won + [1.0] * 3, [1.0] * won + [1.0] * 3)
-    assert found.p_value == pytest.approx(p_value) == stats.mcnemar([0.0] * won, [1.0] * won).p_value
-    assert (found.low, found.high, found.n_differ) == (None, None, won)
+    result = difference([0.0] * won + [1.0] * 3, [1.0] * won + [1.0] * 3)
+    assert result.p_value == pytest.approx(p_value) == stats.mcnemar([0.0] * won, [1.0] * won).p_value
+    assert (result.low, result.high, result.n_differ) == (None, None, won)
 
 
 def listed_p(gaps):
@@ -127,10 +127,10 @@ def test_drawn_sign_flips_near_the_exact_test(lost, won):
     """More rows than are listed: within four standard errors of McNemar's exact p value, and the same each time."""
     first, second = [1.0] * lost + [0.0] * won, [0.0] * lost + [1.0] * won
     exact = stats.mcnemar(first, second).p_value
-    found = difference(first, second).p_value
-    assert abs(found - exact) <= 4 * math.sqrt(exact * (1 - exact) / stats.RESAMPLES) + 2 / stats.RESAMPLES
-    assert found == difference(first, second).p_value
-    assert found >= 1 / (stats.RESAMPLES + 1)
+    p_value = difference(first, second).p_value
+    assert abs(p_value - exact) <= 4 * math.sqrt(exact * (1 - exact) / stats.RESAMPLES) + 2 / stats.RESAMPLES
+    assert p_value == difference(first, second).p_value
+    assert p_value >= 1 / (stats.RESAMPLES + 1)
 
 
 def test_holm_by_hand():

@@ -40,8 +40,8 @@ PYTHON = Path(os.environ.get("LLAMAFACTORY_ADAPTIVE_VLLM_PYTHON") or ROOT / ".ve
     ],
 )
 def test_three_extractions(text, strict, flexible, training):
-    found = extraction.strict(text), extraction.flexible(text), extraction.training_format(text)
-    assert found == (strict, flexible, training)
+    extracted = extraction.strict(text), extraction.flexible(text), extraction.training_format(text)
+    assert extracted == (strict, flexible, training)
 
 
 def test_the_task_file_uses_the_same_patterns():
@@ -90,12 +90,12 @@ for named in config["filter_list"]:
     filters[named["name"]] = RegexFilter(**words)
 for line in sys.stdin:
     text, target = json.loads(line)
-    found = {}
+    verdicts = {}
     for name, made in filters.items():
         answer = made.apply([[text]], [{}])[0][0]
         same = exact_match_hf_evaluate(predictions=[answer], references=[target], **settings)["exact_match"]
-        found[name] = [answer, bool(same)]
-    print(json.dumps(found))
+        verdicts[name] = [answer, bool(same)]
+    print(json.dumps(verdicts))
 """
 
 
@@ -103,12 +103,12 @@ for line in sys.stdin:
 @pytest.mark.skipif(not PYTHON.exists(), reason="needs .venv-eval: make eval-install")
 def test_strict_and_flexible_are_those_of_lm_evaluation_harness():
     """Its own pattern filter, its own comparison, its own task file, on 2,000 texts of the pieces that matter."""
-    draw = random.Random(7)
+    rng = random.Random(7)
     numbers = ["18", "18.00", ".75", "0.75", "1,8", "$18", "-18", "####18", "00"]
     pieces = [*numbers, "#### ", ".", ",", "$", "-", "\n", " ", "eggs"]
     labels = ["so\n#### 18", "#### 0.75", "#### -18", "#### 1,800", "18", "#### 18.", "#### 18.00"]
-    texts = ["#### " * draw.randint(0, 1) + "".join(draw.choices(pieces, k=draw.randint(0, 4))) for _ in range(2000)]
-    cases = [(text, draw.choice(labels)) for text in texts]
+    texts = ["#### " * rng.randint(0, 1) + "".join(rng.choices(pieces, k=rng.randint(0, 4))) for _ in range(2000)]
+    cases = [(text, rng.choice(labels)) for text in texts]
     said = subprocess.run([PYTHON, "-c", LM_EVAL], input="".join(json.dumps(c) + "\n" for c in cases), text=True,
                           capture_output=True, check=True).stdout.splitlines()  # fmt: skip
     for (text, target), line in zip(cases, said, strict=True):

@@ -19,10 +19,10 @@ def told(*words, **settings):
 
 
 def test_conditions_are_read():
-    found, problems = parsed("--fail-under", "gsm8k=35", "--fail-under", "mean=50.5",
-                             "--fail-if-worse-than", "base:1.5", "--fail-if-worse-than", "mine")  # fmt: skip
+    conditions, problems = parsed("--fail-under", "gsm8k=35", "--fail-under", "mean=50.5",
+                                  "--fail-if-worse-than", "base:1.5", "--fail-if-worse-than", "mine")  # fmt: skip
     assert problems == []
-    assert found == gates.Gates(
+    assert conditions == gates.Gates(
         (gates.Floor("gsm8k", 35), gates.Floor("mean", 50.5)),
         (gates.Rival("base", 1.5), gates.Rival("mine", 0)),
         ("mine", "other"),
@@ -66,11 +66,11 @@ def pair(first, second, value, p_value):
 
 
 def test_a_floor_is_for_every_model_but_the_base():
-    found, _ = parsed("--fail-under", "gsm8k=35", "--fail-under", "mean=50")
+    conditions, _ = parsed("--fail-under", "gsm8k=35", "--fail-under", "mean=50")
     scores = [score("base", "gsm8k", 0.1), score("mine", "gsm8k", 0.35), score("mine", "gsm8k", 0.0, headline=False),
               score("other", "gsm8k", 0.3499)]  # fmt: skip
     means = [{"model": "base", "value": 0.1}, {"model": "mine", "value": 0.42}, {"model": "other", "value": 0.5}]
-    assert gates.failures(found, scores, means, []) == [
+    assert gates.failures(conditions, scores, means, []) == [
         "other has 34.99 % in gsm8k, less than the 35 % of --fail-under",
         "mine has 42.00 % in the mean over tasks, less than the 50 % of --fail-under",
     ]
@@ -81,9 +81,9 @@ def test_a_floor_is_for_every_model_but_the_base():
     [(-2.0, 0.04, True), (-2.0, 0.06, False), (-0.5, 0.001, False), (-1.0, 0.001, False), (2.0, 0.001, False)],
 )
 def test_worse_by_more_than_the_margin_and_not_by_chance(points, p_value, fails):
-    found, _ = parsed("--fail-if-worse-than", "base:1", models=["base", "mine"])
+    conditions, _ = parsed("--fail-if-worse-than", "base:1", models=["base", "mine"])
     for compared in (pair("base", "mine", points / 100, p_value), pair("mine", "base", -points / 100, p_value)):
-        said = gates.failures(found, [], [], [compared])
+        said = gates.failures(conditions, [], [], [compared])
         expected = (
             "mine is worse than base by 2.00 points in the mean over tasks, more than the 1 of --fail-if-worse-than "
             "(p 0.04, below 0.05)"
@@ -92,6 +92,6 @@ def test_worse_by_more_than_the_margin_and_not_by_chance(points, p_value, fails)
 
 
 def test_the_base_is_not_judged_against_another():
-    found, _ = parsed("--fail-if-worse-than", "mine")
+    conditions, _ = parsed("--fail-if-worse-than", "mine")
     compared = [pair("base", "mine", 0.5, 0.001), pair("mine", "other", 0.1, 0.001), pair("base", "other", 0.6, 0.001)]
-    assert gates.failures(found, [], [], compared) == []
+    assert gates.failures(conditions, [], [], compared) == []

@@ -20,12 +20,12 @@ pytestmark = needs_environment
 @pytest.mark.parametrize("protocol", ["lm_eval", "llm_adapters"])
 def test_a_whole_run(protocol, harness, model):
     out, _ = harness.run("--merged", f"tuned={model}", "--log-samples", "--limit", 4, protocol=protocol)
-    found = harness.results()
-    assert (found["schema_version"], found["protocol"], found["limit"]) == (3, protocol, 4)
-    assert {(s["model"], s["task"]) for s in found["scores"]} == {
+    document = harness.results()
+    assert (document["schema_version"], document["protocol"], document["limit"]) == (3, protocol, 4)
+    assert {(s["model"], s["task"]) for s in document["scores"]} == {
         (m, t) for m in ("base", "tuned") for t in ALL.split(",")}  # fmt: skip
-    assert all(s["n"] == 4 and s["protocol"] == protocol for s in found["scores"])
-    extractions = {s["metric"] for s in found["scores"] if s["task"] == "gsm8k"}
+    assert all(s["n"] == 4 and s["protocol"] == protocol for s in document["scores"])
+    extractions = {s["metric"] for s in document["scores"] if s["task"] == "gsm8k"}
     assert (
         extractions
         == {
@@ -33,17 +33,17 @@ def test_a_whole_run(protocol, harness, model):
             "llm_adapters": {"acc", "strict", "flexible", "training"},
         }[protocol]
     )
-    assert found["versions"]["vllm"] == "0.0.fake"
+    assert document["versions"]["vllm"] == "0.0.fake"
     samples = harness.samples()
     assert len(samples) == 2 * 6 * 4
-    for score in found["scores"]:  # the table is the mean of what samples.jsonl holds
+    for score in document["scores"]:  # the table is the mean of what samples.jsonl holds
         values = [s["metrics"][score["metric"]] for s in samples
                   if (s["model"], s["task"]) == (score["model"], score["task"])]  # fmt: skip
         assert score["value"] == pytest.approx(sum(values) / 4)
     assert out.count("Protocol ") == 1
     assert (harness.out / "out" / "eval_results.png").exists()
     # The fake server answers by a hash of the prompt: both models alike.
-    assert found["comparisons"][0]["mean_difference"]["value"] == 0
+    assert document["comparisons"][0]["mean_difference"]["value"] == 0
 
 
 def test_lm_evals_own_tasks_give_the_same_numbers(harness, tmp_path, port):

@@ -54,8 +54,8 @@ def test_a_damaged_line_costs_its_own_answer_alone(kept, line):
     lines = kept.read_bytes().splitlines()
     lines[1] = line
     kept.write_bytes(b"\n".join(lines) + b"\n")
-    found, damaged = held(kept)
-    assert (set(found), damaged) == ({"k0", "k2"}, 1)
+    answers, damaged = held(kept)
+    assert (set(answers), damaged) == ({"k0", "k2"}, 1)
 
 
 def test_one_flipped_bit_anywhere_is_seen(kept):
@@ -63,8 +63,8 @@ def test_one_flipped_bit_anywhere_is_seen(kept):
     first = raw.index(b"\n")
     for at in range(first):
         kept.write_bytes(raw[:at] + bytes([raw[at] ^ 4]) + raw[at + 1 :])
-        found, _ = held(kept)
-        assert found.get("k0", {"text": "ä\n0"}) == {"text": "ä\n0"}
+        answers, _ = held(kept)
+        assert answers.get("k0", {"text": "ä\n0"}) == {"text": "ä\n0"}
 
 
 def test_what_cannot_be_written_as_utf8_is_kept_too(tmp_path):
@@ -111,7 +111,7 @@ def test_a_full_disk_is_one_sentence_and_costs_no_answer_before(kept):
         lambda folder: folder.write_json("eval_results.json", {"a": "x" * 5000}),
         lambda folder: folder.write_text("samples.html", "x" * 5000),
         lambda folder: folder.append("samples.jsonl", [{"a": "x" * 5000}]),
-        lambda folder: folder.draw("eval.png", lambda path: path.write_text("x" * 5000)),
+        lambda folder: folder.write_picture("eval.png", lambda path: path.write_text("x" * 5000)),
     ],
 )
 def test_every_file_of_a_run_meets_a_full_disk_with_one_sentence(write, tmp_path):

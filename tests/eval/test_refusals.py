@@ -204,7 +204,7 @@ def test_words_about_tokens_are_no_secrets(words, capsys):
 def escaped(value):
     """The same value as writers of URLs, JSON, HTML and Python write it."""
     url = quote(value, safe="")
-    yield from (url, re.sub("%..", lambda found: found.group().lower(), url), quote_plus(value, safe="/"))
+    yield from (url, re.sub("%..", lambda match: match.group().lower(), url), quote_plus(value, safe="/"))
     yield "".join(f"%{byte:02x}" for byte in value.encode())
     units = value.encode("utf-16-be")
     for form in ("{:04x}", "{:04X}"):

@@ -42,8 +42,8 @@ def lines(path):
 def questions_kept(folder):
     """Answers in the folder, the line about the server aside."""
     path = folder / "answers.jsonl"
-    whole = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
-    return sum("max_length" not in str(json.loads(line)["answer"]) for line in whole)
+    complete_lines = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+    return sum("max_length" not in str(json.loads(line)["answer"]) for line in complete_lines)
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(harness, model, tmp_path):
@@ -125,12 +125,12 @@ def test_sampled_answers_are_asked_each_with_its_own_seed(harness, tmp_path):
     assert {body["temperature"] for body in asked} == {0.8}
     samples = harness.samples()
     assert {s["repeat"] for s in samples} == {0, 1, 2, 3}
-    found = {s["metric"]: s for s in harness.results()["scores"] if s["task"] == "gsm8k"}
-    assert {"pass@2", "pass@4", "maj@4"} <= found.keys()
+    scores = {s["metric"]: s for s in harness.results()["scores"] if s["task"] == "gsm8k"}
+    assert {"pass@2", "pass@4", "maj@4"} <= scores.keys()
     rows = [[s["metrics"]["acc"] for s in samples if (s["task"], s["row"]) == ("gsm8k", row)] for row in range(5)]
-    assert found["acc"]["value"] == pytest.approx(sum(map(sum, rows)) / 20)
-    assert found["pass@4"]["value"] == sum(max(row) for row in rows) / 5
-    assert (found["acc"]["n"], found["acc"]["repeats"]) == (5, 4)
+    assert scores["acc"]["value"] == pytest.approx(sum(map(sum, rows)) / 20)
+    assert scores["pass@4"]["value"] == sum(max(row) for row in rows) / 5
+    assert (scores["acc"]["n"], scores["acc"]["repeats"]) == (5, 4)
 
 
 @pytest.fixture

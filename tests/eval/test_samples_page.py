@@ -117,10 +117,10 @@ def test_nothing_is_asked_for_and_one_script_may_run(folder):
 def test_models_and_repeats_stand_side_by_side(folder):
     asked = [sample(0), sample(0, "mine", 0.0), sample(0, "mine", 1.0, repeat=1), sample(1, prompt="a"),
              sample(1, "mine", prompt="b")]  # fmt: skip
-    place = folder(asked)
+    run_folder = folder(asked)
     score = {"task": "gsm8k", "metric": "acc", "headline": True}
-    (place / results.RESULTS_FILE).write_text(json.dumps({"scores": [score]}))
-    first, second = Page(read(place)).data["rows"]
+    (run_folder / results.RESULTS_FILE).write_text(json.dumps({"scores": [score]}))
+    first, second = Page(read(run_folder)).data["rows"]
     assert [(a["model"], a["repeat"], a["right"]) for a in first["answers"]] == [
         ("base", 0, True), ("mine", 0, False), ("mine", 1, True)]  # fmt: skip
     assert (first["prompt"], first["answers"][0]["prompt"], first["repeats"]) == ("p 0", None, True)  # kept once
@@ -146,14 +146,14 @@ def test_a_sample_of_the_longest_row_has_a_page(tmp_path):
     [("{", "is not JSON"), ("[" * 10**5, "nested more than 100"), ('{"task": 1}', "'task' is 1, it must be str")],
 )
 def test_damaged_samples_are_one_message(line, message, folder, capsys):
-    place = folder([sample(0)])
-    (place / results.SAMPLES_FILE).write_text(line)
-    assert samples_page.main([str(place)]) == 2
+    run_folder = folder([sample(0)])
+    (run_folder / results.SAMPLES_FILE).write_text(line)
+    assert samples_page.main([str(run_folder)]) == 2
     err = capsys.readouterr().err
     assert err.startswith("eval: error: ")
     assert message in err
-    (place / results.SAMPLES_FILE).unlink()
-    assert samples_page.main([str(place)]) == 2
+    (run_folder / results.SAMPLES_FILE).unlink()
+    assert samples_page.main([str(run_folder)]) == 2
     assert "run the evaluation with --log-samples" in capsys.readouterr().err
 
 
@@ -163,13 +163,13 @@ def drawn(tmp_path):
     if CHROMIUM is None:
         pytest.skip("needs chromium")
 
-    def draw(page):
+    def render(page):
         profile = f"--user-data-dir={tmp_path / 'profile'}"
         words = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", profile, "--dump-dom"]
         done = subprocess.run([CHROMIUM, *words, page.as_uri()], capture_output=True, text=True, timeout=120)
         return Page(done.stdout)
 
-    return draw
+    return render
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,9 @@ class Command:
 
     def finish(self, code=0):
         """Wait for it and require its exit code; returns what it printed."""
-        found = self.wait()
+        exit_code = self.wait()
         said = self.said()
-        assert found == code, f"exit code {found}, not {code}:\n{said[-6000:]}"
+        assert exit_code == code, f"exit code {exit_code}, not {code}:\n{said[-6000:]}"
         if code == 2:
             assert "Traceback" not in said, said[-6000:]
         return said

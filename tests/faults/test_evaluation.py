@@ -47,8 +47,8 @@ class Evaluation:
         return ran
 
     def finish(self, code=0):
-        found, said = self.process.wait(500), self.log.read_text(errors="replace")
-        assert found == code, f"exit code {found}:\n{said[-5000:]}"
+        exit_code, said = self.process.wait(500), self.log.read_text(errors="replace")
+        assert exit_code == code, f"exit code {exit_code}:\n{said[-5000:]}"
         assert "Traceback" not in said, said[-5000:]
         return said
 
@@ -80,8 +80,8 @@ def reference(words, scene):
 
 
 def figures(folder):
-    found = json.loads((folder / "eval_results.json").read_text())
-    return found["scores"], found["means"], (folder / "samples.jsonl").read_text()
+    document = json.loads((folder / "eval_results.json").read_text())
+    return document["scores"], document["means"], (folder / "samples.jsonl").read_text()
 
 
 @pytest.mark.parametrize("moment", range(8))

@@ -84,9 +84,9 @@ def test_planning(moment, scene, planned, tell, tmp_path):
     fault = kill_at(_plan(scene, config, folder), moment, seconds)
     nothing_left_running("llamafactory_adaptive.cli measure")
     _plan(scene, config, folder).finish()
-    found = json.loads((folder / "adaptive_rank_plan.json").read_text())
-    assert found["modules"] == expected["modules"]
-    assert found["digest"] == expected["digest"]
+    document = json.loads((folder / "adaptive_rank_plan.json").read_text())
+    assert document["modules"] == expected["modules"]
+    assert document["digest"] == expected["digest"]
     tell("planning", fault, "no scoring process was left; the same command wrote the same plan")
 
 

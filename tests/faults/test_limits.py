@@ -31,13 +31,13 @@ def test_a_disk_that_fills_up_while_training(scene, small_disk, tell, tmp_path):
     config = scene.yaml("igu", tmp_path / "unused", output_dir=str(output))
     command = scene.train(config, tmp_path / "log")
     assert "No space left" in command.finish(2)
-    whole = [path for path in output.glob("checkpoint-*") if (path / "adaptive_digests.json").is_file()]
+    complete = [path for path in output.glob("checkpoint-*") if (path / "adaptive_digests.json").is_file()]
     moved = tmp_path / "moved"
     shutil.copytree(output, moved, ignore=shutil.ignore_patterns("_adaptive_lock"))
     scene.train(scene.yaml("igu", moved), tmp_path / "log").finish()
     reference, _ = scene.reference("igu")
     assert digests(moved, WEIGHTS)[WEIGHTS] == digests(reference, WEIGHTS)[WEIGHTS]
-    outcome = f"it said so; on a larger disk it went on from {len(whole)} whole checkpoints, same adapter"
+    outcome = f"it said so; on a larger disk it went on from {len(complete)} whole checkpoints, same adapter"
     tell("full disk", "igu: the disk filled up while checkpoints were written", outcome)
 
 
@@ -84,13 +84,13 @@ def test_a_disk_too_small_for_an_export(server, scene, small_disk, tell, tmp_pat
 @pytest.mark.parametrize("command", ["train", "plan", "export"])
 def test_an_output_folder_that_cannot_be_written(command, scene, tell, tmp_path):
     (tmp_path / "file").write_text("this is no folder")
-    place = tmp_path / "file" / "out"
-    config = scene.yaml("sensitivity", tmp_path / "unused", output_dir=str(place))
+    folder = tmp_path / "file" / "out"
+    config = scene.yaml("sensitivity", tmp_path / "unused", output_dir=str(folder))
     words = {
         "train": ["llamafactory-cli", "train", config],
         "plan": ["llamafactory-adaptive", "plan", config],
         "export": ["llamafactory-adaptive", "export", scene.adapter, "--base", scene.base, "--for", "peft", "--out",
-                   place],
+                   folder],
     }[command]  # fmt: skip
     said = Command(words, tmp_path / "log").finish(2)
     assert "file" in said
@@ -132,8 +132,8 @@ def test_two_trainings_in_one_folder(scene, tell, tmp_path):
     } < before.keys()
     assert log.read_bytes().startswith(written), "lines are only added"
     growing = {log.name, "trainer_log.jsonl"}  # by the first one
-    kept, found = ({name: of[name] for name in of.keys() - growing} for of in (before, after))
-    assert found == kept
+    kept, remaining = ({name: of[name] for name in of.keys() - growing} for of in (before, after))
+    assert remaining == kept
     tell("two at once", "sensitivity: a second training in the same folder", "refused in one line, no file changed")
 
 

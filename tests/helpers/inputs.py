@@ -11,9 +11,9 @@ def targets(model):
 
 def captured_inputs(model, data):
     """Inputs of every target row by row, without padding: the slow, obvious way."""
-    found = {name: [] for name in targets(model)}
+    inputs = {name: [] for name in targets(model)}
     handles = [
-        m.register_forward_pre_hook(lambda _, args, n=n: found[n].append(args[0][0].double().detach()))
+        m.register_forward_pre_hook(lambda _, args, n=n: inputs[n].append(args[0][0].double().detach()))
         for n, m in targets(model).items()
     ]
     with torch.no_grad():
@@ -21,4 +21,4 @@ def captured_inputs(model, data):
             model(input_ids=torch.tensor([row["input_ids"]]))
     for handle in handles:
         handle.remove()
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return {name: torch.cat(parts) for name, parts in inputs.items()}

@@ -47,7 +47,7 @@ def batches(data, size, pad_id=0):
 def one_by_one(model, data):
     """Loss, gradient (flat, fp64), loss after a step on the sample: one backward pass each, the obvious way."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    found = []
+    measured = []
     for row in data:
         model.zero_grad()
         loss = model(**inputs([row])).loss
@@ -58,7 +58,7 @@ def one_by_one(model, data):
             p.data.sub_(STEP * g)
         with torch.no_grad():
             after = stepped(**inputs([row])).loss
-        found.append((float(loss.detach()), torch.cat([g.flatten() for g in gradients]).double(), float(after)))
+        measured.append((float(loss.detach()), torch.cat([g.flatten() for g in gradients]).double(), float(after)))
     model.zero_grad()
-    losses, flat, afters = zip(*found, strict=True)
+    losses, flat, afters = zip(*measured, strict=True)
     return torch.tensor(losses).double(), torch.stack(flat), torch.tensor(afters).double()

@@ -71,10 +71,10 @@ def save_tiny(folder: Path, architecture: str = "llama", **sizes: Any) -> Path:
 
 def rows(count: int, seed: int = 0, longest: int = 24) -> list[dict[str, list[int]]]:
     """Random token rows of different lengths; the first third of each takes no loss."""
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     made = []
     for _ in range(count):
-        ids = [draw.randrange(256) for _ in range(draw.randint(5, longest))]
+        ids = [rng.randrange(256) for _ in range(rng.randint(5, longest))]
         prompt = len(ids) // 3
         made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
     return made
@@ -82,10 +82,10 @@ def rows(count: int, seed: int = 0, longest: int = 24) -> list[dict[str, list[in
 
 def write_datasets(folder: Path) -> Path:
     """One small dataset per stage and the ``dataset_info.json`` that names them."""
-    draw = random.Random(1)
+    rng = random.Random(1)
 
     def text() -> str:
-        return " ".join(draw.choice(("red", "blue", "one", "two", "sun", "sea")) for _ in range(draw.randint(2, 6)))
+        return " ".join(rng.choice(("red", "blue", "one", "two", "sun", "sea")) for _ in range(rng.randint(2, 6)))
 
     plain = [{"instruction": text(), "input": "", "output": text()} for _ in range(24)]
     pairs = [{"instruction": text(), "input": "", "chosen": text(), "rejected": text()} for _ in range(24)]

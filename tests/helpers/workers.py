@@ -48,12 +48,12 @@ def said_by_two(work: Callable[..., Any], *arguments: Any) -> list[str]:
     ]
     for process in processes:
         process.start()
-    found = dict(answers.get(timeout=120) for _ in processes)
+    by_rank = dict(answers.get(timeout=120) for _ in processes)
     heard.set()
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    return [found[0], found[1]]
+    return [by_rank[0], by_rank[1]]
 
 
 def _say(

@@ -12,7 +12,7 @@ def test_position_masks_and_gradients_of_the_triplet_form():
     model, triplets, _ = triplet_model()
     module = triplets.modules[0]
     triplets.mask([[True, False, True, True], *triplets.masks[1:]])
-    triplets.position.value = 0.5
+    triplets.position.take(0.5)
     layer = model.get_submodule(f"base_model.model.{module.name}")
     effective = layer.lora_A["default"].effective_weight()
     q, lam = module.q.detach(), module.a.lambda_r.detach()
@@ -50,10 +50,10 @@ def test_saved_adapters_are_plain_lora_and_equal_the_live_model(architecture, tm
     check_saved(tmp_path / "checkpoint", plan)
     assert torch.equal(loaded(tmp_path / "checkpoint"), live)
     modules = tuple(replace(m, rank=sum(row)) for m, row in zip(plan.modules, masks, strict=True))
-    found = replace(plan, modules=modules)
-    triplets.finalize(model, found)
+    final_plan = replace(plan, modules=modules)
+    triplets.finalize(model, final_plan)
     model.save_pretrained(tmp_path / "final")
-    check_saved(tmp_path / "final", found)
+    check_saved(tmp_path / "final", final_plan)
     assert (loaded(tmp_path / "final") - live).abs().max() < 1e-5
 
 

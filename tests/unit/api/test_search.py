@@ -61,7 +61,7 @@ def test_a_search_that_goes_on_from_a_checkpoint_finds_the_same(ended, tmp_path)
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     trainer.save_model(str(tmp_path))
     assert search.finalize(tmp_path).ranks() == plan.ranks()
-    first, second = (load_file(place / "adapter_model.safetensors") for place in (folder, tmp_path))
+    first, second = (load_file(saved / "adapter_model.safetensors") for saved in (folder, tmp_path))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 

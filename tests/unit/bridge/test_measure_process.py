@@ -114,19 +114,19 @@ def test_settings_are_reduced_to_loading_the_base_and_the_training_rows(tiny_lla
         adapter_name_or_path="old", tokenized_path=str(tmp_path / "none"), report_to="wandb", val_size=0.1,
         adaptive_method="sensitivity", sensitivity_energy=0.9, push_to_hub=True,
     )  # fmt: skip
-    found = scoring_settings(args)
+    reduced = scoring_settings(args)
     gone = ("deepspeed", "eval_dataset", "adapter_name_or_path", "tokenized_path", "push_to_hub", "adaptive_method",
             "sensitivity_energy", "output_dir")  # fmt: skip
-    assert not set(gone) & set(found)
+    assert not set(gone) & set(reduced)
     expected = {
         "finetuning_type": "lora",
         "packing": False,
         "report_to": "none",
         "val_size": 0.1,
     }
-    assert {key: found[key] for key in expected} == expected
+    assert {key: reduced[key] for key in expected} == expected
     kept = ("model_name_or_path", "template", "cutoff_len", "dataset_dir", "dataset")
-    assert {key: found[key] for key in kept} == {key: args[key] for key in kept}
+    assert {key: reduced[key] for key in kept} == {key: args[key] for key in kept}
 
 
 def test_an_adapter_that_is_merged_first_is_part_of_the_base():
@@ -138,9 +138,9 @@ def test_with_rows_of_another_data_set_the_mixture_of_the_training_set_is_gone()
     args = {"model_name_or_path": "m", "dataset": "a,b", "interleave_probs": "0.5,0.5", "mix_strategy": "concat",
             "val_size": 0.5}  # fmt: skip
     assert scoring_settings(args)["interleave_probs"] == "0.5,0.5"
-    found = scoring_settings({**args, "adaptive_calibration_dataset": "c"})
-    assert found["dataset"] == "c"
-    assert not {"interleave_probs", "mix_strategy", "val_size"} & set(found)
+    reduced = scoring_settings({**args, "adaptive_calibration_dataset": "c"})
+    assert reduced["dataset"] == "c"
+    assert not {"interleave_probs", "mix_strategy", "val_size"} & set(reduced)
 
 
 def config(samples, seed=0):
@@ -149,16 +149,16 @@ def config(samples, seed=0):
 
 def test_rows_are_drawn_by_the_seed_in_their_own_order():
     data = rows(30)
-    place = {tuple(row["input_ids"]): index for index, row in enumerate(data)}
+    positions = {tuple(row["input_ids"]): index for index, row in enumerate(data)}
 
-    def draw(samples, seed):
-        return [place[tuple(row["input_ids"])] for row in _draw_rows(data, config(samples, seed), False)]
+    def sample_positions(samples, seed):
+        return [positions[tuple(row["input_ids"])] for row in _draw_rows(data, config(samples, seed), False)]
 
-    drawn = [draw(8, seed) for seed in (0, 0, 1)]
+    drawn = [sample_positions(8, seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] == sorted(set(drawn[0]))
     assert drawn[2] != drawn[0]
     assert len(drawn[0]) == 8
-    assert draw(99, 0) == list(range(30))
+    assert sample_positions(99, 0) == list(range(30))
 
 
 def test_a_stream_is_shuffled_by_the_seed_and_cut():
@@ -211,10 +211,10 @@ def test_statistics_are_those_of_the_rows_that_were_drawn(job, tiny_llama, monke
     run_measurement_job(job)
     assert len(seen) == 8
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
-    found = load_file(job.path)
+    moments = load_file(job.path)
     expected = {name: inputs.square().mean(0) for name, inputs in captured_inputs(model, seen).items()}
-    assert found.keys() == expected.keys()
-    assert all(torch.allclose(found[name].double(), expected[name], rtol=1e-4) for name in found)
+    assert moments.keys() == expected.keys()
+    assert all(torch.allclose(moments[name].double(), expected[name], rtol=1e-4) for name in moments)
     with safe_open(job.path, framework="pt") as file:
         facts = file.metadata()
     assert (facts["samples"], facts["tokens"]) == ("8", str(sum(len(row["input_ids"]) for row in seen)))

@@ -98,11 +98,11 @@ def test_settings_that_start_afresh_or_name_a_checkpoint_are_followed(output):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "said"), [(True, "there is no checkpoint in"), ("none", "there is no such folder")], ids=str
+    ("requested", "said"), [(True, "there is no checkpoint in"), ("none", "there is no such folder")], ids=str
 )
-def test_a_checkpoint_that_is_not_there_is_refused(wanted, said, output):
+def test_a_checkpoint_that_is_not_there_is_refused(requested, said, output):
     with pytest.raises(AdaptiveConfigError, match=said):
-        resumed(output, resume_from_checkpoint=wanted)
+        resumed(output, resume_from_checkpoint=requested)
 
 
 def test_a_checkpoint_of_a_plain_run_is_left_to_the_host(output):
@@ -120,8 +120,8 @@ def test_a_checkpoint_without_digests_is_resumed_from_with_a_word(output, caplog
 def test_the_host_is_told_which_one_where_it_would_take_another(output):
     args = {"output_dir": str(output)}
     assert what_the_host_resumes(args, None) is args
-    whole, _ = checkpoint(output, 3), spoil(checkpoint(output, 6))
-    assert what_the_host_resumes(args, whole)["resume_from_checkpoint"] == str(whole)
+    complete, _ = checkpoint(output, 3), spoil(checkpoint(output, 6))
+    assert what_the_host_resumes(args, complete)["resume_from_checkpoint"] == str(complete)
     assert what_the_host_resumes(args, None)["resume_from_checkpoint"] is False
     assert what_the_host_resumes(args, output / "checkpoint-6") is args
 

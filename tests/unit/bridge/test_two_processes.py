@@ -111,8 +111,8 @@ def test_another_zero_stage_than_the_checkpoints_stops_both(root, more, there, h
     deepspeed = {"deepspeed": {"zero_optimization": {"stage": here}}} if here else {}
     said = (f"{CHOSEN} was written under another layout: deepspeed_stage is {there} there and {here} here; set "
             "deepspeed and the number of processes back, or use another output_dir")  # fmt: skip
-    found = said_by_two(choose, root, {**more, **deepspeed})
-    assert found == [f"PlanError: {said}", f"OtherProcessError: rank 0: {said}"]
+    outcomes = said_by_two(choose, root, {**more, **deepspeed})
+    assert outcomes == [f"PlanError: {said}", f"OtherProcessError: rank 0: {said}"]
 
 
 def test_the_same_zero_stage_goes_on(root):

@@ -52,7 +52,7 @@ def test_second_moments_match_inputs_captured_row_by_row():
 
 def test_gradient_weighting_matches_gradients_taken_row_by_row():
     model, data = tiny_model(), rows(5)
-    found = InputSecondMoments("gradient")(model, targets(model), make_batches(data, 2, 0))
+    moments = InputSecondMoments("gradient")(model, targets(model), make_batches(data, 2, 0))
     expected, tokens = dict.fromkeys(targets(model), 0.0), 0
     for row in data:
         kept = {}
@@ -71,8 +71,8 @@ def test_gradient_weighting_matches_gradients_taken_row_by_row():
         tokens += len(row["input_ids"])
         for handle in handles:
             handle.remove()
-    for name in found:
-        assert torch.allclose(found[name].float(), expected[name] / tokens, rtol=1e-3, atol=1e-12), name
+    for name in moments:
+        assert torch.allclose(moments[name].float(), expected[name] / tokens, rtol=1e-3, atol=1e-12), name
 
 
 def test_a_shared_input_is_reduced_once(monkeypatch):

@@ -86,9 +86,9 @@ def test_parts_of_another_shape_are_empty():
 def test_a_budget_that_may_be_halved_must_have_room_for_the_lowest_ranks():
     def keys(low, **options):
         made = Tsq(TsqOptions(**options))
-        search, found = check_reallocation("tsq", made, low, 4, 16, 7)
+        search, refusals = check_reallocation("tsq", made, low, 4, 16, 7)
         assert search == ReallocationConfig(16, made.refresh_ratio, made.beta, 7)
-        return {problem.key: problem.suggestion for problem in found}
+        return {problem.key: problem.suggestion for problem in refusals}
 
     assert keys(3) == keys(2, phi="quality") == {}
     assert keys(3, phi="quality") == {"adaptive_min_rank": "adaptive_min_rank: 2"}

@@ -49,16 +49,16 @@ def adapters(base, tmp_path_factory):
 @pytest.fixture(scope="module")
 def updates(base, adapters):
     """What PEFT adds to each weight, by adapter."""
-    found = {}
+    by_adapter = {}
     for name, folder in adapters.items():
         live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
         prefix = "base_model.model."
-        found[name] = {
+        by_adapter[name] = {
             module_name.removeprefix(prefix): module.get_delta_weight("default").detach()
             for module_name, module in live.named_modules()
             if hasattr(module, "get_delta_weight")
         }
-    return found
+    return by_adapter
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -67,9 +67,9 @@ def test_the_server_reads_what_peft_reads(server, name, adapters, updates, tmp_p
     said = run_export(ExportRequest(adapters[name], server, tmp_path / "out"))
     assert "parity    passed" in said
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
-    found = read_as("vllm" if server == "peft" else server, tmp_path / "out")
-    assert set(updates[name]) <= set(found)
-    for module, (a, b, scale) in found.items():
+    served_updates = read_as("vllm" if server == "peft" else server, tmp_path / "out")
+    assert set(updates[name]) <= set(served_updates)
+    for module, (a, b, scale) in served_updates.items():
         expected = updates[name].get(module, torch.zeros(b.shape[0], a.shape[1]))
         torch.testing.assert_close(scale * b @ a, expected, rtol=1e-5, atol=1e-6)
 

@@ -11,11 +11,11 @@ from tests.helpers.tiny import tiny_model
 @pytest.mark.parametrize("tied", [True, False])
 def test_layers_widened_one_by_one_compute_what_a_float_model_does(dtype, tied):
     model, rows = tiny_model("qwen2", tie_word_embeddings=tied).to(dtype), [[1, 2, 3, 4, 5], [9, 8]]
-    found = log_probabilities.log_probabilities(model, rows)
+    layerwise = log_probabilities.log_probabilities(model, rows)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     expected = log_probabilities.log_probabilities(model.float(), rows)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(layerwise, expected, strict=True))
 
 
 def test_weights_are_restored_after_an_exception():

@@ -50,10 +50,10 @@ def test_merged_weights_are_those_of_peft_bit_for_bit(kind, factors, tmp_path):
     base = save_base(tmp_path / "base", **BASES[kind])
     adapter = save_adapter(base, tmp_path / "adapter", factors)
     said = run_export(ExportRequest(adapter, "merged", tmp_path / "out"))
-    expected, found = merged_by_peft(base, adapter), weights(tmp_path / "out")
-    assert found.keys() == weights(base).keys()
-    assert all(torch.equal(found[name], expected[name]) for name in found)
-    assert sum(not torch.equal(found[name], tensor) for name, tensor in weights(base).items()) == 11
+    expected, merged = merged_by_peft(base, adapter), weights(tmp_path / "out")
+    assert merged.keys() == weights(base).keys()
+    assert all(torch.equal(merged[name], expected[name]) for name in merged)
+    assert sum(not torch.equal(merged[name], tensor) for name, tensor in weights(base).items()) == 11
     assert {p.name for p in base.glob("*.safetensors*")} == {p.name for p in (tmp_path / "out").glob("*.safetensors*")}
     assert "(the same weights)" in said
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
@@ -65,11 +65,11 @@ def test_another_type_is_peft_on_a_base_of_that_type(dtype, tmp_path):
     base = save_base(tmp_path / "base", shard="20KB")
     adapter = save_adapter(base, tmp_path / "adapter")
     run_export(ExportRequest(adapter, "merged", tmp_path / "out", dtype=dtype))
-    expected, found = merged_by_peft(base, adapter, getattr(torch, dtype)), weights(tmp_path / "out")
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    expected, merged = merged_by_peft(base, adapter, getattr(torch, dtype)), weights(tmp_path / "out")
+    assert all(torch.equal(merged[name], expected[name]) for name in merged)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in merged.values())
 
 
 @pytest.mark.parametrize(
@@ -81,14 +81,14 @@ def test_the_files_decide_where_the_config_says_another_type(stored, said, tmp_p
     adapter = save_adapter(base, tmp_path / "adapter")
     say_dtype(base, said)
     run_export(ExportRequest(adapter, "merged", tmp_path / "out"))
-    expected, found = merged_by_peft(base, adapter, stored), weights(tmp_path / "out")
-    assert all(torch.equal(found[name], expected[name]) and found[name].dtype == stored for name in found)
+    expected, merged = merged_by_peft(base, adapter, stored), weights(tmp_path / "out")
+    assert all(torch.equal(merged[name], expected[name]) and merged[name].dtype == stored for name in merged)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == stored
     document = json.loads((tmp_path / "out" / "parity_certificate.json").read_text())
     assert f"torch.{document['dtype']}" == str(stored)
     run_export(ExportRequest(adapter, "merged", tmp_path / "cast", dtype=said))
-    expected, found = merged_by_peft(base, adapter, getattr(torch, said)), weights(tmp_path / "cast")
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    expected, merged = merged_by_peft(base, adapter, getattr(torch, said)), weights(tmp_path / "cast")
+    assert all(torch.equal(merged[name], expected[name]) for name in merged)
 
 
 def test_the_reference_is_the_base_as_stored(tmp_path):
@@ -97,9 +97,10 @@ def test_the_reference_is_the_base_as_stored(tmp_path):
     stored = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter.folder)
     say_dtype(base, "bfloat16")
     rows = log_probabilities.tokenise(base)
-    found = Comparer(adapter, find_base(None, adapter), rows, 1e-3, None).layout("vllm", adapter.folder)
+    comparison = Comparer(adapter, find_base(None, adapter), rows, 1e-3, None).layout("vllm", adapter.folder)
     assert (
-        log_probabilities.largest_difference(found.reference, log_probabilities.log_probabilities(stored, rows)) < 1e-6
+        log_probabilities.largest_difference(comparison.reference, log_probabilities.log_probabilities(stored, rows))
+        < 1e-6
     )
 
 
@@ -138,9 +139,9 @@ def test_weights_held_whole_take_their_place(tmp_path):
     live.base_model.model.lm_head.modules_to_save["default"].weight.data.mul_(1.5)
     live.save_pretrained(tmp_path / "adapter")
     run_export(ExportRequest(tmp_path / "adapter", "merged", tmp_path / "out"))
-    expected, found = merged_by_peft(base, tmp_path / "adapter"), weights(tmp_path / "out")
-    assert all(torch.equal(found[name], expected[name]) for name in found)
-    assert not torch.equal(found["lm_head.weight"], weights(base)["lm_head.weight"])
+    expected, merged = merged_by_peft(base, tmp_path / "adapter"), weights(tmp_path / "out")
+    assert all(torch.equal(merged[name], expected[name]) for name in merged)
+    assert not torch.equal(merged["lm_head.weight"], weights(base)["lm_head.weight"])
 
 
 def test_configs_and_the_trained_tokenizer_come_along(tmp_path):

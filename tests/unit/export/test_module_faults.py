@@ -46,25 +46,25 @@ def exports(base, tmp_path_factory):
 
     def get(server, strength):
         if (server, strength) not in made:
-            place = tmp_path_factory.mktemp(f"{server}")
-            adapter = save_adapter(base, place / "adapter", r=4, lora_alpha=8, target_modules=MODULES)
+            folder = tmp_path_factory.mktemp(f"{server}")
+            adapter = save_adapter(base, folder / "adapter", r=4, lora_alpha=8, target_modules=MODULES)
             rewrite(adapter, lambda t: t.update({k: v * strength for k, v in t.items() if "lora_B" in k}))
-            export = exporter.prepare(ExportRequest(adapter, server, place / "out"))
-            (place / "good").mkdir()
-            exporter.write(export, place / "good")
-            made[server, strength] = export, place / "good"
+            export = exporter.prepare(ExportRequest(adapter, server, folder / "out"))
+            (folder / "good").mkdir()
+            exporter.write(export, folder / "good")
+            made[server, strength] = export, folder / "good"
         return made[server, strength]
 
     return get
 
 
-def verdict(export, good, place, plant):
+def verdict(export, good, folder, plant):
     """What the certificate says of a copy of ``good`` with a fault."""
-    shutil.copytree(good, place)
-    plant(place)
+    shutil.copytree(good, folder)
+    plant(folder)
     with pytest.raises(ExportError, match=r"parity failed|finds|stacks") as caught:
-        exporter.certify(export, place)
-    assert not (place / "parity_certificate.json").exists()
+        exporter.certify(export, folder)
+    assert not (folder / "parity_certificate.json").exists()
     return str(caught.value)
 
 
@@ -101,9 +101,9 @@ def test_a_module_that_only_the_export_has_fails(server, exports, base, tmp_path
 def test_one_alpha_in_the_config_that_is_off_fails(server, exports, tmp_path):
     export, good = exports(server, 1e-3)
 
-    def plant(place):
-        config = json.loads((place / "adapter_config.json").read_text())
-        edit_json(place / "adapter_config.json", alpha_pattern={**config["alpha_pattern"], SQUARE: 8.08})
+    def plant(folder):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        edit_json(folder / "adapter_config.json", alpha_pattern={**config["alpha_pattern"], SQUARE: 8.08})
 
     assert f"worst in {SQUARE}" in verdict(export, good, tmp_path / "bad", plant)
 
@@ -131,8 +131,8 @@ def test_a_weight_of_another_type_is_not_the_same(exports, tmp_path):
 
 
 def update(seed, d_in=12, d_out=9, rank=3, scale=2.0):
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randn(rank, d_in, generator=draw), torch.randn(d_out, rank, generator=draw), scale
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rank, d_in, generator=generator), torch.randn(d_out, rank, generator=generator), scale
 
 
 def test_distances_are_those_of_the_updates_written_out():
@@ -152,6 +152,6 @@ def test_zeros_not_numbers_and_modules_of_one_side():
     assert compare_updates({"m": update(0)}, {"m": update(0), "more": update(1)}).worst == "more"
     assert compare_updates({"m": zero}, {}).difference == float("inf")
     for reference, exported in ((update(0), broken), (broken, broken), (update(0), update(0, d_in=13))):
-        found = compare_updates({"a": update(0), "m": reference}, {"a": update(0), "m": exported})
-        assert found.worst == "m"
-        assert not found.difference <= 1e-5
+        comparison = compare_updates({"a": update(0), "m": reference}, {"a": update(0), "m": exported})
+        assert comparison.worst == "m"
+        assert not comparison.difference <= 1e-5

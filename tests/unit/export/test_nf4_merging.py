@@ -29,9 +29,9 @@ def test_quantisation_aware_merge_is_peft_on_the_dequantised_base(double, tmp_pa
         base, dtype="auto", quantization_config=loading, device_map={"": "cpu"}
     )
     expected = PeftModel.from_pretrained(model.dequantize(), adapter).merge_and_unload().state_dict()
-    found = weights(tmp_path / "out")
-    assert all(torch.equal(found[name], expected[name]) for name in found)
-    changed = {name for name, tensor in weights(base).items() if not torch.equal(found[name], tensor)}
+    merged = weights(tmp_path / "out")
+    assert all(torch.equal(merged[name], expected[name]) for name in merged)
+    changed = {name for name, tensor in weights(base).items() if not torch.equal(merged[name], tensor)}
     assert len(changed) == 7  # every linear layer, adapted or not; neither head, embeddings nor norms
     report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
     assert report["nf4"] == {"double": double}

@@ -55,10 +55,10 @@ def test_all_reasons_come_at_once(adapter, tmp_path):
     edit_config(adapter, use_dora=True, bias="all")
     (adapter / "adaptive_state.json").write_text("{}")
     (adapter / "value_head.safetensors").touch()
-    found = refusal(adapter, tmp_path)
-    assert found.startswith("4 problems in the configuration:")
-    assert "it is a checkpoint of a run that still finds its ranks; try the output_dir of the finished run" in found
-    assert "the value head of a reward model would be lost" in found
+    message = refusal(adapter, tmp_path)
+    assert message.startswith("4 problems in the configuration:")
+    assert "it is a checkpoint of a run that still finds its ranks; try the output_dir of the finished run" in message
+    assert "the value head of a reward model would be lost" in message
 
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -88,9 +88,9 @@ def test_folders_without_an_adapter(adapter, tmp_path):
 
 
 def test_a_full_disk_is_found_before(adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporter.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
-    found = refusal(adapter, tmp_path, "merged")
-    assert "the merged weights take 0.0 GB and 0.0 GB are free there; try a folder on another disk" in found
+    monkeypatch.setattr(exporter.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    message = refusal(adapter, tmp_path, "merged")
+    assert "the merged weights take 0.0 GB and 0.0 GB are free there; try a folder on another disk" in message
 
 
 def test_a_place_that_takes_no_folder(adapter, tmp_path):
@@ -128,8 +128,8 @@ def test_options_that_say_nothing_are_user_errors(words, message, tmp_path, caps
 
 
 def test_pythons_without_vllm(adapter, tmp_path):
-    found = refusal(adapter, tmp_path, "vllm", vllm_python=tmp_path / "no_python")
-    assert "no_python' is invalid: it cannot be run (No such file or directory)" in found
+    message = refusal(adapter, tmp_path, "vllm", vllm_python=tmp_path / "no_python")
+    assert "no_python' is invalid: it cannot be run (No such file or directory)" in message
     assert "it has no vLLM that can be imported (ModuleNotFoundError: No module named 'vllm'); try" in refusal(
         adapter, tmp_path, "vllm", vllm_python=Path(sys.executable)
     )
@@ -207,11 +207,11 @@ def test_the_probe_is_one_process_whatever_the_user_has_set(tmp_path, monkeypatc
         vllm_check.ask_vllm(python, tmp_path, None, None, [[1]])
 
 
-@pytest.mark.parametrize("place", range(3))
-def test_nan_from_vllm_is_no_agreement(place):
+@pytest.mark.parametrize("position", range(3))
+def test_nan_from_vllm_is_no_agreement(position):
     reference = [torch.tensor([[-1.0, -2.0]]), torch.tensor([[-3.0, -4.0]])]
     rows = [{0: -1.0, 1: -2.0}, {0: -3.0}]
-    rows[place // 2][place % 2] = float("nan")
+    rows[position // 2][position % 2] = float("nan")
     distance = vllm_check.difference_of_first_tokens(reference, rows)
     assert distance == float("inf")
     assert not Check("vllm", "", "", distance, 1e-3).passed

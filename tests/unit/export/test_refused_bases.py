@@ -30,8 +30,8 @@ def test_bases_that_cannot_be_used(adapter, tmp_path):
     (bare / "tokenizer.json").unlink()
     (bare / "tokenizer_config.json").unlink()
     assert "its tokenizer cannot be loaded" in refusal(adapter, tmp_path, base=str(bare))
-    whole = (bare / "model.safetensors").read_bytes()
-    (bare / "model.safetensors").write_bytes(whole[:-8])
+    content = (bare / "model.safetensors").read_bytes()
+    (bare / "model.safetensors").write_bytes(content[:-8])
     assert "its files cannot be read" in refusal(adapter, tmp_path, base=str(bare))
     (bare / "model.safetensors").unlink()
     assert "it has no weights as safetensors" in refusal(adapter, tmp_path, base=str(bare))
@@ -48,9 +48,9 @@ def test_a_missing_shard_is_named(adapter, tmp_path):
 
 def test_another_base_is_told_apart(adapter, tmp_path):
     wide, short = save_tiny(tmp_path / "wide", hidden_size=64), save_tiny(tmp_path / "short", num_hidden_layers=1)
-    found = refusal(adapter, tmp_path, base=str(wide))
-    assert "the adapter does not fit: model.layers.0.mlp.down_proj is 64x64 there and 64x32 in the adapter" in found
-    assert "(and 8 more)" in found
+    message = refusal(adapter, tmp_path, base=str(wide))
+    assert "the adapter does not fit: model.layers.0.mlp.down_proj is 64x64 there and 64x32 in the adapter" in message
+    assert "(and 8 more)" in message
     assert "layers.1.mlp.down_proj is no linear layer of it" in refusal(adapter, tmp_path, base=str(short))
 
 
@@ -58,8 +58,8 @@ def test_weights_under_other_names_and_tied_heads(base, tmp_path):
     renamed = save_tiny(tmp_path / "renamed")
     tensors = load_file(renamed / "model.safetensors")
     save_file({name.removeprefix("model."): t for name, t in tensors.items()}, renamed / "model.safetensors")
-    found = refusal(save_adapter(base, tmp_path / "a"), tmp_path, base=str(renamed))
-    assert "is saved there under another name" in found
+    message = refusal(save_adapter(base, tmp_path / "a"), tmp_path, base=str(renamed))
+    assert "is saved there under another name" in message
     tied = save_tiny(tmp_path / "tied", tie_word_embeddings=True)
     head = save_adapter(base, tmp_path / "head", r=2, target_modules=["lm_head"])
     change_tensors(head, lambda tensors: tensors.pop("base_model.model.lm_head.base_layer.weight"))
@@ -67,12 +67,12 @@ def test_weights_under_other_names_and_tied_heads(base, tmp_path):
 
 
 def test_weights_held_whole_that_fit_nowhere(base, tmp_path):
-    whole = save_adapter(base, tmp_path / "whole", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with_head = save_adapter(base, tmp_path / "with_head", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     tied = save_tiny(tmp_path / "tied", tie_word_embeddings=True)
-    assert "lm_head.weight is tied to another weight" in refusal(whole, tmp_path, "merged", base=str(tied))
+    assert "lm_head.weight is tied to another weight" in refusal(with_head, tmp_path, "merged", base=str(tied))
     wider = save_tiny(tmp_path / "wider", vocab_size=300)
-    found = refusal(whole, tmp_path, "merged", base=str(wider))
-    assert "the base has no lm_head.weight of shape (260, 32)" in found
+    message = refusal(with_head, tmp_path, "merged", base=str(wider))
+    assert "the base has no lm_head.weight of shape (260, 32)" in message
 
 
 def test_code_that_comes_with_a_checkpoint_is_not_run_nor_asked_for(adapter, tmp_path, monkeypatch):
@@ -81,20 +81,20 @@ def test_code_that_comes_with_a_checkpoint_is_not_run_nor_asked_for(adapter, tmp
     foreign = damaged_base(tmp_path, "foreign", model_type="foreign", auto_map=calls)
     bomb = f"open({str(tmp_path / 'ran')!r}, 'w')"
     (foreign / "code.py").write_text(bomb)
-    found = refusal(adapter, tmp_path, base=str(foreign))
-    assert "loads by itself (it comes with Python code of its own, which is never run here); try" in found
+    message = refusal(adapter, tmp_path, base=str(foreign))
+    assert "loads by itself (it comes with Python code of its own, which is never run here); try" in message
     words = damaged_base(tmp_path, "words")
     (words / "code.py").write_text(bomb)
     settings = {"tokenizer_class": "Foreign", "auto_map": {"AutoTokenizer": ["code.Foreign", None]}}
     (words / "tokenizer_config.json").write_text(json.dumps(settings))
-    found = refusal(adapter, tmp_path, base=str(words))
-    assert "its tokenizer cannot be loaded (it comes with Python code of its own" in found
+    message = refusal(adapter, tmp_path, base=str(words))
+    assert "its tokenizer cannot be loaded (it comes with Python code of its own" in message
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("server", ["peft", "merged"])
 def test_a_base_of_whole_numbers_is_no_16_bit_checkpoint(server, adapter, tmp_path):
-    base = save_tiny(tmp_path / "whole")
+    base = save_tiny(tmp_path / "integers")
     weights = load_file(base / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj.weight"
     save_file({**weights, name: weights[name].to(torch.int8)}, base / "model.safetensors", {"format": "pt"})

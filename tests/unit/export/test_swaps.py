@@ -60,9 +60,9 @@ def test_what_is_opened_is_what_was_judged(swap, said, secret, tmp_path, monkeyp
     judge = folder_links._target
 
     def judge_then_swap(folder, name):
-        found = judge(folder, name)
+        judged = judge(folder, name)
         swap(entry, secret)
-        return found
+        return judged
 
     monkeypatch.setattr(folder_links, "_target", judge_then_swap)
     with pytest.raises((OutsideError, FileNotFoundError), match=said):

@@ -23,16 +23,16 @@ from tests.helpers.dynamic import stream, triplet_model
 @pytest.mark.parametrize("observed", [None, torch.tensor([1.0, 0.0, 1.0])])
 def test_smoothing_matches_the_numpy_reference(observed):
     draws = np.random.default_rng(0).exponential(size=(9, 3)).astype(np.float32)
-    found = SmoothedImportance(0.85, 0.7)
+    smoothed = SmoothedImportance(0.85, 0.7)
     for s in draws:
-        found.update("x", torch.tensor(s), observed)
+        smoothed.update("x", torch.tensor(s), observed)
     mean, deviation = reference.smoothed(list(draws), 0.85, 0.7)
     seen = slice(None) if observed is None else observed.bool().numpy()
-    assert np.allclose(found.mean["x"].numpy()[seen], mean[seen], rtol=1e-5)
-    assert np.allclose(found.deviation["x"].numpy()[seen], deviation[seen], rtol=1e-5)
+    assert np.allclose(smoothed.mean["x"].numpy()[seen], mean[seen], rtol=1e-5)
+    assert np.allclose(smoothed.deviation["x"].numpy()[seen], deviation[seen], rtol=1e-5)
     if observed is not None:
-        assert found.mean["x"][1] == found.deviation["x"][1] == 0
-    assert torch.allclose(found.snr("x", 1e-6), (found.mean["x"] + 1e-6) / (found.deviation["x"] + 1e-6))
+        assert smoothed.mean["x"][1] == smoothed.deviation["x"][1] == 0
+    assert torch.allclose(smoothed.snr("x", 1e-6), (smoothed.mean["x"] + 1e-6) / (smoothed.deviation["x"] + 1e-6))
 
 
 @pytest.mark.parametrize(
@@ -40,24 +40,26 @@ def test_smoothing_matches_the_numpy_reference(observed):
     [
         ({}, lambda s, u: (s + 1e-6) / (u + 1e-6)),
         ({"uncertainty": "product"}, lambda s, u: s * u),
+        ({"uncertainty": "mean"}, lambda s, u: s),
+        ({"uncertainty": "discounted"}, lambda s, u: s * s / (s + u)),
     ],
 )
 @pytest.mark.parametrize("term", ["snr", "magnitude"])
 def test_component_scores_match_the_numpy_reference(options, element, term):
     _, triplets, components = triplet_model()
-    method = Igu(IguOptions(importance="off", lambda_term=term, **options))
+    method = Igu(IguOptions("published", importance="off", lambda_term=term, **options))
     seen = {}
     for _ in stream(triplets, 6):
         for index, module in enumerate(triplets.modules):
             for kind, p in module.parameters().items():
                 seen.setdefault((index, kind), []).append((p.data * p.grad).abs().double().numpy())
         components.update(method, None)
-    found = components.scores(method)
+    scores = components.scores(method)
     for index, module in enumerate(triplets.modules):
         parts = {kind: element(*reference.smoothed(seen[index, kind])) for kind in ("lambda", "P", "Q")}
         if term == "magnitude":
             parts["lambda"] = module.a.lambda_r.detach().abs().numpy()
-        assert np.allclose(found[index], reference.component_scores(*parts.values()), rtol=1e-4)
+        assert np.allclose(scores[index], reference.component_scores(*parts.values()), rtol=1e-4)
 
 
 def test_adalora_scores_and_keeps_what_pefts_own_allocator_does():
@@ -94,7 +96,7 @@ def test_adalora_scores_and_keeps_what_pefts_own_allocator_does():
 
 def test_draws_depend_on_their_arguments_alone_and_cover_all_choices():
     assert seeded_index(1, 2, 3, 20) == seeded_index(1, 2, 3, 20)
-    positions = [Igu(IguOptions()).position(7, step, micro) for step in range(200) for micro in range(2)]
+    positions = [Igu(IguOptions("published")).position(7, step, micro) for step in range(200) for micro in range(2)]
     assert set(positions) == {k / 20 for k in range(1, 21)}
     counts = np.bincount([seeded_index(0, step, 0, 20) for step in range(20_000)], minlength=20)
     assert abs(counts - 1000).max() < 150
@@ -111,36 +113,36 @@ class TestContract:
         return get_method(name)(get_method(name).Options())
 
     def test_scores_are_finite_complete_and_deterministic(self, name):
-        found = []
+        scores = []
         for _ in range(2):
             _, triplets, components = triplet_model()
             method = self.make(name)
             for _ in stream(triplets, 3):
                 components.update(method, None)
-            found.append(components.scores(method))
-        assert found[0] == found[1]
-        assert [len(row) for row in found[0]] == [4] * 14
-        assert all(math.isfinite(s) for row in found[0] for s in row)
+            scores.append(components.scores(method))
+        assert scores[0] == scores[1]
+        assert [len(row) for row in scores[0]] == [4] * 14
+        assert all(math.isfinite(s) for row in scores[0] for s in row)
 
     def test_state_goes_to_another_instance_and_back(self, name):
         _, triplets, components = triplet_model()
-        whole, parts = self.make(name), [self.make(name), self.make(name)]
+        uninterrupted, parts = self.make(name), [self.make(name), self.make(name)]
         for step, _ in enumerate(stream(triplets, 4)):
             if step == 2:
                 parts[1].load({key: value.clone() for key, value in parts[0].state().items()})
-            components.update(whole, None)
+            components.update(uninterrupted, None)
             components.update(parts[step // 2], None)
-        assert components.scores(whole) == components.scores(parts[1])
+        assert components.scores(uninterrupted) == components.scores(parts[1])
 
     def test_what_it_keeps_of_an_element_depends_on_that_element_alone(self, name):
         """So that under ZeRO it can live where the element lives."""
         generator = torch.Generator().manual_seed(0)
         draws = [(torch.randn(10, generator=generator), torch.randn(10, generator=generator)) for _ in range(4)]
-        whole, parts = self.make(name), [self.make(name), self.make(name)]
+        unsplit, parts = self.make(name), [self.make(name), self.make(name)]
         for w, g in draws:
-            whole.observe("P/5x2", w.clone(), g.clone(), None)
+            unsplit.observe("P/5x2", w.clone(), g.clone(), None)
             for part, piece in zip(parts, (slice(0, 3), slice(3, 10)), strict=True):
                 part.observe("P/5x2", w[piece].clone(), g[piece].clone(), None)
         last = draws[-1][0]
         joined = torch.cat([parts[0].element_scores("P/5x2", last[:3]), parts[1].element_scores("P/5x2", last[3:])])
-        assert torch.equal(whole.element_scores("P/5x2", last), joined)
+        assert torch.equal(unsplit.element_scores("P/5x2", last), joined)

@@ -55,8 +55,8 @@ class TestContract:
         model, data = tiny_model(), rows(9)
         expected = score(name, options, model, data, batch_size=1)  # one row a batch: no padding at all
         for batch_size, pad_id in ((4, 0), (9, 7), (9, 200)):
-            found = score(name, options, model, data, batch_size, pad_id)
-            assert found == pytest.approx(expected, rel=1e-5)
+            scores = score(name, options, model, data, batch_size, pad_id)
+            assert scores == pytest.approx(expected, rel=1e-5)
 
     @pytest.mark.parametrize("failing", [False, True])
     @pytest.mark.parametrize(("name", "options"), list(variants()))
@@ -84,11 +84,11 @@ class TestContract:
 def test_theta_matches_the_numpy_reference():
     model, data = tiny_model(), rows(8)
     lams = {n: x.square().mean(0).numpy() for n, x in captured_inputs(model, data).items()}
-    found = score("sensitivity", {}, model, data)
-    assert np.allclose(list(found.values()), reference.theta(list(lams.values())), rtol=1e-5)
-    found = score("sensitivity", {"top_fraction": 1 / 3, "energy": 0.8}, model, data)
+    scores = score("sensitivity", {}, model, data)
+    assert np.allclose(list(scores.values()), reference.theta(list(lams.values())), rtol=1e-5)
+    scores = score("sensitivity", {"top_fraction": 1 / 3, "energy": 0.8}, model, data)
     assert np.allclose(
-        list(found.values()), reference.theta(list(lams.values()), fraction=1 / 3, energy=0.8), rtol=1e-5
+        list(scores.values()), reference.theta(list(lams.values()), fraction=1 / 3, energy=0.8), rtol=1e-5
     )
 
 

@@ -16,6 +16,7 @@ from llamafactory_adaptive.methods import (
     MethodTraits,
     ProbingMethod,
     ReallocatingMethod,
+    RelativeMethod,
     SamplingMethod,
     Scores,
     StaticMethod,
@@ -52,9 +53,9 @@ def protocol_members(*protocols):
 
 PROTOCOLS = {"fixed": StaticMethod, "prune": DynamicMethod, "reallocate": ReallocatingMethod}
 ALL_TRAITS = [
-    MethodTraits(strategy, probes, samples)
-    for strategy, probes, samples in itertools.product(PROTOCOLS, (False, True), (False, True))
-    if not (probes and strategy == "fixed")
+    MethodTraits(strategy, probes, relative, samples)
+    for strategy, probes, relative, samples in itertools.product(PROTOCOLS, *3 * [(False, True)])
+    if not ((probes or relative) and strategy == "fixed")
 ]
 
 
@@ -62,6 +63,7 @@ ALL_TRAITS = [
 def test_traits_demand_the_members_of_their_protocols(traits):
     protocols = [PROTOCOLS[traits.strategy]]
     protocols += [ProbingMethod] if traits.probes else []
+    protocols += [RelativeMethod] if traits.relative else []
     protocols += [SamplingMethod] if traits.samples else []
     assert {*traits.demanded(), "traits"} == protocol_members(*protocols)
     assert traits.dynamic == ("observe" in traits.demanded())
@@ -78,6 +80,7 @@ def test_traits_demand_the_members_of_their_protocols(traits):
         ("igu", {}, MethodTraits("prune")),
         ("igu", {"importance": "off"}, MethodTraits("prune")),
         ("igu", {"importance": "integrated"}, MethodTraits("prune", probes=True)),
+        ("igu", {"uncertainty": "snr"}, MethodTraits("prune", relative=True)),
     ],
 )
 def test_traits_of_the_built_in_methods(name, options, expected):
@@ -154,10 +157,11 @@ def test_a_whole_method_is_taken(register):
         (without(traits=MethodTraits("fixed", samples=True)),
          "it lacks sampling, which its traits (strategy 'fixed', samples) demand"),
         (without(traits=MethodTraits("prune")),
-         "it lacks initial_lambda, orthogonality, position, observe, element_scores, state, load, which its traits "
-         "(strategy 'prune') demand"),
+         "it lacks initial_adapter, return_rule, shrinkage, orthogonality, position, observe, element_scores, state, "
+         "load, which its traits (strategy 'prune') demand"),
         (without(traits=MethodTraits("reallocate", probes=True), **dict.fromkeys(
-            ("initial_lambda", "orthogonality", "position", "observe", "element_scores", "state", "load", "beta"))),
+            ("initial_adapter", "return_rule", "shrinkage", "orthogonality", "position", "observe", "element_scores",
+             "state", "load", "beta"))),
          "it lacks refresh_ratio, allocated, path, which its traits (strategy 'reallocate', probes) demand"),
     ],
 )  # fmt: skip
@@ -176,5 +180,5 @@ def test_what_options_make_of_a_class_is_checked_when_it_is_made(register):
     register(without(traits=traits))
     get_method("mine")
     make_method("mine", {})
-    with pytest.raises(_registry.InvalidMethodError, match=r"it lacks initial_lambda, .* demand"):
+    with pytest.raises(_registry.InvalidMethodError, match=r"it lacks initial_adapter, .* demand"):
         make_method("mine", {"searches": True})

@@ -24,11 +24,11 @@ def test_component_scores_are_means_over_an_interval_of_elements_in_use(sensitiv
         if step == 2:
             method.allocated()
     means = {key: sum(parts[3:]) / 2 for key, parts in seen.items()}  # the last interval's two steps
-    found = components.scores(method, mean=True)
+    scores = components.scores(method, mean=True)
     for index in range(len(triplets.modules)):
         on = torch.tensor(masks[index])
         elements = torch.cat([means[index, "P"][:, on].flatten(), means[index, "Q"][on].flatten()])
-        used = [score for score, flag in zip(found[index], masks[index], strict=True) if flag]
+        used = [score for score, flag in zip(scores[index], masks[index], strict=True) if flag]
         assert sum(used) / len(used) == pytest.approx(float(elements.mean()), rel=1e-5)
 
 

@@ -44,9 +44,9 @@ def test_a_plan_over_the_budget_is_refused_in_the_unit_of_the_budget():
 
 def test_an_accepted_plan_takes_order_and_scale_of_the_run():
     shuffled = dataclasses.replace(make_plan(), modules=make_plan().modules[::-1], lora_alpha=99.0)
-    found = check_plan(shuffled, SHAPES, CONFIG, "plan.json")
-    assert [m.name for m in found.modules] == [s.name for s in SHAPES]
-    assert found.scale == 2.0
+    accepted = check_plan(shuffled, SHAPES, CONFIG, "plan.json")
+    assert [m.name for m in accepted.modules] == [s.name for s in SHAPES]
+    assert accepted.scale == 2.0
 
 
 def test_resuming_asks_for_the_same_run(tmp_path):

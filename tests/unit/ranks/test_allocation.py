@@ -61,9 +61,9 @@ def test_a_constant_factor_of_the_scores_cancels(problem, factor):
 
 def test_five_modules_equal_the_best_of_all_compositions():
     """Largest remainder minimises the squared distance to the ideal ranks among all exact compositions."""
-    draw = random.Random(3)
+    rng = random.Random(3)
     for _ in range(30):
-        scores, total = [draw.uniform(0.2, 3) for _ in range(5)], draw.randint(8, 14)
+        scores, total = [rng.uniform(0.2, 3) for _ in range(5)], rng.randint(8, 14)
         result = allocate(scores, Bounds([1] * 5, total, [0] * 5, [8] * 5))
 
         def distance(ranks, ideal=result.ideal):
@@ -133,9 +133,9 @@ def test_bad_scores_are_refused(bad):
 
 def lines_run(modules):
     """Lines of Python that allocating takes: what a clock would measure, but equal on every machine."""
-    draw, count = random.Random(0), 0
-    scores = [draw.lognormvariate(0, 3) for _ in range(modules)]
-    costs = [draw.choice((768, 1152, 2112)) for _ in scores]
+    rng, count = random.Random(0), 0
+    scores = [rng.lognormvariate(0, 3) for _ in range(modules)]
+    costs = [rng.choice((768, 1152, 2112)) for _ in scores]
 
     def trace(frame, event, argument):
         nonlocal count

@@ -38,9 +38,9 @@ def test_at_equal_costs_the_sum_of_scores_is_the_largest_possible(scores, budget
     flat = [s for row in scores for s in row]
     budget = min(budget, len(flat))
     keep = keep_components(scores, Bounds([1] * len(scores), budget, [0] * len(scores), [len(row) for row in scores]))
-    found = sum(s for row, flags in zip(scores, keep, strict=True) for s, f in zip(row, flags, strict=True) if f)
+    kept_sum = sum(s for row, flags in zip(scores, keep, strict=True) for s, f in zip(row, flags, strict=True) if f)
     best = max(sum(chosen) for chosen in itertools.combinations(flat, budget))
-    assert found == pytest.approx(best)
+    assert kept_sum == pytest.approx(best)
 
 
 def test_ties_go_by_module_order():

@@ -52,10 +52,10 @@ def test_a_log_that_is_a_pipe_is_not_waited_for(run):
 def test_entries_that_are_no_numbers_are_passed_over(run):
     history = [5, None, {"loss": 2.0}, {"loss": 10**400}, {"loss": "low"}, {"loss": True}, {"train_loss": [1]}]
     (run / "trainer_state.json").write_text(json.dumps({"log_history": history, "global_step": 1}))
-    found = read_run(run)
-    assert found.losses == (2.0,)
-    assert found.train_loss is None
-    assert "first 2.0000" in run_text(found)
+    loaded = read_run(run)
+    assert loaded.losses == (2.0,)
+    assert loaded.train_loss is None
+    assert "first 2.0000" in run_text(loaded)
 
 
 @pytest.mark.parametrize("change", [{}, {"samples": "many"}, {"best": [5]}, {"distribution": [1]}], ids=str)

@@ -115,8 +115,8 @@ def test_the_picture_shows_every_sample_once_and_what_was_used_and_clipped(tmp_p
 def test_the_picture_of_an_unused_whole_pool_says_no_more_than_that(tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(data_report, "save_figure", lambda figure, path: kept.append(figure))
-    whole = quality(usage_N=torch.zeros(N, dtype=torch.int64), kept_N=torch.ones(N, dtype=torch.bool))
-    save_data_report(tmp_path, make_plan(), whole, 0, text)
+    unused_pool = quality(usage_N=torch.zeros(N, dtype=torch.int64), kept_N=torch.ones(N, dtype=torch.bool))
+    save_data_report(tmp_path, make_plan(), unused_pool, 0, text)
     assert [each.get_text() for each in kept[0].axes[0].get_legend().get_texts()] == ["all samples"]
 
 

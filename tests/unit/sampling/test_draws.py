@@ -29,9 +29,9 @@ def pool(quality, norms=None, seed=0, **more):
 
 def test_quality_is_a_weighted_sum_of_z_scores():
     first, second = torch.tensor([1.0, 2.0, 6.0]).double(), torch.tensor([5.0, 5.0, 5.0]).double()
-    found = combine_terms((first, second, first), (2.0, 1.0, -0.5))
+    quality = combine_terms((first, second, first), (2.0, 1.0, -0.5))
     z = (first - 3.0) / math.sqrt((4 + 1 + 9) / 3)
-    assert torch.allclose(found, 1.5 * z)
+    assert torch.allclose(quality, 1.5 * z)
     assert torch.allclose(combine_terms((first * 1e6,), (1.0,)), z), "scale does not matter"
 
 

@@ -18,11 +18,11 @@ def test_terms_are_those_of_one_backward_pass_per_sample(architecture, trained):
     model = adapted(architecture, trained).eval()
     losses, gradients, afters = one_by_one(model, DATA)
     mean = gradients.mean(0)
-    found = measure(model, layers(model), batches(DATA, 4), 9, EXACT, quiet=True)
-    assert torch.allclose(found.loss, losses, rtol=1e-5)
-    assert torch.allclose(found.gradient_norm, gradients.norm(dim=1), rtol=1e-4)
-    assert torch.allclose(found.alignment, gradients @ mean / mean.norm(), rtol=1e-4, atol=1e-6 * float(mean.norm()))
-    assert torch.allclose(found.loss_drop, losses - afters, rtol=1e-3, atol=3e-6)
+    terms = measure(model, layers(model), batches(DATA, 4), 9, EXACT, quiet=True)
+    assert torch.allclose(terms.loss, losses, rtol=1e-5)
+    assert torch.allclose(terms.gradient_norm, gradients.norm(dim=1), rtol=1e-4)
+    assert torch.allclose(terms.alignment, gradients @ mean / mean.norm(), rtol=1e-4, atol=1e-6 * float(mean.norm()))
+    assert torch.allclose(terms.loss_drop, losses - afters, rtol=1e-3, atol=3e-6)
     first_order = measure(model, layers(model), batches(DATA, 4), 9, PLAIN, quiet=True)
     assert torch.allclose(first_order.loss_drop, STEP * gradients.square().sum(1), rtol=1e-4)
     assert (first_order.alignment == 0).all()
@@ -32,17 +32,17 @@ def test_batches_and_padding_do_not_matter():
     model = adapted().eval()
     expected = measure(model, layers(model), batches(DATA, 1), 9, EXACT, quiet=True)  # no padding at all
     for size, pad_id in ((4, 0), (9, 7), (9, 200)):
-        found = measure(model, layers(model), batches(DATA, size, pad_id), 9, EXACT, quiet=True)
+        terms = measure(model, layers(model), batches(DATA, size, pad_id), 9, EXACT, quiet=True)
         for name, values in vars(expected).items():
             tolerance = {"rtol": 1e-4, "atol": 3e-6 if name == "loss_drop" else 1e-7}
-            assert torch.allclose(getattr(found, name), values, **tolerance), name
+            assert torch.allclose(getattr(terms, name), values, **tolerance), name
 
 
-def of_two_processes(model, whole, wanted):
+def of_two_processes(model, all_batches, spec):
     """Each scores every other batch, in a thread of its own; sums over processes are taken where both have arrived."""
     import threading
 
-    barrier, slots, found = threading.Barrier(2), {}, {}
+    barrier, slots, by_rank = threading.Barrier(2), {}, {}
 
     def work(rank):
         def all_reduce_sum(tensor):
@@ -53,28 +53,28 @@ def of_two_processes(model, whole, wanted):
             return tensor.copy_(total)
 
         own = copy.deepcopy(model)
-        found[rank] = measure(own, layers(own), whole[rank::2], 9, wanted, all_reduce_sum, quiet=True)
+        by_rank[rank] = measure(own, layers(own), all_batches[rank::2], 9, spec, all_reduce_sum, quiet=True)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return found[0], found[1]
+    return by_rank[0], by_rank[1]
 
 
-@pytest.mark.parametrize("wanted", [PLAIN, EXACT, TermSpec(STEP, False, "projected", 64, 3)],
+@pytest.mark.parametrize("spec", [PLAIN, EXACT, TermSpec(STEP, False, "projected", 64, 3)],
                          ids=["", "exact", "projected"])  # fmt: skip
-def test_two_processes_find_what_one_does(wanted):
+def test_two_processes_find_what_one_does(spec):
     model = adapted().eval()
-    whole = batches(DATA, 2)
-    expected = measure(model, layers(model), whole, 9, wanted, quiet=True)
-    for found in of_two_processes(model, whole, wanted):
+    all_batches = batches(DATA, 2)
+    expected = measure(model, layers(model), all_batches, 9, spec, quiet=True)
+    for terms in of_two_processes(model, all_batches, spec):
         for name, values in vars(expected).items():
             if name == "alignment":  # the mean gradient is summed in another order
-                assert torch.allclose(found.alignment, values, rtol=1e-4, atol=1e-6)
+                assert torch.allclose(terms.alignment, values, rtol=1e-4, atol=1e-6)
             else:
-                assert torch.equal(getattr(found, name), values), name
+                assert torch.equal(getattr(terms, name), values), name
 
 
 def test_a_process_without_batches_takes_part_in_every_sum():
@@ -90,11 +90,11 @@ def test_projections_estimate_alignments_without_bias():
     _, gradients, _ = one_by_one(model, DATA)
     estimates = []
     for seed in range(40):
-        found = measure(
+        terms = measure(
             model, layers(model), batches(DATA, 9), 9, TermSpec(STEP, False, "projected", 2048, seed), quiet=True
         )
-        mean = found.alignment.mean()  # |mean p|: the mean of <p_i, mean p> / |mean p|
-        estimates.append(found.alignment * mean)
+        mean = terms.alignment.mean()  # |mean p|: the mean of <p_i, mean p> / |mean p|
+        estimates.append(terms.alignment * mean)
     exact = gradients @ gradients.mean(0)
     average = torch.stack(estimates).mean(0)
     spread = torch.stack(estimates).std(0) / 40**0.5
@@ -114,9 +114,9 @@ def test_both_ways_of_the_ghost_norm_agree():
 def test_a_sample_without_labels_teaches_nothing_and_losses_are_means_over_tokens():
     model, data = adapted().eval(), copy.deepcopy(DATA[:3])
     data[1]["labels"] = [-100] * len(data[1]["labels"])
-    found = measure(model, layers(model), batches(data, 3), 3, PLAIN, quiet=True)
-    assert found.loss[1] == found.gradient_norm[1] == 0
-    assert (found.gradient_norm[[0, 2]] > 0).all()
+    terms = measure(model, layers(model), batches(data, 3), 3, PLAIN, quiet=True)
+    assert terms.loss[1] == terms.gradient_norm[1] == 0
+    assert (terms.gradient_norm[[0, 2]] > 0).all()
     with torch.no_grad():
         assert torch.allclose(sample_losses(model, inputs(data[:1])), model(**inputs(data[:1])).loss, rtol=1e-5)
 

@@ -31,9 +31,9 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
     for layer in checkpointed.get_base_model().model.layers:
         layer.self_attn.register_forward_hook(lambda *args: runs.append(1))
     checkpointed.train()
-    found = measure(checkpointed, layers(checkpointed), batches(DATA, 3), 9, PLAIN, quiet=True)
+    terms = measure(checkpointed, layers(checkpointed), batches(DATA, 3), 9, PLAIN, quiet=True)
     assert len(runs) == 2 * 2 * 3, "each of two layers runs again in the backward pass of three batches"
-    assert torch.allclose(found.gradient_norm, expected.gradient_norm, rtol=1e-5)
+    assert torch.allclose(terms.gradient_norm, expected.gradient_norm, rtol=1e-5)
 
 
 @pytest.mark.parametrize("failing", [False, True])
@@ -89,14 +89,14 @@ def test_a_4bit_base_gives_the_norms_of_its_own_backward_passes(tmp_path):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    found = measure(model, layers(model), batches(DATA, 4), 9, PLAIN, quiet=True)
+    terms = measure(model, layers(model), batches(DATA, 4), 9, PLAIN, quiet=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     model.eval()
     for index, row in enumerate(DATA):
         model.zero_grad()
         model(**inputs([row])).loss.backward()
         norm = torch.cat([p.grad.flatten() for p in trained]).norm()
-        assert float(found.gradient_norm[index]) == pytest.approx(float(norm), rel=1e-3)
+        assert float(terms.gradient_norm[index]) == pytest.approx(float(norm), rel=1e-3)
 
 
 def test_fused_losses_step_aside():
@@ -135,6 +135,6 @@ def test_masked_components_have_no_gradient():
     scatter(triplets)
     masks = [[(i + j) % 2 == 0 for j in range(4)] for i in range(len(triplets.modules))]
     triplets.mask(masks)
-    found = measure(model, layers(model), batches(DATA, 4), 9, PLAIN, quiet=True)
+    terms = measure(model, layers(model), batches(DATA, 4), 9, PLAIN, quiet=True)
     _, gradients, _ = one_by_one(model.eval(), DATA)
-    assert torch.allclose(found.gradient_norm, gradients.norm(dim=1), rtol=1e-4)
+    assert torch.allclose(terms.gradient_norm, gradients.norm(dim=1), rtol=1e-4)

@@ -12,6 +12,7 @@ from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.methods import Orthogonality
 from llamafactory_adaptive.methods.igu import Igu, IguOptions
 from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
+from llamafactory_adaptive.training.component_resets import restart
 from llamafactory_adaptive.training.components import Components
 from tests.helpers.dynamic import batch, scatter, stream, triplet_model
 
@@ -32,9 +33,11 @@ def test_factors_of_masked_components_are_not_scored_on_gradients_the_mask_made_
     for block in components.blocks:
         old, new = before[f"mean.{block.name}"], method.state()[f"mean.{block.name}"]
         held = (old == new).view(len(block.modules), *block.shape)
-        for place, index in enumerate(block.modules):
+        for position, index in enumerate(block.modules):
             for component, on in enumerate(masks[index]):
-                part = held[place] if block.kind == "lambda" else held[place].transpose(0, int(block.kind == "P"))
+                part = (
+                    held[position] if block.kind == "lambda" else held[position].transpose(0, int(block.kind == "P"))
+                )
                 assert bool(part[component].all()) is (not on and block.kind != "lambda")
 
 
@@ -64,7 +67,7 @@ def test_a_missing_gradient_is_named():
 
 def test_the_loss_scale_is_taken_out_of_scores_and_put_into_the_regulariser():
     plain, scaled = [], []
-    for scale, found in ((1.0, plain), (1024.0, scaled)):
+    for scale, results in ((1.0, plain), (1024.0, scaled)):
         _, triplets, _ = triplet_model()
         components = Components(triplets, UnpartitionedEngine(lambda scale=scale: scale))
         next(stream(triplets, 1))
@@ -72,7 +75,7 @@ def test_the_loss_scale_is_taken_out_of_scores_and_put_into_the_regulariser():
             parameter.grad.mul_(scale)
         method = Igu(IguOptions())
         components.update(method, Orthogonality(50.0, "identity"))
-        found += [components.scores(method), [parameter.grad / scale for parameter in components.parameters]]
+        results += [components.scores(method), [parameter.grad / scale for parameter in components.parameters]]
     assert np.allclose(plain[0], scaled[0], rtol=1e-4)
     assert all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(plain[1], scaled[1], strict=True))
 
@@ -97,7 +100,7 @@ def grown(model, triplets, components):
     triplets.mask(off)
     with torch.no_grad():
         before = model(**batch()).logits
-    components.restart(fresh, seed=4)
+    restart(components, fresh, seed=4)
     triplets.mask([[True] * 4 for _ in off])
     with torch.no_grad():
         assert torch.equal(model(**batch()).logits, before), "no effect on the output"
@@ -184,7 +187,7 @@ def test_an_optimizer_that_keeps_no_state_per_weight_is_refused():
     components.update(method, None)
     optimizer.step()
     with pytest.raises(GuardError, match=r"optimizer's row_var is not kept per weight, .*optim: adamw_torch"):
-        components.restart([[True] * 4 for _ in triplets.masks], 0)
+        restart(components, [[True] * 4 for _ in triplets.masks], 0)
 
 
 def test_masked_components_get_no_gradient_and_the_guard_watches_b():

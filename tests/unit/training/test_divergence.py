@@ -40,13 +40,15 @@ def test_losses_end_a_run_at_the_limit_and_good_ones_begin_anew(tmp_path):
 
 def test_the_last_adapter_is_looked_at_in_pieces_too(tmp_path, monkeypatch):
     """Under ZeRO-3 a parameter itself is empty, and its piece hangs on it."""
-    whole, piece = nn.Parameter(torch.empty(0)), torch.tensor([1.0, float("inf")])
-    whole.ds_tensor = piece
+    parameter, piece = nn.Parameter(torch.empty(0)), torch.tensor([1.0, float("inf")])
+    parameter.ds_tensor = piece
     monkeypatch.setattr(
         "llamafactory_adaptive.training.divergence.live_layers", lambda model: {"q": (None, "default")}
     )
-    monkeypatch.setattr("llamafactory_adaptive.training.divergence.factors", lambda layer, adapter: (whole, whole))
+    monkeypatch.setattr(
+        "llamafactory_adaptive.training.divergence.factors", lambda layer, adapter: (parameter, parameter)
+    )
     with pytest.raises(GuardError, match=r"holds NaN or infinity \(q, of 1 modules\); lower learning_rate"):
         DivergenceWatch(3, tmp_path).refuse_end(9, nn.Linear(1, 1))
-    whole.ds_tensor = torch.ones(2)
+    parameter.ds_tensor = torch.ones(2)
     DivergenceWatch(3, tmp_path).refuse_end(9, nn.Linear(1, 1))

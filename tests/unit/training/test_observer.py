@@ -21,7 +21,7 @@ def observing(accumulation=1, fp16=False, **options):
     scatter(triplets)
     arguments = SimpleNamespace(fp16=fp16, average_tokens_across_devices=False, device=torch.device("cpu"))
     trainer = SimpleNamespace(model=model, args=arguments, current_gradient_accumulation_steps=accumulation)
-    method = Igu(IguOptions(orthogonality="none", **options))
+    method = Igu(IguOptions("published", orthogonality="none", **options))
     return Observer(method, components, trainer, Counters(), SEED, None)
 
 
@@ -43,17 +43,18 @@ def equal(first, second):
 
 def test_every_micro_batch_runs_where_the_method_puts_it_until_ranks_are_final():
     observer = observing()
-    found = []
+    factors = []
     for step in range(3):
         observer.begin(step, final=False)
-        found.append(observer.position.value)
+        factors.append(observer.position.factor)
         for _ in range(2):
             observer.next_micro_batch(final=False)
-            found.append(observer.position.value)
-    assert found == [observer.method.position(SEED, step, micro) for step in range(3) for micro in range(3)]
-    assert len(set(found)) > 3
+            factors.append(observer.position.factor)
+    positions = [observer.method.position(SEED, step, micro) for step in range(3) for micro in range(3)]
+    assert factors == [a**3 for a in positions]
+    assert len(set(factors)) > 3
     observer.begin(3, final=True)
-    assert observer.position.value == 1.0
+    assert observer.position.factor == 1.0
 
 
 def test_without_a_path_the_method_sees_the_training_gradient():

@@ -37,7 +37,7 @@ def path_problem():
     base = Smooth().double()
     plan = start_plan(base)
     model = peft.get_peft_model(base, peft.LoraConfig(**lora_config_arguments(plan)))
-    triplets = Triplets(model, plan, 0.1, seed=1)
+    triplets = Triplets(model, plan, 0.1, "gaussian", seed=1)
     components = Components(triplets, UnpartitionedEngine())
     scatter(triplets, std=1.0)
     inputs = {"x": torch.randn(8, 6).double(), "target": torch.rand(8, 3).double()}
@@ -50,10 +50,10 @@ def path_problem():
 
     def attributions(path):
         prober.inputs = dict(inputs)
-        found = prober.gradients(path)
+        gradients = prober.gradients(path)
         return sum(
             float((p.detach() * g).sum())
-            for block, row in zip(components.blocks, found, strict=True)
+            for block, row in zip(components.blocks, gradients, strict=True)
             for p, g in zip(block.parameters, row, strict=True)
         )
 
@@ -102,6 +102,6 @@ def test_probing_leaves_gradients_random_state_and_position_alone():
     after = [p.grad for p in model.parameters() if p.grad is not None]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert torch.equal(state, torch.get_rng_state())
-    assert triplets.position.value == 1.0
+    assert triplets.position.factor == 1.0
     with pytest.raises(GuardError, match="no training batch reached the model"):
         prober.gradients([(1.0, 1.0)])

@@ -74,10 +74,10 @@ def begin(model, tmp_path):
 
 
 def test_each_samples_loss_is_the_models_own_on_it(begin, model):
-    found = begin().terms.loss
+    losses = begin().terms.loss
     with torch.no_grad():
         expected = [float(model(**collate([row])).loss) for row in rows(SAMPLES)]
-    assert found.tolist() == pytest.approx(expected, rel=1e-5)
+    assert losses.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_epoch_is_a_subset_in_whole_batches(begin):

@@ -44,6 +44,7 @@ class Search:
         self.log.counters.observations, self.log.counters.steps, self.log.counters.modules_checked = 5 + seed, 6, 14
         self.budget.load({"probing": 1.5, "training": 9.0 + seed, "probes": 2, "steps": 6, "next_step": 7})
         search = SimpleNamespace(state=state, triplets=self.triplets, request=SimpleNamespace(method=method))
+        search.set_strength = lambda: None
         observer = SimpleNamespace(components=components, probe_budget=self.budget)
         self.method, self.state = method, state
         self.checkpoint = SearchCheckpoint(search, observer, self.log, holds_factors)

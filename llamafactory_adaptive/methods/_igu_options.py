@@ -1,0 +1,163 @@
+"""Options of IGU-LoRA, and the two variants that give most of them their defaults. Without torch."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llamafactory_adaptive.options import option
+
+
+# The options that make up a variant; each can be set on its own.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "corrected": {
+        "importance": "off",
+        "descale": True,
+        "mend_strength": True,
+        "uncertainty": "product",
+        "epsilon": 1.0,
+        "epsilon_scale": "relative",
+        "init": "lora",
+        "hysteresis": 0.1,
+        "returning_lambda": "zero",
+        "orthogonality_weight": 0.0,
+        "orthogonality_scale": "relative",
+    },
+    "published": {
+        "importance": "shrink",
+        "descale": False,
+        "mend_strength": False,
+        "uncertainty": "snr",
+        "epsilon": 1e-6,
+        "epsilon_scale": "absolute",
+        "init": "gaussian",
+        "hysteresis": 0.0,
+        "returning_lambda": "former",
+        "orthogonality_weight": 1.0,
+        "orthogonality_scale": "absolute",
+    },
+}
+
+
+def part(help: str, **rules: Any) -> Any:
+    """Declare an option whose default depends on ``variant``; runs of earlier versions had the published one."""
+    name = rules.pop("name")
+    values = " and ".join(f"{_shown(parts[name])} in {variant}" for variant, parts in VARIANTS.items())
+    return option(None, f"{help} Default: {values}.", before=VARIANTS["published"][name], **rules)
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class IguOptions:
+    """Options of IGU-LoRA, the YAML keys ``igu_*``."""
+
+    variant: str = option(
+        "corrected",
+        "Defaults of the options below that are left out: corrected trains well and mends what was measured to be at "
+        "fault; published is the released implementation.",
+        choices=("corrected", "published"),
+        before="published",
+    )
+    importance: str | None = part(
+        "Gradient from which importance is computed: shrink trains and scores at a random point of the path from 0 to "
+        "the adapter, without extra passes; integrated probes the path with extra passes; off takes the plain "
+        "gradient.",
+        name="importance",
+        choices=("shrink", "integrated", "off"),
+    )
+    descale: bool | None = part(
+        "Whether shrink takes the drawn position out of the scores; all micro-batches of a step then share one "
+        "position.",
+        name="descale",
+    )
+    mend_strength: bool | None = part(
+        "Whether an adapter that was trained under shrink is weakened to the strength that suits the full position, "
+        "in evaluations, in what is saved, and for good once the ranks are final.",
+        name="mend_strength",
+    )
+    intervals: int = option(
+        20,
+        "Number N of intervals into which the path from 0 to the adapter is divided.",
+        unit="intervals",
+        low=2,
+        high=10_000,
+    )
+    probe_interval: int = option(
+        1, "Optimizer steps from one probe to the next; only igu_importance: integrated probes.", unit="steps", low=1
+    )
+    uncertainty: str | None = part(
+        "How the mean S and the deviation U of the importance are combined: snr takes S / U, product takes S * U as "
+        "AdaLoRA does, mean takes S alone, discounted takes S * S / (S + U).",
+        name="uncertainty",
+        choices=("snr", "product", "mean", "discounted"),
+    )
+    lambda_term: str = option(
+        "snr",
+        "Term that lambda adds to a component's score: snr adds the score of lambda itself, as the released code "
+        "does; magnitude adds |lambda|, as the paper does.",
+        choices=("snr", "magnitude"),
+    )
+    beta1: float = option(
+        0.85, "Decay rate of the running mean S of the importance; a larger one smooths more.", low=0.0, high=0.9999
+    )
+    beta2: float = option(
+        0.85,
+        "Decay rate of the running deviation U of the importance; a larger one smooths more.",
+        low=0.0,
+        high=0.9999,
+    )
+    epsilon: float | None = part(
+        "Number that is added to S and U before one is divided by the other.", name="epsilon", low=1e-30, high=1e6
+    )
+    epsilon_scale: str | None = part(
+        "Unit of igu_epsilon: absolute, or relative to the geometric mean of S over all elements of a kind (lambda, P "
+        "or Q), so that ranks do not depend on lora_alpha.",
+        name="epsilon_scale",
+        choices=("absolute", "relative"),
+    )
+    init: str | None = part(
+        "Adapter at the first step: gaussian draws P and Q from N(0, 0.02) and sets lambda to 0.1; lora sets P to "
+        "zero, draws Q as LoRA draws A and sets lambda to 1, so that the learning rates of plain LoRA suit.",
+        name="init",
+        choices=("gaussian", "lora"),
+    )
+    hysteresis: float | None = part(
+        "Share by which the scores of components in use are raised, so that others replace them only if they are that "
+        "much better.",
+        name="hysteresis",
+        low=0.0,
+        high=10.0,
+    )
+    returning_lambda: str | None = part(
+        "Lambda of a component that comes back after it was removed: former keeps the value from before, zero lets it "
+        "grow anew.",
+        name="returning_lambda",
+        choices=("former", "zero"),
+    )
+    orthogonality: str = option(
+        "off_diagonal",
+        "Orthogonality regulariser on the Gram matrices of P and Q: off_diagonal penalises their off-diagonal part, "
+        "identity their difference from the identity, none penalises nothing.",
+        choices=("off_diagonal", "identity", "none"),
+    )
+    orthogonality_weight: float | None = part(
+        "Weight of the orthogonality regulariser.", name="orthogonality_weight", low=0.0, high=1e6
+    )
+    orthogonality_scale: str | None = part(
+        "Unit of igu_orthogonality_weight: absolute is a factor in the loss; relative is the norm of the "
+        "regulariser's gradient as a share of that of the training gradient.",
+        name="orthogonality_scale",
+        choices=("absolute", "relative"),
+    )
+
+    def __post_init__(self) -> None:
+        for name, value in self.complete(asdict(self)).items():
+            object.__setattr__(self, name, value)
+
+    @staticmethod
+    def complete(values: Mapping[str, Any]) -> dict[str, Any]:
+        """Fill in the options that are left out, by ``variant``."""
+        given = {name: value for name, value in values.items() if value is not None}
+        return {**values, **VARIANTS[values["variant"]], **given}

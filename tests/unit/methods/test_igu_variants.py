@@ -1,0 +1,286 @@
+"""The parts of the corrected IGU-LoRA, each against what it claims; the published one against its earlier values."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from llamafactory_adaptive.adapter.lora import lora_config_arguments
+from llamafactory_adaptive.adapter.masked_lora import Triplets
+from llamafactory_adaptive.engines.engine import UnpartitionedEngine
+from llamafactory_adaptive.methods import Orthogonality
+from llamafactory_adaptive.methods.igu import Igu, IguOptions
+from llamafactory_adaptive.options import with_earlier_values
+from llamafactory_adaptive.planning.earlier_plans import with_all_options
+from llamafactory_adaptive.ranks.allocation import Bounds, keep_components
+from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
+from llamafactory_adaptive.training.component_resets import rescale_lambda, reset_lambda
+from llamafactory_adaptive.training.components import Components
+from llamafactory_adaptive.training.rank_search import raise_used
+from tests.helpers.dynamic import batch, scatter, start_plan, stream, triplet_model
+from tests.helpers.tiny import tiny_model
+
+
+# What the keys were before there were variants.
+EARLIER = {"importance": "shrink", "intervals": 20, "probe_interval": 1, "uncertainty": "snr", "lambda_term": "snr",
+           "beta1": 0.85, "beta2": 0.85, "epsilon": 1e-6, "orthogonality": "off_diagonal",
+           "orthogonality_weight": 1.0}  # fmt: skip
+
+
+# -- options ---------------------------------------------------------------------------------------------------------
+def test_published_has_the_values_from_before_there_were_variants():
+    published = asdict(IguOptions("published"))
+    assert {key: published[key] for key in EARLIER} == EARLIER
+    method = Igu(IguOptions("published"))
+    assert method.shrinkage is None
+    assert asdict(method.initial_adapter) == {"lambda_value": 0.1, "factors": "gaussian"}
+    assert asdict(method.return_rule) == {"hysteresis": 0.0, "resets_lambda": False}
+    assert method.orthogonality == Orthogonality(1.0, "off_diagonal", relative=False)
+    assert not method.traits.relative
+
+
+def test_each_part_of_a_variant_can_be_set_by_itself():
+    options = IguOptions("published", init="lora", hysteresis=0.0)
+    assert (options.init, options.hysteresis, options.importance) == ("lora", 0.0, "shrink")
+    assert IguOptions(orthogonality_weight=0.5).orthogonality_weight == 0.5
+    assert IguOptions.complete(asdict(options)) == asdict(options), "what a plan stores is read back unchanged"
+
+
+def test_a_plan_from_before_there_were_variants_is_of_a_published_run():
+    assert with_earlier_values(IguOptions, EARLIER) == asdict(IguOptions("published"))
+    plan = RankPlan("igu", {**EARLIER, "intervals": 10}, "params", 2, 4.0, ())
+    assert with_all_options(plan).options == {**asdict(IguOptions("published")), "intervals": 10}
+    of_tsq = RankPlan("uniform", {}, "params", 2, 4.0, (), provenance={
+        "sampling": {"adaptive_method": "tsq", "tsq_subset_ratio": 0.5}})  # fmt: skip
+    sampling = with_all_options(of_tsq).provenance["sampling"]
+    assert sampling["tsq_subset_ratio"] == 0.5
+    assert "tsq_temperature" in sampling
+    assert with_all_options(RankPlan("gone", {"x": 1}, "params", 2, 4.0, ())).options == {"x": 1}
+
+
+# -- the start -------------------------------------------------------------------------------------------------------
+def test_the_first_update_is_the_one_of_plain_lora_at_the_same_rate():
+    """Equal rows of A, B = 0, one step of AdamW each: Delta W must be equal, at a scale of alpha / r = 2."""
+    base, inputs = tiny_model(), batch()
+    plan = start_plan(base)
+    config = LoraConfig(**lora_config_arguments(plan), task_type="CAUSAL_LM")
+    start = Igu(IguOptions()).initial_adapter
+    searching = get_peft_model(base, config)
+    triplets = Triplets(searching, plan, start.lambda_value, start.factors, seed=1)
+    factors = {module.name: (module.q, module.p) for module in triplets.modules}
+    rows = {name: q.detach().clone() for name, (q, _) in factors.items()}
+    adamw_step(searching, inputs)
+    found = {name: p.detach() @ (m.a.lambda_r[:, None] * m.q).detach()
+             for m in triplets.modules for name, p in [(m.name, m.p)]}  # fmt: skip
+
+    plain = get_peft_model(tiny_model(), config)
+    layers = {name: plain.get_submodule(f"base_model.model.{name}") for name in rows}
+    for name, layer in layers.items():
+        layer.lora_A["default"].weight.data.copy_(rows[name])
+    adamw_step(plain, inputs)
+    for name, layer in layers.items():
+        expected = layer.lora_B["default"].weight.detach() @ layer.lora_A["default"].weight.detach()
+        assert expected.norm() > 0
+        assert torch.allclose(found[name], expected, rtol=1e-4, atol=1e-9)
+
+
+def adamw_step(model, inputs):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    model(**inputs).loss.backward()
+    optimizer.step()
+
+
+# -- scores ----------------------------------------------------------------------------------------------------------
+CORRECTED_SCORES = [{"uncertainty": "product"}, {"uncertainty": "mean"}, {"uncertainty": "discounted"},
+                    {"uncertainty": "snr"}]  # fmt: skip
+
+
+def kept(options, gradient_scale):
+    """Masks at half the budget after a stream of small gradients, multiplied as lora_alpha or a loss scale would."""
+    _, triplets, components = triplet_model()
+    method = Igu(options)
+    for _ in stream(triplets, 5):
+        for parameter in components.parameters:
+            parameter.grad.mul_(1e-6 * gradient_scale)
+        components.update(method, None)
+    scores = components.scores(method)
+    return keep_components(scores, Bounds([1] * len(scores), 2 * len(scores), [1] * len(scores), [4] * len(scores)))
+
+
+@pytest.mark.parametrize("options", CORRECTED_SCORES, ids=lambda options: options["uncertainty"])
+def test_masks_do_not_depend_on_alpha(options):
+    masks = [kept(IguOptions(**options), alpha / 8) for alpha in (8, 16, 64)]
+    assert masks[0] == masks[1] == masks[2]
+    assert len({sum(row) for row in masks[0]}) > 1
+
+
+def test_masks_of_the_published_variant_depend_on_alpha():
+    options = IguOptions("published", importance="off")
+    assert kept(options, 1.0) != kept(options, 8.0)
+
+
+def test_descaled_scores_are_those_at_the_full_position_on_a_linear_model():
+    """Loss linear in the output: its gradient at position a is a^3 times the one at 1."""
+    scores = []
+    for options in (IguOptions("published", importance="off"), IguOptions("published", descale=True)):
+        model, triplets, components = linear_model()
+        method, x = Igu(options), torch.randn(3, 6, generator=torch.Generator().manual_seed(5))
+        positions = []
+        for step in range(4):
+            model.zero_grad()
+            for micro_batch in range(2):
+                positions.append(method.position(0, step, micro_batch))
+                triplets.position.take(positions[-1])
+                model(x * (1 + step + micro_batch)).sum().backward()
+            components.update(method, None)
+        scores.append(components.scores(method))
+    assert positions[0] == positions[1]
+    assert len(set(positions)) == 4
+    assert torch.allclose(torch.tensor(scores[0]), torch.tensor(scores[1]), rtol=1e-4)
+
+
+def linear_model():
+    """One linear layer with a triplet adapter of random factors."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 5, bias=False))
+    plan = RankPlan("igu", {}, "params", 2, 4.0, (ModulePlan("0", 6, 5, rank=4),))
+    model = get_peft_model(base, LoraConfig(**lora_config_arguments(plan)))
+    triplets = Triplets(model, plan, 0.1, "gaussian", seed=1)
+    for parameter in triplets.modules[0].parameters().values():
+        parameter.data.copy_(torch.randn(parameter.shape))
+    return model, triplets, Components(triplets, UnpartitionedEngine())
+
+
+# -- strength --------------------------------------------------------------------------------------------------------
+def test_the_strength_is_the_best_multiplier_of_what_shrinkage_trains():
+    """On (f w - 1)^2 / 2 with f = a^3: the w that is optimal in expectation, and the multiplier that mends it."""
+    shrinkage = Igu(IguOptions(importance="shrink")).shrinkage
+    f = (torch.arange(1, 21, dtype=torch.float64) / 20) ** 3
+    candidates = torch.linspace(0.5, 3.0, 250_001, dtype=torch.float64)
+    losses = f.square().mean() * candidates.square() - 2 * f.mean() * candidates
+    trained = float(candidates[losses.argmin()])
+    assert shrinkage.strength == pytest.approx(1 / trained, abs=1e-5)
+    assert shrinkage.strength == pytest.approx(0.61, abs=0.01)
+    assert shrinkage.gradient_rms == pytest.approx(float(f.square().mean().sqrt()))
+    assert Igu(IguOptions()).shrinkage is None
+
+
+def test_the_output_does_not_change_when_shrinkage_ends():
+    model, triplets, components = triplet_model()
+    scatter(triplets)
+    shrinkage = Igu(IguOptions(importance="shrink")).shrinkage
+    position = triplets.position
+    position.strength = shrinkage.strength
+    position.leave()
+    with torch.no_grad():
+        before = model(**batch()).logits
+    saved = triplets.plain(model.state_dict())
+    rescale_lambda(components, shrinkage)
+    position.strength = 1.0
+    position.leave()
+    with torch.no_grad():
+        after = model(**batch()).logits
+    assert torch.allclose(before, after, atol=1e-6)
+    again = triplets.plain(model.state_dict())
+    assert all(torch.allclose(saved[key], again[key], rtol=1e-6) for key in saved)
+    with torch.no_grad():
+        position.factor = 1.0 / shrinkage.strength
+        assert not torch.allclose(model(**batch()).logits, after, atol=1e-4), "the adapter matters"
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_updates_do_not_jump_when_shrinkage_ends(mended):
+    """Steady gradients times a^3, then those of the full position, where lambda is smaller by the strength or not."""
+    _, triplets, _ = triplet_model()
+    kinds = triplets.modules[0].parameters()
+    parameters = list(kinds.values())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
+    components = Components(triplets, UnpartitionedEngine(optimizer=optimizer))
+    method = Igu(IguOptions(importance="shrink"))
+    before = []
+    for step in range(1500):
+        before = [*before[-499:], moved(optimizer, parameters, [method.position(0, step, 0) ** 3] * 3)]
+    steady = torch.tensor(before).mean(0)
+    after = [1.0] * 3
+    if mended:
+        rescale_lambda(components, method.shrinkage)
+        after = [1.0 if kind == "lambda" else method.shrinkage.strength for kind in kinds]
+    updates = torch.tensor([moved(optimizer, parameters, after) for _ in range(10)])
+    largest = float((updates / steady).max())
+    # On its own the mean of the gradient over its root mean square rises from 0.67 to 1.
+    assert largest < 1.6 if mended else largest > 2.0
+
+
+def moved(optimizer, parameters, gradients):
+    """Step with one gradient on all elements of a parameter; return the mean size of each parameter's update."""
+    old = [p.detach().clone() for p in parameters]
+    for p, gradient in zip(parameters, gradients, strict=True):
+        p.grad = torch.full_like(p, gradient)
+    optimizer.step()
+    return [float((p.detach() - o).abs().mean()) for p, o in zip(parameters, old, strict=True)]
+
+
+# -- returns ---------------------------------------------------------------------------------------------------------
+def test_others_replace_components_in_use_only_if_they_are_better_by_the_hysteresis():
+    on = [[True, False, False]]
+    for other, winner in ((1.05, 0), (1.15, 1)):
+        scores = raise_used([[1.0, other, 0.1]], on, 0.1)
+        assert keep_components(scores, Bounds([1], 1, [0], [3])) == [[i == winner for i in range(3)]]
+    assert raise_used([[1.0]], [[True]], 0.0) == [[1.0]]
+
+
+def test_a_component_that_comes_back_starts_from_lambda_zero_and_without_momentum():
+    model, triplets, _ = triplet_model()
+    scatter(triplets)
+    optimizer = torch.optim.AdamW([p for m in triplets.modules for p in m.parameters().values()], lr=0.1)
+    components = Components(triplets, UnpartitionedEngine(optimizer=optimizer))
+    for _ in stream(triplets, 3):
+        components.update(Igu(IguOptions()), None)
+        optimizer.step()
+    fresh = [[False] * 4 for _ in triplets.masks]
+    fresh[2][1] = fresh[7][3] = True
+    triplets.mask([[not flag for flag in row] for row in fresh])
+    with torch.no_grad():
+        before = model(**batch()).logits
+    old = [module.a.lambda_r.detach().clone() for module in triplets.modules]
+    others = [module.p.detach().clone() for module in triplets.modules]
+    reset_lambda(components, fresh)
+    triplets.mask([[True] * 4 for _ in fresh])
+    with torch.no_grad():
+        assert torch.equal(model(**batch()).logits, before), "no effect on the output"
+    for module, was, p, row in zip(triplets.modules, old, others, fresh, strict=True):
+        flags = torch.tensor(row)
+        assert (module.a.lambda_r[flags] == 0).all()
+        assert torch.equal(module.a.lambda_r[~flags], was[~flags])
+        assert torch.equal(module.p, p)
+        assert (optimizer.state[module.a.lambda_r]["exp_avg"][flags] == 0).all()
+
+
+# -- the regulariser -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
+def test_a_relative_regulariser_has_its_share_of_the_gradient_whatever_the_scale(loss_scale):
+    _, triplets, _ = triplet_model()
+    components = Components(triplets, UnpartitionedEngine(lambda: loss_scale))
+    next(stream(triplets, 1))
+    for parameter in components.parameters:
+        parameter.grad.mul_(loss_scale)
+    before = {block.name: torch.cat([p.grad.reshape(-1).clone() for p in block.parameters])
+              for block in components.blocks}  # fmt: skip
+    components.update(None, Orthogonality(0.25, "off_diagonal", relative=True))
+    for block in components.blocks:
+        added = torch.cat([p.grad.reshape(-1) for p in block.parameters]) - before[block.name]
+        share = 0.0 if block.kind == "lambda" else 0.25
+        assert float(added.norm() / before[block.name].norm()) == pytest.approx(share, rel=1e-4)
+        if block.kind == "Q":
+            assert torch.allclose(gram_direction(block), added / added.norm(), atol=1e-5)
+
+
+def gram_direction(block):
+    """Direction of the gradient of the sum of the off-diagonal norms, by autograd."""
+    copies = [p.detach().clone().requires_grad_() for p in block.parameters]
+    grams = [x @ x.T for x in copies]
+    sum((gram - torch.diag(gram.diagonal())).norm() for gram in grams).backward()
+    flat = torch.cat([x.grad.reshape(-1) for x in copies])
+    return flat / flat.norm()
