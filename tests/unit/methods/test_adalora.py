@@ -15,7 +15,7 @@ from llamafactory_adaptive.planning.compatibility import check_plan, check_same_
 from llamafactory_adaptive.planning.earlier_plans import with_all_options
 from llamafactory_adaptive.planning.intention import intention
 from llamafactory_adaptive.planning.planner import start_plan
-from llamafactory_adaptive.ranks.plan import ModuleShape, load_plan
+from llamafactory_adaptive.ranks.plan import ModuleShape, load_plan, parse_plan
 from llamafactory_adaptive.ranks.schedule import PruningConfig
 from tests.helpers.searches import trainer_of
 from tests.helpers.tiny import tiny_model
@@ -83,6 +83,14 @@ def test_a_run_from_before_the_option_is_resumed_with_the_scale_it_had():
     check_same_run(with_all_options(earlier), configured("lora_rank"), "checkpoint-2")
     with pytest.raises(PlanError, match=r"run: adalora_scale is lora_rank there and init_rank here; change"):
         check_same_run(with_all_options(earlier), configured(), "checkpoint-2")
+
+
+def test_a_plan_whose_alpha_is_no_number_is_refused():
+    document = start_plan(configured(), SHAPES, {}).to_json()
+    assert parse_plan(document, "plan.json").asked_alpha == 16
+    document["provenance"]["asked_lora_alpha"] = "much"
+    with pytest.raises(PlanError, match="asked_lora_alpha"):
+        parse_plan(document, "plan.json")
 
 
 def test_going_on_with_an_adapter_takes_the_scale_that_it_trained_with():

@@ -1,6 +1,7 @@
 """A whole search by events alone: what a Trainer would tell is told here, with gradients drawn at random."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from llamafactory_adaptive.training.callback import AdaptiveCallback
 from llamafactory_adaptive.training.guard import PlanGuard
 from llamafactory_adaptive.training.masked_search import SearchRequest
 from llamafactory_adaptive.training.run_log import RunLog
+from llamafactory_adaptive.training.search_checkpoint import SearchCheckpoint
 from tests.helpers.dynamic import start_plan
 from tests.helpers.tiny import tiny_model
 
@@ -33,7 +35,7 @@ CONFIG = AdaptiveConfig("igu", {"importance": "off"}, "params", LORA_RANK, 4.0, 
 class Run:
     """Tells a search what a Trainer would."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, options=CONFIG.options):
         base = tiny_model()
         self.plan = start_plan(base, START_RANK, LORA_RANK)
         self.model = get_peft_model(base, LoraConfig(**lora_config_arguments(self.plan), task_type="CAUSAL_LM"))
@@ -44,7 +46,7 @@ class Run:
         self.clipped = []
         accelerator = SimpleNamespace(clip_grad_norm_=lambda: self.clipped.append(self.state.global_step))
         self.guard = PlanGuard(self.plan, RunLog("igu", 0.0), is_final=False)
-        request = SearchRequest(self.plan, CONFIG, make_method("igu", CONFIG.options))
+        request = SearchRequest(self.plan, replace(CONFIG, options=options), make_method("igu", options))
         self.callback = AdaptiveCallback(self.guard, RunRequest(3, request))
         handler = SimpleNamespace(callbacks=[self.callback])
         self.trainer = SimpleNamespace(model=self.model, args=self.args, accelerator=accelerator, optimizer=None,
@@ -107,6 +109,33 @@ def test_figures_of_an_allocation_join_the_losses(tmp_path):
         run.callback.on_log(run.args, run.state, None, logs=figures)
         assert ("adaptive/mean_rank" in figures) is expected
     assert "adaptive/mean_rank" in run.state.log_history[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "rate", "step", "told", "warned"),
+    [
+        ({"variant": "published"}, 1e-4, 0, True, True),
+        ({"variant": "published"}, 1e-3, 0, True, False),
+        ({"variant": "published"}, 1e-4, 3, False, False),
+        ({"variant": "corrected"}, 1e-4, 0, False, False),
+    ],
+)
+def test_the_start_tells_of_a_learning_rate_that_moves_the_adapter_less_than_plain_lora(
+    options, rate, step, told, warned, tmp_path, caplog, monkeypatch
+):
+    run = Run(tmp_path, options)
+    run.args.learning_rate, run.state.global_step = rate, step
+    monkeypatch.setattr(SearchCheckpoint, "resume", lambda *_: None)
+    run.callback.resume_from(tmp_path)
+    with caplog.at_level("INFO", logger="llamafactory.adaptive"):
+        run.tell("train_begin")
+    # 0.577 / (0.02 sqrt(32) sqrt(0.0204)) in the median module, of 32 inputs.
+    words = f"learning_rate {rate:g} moves Delta W at first as plain LoRA does at {rate / 35.73:.2g}; "
+    assert (words in caplog.text) is told
+    assert [text for text in run.guard.log.warnings if "learning_rate" in text] == (
+        ["learning_rate 0.0001 is low for this method: Delta W moves at first 36 times less than plain LoRA's; "
+         "try learning_rate: 0.001"] if warned else []
+    )  # fmt: skip
 
 
 def test_nothing_is_chosen_that_was_not_observed(tmp_path):
