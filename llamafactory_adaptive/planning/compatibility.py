@@ -83,8 +83,8 @@ def check_same_scale(plan: RankPlan, config: AdaptiveConfig, source: str) -> Non
         PlanError: settings differ; the message names each of them.
     """
     asked, theirs = _asked(config), _of_plan(plan) | {"lora_alpha": plan.lora_alpha}
-    if plan.asked_alpha != plan.lora_alpha:
-        source += f", whose lora_alpha {plan.asked_alpha} was divided by the rank that its run started at,"
+    if given := plan.provenance.get(ASKED_ALPHA):
+        source += f", whose lora_alpha {given} was divided by the rank that its run started at,"
     _refuse_differences({key: asked[key] for key in _SCALE_KEYS}, theirs, source, "create_new_adapter: true")
 
 
@@ -145,7 +145,7 @@ def _of_plan(plan: RankPlan) -> dict[str, Any]:
         "adaptive_method": plan.method,
         "adaptive_budget_unit": plan.budget_unit,
         "lora_rank": plan.lora_rank,
-        "lora_alpha": plan.asked_alpha,
+        "lora_alpha": plan.provenance.get(ASKED_ALPHA, plan.lora_alpha),
         "adaptive_plan": plan.provenance.get("adaptive_plan"),
         **plan.provenance.get("bounds", {}),
         **{f"adaptive_calibration_{key}": value for key, value in calibration.items()},

@@ -87,11 +87,6 @@ class RankPlan:
         return self.lora_alpha / self.lora_rank
 
     @property
-    def asked_alpha(self) -> Any:
-        """Return ``lora_alpha`` as it stood in the settings of the run that made the plan."""
-        return self.provenance.get(ASKED_ALPHA, self.lora_alpha)
-
-    @property
     def active(self) -> tuple[ModulePlan, ...]:
         """Return the modules that get an adapter: those of rank 1 and more."""
         return tuple(module for module in self.modules if module.rank > 0)
