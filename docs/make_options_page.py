@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llamafactory_adaptive.config.arguments import PRUNING_KEYS, AdaptiveArguments
+from llamafactory_adaptive.config.arguments import PRUNING_KEYS, SEARCH_KEYS, AdaptiveArguments
 from llamafactory_adaptive.methods import get_method, methods
 
 
@@ -16,13 +16,16 @@ HEAD = """# Options
 <!-- Made by docs/make_options_page.py from the options themselves; a test keeps it fresh. -->
 
 Keys of a training YAML with `finetuning_type: adaptive`. `lora_rank` is the budget, `lora_alpha` over `lora_rank` the
-scale; every other key of LLaMA-Factory keeps its meaning. A key that the chosen method does not read is refused.
+scale (with `adalora`, over the rank that modules start at); every other key of LLaMA-Factory keeps its meaning. A key
+that the chosen method does not read is refused.
 """
 
 
 def page() -> str:
     """Give the page's text."""
-    parts = [HEAD, "## For every method\n", *_table(AdaptiveArguments, "", skipped=PRUNING_KEYS)]
+    parts = [HEAD, "## For every method\n", *_table(AdaptiveArguments, "", skipped=PRUNING_KEYS + SEARCH_KEYS)]
+    parts += ["\n## For methods that find ranks while training (igu, adalora, tsq)\n"]
+    parts += _table(AdaptiveArguments, "", kept=SEARCH_KEYS)
     parts += ["\n## For methods that start over-ranked and prune (igu, adalora)\n"]
     parts += _table(AdaptiveArguments, "", kept=PRUNING_KEYS)
     for name in sorted(methods()):

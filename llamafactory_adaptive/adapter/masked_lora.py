@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llamafactory_adaptive.adapter.lora import live_layers, lora_config_arguments, name_targets_in_full, peft_models
+from llamafactory_adaptive.ranks.first_update import FACTOR_STD
 from llamafactory_adaptive.ranks.plan import RankPlan
 
 
 _LAMBDA = "lambda_r"
-_FACTOR_STD = 0.02  # of P and Q at the start, in AdaLoRA and IGU-LoRA alike
 
 
 class PathPosition:
@@ -156,7 +156,7 @@ class Triplets:
                 b.weight.data.zero_()
             else:
                 for factor in (a.weight, b.weight):
-                    factor.data.copy_(torch.empty(factor.shape).normal_(0.0, _FACTOR_STD, generator=generator))
+                    factor.data.copy_(torch.empty(factor.shape).normal_(0.0, FACTOR_STD, generator=generator))
             layer.lora_A[adapter] = MaskedLinear(a, initial_lambda, self.position)
             self.modules.append(Triplet(planned.name, layer.lora_A[adapter], b.weight))
         self.masks = [[True] * planned.rank for planned in plan.active]

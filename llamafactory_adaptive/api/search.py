@@ -63,6 +63,7 @@ def rank_search(
     interval: int | None = None,
     interval_epochs: float | None = None,
     max_overhead: float | None = None,
+    best_model_from: str = "final",
     max_nonfinite_steps: int = 3,
     lora_settings: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -76,7 +77,8 @@ def rank_search(
         model: any decoder without an adapter; its target modules are replaced in place, as PEFT does.
         method: ``"igu"``, ``"adalora"`` or ``"tsq"`` (with ``sampling=False``).
         lora_rank: the budget.
-        lora_alpha: alpha of that uniform LoRA (default: 2 x ``lora_rank``).
+        lora_alpha: alpha of that uniform LoRA (default: 2 x ``lora_rank``). ``adalora`` divides it by ``init_rank``,
+            as PEFT does, unless ``scale="lora_rank"`` is given.
         target_modules: as in :func:`score_modules`.
         task_type: PEFT's name of the model's task.
         budget_unit: ``"params"`` counts trainable parameters, ``"ranks"`` the sum of ranks.
@@ -88,6 +90,8 @@ def rank_search(
         interval: optimizer steps between two allocations (default: 10).
         interval_epochs: the same as a share of an epoch; one of both.
         max_overhead: largest share of training time that extra passes may add, for ``importance="integrated"``.
+        best_model_from: evaluations that count for ``load_best_model_at_end`` and early stopping: ``"final"`` for
+            those after the ranks are final, ``"start"`` for all.
         max_nonfinite_steps: optimizer steps in a row whose loss may be NaN or infinite before the run is ended.
         lora_settings: further arguments of ``peft.LoraConfig``, as in :func:`lora_config`.
         seed: seed of the factors and of every draw.
@@ -104,7 +108,7 @@ def rank_search(
     pruning = {"init_rank": init_rank, "warmup_ratio": warmup_ratio, "final_ratio": final_ratio,
                "interval": interval, "interval_epochs": interval_epochs, "max_overhead": max_overhead}  # fmt: skip
     bounds = {"budget_unit": budget_unit, "min_rank": min_rank, "max_rank": max_rank,
-              "max_nonfinite_steps": max_nonfinite_steps}  # fmt: skip
+              "best_model_from": best_model_from, "max_nonfinite_steps": max_nonfinite_steps}  # fmt: skip
     _, values = chosen_method(method, options, dynamic=True)
     made = make_method(method, values)
     if made.traits.samples:
@@ -113,9 +117,8 @@ def rank_search(
     rank, alpha, high, more = budget_settings(method, lora_rank, lora_alpha, common)
     search, idle = _search(method, made, common, pruning, rank, high, seed)
     refuse_all(*faults, *more, *idle)
-    config = AdaptiveConfig.of(
-        common, method, values, (rank, alpha, high), CalibrationConfig(None, 0, 0, seed), search
-    )
+    budget, by_start = (rank, alpha, high), made.traits.scales_by_start
+    config = AdaptiveConfig.of(common, method, values, budget, CalibrationConfig(None, 0, 0, seed), search, by_start)
     shapes = [ModuleShape(n, m.in_features, m.out_features) for n, m in find_targets(model, target_modules).items()]
     with python_errors(method):
         start = start_plan(config, shapes, provenance(model, seed))

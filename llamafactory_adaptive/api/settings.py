@@ -26,7 +26,8 @@ _PYTHON_NAMES = {
     "lora_target": "target_modules",
 }
 # Arguments of the API and of a Trainer that are called as their YAML keys are.
-_SAME_NAMES = ("lora_rank", "lora_alpha", "bf16", "fp16", "load_best_model_at_end")
+_SAME_NAMES = ("lora_rank", "lora_alpha", "bf16", "fp16", "load_best_model_at_end", "eval_steps", "save_strategy",
+               "learning_rate")  # fmt: skip
 
 
 def chosen_method(name: str, options: Mapping[str, Any], dynamic: bool) -> tuple[type[Any], dict[str, Any]]:

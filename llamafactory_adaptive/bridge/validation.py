@@ -79,8 +79,9 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
         batch_size=common["adaptive_calibration_batch_size"],
         seed=run_seed(args) if seed is None else seed,
     )
-    budget = lora_rank, lora_alpha, max_rank
-    return AdaptiveConfig.of(common, common["adaptive_method"], options, budget, calibration, search)
+    method, budget = common["adaptive_method"], (lora_rank, lora_alpha, max_rank)
+    by_start = make_method(method, options).traits.scales_by_start
+    return AdaptiveConfig.of(common, method, options, budget, calibration, search, by_start)
 
 
 def _search(

@@ -3,8 +3,9 @@
 import argparse
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llamafactory_adaptive.cli.host import require_enabled
 from llamafactory_adaptive.errors import refuse
@@ -14,6 +15,11 @@ from llamafactory_adaptive.reports.plaintext import tell
 
 if TYPE_CHECKING:
     from llamafactory_adaptive.bridge.checked_run import CheckedRun
+    from llamafactory_adaptive.config.run_config import AdaptiveConfig
+    from llamafactory_adaptive.ranks.plan import RankPlan
+
+
+_TRAINERS_RATE = 5e-5  # transformers' default
 
 
 def plan(arguments: argparse.Namespace) -> int:
@@ -95,6 +101,22 @@ def _plan_of_a_dynamic_run(run: "CheckedRun") -> int:
         print(f"the steps of an epoch follow from the data: the table takes {assumed:,}")
     if (steps > 0 or estimate) and (warning := short_run_warning(schedule, shown)):
         print(f"warning: {warning}")
+    for line in _about_the_rate(args, start, config):
+        print(line)
     print("live tensors:", *totals(start), sep="\n")
     print("ranks are found during training; nothing was written")
     return 0
+
+
+def _about_the_rate(args: Mapping[str, Any], start: "RankPlan", config: "AdaptiveConfig") -> list[str]:
+    """Describe the learning rate against that of plain LoRA, where the method's adapter starts slower."""
+    from llamafactory_adaptive.methods import make_method
+    from llamafactory_adaptive.reports.learning_rate import rate_warning, rate_words
+    from llamafactory_adaptive.training.masked_search import SearchRequest
+
+    if "adam" not in str(args.get("optim") or "adamw_torch"):
+        return []
+    slowdown = SearchRequest(start, config, make_method(config.method, config.options)).slowdown
+    rate = float(coerce(args.get("learning_rate") or _TRAINERS_RATE, float))
+    words, warning = rate_words(rate, slowdown), rate_warning(rate, slowdown)
+    return [*([words] if words else []), *([f"warning: {warning}"] if warning else [])]

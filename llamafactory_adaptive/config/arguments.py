@@ -56,6 +56,12 @@ class AdaptiveArguments:
         low=0.001,
         high=10.0,
     )
+    adaptive_best_model_from: str = option(
+        "final",
+        "Evaluations that count for load_best_model_at_end, early stopping and save_strategy: best, in methods that "
+        "find ranks while training: final counts those after the ranks are final, start counts all of them.",
+        choices=("final", "start"),
+    )
     adaptive_max_nonfinite_steps: int = option(
         3,
         "Optimizer steps in a row whose loss may be NaN or infinite before the run is ended; a large number never "
@@ -82,6 +88,8 @@ class AdaptiveArguments:
     )
 
 
+# Keys that only methods which find ranks during training read.
+SEARCH_KEYS = ("adaptive_best_model_from",)
 # Keys that only methods which prune during training read.
 PRUNING_KEYS = (
     "adaptive_init_rank",

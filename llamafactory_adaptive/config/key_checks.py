@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llamafactory_adaptive.config.arguments import PRUNING_KEYS
+from llamafactory_adaptive.config.arguments import PRUNING_KEYS, SEARCH_KEYS
 from llamafactory_adaptive.config.host_conflicts import check_search_conflicts
 from llamafactory_adaptive.errors import Problem
 from llamafactory_adaptive.options import coerce
@@ -35,8 +35,10 @@ CALIBRATION_KEYS = (
 
 
 def check_kind(flat: Mapping[str, Any], method: str, dynamic: bool, strategy: Strategy) -> list[Problem]:
-    """Find keys of methods that calibrate or prune, given to a method that does not, where they have no effect."""
+    """Find keys of methods that calibrate, search or prune, given to a method that does not: they have no effect."""
     idle: dict[str, tuple[str, str]] = {}
+    if strategy == "fixed":
+        idle |= dict.fromkeys(SEARCH_KEYS, ("fixes ranks before training, so every evaluation counts", "igu"))
     if dynamic:
         reason = "finds ranks during training and calibrates nothing"
         idle |= dict.fromkeys(CALIBRATION_KEYS, (reason, "sensitivity"))

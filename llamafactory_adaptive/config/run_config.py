@@ -27,7 +27,12 @@ class CalibrationConfig:
 class AdaptiveConfig:
     """The checked configuration of one run; its budget is the cost of uniform rank ``lora_rank``, in ``budget_unit``.
 
-    ``search`` tells how ranks change while training; None where they are fixed before.
+    Attributes:
+        lora_alpha: alpha that over ``lora_rank`` is the scale.
+        search: how ranks change while training; None where they are fixed before.
+        asked_alpha: ``lora_alpha`` of the settings, where the method divides it by another rank than ``lora_rank``.
+        best_model_from: which evaluations count for the best checkpoint: all of them (``start``), or those with
+            ``final`` ranks.
     """
 
     method: str
@@ -41,6 +46,8 @@ class AdaptiveConfig:
     calibration: CalibrationConfig
     search: PruningConfig | ReallocationConfig | None = None
     max_nonfinite_steps: int = 3
+    asked_alpha: float | None = None
+    best_model_from: str = "final"
 
     @classmethod
     def of(
@@ -51,6 +58,7 @@ class AdaptiveConfig:
         budget: tuple[int, float, int],
         calibration: CalibrationConfig,
         search: PruningConfig | ReallocationConfig | None = None,
+        scales_by_start: bool = False,
     ) -> "AdaptiveConfig":
         """Build the configuration from checked values.
 
@@ -61,8 +69,12 @@ class AdaptiveConfig:
             budget: ``lora_rank``, ``lora_alpha`` and the largest rank of a module.
             calibration: which samples are scored.
             search: how ranks change while training; None where they are fixed before.
+            scales_by_start: whether alpha is divided by the rank at the start, where ranks are pruned.
         """
         lora_rank, lora_alpha, max_rank = budget
+        asked_alpha = None
+        if scales_by_start and isinstance(search, PruningConfig):
+            asked_alpha, lora_alpha = lora_alpha, lora_alpha * lora_rank / search.init_rank
         return cls(
             method=method,
             options=options,
@@ -75,6 +87,8 @@ class AdaptiveConfig:
             calibration=calibration,
             search=search,
             max_nonfinite_steps=common["adaptive_max_nonfinite_steps"],
+            asked_alpha=asked_alpha,
+            best_model_from=common["adaptive_best_model_from"],
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -95,3 +109,13 @@ class AdaptiveConfig:
     def scale(self) -> float:
         """Return the LoRA scale alpha/r, the same for every module."""
         return self.lora_alpha / self.lora_rank
+
+    @property
+    def weakening(self) -> float:
+        """Return how many times smaller the scale is than that of plain LoRA with the same settings."""
+        return self.alpha_in_settings / self.lora_alpha
+
+    @property
+    def alpha_in_settings(self) -> float:
+        """Return alpha as the settings give it."""
+        return self.lora_alpha if self.asked_alpha is None else self.asked_alpha

@@ -1,7 +1,7 @@
 """Protocols of methods, and the types that methods take and return."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llamafactory_adaptive.calibration.measurement import Measurement
 from llamafactory_adaptive.methods._traits import MethodTraits
+from llamafactory_adaptive.ranks.first_update import median_slowdown
 from llamafactory_adaptive.ranks.plan import ModuleShape
 
 
@@ -142,6 +143,10 @@ class InitialAdapter:
 
     lambda_value: float | None
     factors: Literal["gaussian", "lora"]
+
+    def slowdown(self, shapes: Sequence[ModuleShape]) -> float:
+        """Compute how many times smaller the first AdamW update is than plain LoRA's, in the median module."""
+        return median_slowdown(self.lambda_value, self.factors, shapes)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ class MethodTraits:
         probes: whether gradients are observed by extra passes; a :class:`ProbingMethod`.
         relative: whether scores depend on the typical importance of a kind; a :class:`RelativeMethod`.
         samples: whether training data is chosen by quality; a :class:`SamplingMethod`.
+        scales_by_start: whether the scale is ``lora_alpha`` over the rank that modules start at, rather than over
+            ``lora_rank``; read where ranks are pruned.
         unused_with_plan: options that are not read when ranks come from ``adaptive_plan``, where the method still
             chooses samples.
     """
@@ -44,6 +46,7 @@ class MethodTraits:
     probes: bool = False
     relative: bool = False
     samples: bool = False
+    scales_by_start: bool = False
     unused_with_plan: tuple[str, ...] = ()
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import PlanError, first_of
 from llamafactory_adaptive.ranks.plan import (
+    ASKED_ALPHA,
     ModuleShape,
     RankPlan,
     load_plan,
@@ -40,6 +41,7 @@ def check_plan(plan: RankPlan, shapes: list[ModuleShape], config: AdaptiveConfig
         budget_unit=config.budget_unit,
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
+        provenance={key: fact for key, fact in plan.provenance.items() if key != ASKED_ALPHA},
         modules=tuple(sorted(plan.modules, key=lambda module: order[module.name])),
     )
     budget, kind = plan.budget(), plan.budget_kind
@@ -80,7 +82,9 @@ def check_same_scale(plan: RankPlan, config: AdaptiveConfig, source: str) -> Non
     Raises:
         PlanError: settings differ; the message names each of them.
     """
-    asked, theirs = _asked(config), _of_plan(plan)
+    asked, theirs = _asked(config), _of_plan(plan) | {"lora_alpha": plan.lora_alpha}
+    if given := plan.provenance.get(ASKED_ALPHA):
+        source += f", whose lora_alpha {given} was divided by the rank that its run started at,"
     _refuse_differences({key: asked[key] for key in _SCALE_KEYS}, theirs, source, "create_new_adapter: true")
 
 
@@ -102,7 +106,7 @@ def _asked(config: AdaptiveConfig) -> dict[str, Any]:
         "adaptive_method": config.method,
         "adaptive_budget_unit": config.budget_unit,
         "lora_rank": config.lora_rank,
-        "lora_alpha": config.lora_alpha,
+        "lora_alpha": config.alpha_in_settings,
         "adaptive_plan": config.plan_path,
         "adaptive_min_rank": config.min_rank,
         "adaptive_max_rank": config.max_rank,
@@ -141,7 +145,7 @@ def _of_plan(plan: RankPlan) -> dict[str, Any]:
         "adaptive_method": plan.method,
         "adaptive_budget_unit": plan.budget_unit,
         "lora_rank": plan.lora_rank,
-        "lora_alpha": plan.lora_alpha,
+        "lora_alpha": plan.provenance.get(ASKED_ALPHA, plan.lora_alpha),
         "adaptive_plan": plan.provenance.get("adaptive_plan"),
         **plan.provenance.get("bounds", {}),
         **{f"adaptive_calibration_{key}": value for key, value in calibration.items()},

@@ -11,11 +11,21 @@ def intention(config: AdaptiveConfig) -> str:
     if config.search is not None:
         return (
             f"{config.method} finds the ranks while it trains, from rank {config.search.live_rank} to the cost of "
-            f"uniform rank {config.lora_rank}; nothing is scored before"
+            f"uniform rank {config.lora_rank}; nothing is scored before{_scale_words(config)}"
         )
     if make_method(config.method, config.options).measurement() is None:
         return f"{config.method} gives out the ranks at once; nothing is scored"
     return (
         f"{config.method} scores the modules on {config.calibration.samples} rows before training, which takes about "
         "as long as loading the model and passing over the rows; scores of the same request are re-used"
+    )
+
+
+def _scale_words(config: AdaptiveConfig) -> str:
+    """Describe the scale, where ``lora_alpha`` is divided by the rank at the start; empty elsewhere."""
+    if config.asked_alpha is None:
+        return ""
+    return (
+        f"; lora_alpha {config.asked_alpha:g} is divided by the rank it starts from, which is as strong as lora_alpha "
+        f"{config.lora_alpha:g} over lora_rank {config.lora_rank}"
     )

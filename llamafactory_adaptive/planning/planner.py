@@ -27,6 +27,7 @@ from llamafactory_adaptive.planning.cache import (
 )
 from llamafactory_adaptive.ranks.allocation import Allocation, Bounds, allocate
 from llamafactory_adaptive.ranks.plan import (
+    ASKED_ALPHA,
     ModulePlan,
     ModuleShape,
     RankPlan,
@@ -91,6 +92,8 @@ def start_plan(config: AdaptiveConfig, shapes: list[ModuleShape], provenance: Ma
         for shape in shapes
     )
     facts = {**provenance, **_bounds(config), "course": asdict(config.search)}  # the name in plan files
+    if config.asked_alpha is not None:
+        facts[ASKED_ALPHA] = config.asked_alpha
     return RankPlan(modules=modules, provenance=facts, **_header(config))
 
 

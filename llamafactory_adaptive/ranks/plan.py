@@ -18,6 +18,7 @@ from llamafactory_adaptive.ranks.plan_values import Values, shortened
 
 
 SCHEMA_VERSION = 1
+ASKED_ALPHA = "asked_lora_alpha"  # in the provenance, where a run divides lora_alpha by another rank than lora_rank
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,8 @@ def _provenance(values: Values) -> dict[str, Any]:
     for key in ("bounds", "calibration", "course", "sampling"):
         if provenance.get(key) is not None:
             parts.mapping(key)
+    if ASKED_ALPHA in provenance:
+        parts.positive(ASKED_ALPHA)
     return provenance
 
 

@@ -14,6 +14,7 @@ from llamafactory_adaptive.engines.step_hooks import before_clipping, before_dee
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.ranks.schedule import make_schedule
+from llamafactory_adaptive.training.best_model import BestModel
 from llamafactory_adaptive.training.checkpoint_record import CheckpointRecord
 from llamafactory_adaptive.training.components import Components
 from llamafactory_adaptive.training.divergence import DivergenceWatch
@@ -65,6 +66,7 @@ class BoundRun:
         self.see_gradients, self.deepspeed = see_gradients, uses_deepspeed(trainer.args)
         self.samples = None if request.samples is None else TrainingSamples(request.samples, trainer)
         self.search = None if request.search is None else MaskedSearch(request.search, trainer)
+        self.best_model: BestModel | None = None
         self.watch = DivergenceWatch(request.max_nonfinite_steps, Path(trainer.args.output_dir))
         if self.search is not None and not self.deepspeed:
             before_clipping(trainer.accelerator, see_gradients)
@@ -98,7 +100,10 @@ class BoundRun:
         selection, ranks = make(args, state, dataloader, resumed)
         ranks.announce(args, state)
         record = CheckpointRecord(self.current_plan, self.request.layout)
-        parts = (self.guard, self.watch, selection, ranks, record)
+        if isinstance(ranks, RankSearchDriver):
+            self.best_model = BestModel(ranks.state, ranks.schedule, self.log)
+            self.best_model.announce(args, state, self.trainer.callback_handler.callbacks)
+        parts = (self.guard, self.watch, selection, ranks, self.best_model, record)
         return tuple(part for part in parts if part is not None)
 
     def _fixed_ranks(

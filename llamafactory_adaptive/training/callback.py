@@ -68,6 +68,11 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
         for part in self.parts:
             part.see_gradients()
 
+    def counts_as_best(self) -> bool:
+        """Tell whether an evaluation now counts for the best checkpoint and for early stopping."""
+        best = None if self.bound is None else self.bound.best_model
+        return best is None or best.counts_as_best()
+
     def save_into(self, folder: Path, args: Any, state: Any) -> None:
         """Forward that a checkpoint is written to ``folder``."""
         for part in self.parts:

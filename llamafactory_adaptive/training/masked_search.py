@@ -31,6 +31,11 @@ class SearchRequest:
         assert self.config.search is not None
         return self.config.search
 
+    @property
+    def slowdown(self) -> float:
+        """Return how many times smaller the first AdamW update is than plain LoRA's with the same settings."""
+        return self.method.initial_adapter.slowdown(self.start.active) * self.config.weakening
+
 
 class MaskedSearch:
     """The adapter of one model, turned into masked triplets before the optimizer is made, and the search's decisions.

@@ -68,6 +68,16 @@ def adaptive_trainer(trainer_class: type, fixed_callback: Any = None) -> type:
                 seal(Path(checkpoint_folder), self.args)
             super()._push_from_checkpoint(checkpoint_folder)
 
+        def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+            # Below it is checked that the metric exists, so an evaluation that does not count goes there, too.
+            kept = self.state.best_metric, self.state.best_global_step
+            is_best = bool(super()._determine_best_metric(*args, **kwargs))
+            if self.adaptive_callback is None or self.adaptive_callback.counts_as_best():
+                return is_best
+            # While there is no best one, transformers' early stopping does not count evaluations either.
+            self.state.best_metric, self.state.best_global_step = kept
+            return False
+
         def _load_best_model(self) -> None:
             if self.adaptive_callback is not None:
                 check_best(Path(self.state.best_model_checkpoint))

@@ -74,6 +74,10 @@ WRONG = [
      "invalid: the old adapter cannot be merged into a quantised base or under ZeRO-3"),
     ({"adaptive_interval": 5}, "adaptive_interval: 5 is invalid: adaptive_method: sensitivity fixes ranks before "
      "training and prunes nothing; try leaving it out, or adaptive_method: igu"),
+    ({"adaptive_best_model_from": "final"}, "adaptive_best_model_from: 'final' is invalid: adaptive_method: sensitivity "
+     "fixes ranks before training, so every evaluation counts; try leaving it out, or adaptive_method: igu"),
+    ({**IGU, "adaptive_best_model_from": "end"}, "adaptive_best_model_from: 'end' is invalid: must be one of final, "
+     "start; try adaptive_best_model_from: "),
     ({**IGU, "adaptive_calibration_samples": 8}, "adaptive_calibration_samples: 8 is invalid: adaptive_method: igu "
      "finds ranks during training and calibrates nothing; try leaving it out, or adaptive_method: sensitivity"),
     ({**IGU, "adaptive_init_rank": 4}, "adaptive_init_rank: 4 is invalid: the start must be over-ranked: above "

@@ -136,7 +136,8 @@ def test_early_stopping_and_load_best_end_within_budget(tiny_llama, data_dir, tm
     from llamafactory.train.tuner import run_exp
 
     out, keep = tmp_path / "out", Keep()
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True,
+            "adaptive_best_model_from": "start"}  # fmt: skip
     run_exp(pruning_settings(tiny_llama, data_dir, out, **EVALUATE, **best), [keep, Stop()])
     plan, last = load_plan(out / "adaptive_rank_plan.json"), allocations(out)[-1]
     state = json.loads((out / "trainer_state.json").read_text())

@@ -252,7 +252,8 @@ def test_load_best_from_before_the_first_refresh_does_not_end_as_uniform_lora(
     said: list[str] = []
     monkeypatch.setattr(rank_search_driver.logger, "warning", said.append)
     out = tmp_path / "out"
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True,
+            "adaptive_best_model_from": "start"}  # fmt: skip
     every_two = {**EVALUATE, "eval_steps": 2, "save_steps": 2}  # at step 1 all sensitivities are 0, since B is
     train(tsq_settings(tiny_llama, data_dir, out, tsq_sampling=False, learning_rate=1e-2, **every_two, **best))
     state = json.loads((out / "trainer_state.json").read_text())

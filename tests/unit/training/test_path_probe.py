@@ -80,6 +80,16 @@ def test_one_random_node_estimates_the_path_without_bias_and_averages_out_as_one
         assert np.sqrt(((means - exact) ** 2).mean()) == pytest.approx(spread / m**0.5, rel=0.15)
 
 
+def test_a_steps_score_varies_by_the_node_as_the_method_says():
+    """On a loss that is linear in P diag(lambda) Q the gradient of each factor grows as the square of the position."""
+    steps = np.array([sum(weight * at**2 for at, weight in sampled_path(20, node)) for node in range(1, 20)])
+    mean = steps.mean()
+    assert mean == pytest.approx(sum(weight * at**2 for at, weight in reference.trapezoid_path(20)))
+    assert (steps.std() / mean, steps.min() / mean, steps.max() / mean) == pytest.approx((0.80, 0.082, 2.64), rel=0.01)
+    running = steps.std() / mean * ((1 - 0.85) / (1 + 0.85)) ** 0.5  # of independent draws
+    assert running == pytest.approx(0.23, rel=0.01)
+
+
 def test_probing_leaves_gradients_random_state_and_position_alone():
     model, triplets, components = triplet_model()
     model.train()

@@ -20,6 +20,7 @@ from llamafactory_adaptive.training.callback import AdaptiveCallback
 from llamafactory_adaptive.training.guard import PlanGuard
 from llamafactory_adaptive.training.masked_search import SearchRequest
 from llamafactory_adaptive.training.run_log import RunLog
+from llamafactory_adaptive.training.search_checkpoint import SearchCheckpoint
 from tests.helpers.dynamic import start_plan
 from tests.helpers.tiny import tiny_model
 
@@ -34,17 +35,19 @@ CONFIG = AdaptiveConfig("igu", {"importance": "off"}, "params", LORA_RANK, 4.0, 
 class Run:
     """Tells a search what a Trainer would."""
 
-    def __init__(self, folder, search=SEARCH):
+    def __init__(self, folder, search=SEARCH, options=CONFIG.options):
         base = tiny_model()
         self.plan = start_plan(base, START_RANK, LORA_RANK)
         self.model = get_peft_model(base, LoraConfig(**lora_config_arguments(self.plan), task_type="CAUSAL_LM"))
         self.args = SimpleNamespace(output_dir=str(folder), deepspeed=None, should_save=True, fp16=False,
-                                    load_best_model_at_end=False, gradient_accumulation_steps=2)  # fmt: skip
+                                    load_best_model_at_end=False, save_strategy="no", optim="adamw_torch",
+                                    learning_rate=1e-4, gradient_accumulation_steps=2)  # fmt: skip
         self.state = SimpleNamespace(global_step=0, max_steps=STEPS, log_history=[{}], best_model_checkpoint=None)
         self.clipped = []
         accelerator = SimpleNamespace(clip_grad_norm_=lambda: self.clipped.append(self.state.global_step))
         self.guard = PlanGuard(self.plan, RunLog("igu", 0.0), is_final=False)
-        request = SearchRequest(self.plan, replace(CONFIG, search=search), make_method("igu", CONFIG.options))
+        config = replace(CONFIG, search=search, options=options)
+        request = SearchRequest(self.plan, config, make_method("igu", options))
         self.callback = AdaptiveCallback(self.guard, RunRequest(3, request))
         handler = SimpleNamespace(callbacks=[self.callback])
         self.trainer = SimpleNamespace(model=self.model, args=self.args, accelerator=accelerator, optimizer=None,
@@ -133,6 +136,33 @@ def test_figures_of_an_allocation_join_the_losses(tmp_path):
         run.callback.on_log(run.args, run.state, None, logs=figures)
         assert ("adaptive/mean_rank" in figures) is expected
     assert "adaptive/mean_rank" in run.state.log_history[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "rate", "step", "told", "warned"),
+    [
+        ({"variant": "published"}, 1e-4, 0, True, True),
+        ({"variant": "published"}, 1e-3, 0, True, False),
+        ({"variant": "published"}, 1e-4, 3, False, False),
+        ({"variant": "corrected"}, 1e-4, 0, False, False),
+    ],
+)
+def test_the_start_tells_of_a_learning_rate_that_moves_the_adapter_less_than_plain_lora(
+    options, rate, step, told, warned, tmp_path, caplog, monkeypatch
+):
+    run = Run(tmp_path, options)
+    run.args.learning_rate, run.state.global_step = rate, step
+    monkeypatch.setattr(SearchCheckpoint, "resume", lambda *_: None)
+    run.callback.resume_from(tmp_path)
+    with caplog.at_level("INFO", logger="llamafactory.adaptive"):
+        run.tell("train_begin")
+    # 0.577 / (0.02 sqrt(32) sqrt(0.0204)) in the median module, of 32 inputs.
+    words = f"learning_rate {rate:g} moves Delta W at first as plain LoRA does at {rate / 35.73:.2g}; "
+    assert (words in caplog.text) is told
+    assert [text for text in run.guard.log.warnings if "learning_rate" in text] == (
+        ["learning_rate 0.0001 is low for this method: Delta W moves at first 36 times less than plain LoRA's; "
+         "try learning_rate: 0.001"] if warned else []
+    )  # fmt: skip
 
 
 def test_nothing_is_chosen_that_was_not_observed(tmp_path):

@@ -15,7 +15,7 @@ class Callback:
     """Notes what it is told."""
 
     def __init__(self, said):
-        self.said, self.train_sampler = said, None
+        self.said, self.train_sampler, self.counts = said, None, True
 
     def see_loss(self, loss):
         self.said.append(f"saw {loss}")
@@ -25,6 +25,9 @@ class Callback:
 
     def save_into(self, folder, *_):
         self.said.append(f"save_into {folder.name}")
+
+    def counts_as_best(self):
+        return self.counts
 
 
 @pytest.fixture
@@ -44,7 +47,8 @@ def plain(said, tmp_path):
 
         def __init__(self, save_only_model=False):
             self.args = SimpleNamespace(output_dir=str(tmp_path), save_only_model=save_only_model)
-            self.state = SimpleNamespace(global_step=6, max_steps=9, best_model_checkpoint=str(tmp_path / "best"))
+            self.state = SimpleNamespace(global_step=6, max_steps=9, best_model_checkpoint=str(tmp_path / "best"),
+                                         best_metric=None, best_global_step=None)  # fmt: skip
             self.control = SimpleNamespace(should_training_stop=False)
             said.append("built")
 
@@ -64,6 +68,10 @@ def plain(said, tmp_path):
 
         def _push_from_checkpoint(self, folder):
             said.append("pushes")
+
+        def _determine_best_metric(self, metrics, trial):
+            self.state.best_metric, self.state.best_global_step = metrics["eval_loss"], self.state.global_step
+            return True
 
         def _load_best_model(self):
             said.append("loads the best")
@@ -103,6 +111,7 @@ def test_without_a_run_nothing_is_changed(plain, said):
     assert trainer._get_train_sampler() == "the Trainer's sampler"
     trainer._save_checkpoint()
     trainer._push_from_checkpoint("checkpoint-6")
+    assert trainer._determine_best_metric(metrics={"eval_loss": 2.0}, trial=None) is True
     trainer._load_best_model()
     trainer._save_rng_state("checkpoint-6")
     assert said == ["built", "saves", "pushes", "loads the best", "saves random states"]
@@ -156,6 +165,15 @@ def test_a_checkpoint_without_optimizer_is_not_sealed(plain, said):
 def test_the_best_checkpoint_is_checked_before_it_is_loaded(made, said):
     made._load_best_model()
     assert said == ["check_best best", "loads the best"]
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_an_evaluation_that_does_not_count_leaves_the_best_one_as_it_was(counts, made):
+    made.adaptive_callback.counts = counts
+    assert made._determine_best_metric(metrics={"eval_loss": 2.0}, trial=None) is counts
+    assert (made.state.best_metric, made.state.best_global_step) == ((2.0, 6) if counts else (None, None))
+    with pytest.raises(KeyError, match="eval_loss"):
+        made._determine_best_metric(metrics={}, trial=None)
 
 
 @pytest.mark.parametrize(
