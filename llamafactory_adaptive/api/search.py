@@ -105,6 +105,9 @@ def rank_search(
               "max_nonfinite_steps": max_nonfinite_steps}  # fmt: skip
     _, values = chosen_method(method, options, dynamic=True)
     made = make_method(method, values)
+    for name in made.traits.only_with_plan:
+        if options.get(name) is not None:
+            refuse(name, options[name], "only runs of LLaMA-Factory on given ranks read it", f"leaving {name} out")
     if made.traits.samples:
         refuse("sampling", True, "samples are chosen in runs of LLaMA-Factory alone", "sampling=False")
     common, faults = common_settings(method, **bounds, **pruning)

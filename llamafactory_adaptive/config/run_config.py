@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
+from llamafactory_adaptive.ranks.schedule import GivenRanksConfig, PruningConfig, ReallocationConfig
 
 
 _SEARCHES: dict[str, type[PruningConfig] | type[ReallocationConfig]] = {
@@ -27,7 +27,8 @@ class CalibrationConfig:
 class AdaptiveConfig:
     """The checked configuration of one run; its budget is the cost of uniform rank ``lora_rank``, in ``budget_unit``.
 
-    ``search`` tells how ranks change while training; None where they are fixed before.
+    ``search`` tells how ranks change while training; None where they are fixed before. ``given`` tells how ranks of
+    ``plan_path`` are trained in the method's own form; None where they are trained as plain LoRA.
     """
 
     method: str
@@ -41,6 +42,7 @@ class AdaptiveConfig:
     calibration: CalibrationConfig
     search: PruningConfig | ReallocationConfig | None = None
     max_nonfinite_steps: int = 3
+    given: GivenRanksConfig | None = None
 
     @classmethod
     def of(
@@ -51,6 +53,7 @@ class AdaptiveConfig:
         budget: tuple[int, float, int],
         calibration: CalibrationConfig,
         search: PruningConfig | ReallocationConfig | None = None,
+        given: GivenRanksConfig | None = None,
     ) -> "AdaptiveConfig":
         """Build the configuration from checked values.
 
@@ -61,6 +64,7 @@ class AdaptiveConfig:
             budget: ``lora_rank``, ``lora_alpha`` and the largest rank of a module.
             calibration: which samples are scored.
             search: how ranks change while training; None where they are fixed before.
+            given: how given ranks are trained in the method's own form; None for plain LoRA.
         """
         lora_rank, lora_alpha, max_rank = budget
         return cls(
@@ -75,6 +79,7 @@ class AdaptiveConfig:
             calibration=calibration,
             search=search,
             max_nonfinite_steps=common["adaptive_max_nonfinite_steps"],
+            given=given,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -89,6 +94,7 @@ class AdaptiveConfig:
         strategy = parts.pop("strategy")
         parts["calibration"] = CalibrationConfig(**parts["calibration"])
         parts["search"] = _SEARCHES[strategy](**parts["search"]) if strategy else None
+        parts["given"] = GivenRanksConfig(**parts["given"]) if parts["given"] else None
         return cls(**parts)
 
     @property

@@ -19,7 +19,8 @@ What differs: t_i and t_f are ratios of all steps. A masked component adds exact
 released code it drifts between allocations, over budget); its lambda is observed but not trained (momentum, weight
 decay and regulariser still act on its factors); its P and Q, whose gradient is zero only
 because of the mask, keep S and U meanwhile. Scores use the gradient of the loss without the regulariser, before
-clipping. Once the mask is final, nothing is scored and ``shrink`` trains at a = 1. ``integrated`` takes |IG|.
+clipping. Once the mask is final, and on the given ranks of a second stage, nothing is scored and ``shrink`` trains at
+a = 1. ``integrated`` takes |IG|.
 
 Cost: shrink and off, two fp32 numbers per adapter weight and a few element-wise passes over the adapter per step;
 integrated, two more forward-backward passes per probed step.
@@ -183,6 +184,14 @@ class IguOptions:
         choices=("absolute", "relative"),
     )
 
+    second_stage: str = option(
+        "triplet",
+        "Adapter on the ranks of adaptive_plan: triplet trains P diag(lambda) Q from igu_init with the orthogonality "
+        "regulariser, as the second stage of the authors does; lora trains plain LoRA.",
+        choices=("triplet", "lora"),
+        before="lora",
+    )
+
     def __post_init__(self) -> None:
         for name, value in self.complete(asdict(self)).items():
             object.__setattr__(self, name, value)
@@ -192,6 +201,9 @@ class IguOptions:
         """Fill in the options that are left out, by ``variant``."""
         given = {name: value for name, value in values.items() if value is not None}
         return {**values, **VARIANTS[values["variant"]], **given}
+
+
+_OF_THE_ADAPTER = ("variant", "init", "orthogonality", "orthogonality_weight", "orthogonality_scale")
 
 
 class Igu(SmoothedMethod):
@@ -210,7 +222,15 @@ class Igu(SmoothedMethod):
     def traits(self) -> MethodTraits:
         o = self.options
         relative = o.uncertainty == "snr" and o.epsilon_scale == "relative"
-        return MethodTraits("prune", probes=o.importance == "integrated", relative=relative)
+        triplets = o.second_stage == "triplet"  # the form of the authors' second stage
+        return MethodTraits(
+            "prune",
+            probes=o.importance == "integrated",
+            relative=relative,
+            read_with_plan=("second_stage", *(_OF_THE_ADAPTER if triplets else ())),
+            only_with_plan=("second_stage",),
+            triplets_with_plan=triplets,
+        )
 
     @property
     def initial_adapter(self) -> InitialAdapter:

@@ -18,6 +18,7 @@ from llamafactory_adaptive.training.checkpoint_record import CheckpointRecord
 from llamafactory_adaptive.training.components import Components
 from llamafactory_adaptive.training.divergence import DivergenceWatch
 from llamafactory_adaptive.training.fixed_ranks import FixedRanks
+from llamafactory_adaptive.training.given_ranks import GivenRanks
 from llamafactory_adaptive.training.guard import PlanGuard, agree_on_steps, uses_deepspeed
 from llamafactory_adaptive.training.masked_search import MaskedSearch, SearchRequest
 from llamafactory_adaptive.training.observer import Observer
@@ -39,7 +40,8 @@ class RunRequest:
 
     Attributes:
         max_nonfinite_steps: the run ends at this many optimizer steps in a row with a NaN or infinite loss.
-        search: settings of a search for ranks; None if ranks are fixed.
+        search: settings of a search for ranks, or of given ranks in the form ``P diag(lambda) Q``; None for plain LoRA
+            on fixed ranks.
         samples: how training samples are chosen; None for all of them.
         layout: how weights are spread over processes, for checkpoints.
     """
@@ -57,7 +59,8 @@ class BoundRun:
         request: settings of the run.
         guard: guard of the run, with plan and log.
         trainer: Trainer that has not made its data loader and its optimizer yet.
-        see_gradients: is called at every step of a search, once gradients are complete and not yet clipped.
+        see_gradients: is called at every step where ``request.search`` is set, once gradients are complete and not yet
+            clipped.
     """
 
     def __init__(self, request: RunRequest, guard: PlanGuard, trainer: Any, see_gradients: Callable[[], None]) -> None:
@@ -94,34 +97,41 @@ class BoundRun:
                 "would begin anew: pass resume_from_checkpoint to the Trainer's train(), or train afresh"
             )
         resumed = checkpoint if state.global_step > 0 else None
-        make = self._fixed_ranks if self.search is None else self._search_ranks
-        selection, ranks = make(args, state, dataloader, resumed)
+        selection, ranks = self._ranks(args, state, dataloader, resumed)
         ranks.announce(args, state)
         record = CheckpointRecord(self.current_plan, self.request.layout)
         parts = (self.guard, self.watch, selection, ranks, record)
         return tuple(part for part in parts if part is not None)
 
-    def _fixed_ranks(
+    def _ranks(
         self, args: Any, state: Any, dataloader: Any, resumed: Path | None
-    ) -> tuple[SampleSelection | None, FixedRanks]:
+    ) -> tuple[SampleSelection | None, FixedRanks | RankSearchDriver]:
+        """Build selection and ranks; what is resumed is restored before samples are scored on its adapter."""
+        if self.search is None:
+            selection = self._prepare_samples(args, state, dataloader, resumed)
+            return selection, FixedRanks(self.guard, self.log, selection)
+        kept = self._restored(self.search, state, resumed)
         selection = self._prepare_samples(args, state, dataloader, resumed)
-        return selection, FixedRanks(self.guard, self.log, selection)
+        if self.search.request.config.search is None:
+            return selection, GivenRanks(self.guard, self.log, selection, kept)
+        return selection, self._driver(self.search, kept, state, selection)
 
-    def _search_ranks(
-        self, args: Any, state: Any, dataloader: Any, resumed: Path | None
-    ) -> tuple[SampleSelection | None, RankSearchDriver]:
-        """Build selection and search driver; a resumed search is restored before samples are scored on its adapter."""
-        search = self.search
-        assert search is not None
-        begin, asked = search.state.cost(search.triplets.masks), search.state.asked
-        schedule = make_schedule(search.request.schedule, state.max_steps, begin, asked)
-        observer = self._observer(search)
-        kept = SearchCheckpoint(search, observer, self.log, holds_factors=not self.deepspeed)
+    def _restored(self, search: MaskedSearch, state: Any, resumed: Path | None) -> SearchCheckpoint:
+        """Build reader and writer of the exact state, and restore what a resumed run had."""
+        kept = SearchCheckpoint(search, self._observer(search), self.log, holds_factors=not self.deepspeed)
         if resumed is not None:
             kept.resume(resumed, state.max_steps)
-        selection = self._prepare_samples(args, state, dataloader, resumed)
-        return selection, RankSearchDriver(
-            search, observer, schedule, kept, self.guard, self.watch, selection, state.global_step
+        return kept
+
+    def _driver(
+        self, search: MaskedSearch, kept: SearchCheckpoint, state: Any, selection: SampleSelection | None
+    ) -> RankSearchDriver:
+        changes = search.request.config.search
+        assert changes is not None
+        begin, asked = search.state.cost(search.state.first_masks()), search.state.asked
+        schedule = make_schedule(changes, state.max_steps, begin, asked)
+        return RankSearchDriver(
+            search, kept.observer, schedule, kept, self.guard, self.watch, selection, state.global_step
         )
 
     def _observer(self, search: MaskedSearch) -> Observer:
