@@ -21,6 +21,6 @@ def _all(method: str, stored: Mapping[str, Any]) -> dict[str, Any]:
 
 def _all_flat(used: Mapping[str, Any]) -> dict[str, Any]:
     """Complete options by YAML key, beside the key of the method."""
-    method = used["adaptive_method"]
+    method = str(used.get("adaptive_method"))
     stored = {key.removeprefix(f"{method}_"): value for key, value in used.items() if key != "adaptive_method"}
     return {"adaptive_method": method, **{f"{method}_{key}": value for key, value in _all(method, stored).items()}}

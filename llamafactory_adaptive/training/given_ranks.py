@@ -1,5 +1,6 @@
 """The part of a run that trains given ranks in the form ``P diag(lambda) Q``: all components, to the end."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from llamafactory_adaptive.training.guard import PlanGuard
 from llamafactory_adaptive.training.run_log import RunLog
 from llamafactory_adaptive.training.sample_selection import SampleSelection
 from llamafactory_adaptive.training.search_checkpoint import SearchCheckpoint
+
+
+logger = logging.getLogger("llamafactory.adaptive")
 
 
 class GivenRanks(FixedRanks):
@@ -27,6 +31,12 @@ class GivenRanks(FixedRanks):
     ) -> None:
         super().__init__(guard, log, selection)
         self.checkpoint, self.observer = checkpoint, checkpoint.observer
+
+    def announce(self, args: Any, state: Any) -> None:
+        """Write plan, heat-map and a log line, and tell in which form the ranks are trained."""
+        super().announce(args, state)
+        if args.should_save:
+            logger.info("adaptive: the given ranks are trained as P diag(lambda) Q, and saved as plain LoRA")
 
     def see_gradients(self) -> None:
         """Add the gradient of the regulariser, and the seconds that this takes to the overhead."""

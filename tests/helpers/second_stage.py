@@ -44,7 +44,7 @@ def second_stage(folder, resumed=None, options=None, **more):
         model=attach_adapter(tiny_model(), plan),
         args=TrainingArguments(str(folder), **arguments),
         train_dataset=rows(12),
-        eval_dataset=rows(2, seed=1),
+        eval_dataset=rows(12),
         data_collator=DataCollatorForSeq2Seq(tiny_tokenizer()),
         callbacks=[callback],
     )
