@@ -68,6 +68,9 @@ def check_same_run(plan: RankPlan, config: AdaptiveConfig, source: str) -> None:
             theirs |= sampling
         ours_too, theirs_too = _second_stages(plan, config)
         asked, theirs = asked | ours_too, theirs | theirs_too
+    else:
+        for option in _traits(config).only_with_plan:
+            asked.pop(f"{config.method}_{option}", None)
     _refuse_differences(asked, theirs, source, "another output_dir")
 
 
@@ -98,7 +101,6 @@ def _refuse_differences(asked: Mapping[str, Any], theirs: Mapping[str, Any], sou
 
 def _asked(config: AdaptiveConfig) -> dict[str, Any]:
     """Collect the settings that determine a run's ranks, by YAML key."""
-    idle = {f"{config.method}_{option}" for option in _traits(config).only_with_plan}
     return {
         "adaptive_method": config.method,
         "adaptive_budget_unit": config.budget_unit,
@@ -108,7 +110,7 @@ def _asked(config: AdaptiveConfig) -> dict[str, Any]:
         "adaptive_min_rank": config.min_rank,
         "adaptive_max_rank": config.max_rank,
         **_search(config),
-        **{key: value for key, value in flat_options(config).items() if key not in idle},
+        **flat_options(config),
     }
 
 
