@@ -29,8 +29,7 @@ from llamafactory_adaptive.errors import GuardError, PlanError, Problem, refuse,
 from llamafactory_adaptive.files import PLAN_FILE
 from llamafactory_adaptive.launcher import launched_number
 from llamafactory_adaptive.methods import make_method
-from llamafactory_adaptive.planning.compatibility import check_same_run
-from llamafactory_adaptive.planning.earlier_plans import with_all_options
+from llamafactory_adaptive.planning.earlier_plans import check_resumed_run
 from llamafactory_adaptive.planning.planner import start_plan
 from llamafactory_adaptive.ranks.plan import ModuleShape, load_plan
 from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
@@ -111,6 +110,9 @@ def rank_search(
               "best_model_from": best_model_from, "max_nonfinite_steps": max_nonfinite_steps}  # fmt: skip
     _, values = chosen_method(method, options, dynamic=True)
     made = make_method(method, values)
+    for name in made.traits.only_with_plan:
+        if options.get(name) is not None:
+            refuse(name, options[name], "only runs of LLaMA-Factory on given ranks read it", f"leaving {name} out")
     if made.traits.samples:
         refuse("sampling", True, "samples are chosen in runs of LLaMA-Factory alone", "sampling=False")
     common, faults = common_settings(method, **bounds, **pruning)
@@ -231,8 +233,7 @@ class RankSearch:
             return
         if fault := damage(checkpoint):
             raise PlanError(f"{checkpoint} cannot be resumed from: {fault}")
-        plan = with_all_options(load_plan(checkpoint / PLAN_FILE))
-        check_same_run(plan, self._request.config, str(checkpoint))
+        check_resumed_run(load_plan(checkpoint / PLAN_FILE), self._request.config, str(checkpoint))
 
 
 def _checkpoint(asked: Any, output: str) -> Path | None:

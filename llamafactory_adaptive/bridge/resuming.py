@@ -122,10 +122,10 @@ def what_the_host_resumes(args: Args, checkpoint: Path | None) -> Args:
 
 
 def refuse_ranks_in_plain_run(args: Args) -> None:
-    """Refuse a plain run that would resume from a checkpoint with live ranks, whose sizes do not fit it.
+    """Refuse a plain run that would resume from a checkpoint of P diag(lambda) Q or masked ranks, which do not fit it.
 
     Raises:
-        AdaptiveConfigError: the checkpoint that would be resumed from has live ranks; the message names it.
+        AdaptiveConfigError: the checkpoint that would be resumed from is no plain LoRA; the message names it.
     """
     wanted = args.get("resume_from_checkpoint")
     if not args.get("output_dir") or not args.get("do_train"):
@@ -133,7 +133,7 @@ def refuse_ranks_in_plain_run(args: Args) -> None:
     checkpoint = Path(wanted) if isinstance(wanted, str) else _newest_for_the_host(args)
     if checkpoint is not None and (checkpoint / STATE_JSON).is_file():
         kind = args.get("finetuning_type", "lora")
-        reason = f"{checkpoint} is of a run that finds its ranks, and would be resumed from"
+        reason = f"{checkpoint} is of a run that trains no plain LoRA, and would be resumed from"
         refuse("finetuning_type", kind, reason, "finetuning_type: adaptive, or another output_dir")
 
 

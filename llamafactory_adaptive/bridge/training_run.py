@@ -138,7 +138,7 @@ def _make_callback(
     method = make_method(adaptive.method, adaptive.options)
     request = RunRequest(
         adaptive.max_nonfinite_steps,
-        search=None if adaptive.search is None else SearchRequest(plan, adaptive, method),
+        search=SearchRequest(plan, adaptive, method) if adaptive.search or adaptive.given else None,
         samples=_sample_request(args, method.sampling) if method.traits.samples else None,
         layout=layout(args),
     )

@@ -5,7 +5,7 @@ Pure standard library, on the flat mapping of a run's settings.
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llamafactory_adaptive.config.deepspeed_settings import document, part, zero_optimization
@@ -128,6 +128,11 @@ def check_search_conflicts(flat: Mapping[str, Any], made: Any) -> list[Problem]:
     return problems
 
 
+def check_given_conflicts(flat: Mapping[str, Any]) -> list[Problem]:
+    """Find upstream options that cannot go with training given ranks as ``P diag(lambda) Q``."""
+    return _clashes(GIVEN_CONFLICTS, flat)
+
+
 def check_sampling_conflicts(flat: Mapping[str, Any]) -> list[Problem]:
     """Find upstream options that cannot go with choosing samples by quality."""
     return _clashes(SAMPLING_CONFLICTS, flat)
@@ -160,6 +165,16 @@ MASKING_CONFLICTS = (
         "it restarts training in the middle with weights that were already trained",
         "auto_find_batch_size: false",
     ),
+)
+_GIVEN_REASONS = {
+    "deepspeed": "this optimizer of DeepSpeed keeps gradients where those of a regulariser cannot be added",
+    "adapter_name_or_path": "P diag(lambda) Q begins as a new adapter",
+    "torch_compile": "the backward pass of P diag(lambda) Q is not compiled",
+}
+_PLAIN = " (or igu_second_stage: lora)"
+GIVEN_CONFLICTS = tuple(
+    replace(rule, reason=_GIVEN_REASONS.get(rule.key, rule.reason), suggestion=rule.suggestion + _PLAIN)
+    for rule in MASKING_CONFLICTS
 )
 # Optimizers whose states are one number per weight, so that those of a component that comes back can be set anew.
 # Not rmsprop_bnb: its squares lie where those of its siblings keep momenta.

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llamafactory_adaptive.config.arguments import PRUNING_KEYS, SEARCH_KEYS
-from llamafactory_adaptive.config.host_conflicts import check_search_conflicts
+from llamafactory_adaptive.config.host_conflicts import check_given_conflicts, check_search_conflicts
 from llamafactory_adaptive.errors import Problem
 from llamafactory_adaptive.options import coerce
-from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig, Strategy
+from llamafactory_adaptive.ranks.schedule import GivenRanksConfig, PruningConfig, ReallocationConfig, Strategy
 
 
 def unknown_key_problems(given: Mapping[str, Any], known: Iterable[str]) -> list[Problem]:
@@ -67,6 +67,33 @@ def check_interval(flat: Mapping[str, Any]) -> list[Problem]:
         reason = "a stream has no known length, so the steps of an epoch are not known"
         problems.append(Problem(key, share, reason, "adaptive_interval: 10 in its place, or streaming: false"))
     return problems
+
+
+def check_given(flat: Mapping[str, Any], made: Any, seed: int) -> tuple[GivenRanksConfig | None, list[Problem]]:
+    """Check how a method trains the ranks of ``adaptive_plan``.
+
+    Args:
+        flat: the run's settings.
+        made: the method with its options.
+        seed: the seed of the factors.
+
+    Returns:
+        The configuration, None where they are trained as plain LoRA, and the problems.
+    """
+    if not made.traits.triplets_with_plan:
+        return None, []
+    return GivenRanksConfig(seed), check_given_conflicts(flat)
+
+
+def check_without_plan(flat: Mapping[str, Any], method: str, made: Any) -> list[Problem]:
+    """Find options that only a run with ``adaptive_plan`` reads, in a run without one."""
+    keys = [f"{method}_{option}" for option in made.traits.only_with_plan]
+    reason = "it is read only where adaptive_plan gives the ranks"
+    return [
+        Problem(key, flat[key], reason, f"leaving {key} out, or adaptive_plan: <path>")
+        for key in keys
+        if flat.get(key) is not None
+    ]
 
 
 def check_pruning(

@@ -56,6 +56,21 @@ class ReallocationConfig:
 
 
 @dataclass(frozen=True)
+class GivenRanksConfig:
+    """Settings of a method that trains given ranks in the form ``P diag(lambda) Q``; the ranks never change.
+
+    Attributes:
+        seed: seed of the factors' initial values.
+    """
+
+    seed: int
+
+    @property
+    def max_overhead(self) -> None:
+        """Return None: there are no extra passes to limit."""
+
+
+@dataclass(frozen=True)
 class Schedule:
     """Cubic decay of the budget over optimizer steps (AdaLoRA, Eq. 12; IGU-LoRA uses the same).
 

@@ -92,9 +92,9 @@ def evaluations_from(first: int, args: Any, state: Any) -> int | None:
     total = state.max_steps
     if args.eval_strategy == "steps":  # and at the last step, in any case
         steps = {*range(state.eval_steps, total + 1, state.eval_steps), total}
-        return sum(step >= max(first, args.eval_delay) for step in steps)
+        return len([step for step in steps if step >= max(first, args.eval_delay)])
     epochs = int(args.num_train_epochs)
     if args.eval_strategy == "epoch" and args.max_steps <= 0 and epochs == args.num_train_epochs:
         ends = [(epoch, total * epoch // epochs) for epoch in range(1, epochs + 1)]
-        return sum(step >= first and epoch >= args.eval_delay for epoch, step in ends)
+        return len([step for epoch, step in ends if step >= first and epoch >= args.eval_delay])
     return None

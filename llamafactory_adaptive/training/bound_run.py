@@ -13,12 +13,13 @@ from llamafactory_adaptive.engines.engine import find_engine
 from llamafactory_adaptive.engines.step_hooks import before_clipping, before_deepspeed_step
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.ranks.plan import RankPlan
-from llamafactory_adaptive.ranks.schedule import make_schedule
+from llamafactory_adaptive.ranks.schedule import Refreshes, Schedule, make_schedule
 from llamafactory_adaptive.training.best_model import BestModel
 from llamafactory_adaptive.training.checkpoint_record import CheckpointRecord
 from llamafactory_adaptive.training.components import Components
 from llamafactory_adaptive.training.divergence import DivergenceWatch
 from llamafactory_adaptive.training.fixed_ranks import FixedRanks
+from llamafactory_adaptive.training.given_ranks import GivenRanks
 from llamafactory_adaptive.training.guard import PlanGuard, agree_on_steps, epoch_steps, uses_deepspeed
 from llamafactory_adaptive.training.masked_search import MaskedSearch, SearchRequest
 from llamafactory_adaptive.training.observer import Observer
@@ -40,7 +41,8 @@ class RunRequest:
 
     Attributes:
         max_nonfinite_steps: the run ends at this many optimizer steps in a row with a NaN or infinite loss.
-        search: settings of a search for ranks; None if ranks are fixed.
+        search: settings of a search for ranks, or of given ranks in the form ``P diag(lambda) Q``; None for plain LoRA
+            on fixed ranks.
         samples: how training samples are chosen; None for all of them.
         layout: how weights are spread over processes, for checkpoints.
     """
@@ -58,7 +60,8 @@ class BoundRun:
         request: settings of the run.
         guard: guard of the run, with plan and log.
         trainer: Trainer that has not made its data loader and its optimizer yet.
-        see_gradients: is called at every step of a search, once gradients are complete and not yet clipped.
+        see_gradients: is called at every step where ``request.search`` is set, once gradients are complete and not yet
+            clipped.
     """
 
     def __init__(self, request: RunRequest, guard: PlanGuard, trainer: Any, see_gradients: Callable[[], None]) -> None:
@@ -96,8 +99,7 @@ class BoundRun:
                 "would begin anew: pass resume_from_checkpoint to the Trainer's train(), or train afresh"
             )
         resumed = checkpoint if state.global_step > 0 else None
-        make = self._fixed_ranks if self.search is None else self._search_ranks
-        selection, ranks = make(args, state, dataloader, resumed)
+        selection, ranks = self._ranks(args, state, dataloader, resumed)
         ranks.announce(args, state)
         record = CheckpointRecord(self.current_plan, self.request.layout)
         if isinstance(ranks, RankSearchDriver):
@@ -106,29 +108,32 @@ class BoundRun:
         parts = (self.guard, self.watch, selection, ranks, self.best_model, record)
         return tuple(part for part in parts if part is not None)
 
-    def _fixed_ranks(
+    def _ranks(
         self, args: Any, state: Any, dataloader: Any, resumed: Path | None
-    ) -> tuple[SampleSelection | None, FixedRanks]:
-        selection = self._prepare_samples(args, state, dataloader, resumed)
-        return selection, FixedRanks(self.guard, self.log, selection)
-
-    def _search_ranks(
-        self, args: Any, state: Any, dataloader: Any, resumed: Path | None
-    ) -> tuple[SampleSelection | None, RankSearchDriver]:
-        """Build selection and search driver; a resumed search is restored before samples are scored on its adapter."""
-        search = self.search
-        assert search is not None
-        begin, asked = search.state.cost(search.triplets.masks), search.state.asked
-        steps = epoch_steps(dataloader, args)
-        schedule = make_schedule(search.request.schedule, state.max_steps, begin, asked, steps)
-        observer = self._observer(search)
-        kept = SearchCheckpoint(search, observer, self.log, not self.deepspeed, schedule.interval)
+    ) -> tuple[SampleSelection | None, FixedRanks | RankSearchDriver]:
+        """Build selection and ranks; what is resumed is restored before samples are scored on its adapter."""
+        if self.search is None:
+            selection = self._prepare_samples(args, state, dataloader, resumed)
+            return selection, FixedRanks(self.guard, self.log, selection)
+        schedule = self._schedule(self.search, args, state, dataloader)
+        interval = None if schedule is None else schedule.interval
+        kept = SearchCheckpoint(self.search, self._observer(self.search), self.log, not self.deepspeed, interval)
         if resumed is not None:
             kept.resume(resumed, state.max_steps)
         selection = self._prepare_samples(args, state, dataloader, resumed)
+        if schedule is None:
+            return selection, GivenRanks(self.guard, self.log, selection, kept)
         return selection, RankSearchDriver(
-            search, observer, schedule, kept, self.guard, self.watch, selection, state.global_step
+            self.search, kept.observer, schedule, kept, self.guard, self.watch, selection, state.global_step
         )
+
+    def _schedule(self, search: MaskedSearch, args: Any, state: Any, dataloader: Any) -> Schedule | Refreshes | None:
+        """Return the steps at which ranks change and the budget at each; None where they are given."""
+        changes = search.request.config.search
+        if changes is None:
+            return None
+        begin, final = search.state.cost(search.state.first_masks()), search.state.asked
+        return make_schedule(changes, state.max_steps, begin, final, epoch_steps(dataloader, args))
 
     def _observer(self, search: MaskedSearch) -> Observer:
         """Build the observer once the model is wrapped and on its device, and apply the masks there."""

@@ -24,13 +24,13 @@ class RankSearchState:
 
     Args:
         start: plan with the ranks of the tensors that train.
-        config: budget unit, bounds, and how ranks change.
+        config: budget unit, bounds, and how ranks change; where they do not, they are final from the start.
     """
 
     def __init__(self, start: RankPlan, config: AdaptiveConfig) -> None:
         self.start, self.config = start, config
         self.costs = [module.cost(config.budget_unit) for module in start.modules]
-        self.final = False
+        self.final = config.search is None
         self.history: list[dict[str, Any]] = []
         self.module_scores: list[float] = [0.0] * len(start.modules)
         self.metrics: dict[str, float] = {}

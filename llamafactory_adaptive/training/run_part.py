@@ -27,7 +27,7 @@ class RunPart:
         """Handle the loss of a micro-batch, a tensor on the training device."""
 
     def see_gradients(self) -> None:
-        """Handle the step's gradients, complete and not yet clipped; this event comes in a search only."""
+        """Handle the step's gradients, complete and not yet clipped; only where components are trained."""
 
     def before_step(self, model: nn.Module) -> None:
         """Handle the step's clipped gradients, right before the optimizer step."""

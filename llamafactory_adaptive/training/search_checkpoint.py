@@ -24,11 +24,11 @@ class SearchCheckpoint:
         observer: observer of the search, with the engine and the times of extra passes.
         log: log of the run, whose counters and seconds a resume restores.
         holds_factors: whether the factors are stored here; DeepSpeed stores them itself, with their fp32 copies.
-        interval: optimizer steps between two allocations.
+        interval: optimizer steps between two allocations; None where ranks are given.
     """
 
     def __init__(
-        self, search: MaskedSearch, observer: Observer, log: RunLog, holds_factors: bool, interval: int
+        self, search: MaskedSearch, observer: Observer, log: RunLog, holds_factors: bool, interval: int | None
     ) -> None:
         self.search, self.observer, self.log, self.holds_factors = search, observer, log, holds_factors
         self.interval = interval

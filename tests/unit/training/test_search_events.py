@@ -150,7 +150,7 @@ def test_figures_of_an_allocation_join_the_losses(tmp_path):
 def test_the_start_tells_of_a_learning_rate_that_moves_the_adapter_less_than_plain_lora(
     options, rate, step, told, warned, tmp_path, caplog, monkeypatch
 ):
-    run = Run(tmp_path, options)
+    run = Run(tmp_path, options=options)
     run.args.learning_rate, run.state.global_step = rate, step
     monkeypatch.setattr(SearchCheckpoint, "resume", lambda *_: None)
     run.callback.resume_from(tmp_path)
