@@ -110,7 +110,7 @@ def rank_search(
     rank, alpha, high, more = budget_settings(method, lora_rank, lora_alpha, common)
     search, idle = _search(method, made, common, pruning, rank, high, seed)
     refuse_all(*faults, *more, *idle)
-    config = AdaptiveConfig.of(
+    config = AdaptiveConfig.from_checked(
         common, method, values, (rank, alpha, high), CalibrationConfig(None, 0, 0, seed), search
     )
     shapes = [ModuleShape(n, m.in_features, m.out_features) for n, m in find_targets(model, target_modules).items()]
@@ -149,7 +149,7 @@ class RankSearch:
     @property
     def plan(self) -> PrintablePlan:
         """Return the plan of the ranks in use: at first those of the start, in the end those found."""
-        return PrintablePlan.of(self.callback.current_plan())
+        return PrintablePlan.from_plan(self.callback.current_plan())
 
     def trainer(self, trainer_class: type[AnyTrainer]) -> type[AnyTrainer]:
         """Make a subclass of a Trainer class that carries out the search; all else stays as it is.

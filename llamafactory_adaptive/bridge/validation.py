@@ -80,7 +80,7 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
         seed=run_seed(args) if seed is None else seed,
     )
     budget = lora_rank, lora_alpha, max_rank
-    return AdaptiveConfig.of(common, common["adaptive_method"], options, budget, calibration, search)
+    return AdaptiveConfig.from_checked(common, common["adaptive_method"], options, budget, calibration, search)
 
 
 def _search(

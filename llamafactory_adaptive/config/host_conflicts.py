@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llamafactory_adaptive.config.deepspeed_settings import document, part, zero_optimization
+from llamafactory_adaptive.config.deepspeed_settings import read_section, read_settings, zero_optimization
 from llamafactory_adaptive.errors import Problem
 from llamafactory_adaptive.ranks.schedule import Strategy
 
@@ -136,7 +136,8 @@ MASKING_CONFLICTS = (
     Conflict(
         "deepspeed",
         lambda flat: (
-            _deepspeed_stage(flat) == 1 and part(flat.get("deepspeed"), "data_types").get("grad_accum_dtype") == "fp32"
+            _deepspeed_stage(flat) == 1
+            and read_section(flat.get("deepspeed"), "data_types").get("grad_accum_dtype") == "fp32"
         ),
         "DeepSpeed's bf16 optimizer (ZeRO-1 with grad_accum_dtype fp32) keeps gradients where scores cannot read them",
         "ZeRO-2, or leaving data_types out",
@@ -190,7 +191,7 @@ REALLOCATION_CONFLICTS = (
 
 def _regroups(flat: Mapping[str, Any]) -> bool:
     """Tell whether accelerate is configured to batch otherwise than by default."""
-    settings = document(flat.get("accelerator_config"))
+    settings = read_settings(flat.get("accelerator_config"))
     return bool(settings.get("split_batches") or settings.get("even_batches") is False)
 
 

@@ -43,7 +43,7 @@ class AdaptiveConfig:
     max_nonfinite_steps: int = 3
 
     @classmethod
-    def of(
+    def from_checked(
         cls,
         common: Mapping[str, Any],
         method: str,

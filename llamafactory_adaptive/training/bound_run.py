@@ -113,8 +113,8 @@ class BoundRun:
         """Build selection and search driver; a resumed search is restored before samples are scored on its adapter."""
         search = self.search
         assert search is not None
-        begin, asked = search.state.cost(search.triplets.masks), search.state.asked
-        schedule = make_schedule(search.request.schedule, state.max_steps, begin, asked)
+        begin, final_budget = search.state.cost(search.triplets.masks), search.state.final_budget
+        schedule = make_schedule(search.request.schedule, state.max_steps, begin, final_budget)
         observer = self._observer(search)
         kept = SearchCheckpoint(search, observer, self.log, holds_factors=not self.deepspeed)
         if resumed is not None:

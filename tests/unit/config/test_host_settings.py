@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llamafactory_adaptive.config.deepspeed_settings import document, part, zero_optimization
+from llamafactory_adaptive.config.deepspeed_settings import read_section, read_settings, zero_optimization
 from llamafactory_adaptive.config.host_environment import check_environment
 from llamafactory_adaptive.config.key_checks import check_reallocation
 from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
@@ -66,7 +66,7 @@ def test_deepspeeds_settings_are_the_same_however_they_are_given(tmp_path):
     path = tmp_path / "z3.json"
     path.write_text(json.dumps(SETTINGS))
     for given in (SETTINGS, json.dumps(SETTINGS), f" {json.dumps(SETTINGS)}", str(path), path):
-        assert document(given) == SETTINGS
+        assert read_settings(given) == SETTINGS
         assert zero_optimization(given) == ZERO
 
 
@@ -74,12 +74,12 @@ def test_deepspeeds_settings_are_the_same_however_they_are_given(tmp_path):
     "given", [None, 3, [SETTINGS], "none.json", "{", "[1]", '{"a": ' * 100_000], ids=lambda g: str(g)[:9]
 )
 def test_settings_that_cannot_be_read_are_left_to_deepspeed(given):
-    assert document(given) == {}
+    assert read_settings(given) == {}
     assert zero_optimization(given) == {"stage": 0}
 
 
 def test_parts_of_another_shape_are_empty():
-    assert part({"zero_optimization": [3]}, "zero_optimization") == {}
+    assert read_section({"zero_optimization": [3]}, "zero_optimization") == {}
     assert zero_optimization({"zero_optimization": {"stage": "3"}}) == {"stage": 0}
 
 
