@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from llamafactory_adaptive.engines.distributed import agree_across_ranks
 from llamafactory_adaptive.engines.engine import find_engine
 from llamafactory_adaptive.engines.step_hooks import before_clipping, before_deepspeed_step
@@ -18,6 +16,7 @@ from llamafactory_adaptive.training.checkpoint_record import CheckpointRecord
 from llamafactory_adaptive.training.components import Components
 from llamafactory_adaptive.training.divergence import DivergenceWatch
 from llamafactory_adaptive.training.fixed_ranks import FixedRanks
+from llamafactory_adaptive.training.gradient_check import GradientCheck
 from llamafactory_adaptive.training.guard import PlanGuard, agree_on_steps, uses_deepspeed
 from llamafactory_adaptive.training.masked_search import MaskedSearch, SearchRequest
 from llamafactory_adaptive.training.observer import Observer
@@ -73,20 +72,17 @@ class BoundRun:
         """Return the plan with the ranks now in use."""
         return self.guard.plan if self.search is None or self.guard.is_final else self.search.plan()
 
-    def begin(
-        self, args: Any, state: Any, model: nn.Module, dataloader: Any, checkpoint: Path | None
-    ) -> tuple[RunPart, ...]:
-        """Verify the live adapter, then build and return the parts of the run, before the first step.
+    def build_parts(self, state: Any, dataloader: Any, checkpoint: Path | None) -> tuple[RunPart, ...]:
+        """Build the parts of the run before the first step, on a model whose adapter has been verified.
 
         Args:
-            args, state, model: arguments, state and model of the Trainer.
+            state: state of the Trainer.
             dataloader: training data loader of the Trainer.
             checkpoint: what the Trainer resumes from, if anything.
 
         Raises:
-            GuardError: the live adapter does not match, or the Trainer has resumed but ``checkpoint`` is None.
+            GuardError: processes differ in their steps, or the Trainer has resumed but ``checkpoint`` is None.
         """
-        self.guard.verify_live(model, self.deepspeed)
         agree_on_steps(state)
         if state.global_step > 0 and checkpoint is None:
             raise GuardError(
@@ -95,21 +91,16 @@ class BoundRun:
             )
         resumed = checkpoint if state.global_step > 0 else None
         make = self._fixed_ranks if self.search is None else self._search_ranks
-        selection, ranks = make(args, state, dataloader, resumed)
-        ranks.announce(args, state)
         record = CheckpointRecord(self.current_plan, self.request.layout)
-        parts = (self.guard, self.watch, selection, ranks, record)
+        parts = (self.guard, self.watch, *make(state, dataloader, resumed), record)
         return tuple(part for part in parts if part is not None)
 
-    def _fixed_ranks(
-        self, args: Any, state: Any, dataloader: Any, resumed: Path | None
-    ) -> tuple[SampleSelection | None, FixedRanks]:
-        selection = self._prepare_samples(args, state, dataloader, resumed)
-        return selection, FixedRanks(self.guard, self.log, selection)
+    def _fixed_ranks(self, state: Any, dataloader: Any, resumed: Path | None) -> tuple[RunPart | None, ...]:
+        gradient_check = None if self.deepspeed else GradientCheck(self.log.counters)
+        selection = self._prepare_samples(state, dataloader, resumed)
+        return gradient_check, selection, FixedRanks(self.guard, self.log, selection)
 
-    def _search_ranks(
-        self, args: Any, state: Any, dataloader: Any, resumed: Path | None
-    ) -> tuple[SampleSelection | None, RankSearchDriver]:
+    def _search_ranks(self, state: Any, dataloader: Any, resumed: Path | None) -> tuple[RunPart | None, ...]:
         """Build selection and search driver; a resumed search is restored before samples are scored on its adapter."""
         search = self.search
         assert search is not None
@@ -119,7 +110,7 @@ class BoundRun:
         kept = SearchCheckpoint(search, observer, self.log, holds_factors=not self.deepspeed)
         if resumed is not None:
             kept.resume(resumed, state.max_steps)
-        selection = self._prepare_samples(args, state, dataloader, resumed)
+        selection = self._prepare_samples(state, dataloader, resumed)
         return selection, RankSearchDriver(
             search, observer, schedule, kept, self.guard, self.watch, selection, state.global_step
         )
@@ -134,7 +125,7 @@ class BoundRun:
         triplets.mask(triplets.masks)
         return Observer(method, components, self.trainer, self.log.counters, config.seed, config.max_overhead)
 
-    def _prepare_samples(self, args: Any, state: Any, dataloader: Any, resumed: Path | None) -> SampleSelection | None:
+    def _prepare_samples(self, state: Any, dataloader: Any, resumed: Path | None) -> SampleSelection | None:
         """Score the samples or restore their scores, and check that all processes have the same ones."""
         if self.samples is None:
             return None
@@ -142,6 +133,4 @@ class BoundRun:
         selection = self.samples.prepare_samples(self.guard.plan, state.max_steps, dataloader, resumed)
         self.log.overhead_seconds += time.perf_counter() - started
         agree_across_ranks(selection.digest(), QUALITIES_DIFFER)
-        if args.should_save:
-            selection.report(Path(args.output_dir), state.global_step)
         return selection
