@@ -1,7 +1,6 @@
 """One training run inside LLaMA-Factory: its plan is passed to the host, and the result verified."""
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -21,7 +20,7 @@ from llamafactory_adaptive.bridge.resuming import (
 )
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import refuse
-from llamafactory_adaptive.launcher import is_worker, launched_number, local_rank
+from llamafactory_adaptive.launcher import accelerate_starts, is_worker, launched_number, local_rank
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.training.current_run import current_run
 from llamafactory_adaptive.training.previous_run import set_previous_run_aside
@@ -104,9 +103,8 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], c
 
 
 def _refuse_deepspeed_alone(args: Args) -> None:
-    by_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED")
     asked = [("deepspeed", given)] if (given := args.get("deepspeed")) else []
-    asked += [("ACCELERATE_USE_DEEPSPEED", by_accelerate)] if by_accelerate == "true" else []
+    asked += [("ACCELERATE_USE_DEEPSPEED", "true")] if accelerate_starts("DEEPSPEED") else []
     if asked and not is_worker():
         refuse(*asked[0], "DeepSpeed runs under torchrun", "FORCE_TORCHRUN=1")
 

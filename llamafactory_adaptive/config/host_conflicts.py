@@ -3,13 +3,18 @@
 Pure standard library, on the flat mapping of a run's settings.
 """
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llamafactory_adaptive.config.deepspeed_settings import read_section, read_settings, zero_optimization
+from llamafactory_adaptive.config.deepspeed_settings import (
+    read_section,
+    read_settings,
+    settings_of_accelerate,
+    zero_optimization,
+)
 from llamafactory_adaptive.errors import Problem
+from llamafactory_adaptive.launcher import accelerate_starts
 from llamafactory_adaptive.ranks.schedule import Strategy
 
 
@@ -76,7 +81,7 @@ CONFLICTS = (
     ),
     Conflict(
         "fsdp",
-        lambda flat: bool(flat.get("fsdp")) or os.environ.get("ACCELERATE_USE_FSDP") == "true",
+        lambda flat: bool(flat.get("fsdp")) or accelerate_starts("FSDP"),
         "FSDP flattens the factors whose ranks are checked",
         "deepspeed: examples/deepspeed/ds_z3_config.json",
     ),
@@ -112,6 +117,8 @@ def check_conflicts(flat: Mapping[str, Any]) -> list[Problem]:
 
 
 def _clashes(rules: Iterable[Conflict], flat: Mapping[str, Any]) -> list[Problem]:
+    if not flat.get("deepspeed"):
+        flat = {**flat, "deepspeed": settings_of_accelerate()}
     return [
         Problem(rule.key, flat.get(rule.key), rule.reason, rule.suggestion) for rule in rules if rule.clashes(flat)
     ]

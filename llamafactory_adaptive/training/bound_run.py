@@ -20,6 +20,7 @@ from llamafactory_adaptive.training.gradient_check import GradientCheck
 from llamafactory_adaptive.training.guard import PlanGuard, agree_on_steps, uses_deepspeed
 from llamafactory_adaptive.training.masked_search import MaskedSearch, SearchRequest
 from llamafactory_adaptive.training.observer import Observer
+from llamafactory_adaptive.training.optimizer_check import check_optimizer
 from llamafactory_adaptive.training.rank_search_driver import RankSearchDriver
 from llamafactory_adaptive.training.run_part import RunPart
 from llamafactory_adaptive.training.sample_preparation import SampleRequest, TrainingSamples
@@ -106,6 +107,8 @@ class BoundRun:
         assert search is not None
         begin, final_budget = search.state.cost(search.triplets.masks), search.state.final_budget
         schedule = make_schedule(search.request.schedule, state.max_steps, begin, final_budget)
+        if not self.deepspeed:  # which makes or wraps an optimizer of its own
+            check_optimizer(self.trainer.optimizer, search)
         observer = self._observer(search)
         kept = SearchCheckpoint(search, observer, self.log, holds_factors=not self.deepspeed)
         if resumed is not None:

@@ -1,7 +1,6 @@
 """Checks that a run trains its plan, from the live model at the start to the saved files at the end."""
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS, keep_4bit_unpack
 from llamafactory_adaptive.adapter.verify import check_live, check_saved
 from llamafactory_adaptive.engines.distributed import agree_across_ranks, gather, refuse_differences
 from llamafactory_adaptive.errors import GuardError
+from llamafactory_adaptive.launcher import accelerate_starts
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.reports.model_card import update_card
 from llamafactory_adaptive.training.run_log import RunLog
@@ -26,7 +26,7 @@ logger = logging.getLogger("llamafactory.adaptive")
 
 def uses_deepspeed(args: Any) -> bool:
     """Tell whether a Trainer with these arguments trains under DeepSpeed."""
-    return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    return bool(args.deepspeed) or accelerate_starts("DEEPSPEED")
 
 
 def agree_on_steps(state: Any) -> None:

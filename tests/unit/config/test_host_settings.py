@@ -4,7 +4,13 @@ import json
 
 import pytest
 
-from llamafactory_adaptive.config.deepspeed_settings import read_section, read_settings, zero_optimization
+from llamafactory_adaptive.config.deepspeed_settings import (
+    read_section,
+    read_settings,
+    settings_of_accelerate,
+    zero_optimization,
+)
+from llamafactory_adaptive.config.host_conflicts import check_search_conflicts
 from llamafactory_adaptive.config.host_environment import check_environment
 from llamafactory_adaptive.config.key_checks import check_reallocation
 from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
@@ -76,6 +82,30 @@ def test_deepspeeds_settings_are_the_same_however_they_are_given(tmp_path):
 def test_settings_that_cannot_be_read_are_left_to_deepspeed(given):
     assert read_settings(given) == {}
     assert zero_optimization(given) == {"stage": 0}
+
+
+DEEPSPEED, STAGE_3 = {"ACCELERATE_USE_DEEPSPEED": "true"}, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        (STAGE_3, None),
+        (DEEPSPEED, {"zero_optimization": {"stage": 2}}),
+        ({**STAGE_3, "ACCELERATE_USE_DEEPSPEED": "True"}, {"zero_optimization": {"stage": 3}}),
+        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "z.json"}, "z.json"),
+    ],
+    ids=str,
+)
+def test_what_accelerate_passes_to_deepspeed_is_read_as_accelerate_reads_it(environment, expected, monkeypatch):
+    for name in ("USE_DEEPSPEED", "DEEPSPEED_ZERO_STAGE", "DEEPSPEED_CONFIG_FILE"):
+        monkeypatch.delenv(f"ACCELERATE_{name}", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert settings_of_accelerate() == expected
+    keys = [problem.key for problem in check_search_conflicts({}, "prune", probes=True)]
+    assert keys == (["deepspeed"] if environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" and expected else [])
 
 
 def test_parts_of_another_shape_are_empty():
