@@ -22,12 +22,13 @@ from llamafactory_adaptive.api.settings import (
     python_words,
 )
 from llamafactory_adaptive.api.targets import find_targets
-from llamafactory_adaptive.config.host_conflicts import check_conflicts, check_search_conflicts
+from llamafactory_adaptive.config.host_conflicts import check_conflicts
 from llamafactory_adaptive.config.key_checks import check_kind, check_search
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
+from llamafactory_adaptive.config.search_conflicts import check_search_conflicts
+from llamafactory_adaptive.engines.distributed import from_main
 from llamafactory_adaptive.errors import GuardError, PlanError, Problem, refuse, refuse_all
 from llamafactory_adaptive.files import PLAN_FILE
-from llamafactory_adaptive.launcher import launched_number
 from llamafactory_adaptive.methods import make_method
 from llamafactory_adaptive.planning.earlier_plans import check_resumed_run
 from llamafactory_adaptive.planning.planner import start_plan
@@ -44,6 +45,9 @@ from llamafactory_adaptive.training.trainer import adaptive_trainer
 
 
 AnyTrainer = TypeVar("AnyTrainer")
+# Modules of Trainers that train on the model's own loss: SFTTrainer's compute_loss adds metrics, and where it has
+# another loss, that is its compute_loss_func.
+_ON_MODEL_LOSS = ("transformers.trainer", "transformers.trainer_seq2seq", "trl.trainer.sft_trainer")
 
 
 def rank_search(
@@ -120,7 +124,8 @@ def rank_search(
     search, idle = _search(method, made, common, pruning, rank, high, seed)
     refuse_all(*faults, *more, *idle)
     budget, by_start = (rank, alpha, high), made.traits.scales_by_start
-    config = AdaptiveConfig.of(common, method, values, budget, CalibrationConfig(None, 0, 0, seed), search, by_start)
+    calibration = CalibrationConfig(None, 0, 0, seed)
+    config = AdaptiveConfig.from_checked(common, method, values, budget, calibration, search, by_start)
     shapes = [ModuleShape(n, m.in_features, m.out_features) for n, m in find_targets(model, target_modules).items()]
     with python_errors(method):
         start = start_plan(config, shapes, provenance(model, seed))
@@ -157,7 +162,7 @@ class RankSearch:
     @property
     def plan(self) -> PrintablePlan:
         """Return the plan of the ranks in use: at first those of the start, in the end those found."""
-        return PrintablePlan.of(self.callback.current_plan())
+        return PrintablePlan.from_plan(self.callback.current_plan())
 
     def trainer(self, trainer_class: type[AnyTrainer]) -> type[AnyTrainer]:
         """Make a subclass of a Trainer class that carries out the search; all else stays as it is.
@@ -191,18 +196,21 @@ class RankSearch:
             folder: folder that was given to ``trainer.save_model``.
 
         Returns:
-            The ranks that were found. Under several processes the first one checks and writes.
+            The ranks that were found. Under several processes all must call it: the first one checks and writes, and
+            every one of them returns after that, or raises an error if a check failed.
 
         Raises:
             GuardError: training has not ended, no components were chosen, or the saved adapter differs from the plan.
         """
         if not self._guard.is_final:
             raise GuardError("the search has not ended: finalize comes after trainer.train() and trainer.save_model()")
-        if launched_number() == 0:
-            self._guard.verify_saved(Path(folder))
-            self._guard.plan.save(Path(folder) / PLAN_FILE)
-            save_heatmap(self._guard.plan, Path(folder) / HEATMAP_FILE)
+        from_main(f"the check of the adapter in {folder}", lambda: self._check_and_write(Path(folder)))
         return self.plan
+
+    def _check_and_write(self, folder: Path) -> None:
+        self._guard.verify_saved(folder)
+        self._guard.plan.save(folder / PLAN_FILE)
+        save_heatmap(self._guard.plan, folder / HEATMAP_FILE)
 
     def _admit(self, trainer: Any) -> None:
         """Refuse a Trainer that the search does not support, before anything is changed; else add the callback."""
@@ -215,6 +223,8 @@ class RankSearch:
         flat = {**trainer.args.to_dict(), "fsdp": trainer.args.fsdp or None}
         rules = check_search_conflicts(flat, self._request.method)
         faults = [*check_conflicts({"fsdp": flat["fsdp"]}), *rules]
+        if self._request.method.traits.probes and (fault := _own_loss(trainer)):
+            faults.append(fault)
         if trainer.args.n_gpu > 1:
             reason = "copies of the model in one process (DataParallel) hide its gradients"
             faults.append(Problem("n_gpu", trainer.args.n_gpu, reason, "torchrun, or CUDA_VISIBLE_DEVICES=0"))
@@ -234,6 +244,18 @@ class RankSearch:
         if fault := damage(checkpoint):
             raise PlanError(f"{checkpoint} cannot be resumed from: {fault}")
         check_resumed_run(load_plan(checkpoint / PLAN_FILE), self._request.config, str(checkpoint))
+
+
+def _own_loss(trainer: Any) -> Problem | None:
+    """Find what makes a Trainer's loss another than the model's own, which extra passes use."""
+    owner = next(kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
+    key, given = "compute_loss", owner
+    if trainer.compute_loss_func is not None:
+        key, given = "compute_loss_func", trainer.compute_loss_func
+    elif owner.__module__ in _ON_MODEL_LOSS:
+        return None
+    reason = "extra passes use the loss that the model itself returns"
+    return Problem(key, getattr(given, "__qualname__", type(given).__name__), reason, "igu_importance: shrink")
 
 
 def _checkpoint(asked: Any, output: str) -> Path | None:

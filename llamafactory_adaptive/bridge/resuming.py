@@ -1,13 +1,12 @@
 """The checkpoint a run resumes from: the host's choice if it is undamaged, and one for all processes."""
 
 import logging
-import os
 import socket
 from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import Args, split_names
-from llamafactory_adaptive.config.deepspeed_settings import zero_optimization
+from llamafactory_adaptive.config.deepspeed_settings import settings_of_accelerate, zero_optimization
 from llamafactory_adaptive.errors import PlanError, refuse
 from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, STATE_JSON
 from llamafactory_adaptive.launcher import launched_number, launched_processes, local_rank
@@ -160,13 +159,8 @@ def named_paths(args: Args) -> list[Path]:
 
 def layout(args: Args) -> dict[str, Any]:
     """Describe how this run spreads weights and optimizer states over processes, by its settings."""
-    by_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    config = args.get("deepspeed") or (by_accelerate and os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
-    zero: dict[str, Any] = {}
-    if config:
-        zero = zero_optimization(config)
-    elif by_accelerate:
-        zero = {"stage": int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
+    config = args.get("deepspeed") or settings_of_accelerate()
+    zero = zero_optimization(config) if config else {}
     stage = zero.get("stage")
     return {
         "deepspeed_stage": stage,

@@ -57,14 +57,14 @@ def target_shapes(args: Args) -> list[ModuleShape]:
     return shapes
 
 
-_told: set[str] = set()
+_warned_of: set[str] = set()
 
 
 def _tell_of_fused_experts(model: Any) -> None:
     """Warn once that experts kept in one tensor get no adapter, as plain LoRA gives them none."""
     fused = [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "expert" in name]
-    if fused and local_rank() == 0 and "fused" not in _told:
-        _told.add("fused")
+    if fused and local_rank() == 0 and "fused" not in _warned_of:
+        _warned_of.add("fused")
         logger.warning(
             f"{len(fused)} weights hold the experts of a layer in one tensor ({fused[0]}, ...) and get no adapter: "
             "ranks are shared among the other modules"

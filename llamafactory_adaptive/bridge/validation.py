@@ -84,7 +84,7 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
     )
     method, budget = common["adaptive_method"], (lora_rank, lora_alpha, max_rank)
     by_start = make_method(method, options).traits.scales_by_start
-    return AdaptiveConfig.of(common, method, options, budget, calibration, search, by_start, given)
+    return AdaptiveConfig.from_checked(common, method, options, budget, calibration, search, by_start, given)
 
 
 def _in_training(

@@ -34,8 +34,8 @@ def plan(arguments: argparse.Namespace) -> int:
     from llamafactory_adaptive.bridge.seams import require_seams
     from llamafactory_adaptive.files import PLAN_FILE
     from llamafactory_adaptive.folder_lock import locked
-    from llamafactory_adaptive.planning.intention import intention
     from llamafactory_adaptive.planning.sources import advice, fresh_plan
+    from llamafactory_adaptive.planning.start_message import start_message
     from llamafactory_adaptive.reports.plots import HEATMAP_FILE, save_heatmap
     from llamafactory_adaptive.reports.tables import rank_table
 
@@ -49,7 +49,7 @@ def plan(arguments: argparse.Namespace) -> int:
     run = checked_run(given, host_too=False)
     check_host_settings(run.args)
     config = run.config
-    tell(intention(config))
+    tell(start_message(config))
     if config.search is not None:
         return _plan_of_a_dynamic_run(run)
     started = time.perf_counter()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llamafactory_adaptive.config.arguments import PRUNING_KEYS, SEARCH_KEYS
-from llamafactory_adaptive.config.host_conflicts import check_given_conflicts, check_search_conflicts
+from llamafactory_adaptive.config.search_conflicts import check_given_conflicts, check_search_conflicts
 from llamafactory_adaptive.errors import Problem
 from llamafactory_adaptive.options import coerce
 from llamafactory_adaptive.ranks.schedule import GivenRanksConfig, PruningConfig, ReallocationConfig, Strategy

@@ -53,7 +53,7 @@ class AdaptiveConfig:
     given: GivenRanksConfig | None = None
 
     @classmethod
-    def of(
+    def from_checked(
         cls,
         common: Mapping[str, Any],
         method: str,

@@ -26,24 +26,22 @@ class BestModel(RunPart):
         search: decisions of the search so far.
         schedule: steps at which components are chosen.
         log: log of the run.
+        callbacks: callbacks of the Trainer, one of which may stop early.
     """
 
-    def __init__(self, search: RankSearchState, schedule: Schedule | Refreshes, log: RunLog) -> None:
-        self.search, self.schedule, self.log = search, schedule, log
+    def __init__(
+        self, search: RankSearchState, schedule: Schedule | Refreshes, log: RunLog, callbacks: list[Any]
+    ) -> None:
+        self.search, self.schedule, self.log, self.callbacks = search, schedule, log, callbacks
         self.waits, self.warned = search.config.best_model_from == "final", False
 
     def counts_as_best(self) -> bool:
         """Tell whether an evaluation now counts."""
         return self.search.final or not self.waits
 
-    def announce(self, args: Any, state: Any, callbacks: list[Any]) -> None:
-        """Warn if too few evaluations will count, and drop the best one of a resumed run that no longer counts.
-
-        Args:
-            args, state: of the Trainer.
-            callbacks: callbacks of the Trainer.
-        """
-        readers = _readers(args, callbacks) if self.waits else []
+    def announce(self, args: Any, state: Any) -> None:
+        """Warn if too few evaluations will count, and drop the best one of a resumed run that no longer counts."""
+        readers = _readers(args, self.callbacks) if self.waits else []
         if not readers:
             return
         self._forget_earlier(state)

@@ -38,7 +38,7 @@ class RankSearchState:
         self.fresh: Masks = [[False] * module.rank for module in start.modules]
         upper = [min(config.max_rank, module.rank) for module in start.modules]
         lower = [min(config.min_rank, high) for high in upper]
-        self.bounds = Bounds(self.costs, self.asked, lower, upper)
+        self.bounds = Bounds(self.costs, self.final_budget, lower, upper)
 
     @property
     def reallocates(self) -> bool:
@@ -56,7 +56,7 @@ class RankSearchState:
         ]
 
     @property
-    def asked(self) -> int:
+    def final_budget(self) -> int:
         """Return the final budget, in budget units."""
         return self.start.lora_rank * sum(self.costs)
 

@@ -14,6 +14,9 @@ class RunPart:
     ``args``, ``state`` and ``model`` are the Trainer's; ``state.global_step`` counts optimizer steps.
     """
 
+    def announce(self, args: Any, state: Any) -> None:
+        """Handle the beginning of training, once all parts are built: write what the run begins with."""
+
     def begin_epoch(self, state: Any) -> None:
         """Handle the beginning of an epoch, before the data loader draws its samples."""
 

@@ -53,12 +53,12 @@ budget_kind: str
 budget_unit: str
 differences(self, shapes: tuple[ModuleShape, ...] | list[ModuleShape]) -> list[str]
 digest(self) -> str
+from_plan(cls, plan: RankPlan) -> PrintablePlan
 largest_rank: int
 lora_alpha: float
 lora_rank: int
 method: str
 modules: tuple[ModulePlan, ...]
-of(cls, plan: RankPlan) -> PrintablePlan
 options: Mapping[str, Any]
 provenance: Mapping[str, Any]
 ranks(self) -> dict[str, int]

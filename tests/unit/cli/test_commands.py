@@ -156,7 +156,7 @@ def test_the_measuring_process_answers_with_its_error(error, tiny_llama, data_di
     from llamafactory_adaptive.bridge.scoring_job import ScoringJob
 
     run = checked_run(settings(tiny_llama, data_dir, tmp_path / "out"), host_too=False)
-    sent = ScoringJob.of(run, ["lm_head"], InputSecondMoments(), tmp_path / "statistics")
+    sent = ScoringJob.from_run(run, ["lm_head"], InputSecondMoments(), tmp_path / "statistics")
     assert sent.config.method == "sensitivity"
     watched = []
 
@@ -166,7 +166,7 @@ def test_the_measuring_process_answers_with_its_error(error, tiny_llama, data_di
         if error:
             raise error
 
-    monkeypatch.setattr(child, "read_job", lambda: sent.to_json() + "\n")
+    monkeypatch.setattr(child, "read_job", lambda: json.dumps(sent.to_json()) + "\n")
     monkeypatch.setattr(child, "end_with_parent", watched.append)
     monkeypatch.setattr(measure_process, "run_measurement_job", measure)
     answer = tmp_path / "answer.json"

@@ -12,8 +12,9 @@ from transformers import Trainer
 
 from llamafactory_adaptive.adapter.lora import lora_config_arguments
 from llamafactory_adaptive.errors import GuardError
+from llamafactory_adaptive.training.gradient_check import GradientCheck
 from llamafactory_adaptive.training.guard import PlanGuard, epoch_steps, uses_deepspeed
-from llamafactory_adaptive.training.run_log import RunLog
+from llamafactory_adaptive.training.run_log import Counters, RunLog
 from tests.helpers.dynamic import start_plan
 from tests.helpers.tiny import tiny_model
 
@@ -94,28 +95,19 @@ def test_deepspeed_is_known_by_setting_and_by_launcher(monkeypatch, setting, var
 
 
 def test_the_first_step_needs_a_gradient_at_every_factor(adapted):
-    model, plan = adapted
-    guard = guard_of(plan)
+    model, _ = adapted
+    check = GradientCheck(Counters())
     every = list(factors_of(model).values())
     for factor in every:
         factor.grad = torch.zeros_like(factor)
-    guard.before_step(model)
-    assert guard.counters.gradients_missing == 0
+    check.before_step(model)
+    assert check.counters.gradients_missing == 0
     for factor in every[:3]:
         factor.grad = None
     with pytest.raises(GuardError, match=r"without a gradient at the first step: .*gradients_missing=3"):
-        guard.before_step(model)
-    guard.after_step(ARGS, None, model, None)
-    guard.before_step(model)  # a later step
-
-
-@pytest.mark.parametrize("kind", ["search", "deepspeed"])
-def test_gradients_are_not_asked_for_where_others_look(adapted, kind, monkeypatch):
-    model, plan = adapted
-    guard = guard_of(plan, is_final=kind != "search")
-    guard.verify_live(model, deepspeed=kind == "deepspeed")
-    guard.before_step(model)  # no factor has one
-    assert guard.counters.gradients_missing == 0
+        check.before_step(model)
+    check.counters.steps = 1
+    check.before_step(model)  # a later step
 
 
 def test_steps_are_counted_and_the_largest_learning_rate_kept(adapted):
@@ -177,17 +169,27 @@ def test_untrained_modules_are_refused_or_warned_of(adapted, tmp_path, moved, ra
 @pytest.mark.parametrize(
     ("counters", "said"),
     [({"modules_checked": 0}, "no allocation reached the model"),
-     ({"modules_checked": 1, "observations": 2}, "igu but no component was chosen"),
-     ({"modules_checked": 1, "allocations": 2}, "igu but no component was chosen")],
+     ({"modules_checked": 1, "observations": 2, "allocations": 2}, "igu but its search has not ended")],
 )  # fmt: skip
-def test_a_search_that_did_nothing_is_refused(adapted, counters, said):
+def test_a_run_that_searched_for_nothing_is_refused(adapted, counters, said):
     _, plan = adapted
     guard = guard_of(plan, is_final=False)
     vars(guard.counters).update(counters)
     with pytest.raises(GuardError, match=said):
         guard.verify_run()
     vars(guard.counters).update(modules_checked=1, allocations=1, observations=1)
+    guard.settle(plan)
     guard.verify_run()
+
+
+@pytest.mark.parametrize("count", ["observations", "allocations"])
+def test_ranks_that_nobody_observed_or_chose_are_not_taken(adapted, count):
+    _, plan = adapted
+    guard = guard_of(plan, is_final=False)
+    vars(guard.counters).update({"observations": 2, "allocations": 2} | {count: 0})
+    with pytest.raises(GuardError, match=f"igu but no component was chosen: .*{count}=0"):
+        guard.settle(plan)
+    assert not guard.is_final
 
 
 def test_a_fixed_run_needs_no_observation(adapted):
@@ -201,6 +203,7 @@ def test_only_final_ranks_are_held_against_what_is_pushed(adapted, tmp_path):
     saved(model, tmp_path, MODULES)
     guard = guard_of(plan, is_final=False)
     guard.verify_push(tmp_path)
+    vars(guard.counters).update(allocations=1, observations=1)
     guard.settle(other_ranks(plan))
     assert guard.is_final
     with pytest.raises(GuardError, match="rank_pattern gives"):

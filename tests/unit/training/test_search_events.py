@@ -53,6 +53,7 @@ class Run:
         self.trainer = SimpleNamespace(model=self.model, args=self.args, accelerator=accelerator, optimizer=None,
                                        callback_handler=handler)  # fmt: skip
         self.callback.bind_trainer(self.trainer)
+        self.trainer.optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=0.1)
         self.generator = torch.Generator().manual_seed(0)
 
     def tell(self, event, **more):

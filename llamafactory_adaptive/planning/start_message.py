@@ -4,7 +4,7 @@ from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.methods import make_method
 
 
-def intention(config: AdaptiveConfig) -> str:
+def start_message(config: AdaptiveConfig) -> str:
     """Describe where the ranks will come from, and about how long that takes."""
     if config.plan_path:
         form = "" if config.given is None else f" and train as P diag(lambda) Q, the second stage of {config.method}"
