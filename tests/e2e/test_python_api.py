@@ -34,6 +34,8 @@ from llamafactory_adaptive.adapter.lora import keep_4bit_unpacked_on_cpu, live_l
 from llamafactory_adaptive.errors import AdaptiveConfigError, GuardError, PlanError
 from llamafactory_adaptive.ranks.allocation import Bounds, allocate
 from llamafactory_adaptive.ranks.plan import load_plan
+from tests.helpers import search_job
+from tests.helpers.commands import BIN, run
 from tests.helpers.tiny import rows, save_tiny, tiny_model, tiny_tokenizer
 
 
@@ -247,7 +249,20 @@ def test_what_a_search_cannot_go_along_with_is_refused_before_training(tmp_path)
         search.trainer(Trainer)(model=search.model, args=arguments(tmp_path))
 
 
-# -- a 4-bit base ----------------------------------------------------------------------------------------------------
+# -- several processes, and a 4-bit base -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.repeats
+def test_two_processes_of_torchrun_end_with_the_same_checked_adapter(tmp_path):
+    """DDP on gloo, each process with half of every batch."""
+    out, script = tmp_path / "out", search_job.__file__
+    run(BIN / "torchrun", "--nproc-per-node", "2", "--master-port", "29551", script, out, 2, PYTHONPATH=str(ROOT))
+    first, second = (json.loads((out / f"process_{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert (first["untrained"], first["processes"]) == (0, 2)
+    assert len(set(first["ranks"].values())) > 1
+    assert check_adapter(out, out / "adaptive_rank_plan.json") == 0
 
 
 def four_bit_model(folder):
