@@ -26,12 +26,15 @@ class MethodTraits:
         samples: whether training data is chosen by quality; a :class:`SamplingMethod`.
         unused_with_plan: options that are not read when ranks come from ``adaptive_plan``, where the method still
             chooses samples.
+        sample_moment: what a method without lambda observes in place of the step's gradient g: 0 for g itself, 1 or 2
+            for the mean of this order over samples, ``(E|g_i|^order)^(1/order)`` per element.
     """
 
     strategy: Strategy
     probes: bool = False
     samples: bool = False
     unused_with_plan: tuple[str, ...] = ()
+    sample_moment: int = 0
 
     @property
     def dynamic(self) -> bool:

@@ -9,21 +9,40 @@ without replacement by p_i = softmax(Q_i / tau). Ranks follow the sensitivity of
 
     S_m = E |W (.) dL/dW|, mean over the elements in use;  r_m = S_m / sum S * phi(Q(S)) * R0.
 
-What differs, since no full text is public: the second term is eta |g_i|^2 unless ``loss_drop: exact``; the third is
-ours, as are the z-scores, the draw without replacement, phi (1, so that the budget holds; ``quality`` is the mean
-place of S in the quality order, mapped to [0.5, 1]), the refresh every ``refresh_ratio`` of all steps, and the
-smoothing of S_m: E is the mean over all steps of a refresh interval, S_m / sum S is taken per interval, and earlier
-intervals count ``beta`` times as much as the next. A component that came back does not count in its first interval:
-its B starts at zero, and a module would look insensitive for having grown. Samples are scored once, before the first
-step, when B is zero: |g_i| is then the gradient of the B factors.
+What differs, since no full text is public. The formulas above are those of second-hand accounts; what they print
+clearly is the default, what they leave open is a key.
+
+* ``gradient_term``: accounts print the first term as the norm or as its square. The default is the norm: to first
+  order the square is the second term over again (the same z-scores), so that a1 and a2 would weigh one thing.
+* ``draws``: accounts also have mini-batches drawn from S by p, and do not say how S is formed. S is drawn by p here,
+  so that drawing from it by p once more counts p twice; the default takes every sample of S once a turn. By p alone,
+  counted once: ``subset_ratio: 1`` and ``draws: quality``.
+* ``sensitivity_over``: accounts print the expectation over samples of ``|w g_i|``, which is the default: per element
+  the sum of ``|w s_i|`` over all samples of a step, s_i what sample i adds to the step's gradient, so that a sample
+  weighs as much as its tokens do in the loss. ``step`` takes ``|w g|`` of the step's mean gradient instead, in which
+  gradients that contradict each other cancel.
+* ``refresh_quality``: scoring again at refreshes is optional in the accounts, and off by default. Samples are
+  otherwise scored once, before the first step, when B is zero: ``|g_i|`` is then the gradient of the B factors.
+* The second term is eta |g_i|^2 unless ``loss_drop: exact``; the third is ours, as are the z-scores, the draw without
+  replacement, phi (1, so that the budget holds; ``quality`` is the mean place of S in the quality order, mapped to
+  [0.5, 1]), the refresh every ``refresh_ratio`` of all steps, and the smoothing of S_m: E is the mean over all steps
+  of a refresh interval, S_m / sum S is taken per interval, and earlier intervals count ``beta`` times as much as the
+  next. A component that came back does not count in its first interval: its B starts at zero, and a module would
+  look insensitive for having grown.
+* ``clusters`` and ``min_cluster_share`` are ours: choosing by quality can starve a kind of data, which is told of, and
+  limited where asked. With a floor the subset takes each cluster's best keys up to it, then the best of all others,
+  so that inclusion within a cluster still follows p.
 
 The adapter is plain LoRA with live rank ``adaptive_max_rank`` and a mask;
 all modules start at ``lora_rank``. Within a module the components most important in the last interval stay; one that
 comes back starts with column of B zero, a fresh row of A, no momentum, and the mean of the factor's squared gradients.
 
 Cost: one scoring pass (about one forward and backward pass over the data without weight gradients; two for the exact
-alignment, a forward pass more for the exact loss drop); optimizer states for ``adaptive_max_rank``, one more fp32
-number per factor element and an element-wise pass over the adapter per step.
+alignment, a forward pass more for the exact loss drop), with ``refresh_quality`` one more before every refresh;
+optimizer states for ``adaptive_max_rank``, one more fp32 number per factor element and an element-wise pass over the
+adapter per step. ``sensitivity_over: samples`` computes the factors' gradients of every sample once more during the
+backward pass (as many multiplications as the weight gradients of the factors take) and holds one more fp32 number per
+factor element.
 """
 
 from collections.abc import Mapping
@@ -45,6 +64,12 @@ class TsqOptions:
     sampling: bool = option(True, "Choose training samples by quality; false trains on all of them.")
     reallocation: bool = option(
         True, "Move ranks between modules while training; false keeps every module at lora_rank."
+    )
+    gradient_term: str = option(
+        "norm",
+        "How the gradient enters the quality of a sample: norm takes |g|, squared_norm takes |g|^2 (to first order "
+        "the expected loss drop over again).",
+        choices=("norm", "squared_norm"),
     )
     norm_weight: float = option(1.0, "Weight of the gradient norm in the quality of a sample.", low=-100.0, high=100.0)
     loss_drop_weight: float = option(1.0, "Weight of the expected loss drop in the quality.", low=-100.0, high=100.0)
@@ -78,6 +103,12 @@ class TsqOptions:
     subset_ratio: float = option(
         0.7, "Share of the training set that is trained on between refreshes.", low=1e-6, high=1.0
     )
+    draws: str = option(
+        "uniform",
+        "How batches are drawn from the subset: uniform takes every sample of it once a turn, quality draws samples "
+        "in proportion to their weights, with replacement.",
+        choices=("uniform", "quality"),
+    )
     clip_term: str = option(
         "loss",
         "Measure by which tsq_clip_quantile leaves samples out. Samples with wrong answers stand out by their loss "
@@ -100,10 +131,36 @@ class TsqOptions:
     refresh_ratio: float = option(
         0.25, "Share of all optimizer steps between refreshes of subset and ranks.", low=1e-4, high=0.5
     )
+    refresh_quality: bool = option(
+        False,
+        "Score all samples again before every refresh, on the adapter as it is by then; each time costs one more "
+        "scoring pass. false scores them once, before the first step.",
+    )
+    clusters: int = option(
+        8,
+        "Clusters that samples are sorted into by the direction of their gradients, to tell how each kind of data "
+        "fares; 0 sorts into none.",
+        unit="clusters",
+        low=0,
+        high=256,
+    )
+    min_cluster_share: float = option(
+        0.0,
+        "Part of its share of the training set that every cluster keeps in the subset and in the draws, however low "
+        "its quality; 0 leaves all to quality, 1 keeps every share as it is.",
+        low=0.0,
+        high=1.0,
+    )
     sensitivity: str = option(
         "weight_gradient",
         "How the sensitivity of a weight is measured: weight_gradient takes |w dL/dw|, fisher takes (dL/dw)^2.",
         choices=("weight_gradient", "fisher"),
+    )
+    sensitivity_over: str = option(
+        "samples",
+        "What sensitivities are means over: samples takes the gradient of every training sample by itself, step takes "
+        "the mean gradient of each optimizer step, in which opposed samples cancel; step costs less.",
+        choices=("samples", "step"),
     )
     beta: float = option(
         0.85,
@@ -132,6 +189,9 @@ class TsqOptions:
         if self.sampling and not (self.norm_weight or self.loss_drop_weight or self.alignment_weight):
             reason = "all three weights are 0: every sample would be as good as any"
             problems.append(Problem("tsq_norm_weight", self.norm_weight, reason, "tsq_norm_weight: 1.0"))
+        if self.min_cluster_share and self.clusters < 2:
+            reason = f"tsq_clusters: {self.clusters} tells no kinds of samples apart"
+            problems.append(Problem("tsq_min_cluster_share", self.min_cluster_share, reason, "tsq_clusters: 8"))
         return problems
 
     def _idle(self) -> list[Problem]:
@@ -139,6 +199,7 @@ class TsqOptions:
         rules = [
             (not self.sampling, _OF_SAMPLING, "with tsq_sampling: false no sample is chosen"),
             (not self.reallocation, OF_REALLOCATION, "with tsq_reallocation: false ranks stay as they are"),
+            (not self.norm_weight, ("gradient_term",), "with tsq_norm_weight: 0 the gradient norm does not count"),
             (self.clip_quantile == 1.0, ("clip_term",), "with tsq_clip_quantile: 1 nothing is left out"),
             (not self.alignment_weight, ("projection",), "with tsq_alignment_weight: 0 no alignment is measured"),
             (self.loss_drop != "exact", ("step_size",), "only tsq_loss_drop: exact takes a step"),
@@ -151,9 +212,10 @@ class TsqOptions:
         ]
 
 
-_OF_SAMPLING = ("norm_weight", "loss_drop_weight", "alignment_weight", "loss_drop", "temperature", "subset_ratio",
-                "clip_term", "clip_quantile", "batch_size")  # fmt: skip
-OF_REALLOCATION = ("sensitivity", "beta")
+_OF_SAMPLING = ("gradient_term", "norm_weight", "loss_drop_weight", "alignment_weight", "loss_drop", "temperature",
+                "subset_ratio", "draws", "clip_term", "clip_quantile", "batch_size", "refresh_quality", "clusters",
+                "min_cluster_share")  # fmt: skip
+OF_REALLOCATION = ("sensitivity", "sensitivity_over", "beta")
 
 
 class Tsq:
@@ -170,12 +232,18 @@ class Tsq:
 
     @property
     def traits(self) -> MethodTraits:
-        """Return the strategy, ``reallocate`` or ``fixed``, and whether samples are chosen."""
+        """Return the strategy, ``reallocate`` or ``fixed``, whether samples are chosen, and what is observed."""
         return MethodTraits(
             "reallocate" if self.options.reallocation else "fixed",
             samples=self.options.sampling,
             unused_with_plan=("reallocation", "phi", *OF_REALLOCATION),
+            sample_moment=self._order if self.options.sensitivity_over == "samples" else 0,
         )
+
+    @property
+    def _order(self) -> int:
+        """Return the power of gradients in a sensitivity."""
+        return 2 if self.options.sensitivity == "fisher" else 1
 
     @property
     def refresh_ratio(self) -> float:
@@ -201,6 +269,11 @@ class Tsq:
             batch_size=o.batch_size,
             refresh_ratio=o.refresh_ratio,
             scales_budget=o.phi == "quality",
+            squared_norm=o.gradient_term == "squared_norm",
+            draws_by_quality=o.draws == "quality",
+            refresh_quality=o.refresh_quality,
+            clusters=o.clusters,
+            min_cluster_share=o.min_cluster_share,
         )
 
     def measurement(self) -> None:
@@ -215,8 +288,7 @@ class Tsq:
 
     def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
         """Add ``|w g|`` or ``g^2`` to the interval's mean; both are zero for masked elements."""
-        fisher = self.options.sensitivity == "fisher"
-        self.importance.update(block, gradients.square_() if fisher else gradients.mul_(weights).abs_())
+        self.importance.update(block, gradients.square_() if self._order == 2 else gradients.mul_(weights).abs_())
 
     def element_scores(self, block: str, weights: Tensor) -> Tensor:
         """Return the mean importance since the last allocation."""

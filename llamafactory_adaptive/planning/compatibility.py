@@ -68,6 +68,9 @@ def check_same_run(plan: RankPlan, config: AdaptiveConfig, source: str) -> None:
         if sampling:  # ranks are given, but samples were still chosen by a method
             asked |= {"adaptive_method": config.method, **flat_options(config)}
             theirs |= sampling
+    if asked.get("adaptive_method") == theirs["adaptive_method"]:  # options that its version did not have are free
+        unknown = flat_options(config).keys() - theirs.keys()
+        asked = {key: value for key, value in asked.items() if key not in unknown}
     _refuse_differences(asked, theirs, source, "another output_dir")
 
 

@@ -49,6 +49,7 @@ def test_a_checkpoint_is_of_the_run_it_was_of(earlier, tiny_llama, data_dir, tmp
     tensors, document = read_state(checkpoint, partitioned=False)
     assert document["schema_version"] == 2
     assert tensors
-    terms = read_terms(checkpoint / "adaptive_quality.safetensors", ROWS)
+    (terms,) = read_terms(checkpoint / "adaptive_quality.safetensors", ROWS)
     assert len(terms.loss) == 24
-    assert read_terms(checkpoint / "adaptive_quality.safetensors", "of other rows") is None
+    assert terms.clusters is None, "earlier versions did not sort samples into clusters"
+    assert read_terms(checkpoint / "adaptive_quality.safetensors", "of other rows") == []

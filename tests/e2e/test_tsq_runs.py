@@ -125,11 +125,11 @@ def test_options_and_stages(case, tiny_llama, data_dir, tmp_path):
 
 
 def test_scores_are_cached_and_weights_need_no_second_pass(tiny_llama, data_dir, tmp_path, monkeypatch):
-    from llamafactory_adaptive.training import sample_preparation
+    from llamafactory_adaptive.training import sample_scoring
 
     monkeypatch.setenv("LLAMAFACTORY_ADAPTIVE_CACHE", str(tmp_path / "cache"))
-    calls, original = [], sample_preparation.measure
-    monkeypatch.setattr(sample_preparation, "measure", lambda *a, **k: calls.append(1) or original(*a, **k))
+    calls, original = [], sample_scoring.measure
+    monkeypatch.setattr(sample_scoring, "measure", lambda *a, **k: calls.append(1) or original(*a, **k))
     for number, more in enumerate(({}, {"tsq_temperature": 9.0, "tsq_clip_quantile": 0.9, "tsq_norm_weight": 2.0})):
         train(tsq_settings(tiny_llama, data_dir, tmp_path / str(number), max_steps=1, **more))
     assert len(calls) == 1

@@ -12,8 +12,10 @@ from llamafactory_adaptive.calibration.batches import make_batches
 from llamafactory_adaptive.errors import CalibrationError, GuardError, PlanError
 from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
 from llamafactory_adaptive.reports.data_report import read_data_report
-from llamafactory_adaptive.training import sample_preparation
-from llamafactory_adaptive.training.sample_preparation import SampleRequest, TrainingSamples
+from llamafactory_adaptive.training import sample_scoring
+from llamafactory_adaptive.training.run_log import RunLog
+from llamafactory_adaptive.training.sample_preparation import TrainingSamples
+from llamafactory_adaptive.training.sample_scoring import SampleRequest
 from tests.helpers.dynamic import start_plan
 from tests.helpers.tiny import rows, tiny_model, tiny_tokenizer
 
@@ -51,11 +53,13 @@ def model():
 def begin(model, tmp_path):
     """Begin a run on samples; returns its selection."""
 
-    def make(resumed=None, samples=None, seed=3, identity="a", live=model, steps_of_epoch=None, **options):
+    def make(resumed=None, samples=None, seed=3, identity="a", live=model, steps_of_epoch=None, workers=0,
+             **options):  # fmt: skip
         samples = rows(SAMPLES) if samples is None else samples
         arguments = SimpleNamespace(
             remove_unused_columns=False, train_batch_size=2, world_size=1, gradient_accumulation_steps=1,
-            device=torch.device("cpu"), dataloader_num_workers=0, learning_rate=1e-3, bf16=False, fp16=False,
+            device=torch.device("cpu"), dataloader_num_workers=workers, dataloader_prefetch_factor=None,
+            learning_rate=1e-3, bf16=False, fp16=False,
             deepspeed=None, push_to_hub=False,
         )  # fmt: skip
         trainer = SimpleNamespace(args=arguments, train_dataset=samples, model=live, data_collator=collate,
@@ -65,7 +69,7 @@ def begin(model, tmp_path):
         request = SampleRequest(Tsq(settings).sampling, seed, {"model": identity}, tmp_path / "cache")
         prepared = TrainingSamples(request, trainer)
         dataloader = range(steps_of_epoch or len(prepared.sampler) // 2)
-        return prepared.prepare_samples(PLAN, STEPS, dataloader, resumed)
+        return prepared.prepare_samples(PLAN, STEPS, dataloader, resumed, RunLog("tsq", 0.0))
 
     return make
 
@@ -74,7 +78,7 @@ def begin(model, tmp_path):
 
 
 def test_each_samples_loss_is_the_models_own_on_it(begin, model):
-    found = begin().terms.loss
+    found = begin().scored[0].loss
     with torch.no_grad():
         expected = [float(model(**collate([row])).loss) for row in rows(SAMPLES)]
     assert found.tolist() == pytest.approx(expected, rel=1e-5)
@@ -98,9 +102,9 @@ def scored_again(*_, **__):
 
 def test_scores_are_kept_for_runs_that_would_find_the_same(begin, monkeypatch):
     first = begin()
-    monkeypatch.setattr(sample_preparation, "measure", scored_again)
+    monkeypatch.setattr(sample_scoring, "measure", scored_again)
     again = begin(seed=4, temperature=5.0, subset_ratio=0.75)
-    pairs = zip(vars(again.terms).values(), vars(first.terms).values(), strict=True)
+    pairs = zip(vars(again.scored[0]).values(), vars(first.scored[0]).values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     for other in (
         {"identity": "b"},
@@ -124,7 +128,7 @@ def test_a_damaged_cache_entry_is_made_anew(begin, tmp_path):
 def test_a_resumed_run_draws_as_the_first_did_whatever_the_cache_says(begin, tmp_path, monkeypatch):
     first = begin()
     first.save(tmp_path / "checkpoint-4", SAVED, None)
-    monkeypatch.setattr(sample_preparation, "measure", scored_again)
+    monkeypatch.setattr(sample_scoring, "measure", scored_again)
     again = begin(resumed=tmp_path / "checkpoint-4", live=adapted(seed=1))
     assert again.digest() == first.digest()
     assert [again.sampler.order.samples_of(step) for step in range(STEPS)] == [
@@ -137,7 +141,7 @@ def test_a_resumed_run_draws_as_the_first_did_whatever_the_cache_says(begin, tmp
 
 
 def test_pictures_are_refused_before_anything_is_scored(begin, monkeypatch):
-    monkeypatch.setattr(sample_preparation, "measure", scored_again)
+    monkeypatch.setattr(sample_scoring, "measure", scored_again)
     samples = rows(SAMPLES)
     samples[-1]["images"] = ["cat.png"]
     with pytest.raises(CalibrationError, match="tsq_sampling: false"):
