@@ -138,7 +138,8 @@ def _checked(figures: Tensor, indices: Sequence[int]) -> Tensor:
     if not bool(finite_b.all()):
         worst = indices[int((~finite_b).nonzero()[0])]
         raise CalibrationError(
-            f"the gradient of sample {worst} of the training set is not finite: check the base model and its dtype"
+            f"the gradient of sample {worst} of the training set is not finite: check the base model and its dtype; "
+            "where it happens during training, that has diverged: lower learning_rate"
         )
     return on_cpu
 

@@ -267,18 +267,27 @@ class Components:
         if self._is_masked(block):
             torch._foreach_mul_(own, block.split(self._owned(block, self.masks(block)).to(own[0])))
 
-    def observe_given(self, method: DynamicMethod, gradients: Iterable[Sequence[Tensor]], order: int = 1) -> None:
+    def observe_given(
+        self,
+        method: DynamicMethod,
+        gradients: Iterable[Sequence[Tensor]],
+        order: int = 1,
+        overflow_is_possible: bool = False,
+    ) -> None:
         """Average gradients that were taken beside the training's over processes, and pass them to a method.
 
         Args:
             method: receives every block.
             gradients: one sequence per block, a tensor for each of its parameters.
             order: the tensors are this power of gradients; the root of their average is passed on.
+            overflow_is_possible: as in :meth:`update`.
         """
         for block, given in zip(self.blocks, gradients, strict=True):
             full_MX = torch.stack([gradient.reshape(-1) for gradient in given]).float()
             all_reduce_sum(full_MX).div_(world_size())
             flat = self._owned(block, full_MX if order == 1 else full_MX.pow_(1.0 / order))
             self._check_arrival(block, flat)
+            if overflow_is_possible:
+                flat.nan_to_num_(0.0, 0.0, 0.0)
             method.observe(block.name, self.weights(block), flat, self.live(block))
         self.arrived = True

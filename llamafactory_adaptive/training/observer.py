@@ -95,7 +95,8 @@ class Observer:
         """Pass the moments of the step's samples to the method, loss scale taken out."""
         assert self.moments is not None
         found = [[self._moment(parameter) for parameter in block.parameters] for block in self.components.blocks]
-        self.components.observe_given(self.method, found, self.moments.order)
+        overflow_is_possible = self.trainer.args.fp16
+        self.components.observe_given(self.method, found, self.moments.order, overflow_is_possible)
 
     def _moment(self, parameter: nn.Parameter) -> Tensor:
         """Return the moment of a parameter's gradient over this process's samples, loss scale taken out."""
@@ -103,9 +104,7 @@ class Observer:
         moment = self.moments.take(parameter)
         if moment is None:
             return torch.zeros(full_shape(parameter), device=parameter.device)
-        moment.div_(self.components.engine.loss_scale() ** self.moments.order)
-        # In fp16 a step may overflow, which the loss scaler will skip.
-        return moment.nan_to_num_(0.0, 0.0, 0.0) if self.trainer.args.fp16 else moment
+        return moment.div_(self.components.engine.loss_scale() ** self.moments.order)
 
     def _probe(self, path: Sequence[tuple[float, float]]) -> None:
         assert self.prober is not None

@@ -54,6 +54,7 @@ def write_terms(path: Path, scored: Sequence[SampleTerms], rows: str) -> None:
         _key(entry.name, number): vector.contiguous()
         for number, terms in enumerate(scored)
         for entry, vector in zip(fields(SampleTerms), term_vectors(terms), strict=True)
+        if entry.name != "cluster" or number == 0  # clusters stay those of the first scoring
     }
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"rows": rows})
@@ -75,7 +76,8 @@ def read_terms(path: Path, rows: str) -> list[SampleTerms]:
         return []
     scored: list[SampleTerms] = []
     while (key := _key("loss", len(scored))) in tensors:  # earlier versions knew no clusters
-        tensors.setdefault(_key("cluster", len(scored)), torch.full_like(tensors[key], -1.0))
+        tensors.setdefault("cluster", torch.full_like(tensors[key], -1.0))
+        tensors[_key("cluster", len(scored))] = tensors["cluster"]
         if not all(_key(entry.name, len(scored)) in tensors for entry in fields(SampleTerms)):
             return []
         scored.append(SampleTerms(**{e.name: tensors[_key(e.name, len(scored))] for e in fields(SampleTerms)}))

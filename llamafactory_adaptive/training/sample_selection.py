@@ -28,6 +28,10 @@ _CLUSTER_FIGURES = ("cluster_pool_shares", "cluster_draw_shares")
 QUALITIES_DIFFER = (
     "hold other sample qualities than rank 0, so they would draw other subsets; delete the cache folder and run again"
 )
+_SCORED_OTHERWISE = (
+    "scored samples again with other results than rank 0, so they would draw other subsets; this is a hardware fault "
+    "or a bug, and the run stops here (the last checkpoint is intact)"
+)
 logger = logging.getLogger("llamafactory.adaptive")
 
 
@@ -76,7 +80,7 @@ class SampleSelection(RunPart):
             started, refresh = time.perf_counter(), len(self.scored)
             self.scored.append(self.scorer.again(self.scored[0], refresh))
             self.order.add(self.scorer.pool(self.scored[-1]))
-            agree_across_ranks(self.digest(), QUALITIES_DIFFER)
+            agree_across_ranks(self.digest(), _SCORED_OTHERWISE)
             seconds = time.perf_counter() - started
             self.log.overhead_seconds += seconds
             if args.should_save:
@@ -104,7 +108,7 @@ class SampleSelection(RunPart):
                 f"{self.pool.temperature_for(least):.3g}"
                 + (", or leave outliers out with tsq_clip_quantile: 0.95" if self.pool.kept_N.all() else "")
             )
-        elif starved := starved_cluster(self.pool, self.timeline.refresh(0)):
+        elif starved := starved_cluster(self.order.pool(0), 0):
             cluster, held, drawn = starved
             logger.warning(
                 f"a kind of training data is nearly left out: cluster {cluster} of the samples' gradients holds "

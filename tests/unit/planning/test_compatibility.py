@@ -49,6 +49,16 @@ def test_an_accepted_plan_takes_order_and_scale_of_the_run():
     assert found.scale == 2.0
 
 
+def test_options_that_an_earlier_version_did_not_have_may_have_any_value():
+    provenance = {"bounds": {"adaptive_min_rank": 1, "adaptive_max_rank": 16},
+                  "calibration": {"dataset": None, "samples": 8, "batch_size": 99, "seed": 0}}  # fmt: skip
+    plan = make_plan(provenance=provenance)
+    later = dataclasses.replace(CONFIG, options={"metric": "both", "added": "later"})
+    check_same_run(plan, later, "ckpt")
+    with pytest.raises(PlanError, match="added is before there and later here"):
+        check_same_run(dataclasses.replace(plan, options={**plan.options, "added": "before"}), later, "ckpt")
+
+
 def test_resuming_asks_for_the_same_run(tmp_path):
     provenance = {"bounds": {"adaptive_min_rank": 1, "adaptive_max_rank": 16},
                   "calibration": {"dataset": None, "samples": 8, "batch_size": 99, "seed": 0}}  # fmt: skip
