@@ -9,40 +9,36 @@ without replacement by p_i = softmax(Q_i / tau). Ranks follow the sensitivity of
 
     S_m = E |W (.) dL/dW|, mean over the elements in use;  r_m = S_m / sum S * phi(Q(S)) * R0.
 
-What differs, since no full text is public. The formulas above are those of second-hand accounts; what they print
-clearly is the default, what they leave open is a key.
+What differs, since no full text is public: what second-hand accounts print clearly is the default, what they leave
+open is a key.
 
 * ``gradient_term``: accounts print the first term as the norm or as its square. The default is the norm: to first
   order the square is the second term over again (the same z-scores), so that a1 and a2 would weigh one thing.
-* ``draws``: accounts also have mini-batches drawn from S by p, and do not say how S is formed. S is drawn by p here,
-  so that drawing from it by p once more counts p twice; the default takes every sample of S once a turn. By p alone,
-  counted once: ``subset_ratio: 1`` and ``draws: quality``.
+* ``draws``: accounts also draw batches from S by p, and do not say how S is formed. Here S is drawn by p, which would
+  then count twice: by default each of S comes once a turn. ``subset_ratio: 1``, ``draws: quality`` is p alone, once.
 * ``sensitivity_over``: accounts print the expectation over samples of ``|w g_i|``, which is the default: per element
   the sum of ``|w s_i|`` over all samples of a step, s_i what sample i adds to the step's gradient, so that a sample
-  weighs as much as its tokens do in the loss. ``step`` takes ``|w g|`` of the step's mean gradient instead, in which
-  gradients that contradict each other cancel.
-* ``refresh_quality``: scoring again at refreshes is optional in the accounts, and off by default. Samples are
-  otherwise scored once, before the first step, when B is zero: ``|g_i|`` is then the gradient of the B factors.
+  weighs as much as its tokens do in the loss. ``step`` takes ``|w g|`` of the step's gradient: opposed samples cancel.
+* ``refresh_quality``: optional in the accounts, and off. Samples are otherwise scored once, before the first step,
+  when B is zero: ``|g_i|`` is then the gradient of the B factors.
 * The second term is eta |g_i|^2 unless ``loss_drop: exact``; the third is ours, as are the z-scores, the draw without
   replacement, phi (1, so that the budget holds; ``quality`` is the mean place of S in the quality order, mapped to
   [0.5, 1]), the refresh every ``refresh_ratio`` of all steps, and the smoothing of S_m: E is the mean over all steps
   of a refresh interval, S_m / sum S is taken per interval, and earlier intervals count ``beta`` times as much as the
   next. A component that came back does not count in its first interval: its B starts at zero, and a module would
   look insensitive for having grown.
-* ``clusters`` and ``min_cluster_share`` are ours: choosing by quality can starve a kind of data, which is told of, and
-  limited where asked. With a floor the subset takes each cluster's best keys up to it, then the best of all others,
-  so that inclusion within a cluster still follows p.
+* ``clusters`` and ``min_cluster_share`` are ours: choosing by quality can starve a kind of data. With a floor S takes
+  each cluster's first draws up to it, then the first of all others: within a cluster inclusion still follows p.
 
-The adapter is plain LoRA with live rank ``adaptive_max_rank`` and a mask;
-all modules start at ``lora_rank``. Within a module the components most important in the last interval stay; one that
-comes back starts with column of B zero, a fresh row of A, no momentum, and the mean of the factor's squared gradients.
+The adapter is plain LoRA with live rank ``adaptive_max_rank`` and a mask; all modules start at ``lora_rank``. Within a
+module the components most important in the last interval stay; one that comes back starts with column of B zero, a
+fresh row of A, no momentum, and the mean of the factor's squared gradients.
 
 Cost: one scoring pass (about one forward and backward pass over the data without weight gradients; two for the exact
 alignment, a forward pass more for the exact loss drop), with ``refresh_quality`` one more before every refresh;
 optimizer states for ``adaptive_max_rank``, one more fp32 number per factor element and an element-wise pass over the
-adapter per step. ``sensitivity_over: samples`` computes the factors' gradients of every sample once more during the
-backward pass (as many multiplications as the weight gradients of the factors take) and holds one more fp32 number per
-factor element.
+adapter per step. ``sensitivity_over: samples`` computes the factors' weight gradients a second time in each backward
+pass, sample by sample, holds one more fp32 number per factor element and exchanges them once a step.
 """
 
 from collections.abc import Mapping
@@ -178,21 +174,20 @@ class TsqOptions:
 
     def check(self) -> list[Problem]:
         """List options that leave nothing to do, have no effect, or contradict each other."""
-        problems = self._idle()
-        if not (self.sampling or self.reallocation):
-            reason = "with tsq_reallocation: false nothing of the method is left"
-            problems.append(Problem("tsq_sampling", False, reason, "adaptive_method: uniform"))
-        if not self.sampling and self.phi == "quality":
-            problems.append(Problem("tsq_phi", self.phi, "without sampling no quality is known", "tsq_phi: 1"))
-        if not self.reallocation and self.phi == "quality":
-            problems.append(Problem("tsq_phi", self.phi, "without reallocation ranks stay as they are", "tsq_phi: 1"))
-        if self.sampling and not (self.norm_weight or self.loss_drop_weight or self.alignment_weight):
-            reason = "all three weights are 0: every sample would be as good as any"
-            problems.append(Problem("tsq_norm_weight", self.norm_weight, reason, "tsq_norm_weight: 1.0"))
-        if self.min_cluster_share and self.clusters < 2:
-            reason = f"tsq_clusters: {self.clusters} tells no kinds of samples apart"
-            problems.append(Problem("tsq_min_cluster_share", self.min_cluster_share, reason, "tsq_clusters: 8"))
-        return problems
+        weights = (self.norm_weight, self.loss_drop_weight, self.alignment_weight)
+        by_quality = self.phi == "quality"
+        rules = [
+            (not (self.sampling or self.reallocation), "sampling",
+             "with tsq_reallocation: false nothing of the method is left", "adaptive_method: uniform"),
+            (not self.sampling and by_quality, "phi", "without sampling no quality is known", "tsq_phi: 1"),
+            (not self.reallocation and by_quality, "phi", "without reallocation ranks stay as they are", "tsq_phi: 1"),
+            (self.sampling and not any(weights), "norm_weight",
+             "all three weights are 0: every sample would be as good as any", "tsq_norm_weight: 1.0"),
+            (self.min_cluster_share > 0 and self.clusters < 2, "min_cluster_share",
+             f"tsq_clusters: {self.clusters} tells no kinds of samples apart", "tsq_clusters: 8"),
+        ]  # fmt: skip
+        found = [(name, reason, remedy) for wrong, name, reason, remedy in rules if wrong]
+        return self._idle() + [Problem(f"tsq_{name}", getattr(self, name), *said) for name, *said in found]
 
     def _idle(self) -> list[Problem]:
         """List options that were set but have no effect because of others."""
