@@ -41,7 +41,7 @@ def cluster_directions(x_ND: Tensor, clusters: int, seed: int) -> Tensor:
 
 
 def _unit_rows(x_nD: Tensor) -> Tensor:
-    """Scale rows to length 1; rows of zeros, and those that differ from zero by rounding alone, become 0."""
+    """Divide rows by their lengths; rows of zeros, and those that differ from zero by rounding alone, become 0."""
     norm_n1 = x_nD.norm(dim=1, keepdim=True)
     return torch.where(norm_n1 > 1e-9 * norm_n1.max(), x_nD / norm_n1.clamp(min=1e-300), 0.0)
 

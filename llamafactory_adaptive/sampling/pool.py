@@ -107,9 +107,9 @@ class Pool:
         return self.guard.draw_shares(log_weights_m, subset)
 
     def _order(self, refresh: int, turn: int) -> Tensor:
-        """Order the draws of one turn through a subset, anew for every turn.
+        """Draw one turn through a subset, anew for every turn.
 
-        They are the subset, shuffled; or, by quality, as many independent draws from it with replacement.
+        It is the subset, shuffled; or, by quality, as many independent draws from it with replacement.
         """
         subset, generator = self.subset(refresh), self._generator(refresh, 1 + turn)
         if not self.draws_by_quality:

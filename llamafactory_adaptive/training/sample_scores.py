@@ -85,5 +85,5 @@ def read_terms(path: Path, rows: str) -> list[SampleTerms]:
 
 
 def _key(name: str, number: int) -> str:
-    """Name a vector in the file; those of the first scoring have the names that they have always had."""
+    """Build the name of a vector in the file; those of the first scoring have the names that they always had."""
     return f"{name}.{number}" if number else name
