@@ -34,7 +34,7 @@ def cluster_directions(x_ND: Tensor, clusters: int, seed: int) -> Tensor:
     fits = [_fit(fitted_nD, _first_centroids(fitted_nD, clusters, generator)) for _ in range(_STARTS)]
     centroids_CD = min(fits, key=lambda fit: fit[1])[0]
     label_N = _nearest(units_ND, centroids_CD)[0]
-    _, label_N, count_C = label_N.unique(return_inverse=True, return_counts=True)
+    _, label_N, count_C = torch.unique(label_N, return_inverse=True, return_counts=True)
     place_C = torch.empty_like(count_C)
     place_C[count_C.argsort(descending=True, stable=True)] = torch.arange(len(count_C))
     return place_C[label_N]
