@@ -1,80 +1,28 @@
 """Training samples chosen under a Trainer: scored once, drawn alike after a resume, told of in a report."""
 
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 
-import peft
 import pytest
 import torch
 
-from llamafactory_adaptive.adapter.lora import lora_config_arguments
-from llamafactory_adaptive.calibration.batches import make_batches
 from llamafactory_adaptive.errors import CalibrationError, GuardError, PlanError
-from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
 from llamafactory_adaptive.reports.data_report import read_data_report
-from llamafactory_adaptive.sampling.pool import Pool
 from llamafactory_adaptive.training import sample_scoring
-from llamafactory_adaptive.training.run_log import RunLog
-from llamafactory_adaptive.training.sample_preparation import TrainingSamples
-from llamafactory_adaptive.training.sample_scoring import SampleRequest
-from llamafactory_adaptive.training.sample_selection import starved_cluster
-from tests.helpers.dynamic import start_plan
-from tests.helpers.tiny import rows, tiny_model, tiny_tokenizer
-
-
-SAMPLES = 12
-STEPS = 9  # refreshes after 2, 4, 6 and 8
-PLAN = start_plan(tiny_model())
-SAVED = SimpleNamespace(should_save=True)
-
-
-def collate(samples):
-    (one,) = make_batches(samples, len(samples), 0)
-    return {"input_ids": one.input_ids, "attention_mask": one.attention_mask, "labels": one.labels}
-
-
-def adapted(seed=0):
-    """A tiny model with an adapter whose factors are not zero."""
-    base = tiny_model()
-    model = peft.get_peft_model(
-        base, peft.LoraConfig(**lora_config_arguments(start_plan(base)), task_type="CAUSAL_LM")
-    )
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+from tests.helpers.sample_runs import SAMPLES, SAVED, STEPS, begin_sampling, live_adapter, scored_again
+from tests.helpers.samples import inputs
+from tests.helpers.tiny import rows
 
 
 @pytest.fixture(scope="module")
 def model():
-    return adapted()
+    return live_adapter()
 
 
 @pytest.fixture
 def begin(model, tmp_path):
     """Begin a run on samples; returns its selection."""
-
-    def make(resumed=None, samples=None, seed=3, identity="a", live=model, steps_of_epoch=None, workers=0,
-             **options):  # fmt: skip
-        samples = rows(SAMPLES) if samples is None else samples
-        arguments = SimpleNamespace(
-            remove_unused_columns=False, train_batch_size=2, world_size=1, gradient_accumulation_steps=1,
-            device=torch.device("cpu"), dataloader_num_workers=workers, dataloader_prefetch_factor=None,
-            learning_rate=1e-3, bf16=False, fp16=False,
-            deepspeed=None, push_to_hub=False,
-        )  # fmt: skip
-        trainer = SimpleNamespace(args=arguments, train_dataset=samples, model=live, data_collator=collate,
-                                  processing_class=tiny_tokenizer())  # fmt: skip
-        (tmp_path / "cache").mkdir(exist_ok=True)
-        settings = TsqOptions(**{"subset_ratio": 0.5, "temperature": 2.0, "refresh_ratio": 0.25, **options})
-        request = SampleRequest(Tsq(settings).sampling, seed, {"model": identity}, tmp_path / "cache")
-        prepared = TrainingSamples(request, trainer)
-        dataloader = range(steps_of_epoch or len(prepared.sampler) // 2)
-        return prepared.prepare_samples(PLAN, STEPS, dataloader, resumed, RunLog("tsq", 0.0))
-
-    return make
+    return lambda live=model, **more: begin_sampling(tmp_path, live, **more)
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------
@@ -83,7 +31,7 @@ def begin(model, tmp_path):
 def test_each_samples_loss_is_the_models_own_on_it(begin, model):
     found = begin().scored[0].loss
     with torch.no_grad():
-        expected = [float(model(**collate([row])).loss) for row in rows(SAMPLES)]
+        expected = [float(model(**inputs([row])).loss) for row in rows(SAMPLES)]
     assert found.tolist() == pytest.approx(expected, rel=1e-5)
 
 
@@ -99,10 +47,6 @@ def test_scoring_leaves_the_random_state_to_training(begin):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def scored_again(*_, **__):
-    raise AssertionError("samples were scored again")
-
-
 def test_scores_are_kept_for_runs_that_would_find_the_same(begin, monkeypatch):
     first = begin()
     monkeypatch.setattr(sample_scoring, "measure", scored_again)
@@ -112,7 +56,7 @@ def test_scores_are_kept_for_runs_that_would_find_the_same(begin, monkeypatch):
     for other in (
         {"identity": "b"},
         {"samples": rows(SAMPLES, seed=1)},
-        {"live": adapted(seed=1)},
+        {"live": live_adapter(seed=1)},
         {"loss_drop": "exact"},
         {"alignment_weight": 1.0},
     ):
@@ -132,7 +76,7 @@ def test_a_resumed_run_draws_as_the_first_did_whatever_the_cache_says(begin, tmp
     first = begin()
     first.save(tmp_path / "checkpoint-4", SAVED, None)
     monkeypatch.setattr(sample_scoring, "measure", scored_again)
-    again = begin(resumed=tmp_path / "checkpoint-4", live=adapted(seed=1))
+    again = begin(resumed=tmp_path / "checkpoint-4", live=live_adapter(seed=1))
     assert again.digest() == first.digest()
     assert [again.sampler.order.samples_of(step) for step in range(STEPS)] == [
         first.sampler.order.samples_of(step) for step in range(STEPS)
@@ -154,127 +98,6 @@ def test_pictures_are_refused_before_anything_is_scored(begin, monkeypatch):
 def test_a_data_loader_that_counts_otherwise_is_refused(begin):
     with pytest.raises(GuardError, match="makes 4 steps of an epoch, the sampler 3: leave accelerator_config"):
         begin(steps_of_epoch=4)
-
-
-# -- samples that are scored again -----------------------------------------------------------------------------------
-
-
-def trained(live, steps):
-    """The adapter of ``live`` after some steps of a training that moves every factor at each."""
-    for step in range(steps[0], steps[1]):
-        generator = torch.Generator().manual_seed(100 + step)
-        for name, parameter in live.named_parameters():
-            if "lora_" in name:
-                parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return live
-
-
-def train_on(selection, live, steps, folder):
-    """Steps as the Trainer makes them: the samples of each, and what follows it."""
-    folder.mkdir(exist_ok=True)
-    arguments, drawn = SimpleNamespace(should_save=True, output_dir=str(folder)), []
-    for step in range(*steps):
-        drawn.append(selection.order.samples_of(step))
-        trained(live, (step, step + 1))
-        selection.after_step(arguments, SimpleNamespace(global_step=step + 1), live, None)
-    return drawn
-
-
-def test_samples_are_scored_again_before_each_refresh_and_the_log_says_what_it_took(begin, tmp_path):
-    selection = begin(live=(live := adapted()), refresh_quality=True)
-    train_on(selection, live, (0, STEPS), tmp_path / "out")
-    lines = [json.loads(line) for line in (tmp_path / "out" / "adaptive_log.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["event"], line["subset"]) for line in lines] == [
-        (1, "scoring", 1), (3, "scoring", 2), (5, "scoring", 3), (7, "scoring", 4)
-    ]  # fmt: skip
-    seconds = sum(line["scoring_seconds"] for line in lines)
-    assert selection.log.overhead_seconds == pytest.approx(seconds, abs=0.002)
-    assert lines[-1]["overhead_seconds"] == pytest.approx(seconds, abs=0.002)
-    for refresh, step in ((0, 0), (1, 1), (4, 7)):
-        fresh = begin(live=trained(adapted(), (0, step)))
-        assert torch.equal(selection.scored[refresh].gradient_norm, fresh.scored[0].gradient_norm)
-        assert torch.equal(selection.order.pool(refresh).quality_N, fresh.pool.quality_N)
-        assert torch.equal(selection.scored[refresh].cluster, selection.scored[0].cluster), "clusters stay"
-    assert not torch.equal(selection.scored[1].gradient_norm, selection.scored[0].gradient_norm)
-
-
-def test_a_run_that_scores_again_resumes_bit_for_bit(begin, tmp_path, monkeypatch):
-    """From step 5, at which samples were scored for the refresh at step 6; the next time is step 7."""
-    first = begin(live=(live := adapted()), refresh_quality=True)
-    before = train_on(first, live, (0, 5), tmp_path / "out")
-    first.save(tmp_path / "checkpoint-5", SAVED, None)
-    kept = {name: parameter.clone() for name, parameter in live.named_parameters()}
-    after = train_on(first, live, (5, STEPS), tmp_path / "out")
-    live.load_state_dict(kept, strict=False)
-    with monkeypatch.context() as patch:
-        patch.setattr(sample_scoring, "measure", scored_again)
-        again = begin(resumed=tmp_path / "checkpoint-5", live=live, refresh_quality=True)
-        again.rescore(SimpleNamespace(should_save=False), 5)
-    assert len(again.scored) == 4
-    assert [again.order.samples_of(step) for step in range(5)] == before
-    assert train_on(again, live, (5, STEPS), tmp_path / "out") == after
-    assert again.digest() == first.digest()
-    assert torch.equal(again.order.usage(STEPS), first.order.usage(STEPS))
-
-
-def test_a_run_that_fetches_further_ahead_after_a_resume_scores_what_it_needs(begin, tmp_path):
-    first = begin(live=(live := adapted()), refresh_quality=True, refresh_ratio=0.5)
-    train_on(first, live, (0, 2), tmp_path / "out")
-    first.save(tmp_path / "checkpoint-2", SAVED, None)
-    again = begin(resumed=tmp_path / "checkpoint-2", live=live, refresh_quality=True, refresh_ratio=0.5, workers=1)
-    assert (len(first.scored), len(again.scored), again.lead) == (1, 1, 3)
-    again.rescore(SimpleNamespace(should_save=False), 2)
-    assert len(again.scored) == 2
-    assert len(again.order.samples_of(4)) == 2
-
-
-def test_refreshes_that_follow_faster_than_samples_are_fetched_are_refused_before_scoring(begin, monkeypatch):
-    monkeypatch.setattr(sample_scoring, "measure", scored_again)
-    with pytest.raises(GuardError, match=r"fetched 5 steps ahead.* every 2 steps.*set dataloader_num_workers: 0 or"):
-        begin(refresh_quality=True, workers=2)
-    with pytest.raises(GuardError, match=r"fetched 1 steps ahead.* every 1 steps.*set train more steps"):
-        begin(refresh_quality=True, refresh_ratio=0.1)
-
-
-# -- clusters --------------------------------------------------------------------------------------------------------
-
-
-def test_the_log_tells_the_shares_of_clusters_and_a_floor_holds_them(begin):
-    held = begin(clusters=3, min_cluster_share=1.0).figures(0)
-    shares = held["cluster_pool_shares"]
-    assert sum(shares) == pytest.approx(1.0, abs=1e-3)
-    assert all(drawn >= int(share * 6) / 6 - 1e-4 for share, drawn in
-               zip(shares, held["cluster_draw_shares"], strict=True))  # fmt: skip
-    assert "cluster_pool_shares" not in begin(clusters=0).figures(0)
-
-
-def test_a_kind_that_is_nearly_left_out_is_warned_of_with_a_key(begin, caplog):
-    selection = begin()
-    cluster = torch.tensor([0] * 28 + [1] * 12)
-    starving = Pool((-9.0 * cluster).double(), cluster.double(), selection.sampling, 0, cluster)
-    number, share, drawn = starved_cluster(starving, 0)
-    assert (number, share) == (1, pytest.approx(0.3))
-    assert drawn == pytest.approx(float((starving.subset(0) >= 28).sum()) / 20)
-    selection.order.pools[0] = starving
-    with caplog.at_level("WARNING", "llamafactory.adaptive"):
-        selection.warn_of_weights()
-    assert f"cluster 1 of the samples' gradients holds 30% of the samples and gets {drawn:.0%} of" in caplog.text
-    assert "set tsq_min_cluster_share: 0.5" in caplog.text
-    guarded = replace(selection.sampling, min_cluster_share=0.5)
-    assert starved_cluster(Pool(starving.quality_N, cluster.double(), guarded, 0, cluster), 0) is None
-    few = torch.tensor([0] * 36 + [1] * 4)
-    assert starved_cluster(Pool((-9.0 * few).double(), few.double(), selection.sampling, 0, few), 0) is None
-
-
-def test_a_checkpoint_of_an_earlier_version_has_no_clusters(begin, tmp_path):
-    first = begin(clusters=0)
-    first.save(tmp_path / "checkpoint-4", SAVED, None)
-    again = begin(resumed=tmp_path / "checkpoint-4")
-    assert [again.order.samples_of(step) for step in range(STEPS)] == [
-        first.order.samples_of(step) for step in range(STEPS)
-    ]
-    with pytest.raises(PlanError, match=r"no clusters .* tsq_min_cluster_share: 0\.5 needs; leave it out"):
-        begin(resumed=tmp_path / "checkpoint-4", min_cluster_share=0.5)
 
 
 # -- draws -----------------------------------------------------------------------------------------------------------
