@@ -13,6 +13,7 @@ from llamafactory_adaptive.config.deepspeed_settings import (
 from llamafactory_adaptive.config.host_environment import check_environment
 from llamafactory_adaptive.config.key_checks import check_reallocation
 from llamafactory_adaptive.config.search_conflicts import check_search_conflicts
+from llamafactory_adaptive.methods import make_method
 from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
 from llamafactory_adaptive.ranks.schedule import ReallocationConfig
 
@@ -104,7 +105,12 @@ def test_what_accelerate_passes_to_deepspeed_is_read_as_accelerate_reads_it(envi
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert settings_of_accelerate() == expected
-    keys = [problem.key for problem in check_search_conflicts({}, "prune", probes=True)]
+    keys = [
+        problem.key
+        for problem in check_search_conflicts(
+            {}, make_method("igu", {"variant": "published", "importance": "integrated"})
+        )
+    ]
     assert keys == (["deepspeed"] if environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" and expected else [])
 
 

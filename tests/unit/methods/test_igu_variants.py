@@ -49,9 +49,10 @@ def test_each_part_of_a_variant_can_be_set_by_itself():
 
 
 def test_a_plan_from_before_there_were_variants_is_of_a_published_run():
-    assert with_earlier_values(IguOptions, EARLIER) == asdict(IguOptions("published"))
+    published = asdict(IguOptions("published", second_stage="lora"))
+    assert with_earlier_values(IguOptions, EARLIER) == published
     plan = RankPlan("igu", {**EARLIER, "intervals": 10}, "params", 2, 4.0, ())
-    assert with_all_options(plan).options == {**asdict(IguOptions("published")), "intervals": 10}
+    assert with_all_options(plan).options == {**published, "intervals": 10}
     of_tsq = RankPlan("uniform", {}, "params", 2, 4.0, (), provenance={
         "sampling": {"adaptive_method": "tsq", "tsq_subset_ratio": 0.5}})  # fmt: skip
     sampling = with_all_options(of_tsq).provenance["sampling"]

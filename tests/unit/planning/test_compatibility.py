@@ -68,7 +68,7 @@ def test_resuming_asks_for_the_same_run(tmp_path):
             check_resumed_run(plan, dataclasses.replace(CONFIG, **change), "ckpt")
     path = tmp_path / "given.json"
     plan.save(path)
-    given = dataclasses.replace(CONFIG, method="random", plan_path=str(path))
+    given = dataclasses.replace(CONFIG, method="random", options={}, plan_path=str(path))
     check_resumed_run(plan, given, "ckpt")
     make_plan((4, 4)).save(path)
     with pytest.raises(PlanError, match=r"adaptive_plan is of other ranks there and .*given.json here"):

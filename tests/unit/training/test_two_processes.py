@@ -29,7 +29,8 @@ SAME = {"global_step": 0, "max_steps": 12}
 
 @pytest.mark.parametrize("other", [SAME | {"max_steps": 9}, SAME | {"global_step": 4}], ids=["fewer", "resumed"])
 def test_other_steps_on_one_process_stop_both_before_the_first(other):
-    said = f"GuardError: ranks [1] would train other steps than rank 0: {[SAME, other]}"
+    facts = [{**state, "epoch_steps": None} for state in (SAME, other)]
+    said = f"GuardError: ranks [1] would train other steps than rank 0: {facts}"
     assert said_by_two(begin_steps, [SAME, other]) == [said] * 2
 
 
@@ -45,7 +46,12 @@ def begin_sampling(rank: int, samples: list[list[dict[str, list[int]]]], folder:
     from llamafactory_adaptive.training.sample_scoring import SampleRequest
 
     arguments = SimpleNamespace(
-        remove_unused_columns=False, train_batch_size=2, world_size=2, gradient_accumulation_steps=1
+        remove_unused_columns=False,
+        train_batch_size=2,
+        world_size=2,
+        gradient_accumulation_steps=1,
+        dataloader_num_workers=0,
+        dataloader_prefetch_factor=None,
     )
     request = SampleRequest(Tsq(TsqOptions()).sampling, 0, {}, folder)
     prepared = TrainingSamples(request, SimpleNamespace(args=arguments, train_dataset=samples[rank]))
