@@ -89,12 +89,12 @@ def _readers(args: Any, callbacks: list[Any]) -> list[str]:
 
 def evaluations_from(first: int, args: Any, state: Any) -> int | None:
     """Count the evaluations from step ``first`` on; None if that cannot be known before training."""
-    total = state.max_steps
+    total, delay = int(state.max_steps), float(args.eval_delay)
     if args.eval_strategy == "steps":  # and at the last step, in any case
         steps = {*range(state.eval_steps, total + 1, state.eval_steps), total}
-        return sum(step >= max(first, args.eval_delay) for step in steps)
+        return sum(step >= max(first, delay) for step in steps)
     epochs = int(args.num_train_epochs)
     if args.eval_strategy == "epoch" and args.max_steps <= 0 and epochs == args.num_train_epochs:
         ends = [(epoch, total * epoch // epochs) for epoch in range(1, epochs + 1)]
-        return sum(step >= first and epoch >= args.eval_delay for epoch, step in ends)
+        return sum(step >= first and epoch >= delay for epoch, step in ends)
     return None
