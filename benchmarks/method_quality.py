@@ -9,7 +9,8 @@ adapter's start; with SmolLM2-135M, which learns rows of GSM8K of at most 136 to
 runs over one grid of learning rates, with the first ``--rate-seeds`` seeds; the rate that is best on one half of the
 held-out rows is then run with all seeds. The other half, which chose nothing, judges. Differences to plain LoRA and
 to ``published`` are taken seed by seed, with 95 % intervals and p values of Student's t (Holm over arms). All curves
-over the rate are kept.
+over the rate are kept. An arm is equivalent to plain LoRA if two one-sided tests at 5 % put the difference within half
+a per cent of its loss.
 
 Training is the product's own: ``rank_search`` under transformers' Trainer. What is judged is the adapter as it would
 be saved, cut to its budget. Each finished run is a line of the ledger; the same command goes on where it was ended.
@@ -341,9 +342,21 @@ def compare(task: Task, ledger: Ledger, arms: Sequence[str], rank: int, options:
         if rival not in rows:
             continue
         for arm in others:
-            rows[arm][f"over_{rival}"] = paired(rows[rival]["losses"], rows[arm]["losses"])
+            difference = paired(rows[rival]["losses"], rows[arm]["losses"])
+            within = within_half_a_per_cent(rows[rival]["losses"], rows[arm]["losses"])
+            rows[arm][f"over_{rival}"] = {**difference, "equivalent": within}
         holm([rows[arm][f"over_{rival}"] for arm in others])
     return rows
+
+
+def within_half_a_per_cent(rival: Sequence[float], losses: Sequence[float]) -> bool:
+    """Test for equivalence: the 90 % interval of the paired difference lies within 0.5 % of the rival's loss."""
+    differences = [b - a for a, b in zip(rival, losses, strict=True)]
+    if len(differences) < 2:
+        return False
+    low, high = stats.ttest_1samp(differences, 0.0).confidence_interval(0.90)
+    margin = 0.005 * statistics.fmean(rival)
+    return bool(-margin < low and high < margin)
 
 
 def row_of(runs: Sequence[dict[str, Any]], best: float, curve: dict[float, list[float]]) -> dict[str, Any]:
@@ -382,7 +395,8 @@ def told(row: dict[str, Any]) -> str:
     for rival in ("lora", "published"):
         if (over := row.get(f"over_{rival}")) is not None:
             reach = f" ({over['low']:+.4f} to {over['high']:+.4f})" if "low" in over else ""
-            words.append(f"over {rival} {over['mean']:+.4f}{reach}: {verdict(over)}")
+            same = ", equivalent within 0.5 %" if over["equivalent"] else ""
+            words.append(f"over {rival} {over['mean']:+.4f}{reach}: {verdict(over)}{same}")
     return "  ".join(words) + ("  (its best rate is the end of the list)" if row["rate_at_the_edge"] else "")
 
 

@@ -25,6 +25,11 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if is_worker() else 1
 
 
+def accelerate_starts(engine: str) -> bool:
+    """Tell whether ``accelerate launch`` asks for an engine, ``DEEPSPEED`` or ``FSDP``, in the environment."""
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
+
+
 def local_rank() -> int:
     """Return this process's rank on its node; 0 where none is set."""
     number = os.environ.get("LOCAL_RANK", "0")

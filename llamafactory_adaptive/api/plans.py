@@ -18,7 +18,7 @@ class PrintablePlan(RankPlan):
     """A rank plan that can be printed as a table: ``print(plan.table())``."""
 
     @classmethod
-    def of(cls, plan: RankPlan) -> "PrintablePlan":
+    def from_plan(cls, plan: RankPlan) -> "PrintablePlan":
         """Copy a plan, unchanged, into a printable one."""
         return cls(**{field.name: getattr(plan, field.name) for field in fields(RankPlan)})
 
@@ -61,8 +61,8 @@ def plan_ranks(
     refuse_all(*faults, *more)
     facts: dict[str, Any] = dict(scores.facts)
     calibration = CalibrationConfig(None, facts["calibration_samples"], facts["calibration_batch_size"], scores.seed)
-    config = AdaptiveConfig.of(common, scores.method, scores.options, (rank, alpha, high), calibration)
+    config = AdaptiveConfig.from_checked(common, scores.method, scores.options, (rank, alpha, high), calibration)
     identity = {"rows": facts["calibration_rows_sha256"], "base_model": facts["base_model"]}
     request = PlanRequest(config, identity, facts)
     with python_errors(scores.method):
-        return PrintablePlan.of(allocate_plan(request, list(scores.shapes), scores.score(rank), {}))
+        return PrintablePlan.from_plan(allocate_plan(request, list(scores.shapes), scores.score(rank), {}))

@@ -22,15 +22,15 @@ from llamafactory_adaptive.api.settings import (
     python_words,
 )
 from llamafactory_adaptive.api.targets import find_targets
-from llamafactory_adaptive.config.host_conflicts import check_conflicts, check_search_conflicts
+from llamafactory_adaptive.config.host_conflicts import check_conflicts
 from llamafactory_adaptive.config.key_checks import check_kind, check_search
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
+from llamafactory_adaptive.config.search_conflicts import check_search_conflicts
+from llamafactory_adaptive.engines.distributed import from_main
 from llamafactory_adaptive.errors import GuardError, PlanError, Problem, refuse, refuse_all
 from llamafactory_adaptive.files import PLAN_FILE
-from llamafactory_adaptive.launcher import launched_number
 from llamafactory_adaptive.methods import make_method
-from llamafactory_adaptive.planning.compatibility import check_same_run
-from llamafactory_adaptive.planning.earlier_plans import with_all_options
+from llamafactory_adaptive.planning.earlier_plans import check_resumed_run
 from llamafactory_adaptive.planning.planner import start_plan
 from llamafactory_adaptive.ranks.plan import ModuleShape, load_plan
 from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
@@ -45,6 +45,9 @@ from llamafactory_adaptive.training.trainer import adaptive_trainer
 
 
 AnyTrainer = TypeVar("AnyTrainer")
+# Modules of Trainers that train on the model's own loss: SFTTrainer's compute_loss adds metrics, and where it has
+# another loss, that is its compute_loss_func.
+_ON_MODEL_LOSS = ("transformers.trainer", "transformers.trainer_seq2seq", "trl.trainer.sft_trainer")
 
 
 def rank_search(
@@ -61,6 +64,7 @@ def rank_search(
     warmup_ratio: float | None = None,
     final_ratio: float | None = None,
     interval: int | None = None,
+    interval_epochs: float | None = None,
     max_overhead: float | None = None,
     best_model_from: str = "final",
     max_nonfinite_steps: int = 3,
@@ -87,6 +91,7 @@ def rank_search(
         warmup_ratio: share of the optimizer steps before the first pruning (default: 0.1).
         final_ratio: share of the optimizer steps, at the end, that train the final ranks (default: 0.3).
         interval: optimizer steps between two allocations (default: 10).
+        interval_epochs: the same as a share of an epoch; one of both.
         max_overhead: largest share of training time that extra passes may add, for ``importance="integrated"``.
         best_model_from: evaluations that count for ``load_best_model_at_end`` and early stopping: ``"final"`` for
             those after the ranks are final, ``"start"`` for all.
@@ -104,11 +109,14 @@ def rank_search(
         InfeasibleBudgetError: bounds and budget do not fit each other for these modules.
     """
     pruning = {"init_rank": init_rank, "warmup_ratio": warmup_ratio, "final_ratio": final_ratio,
-               "interval": interval, "max_overhead": max_overhead}  # fmt: skip
+               "interval": interval, "interval_epochs": interval_epochs, "max_overhead": max_overhead}  # fmt: skip
     bounds = {"budget_unit": budget_unit, "min_rank": min_rank, "max_rank": max_rank,
               "best_model_from": best_model_from, "max_nonfinite_steps": max_nonfinite_steps}  # fmt: skip
     _, values = chosen_method(method, options, dynamic=True)
     made = make_method(method, values)
+    for name in made.traits.only_with_plan:
+        if options.get(name) is not None:
+            refuse(name, options[name], "only runs of LLaMA-Factory on given ranks read it", f"leaving {name} out")
     if made.traits.samples:
         refuse("sampling", True, "samples are chosen in runs of LLaMA-Factory alone", "sampling=False")
     common, faults = common_settings(method, **bounds, **pruning)
@@ -116,7 +124,8 @@ def rank_search(
     search, idle = _search(method, made, common, pruning, rank, high, seed)
     refuse_all(*faults, *more, *idle)
     budget, by_start = (rank, alpha, high), made.traits.scales_by_start
-    config = AdaptiveConfig.of(common, method, values, budget, CalibrationConfig(None, 0, 0, seed), search, by_start)
+    calibration = CalibrationConfig(None, 0, 0, seed)
+    config = AdaptiveConfig.from_checked(common, method, values, budget, calibration, search, by_start)
     shapes = [ModuleShape(n, m.in_features, m.out_features) for n, m in find_targets(model, target_modules).items()]
     with python_errors(method):
         start = start_plan(config, shapes, provenance(model, seed))
@@ -153,7 +162,7 @@ class RankSearch:
     @property
     def plan(self) -> PrintablePlan:
         """Return the plan of the ranks in use: at first those of the start, in the end those found."""
-        return PrintablePlan.of(self.callback.current_plan())
+        return PrintablePlan.from_plan(self.callback.current_plan())
 
     def trainer(self, trainer_class: type[AnyTrainer]) -> type[AnyTrainer]:
         """Make a subclass of a Trainer class that carries out the search; all else stays as it is.
@@ -187,18 +196,21 @@ class RankSearch:
             folder: folder that was given to ``trainer.save_model``.
 
         Returns:
-            The ranks that were found. Under several processes the first one checks and writes.
+            The ranks that were found. Under several processes all must call it: the first one checks and writes, and
+            every one of them returns after that, or raises an error if a check failed.
 
         Raises:
             GuardError: training has not ended, no components were chosen, or the saved adapter differs from the plan.
         """
         if not self._guard.is_final:
             raise GuardError("the search has not ended: finalize comes after trainer.train() and trainer.save_model()")
-        if launched_number() == 0:
-            self._guard.verify_saved(Path(folder))
-            self._guard.plan.save(Path(folder) / PLAN_FILE)
-            save_heatmap(self._guard.plan, Path(folder) / HEATMAP_FILE)
+        from_main(f"the check of the adapter in {folder}", lambda: self._check_and_write(Path(folder)))
         return self.plan
+
+    def _check_and_write(self, folder: Path) -> None:
+        self._guard.verify_saved(folder)
+        self._guard.plan.save(folder / PLAN_FILE)
+        save_heatmap(self._guard.plan, folder / HEATMAP_FILE)
 
     def _admit(self, trainer: Any) -> None:
         """Refuse a Trainer that the search does not support, before anything is changed; else add the callback."""
@@ -211,6 +223,8 @@ class RankSearch:
         flat = {**trainer.args.to_dict(), "fsdp": trainer.args.fsdp or None}
         rules = check_search_conflicts(flat, self._request.method)
         faults = [*check_conflicts({"fsdp": flat["fsdp"]}), *rules]
+        if self._request.method.traits.probes and (fault := _own_loss(trainer)):
+            faults.append(fault)
         if trainer.args.n_gpu > 1:
             reason = "copies of the model in one process (DataParallel) hide its gradients"
             faults.append(Problem("n_gpu", trainer.args.n_gpu, reason, "torchrun, or CUDA_VISIBLE_DEVICES=0"))
@@ -229,8 +243,19 @@ class RankSearch:
             return
         if fault := damage(checkpoint):
             raise PlanError(f"{checkpoint} cannot be resumed from: {fault}")
-        plan = with_all_options(load_plan(checkpoint / PLAN_FILE))
-        check_same_run(plan, self._request.config, str(checkpoint))
+        check_resumed_run(load_plan(checkpoint / PLAN_FILE), self._request.config, str(checkpoint))
+
+
+def _own_loss(trainer: Any) -> Problem | None:
+    """Find what makes a Trainer's loss another than the model's own, which extra passes use."""
+    owner = next(kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
+    key, given = "compute_loss", owner
+    if trainer.compute_loss_func is not None:
+        key, given = "compute_loss_func", trainer.compute_loss_func
+    elif owner.__module__ in _ON_MODEL_LOSS:
+        return None
+    reason = "extra passes use the loss that the model itself returns"
+    return Problem(key, getattr(given, "__qualname__", type(given).__name__), reason, "igu_importance: shrink")
 
 
 def _checkpoint(asked: Any, output: str) -> Path | None:

@@ -77,5 +77,5 @@ class LlamaFactoryRun:
 
     def measure(self, measurement: Measurement, path: Path) -> None:
         """Run a measurement in a process of its own, which writes the statistics to ``path``."""
-        job = ScoringJob.of(self.run, [shape.name for shape in self.shapes], measurement, path)
+        job = ScoringJob.from_run(self.run, [shape.name for shape in self.shapes], measurement, path)
         measure_process.measure_in_own_process(job)

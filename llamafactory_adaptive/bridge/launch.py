@@ -23,7 +23,7 @@ from llamafactory_adaptive.errors import (
     PlanError,
 )
 from llamafactory_adaptive.launcher import is_worker, local_rank
-from llamafactory_adaptive.planning.intention import intention
+from llamafactory_adaptive.planning.start_message import start_message
 from llamafactory_adaptive.reports.plaintext import tell
 
 
@@ -121,13 +121,14 @@ def prepare_launch(words: list[str], require_seams: Callable[[], None]) -> Check
     tell(f"checking {words[0]} before anything is loaded")
     checked = checked_run(given, host_too=True)
     args = checked.args
-    tell(intention(checked.config))
+    tell(start_message(checked.config))
     if args.get("do_train") and _starts_torchrun():
         from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun
-        from llamafactory_adaptive.bridge.plans import held
+        from llamafactory_adaptive.bridge.plans import lock_output_folder
         from llamafactory_adaptive.planning.sources import obtain_plan
 
-        with held(Path(str(args["output_dir"]))) if os.environ.get("NODE_RANK", "0") == "0" else nullcontext():
+        folder, is_first_node = Path(str(args["output_dir"])), os.environ.get("NODE_RANK", "0") == "0"
+        with lock_output_folder(folder) if is_first_node else nullcontext():
             checkpoint = checkpoint_to_resume(args)
             refuse_finished_run(args, checkpoint)
             obtain_plan(checked.config, LlamaFactoryRun(checked, checkpoint))

@@ -1,5 +1,6 @@
 """Measurements in a process of their own: only there are the host's model and training rows loaded for scoring."""
 
+import json
 import os
 import random
 import signal
@@ -52,7 +53,7 @@ def measure_in_own_process(job: ScoringJob) -> None:
         "it loads the model once, then takes about as long as a forward pass over them"
     )
     log = cache_folder() / "logs" / f"scoring-{os.getpid()}.log"
-    code, said = run_child(command, environment, log, job.to_json())
+    code, said = run_child(command, environment, log, json.dumps(job.to_json(), default=str))
     message = read_mapping(answer, "the scoring process's answer")["error"] if answer.exists() else None
     if code == 0:
         log.unlink(missing_ok=True)
@@ -124,25 +125,25 @@ def _load(settings: Args, config: AdaptiveConfig) -> tuple[Any, list[dict[str, l
     from llamafactory.model import load_model, load_tokenizer
 
     with tempfile.TemporaryDirectory(prefix="adaptive-") as scratch:
-        with _told("the settings cannot be used for scoring"):
+        with _as_calibration_error("the settings cannot be used for scoring"):
             model_args, data_args, training_args, finetuning_args, _ = get_train_args(
                 {**settings, "output_dir": scratch}
             )
-        with _told(f"the tokenizer of {settings['model_name_or_path']} cannot be loaded"):
+        with _as_calibration_error(f"the tokenizer of {settings['model_name_or_path']} cannot be loaded"):
             modules = load_tokenizer(model_args)
         tokenizer = modules["tokenizer"]
         stage = "rm" if finetuning_args.stage == "dpo" else finetuning_args.stage
-        with _told(f"the data set {_rows_of(settings)} cannot be read for scoring"):
+        with _as_calibration_error(f"the data set {_rows_of(settings)} cannot be read for scoring"):
             template = get_template_and_fix_tokenizer(tokenizer, data_args)
             data = get_dataset(template, model_args, data_args, training_args, stage=stage, **modules)
             rows = _draw_rows(data["train_dataset"], config, data_args.streaming)
-        with _told(f"the model {settings['model_name_or_path']} cannot be loaded for scoring"):
+        with _as_calibration_error(f"the model {settings['model_name_or_path']} cannot be loaded for scoring"):
             model = load_model(tokenizer, model_args, finetuning_args, is_trainable=False)
     return model, rows, tokenizer.pad_token_id or 0
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def _as_calibration_error(what: str) -> Iterator[None]:
     """Convert whatever the host raises within the context to one line; print its traceback, which goes to the log.
 
     Raises:

@@ -15,7 +15,7 @@ from llamafactory_adaptive.training.guard import PLANS_DIFFER
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def lock_output_folder(folder: Path) -> Iterator[None]:
     """Lock ``output_dir`` for this run, on rank 0 of the job; where that fails every process stops.
 
     Raises:

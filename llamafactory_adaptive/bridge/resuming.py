@@ -1,13 +1,12 @@
 """The checkpoint a run resumes from: the host's choice if it is undamaged, and one for all processes."""
 
 import logging
-import os
 import socket
 from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import Args, split_names
-from llamafactory_adaptive.config.deepspeed_settings import zero_optimization
+from llamafactory_adaptive.config.deepspeed_settings import settings_of_accelerate, zero_optimization
 from llamafactory_adaptive.errors import PlanError, refuse
 from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, STATE_JSON
 from llamafactory_adaptive.launcher import launched_number, launched_processes, local_rank
@@ -122,10 +121,10 @@ def what_the_host_resumes(args: Args, checkpoint: Path | None) -> Args:
 
 
 def refuse_ranks_in_plain_run(args: Args) -> None:
-    """Refuse a plain run that would resume from a checkpoint with live ranks, whose sizes do not fit it.
+    """Refuse a plain run that would resume from a checkpoint of P diag(lambda) Q or masked ranks, which do not fit it.
 
     Raises:
-        AdaptiveConfigError: the checkpoint that would be resumed from has live ranks; the message names it.
+        AdaptiveConfigError: the checkpoint that would be resumed from is no plain LoRA; the message names it.
     """
     wanted = args.get("resume_from_checkpoint")
     if not args.get("output_dir") or not args.get("do_train"):
@@ -133,7 +132,7 @@ def refuse_ranks_in_plain_run(args: Args) -> None:
     checkpoint = Path(wanted) if isinstance(wanted, str) else _newest_for_the_host(args)
     if checkpoint is not None and (checkpoint / STATE_JSON).is_file():
         kind = args.get("finetuning_type", "lora")
-        reason = f"{checkpoint} is of a run that finds its ranks, and would be resumed from"
+        reason = f"{checkpoint} is of a run that trains no plain LoRA, and would be resumed from"
         refuse("finetuning_type", kind, reason, "finetuning_type: adaptive, or another output_dir")
 
 
@@ -160,13 +159,8 @@ def named_paths(args: Args) -> list[Path]:
 
 def layout(args: Args) -> dict[str, Any]:
     """Describe how this run spreads weights and optimizer states over processes, by its settings."""
-    by_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    config = args.get("deepspeed") or (by_accelerate and os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
-    zero: dict[str, Any] = {}
-    if config:
-        zero = zero_optimization(config)
-    elif by_accelerate:
-        zero = {"stage": int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
+    config = args.get("deepspeed") or settings_of_accelerate()
+    zero = zero_optimization(config) if config else {}
     stage = zero.get("stage")
     return {
         "deepspeed_stage": stage,

@@ -1,9 +1,9 @@
-"""The job that a run sends to its scoring process, as JSON: settings that the run has checked."""
+"""The job that a run sends to its scoring process: settings that the run has checked."""
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import Args, our_keys, split_names
 from llamafactory_adaptive.bridge.checked_run import CheckedRun
@@ -38,21 +38,19 @@ class ScoringJob:
     path: Path
 
     @classmethod
-    def of(cls, run: CheckedRun, modules: Iterable[str], measurement: Measurement, path: Path) -> "ScoringJob":
+    def from_run(cls, run: CheckedRun, modules: Iterable[str], measurement: Measurement, path: Path) -> "ScoringJob":
         """Build the job for one measurement of a run."""
         return cls(scoring_settings(run.args), run.config, tuple(modules), measurement.key, path)
 
-    def to_json(self) -> str:
-        """Encode the job as one line of JSON."""
-        parts = {**vars(self), "config": self.config.to_json()}
-        return json.dumps(parts, default=str)
+    def to_json(self) -> dict[str, Any]:
+        """Encode the job as a mapping of JSON values."""
+        return {**vars(self), "config": self.config.to_json(), "modules": list(self.modules), "path": str(self.path)}
 
     @classmethod
-    def from_json(cls, text: str) -> "ScoringJob":
-        """Read a job from the line that :meth:`to_json` returned."""
-        parts = json.loads(text)
-        config, modules = AdaptiveConfig.from_json(parts["config"]), tuple(parts["modules"])
-        return cls(parts["settings"], config, modules, parts["measurement"], Path(parts["path"]))
+    def from_json(cls, values: Mapping[str, Any]) -> "ScoringJob":
+        """Build the job from what :meth:`to_json` returned."""
+        config, modules = AdaptiveConfig.from_json(values["config"]), tuple(values["modules"])
+        return cls(values["settings"], config, modules, values["measurement"], Path(values["path"]))
 
 
 def scoring_settings(args: Args) -> Args:

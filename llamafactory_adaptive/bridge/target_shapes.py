@@ -57,14 +57,14 @@ def target_shapes(args: Args) -> list[ModuleShape]:
     return shapes
 
 
-_told: set[str] = set()
+_warned_of: set[str] = set()
 
 
 def _tell_of_fused_experts(model: Any) -> None:
     """Warn once that experts kept in one tensor get no adapter, as plain LoRA gives them none."""
     fused = [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "expert" in name]
-    if fused and local_rank() == 0 and "fused" not in _told:
-        _told.add("fused")
+    if fused and local_rank() == 0 and "fused" not in _warned_of:
+        _warned_of.add("fused")
         logger.warning(
             f"{len(fused)} weights hold the experts of a layer in one tensor ({fused[0]}, ...) and get no adapter: "
             "ranks are shared among the other modules"
@@ -82,8 +82,8 @@ def _refuse_conv1d(model: Any) -> None:
         refuse("model_name_or_path", type(model).__name__, reason, "finetuning_type: lora")
 
 
-def estimated_steps(args: Args) -> int | None:
-    """Estimate the optimizer steps of a run from its epochs and local rows; None where rows cannot be counted.
+def estimated_epoch_steps(args: Args) -> int | None:
+    """Estimate the optimizer steps of an epoch from local rows; None where rows cannot be counted.
 
     Rows that the template or ``cutoff_len`` drops are counted as well.
     """
@@ -105,8 +105,18 @@ def estimated_steps(args: Args) -> int | None:
     processes = math.prod(map(int, numbers))
     batch = int(args.get("per_device_train_batch_size") or 8) * processes
     batches = math.ceil(rows / batch)
-    steps = math.ceil(batches / int(args.get("gradient_accumulation_steps") or 1))
-    return math.ceil(steps * float(args.get("num_train_epochs") or 3.0)) or None
+    return math.ceil(batches / int(args.get("gradient_accumulation_steps") or 1)) or None
+
+
+def estimated_steps(args: Args) -> int | None:
+    """Estimate the optimizer steps of a run from its epochs and local rows; None where rows cannot be counted."""
+    steps = estimated_epoch_steps(args)
+    return steps and math.ceil(steps * epochs(args))
+
+
+def epochs(args: Args) -> float:
+    """Return the number of epochs that a run asks for; of no effect where ``max_steps`` is set."""
+    return float(args.get("num_train_epochs") or 3.0)
 
 
 def _count_rows(path: Path) -> int | None:

@@ -1,7 +1,6 @@
 """One training run inside LLaMA-Factory: its plan is passed to the host, and the result verified."""
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -21,10 +20,10 @@ from llamafactory_adaptive.bridge.resuming import (
 )
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import refuse
-from llamafactory_adaptive.launcher import is_worker, launched_number, local_rank
+from llamafactory_adaptive.launcher import accelerate_starts, is_worker, launched_number, local_rank
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.training.current_run import current_run
-from llamafactory_adaptive.training.leftovers import set_older_run_aside
+from llamafactory_adaptive.training.previous_run import set_previous_run_aside
 
 
 logger = logging.getLogger("llamafactory.adaptive")
@@ -56,7 +55,7 @@ def adaptive_training_function(
             if isinstance(raw, Mapping):
                 refuse_ranks_in_plain_run(dict(raw))
             return original(config)
-        from llamafactory_adaptive.bridge.plans import held
+        from llamafactory_adaptive.bridge.plans import lock_output_folder
 
         require_seams()
         # The launcher has checked the host's settings; its workers must not touch devices yet.
@@ -65,7 +64,7 @@ def adaptive_training_function(
             if local_rank() == 0:
                 logger.warning("do_train is not set, so no ranks are planned and nothing is trained")
             return original(config)  # evaluation of an existing adapter: nothing to allocate
-        with held(Path(str(checked.args["output_dir"]))):
+        with lock_output_folder(Path(str(checked.args["output_dir"]))):
             return _train(original, config, checked)
 
     return run
@@ -104,9 +103,8 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], c
 
 
 def _refuse_deepspeed_alone(args: Args) -> None:
-    by_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED")
     asked = [("deepspeed", given)] if (given := args.get("deepspeed")) else []
-    asked += [("ACCELERATE_USE_DEEPSPEED", by_accelerate)] if by_accelerate == "true" else []
+    asked += [("ACCELERATE_USE_DEEPSPEED", "true")] if accelerate_starts("DEEPSPEED") else []
     if asked and not is_worker():
         refuse(*asked[0], "DeepSpeed runs under torchrun", "FORCE_TORCHRUN=1")
 
@@ -118,7 +116,7 @@ def _begin_afresh(args: Args) -> None:
     writes = launched_number() == 0 or (args.get("save_on_each_node") and local_rank() == 0)
 
     def move() -> None:
-        aside = set_older_run_aside(Path(str(args["output_dir"])), named_paths(args)) if writes else None
+        aside = set_previous_run_aside(Path(str(args["output_dir"])), named_paths(args)) if writes else None
         if aside:
             logger.warning(f"the records and checkpoints of an older run in this output_dir were moved to {aside}")
 
@@ -138,7 +136,7 @@ def _make_callback(
     method = make_method(adaptive.method, adaptive.options)
     request = RunRequest(
         adaptive.max_nonfinite_steps,
-        search=None if adaptive.search is None else SearchRequest(plan, adaptive, method),
+        search=SearchRequest(plan, adaptive, method) if adaptive.search or adaptive.given else None,
         samples=_sample_request(args, method.sampling) if method.traits.samples else None,
         layout=layout(args),
     )

@@ -23,8 +23,10 @@ from llamafactory_adaptive.config.host_conflicts import (
 from llamafactory_adaptive.config.host_environment import check_environment
 from llamafactory_adaptive.config.key_checks import (
     check_budget,
+    check_given,
     check_kind,
     check_search,
+    check_without_plan,
     unknown_key_problems,
 )
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
@@ -32,7 +34,7 @@ from llamafactory_adaptive.errors import PlanError, Problem, refuse_all
 from llamafactory_adaptive.files import read_mapping
 from llamafactory_adaptive.methods import get_method, is_dynamic, make_method, methods, nearest
 from llamafactory_adaptive.options import check_fields, contradictions
-from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
+from llamafactory_adaptive.ranks.schedule import GivenRanksConfig, PruningConfig, ReallocationConfig
 
 
 def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
@@ -64,8 +66,9 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
     lora_rank, lora_alpha, max_rank, faults = check_budget(args, common)
     problems += faults
     search: PruningConfig | ReallocationConfig | None = None
+    given: GivenRanksConfig | None = None
     if common["adaptive_method"] in methods():
-        search, faults = _search(args, common, options, lora_rank, max_rank)
+        search, given, faults = _in_training(args, common, options, lora_rank, max_rank)
         problems += faults
     problems += check_conflicts(args) + check_environment(args) + _wrong_choices(args)
     problems += [problem for problem in _missing_files(args, common) if problem.key not in told]
@@ -81,23 +84,27 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
     )
     method, budget = common["adaptive_method"], (lora_rank, lora_alpha, max_rank)
     by_start = make_method(method, options).traits.scales_by_start
-    return AdaptiveConfig.of(common, method, options, budget, calibration, search, by_start)
+    return AdaptiveConfig.from_checked(common, method, options, budget, calibration, search, by_start, given)
 
 
-def _search(
+def _in_training(
     args: Mapping[str, Any], common: Mapping[str, Any], options: Mapping[str, Any], lora_rank: int, max_rank: int
-) -> tuple[PruningConfig | ReallocationConfig | None, list[Problem]]:
-    """Return how the configured method changes ranks while training, and the settings that cannot go with that."""
+) -> tuple[PruningConfig | ReallocationConfig | None, GivenRanksConfig | None, list[Problem]]:
+    """Return how the method changes ranks or trains given ones, and the settings that cannot go with that."""
     name, cls = common["adaptive_method"], get_method(common["adaptive_method"])
     made = make_method(name, options)
     problems = contradictions(cls.Options(**options))
     problems += check_kind(args, name, is_dynamic(cls), made.traits.strategy)
     if made.traits.samples:
         problems += check_sampling_conflicts(args)
-    if not made.traits.dynamic or common["adaptive_plan"] is not None:
-        return None, problems
+    if common["adaptive_plan"] is not None:
+        given, faults = check_given(args, made, run_seed(args))
+        return None, given, problems + faults
+    problems += check_without_plan(args, name, made)
+    if not made.traits.dynamic:
+        return None, None, problems
     search, faults = check_search(args, common, name, made, lora_rank, max_rank, run_seed(args))
-    return search, problems + faults
+    return search, None, problems + faults
 
 
 def _unknown_keys(args: Mapping[str, Any]) -> list[Problem]:

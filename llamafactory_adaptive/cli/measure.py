@@ -14,7 +14,7 @@ def measure(arguments: argparse.Namespace) -> int:
     from llamafactory_adaptive.bridge.measure_process import run_measurement_job
     from llamafactory_adaptive.bridge.scoring_job import ScoringJob
 
-    job = ScoringJob.from_json(read_job())
+    job = ScoringJob.from_json(json.loads(read_job()))
     end_with_parent(arguments.answer.parent)
     try:
         run_measurement_job(job)

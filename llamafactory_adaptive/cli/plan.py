@@ -34,8 +34,8 @@ def plan(arguments: argparse.Namespace) -> int:
     from llamafactory_adaptive.bridge.seams import require_seams
     from llamafactory_adaptive.files import PLAN_FILE
     from llamafactory_adaptive.folder_lock import locked
-    from llamafactory_adaptive.planning.intention import intention
     from llamafactory_adaptive.planning.sources import advice, fresh_plan
+    from llamafactory_adaptive.planning.start_message import start_message
     from llamafactory_adaptive.reports.plots import HEATMAP_FILE, save_heatmap
     from llamafactory_adaptive.reports.tables import rank_table
 
@@ -49,7 +49,7 @@ def plan(arguments: argparse.Namespace) -> int:
     run = checked_run(given, host_too=False)
     check_host_settings(run.args)
     config = run.config
-    tell(intention(config))
+    tell(start_message(config))
     if config.search is not None:
         return _plan_of_a_dynamic_run(run)
     started = time.perf_counter()
@@ -71,7 +71,7 @@ def plan(arguments: argparse.Namespace) -> int:
 def _plan_of_a_dynamic_run(run: "CheckedRun") -> int:
     """Print the start of a dynamic run and its budget over the steps, without training; return the exit code."""
     from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun
-    from llamafactory_adaptive.bridge.target_shapes import estimated_steps
+    from llamafactory_adaptive.bridge.target_shapes import epochs, estimated_epoch_steps, estimated_steps
     from llamafactory_adaptive.planning.sources import fresh_plan
     from llamafactory_adaptive.ranks.schedule import Schedule, make_schedule, short_run_warning
     from llamafactory_adaptive.reports.tables import schedule_table, totals
@@ -86,7 +86,9 @@ def _plan_of_a_dynamic_run(run: "CheckedRun") -> int:
         refuse("max_steps", args["max_steps"], "must be a whole number", "max_steps: 100", cause=error)
     estimate = None if steps > 0 else estimated_steps(args)
     shown = steps if steps > 0 else estimate or 100
-    schedule = make_schedule(config.search, shown, budget[f"used_{kind}"], budget[f"asked_{kind}"])
+    epoch = estimated_epoch_steps(args)
+    assumed = epoch or max(1, round(shown / epochs(args)))  # without rows to count the shown steps are all epochs
+    schedule = make_schedule(config.search, shown, budget[f"used_{kind}"], budget[f"asked_{kind}"], assumed)
     if isinstance(schedule, Schedule):
         print(schedule_table(start, schedule, shown))
     else:
@@ -95,6 +97,8 @@ def _plan_of_a_dynamic_run(run: "CheckedRun") -> int:
         print(f"about {estimate:,} steps, estimated from num_train_epochs and the rows of the data set")
     elif steps <= 0:
         print("the number of steps follows from the data: the table stands for 100 of them")
+    if isinstance(schedule, Schedule) and schedule.interval_epochs is not None and epoch is None:
+        print(f"the steps of an epoch follow from the data: the table takes {assumed:,}")
     if (steps > 0 or estimate) and (warning := short_run_warning(schedule, shown)):
         print(f"warning: {warning}")
     for line in _about_the_rate(args, start, config):

@@ -41,6 +41,14 @@ class AdaptiveArguments:
     adaptive_interval: int = option(
         10, "Optimizer steps between two allocations of a method that prunes.", unit="steps", low=1
     )
+    adaptive_interval_epochs: float | None = option(
+        None,
+        "The distance between two allocations as a share of an epoch, in place of adaptive_interval; it is rounded to "
+        "whole optimizer steps, at least one.",
+        unit="epochs",
+        low=0.001,
+        high=100.0,
+    )
     adaptive_max_overhead: float | None = option(
         None,
         "Largest share of training time that extra passes of a pruning method may add; they are thinned out to fit "
@@ -88,5 +96,6 @@ PRUNING_KEYS = (
     "adaptive_warmup_ratio",
     "adaptive_final_ratio",
     "adaptive_interval",
+    "adaptive_interval_epochs",
     "adaptive_max_overhead",
 )

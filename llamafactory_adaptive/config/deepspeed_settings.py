@@ -4,8 +4,11 @@ DeepSpeed itself is not needed: it reports what is wrong in its settings when it
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+from llamafactory_adaptive.launcher import accelerate_starts
 
 
 def is_inline(given: str) -> bool:
@@ -13,7 +16,7 @@ def is_inline(given: str) -> bool:
     return given.lstrip().startswith("{")
 
 
-def document(given: Any) -> dict[str, Any]:
+def read_settings(given: Any) -> dict[str, Any]:
     """Read settings given as a mapping, as JSON or as the name of a file; empty where none can be read."""
     try:
         if isinstance(given, (str, Path)):
@@ -24,14 +27,24 @@ def document(given: Any) -> dict[str, Any]:
     return given if isinstance(given, dict) else {}
 
 
-def part(given: Any, name: str) -> dict[str, Any]:
+def read_section(given: Any, name: str) -> dict[str, Any]:
     """Return the mapping ``name`` within the settings; an empty one where there is none."""
-    settings = document(given).get(name)
+    settings = read_settings(given).get(name)
     return settings if isinstance(settings, dict) else {}
+
+
+def settings_of_accelerate() -> Any:
+    """Return the settings that ``accelerate launch`` passes in the environment; None where it starts no DeepSpeed."""
+    if not accelerate_starts("DEEPSPEED"):
+        return None
+    if (file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")) != "none":
+        return file
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")  # as accelerate reads it
+    return {"zero_optimization": {"stage": int(stage) if stage.isdecimal() else 0}}
 
 
 def zero_optimization(given: Any) -> dict[str, Any]:
     """Return the settings of ZeRO, with their ``stage`` a whole number (0 where there is none)."""
-    settings = part(given, "zero_optimization")
+    settings = read_section(given, "zero_optimization")
     stage = settings.get("stage", 0)
     return {**settings, "stage": stage if isinstance(stage, int) else 0}

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llamafactory_adaptive.config.arguments import PRUNING_KEYS, SEARCH_KEYS
-from llamafactory_adaptive.config.host_conflicts import check_search_conflicts
+from llamafactory_adaptive.config.search_conflicts import check_given_conflicts, check_search_conflicts
 from llamafactory_adaptive.errors import Problem
 from llamafactory_adaptive.options import coerce
-from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig, Strategy
+from llamafactory_adaptive.ranks.schedule import GivenRanksConfig, PruningConfig, ReallocationConfig, Strategy
 
 
 def unknown_key_problems(given: Mapping[str, Any], known: Iterable[str]) -> list[Problem]:
@@ -54,11 +54,53 @@ def check_kind(flat: Mapping[str, Any], method: str, dynamic: bool, strategy: St
     ]
 
 
+def check_interval(flat: Mapping[str, Any]) -> list[Problem]:
+    """Find what speaks against a distance of allocations that is given as a share of an epoch."""
+    key = "adaptive_interval_epochs"
+    problems = []
+    if (share := flat.get(key)) is None:
+        return []
+    if (steps := flat.get("adaptive_interval")) is not None:
+        reason = f"adaptive_interval ({steps}) says the same in steps, and only one of both can hold"
+        problems.append(Problem(key, share, reason, "leaving adaptive_interval out"))
+    if flat.get("streaming"):
+        reason = "a stream has no known length, so the steps of an epoch are not known"
+        problems.append(Problem(key, share, reason, "adaptive_interval: 10 in its place, or streaming: false"))
+    return problems
+
+
+def check_given(flat: Mapping[str, Any], made: Any, seed: int) -> tuple[GivenRanksConfig | None, list[Problem]]:
+    """Check how a method trains the ranks of ``adaptive_plan``.
+
+    Args:
+        flat: the run's settings.
+        made: the method with its options.
+        seed: the seed of the factors.
+
+    Returns:
+        The configuration, None where they are trained as plain LoRA, and the problems.
+    """
+    if not made.traits.triplets_with_plan:
+        return None, []
+    return GivenRanksConfig(seed), check_given_conflicts(flat)
+
+
+def check_without_plan(flat: Mapping[str, Any], method: str, made: Any) -> list[Problem]:
+    """Find options that only a run with ``adaptive_plan`` reads, in a run without one."""
+    keys = [f"{method}_{option}" for option in made.traits.only_with_plan]
+    reason = "it is read only where adaptive_plan gives the ranks"
+    return [
+        Problem(key, flat[key], reason, f"leaving {key} out, or adaptive_plan: <path>")
+        for key in keys
+        if flat.get(key) is not None
+    ]
+
+
 def check_pruning(
-    common: Mapping[str, Any], lora_rank: int, max_rank: int, seed: int
+    flat: Mapping[str, Any], common: Mapping[str, Any], lora_rank: int, max_rank: int, seed: int
 ) -> tuple[PruningConfig, list[Problem]]:
     """Build the schedule of a method that prunes, and check it against the budget."""
-    problems = []
+    problems = check_interval(flat)
     given = common["adaptive_init_rank"]
     init_rank = min(2 * lora_rank, max_rank) if given is None else given
     if not lora_rank < init_rank <= max_rank:
@@ -78,9 +120,10 @@ def check_pruning(
         init_rank=init_rank,
         warmup_ratio=ratios["adaptive_warmup_ratio"],
         final_ratio=ratios["adaptive_final_ratio"],
-        interval=common["adaptive_interval"],
+        interval=None if common["adaptive_interval_epochs"] is not None else common["adaptive_interval"],
         max_overhead=common["adaptive_max_overhead"],
         seed=seed,
+        interval_epochs=common["adaptive_interval_epochs"],
     )
     return pruning, problems
 
@@ -184,5 +227,5 @@ def check_search(
     if made.traits.strategy == "reallocate":
         search, faults = check_reallocation(method, made, common["adaptive_min_rank"], lora_rank, max_rank, seed)
     else:
-        search, faults = check_pruning(common, lora_rank, max_rank, seed)
+        search, faults = check_pruning(flat, common, lora_rank, max_rank, seed)
     return search, problems + faults

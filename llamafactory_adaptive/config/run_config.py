@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
+from llamafactory_adaptive.ranks.schedule import GivenRanksConfig, PruningConfig, ReallocationConfig
 
 
 _SEARCHES: dict[str, type[PruningConfig] | type[ReallocationConfig]] = {
@@ -33,6 +33,8 @@ class AdaptiveConfig:
         asked_alpha: ``lora_alpha`` of the settings, where the method divides it by another rank than ``lora_rank``.
         best_model_from: which evaluations count for the best checkpoint: all of them (``start``), or those with
             ``final`` ranks.
+        given: how ranks of ``plan_path`` are trained in the method's own form; None where they are trained as plain
+            LoRA.
     """
 
     method: str
@@ -48,9 +50,10 @@ class AdaptiveConfig:
     max_nonfinite_steps: int = 3
     asked_alpha: float | None = None
     best_model_from: str = "final"
+    given: GivenRanksConfig | None = None
 
     @classmethod
-    def of(
+    def from_checked(
         cls,
         common: Mapping[str, Any],
         method: str,
@@ -59,6 +62,7 @@ class AdaptiveConfig:
         calibration: CalibrationConfig,
         search: PruningConfig | ReallocationConfig | None = None,
         scales_by_start: bool = False,
+        given: GivenRanksConfig | None = None,
     ) -> "AdaptiveConfig":
         """Build the configuration from checked values.
 
@@ -70,6 +74,7 @@ class AdaptiveConfig:
             calibration: which samples are scored.
             search: how ranks change while training; None where they are fixed before.
             scales_by_start: whether alpha is divided by the rank at the start, where ranks are pruned.
+            given: how given ranks are trained in the method's own form; None for plain LoRA.
         """
         lora_rank, lora_alpha, max_rank = budget
         asked_alpha = None
@@ -89,6 +94,7 @@ class AdaptiveConfig:
             max_nonfinite_steps=common["adaptive_max_nonfinite_steps"],
             asked_alpha=asked_alpha,
             best_model_from=common["adaptive_best_model_from"],
+            given=given,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -103,6 +109,7 @@ class AdaptiveConfig:
         strategy = parts.pop("strategy")
         parts["calibration"] = CalibrationConfig(**parts["calibration"])
         parts["search"] = _SEARCHES[strategy](**parts["search"]) if strategy else None
+        parts["given"] = GivenRanksConfig(**parts["given"]) if parts["given"] else None
         return cls(**parts)
 
     @property

@@ -25,6 +25,26 @@ def is_like(state: Any, parameter: Tensor) -> bool:
 _PER_BLOCK = ("absmax1", "absmax2", "max1", "max2", "new_max1", "new_max2", "qmap1", "qmap2", "unorm_vec")
 
 
+# Classes whose states are those below, by package; what derives from them keeps the same ones. RMSprop and Adagrad of
+# bitsandbytes do not: their squares lie where its other optimizers keep momenta.
+_KNOWN = {
+    "torch": {"Adam", "AdamW", "NAdam", "RAdam", "SGD", "Adagrad", "RMSprop"},
+    "apex": {"FusedAdam"},
+    "bitsandbytes": {
+        f"{paged}{name}{bits}"
+        for paged in ("", "Paged")
+        for name in ("Adam", "AdamW", "Lion")
+        for bits in ("", "8bit", "32bit")
+    },
+}
+
+
+def keeps_known_states(optimizer: Any) -> bool:
+    """Tell whether an optimizer keeps its states in a way that is known here, so that some can be reset."""
+    kinds = [(kind.__module__.partition(".")[0], kind.__name__) for kind in type(optimizer).__mro__]
+    return any(name in _KNOWN.get(package, ()) for package, name in kinds)
+
+
 # Running means of squared gradients, by which an update is divided.
 _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "state2")
 

@@ -68,7 +68,7 @@ def _problems(folder: Path, config: Mapping[str, Any]) -> list[Problem]:
     ]
     problems += [*_number_problems(config), *_name_problems(config), *_init_problems(config)]
     if (folder / STATE_JSON).is_file():
-        why = "it is a checkpoint of a run that still finds its ranks"
+        why = "it is a checkpoint of an unfinished run"
         problems.append(Problem("adapter", str(folder), why, "the output_dir of the finished run"))
     if heads := [name for name in VALUE_HEADS if (folder / name).is_file()]:
         problems.append(Problem("adapter", heads[0], "the value head of a reward model would be lost", ELSEWHERE))

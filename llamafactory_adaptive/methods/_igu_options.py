@@ -151,6 +151,13 @@ class IguOptions:
         name="orthogonality_scale",
         choices=("absolute", "relative"),
     )
+    second_stage: str = option(
+        "triplet",
+        "Adapter on the ranks of adaptive_plan: triplet trains P diag(lambda) Q from igu_init with the orthogonality "
+        "regulariser, as the second stage of the authors does; lora trains plain LoRA.",
+        choices=("triplet", "lora"),
+        before="lora",
+    )
 
     def __post_init__(self) -> None:
         for name, value in self.complete(asdict(self)).items():

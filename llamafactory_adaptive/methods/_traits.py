@@ -38,8 +38,11 @@ class MethodTraits:
         samples: whether training data is chosen by quality; a :class:`SamplingMethod`.
         scales_by_start: whether the scale is ``lora_alpha`` over the rank that modules start at, rather than over
             ``lora_rank``; read where ranks are pruned.
-        unused_with_plan: options that are not read when ranks come from ``adaptive_plan``, where the method still
-            chooses samples.
+        read_with_plan: options that are read when ranks come from ``adaptive_plan``, as by a method that still chooses
+            samples.
+        only_with_plan: those of them that are not read otherwise.
+        triplets_with_plan: whether ranks that come from ``adaptive_plan`` are trained as ``P diag(lambda) Q``, from
+            the method's initial adapter and with its regulariser, rather than as plain LoRA; a :class:`DynamicMethod`.
     """
 
     strategy: Strategy
@@ -47,7 +50,9 @@ class MethodTraits:
     relative: bool = False
     samples: bool = False
     scales_by_start: bool = False
-    unused_with_plan: tuple[str, ...] = ()
+    read_with_plan: tuple[str, ...] = ()
+    only_with_plan: tuple[str, ...] = ()
+    triplets_with_plan: bool = False
 
     @property
     def dynamic(self) -> bool:
@@ -58,7 +63,8 @@ class MethodTraits:
         """List the members that a method with these traits must have."""
         return (
             *_EVERY,
-            *(_DYNAMIC if self.dynamic else _STATIC),
+            *(_DYNAMIC if self.dynamic or self.triplets_with_plan else ()),
+            *(() if self.dynamic else _STATIC),
             *(_REALLOCATING if self.strategy == "reallocate" else ()),
             *(("path",) if self.probes else ()),
             *(_RELATIVE if self.relative else ()),

@@ -61,6 +61,9 @@ from llamafactory_adaptive.methods._running_stats import SmoothedMethod
 from llamafactory_adaptive.seeding import seeded_index
 
 
+_OF_THE_ADAPTER = ("variant", "init", "orthogonality", "orthogonality_weight", "orthogonality_scale")
+
+
 class Igu(SmoothedMethod):
     """The method registered as ``igu``."""
 
@@ -77,7 +80,15 @@ class Igu(SmoothedMethod):
     def traits(self) -> MethodTraits:
         o = self.options
         relative = o.uncertainty == "snr" and o.epsilon_scale == "relative"
-        return MethodTraits("prune", probes=o.importance == "integrated", relative=relative)
+        triplets = o.second_stage == "triplet"  # the form of the authors' second stage
+        return MethodTraits(
+            "prune",
+            probes=o.importance == "integrated",
+            relative=relative,
+            read_with_plan=("second_stage", *(_OF_THE_ADAPTER if triplets else ())),
+            only_with_plan=("second_stage",),
+            triplets_with_plan=triplets,
+        )
 
     @property
     def initial_adapter(self) -> InitialAdapter:

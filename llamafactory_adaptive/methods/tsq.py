@@ -154,6 +154,9 @@ class TsqOptions:
 _OF_SAMPLING = ("norm_weight", "loss_drop_weight", "alignment_weight", "loss_drop", "temperature", "subset_ratio",
                 "clip_term", "clip_quantile", "batch_size")  # fmt: skip
 OF_REALLOCATION = ("sensitivity", "beta")
+_OF_THE_SAMPLES = tuple(
+    entry.name for entry in fields(TsqOptions) if entry.name not in ("reallocation", "phi", *OF_REALLOCATION)
+)
 
 
 class Tsq:
@@ -176,7 +179,7 @@ class Tsq:
         return MethodTraits(
             "reallocate" if self.options.reallocation else "fixed",
             samples=self.options.sampling,
-            unused_with_plan=("reallocation", "phi", *OF_REALLOCATION),
+            read_with_plan=_OF_THE_SAMPLES if self.options.sampling else (),
         )
 
     @property

@@ -64,13 +64,17 @@ class PlanRequest:
 
     def digest(self) -> str:
         """Compute the name of the plan in the cache: equal requests share one plan."""
-        asked = {key: value for key, value in asdict(self.config).items() if key != "max_nonfinite_steps"}
+        asked = {key: value for key, value in asdict(self.config).items() if key not in _NOT_ASKED}
         asked["course"] = asked.pop("search")  # the name in caches that are filled already
         return digest_of({"identity": self.identity, "config": asked, "schema": SCHEMA_VERSION})
 
     def plan_path(self) -> Path:
         """Return the cache file of the requested plan."""
         return cache_folder() / "plans" / f"{self.digest()}.json"
+
+
+# Settings that have no part in a computed plan.
+_NOT_ASKED = ("max_nonfinite_steps", "given")
 
 
 def statistics_path(request: PlanRequest, measurement: Measurement) -> Path:

@@ -7,12 +7,8 @@ from typing import Any
 
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import PlanError, first_of
-from llamafactory_adaptive.ranks.plan import (
-    ASKED_ALPHA,
-    ModuleShape,
-    RankPlan,
-    load_plan,
-)
+from llamafactory_adaptive.options import with_earlier_values
+from llamafactory_adaptive.ranks.plan import ASKED_ALPHA, ModuleShape, RankPlan, load_plan
 
 
 def check_shapes(plan: RankPlan, shapes: list[ModuleShape], source: str) -> None:
@@ -55,8 +51,14 @@ def check_plan(plan: RankPlan, shapes: list[ModuleShape], config: AdaptiveConfig
     return plan
 
 
-def check_same_run(plan: RankPlan, config: AdaptiveConfig, source: str) -> None:
+def check_same_run(plan: RankPlan, config: AdaptiveConfig, source: str, method: Any) -> None:
     """Refuse to resume a run that was started with other settings of ranks.
+
+    Args:
+        plan: the plan of the run so far.
+        config: configuration of the run that is asked for.
+        source: where the plan is from, for messages.
+        method: the method of ``config``, with its options.
 
     Raises:
         PlanError: settings differ; the message names each of them.
@@ -70,6 +72,11 @@ def check_same_run(plan: RankPlan, config: AdaptiveConfig, source: str) -> None:
         if sampling:  # ranks are given, but samples were still chosen by a method
             asked |= {"adaptive_method": config.method, **flat_options(config)}
             theirs |= sampling
+        ours_too, theirs_too = _second_stages(plan, config, method)
+        asked, theirs = asked | ours_too, theirs | theirs_too
+    else:
+        for option in method.traits.only_with_plan:
+            asked.pop(f"{config.method}_{option}", None)
     _refuse_differences(asked, theirs, source, "another output_dir")
 
 
@@ -118,6 +125,26 @@ def _asked(config: AdaptiveConfig) -> dict[str, Any]:
 def flat_options(config: AdaptiveConfig) -> dict[str, Any]:
     """Return the method's options by YAML key."""
     return {f"{config.method}_{key}": value for key, value in config.options.items()}
+
+
+def second_stage(config: AdaptiveConfig, method: Any) -> dict[str, Any]:
+    """Return the settings by which the method of ``config`` trains given ranks, by YAML key."""
+    read = method.traits.read_with_plan
+    return {"adaptive_method": config.method, **{f"{config.method}_{key}": config.options[key] for key in read}}
+
+
+def _second_stages(plan: RankPlan, config: AdaptiveConfig, method: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return how this run trains given ranks and how the run of a plan did; empty where both train plain LoRA."""
+    theirs = plan.provenance.get("second_stage")
+    if theirs:
+        return second_stage(config, method), theirs
+    if config.given is None:
+        return {}, {}
+    # Before methods had a form of their own on given ranks, all trained plain LoRA.
+    before = with_earlier_values(type(method).Options, {})
+    keys = {name: f"{config.method}_{name}" for name in method.traits.only_with_plan}
+    ours, earlier = ({key: options[name] for name, key in keys.items()} for options in (config.options, before))
+    return ours, earlier
 
 
 def _search(config: AdaptiveConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from llamafactory_adaptive.files import PLAN_FILE, STATE_JSON
 from llamafactory_adaptive.launcher import launched_number, launched_processes, local_rank
 from llamafactory_adaptive.methods import get_method, make_method, methods
 from llamafactory_adaptive.planning import cache, compatibility, planner
-from llamafactory_adaptive.planning.earlier_plans import with_all_options
+from llamafactory_adaptive.planning.earlier_plans import check_resumed_run
 from llamafactory_adaptive.planning.host import HostRun
 from llamafactory_adaptive.ranks.plan import RankPlan, load_plan
 
@@ -52,7 +52,7 @@ def obtain_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:
 def _plan_of_checkpoint(config: AdaptiveConfig, host: HostRun, checkpoint: Path) -> PlanSource:
     path, plan = str(checkpoint / PLAN_FILE), _plan_beside(checkpoint)
     _check_same_base(plan, host.provenance, checkpoint)
-    compatibility.check_same_run(with_all_options(plan), config, str(checkpoint))
+    check_resumed_run(plan, config, str(checkpoint))
     if config.search is not None:
         compatibility.check_shapes(plan, host.shapes, path)
         return PlanSource(planner.start_plan(config, host.shapes, host.provenance), "resumed")
@@ -63,8 +63,8 @@ def _plan_of_checkpoint(config: AdaptiveConfig, host: HostRun, checkpoint: Path)
 def _plan_of_adapter(config: AdaptiveConfig, host: HostRun, adapter: Path) -> PlanSource:
     if (adapter / STATE_JSON).is_file():
         raise PlanError(
-            f"{adapter} is a checkpoint of a run that finds its ranks: resume it (resume_from_checkpoint), or go on "
-            "with the adapter it ended with"
+            f"{adapter} is a checkpoint of a run that trains no plain LoRA: resume it (resume_from_checkpoint), or go "
+            "on with the adapter it ended with"
         )
     plan = _plan_beside(adapter)
     compatibility.check_same_scale(plan, config, str(adapter))
@@ -88,9 +88,8 @@ def fresh_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:
 def _given_plan(config: AdaptiveConfig, host: HostRun, path: str) -> RankPlan:
     traits = make_method(config.method, config.options).traits
     used = {"adaptive_plan", "adaptive_budget_unit", "adaptive_max_nonfinite_steps"}
-    if traits.samples:
-        read = set(config.options) - set(traits.unused_with_plan)
-        used |= {"adaptive_method", *(f"{config.method}_{option}" for option in read)}
+    if traits.read_with_plan:
+        used |= {"adaptive_method", *(f"{config.method}_{option}" for option in traits.read_with_plan)}
     idle = [key for key in host.given_keys if key not in used]
     if idle and local_rank() == 0:
         logger.warning(f"adaptive_plan is given, so these keys are not used: {', '.join(idle)}")
@@ -98,7 +97,10 @@ def _given_plan(config: AdaptiveConfig, host: HostRun, path: str) -> RankPlan:
     facts: dict[str, Any] = {"adaptive_plan": path, **_this_run(plan, host.provenance)}
     if traits.samples:
         facts["sampling"] = {"adaptive_method": config.method, **compatibility.flat_options(config)}
-    return replace(plan, provenance={**plan.provenance, **facts})
+    if config.given is not None:
+        facts["second_stage"] = compatibility.second_stage(config, make_method(config.method, config.options))
+    theirs = {key: value for key, value in plan.provenance.items() if key not in ("sampling", "second_stage")}
+    return replace(plan, provenance={**theirs, **facts})
 
 
 _OF_THE_RUN = ("base_model", "architecture", "quantization_bit", "seed", "versions")

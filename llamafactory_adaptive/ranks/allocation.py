@@ -37,7 +37,7 @@ class Bounds:
         """Compute what ranks cost in total; a whole number for whole ranks."""
         return sum(rank * cost for rank, cost in zip(ranks, self.costs, strict=True))
 
-    def of(self, modules: Sequence[int]) -> "Bounds":
+    def select(self, modules: Sequence[int]) -> "Bounds":
         """Select the bounds of some modules, given by number; the budget stays the same."""
         costs, lower, upper = ([each[i] for i in modules] for each in (self.costs, self.lower, self.upper))
         return Bounds(costs, self.budget, lower, upper)
@@ -141,7 +141,7 @@ def _spend_rest_on_unscored(ranks: list[float], scores: Sequence[float], bounds:
     rest = budget - bounds.cost(ranks)
     if not unscored or rest <= 1e-6 * max(budget, 1.0):
         return ranks
-    theirs = bounds.of(unscored)
+    theirs = bounds.select(unscored)
     filled = _fill_equally(theirs, rest + theirs.cost(theirs.lower))
     for index, value in zip(unscored, filled, strict=True):
         ranks[index] = value

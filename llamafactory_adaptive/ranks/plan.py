@@ -231,7 +231,7 @@ def _provenance(values: Values) -> dict[str, Any]:
     """Read the provenance of a plan, and check that the parts a resumed run is compared with are mappings."""
     provenance = values.mapping("provenance")
     parts = Values(provenance, f"{values.where}: provenance")
-    for key in ("bounds", "calibration", "course", "sampling"):
+    for key in ("bounds", "calibration", "course", "sampling", "second_stage"):
         if provenance.get(key) is not None:
             parts.mapping(key)
     if ASKED_ALPHA in provenance:

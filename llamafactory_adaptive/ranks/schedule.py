@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from llamafactory_adaptive.errors import refuse
+
 
 # How a method changes ranks while training.
 Strategy = Literal["prune", "reallocate", "fixed"]
@@ -11,14 +13,20 @@ STRATEGIES: tuple[str, ...] = get_args(Strategy)
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """Settings of a method that starts above the budget and prunes down to it. Ratios are of all optimizer steps."""
+    """Settings of a method that starts above the budget and prunes down to it. Ratios are of all optimizer steps.
+
+    Attributes:
+        interval: optimizer steps between two allocations; None where ``interval_epochs`` gives the distance.
+        interval_epochs: the distance as a share of an epoch, whose steps are known once the data is.
+    """
 
     init_rank: int
     warmup_ratio: float
     final_ratio: float
-    interval: int
+    interval: int | None
     max_overhead: float | None
     seed: int
+    interval_epochs: float | None = None
 
     @property
     def live_rank(self) -> int:
@@ -48,6 +56,21 @@ class ReallocationConfig:
 
 
 @dataclass(frozen=True)
+class GivenRanksConfig:
+    """Settings of a method that trains given ranks in the form ``P diag(lambda) Q``; the ranks never change.
+
+    Attributes:
+        seed: seed of the factors' initial values.
+    """
+
+    seed: int
+
+    @property
+    def max_overhead(self) -> None:
+        """Return None: there are no extra passes to limit."""
+
+
+@dataclass(frozen=True)
 class Schedule:
     """Cubic decay of the budget over optimizer steps (AdaLoRA, Eq. 12; IGU-LoRA uses the same).
 
@@ -58,6 +81,7 @@ class Schedule:
         end: t_f, the step after which the ranks are final.
         interval: optimizer steps between allocations.
         start_budget, target_budget: b_0 and b_T, in budget units.
+        interval_epochs: the share of an epoch that ``interval`` was computed from, if any.
     """
 
     begin: int
@@ -65,6 +89,7 @@ class Schedule:
     interval: int
     start_budget: int
     target_budget: int
+    interval_epochs: float | None = None
 
     def budget(self, step: int) -> int:
         """Return the budget after ``step`` optimizer steps, in budget units, rounded down."""
@@ -84,11 +109,16 @@ class Schedule:
         """Tell whether the ranks are final after ``step`` optimizer steps."""
         return step >= self.end
 
+    @property
+    def spacing(self) -> str:
+        """Return the distance of allocations in words."""
+        steps = "every step" if self.interval == 1 else f"every {self.interval} steps"
+        return steps if self.interval_epochs is None else f"{steps} ({self.interval_epochs:g} of an epoch)"
+
     def describe(self, kind: str) -> str:
         """Describe the schedule in words; ``kind`` names what the budget counts."""
-        return (
-            f"{self.start_budget:,} {kind}, pruned to {self.target_budget:,} between steps {self.begin} and {self.end}"
-        )
+        budgets = f"{self.start_budget:,} {kind}, pruned to {self.target_budget:,}"
+        return f"{budgets} {self.spacing} between steps {self.begin} and {self.end}"
 
 
 @dataclass(frozen=True)
@@ -133,12 +163,38 @@ def short_run_warning(schedule: Schedule | Refreshes, total_steps: int) -> str |
         return None
     begin = schedule.begin if isinstance(schedule, Schedule) else 0
     remedy = "train more steps (max_steps, num_train_epochs)"
-    if prunes and (width := schedule.end - begin) >= 2 * _FEWEST["prunes"]:
-        remedy += f", or set adaptive_interval: {width // (2 * _FEWEST['prunes'])}"
+    if isinstance(schedule, Schedule) and (steps := (schedule.end - begin) // (2 * _FEWEST["prunes"])):
+        remedy += f", or set {_interval_setting(schedule, steps)}"
     return (
         f"ranks are chosen {'only once' if count == 1 else f'only {count} times'} between steps {begin} and "
         f"{schedule.end} of {total_steps}, after little was seen of the components; {remedy}"
     )
+
+
+def _interval_setting(schedule: Schedule, steps: int) -> str:
+    """Write the setting that would space allocations by ``steps``, with the key that the run uses."""
+    if schedule.interval_epochs is None:
+        return f"adaptive_interval: {steps}"
+    return f"adaptive_interval_epochs: {schedule.interval_epochs * steps / schedule.interval:.2g}"
+
+
+def interval_steps(pruning: PruningConfig, epoch_steps: int | None) -> int:
+    """Return the optimizer steps between two allocations, at least 1.
+
+    Args:
+        pruning: settings of the method.
+        epoch_steps: optimizer steps of an epoch; None where the training data has no length.
+
+    Raises:
+        AdaptiveConfigError: the distance is a share of an epoch, and the training data has no length.
+    """
+    if pruning.interval is not None:
+        return pruning.interval
+    assert pruning.interval_epochs is not None
+    if epoch_steps is None:
+        reason = "the training data has no known length, so the steps of an epoch are not known"
+        refuse("adaptive_interval_epochs", pruning.interval_epochs, reason, "adaptive_interval: 10")
+    return max(1, round(pruning.interval_epochs * epoch_steps))
 
 
 def refresh_interval(ratio: float, total_steps: int) -> int:
@@ -147,11 +203,25 @@ def refresh_interval(ratio: float, total_steps: int) -> int:
 
 
 def make_schedule(
-    search: PruningConfig | ReallocationConfig, total_steps: int, start_budget: int, target_budget: int
+    search: PruningConfig | ReallocationConfig,
+    total_steps: int,
+    start_budget: int,
+    target_budget: int,
+    epoch_steps: int | None = None,
 ) -> Schedule | Refreshes:
     """Build the schedule of a run of ``total_steps`` by turning ratios into step numbers.
 
     Even in a run of one step the final allocation comes after one observation.
+
+    Args:
+        search: settings by which ranks change.
+        total_steps: optimizer steps of the run.
+        start_budget: budget before the first allocation, in budget units.
+        target_budget: budget after the last allocation.
+        epoch_steps: optimizer steps of an epoch, for distances given as a share of it; None if not known.
+
+    Raises:
+        AdaptiveConfigError: the distance of allocations is a share of an epoch, whose steps are not known.
     """
     if isinstance(search, ReallocationConfig):
         interval = refresh_interval(search.refresh_ratio, total_steps)
@@ -160,4 +230,5 @@ def make_schedule(
     pruning = search
     begin = min(int(pruning.warmup_ratio * total_steps), total_steps - 1)
     end = max(begin + 1, total_steps - round(pruning.final_ratio * total_steps))
-    return Schedule(begin, end, pruning.interval, start_budget, target_budget)
+    interval = interval_steps(pruning, epoch_steps)
+    return Schedule(begin, end, interval, start_budget, target_budget, pruning.interval_epochs)

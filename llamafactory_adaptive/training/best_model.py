@@ -26,24 +26,22 @@ class BestModel(RunPart):
         search: decisions of the search so far.
         schedule: steps at which components are chosen.
         log: log of the run.
+        callbacks: callbacks of the Trainer, one of which may stop early.
     """
 
-    def __init__(self, search: RankSearchState, schedule: Schedule | Refreshes, log: RunLog) -> None:
-        self.search, self.schedule, self.log = search, schedule, log
+    def __init__(
+        self, search: RankSearchState, schedule: Schedule | Refreshes, log: RunLog, callbacks: list[Any]
+    ) -> None:
+        self.search, self.schedule, self.log, self.callbacks = search, schedule, log, callbacks
         self.waits, self.warned = search.config.best_model_from == "final", False
 
     def counts_as_best(self) -> bool:
         """Tell whether an evaluation now counts."""
         return self.search.final or not self.waits
 
-    def announce(self, args: Any, state: Any, callbacks: list[Any]) -> None:
-        """Warn if too few evaluations will count, and drop the best one of a resumed run that no longer counts.
-
-        Args:
-            args, state: of the Trainer.
-            callbacks: callbacks of the Trainer.
-        """
-        readers = _readers(args, callbacks) if self.waits else []
+    def announce(self, args: Any, state: Any) -> None:
+        """Warn if too few evaluations will count, and drop the best one of a resumed run that no longer counts."""
+        readers = _readers(args, self.callbacks) if self.waits else []
         if not readers:
             return
         self._forget_earlier(state)
@@ -89,12 +87,12 @@ def _readers(args: Any, callbacks: list[Any]) -> list[str]:
 
 def evaluations_from(first: int, args: Any, state: Any) -> int | None:
     """Count the evaluations from step ``first`` on; None if that cannot be known before training."""
-    total, delay = int(state.max_steps), float(args.eval_delay)
+    total = state.max_steps
     if args.eval_strategy == "steps":  # and at the last step, in any case
         steps = {*range(state.eval_steps, total + 1, state.eval_steps), total}
-        return sum(step >= max(first, delay) for step in steps)
+        return len([step for step in steps if step >= max(first, args.eval_delay)])
     epochs = int(args.num_train_epochs)
     if args.eval_strategy == "epoch" and args.max_steps <= 0 and epochs == args.num_train_epochs:
         ends = [(epoch, total * epoch // epochs) for epoch in range(1, epochs + 1)]
-        return sum(step >= first and epoch >= delay for epoch, step in ends)
+        return len([step for epoch, step in ends if step >= first and epoch >= args.eval_delay])
     return None

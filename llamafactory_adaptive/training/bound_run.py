@@ -6,22 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from llamafactory_adaptive.engines.distributed import agree_across_ranks
 from llamafactory_adaptive.engines.engine import find_engine
 from llamafactory_adaptive.engines.step_hooks import before_clipping, before_deepspeed_step
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.ranks.plan import RankPlan
-from llamafactory_adaptive.ranks.schedule import make_schedule
+from llamafactory_adaptive.ranks.schedule import Refreshes, Schedule, make_schedule
 from llamafactory_adaptive.training.best_model import BestModel
 from llamafactory_adaptive.training.checkpoint_record import CheckpointRecord
 from llamafactory_adaptive.training.components import Components
 from llamafactory_adaptive.training.divergence import DivergenceWatch
 from llamafactory_adaptive.training.fixed_ranks import FixedRanks
-from llamafactory_adaptive.training.guard import PlanGuard, agree_on_steps, uses_deepspeed
+from llamafactory_adaptive.training.given_ranks import GivenRanks
+from llamafactory_adaptive.training.gradient_check import GradientCheck
+from llamafactory_adaptive.training.guard import PlanGuard, agree_on_steps, epoch_steps, uses_deepspeed
 from llamafactory_adaptive.training.masked_search import MaskedSearch, SearchRequest
 from llamafactory_adaptive.training.observer import Observer
+from llamafactory_adaptive.training.optimizer_check import check_optimizer
 from llamafactory_adaptive.training.rank_search_driver import RankSearchDriver
 from llamafactory_adaptive.training.run_part import RunPart
 from llamafactory_adaptive.training.sample_preparation import SampleRequest, TrainingSamples
@@ -40,7 +41,8 @@ class RunRequest:
 
     Attributes:
         max_nonfinite_steps: the run ends at this many optimizer steps in a row with a NaN or infinite loss.
-        search: settings of a search for ranks; None if ranks are fixed.
+        search: settings of a search for ranks, or of given ranks in the form ``P diag(lambda) Q``; None for plain LoRA
+            on fixed ranks.
         samples: how training samples are chosen; None for all of them.
         layout: how weights are spread over processes, for checkpoints.
     """
@@ -58,7 +60,8 @@ class BoundRun:
         request: settings of the run.
         guard: guard of the run, with plan and log.
         trainer: Trainer that has not made its data loader and its optimizer yet.
-        see_gradients: is called at every step of a search, once gradients are complete and not yet clipped.
+        see_gradients: is called at every step where ``request.search`` is set, once gradients are complete and not yet
+            clipped.
     """
 
     def __init__(self, request: RunRequest, guard: PlanGuard, trainer: Any, see_gradients: Callable[[], None]) -> None:
@@ -75,59 +78,62 @@ class BoundRun:
         """Return the plan with the ranks now in use."""
         return self.guard.plan if self.search is None or self.guard.is_final else self.search.plan()
 
-    def begin(
-        self, args: Any, state: Any, model: nn.Module, dataloader: Any, checkpoint: Path | None
-    ) -> tuple[RunPart, ...]:
-        """Verify the live adapter, then build and return the parts of the run, before the first step.
+    def build_parts(self, state: Any, dataloader: Any, checkpoint: Path | None) -> tuple[RunPart, ...]:
+        """Build the parts of the run before the first step, on a model whose adapter has been verified.
 
         Args:
-            args, state, model: arguments, state and model of the Trainer.
+            state: state of the Trainer.
             dataloader: training data loader of the Trainer.
             checkpoint: what the Trainer resumes from, if anything.
 
         Raises:
-            GuardError: the live adapter does not match, or the Trainer has resumed but ``checkpoint`` is None.
+            GuardError: processes differ in their steps, or the Trainer has resumed but ``checkpoint`` is None.
         """
-        self.guard.verify_live(model, self.deepspeed)
-        agree_on_steps(state)
+        agree_on_steps(state, epoch_steps(dataloader, self.trainer.args))
         if state.global_step > 0 and checkpoint is None:
             raise GuardError(
                 f"the Trainer has resumed at step {state.global_step}, but the run was not given the checkpoint and "
                 "would begin anew: pass resume_from_checkpoint to the Trainer's train(), or train afresh"
             )
         resumed = checkpoint if state.global_step > 0 else None
-        make = self._fixed_ranks if self.search is None else self._search_ranks
-        selection, ranks = make(args, state, dataloader, resumed)
-        ranks.announce(args, state)
+        ranks = self._fixed_ranks if self.search is None else self._searched_ranks
         record = CheckpointRecord(self.current_plan, self.request.layout)
-        if isinstance(ranks, RankSearchDriver):
-            self.best_model = BestModel(ranks.state, ranks.schedule, self.log)
-            self.best_model.announce(args, state, self.trainer.callback_handler.callbacks)
-        parts = (self.guard, self.watch, selection, ranks, self.best_model, record)
+        parts = (self.guard, self.watch, *ranks(state, dataloader, resumed), record)
         return tuple(part for part in parts if part is not None)
 
-    def _fixed_ranks(
-        self, args: Any, state: Any, dataloader: Any, resumed: Path | None
-    ) -> tuple[SampleSelection | None, FixedRanks]:
-        selection = self._prepare_samples(args, state, dataloader, resumed)
-        return selection, FixedRanks(self.guard, self.log, selection)
+    def _fixed_ranks(self, state: Any, dataloader: Any, resumed: Path | None) -> tuple[RunPart | None, ...]:
+        gradient_check = None if self.deepspeed else GradientCheck(self.log.counters)
+        selection = self._prepare_samples(state, dataloader, resumed)
+        return gradient_check, selection, FixedRanks(self.guard, self.log, selection)
 
-    def _search_ranks(
-        self, args: Any, state: Any, dataloader: Any, resumed: Path | None
-    ) -> tuple[SampleSelection | None, RankSearchDriver]:
-        """Build selection and search driver; a resumed search is restored before samples are scored on its adapter."""
+    def _searched_ranks(self, state: Any, dataloader: Any, resumed: Path | None) -> tuple[RunPart | None, ...]:
+        """Build what trains triplets; what is resumed is restored before samples are scored on its adapter."""
         search = self.search
         assert search is not None
-        begin, asked = search.state.cost(search.triplets.masks), search.state.asked
-        schedule = make_schedule(search.request.schedule, state.max_steps, begin, asked)
-        observer = self._observer(search)
-        kept = SearchCheckpoint(search, observer, self.log, holds_factors=not self.deepspeed)
+        if not self.deepspeed:  # which makes or wraps an optimizer of its own
+            check_optimizer(self.trainer.optimizer, search)
+        schedule = self._schedule(search, state, dataloader)
+        interval = None if schedule is None else schedule.interval
+        kept = SearchCheckpoint(search, self._observer(search), self.log, not self.deepspeed, interval)
         if resumed is not None:
             kept.resume(resumed, state.max_steps)
-        selection = self._prepare_samples(args, state, dataloader, resumed)
-        return selection, RankSearchDriver(
-            search, observer, schedule, kept, self.guard, self.watch, selection, state.global_step
+        selection = self._prepare_samples(state, dataloader, resumed)
+        if schedule is None:
+            return selection, GivenRanks(self.guard, self.log, selection, kept)
+        self.best_model = BestModel(search.state, schedule, self.log, self.trainer.callback_handler.callbacks)
+        driver = RankSearchDriver(
+            search, kept.observer, schedule, kept, self.guard, self.watch, selection, state.global_step
         )
+        return selection, driver, self.best_model
+
+    def _schedule(self, search: MaskedSearch, state: Any, dataloader: Any) -> Schedule | Refreshes | None:
+        """Return the steps at which ranks change and the budget at each; None where they are given."""
+        changes = search.request.config.search
+        if changes is None:
+            return None
+        begin, final_budget = search.state.cost(search.state.first_masks()), search.state.final_budget
+        steps = epoch_steps(dataloader, self.trainer.args)
+        return make_schedule(changes, state.max_steps, begin, final_budget, steps)
 
     def _observer(self, search: MaskedSearch) -> Observer:
         """Build the observer once the model is wrapped and on its device, and apply the masks there."""
@@ -139,7 +145,7 @@ class BoundRun:
         triplets.mask(triplets.masks)
         return Observer(method, components, self.trainer, self.log.counters, config.seed, config.max_overhead)
 
-    def _prepare_samples(self, args: Any, state: Any, dataloader: Any, resumed: Path | None) -> SampleSelection | None:
+    def _prepare_samples(self, state: Any, dataloader: Any, resumed: Path | None) -> SampleSelection | None:
         """Score the samples or restore their scores, and check that all processes have the same ones."""
         if self.samples is None:
             return None
@@ -147,6 +153,4 @@ class BoundRun:
         selection = self.samples.prepare_samples(self.guard.plan, state.max_steps, dataloader, resumed)
         self.log.overhead_seconds += time.perf_counter() - started
         agree_across_ranks(selection.digest(), QUALITIES_DIFFER)
-        if args.should_save:
-            selection.report(Path(args.output_dir), state.global_step)
         return selection

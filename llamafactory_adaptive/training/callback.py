@@ -81,16 +81,18 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
     # -- the Trainer's events ----------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        """Verify the live adapter, and build the parts of the run.
+        """Verify the live adapter, build the parts of the run, and have them announce it.
 
         Raises:
             GuardError: the model does not match the plan, or its Trainer is not made by :func:`adaptive_trainer`.
         """
+        self.guard.verify_live(model, uses_deepspeed(args))
         if self.bound is None:
-            self.guard.verify_live(model, uses_deepspeed(args))
             fault = "the run asked for adaptive ranks but its Trainer did not pass itself to the run"
             raise GuardError(f"{fault}; {self.remedy}" if self.remedy else fault)
-        self.parts = self.bound.begin(args, state, model, kwargs.get("train_dataloader"), self.checkpoint)
+        self.parts = self.bound.build_parts(state, kwargs.get("train_dataloader"), self.checkpoint)
+        for part in self.parts:
+            part.announce(args, state)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forward the beginning of an epoch."""

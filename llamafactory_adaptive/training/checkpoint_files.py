@@ -79,10 +79,17 @@ def _needed(checkpoint: Path) -> list[str]:
         names += [] if (checkpoint / "latest").exists() else ["optimizer.pt"]
     if (checkpoint / "latest").is_file():  # DeepSpeed's: names the folder of its pieces
         names.append((checkpoint / "latest").read_text(encoding="utf-8", errors="replace").strip() or "latest")
-    plan = read_mapping(checkpoint / PLAN_FILE, PLAN_FILE)
-    if isinstance(plan.get("provenance"), dict) and "course" in plan["provenance"]:
+    if _trains_components(checkpoint):
         names += _state_files(checkpoint)
     return names
+
+
+def _trains_components(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint is of a run with a state of its own; a plan that was given tells of another search."""
+    facts = read_mapping(checkpoint / PLAN_FILE, PLAN_FILE).get("provenance")
+    if not isinstance(facts, dict):
+        return False
+    return "second_stage" in facts or ("course" in facts and not facts.get("adaptive_plan"))
 
 
 def _state_files(checkpoint: Path) -> list[str]:

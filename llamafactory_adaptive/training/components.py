@@ -91,8 +91,6 @@ class Components:
             for (kind, shape), members in groups.items()
         ]
         self.parameters = [parameter for block in self.blocks for parameter in block.parameters]
-        # As long as P is zero, P alone has a gradient.
-        self.first_kind = "P" if triplets.initial_factors == "lora" else next(iter(triplets.modules[0].parameters()))
         self.arrived = False
 
     def weights(self, block: Block) -> Tensor:
@@ -197,13 +195,14 @@ class Components:
         factors = [block for block in self.blocks if block.kind != "lambda"] if orthogonality is not None else []
         task_norms = self._norms(gradients) if orthogonality is not None and orthogonality.relative else {}
         count = sum(len(block.modules) for block in factors)
+        if method is not None:
+            self._check_arrival(self._to_device(torch.cat(own)) for own in self._by_block(gradients))
         with self.engine.gathered([parameter for block in factors for parameter in block.parameters]):
             for block, own in zip(self.blocks, self._by_block(gradients), strict=True):
                 if method is not None:
                     flat = self._to_device(torch.cat(own))  # a copy
                     if scale != 1.0:
                         flat.div_(scale)
-                    self._check_arrival(block, flat)
                     if overflow_is_possible:
                         flat.nan_to_num_(0.0, 0.0, 0.0)
                     weights = self.weights(block)
@@ -212,30 +211,36 @@ class Components:
                     self._hold_masked(block, own)
                 elif orthogonality is not None:
                     known = weights if method is not None and not self.engine.partitioned else None
-                    added_MX = self._penalty_gradient(block, known, orthogonality.form)
-                    strength = scale / count
+                    factor = 1.0 if orthogonality.relative else orthogonality.weight / count * scale
+                    added_MX = self._penalty_gradient(block, known, orthogonality.form, factor)
                     if orthogonality.relative:
-                        strength = task_norms[block.name] / added_MX.norm().clamp(min=1e-30)
-                    self._add(block, own, added_MX * (orthogonality.weight * strength))
-        self.arrived = self.arrived or method is not None
+                        share = orthogonality.weight * task_norms[block.name]
+                        added_MX.mul_(share / added_MX.norm().clamp(min=1e-30))
+                    self._add(block, own, added_MX)
         self.engine.set_gradients(self.parameters, gradients)
 
     def _by_block(self, gradients: list[Tensor]) -> list[list[Tensor]]:
         rest = iter(gradients)
         return [list(islice(rest, len(block.parameters))) for block in self.blocks]
 
-    def _check_arrival(self, block: Block, flat: Tensor) -> None:
-        """Raise an error if a module has no gradient when it is first observed.
+    def _check_arrival(self, gradients: Iterable[Tensor]) -> None:
+        """Raise an error if neither P nor lambda of a module has a gradient when gradients are first observed.
 
-        The gradient of lambda is checked; where P starts at zero that of P, since the others are zero as long as P is.
+        One of them may be zero: that of lambda as long as P is, that of P where lambda is.
+
+        Args:
+            gradients: this process's gradients of each block, flat.
         """
-        if self.arrived or block.kind != self.first_kind:
+        if self.arrived:
             return
-        strength_M = self._scatter_to_full(block, flat).abs().sum(1)
+        self.arrived = True
+        strengths = torch.zeros(len(self.triplets.modules), device=self.triplets.modules[0].a.mask_r.device)
+        for block, flat in zip(self.blocks, gradients, strict=True):
+            if block.kind != "Q":
+                strengths[list(block.modules)] += self._scatter_to_full(block, flat).abs().sum(1)
         if self.engine.partitioned:
-            all_reduce_sum(strength_M)
-        pairs = zip(block.modules, strength_M.tolist(), strict=True)
-        lost = [self.triplets.modules[index].name for index, strength in pairs if strength == 0.0]
+            all_reduce_sum(strengths)
+        lost = [m.name for m, value in zip(self.triplets.modules, strengths.tolist(), strict=True) if value == 0.0]
         if lost:
             raise GuardError(f"no gradient arrived at {len(lost)} modules at the first step, for example at {lost[0]}")
 
@@ -251,14 +256,14 @@ class Components:
             all_reduce_sum(squares)
         return {block.name: square.sqrt() for block, square in zip(self.blocks, squares, strict=True)}
 
-    def _penalty_gradient(self, block: Block, known: Tensor | None, form: str) -> Tensor:
-        """Compute the gradient of the regulariser's sum over the modules of a block, (M, numel).
+    def _penalty_gradient(self, block: Block, known: Tensor | None, form: str, scale: float) -> Tensor:
+        """Compute the gradient of ``scale`` times the regulariser's sum over the modules of a block, (M, numel).
 
         In closed form: for E the counted part of a Gram matrix, ``d|E|_F/dQ = 2 E Q / |E|_F``; likewise for P.
         ``known`` are the block's whole weights, flat, if they have been read already.
         """
         x_M = torch.stack([p.detach() for p in block.parameters]).float() if known is None else known
-        gradient_M = gram_penalty_gradient(x_M.view(-1, *block.shape), block.kind, form)
+        gradient_M = gram_penalty_gradient(x_M.view(-1, *block.shape), block.kind, form, scale)
         return gradient_M.view(len(block.modules), -1)
 
     def _add(self, block: Block, own: list[Tensor], added_MX: Tensor) -> None:
@@ -273,10 +278,13 @@ class Components:
 
     def observe_given(self, method: DynamicMethod, gradients: Iterable[Sequence[Tensor]]) -> None:
         """Average the gradients of extra passes over processes, and pass them to a method; one sequence per block."""
-        for block, given in zip(self.blocks, gradients, strict=True):
-            full_MX = torch.stack([gradient.reshape(-1) for gradient in given]).float()
-            all_reduce_sum(full_MX).div_(world_size())
-            flat = self._owned(block, full_MX)
-            self._check_arrival(block, flat)
+        averaged = [self._averaged(block, given) for block, given in zip(self.blocks, gradients, strict=True)]
+        self._check_arrival(averaged)
+        for block, flat in zip(self.blocks, averaged, strict=True):
             method.observe(block.name, self.weights(block), flat, self.live(block))
-        self.arrived = True
+
+    def _averaged(self, block: Block, given: Sequence[Tensor]) -> Tensor:
+        """Average whole gradients of a block over processes, and select this process's pieces, flat."""
+        full_MX = torch.stack([gradient.reshape(-1) for gradient in given]).float()
+        all_reduce_sum(full_MX).div_(world_size())
+        return self._owned(block, full_MX)

@@ -1,22 +1,17 @@
 """Checks that a run trains its plan, from the live model at the start to the saved files at the end."""
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.trainer_utils import has_length
 
-from llamafactory_adaptive.adapter.lora import (
-    ADAPTER_WEIGHTS,
-    factors,
-    keep_4bit_unpacked_on_cpu,
-    live_layers,
-    name_targets_in_full,
-)
+from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS, keep_4bit_unpacked_on_cpu, name_targets_in_full
 from llamafactory_adaptive.adapter.verify import check_live, check_saved
 from llamafactory_adaptive.engines.distributed import agree_across_ranks, gather, refuse_differences
 from llamafactory_adaptive.errors import GuardError
+from llamafactory_adaptive.launcher import accelerate_starts
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.reports.model_card import update_card
 from llamafactory_adaptive.training.run_log import RunLog
@@ -32,12 +27,20 @@ logger = logging.getLogger("llamafactory.adaptive")
 
 def uses_deepspeed(args: Any) -> bool:
     """Tell whether a Trainer with these arguments trains under DeepSpeed."""
-    return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    return bool(args.deepspeed) or accelerate_starts("DEEPSPEED")
 
 
-def agree_on_steps(state: Any) -> None:
-    """Stop every process if first or last step differ, since a collective would then wait forever."""
-    facts = {"global_step": state.global_step, "max_steps": state.max_steps}
+def epoch_steps(dataloader: Any, args: Any) -> int | None:
+    """Return the optimizer steps of an epoch, as the Trainer counts them; None where the data has no length."""
+    if dataloader is None or not has_length(dataloader):
+        return None
+    batches_per_step: int = args.gradient_accumulation_steps
+    return max(1, -(-len(dataloader) // batches_per_step))
+
+
+def agree_on_steps(state: Any, steps_of_an_epoch: int | None) -> None:
+    """Stop every process if any number of steps differs, since a collective would then wait forever."""
+    facts = {"global_step": state.global_step, "max_steps": state.max_steps, "epoch_steps": steps_of_an_epoch}
     everyone = gather("the first step", lambda: facts)
     refuse_differences(everyone, f"would train other steps than rank 0: {everyone}")
 
@@ -58,7 +61,6 @@ class PlanGuard(RunPart):
 
     def __init__(self, plan: RankPlan, log: RunLog, is_final: bool = True) -> None:
         self.plan, self.log, self.is_final = plan, log, is_final
-        self.searches = not is_final
         self.counters = log.counters
         self.deepspeed: bool | None = None
 
@@ -79,7 +81,13 @@ class PlanGuard(RunPart):
         self.counters.modules_checked = check_live(model, self.plan)
 
     def settle(self, found: RankPlan) -> None:
-        """Replace the plan by the one that a search has found, with which the saved adapter is then compared."""
+        """Replace the plan by the one that a search has found, with which the saved adapter is then compared.
+
+        Raises:
+            GuardError: the search observed or chose no components.
+        """
+        if 0 in (self.counters.allocations, self.counters.observations):
+            raise GuardError(f"the run asked for {found.method} but no component was chosen: {self.counters}")
         self.plan, self.is_final = found, True
 
     # -- while training ----------------------------------------------------------------------------------------------
@@ -88,19 +96,6 @@ class PlanGuard(RunPart):
         """Store the largest learning rate so far: weights must have changed only if it is above zero."""
         rates = lr_scheduler.get_last_lr() if lr_scheduler is not None else [0.0]
         self.counters.largest_learning_rate = max(self.counters.largest_learning_rate, *map(float, rates))
-
-    def before_step(self, model: nn.Module) -> None:
-        """Raise an error if an adapter factor has no gradient at the first step.
-
-        DeepSpeed keeps gradients in its own buffers; there :meth:`verify_saved` checks the saved factors instead. In a
-        search ``Components`` checks the gradients of each module, whose masked components have a gradient of zero.
-        """
-        if self.counters.steps > 0 or self.deepspeed or self.searches:
-            return
-        trained = [factor for layer, adapter in live_layers(model).values() for factor in factors(layer, adapter)]
-        self.counters.gradients_missing = sum(factor.grad is None for factor in trained)
-        if self.counters.gradients_missing:
-            raise GuardError(f"adapter factors without a gradient at the first step: {self.counters}")
 
     def after_step(self, args: Any, state: Any, model: nn.Module, optimizer: Any) -> None:
         """Count the optimizer step that was just made."""
@@ -114,11 +109,11 @@ class PlanGuard(RunPart):
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def verify_run(self) -> None:
-        """Raise an error if no module was checked, or if a search observed or chose no components."""
+        """Raise an error if no module was checked, or if a search has not found its ranks."""
         if self.counters.modules_checked == 0:
             raise GuardError(f"the run asked for adaptive ranks but no allocation reached the model: {self.counters}")
-        if self.searches and 0 in (self.counters.allocations, self.counters.observations):
-            raise GuardError(f"the run asked for {self.plan.method} but no component was chosen: {self.counters}")
+        if not self.is_final:
+            raise GuardError(f"the run asked for {self.plan.method} but its search has not ended: {self.counters}")
 
     def verify_saved(self, output: Path) -> None:
         """Check on the main process that the adapter saved in ``output`` matches the plan, then update its model card.

@@ -1,13 +1,16 @@
-"""A search for ranks on the model of a Trainer: the adapter as masked triplets, and the state of the search."""
+"""A search for ranks on the model of a Trainer: the adapter as masked triplets, and the state of the search.
 
-from dataclasses import dataclass
+Where ranks are given, all components are in use, and the search has ended before it begins.
+"""
+
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llamafactory_adaptive.adapter.masked_lora import Triplets
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.methods import DynamicMethod
 from llamafactory_adaptive.ranks.plan import RankPlan
-from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
+from llamafactory_adaptive.ranks.schedule import GivenRanksConfig, PruningConfig, ReallocationConfig
 from llamafactory_adaptive.training.rank_search import RankSearchState
 
 
@@ -17,8 +20,9 @@ class SearchRequest:
 
     Attributes:
         start: plan with the ranks of the tensors that train.
-        config: configuration, whose ``search`` holds how ranks change while training.
-        method: dynamic method that observes gradients and scores components.
+        config: configuration, whose ``search`` holds how ranks change while training, or whose ``given`` that they
+            do not.
+        method: dynamic method that observes gradients and scores components; on given ranks it does neither.
     """
 
     start: RankPlan
@@ -26,10 +30,11 @@ class SearchRequest:
     method: DynamicMethod
 
     @property
-    def schedule(self) -> PruningConfig | ReallocationConfig:
-        """Return the settings by which ranks change while training."""
-        assert self.config.search is not None
-        return self.config.search
+    def schedule(self) -> PruningConfig | ReallocationConfig | GivenRanksConfig:
+        """Return the settings by which ranks change while training, or do not."""
+        schedule = self.config.search or self.config.given
+        assert schedule is not None
+        return schedule
 
     @property
     def slowdown(self) -> float:
@@ -47,7 +52,8 @@ class MaskedSearch:
 
     def __init__(self, request: SearchRequest, trainer: Any) -> None:
         self.request, self.trainer = request, trainer
-        self.state = RankSearchState(request.start, request.config)
+        adapted = replace(request.start, modules=request.start.active)  # a given plan may leave modules out
+        self.state = RankSearchState(adapted, request.config)
         start, seed = request.method.initial_adapter, request.schedule.seed
         self.triplets = Triplets(trainer.model, request.start, start.lambda_value, start.factors, seed)
         self.triplets.mask(self.state.first_masks())

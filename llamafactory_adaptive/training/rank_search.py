@@ -24,13 +24,13 @@ class RankSearchState:
 
     Args:
         start: plan with the ranks of the tensors that train.
-        config: budget unit, bounds, and how ranks change.
+        config: budget unit, bounds, and how ranks change; where they do not, they are final from the start.
     """
 
     def __init__(self, start: RankPlan, config: AdaptiveConfig) -> None:
         self.start, self.config = start, config
         self.costs = [module.cost(config.budget_unit) for module in start.modules]
-        self.final = False
+        self.final = config.search is None
         self.history: list[dict[str, Any]] = []
         self.module_scores: list[float] = [0.0] * len(start.modules)
         self.metrics: dict[str, float] = {}
@@ -38,7 +38,7 @@ class RankSearchState:
         self.fresh: Masks = [[False] * module.rank for module in start.modules]
         upper = [min(config.max_rank, module.rank) for module in start.modules]
         lower = [min(config.min_rank, high) for high in upper]
-        self.bounds = Bounds(self.costs, self.asked, lower, upper)
+        self.bounds = Bounds(self.costs, self.final_budget, lower, upper)
 
     @property
     def reallocates(self) -> bool:
@@ -56,7 +56,7 @@ class RankSearchState:
         ]
 
     @property
-    def asked(self) -> int:
+    def final_budget(self) -> int:
         """Return the final budget, in budget units."""
         return self.start.lora_rank * sum(self.costs)
 

@@ -71,7 +71,8 @@ class RankSearchDriver(RunPart):
             return
         if warning := short_run_warning(self.schedule, state.max_steps):
             self.log.warn(warning)
-        self._write(args, {"step": self.step, "event": "resumed" if self.step else "begin"})
+        event = "resumed" if self.step else "begin"
+        self._write(args, {"step": self.step, "event": event, "interval": self.schedule.interval})
         largest = max(sum(row) for row in self.triplets.masks)
         logger.info(
             f"adaptive ({self.start.method}): {self.log.counters.modules_checked} modules start at rank {largest}, "
@@ -177,7 +178,7 @@ class RankSearchDriver(RunPart):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.step = int(state.best_model_checkpoint.rpartition("-")[2])
             self.checkpoint.restore(Path(state.best_model_checkpoint), state.max_steps)
-        if not self.state.history or self.state.cost(self.triplets.masks) > self.state.asked:
+        if not self.state.history or self.state.cost(self.triplets.masks) > self.state.final_budget:
             if args.should_save:
                 logger.warning(
                     f"adaptive: ranks were not yet found at step {self.step} (they are final from step "

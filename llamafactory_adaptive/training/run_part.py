@@ -14,6 +14,9 @@ class RunPart:
     ``args``, ``state`` and ``model`` are the Trainer's; ``state.global_step`` counts optimizer steps.
     """
 
+    def announce(self, args: Any, state: Any) -> None:
+        """Handle the beginning of training, once all parts are built: write what the run begins with."""
+
     def begin_epoch(self, state: Any) -> None:
         """Handle the beginning of an epoch, before the data loader draws its samples."""
 
@@ -27,7 +30,7 @@ class RunPart:
         """Handle the loss of a micro-batch, a tensor on the training device."""
 
     def see_gradients(self) -> None:
-        """Handle the step's gradients, complete and not yet clipped; this event comes in a search only."""
+        """Handle the step's gradients, complete and not yet clipped; only where components are trained."""
 
     def before_step(self, model: nn.Module) -> None:
         """Handle the step's clipped gradients, right before the optimizer step."""

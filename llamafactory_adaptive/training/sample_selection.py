@@ -48,6 +48,11 @@ class SampleSelection(RunPart):
         self.terms, self.row_digests, self.rows_digest = terms, row_digests, digest_of(row_digests)
         self.pool, self.timeline = sampler.order.pool, sampler.order.timeline
 
+    def announce(self, args: Any, state: Any) -> None:
+        """Write the data report as of the first step."""
+        if args.should_save:
+            self.report(Path(args.output_dir), state.global_step)
+
     def begin_epoch(self, state: Any) -> None:
         """Set the sampler to the optimizer step at which the epoch begins."""
         self.sampler.begin_epoch(state.global_step)

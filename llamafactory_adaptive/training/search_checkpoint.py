@@ -24,10 +24,14 @@ class SearchCheckpoint:
         observer: observer of the search, with the engine and the times of extra passes.
         log: log of the run, whose counters and seconds a resume restores.
         holds_factors: whether the factors are stored here; DeepSpeed stores them itself, with their fp32 copies.
+        interval: optimizer steps between two allocations; None where ranks are given.
     """
 
-    def __init__(self, search: MaskedSearch, observer: Observer, log: RunLog, holds_factors: bool) -> None:
+    def __init__(
+        self, search: MaskedSearch, observer: Observer, log: RunLog, holds_factors: bool, interval: int | None
+    ) -> None:
         self.search, self.observer, self.log, self.holds_factors = search, observer, log, holds_factors
+        self.interval = interval
         self.triplets, self.method = search.triplets, search.request.method
         self.partitioned = observer.components.engine.partitioned
 
@@ -36,6 +40,7 @@ class SearchCheckpoint:
         document = {
             "step": state.global_step,
             "total_steps": state.max_steps,
+            "interval": self.interval,
             **self.search.state.state(),
             "masks": {
                 module.name: "".join("1" if flag else "0" for flag in row)
@@ -71,7 +76,7 @@ class SearchCheckpoint:
         """Restore adapter, masks and method from a checkpoint, and return the JSON document that :meth:`write` stored.
 
         Raises:
-            PlanError: the state is missing, of other modules, or of a run of another length.
+            PlanError: the state is missing, of other modules, or of a run of another length or other epochs.
         """
         tensors, document = read_state(folder, self.partitioned)
         names = [module.name for module in self.triplets.modules]
@@ -82,6 +87,7 @@ class SearchCheckpoint:
                 f"{folder} belongs to a run of {document['total_steps']} steps and this one has {total_steps}: the "
                 "schedule is a share of them; set max_steps or num_train_epochs back, or use another output_dir"
             )
+        self._check_interval(folder, document)
         masks = [[flag == "1" for flag in document["masks"][name]] for name in names]
         device = self.triplets.modules[0].q.device
         method = {k.removeprefix("method."): v.to(device) for k, v in tensors.items() if k.startswith("method.")}
@@ -94,3 +100,14 @@ class SearchCheckpoint:
         self.search.state.load(document)
         self.search.set_strength()
         return document
+
+    def _check_interval(self, folder: Path, document: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint whose run chose ranks at other steps, since an epoch had another number of them."""
+        there = document.get("interval", self.interval)  # earlier versions had no distances that depend on the data
+        if there != self.interval and not document["final"]:
+            raise PlanError(
+                f"{folder} belongs to a run that chooses ranks every {there} steps and this one does every "
+                f"{self.interval}: adaptive_interval_epochs is a share of an epoch, which has another number of steps "
+                "now; set batch size, gradient_accumulation_steps, number of processes and data back, or use another "
+                "output_dir"
+            )

@@ -103,6 +103,7 @@ def test_wrong_arguments_of_planning_are_told_all_at_once(scores, given, suggest
         ({"method": "tsq", "sampling": False, "interval": 3}, "interval", "leaving it out, or method='igu'"),
         ({"method": "tsq", "sampling": False, "min_rank": 0}, "min_rank", "min_rank=1"),
         ({"init_rank": 3}, "init_rank", "init_rank=8"),
+        ({"interval": 3, "interval_epochs": 0.2}, "interval_epochs", "leaving interval out"),
         ({"max_overhead": 0.1}, "max_overhead", "leaving it out"),
         ({"warmup_ratio": 0.9, "final_ratio": 0.5}, "warmup_ratio", "warmup_ratio=0.25"),
         ({"lora_settings": {"r": 3}}, "r", "plan_ranks with another lora_rank or lora_alpha"),

@@ -29,9 +29,9 @@ plan_ranks(scores: ModuleScores, lora_rank: int = 8, lora_alpha: int | None = No
 rank_search(model: Module, method: str = 'igu', lora_rank: int = 16, lora_alpha: int | None = None,
     target_modules: str | Sequence[str] = 'all-linear', task_type: str = 'CAUSAL_LM', budget_unit: str =
     'params', min_rank: int = 1, max_rank: int | None = None, init_rank: int | None = None, warmup_ratio:
-    float | None = None, final_ratio: float | None = None, interval: int | None = None, max_overhead: float |
-    None = None, best_model_from: str = 'final', max_nonfinite_steps: int = 3, lora_settings: Mapping[str,
-    Any] | None = None, seed: int = 0, **options: Any) -> RankSearch
+    float | None = None, final_ratio: float | None = None, interval: int | None = None, interval_epochs: float
+    | None = None, max_overhead: float | None = None, best_model_from: str = 'final', max_nonfinite_steps: int =
+    3, lora_settings: Mapping[str, Any] | None = None, seed: int = 0, **options: Any) -> RankSearch
 score_modules(model: Module, batches: Sequence[Batch], method: str = 'sensitivity', target_modules: str |
     Sequence[str] = 'all-linear', forward: Callable[[Module, Batch], Any] | None = None, seed: int = 0,
     **options: Any) -> ModuleScores
@@ -53,12 +53,12 @@ budget_kind: str
 budget_unit: str
 differences(self, shapes: tuple[ModuleShape, ...] | list[ModuleShape]) -> list[str]
 digest(self) -> str
+from_plan(cls, plan: RankPlan) -> PrintablePlan
 largest_rank: int
 lora_alpha: float
 lora_rank: int
 method: str
 modules: tuple[ModulePlan, ...]
-of(cls, plan: RankPlan) -> PrintablePlan
 options: Mapping[str, Any]
 provenance: Mapping[str, Any]
 ranks(self) -> dict[str, int]

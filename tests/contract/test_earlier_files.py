@@ -11,8 +11,7 @@ import pytest
 
 from llamafactory_adaptive import _bootstrap
 from llamafactory_adaptive.planning.cache import cached_plan, read_statistics
-from llamafactory_adaptive.planning.compatibility import check_same_run
-from llamafactory_adaptive.planning.earlier_plans import with_all_options
+from llamafactory_adaptive.planning.earlier_plans import check_resumed_run
 from llamafactory_adaptive.ranks.plan import ModuleShape, load_plan
 from llamafactory_adaptive.training.checkpoint import read_state
 from llamafactory_adaptive.training.sample_scores import read_terms
@@ -46,7 +45,7 @@ def test_a_checkpoint_is_of_the_run_it_was_of(earlier, tiny_llama, data_dir, tmp
     plan = load_plan(checkpoint / "adaptive_rank_plan.json")
     assert sum(module.rank for module in plan.modules) == 69
     settings = tsq_settings(tiny_llama, data_dir, tmp_path / "out", max_steps=12, seed=3)
-    check_same_run(with_all_options(plan), parse_config(settings), str(checkpoint))
+    check_resumed_run(plan, parse_config(settings), str(checkpoint))
     tensors, document = read_state(checkpoint, partitioned=False)
     assert document["schema_version"] == 2
     assert tensors

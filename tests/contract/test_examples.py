@@ -90,8 +90,8 @@ def test_merge_and_inference_examples_parse_and_follow_a_training_example(path):
 def test_every_yaml_is_in_the_readme_and_every_command_names_a_file():
     named = set(re.findall(r"examples/[\w/.]+\.(?:yaml|py)", README))
     assert all((ROOT / name).is_file() for name in named), named
-    listed = {f"examples/{p.relative_to(EXAMPLES)}" for f in ("train_adaptive", "merge_adaptive", "inference")
-              for p in names(f)}  # fmt: skip
+    folders = ("train_adaptive", "merge_adaptive", "inference", "papers")
+    listed = {f"examples/{path.relative_to(EXAMPLES)}" for folder in folders for path in names(folder)}
     assert listed <= named
 
 
@@ -165,13 +165,3 @@ def test_word_problems_are_right_and_splits_are_disjoint(tmp_path):
             assert eval(left) == int(right)
         assert row["output"].split()[-1].isdigit()
     assert word_problems.generate(5, 9) == word_problems.generate(5, 9)
-
-
-def test_prepare_turns_boolq_and_arc_into_texts(tmp_path):
-    sys.path.insert(0, str(EXAMPLES / "data"))
-    import prepare
-
-    assert prepare.boolq_row({"question": "is water wet", "answer": True})["output"] == "the correct answer is true"
-    row = {"question": "2+2?", "choices": {"text": ["3", "4"], "label": ["A", "B"]}, "answerKey": "B"}
-    assert prepare.arc_row(row)["output"] == "the correct answer is answer2"
-    assert "Answer2: 4" in prepare.arc_row(row)["instruction"]

@@ -42,7 +42,7 @@ def run(tiny_llama, data_dir, tmp_path, monkeypatch):
         counts["scored"] += 1
         assert SECRET in job
         assert SECRET not in "".join([*command, *environment.values()])
-        measure_process.run_measurement_job(ScoringJob.from_json(job))
+        measure_process.run_measurement_job(ScoringJob.from_json(json.loads(job)))
         return 0, ""
 
     monkeypatch.setattr(OmegaConf, "load", counted("read", OmegaConf.load))

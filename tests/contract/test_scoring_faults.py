@@ -104,7 +104,7 @@ def score(tiny_llama, data_dir, tmp_path, monkeypatch):
         monkeypatch.setattr(measure_process.sys, "executable", str(program))
         args = settings(tiny_llama, data_dir, tmp_path / "out")
         measurement = Sensitivity(SensitivityOptions()).measurement()
-        job = ScoringJob.of(
+        job = ScoringJob.from_run(
             CheckedRun(args, args, parse_config(args)), ["lm_head"], measurement, tmp_path / "empty" / "statistics"
         )
         with pytest.raises(CalibrationError) as caught:

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from llamafactory_adaptive import _bootstrap
+from llamafactory_adaptive.config.key_checks import check_given
 from llamafactory_adaptive.errors import AdaptiveConfigError
+from llamafactory_adaptive.methods import make_method
+from llamafactory_adaptive.ranks.schedule import GivenRanksConfig
 from tests.helpers.tiny import settings
 
 
@@ -80,6 +83,8 @@ WRONG = [
      "start; try adaptive_best_model_from: "),
     ({**IGU, "adaptive_calibration_samples": 8}, "adaptive_calibration_samples: 8 is invalid: adaptive_method: igu "
      "finds ranks during training and calibrates nothing; try leaving it out, or adaptive_method: sensitivity"),
+    ({**IGU, "igu_second_stage": "lora"}, "igu_second_stage: 'lora' is invalid: it is read only where adaptive_plan "
+     "gives the ranks; try leaving igu_second_stage out, or adaptive_plan: <path>"),
     ({**IGU, "adaptive_init_rank": 4}, "adaptive_init_rank: 4 is invalid: the start must be over-ranked: above "
      "lora_rank (4), at most adaptive_max_rank (16); try adaptive_init_rank: 8"),
     ({**IGU, "adaptive_init_rank": 17}, "adaptive_init_rank: 17 is invalid: the start must be over-ranked"),
@@ -89,6 +94,15 @@ WRONG = [
      "it leaves no step to prune in; try adaptive_warmup_ratio: 0.35"),
     ({**IGU, "adaptive_interval": 0}, "adaptive_interval: 0 is invalid: must be at least 1; try "
      "adaptive_interval: 10"),
+    ({**IGU, "adaptive_interval": 5, "adaptive_interval_epochs": 0.2}, "adaptive_interval_epochs: 0.2 is invalid: "
+     "adaptive_interval (5) says the same in steps, and only one of both can hold; try leaving adaptive_interval out"),
+    ({**IGU, "adaptive_interval_epochs": 0}, "adaptive_interval_epochs: 0 is invalid: must be between 0.001 and 100; "
+     "try leaving adaptive_interval_epochs out"),
+    ({**IGU, "adaptive_interval_epochs": 0.2, "streaming": True, "max_steps": 9}, "adaptive_interval_epochs: 0.2 is "
+     "invalid: a stream has no known length, so the steps of an epoch are not known; try adaptive_interval: 10 in its "
+     "place, or streaming: false"),
+    ({"adaptive_interval_epochs": 0.2}, "adaptive_interval_epochs: 0.2 is invalid: adaptive_method: sensitivity fixes "
+     "ranks before training and prunes nothing; try leaving it out, or adaptive_method: igu"),
     ({**IGU, "adaptive_max_overhead": 0.2}, "adaptive_max_overhead: 0.2 is invalid: only igu_importance: integrated "
      "makes extra passes that could be thinned out; try leaving it out"),
     ({**IGU, "igu_importance": "shrnk"}, "igu_importance: 'shrnk' is invalid: must be one of shrink, integrated, "
@@ -273,3 +287,17 @@ def test_help_names_unit_and_range():
     assert "Allowed: one of params, ranks." in fields["adaptive_budget_unit"].metadata["help"]
     assert "Unit: samples." in fields["adaptive_calibration_samples"].metadata["help"]
     assert json.dumps(fields["sensitivity_energy"].default) == "0.85"
+
+
+def test_given_ranks_train_in_their_own_form_only_where_that_is_possible():
+    flat = {"torch_compile": True, "adapter_name_or_path": "x"}
+    found = [str(problem) for problem in check_given(flat, make_method("igu", {}), 3)[1]]
+    assert found == [
+        "adapter_name_or_path: 'x' is invalid: P diag(lambda) Q begins as a new adapter; try create_new_adapter: true "
+        "(or igu_second_stage: lora)",
+        "torch_compile: True is invalid: the backward pass of P diag(lambda) Q is not compiled; try torch_compile: "
+        "false (or igu_second_stage: lora)",
+    ]
+    assert check_given({}, make_method("igu", {}), 3) == (GivenRanksConfig(3), [])
+    for name, options in (("igu", {"second_stage": "lora"}), ("adalora", {}), ("tsq", {}), ("sensitivity", {})):
+        assert check_given(flat, make_method(name, options), 3) == (None, [])

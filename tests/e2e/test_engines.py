@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from llamafactory_adaptive.ranks.plan import load_plan
 from llamafactory_adaptive.reports.data_report import SAMPLES_FILE
 from tests.helpers.commands import BIN, EXAMPLES, run
+from tests.helpers.second_stage import given_plan
 from tests.helpers.tiny import pruning_settings, tsq_settings
 from tests.helpers.training import train
 from tests.helpers.workers import train_on_two
@@ -137,6 +138,26 @@ def test_two_processes_choose_samples_and_ranks_as_one_does(stage, parts, tiny_l
     train_on_two(tsq_settings(tiny_llama, data_dir, again, **more), tmp_path / "logs")
     tensors, expected = (load_file(folder / "adapter_model.safetensors") for folder in (again, out))
     assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+
+
+@REPEATS
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_processes_train_given_ranks_as_one_does_and_resume_bitwise(stage, make, tmp_path):
+    """P diag(lambda) Q with the authors' regulariser; the second run goes on from the first one's checkpoint."""
+    plan, again = tmp_path / "plan.json", tmp_path / "again"
+    given_plan().save(plan)
+    more = {"adaptive_plan": str(plan), "igu_variant": "published", "max_steps": 6, "save_strategy": "steps",
+            "save_steps": 3, "overwrite_output_dir": False}  # fmt: skip
+    train(make(**more, output_dir=str(tmp_path / "alone"), per_device_train_batch_size=4))
+    if stage:
+        more["deepspeed"] = str(deepspeed_config(tmp_path, stage))
+    train_on_two(make(**more), tmp_path / "logs")
+    shutil.copytree(tmp_path / "out" / "checkpoint-3", again / "checkpoint-3")
+    train_on_two(make(**more, output_dir=str(again)), tmp_path / "logs")
+    folders = (tmp_path / "out", again, tmp_path / "alone")
+    out, resumed, alone = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert all(torch.equal(out[key], resumed[key]) for key in out)
+    assert max(float((out[key] - alone[key]).abs().max()) for key in alone) < 1e-5
 
 
 @pytest.fixture(scope="module")

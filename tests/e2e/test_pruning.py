@@ -1,16 +1,20 @@
 """Runs that find their ranks while they train, through LLaMA-Factory's own entry, in this process, on tiny models."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from llamafactory_adaptive.errors import AdaptiveConfigError, GuardError
 from llamafactory_adaptive.ranks.plan import load_plan
+from tests.helpers.commands import BIN, run
+from tests.helpers.second_stage import given_plan
 from tests.helpers.tiny import pruning_settings, save_tiny, settings
-from tests.helpers.training import EVALUATE, Keep, allocations, logits, peft_logits, train
+from tests.helpers.training import EVALUATE, Keep, adapters_equal, allocations, lines, logits, peft_logits, train
 
 
 pytestmark = pytest.mark.slow
@@ -58,13 +62,45 @@ def test_the_adapter_is_cut_to_the_ranks_found_and_equals_the_live_model(archite
     assert torch.isfinite(peft_logits(base, out / "checkpoint-5")).all()
 
 
-def test_a_second_run_trains_afresh_on_the_ranks_found(tiny_llama, data_dir, tmp_path):
-    train(pruning_settings(tiny_llama, data_dir, tmp_path / "first"))
-    path = tmp_path / "first" / "adaptive_rank_plan.json"
-    args = pruning_settings(tiny_llama, data_dir, tmp_path / "second", adaptive_plan=str(path), max_steps=2)
-    train(args)
-    assert load_plan(tmp_path / "second" / "adaptive_rank_plan.json").ranks() == load_plan(path).ranks()
-    assert not (tmp_path / "second" / "adaptive_rank_history.png").exists()
+@pytest.fixture
+def on_ranks_of_a_plan(tiny_llama, data_dir, tmp_path):
+    """Settings of a run on given ranks."""
+    path = tmp_path / "plan.json"
+    given_plan().save(path)
+
+    def make(folder, **more):
+        given = pruning_settings(tiny_llama, data_dir, tmp_path / folder, adaptive_plan=str(path), max_steps=4, **more)
+        return {key: value for key, value in given.items() if key != "adaptive_interval"}
+
+    return make
+
+
+def test_a_second_run_trains_the_given_ranks_in_the_authors_form(on_ranks_of_a_plan, tiny_llama, tmp_path):
+    """By the command in a process of its own; then resumed in this one, bit for bit, as in the authors' variant."""
+    more = {"igu_variant": "published", "save_strategy": "steps", "save_steps": 2, "overwrite_output_dir": False}
+    config, out, again = tmp_path / "x.yaml", tmp_path / "out", tmp_path / "again"
+    config.write_text(yaml.safe_dump(on_ranks_of_a_plan("out", **more)))
+    done = run(BIN / "llamafactory-adaptive", "train", config)
+    assert "train as P diag(lambda) Q, the second stage of igu; nothing is scored" in done.stdout + done.stderr
+    assert "these keys are not used" not in done.stdout + done.stderr
+    plan = load_plan(out / "adaptive_rank_plan.json")
+    assert plan.ranks() == load_plan(tmp_path / "plan.json").ranks()
+    assert [(line["step"], line["counters"]["allocations"]) for line in lines(out)] == [(0, 0)]
+    assert not (out / "adaptive_rank_history.png").exists()
+    with safe_open(out / "checkpoint-2" / "adaptive_state.safetensors", "pt") as file:
+        kinds = [key.partition(".")[0] for key in file.keys()]  # noqa: SIM118
+    assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(("lambda", "P", "Q"), len(plan.active))
+
+    shutil.copytree(out / "checkpoint-2", again / "checkpoint-2")
+    keep = train(on_ranks_of_a_plan("again", **more))
+    assert adapters_equal(out, again)
+    assert (peft_logits(tiny_llama, again) - logits(keep.model)).abs().max() <= 1e-5
+
+
+def test_a_second_run_with_plain_lora_is_that_of_every_other_method(on_ranks_of_a_plan, tmp_path):
+    train(on_ranks_of_a_plan("igu", igu_second_stage="lora"))
+    train(on_ranks_of_a_plan("other", adaptive_method="adalora"))
+    assert adapters_equal(tmp_path / "igu", tmp_path / "other")
 
 
 CASES = {

@@ -12,7 +12,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from llamafactory_adaptive import (
     attach_adapter,
@@ -23,10 +30,12 @@ from llamafactory_adaptive import (
     rank_search,
     score_modules,
 )
-from llamafactory_adaptive.adapter.lora import live_layers
+from llamafactory_adaptive.adapter.lora import keep_4bit_unpacked_on_cpu, live_layers
 from llamafactory_adaptive.errors import AdaptiveConfigError, GuardError, PlanError
 from llamafactory_adaptive.ranks.allocation import Bounds, allocate
 from llamafactory_adaptive.ranks.plan import load_plan
+from tests.helpers import search_job
+from tests.helpers.commands import BIN, run
 from tests.helpers.tiny import rows, save_tiny, tiny_model, tiny_tokenizer
 
 
@@ -238,6 +247,43 @@ def test_what_a_search_cannot_go_along_with_is_refused_before_training(tmp_path)
         search.finalize(tmp_path)
     with pytest.raises(AdaptiveConfigError, match="this search has a Trainer already"):
         search.trainer(Trainer)(model=search.model, args=arguments(tmp_path))
+
+
+# -- several processes, and a 4-bit base -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.repeats
+def test_two_processes_of_torchrun_end_with_the_same_checked_adapter(tmp_path):
+    """DDP on gloo, each process with half of every batch."""
+    out, script = tmp_path / "out", search_job.__file__
+    run(BIN / "torchrun", "--nproc-per-node", "2", "--master-port", "29551", script, out, 2, PYTHONPATH=str(ROOT))
+    first, second = (json.loads((out / f"process_{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert (first["untrained"], first["processes"]) == (0, 2)
+    assert len(set(first["ranks"].values())) > 1
+    assert check_adapter(out, out / "adaptive_rank_plan.json") == 0
+
+
+def four_bit_model(folder):
+    loading = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=loading, dtype=torch.float32)
+
+
+def test_a_4bit_base_is_scored_planned_and_searched(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    plan = plan_ranks(score_modules(four_bit_model(base), calibration_batches(rows(8))), lora_rank=4)
+    model = attach_adapter(four_bit_model(base), plan)
+    trained(Trainer, model, tmp_path / "planned", max_steps=4)
+    search = rank_search(four_bit_model(base), lora_rank=4, interval=2)
+    trained(search.trainer(Trainer), search.model, tmp_path / "searched")
+    found = search.finalize(tmp_path / "searched")
+    for live, folder, ranks in ((model, "planned", plan), (search.model, "searched", found)):
+        assert check_adapter(tmp_path / folder, ranks) == 0
+        assert len(set(ranks.ranks().values())) > 1
+        plain = PeftModel.from_pretrained(four_bit_model(base), tmp_path / folder)
+        keep_4bit_unpacked_on_cpu(plain)
+        assert torch.allclose(logits(plain), logits(live), atol=1e-5)
 
 
 # -- the scripts, in processes of their own --------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def test_a_plain_run_over_live_ranks_is_told(full_run, tiny_llama, data_dir, tmp
     (out / "checkpoint-6" / files.STATE_JSON).write_text("{}")
     args = settings(tiny_llama, data_dir, out, finetuning_type="lora", overwrite_output_dir=False)
     plain = {key: value for key, value in args.items() if not key.startswith("adaptive_")}
-    with pytest.raises(AdaptiveConfigError, match=r"checkpoint-6 is of a run that finds its ranks"):
+    with pytest.raises(AdaptiveConfigError, match=r"checkpoint-6 is of a run that trains no plain LoRA"):
         train(plain)
 
 

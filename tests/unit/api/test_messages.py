@@ -114,3 +114,10 @@ def test_batches_are_looked_at_even_by_methods_that_measure_nothing():
     assert score_modules(tiny_model(), calibration_batches(rows(2)), "random").facts["calibration_samples"] == 2
     with pytest.raises(AdaptiveConfigError, match="calibration_batches"):
         score_modules(tiny_model(), [{"input_ids": [1]}], "uniform")
+
+
+def test_an_option_of_given_ranks_is_refused_where_ranks_are_searched_for():
+    with pytest.raises(AdaptiveConfigError) as caught:
+        searching(second_stage="lora")
+    said = "only runs of LLaMA-Factory on given ranks read it; try leaving second_stage out"
+    assert str(caught.value) == f"second_stage: 'lora' is invalid: {said}"

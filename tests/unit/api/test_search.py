@@ -1,18 +1,22 @@
 """A search by a Trainer of transformers: what it is given, what it refuses, and what it ends with."""
 
 import json
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import TrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
+from llamafactory_adaptive import rank_search
+from llamafactory_adaptive.api import search as search_module
 from llamafactory_adaptive.errors import AdaptiveConfigError, GuardError, PlanError
 from llamafactory_adaptive.files import PLAN_FILE
 from llamafactory_adaptive.ranks.plan import load_plan
 from tests.helpers.dynamic import batch
-from tests.helpers.searches import searching, trainer_of
+from tests.helpers.searches import given_to, searching, trainer_of
 from tests.helpers.tiny import tiny_model
 
 
@@ -66,6 +70,16 @@ def test_a_search_that_goes_on_from_a_checkpoint_finds_the_same(ended, tmp_path)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_share_of_an_epoch_is_the_trainers_steps_and_the_same_ones_on_resume(tmp_path):
+    by_epochs = {"interval": None, "interval_epochs": 1 / 3}  # an epoch is twelve rows
+    trainer_of(searching(**by_epochs), tmp_path, save_strategy="steps", save_steps=2).train()
+    begin, *allocations = [json.loads(line) for line in (tmp_path / "adaptive_log.jsonl").read_text().splitlines()]
+    assert (begin["interval"], [line["step"] for line in allocations]) == (2, [2, 4])
+    again = trainer_of(searching(**by_epochs), tmp_path / "again", per_device_train_batch_size=1)
+    with pytest.raises(PlanError, match=r"every 2 steps and this one does every 4: interval_epochs is a share"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_a_checkpoint_of_another_search_or_a_damaged_one_is_refused(ended, tmp_path):
     checkpoint = ended[2] / "checkpoint-2"
     other = trainer_of(searching(max_rank=6), tmp_path)
@@ -96,3 +110,95 @@ def test_another_model_and_a_second_trainer_are_refused(tmp_path):
 def test_copies_of_the_model_in_one_process_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
     assert list(problems(lambda: trainer_of(searching(), tmp_path))) == ["n_gpu"]
+
+
+# -- optimizers and losses of a user's own ---------------------------------------------------------------------------
+
+
+def reallocating():
+    return rank_search(tiny_model(), method="tsq", lora_rank=2, sampling=False)
+
+
+def train_with(search, folder, **given):
+    trainer = search.trainer(Trainer)(**given_to(search, folder, max_steps=4), **given)
+    trainer.train()
+    return trainer
+
+
+def test_an_optimizer_made_before_the_search_has_all_its_parameters_is_refused_before_training(tmp_path):
+    search = searching()
+    made = torch.optim.AdamW(search.model.parameters(), lr=1e-2)
+    with pytest.raises(AdaptiveConfigError) as caught:
+        train_with(search, tmp_path, optimizers=(made, None))
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.value) == ("optimizers", "AdamW")
+    assert problem.allowed.startswith("it does not train 14 of the adapter's 42 parameters"), "lambda of every module"
+    assert search.callback.guard.counters.steps == 0
+
+
+def test_an_optimizer_that_the_trainer_makes_of_a_given_class_trains_the_search(tmp_path):
+    search = searching()
+    train_with(search, tmp_path, optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1}))
+    assert search.callback.guard.is_final
+
+
+def test_tsq_takes_optimizers_whose_states_it_can_set_anew_and_refuses_others(tmp_path):
+    search = reallocating()
+    made = torch.optim.AdamW(search.model.parameters(), lr=1e-2)
+    trainer = train_with(search, tmp_path, optimizers=(made, None))
+    assert trainer.optimizer.optimizer is made
+    assert search.callback.guard.counters.allocations > 1
+    other = reallocating()
+    with pytest.raises(AdaptiveConfigError, match=r"optim: 'Rprop' is invalid: .*; try optim='adamw_torch'"):
+        train_with(other, tmp_path, optimizer_cls_and_kwargs=(torch.optim.Rprop, {"lr": 0.1}))
+    assert other.callback.guard.counters.steps == 0
+
+
+class OwnLoss(Trainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return 2 * super().compute_loss(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "given", "key", "value"),
+    [(OwnLoss, {}, "compute_loss", "OwnLoss"),
+     (Trainer, {"compute_loss_func": sum}, "compute_loss_func", "sum"),
+     (Seq2SeqTrainer, {}, None, None)],
+)  # fmt: skip
+def test_extra_passes_refuse_a_loss_that_is_not_the_models(trainer_class, given, key, value, tmp_path):
+    def make(importance):
+        search = searching(importance=importance)
+        arguments = given_to(search, tmp_path)
+        if trainer_class is Seq2SeqTrainer:
+            arguments["args"] = Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+        return search.trainer(trainer_class)(**arguments, **given)
+
+    make("shrink")
+    if key is None:
+        make("integrated")
+        return
+    with pytest.raises(AdaptiveConfigError) as caught:
+        make("integrated")
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.value, problem.suggestion) == (key, value, "importance='shrink'")
+
+
+def test_the_loss_of_trls_sft_trainer_is_the_models():
+    """Without importing it, which takes seconds: the module that defines its loss is one that is let pass."""
+    pytest.importorskip("trl")
+    (name,) = [name for name in search_module._ON_MODEL_LOSS if name.startswith("trl.")]
+    source = Path(find_spec(name).origin).read_text(encoding="utf-8")
+    assert "class SFTTrainer" in source
+    assert "def compute_loss(" in source
+
+
+@pytest.mark.parametrize(
+    ("variables", "keys"),
+    [({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ["deepspeed"]), ({}, []), ({"ACCELERATE_USE_FSDP": "True"}, ["fsdp"])],
+)
+def test_what_accelerate_launch_asks_for_counts_as_the_arguments_do(variables, keys, tmp_path, monkeypatch):
+    search = searching(importance="integrated")
+    trainer = Trainer(**given_to(search, tmp_path))  # built without the launcher, which would start DeepSpeed
+    for name, value in {"ACCELERATE_USE_DEEPSPEED": "true", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert list(problems(lambda: search._admit(trainer))) == keys if keys else search._admit(trainer) is None

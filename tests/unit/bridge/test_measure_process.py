@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from llamafactory_adaptive.bridge import measure_process
 from llamafactory_adaptive.bridge.checked_run import CheckedRun
 from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun
-from llamafactory_adaptive.bridge.measure_process import _draw_rows, _told, run_measurement_job
+from llamafactory_adaptive.bridge.measure_process import _as_calibration_error, _draw_rows, run_measurement_job
 from llamafactory_adaptive.bridge.scoring_job import ScoringJob, scoring_settings
 from llamafactory_adaptive.bridge.target_shapes import target_shapes
 from llamafactory_adaptive.bridge.validation import parse_config
@@ -50,7 +50,12 @@ def child(monkeypatch):
     noted = SimpleNamespace(code=0, error=None, printed="", log_is_there=True)
 
     def run_child(command, environment, log, job):
-        noted.command, noted.environment, noted.job, noted.log = command, environment, ScoringJob.from_json(job), log
+        noted.command, noted.environment, noted.job, noted.log = (
+            command,
+            environment,
+            ScoringJob.from_json(json.loads(job)),
+            log,
+        )
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("all it printed")
         if noted.error:
@@ -87,7 +92,7 @@ def test_settings_reach_it_through_the_pipe_alone(child, measure, checked, names
     measure()
     assert child.command[:4] == [sys.executable, "-m", "llamafactory_adaptive.cli", "measure"]
     path = tmp_path / "scratch" / "statistics.safetensors"
-    assert child.job == ScoringJob.of(checked, names, InputSecondMoments(), path)
+    assert child.job == ScoringJob.from_run(checked, names, InputSecondMoments(), path)
     assert child.job.settings["hf_hub_token"] == "secret"
     assert child.job.config == checked.config
     assert child.job.measurement == InputSecondMoments().key
@@ -191,7 +196,7 @@ def test_the_chosen_half_of_a_pair_is_read_and_masked_tokens_are_not():
     ids=["host", "silent", "ours"],
 )
 def test_what_the_host_raises_is_one_line(error, said):
-    with pytest.raises(CalibrationError) as caught, _told("the rows cannot be read"):
+    with pytest.raises(CalibrationError) as caught, _as_calibration_error("the rows cannot be read"):
         raise error
     assert str(caught.value) == said
 
@@ -201,7 +206,7 @@ def test_what_the_host_raises_is_one_line(error, said):
 
 @pytest.fixture
 def job(checked, names, tmp_path):
-    yield ScoringJob.of(checked, names, InputSecondMoments(), tmp_path / "statistics.safetensors")
+    yield ScoringJob.from_run(checked, names, InputSecondMoments(), tmp_path / "statistics.safetensors")
     PartialState._reset_state()  # what the host's parser keeps of devices for a whole process
 
 

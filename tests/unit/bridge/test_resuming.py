@@ -131,7 +131,7 @@ def test_a_plain_run_does_not_go_on_from_live_ranks(output):
     folder = checkpoint(output, 3)
     refuse_ranks_in_plain_run(args)
     (folder / STATE_JSON).write_text("{}")
-    with pytest.raises(AdaptiveConfigError, match="is of a run that finds its ranks, and would be resumed from"):
+    with pytest.raises(AdaptiveConfigError, match="is of a run that trains no plain LoRA, and would be resumed from"):
         refuse_ranks_in_plain_run(args)
     refuse_ranks_in_plain_run({**args, "overwrite_output_dir": True})
     refuse_ranks_in_plain_run({**args, "do_train": False})

@@ -4,7 +4,12 @@ import json
 
 import pytest
 
-from llamafactory_adaptive.bridge.target_shapes import _refuse_conv1d, _tell_of_fused_experts, _told, estimated_steps
+from llamafactory_adaptive.bridge.target_shapes import (
+    _refuse_conv1d,
+    _tell_of_fused_experts,
+    _warned_of,
+    estimated_steps,
+)
 from llamafactory_adaptive.errors import AdaptiveConfigError
 from tests.helpers.tiny import settings, write_datasets
 
@@ -39,7 +44,7 @@ def test_layers_that_cannot_be_adapted_are_named(caplog):
     with pytest.raises(AdaptiveConfigError, match=r"'GPT2LMHeadModel' is invalid: .*of type Conv1D"):
         _refuse_conv1d(small)
     _refuse_conv1d(experts)
-    _told.clear()
+    _warned_of.clear()
     _tell_of_fused_experts(experts)
     _tell_of_fused_experts(experts)
     told = [record.getMessage() for record in caplog.records if "experts" in record.getMessage()]

@@ -115,6 +115,19 @@ def test_plan_of_a_search_without_max_steps_counts_the_rows(write, capsys):
     assert "about 24 steps, estimated from num_train_epochs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"max_steps": -1, "num_train_epochs": 2.0}, "an allocation every 3 steps (0.25 of an epoch), final from"),
+        ({"max_steps": 60, "packing": True}, "the steps of an epoch follow from the data: the table takes 20"),
+    ],
+)
+def test_plan_of_a_search_by_epochs_counts_the_rows_or_says_what_it_takes(write, capsys, change, words):
+    by_epochs = {"adaptive_interval": None, "adaptive_interval_epochs": 0.25, "per_device_train_batch_size": 2}
+    assert cli.main(["plan", str(write(pruning_settings, **by_epochs, **change))]) == 0
+    assert words in capsys.readouterr().out
+
+
 # -- train, measure ---------------------------------------------------------------------------------------------------
 
 
@@ -143,7 +156,7 @@ def test_the_measuring_process_answers_with_its_error(error, tiny_llama, data_di
     from llamafactory_adaptive.bridge.scoring_job import ScoringJob
 
     run = checked_run(settings(tiny_llama, data_dir, tmp_path / "out"), host_too=False)
-    sent = ScoringJob.of(run, ["lm_head"], InputSecondMoments(), tmp_path / "statistics")
+    sent = ScoringJob.from_run(run, ["lm_head"], InputSecondMoments(), tmp_path / "statistics")
     assert sent.config.method == "sensitivity"
     watched = []
 
@@ -153,7 +166,7 @@ def test_the_measuring_process_answers_with_its_error(error, tiny_llama, data_di
         if error:
             raise error
 
-    monkeypatch.setattr(child, "read_job", lambda: sent.to_json() + "\n")
+    monkeypatch.setattr(child, "read_job", lambda: json.dumps(sent.to_json()) + "\n")
     monkeypatch.setattr(child, "end_with_parent", watched.append)
     monkeypatch.setattr(measure_process, "run_measurement_job", measure)
     answer = tmp_path / "answer.json"

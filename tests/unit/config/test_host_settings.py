@@ -4,9 +4,15 @@ import json
 
 import pytest
 
-from llamafactory_adaptive.config.deepspeed_settings import document, part, zero_optimization
+from llamafactory_adaptive.config.deepspeed_settings import (
+    read_section,
+    read_settings,
+    settings_of_accelerate,
+    zero_optimization,
+)
 from llamafactory_adaptive.config.host_environment import check_environment
 from llamafactory_adaptive.config.key_checks import check_reallocation
+from llamafactory_adaptive.config.search_conflicts import check_search_conflicts
 from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
 from llamafactory_adaptive.ranks.schedule import ReallocationConfig
 
@@ -66,7 +72,7 @@ def test_deepspeeds_settings_are_the_same_however_they_are_given(tmp_path):
     path = tmp_path / "z3.json"
     path.write_text(json.dumps(SETTINGS))
     for given in (SETTINGS, json.dumps(SETTINGS), f" {json.dumps(SETTINGS)}", str(path), path):
-        assert document(given) == SETTINGS
+        assert read_settings(given) == SETTINGS
         assert zero_optimization(given) == ZERO
 
 
@@ -74,12 +80,36 @@ def test_deepspeeds_settings_are_the_same_however_they_are_given(tmp_path):
     "given", [None, 3, [SETTINGS], "none.json", "{", "[1]", '{"a": ' * 100_000], ids=lambda g: str(g)[:9]
 )
 def test_settings_that_cannot_be_read_are_left_to_deepspeed(given):
-    assert document(given) == {}
+    assert read_settings(given) == {}
     assert zero_optimization(given) == {"stage": 0}
 
 
+DEEPSPEED, STAGE_3 = {"ACCELERATE_USE_DEEPSPEED": "true"}, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        (STAGE_3, None),
+        (DEEPSPEED, {"zero_optimization": {"stage": 2}}),
+        ({**STAGE_3, "ACCELERATE_USE_DEEPSPEED": "True"}, {"zero_optimization": {"stage": 3}}),
+        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "z.json"}, "z.json"),
+    ],
+    ids=str,
+)
+def test_what_accelerate_passes_to_deepspeed_is_read_as_accelerate_reads_it(environment, expected, monkeypatch):
+    for name in ("USE_DEEPSPEED", "DEEPSPEED_ZERO_STAGE", "DEEPSPEED_CONFIG_FILE"):
+        monkeypatch.delenv(f"ACCELERATE_{name}", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert settings_of_accelerate() == expected
+    keys = [problem.key for problem in check_search_conflicts({}, "prune", probes=True)]
+    assert keys == (["deepspeed"] if environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" and expected else [])
+
+
 def test_parts_of_another_shape_are_empty():
-    assert part({"zero_optimization": [3]}, "zero_optimization") == {}
+    assert read_section({"zero_optimization": [3]}, "zero_optimization") == {}
     assert zero_optimization({"zero_optimization": {"stage": "3"}}) == {"stage": 0}
 
 

@@ -1,9 +1,10 @@
 """Changes to weights and optimizer states from outside, against a real AdamW step and its formulas."""
 
+import bitsandbytes
 import pytest
 import torch
 
-from llamafactory_adaptive.engines.optimizer_state import is_like, put, restart, square_sums
+from llamafactory_adaptive.engines.optimizer_state import is_like, keeps_known_states, put, restart, square_sums
 from llamafactory_adaptive.errors import GuardError
 
 
@@ -123,3 +124,20 @@ def test_a_state_that_is_not_kept_per_weight_cannot_restart():
     with pytest.raises(GuardError, match="exp_avg_sq_row is not kept per weight"):
         square_sums(state, WHERE)
     assert torch.equal(state["exp_avg"], torch.ones(6)), "nothing is changed before the refusal"
+
+
+class Derived(torch.optim.AdamW):
+    """A class of a user's own, with the states of its base."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "known"),
+    [(torch.optim.AdamW, True), (torch.optim.SGD, True), (torch.optim.RMSprop, True), (Derived, True),
+     (bitsandbytes.optim.PagedAdamW8bit, True), (bitsandbytes.optim.Lion, True),
+     (torch.optim.Rprop, False), (torch.optim.Adadelta, False), (torch.optim.ASGD, False),
+     (bitsandbytes.optim.RMSprop, False), (bitsandbytes.optim.Adagrad8bit, False),
+     (bitsandbytes.optim.AdEMAMix, False)],
+    ids=lambda value: f"{value.__module__.partition('.')[0]}-{value.__name__}" if isinstance(value, type) else "",
+)  # fmt: skip
+def test_known_optimizers_are_told_from_others(kind, known):
+    assert keeps_known_states(kind([torch.nn.Parameter(torch.zeros(4))], lr=1e-3)) is known

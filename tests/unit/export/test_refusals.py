@@ -57,7 +57,7 @@ def test_all_reasons_come_at_once(adapter, tmp_path):
     (adapter / "value_head.safetensors").touch()
     message = refusal(adapter, tmp_path)
     assert message.startswith("4 problems in the configuration:")
-    assert "it is a checkpoint of a run that still finds its ranks; try the output_dir of the finished run" in message
+    assert "it is a checkpoint of an unfinished run; try the output_dir of the finished run" in message
     assert "the value head of a reward model would be lost" in message
 
 

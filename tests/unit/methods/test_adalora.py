@@ -11,8 +11,8 @@ from torch import nn
 from llamafactory_adaptive import rank_search
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.errors import PlanError
-from llamafactory_adaptive.planning.compatibility import check_plan, check_same_run, check_same_scale
-from llamafactory_adaptive.planning.earlier_plans import with_all_options
+from llamafactory_adaptive.planning.compatibility import check_plan, check_same_scale
+from llamafactory_adaptive.planning.earlier_plans import check_resumed_run
 from llamafactory_adaptive.planning.intention import intention
 from llamafactory_adaptive.planning.planner import start_plan
 from llamafactory_adaptive.ranks.plan import ModuleShape, load_plan, parse_plan
@@ -70,19 +70,19 @@ def test_what_is_saved_has_the_scale_that_was_trained(tmp_path):
 def test_a_run_goes_on_under_its_own_settings_and_another_alpha_is_named_as_it_was_written():
     plan = start_plan(configured(), SHAPES, {"base_model": "a"})
     assert (plan.lora_alpha, plan.scale) == (pytest.approx(16 * 4 / 6), pytest.approx(16 / 6))
-    check_same_run(plan, configured(), "checkpoint-2")
+    check_resumed_run(plan, configured(), "checkpoint-2")
     with pytest.raises(PlanError, match=r"run: lora_alpha is 16.0 there and 8.0 here; change them back"):
-        check_same_run(plan, configured(alpha=8.0), "checkpoint-2")
+        check_resumed_run(plan, configured(alpha=8.0), "checkpoint-2")
     with pytest.raises(PlanError, match=r"run: adalora_scale is init_rank there and lora_rank here; change"):
-        check_same_run(plan, configured("lora_rank"), "checkpoint-2")
+        check_resumed_run(plan, configured("lora_rank"), "checkpoint-2")
 
 
 def test_a_run_from_before_the_option_is_resumed_with_the_scale_it_had():
     plan = start_plan(configured("lora_rank"), SHAPES, {"base_model": "a"})
     earlier = dataclasses.replace(plan, options={key: plan.options[key] for key in plan.options if key != "scale"})
-    check_same_run(with_all_options(earlier), configured("lora_rank"), "checkpoint-2")
+    check_resumed_run(earlier, configured("lora_rank"), "checkpoint-2")
     with pytest.raises(PlanError, match=r"run: adalora_scale is lora_rank there and init_rank here; change"):
-        check_same_run(with_all_options(earlier), configured(), "checkpoint-2")
+        check_resumed_run(earlier, configured(), "checkpoint-2")
 
 
 def test_a_plan_whose_alpha_is_no_number_is_refused():

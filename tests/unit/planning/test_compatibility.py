@@ -6,8 +6,12 @@ import pytest
 
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.errors import PlanError
-from llamafactory_adaptive.planning.compatibility import check_plan, check_same_run, check_same_scale
+from llamafactory_adaptive.methods import get_method, make_method
+from llamafactory_adaptive.planning.compatibility import check_plan, check_same_scale, second_stage
+from llamafactory_adaptive.planning.earlier_plans import check_resumed_run
+from llamafactory_adaptive.planning.planner import start_plan
 from llamafactory_adaptive.ranks.plan import ModuleShape
+from llamafactory_adaptive.ranks.schedule import GivenRanksConfig, PruningConfig
 from tests.helpers.plans import make_plan
 
 
@@ -53,7 +57,7 @@ def test_resuming_asks_for_the_same_run(tmp_path):
     provenance = {"bounds": {"adaptive_min_rank": 1, "adaptive_max_rank": 16},
                   "calibration": {"dataset": None, "samples": 8, "batch_size": 99, "seed": 0}}  # fmt: skip
     plan = make_plan(provenance=provenance)
-    check_same_run(plan, CONFIG, "ckpt")
+    check_resumed_run(plan, CONFIG, "ckpt")
     for change, message in (
         ({"lora_alpha": 16.0}, "lora_alpha is 8.0 there and 16.0 here"),
         ({"max_rank": 9}, "adaptive_max_rank is 16 there and 9 here"),
@@ -61,17 +65,62 @@ def test_resuming_asks_for_the_same_run(tmp_path):
         ({"options": {"metric": "local"}}, "sensitivity_metric is both there and local here"),
     ):
         with pytest.raises(PlanError, match=message):
-            check_same_run(plan, dataclasses.replace(CONFIG, **change), "ckpt")
+            check_resumed_run(plan, dataclasses.replace(CONFIG, **change), "ckpt")
     path = tmp_path / "given.json"
     plan.save(path)
     given = dataclasses.replace(CONFIG, method="random", plan_path=str(path))
-    check_same_run(plan, given, "ckpt")
+    check_resumed_run(plan, given, "ckpt")
     make_plan((4, 4)).save(path)
     with pytest.raises(PlanError, match=r"adaptive_plan is of other ranks there and .*given.json here"):
-        check_same_run(plan, given, "ckpt")
+        check_resumed_run(plan, given, "ckpt")
     edited = make_plan(provenance={**provenance, "adaptive_plan": "mine.json"})
     with pytest.raises(PlanError, match=r"adaptive_plan is mine.json there and None here"):
-        check_same_run(edited, CONFIG, "ckpt")
+        check_resumed_run(edited, CONFIG, "ckpt")
+
+
+def test_a_search_is_resumed_at_the_distance_it_began_with():
+    bounds = {"adaptive_min_rank": 1, "adaptive_max_rank": 16}
+    # As versions wrote it that knew steps alone.
+    course = {"init_rank": 8, "warmup_ratio": 0.1, "final_ratio": 0.3, "interval": 10, "max_overhead": None, "seed": 0}
+    plan = make_plan(provenance={"bounds": bounds, "course": course})
+    config = dataclasses.replace(CONFIG, search=PruningConfig(8, 0.1, 0.3, 10, None, 0))
+    check_resumed_run(plan, config, "ckpt")
+    epochs = dataclasses.replace(config, search=PruningConfig(8, 0.1, 0.3, None, None, 0, interval_epochs=0.2))
+    with pytest.raises(PlanError, match=r"adaptive_interval_epochs is None there and 0\.2 here"):
+        check_resumed_run(plan, epochs, "ckpt")
+
+
+def test_a_second_stage_is_resumed_in_the_form_it_was_trained_in(tmp_path):
+    path = tmp_path / "given.json"
+    make_plan().save(path)
+    options = dataclasses.asdict(get_method("igu").Options())
+    stage = dataclasses.replace(CONFIG, method="igu", options=options, plan_path=str(path), given=GivenRanksConfig(0))
+    plain = dataclasses.replace(stage, options={**options, "second_stage": "lora"}, given=None)
+    of_lora = make_plan(provenance={"adaptive_plan": str(path)})  # earlier versions trained no other
+    of_triplets = make_plan(
+        provenance={"adaptive_plan": str(path), "second_stage": second_stage(stage, make_method("igu", options))}
+    )
+    check_resumed_run(of_lora, plain, "ckpt")
+    check_resumed_run(of_triplets, stage, "ckpt")
+    check_resumed_run(of_triplets, dataclasses.replace(stage, options={**options, "beta1": 0.5}), "ckpt")
+    for plan, config, message in (
+        (of_lora, stage, "another run: igu_second_stage is lora there and triplet here; change"),
+        (of_triplets, plain, "another run: igu_second_stage is triplet there and lora here; change"),
+        (of_triplets, dataclasses.replace(stage, options={**options, "init": "gaussian"}), "igu_init is lora there"),
+        (of_triplets, dataclasses.replace(CONFIG, plan_path=str(path)), "adaptive_method is igu there"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            check_resumed_run(plan, config, "ckpt")
+
+
+def test_a_search_resumes_whatever_is_said_of_a_second_stage():
+    """Plans of earlier versions, which had no such key, included."""
+    config = dataclasses.replace(CONFIG, method="igu", search=PruningConfig(8, 0.1, 0.7, 2, None, 0),
+                                 options=dataclasses.asdict(get_method("igu").Options()))  # fmt: skip
+    plan = start_plan(config, SHAPES, {})
+    for stage in ("triplet", "lora"):
+        stored = {**plan.options, "second_stage": stage}
+        check_resumed_run(dataclasses.replace(plan, options=stored), config, "ckpt")
 
 
 def test_going_on_asks_for_the_same_scale_only():

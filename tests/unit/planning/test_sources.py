@@ -14,7 +14,7 @@ from llamafactory_adaptive.methods import get_method
 from llamafactory_adaptive.planning.cache import CACHE_ENV
 from llamafactory_adaptive.planning.sources import advice, fresh_plan, obtain_plan
 from llamafactory_adaptive.ranks.plan import ModuleShape
-from llamafactory_adaptive.ranks.schedule import PruningConfig
+from llamafactory_adaptive.ranks.schedule import GivenRanksConfig, PruningConfig
 
 
 SHAPES = [ModuleShape(f"model.layers.{i}.mlp.{kind}", 16, 16) for i in range(3) for kind in ("up_proj", "down_proj")]
@@ -159,6 +159,36 @@ def test_a_given_plan_beside_sample_selection_leaves_only_the_keys_of_the_search
     assert "these keys are not used: tsq_beta, adaptive_init_rank" in caplog.text
     noted = source.plan.provenance["sampling"]
     assert (noted["adaptive_method"], noted["tsq_temperature"]) == ("tsq", configured("tsq").options["temperature"])
+
+
+@pytest.mark.parametrize(
+    ("second_stage", "idle"),
+    [("triplet", "igu_beta1, adaptive_interval"), ("lora", "igu_init, igu_beta1, adaptive_interval")],
+)
+def test_a_second_stage_says_which_keys_it_does_not_read(second_stage, idle, tmp_path, caplog):
+    path = saved(tmp_path / "given") / PLAN_FILE
+    keys = ["adaptive_plan", "adaptive_method", "igu_second_stage", "igu_init", "igu_beta1", "adaptive_interval"]
+    options = dataclasses.asdict(get_method("igu").Options(second_stage=second_stage, orthogonality_weight=0.5))
+    given = GivenRanksConfig(3) if second_stage == "triplet" else None
+    config = configured("igu", options=options, plan_path=str(path), given=given)
+    with caplog.at_level("WARNING", logger="llamafactory.adaptive"):
+        plan = fresh_plan(config, Host(given_keys=keys)).plan
+    assert f"these keys are not used: {idle}\n" in caplog.text
+    noted = plan.provenance.get("second_stage")
+    if second_stage == "lora":
+        assert noted is None
+    else:
+        assert noted == {"adaptive_method": "igu", "igu_second_stage": "triplet", "igu_variant": "corrected",
+                         "igu_init": "lora", "igu_orthogonality": "off_diagonal", "igu_orthogonality_weight": 0.5,
+                         "igu_orthogonality_scale": "relative"}  # fmt: skip
+
+
+def test_what_the_run_of_a_given_plan_noted_of_itself_is_not_passed_on(tmp_path):
+    path = saved(tmp_path / "given") / PLAN_FILE
+    config = configured("igu", plan_path=str(path), given=GivenRanksConfig(3))
+    second = tmp_path / "second.json"
+    fresh_plan(config, Host()).plan.save(second)
+    assert "second_stage" not in fresh_plan(configured(plan_path=str(second)), Host()).plan.provenance
 
 
 def test_a_search_that_is_resumed_starts_from_its_own_live_ranks(tmp_path):

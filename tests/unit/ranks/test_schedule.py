@@ -4,11 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llamafactory_adaptive.errors import AdaptiveConfigError
 from llamafactory_adaptive.ranks.schedule import (
     PruningConfig,
     ReallocationConfig,
     Refreshes,
     Schedule,
+    interval_steps,
     make_schedule,
     short_run_warning,
 )
@@ -44,6 +46,33 @@ def test_the_budget_only_falls_and_there_is_always_one_final_allocation(total, w
     assert not any(plan.due(t) for t in range(plan.end + 1, total + 1))
 
 
+def by_epochs(share):
+    return PruningConfig(16, 0.2, 0.5, None, None, 0, interval_epochs=share)
+
+
+@pytest.mark.parametrize(
+    ("share", "epoch", "steps"),
+    [(0.2, 45, 9), (0.2, 234, 47), (0.2, 4, 1), (0.001, 10, 1), (1.0, 7, 7), (2.5, 10, 25)],
+)
+def test_a_share_of_an_epoch_becomes_whole_steps(share, epoch, steps):
+    assert interval_steps(by_epochs(share), epoch) == steps
+    assert interval_steps(pruning(interval=3), None) == 3, "steps need no epoch"
+
+
+def test_ranks_are_pruned_every_fifth_of_an_epoch_from_the_second_to_the_fifth_of_ten():
+    plan = make_schedule(by_epochs(0.2), 450, 3200, 1600, epoch_steps=45)
+    assert (plan.begin, plan.end) == (90, 225)
+    assert [t for t in range(451) if plan.due(t)] == list(range(99, 226, 9)), "five times in each of three epochs"
+    assert plan.describe("parameters") == (
+        "3,200 parameters, pruned to 1,600 every 9 steps (0.2 of an epoch) between steps 90 and 225"
+    )
+
+
+def test_a_share_of_an_epoch_without_known_steps_is_refused_with_the_key_in_steps():
+    with pytest.raises(AdaptiveConfigError, match=r"adaptive_interval_epochs: 0.2 .*no known length.*try adaptive_in"):
+        make_schedule(by_epochs(0.2), 450, 3200, 1600)
+
+
 def test_ratios_of_max_steps_scale():
     short, long = (make_schedule(pruning(), n, 10**6, 10**5) for n in (100, 1000))
     assert all(short.budget(t) == long.budget(10 * t) for t in range(101))
@@ -68,6 +97,7 @@ def test_refreshes_come_at_equal_distances_and_never_at_the_very_end():
     [
         (Schedule(0, 1, 10, 100, 50), 1, "chosen only once between steps 0 and 1 of 1"),
         (Schedule(10, 70, 100, 100, 50), 100, "adaptive_interval: 6"),
+        (Schedule(10, 70, 100, 100, 50, 2.0), 100, "adaptive_interval_epochs: 0.12"),
         (Schedule(10, 70, 20, 100, 50), 100, "chosen only 4 times between steps 10 and 70 of 100"),
         (Refreshes(5, 5, 100), 9, "chosen only once"),
     ],

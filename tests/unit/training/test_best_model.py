@@ -14,9 +14,9 @@ from llamafactory_adaptive.training.run_log import RunLog
 SCHEDULE = Schedule(10, 70, 10, 200, 100)
 
 
-def rule(best_model_from="final", final=False, schedule=SCHEDULE):
+def rule(best_model_from="final", final=False, schedule=SCHEDULE, callbacks=()):
     search = SimpleNamespace(config=SimpleNamespace(best_model_from=best_model_from), final=final)
-    return BestModel(search, schedule, RunLog("igu", 0.0))
+    return BestModel(search, schedule, RunLog("igu", 0.0), list(callbacks))
 
 
 def arguments(**more):
@@ -59,8 +59,8 @@ def test_evaluations_that_will_count_are_known_before_training(args, eval_steps,
 
 
 def test_too_few_evaluations_are_warned_of_once():
-    best = rule()
-    best.announce(arguments(), state(eval_steps=500), [EarlyStoppingCallback()])
+    best = rule(callbacks=[EarlyStoppingCallback()])
+    best.announce(arguments(), state(eval_steps=500))
     assert best.log.warnings == [
         "only one evaluation comes after the ranks are final (step 70 of 100) and earlier ones do not count, so "
         "load_best_model_at_end and early stopping cannot choose, and the last adapter is saved; evaluate more often "
@@ -72,7 +72,7 @@ def test_too_few_evaluations_are_warned_of_once():
 
 def test_a_method_that_moves_ranks_about_is_not_told_of_a_ratio_it_does_not_read():
     best = rule(schedule=Refreshes(25, 75, 100))
-    best.announce(arguments(eval_delay=101, load_best_model_at_end=False, save_strategy="best"), state(), [])
+    best.announce(arguments(eval_delay=101, load_best_model_at_end=False, save_strategy="best"), state())
     (said,) = best.log.warnings
     assert said.startswith("no evaluation comes after the ranks are final (step 75 of 100)")
     assert "so save_strategy: best cannot choose" in said
@@ -90,13 +90,13 @@ def test_a_method_that_moves_ranks_about_is_not_told_of_a_ratio_it_does_not_read
     ],
 )
 def test_nothing_is_said_where_all_is_well_or_nothing_depends_on_it(best, args, eval_steps):
-    best.announce(arguments(**args), state(eval_steps=eval_steps), [])
+    best.announce(arguments(**args), state(eval_steps=eval_steps))
     assert best.log.warnings == []
 
 
 def test_the_end_says_that_there_was_none_to_load_where_that_could_not_be_known():
     best = rule()
-    best.announce(arguments(eval_strategy="epoch"), state(), [])
+    best.announce(arguments(eval_strategy="epoch"), state())
     best.end(arguments(), state(best=80), None)
     assert best.log.warnings == []
     best.end(arguments(), state(), None)
@@ -110,10 +110,10 @@ def test_the_end_says_that_there_was_none_to_load_where_that_could_not_be_known(
 def test_a_best_evaluation_from_before_the_ranks_were_final_is_dropped_on_resume(best, kept, caplog):
     resumed = state(best=best)
     with caplog.at_level(logging.INFO, logger="llamafactory.adaptive"):
-        rule().announce(arguments(), resumed, [])
+        rule().announce(arguments(), resumed)
     assert (resumed.best_metric, resumed.best_global_step) == (kept, kept)
     assert (resumed.best_model_checkpoint is None) == (kept is None)
     assert ("(step 60) no longer counts" in caplog.text) == (kept is None)
     untouched = state(best=60)
-    rule("start").announce(arguments(), untouched, [])
+    rule("start").announce(arguments(), untouched)
     assert untouched.best_global_step == 60

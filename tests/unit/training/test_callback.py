@@ -11,14 +11,27 @@ from llamafactory_adaptive.training.callback import AdaptiveCallback
 from llamafactory_adaptive.training.checkpoint_record import CheckpointRecord
 from llamafactory_adaptive.training.divergence import DivergenceWatch
 from llamafactory_adaptive.training.fixed_ranks import FixedRanks
+from llamafactory_adaptive.training.gradient_check import GradientCheck
 from llamafactory_adaptive.training.guard import PlanGuard
 from llamafactory_adaptive.training.run_log import RunLog
 from llamafactory_adaptive.training.run_part import RunPart
 
 
 HOOKS = {name for name in vars(RunPart) if not name.startswith("_")}
-ARGS = SimpleNamespace(output_dir="out", should_save=True, save_only_model=True)
+ARGS = SimpleNamespace(output_dir="out", deepspeed=None, should_save=True, save_only_model=True)
 STATE = SimpleNamespace(global_step=3, max_steps=9)
+
+
+class Ready:
+    """A run whose parts are there already."""
+
+    def __init__(self, parts):
+        self.build_parts = lambda state, dataloader, checkpoint: parts
+
+
+@pytest.fixture(autouse=True)
+def _live_adapter_as_planned(monkeypatch):
+    monkeypatch.setattr(PlanGuard, "verify_live", lambda self, model, deepspeed: None)
 
 
 def recorder(name, told):
@@ -33,6 +46,7 @@ def made(**request):
 
 # What the Trainer calls, and what a part is to hear of it.
 EVENTS = {
+    "announce": (lambda c: c.on_train_begin(ARGS, STATE, None, model="m"), (ARGS, STATE)),
     "begin_epoch": (lambda c: c.on_epoch_begin(ARGS, STATE, None), (STATE,)),
     "begin_step": (lambda c: c.on_step_begin(ARGS, STATE, None, lr_scheduler="rates", model="m"), (STATE, "rates")),
     "end_micro_batch": (lambda c: c.on_substep_end(ARGS, STATE, None), ()),
@@ -56,6 +70,7 @@ def test_each_part_is_told_once_and_in_order(hook):
     told = []
     forwarding = made()
     forwarding.parts = tuple(recorder(name, told) for name in ("first", "second", "third"))
+    forwarding.bound = Ready(forwarding.parts)
     event(forwarding)
     assert told == [(name, hook, given) for name in ("first", "second", "third")]
 
@@ -66,6 +81,7 @@ def test_an_event_that_a_part_does_not_define_is_nothing_to_it(hook):
     told = []
     forwarding = made()
     forwarding.parts = (RunPart(), recorder("later", told))
+    forwarding.bound = Ready(forwarding.parts)
     event(forwarding)
     assert told == [("later", hook, given)], "the next part is told as if the first were not there"
 
@@ -100,8 +116,8 @@ def test_the_save_event_counts_where_the_trainer_passes_over_its_own(monkeypatch
 # -- a run is put together -------------------------------------------------------------------------------------------
 
 
-def trainer(callbacks=()):
-    args = SimpleNamespace(output_dir="out", deepspeed=None, should_save=False)
+def trainer(callbacks=(), deepspeed=None):
+    args = SimpleNamespace(output_dir="out", deepspeed=deepspeed, should_save=False)
     return SimpleNamespace(args=args, callback_handler=SimpleNamespace(callbacks=list(callbacks)))
 
 
@@ -109,18 +125,28 @@ def test_a_fixed_run_verifies_first_and_has_its_parts_in_order(monkeypatch):
     happened = []
     forwarding = made(layout={"processes": 1})
     monkeypatch.setattr(PlanGuard, "verify_live", lambda self, model, deepspeed: happened.append("live"))
-    monkeypatch.setattr(bound_run, "agree_on_steps", lambda state: happened.append("steps"))
+    monkeypatch.setattr(bound_run, "agree_on_steps", lambda *facts: happened.append("steps"))
     monkeypatch.setattr(FixedRanks, "announce", lambda self, args, state: happened.append("announced"))
     given = trainer()
     forwarding.bind_trainer(given)
     assert (forwarding.parts, forwarding.train_sampler, happened) == ((), None, [])
     forwarding.on_train_begin(given.args, SimpleNamespace(global_step=0, max_steps=9), None, model=None)
     assert happened == ["live", "steps", "announced"]
-    assert [type(part) for part in forwarding.parts] == [PlanGuard, DivergenceWatch, FixedRanks, CheckpointRecord]
-    guard, watch, ranks, record = forwarding.parts
+    assert [type(part) for part in forwarding.parts] == [
+        PlanGuard, DivergenceWatch, GradientCheck, FixedRanks, CheckpointRecord
+    ]  # fmt: skip
+    guard, watch, gradients, ranks, record = forwarding.parts
+    assert gradients.counters is guard.counters
     assert guard is forwarding.guard is ranks.guard
     assert watch.limit == 3
     assert (ranks.selection, record.layout) == (None, {"processes": 1})
+
+
+def test_deepspeed_keeps_gradients_where_no_part_can_check_them():
+    forwarding, given = made(), trainer(deepspeed="zero2.json")
+    forwarding.bind_trainer(given)
+    parts = forwarding.bound.build_parts(SimpleNamespace(global_step=0, max_steps=9), None, None)
+    assert [type(part) for part in parts] == [PlanGuard, DivergenceWatch, FixedRanks, CheckpointRecord]
 
 
 def test_a_fixed_run_keeps_its_plan_and_its_position():
@@ -149,8 +175,7 @@ def test_a_search_comes_before_loggers_which_find_its_figures(monkeypatch):
     assert told == [("part", "see_gradients", ())]
 
 
-def test_a_trainer_that_did_not_pass_itself_on_is_refused(monkeypatch):
-    monkeypatch.setattr(PlanGuard, "verify_live", lambda self, model, deepspeed: None)
+def test_a_trainer_that_did_not_pass_itself_on_is_refused():
     with pytest.raises(GuardError, match=r"its Trainer did not pass itself to the run$"):
         made().on_train_begin(trainer().args, STATE, None, model=None)
     advised = AdaptiveCallback(PlanGuard(None, RunLog("igu", 0.0)), RunRequest(3), remedy="make it otherwise")
@@ -160,11 +185,10 @@ def test_a_trainer_that_did_not_pass_itself_on_is_refused(monkeypatch):
 
 def test_a_checkpoint_counts_only_where_steps_were_made(monkeypatch):
     resumed = []
-    monkeypatch.setattr(PlanGuard, "verify_live", lambda self, model, deepspeed: None)
 
-    def fixed_ranks(self, args, state, dataloader, checkpoint):
+    def fixed_ranks(self, state, dataloader, checkpoint):
         resumed.append(checkpoint)
-        return None, SimpleNamespace(announce=lambda args, state: None)
+        return (None,)
 
     monkeypatch.setattr(BoundRun, "_fixed_ranks", fixed_ranks)
     given = trainer()
@@ -175,8 +199,7 @@ def test_a_checkpoint_counts_only_where_steps_were_made(monkeypatch):
     assert resumed == [None, "checkpoint-3"]
 
 
-def test_a_trainer_that_resumed_from_an_unknown_checkpoint_is_refused(monkeypatch):
-    monkeypatch.setattr(PlanGuard, "verify_live", lambda self, model, deepspeed: None)
+def test_a_trainer_that_resumed_from_an_unknown_checkpoint_is_refused():
     forwarding, given = made(), trainer()
     forwarding.bind_trainer(given)
     with pytest.raises(GuardError, match=r"resumed at step 3, but .* pass resume_from_checkpoint to the Trainer's"):

@@ -55,6 +55,22 @@ def test_a_missing_or_truncated_file_is_named_with_and_without_digests(checkpoin
         assert checkpoint_files.damage(checkpoint) == ""
 
 
+@pytest.mark.parametrize(
+    ("facts", "has_state"),
+    [
+        ({"course": {}}, True),
+        ({"course": {}, "adaptive_plan": "p.json"}, False),  # of the search that found the given ranks
+        ({"course": {}, "adaptive_plan": "p.json", "second_stage": {"igu_init": "lora"}}, True),
+        ({"adaptive_plan": "p.json"}, False),
+    ],
+)
+def test_the_state_is_missed_only_where_the_run_had_one(checkpoint: Path, facts: dict, has_state: bool) -> None:
+    (checkpoint / "adaptive_rank_plan.json").write_text(json.dumps({"provenance": facts}))
+    for name in ("adaptive_state.json", "adaptive_state.safetensors"):
+        (checkpoint / name).unlink()
+    assert ("adaptive_state.json is missing" in checkpoint_files.damage(checkpoint)) == has_state
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_one_flipped_bit_of_a_sealed_checkpoint_is_found(checkpoint: Path, name: str) -> None:
     files.write_digests(checkpoint)

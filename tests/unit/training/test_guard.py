@@ -5,12 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from peft import LoraConfig, get_peft_model
+from torch.utils.data import DataLoader
+from transformers import Trainer
 
 from llamafactory_adaptive.adapter.lora import lora_config_arguments
 from llamafactory_adaptive.errors import GuardError
-from llamafactory_adaptive.training.guard import PlanGuard, uses_deepspeed
-from llamafactory_adaptive.training.run_log import RunLog
+from llamafactory_adaptive.training.gradient_check import GradientCheck
+from llamafactory_adaptive.training.guard import PlanGuard, epoch_steps, uses_deepspeed
+from llamafactory_adaptive.training.run_log import Counters, RunLog
 from tests.helpers.dynamic import start_plan
 from tests.helpers.tiny import tiny_model
 
@@ -38,6 +42,26 @@ def factors_of(model):
 def other_ranks(plan):
     first, *rest = plan.modules
     return replace(plan, modules=(replace(first, rank=first.rank - 1), *rest))
+
+
+# -- steps -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("accumulation", [1, 4, 100])
+def test_steps_of_an_epoch_are_the_trainers_own_and_the_same_on_all_processes(processes, accumulation):
+    args = SimpleNamespace(gradient_accumulation_steps=accumulation, max_steps=-1, num_train_epochs=1.0)
+    trainer = SimpleNamespace(get_total_train_batch_size=lambda args: 1, get_sp_size=lambda: 1, num_examples=len)
+    loaders = [prepare_data_loader(DataLoader(range(53), batch_size=4), num_processes=processes, process_index=i,
+                                   put_on_device=False) for i in range(processes)]  # fmt: skip
+    asked = {Trainer.set_initial_training_values(trainer, args, loader)[1] for loader in loaders}
+    assert {epoch_steps(loader, args) for loader in loaders} == asked
+    assert len(asked) == 1
+
+
+def test_a_stream_has_no_steps_of_an_epoch():
+    assert epoch_steps(iter(range(8)), SimpleNamespace(gradient_accumulation_steps=1)) is None
+    assert epoch_steps(None, ARGS) is None
 
 
 # -- the live model --------------------------------------------------------------------------------------------------
@@ -71,28 +95,19 @@ def test_deepspeed_is_known_by_setting_and_by_launcher(monkeypatch, setting, var
 
 
 def test_the_first_step_needs_a_gradient_at_every_factor(adapted):
-    model, plan = adapted
-    guard = guard_of(plan)
+    model, _ = adapted
+    check = GradientCheck(Counters())
     every = list(factors_of(model).values())
     for factor in every:
         factor.grad = torch.zeros_like(factor)
-    guard.before_step(model)
-    assert guard.counters.gradients_missing == 0
+    check.before_step(model)
+    assert check.counters.gradients_missing == 0
     for factor in every[:3]:
         factor.grad = None
     with pytest.raises(GuardError, match=r"without a gradient at the first step: .*gradients_missing=3"):
-        guard.before_step(model)
-    guard.after_step(ARGS, None, model, None)
-    guard.before_step(model)  # a later step
-
-
-@pytest.mark.parametrize("kind", ["search", "deepspeed"])
-def test_gradients_are_not_asked_for_where_others_look(adapted, kind, monkeypatch):
-    model, plan = adapted
-    guard = guard_of(plan, is_final=kind != "search")
-    guard.verify_live(model, deepspeed=kind == "deepspeed")
-    guard.before_step(model)  # no factor has one
-    assert guard.counters.gradients_missing == 0
+        check.before_step(model)
+    check.counters.steps = 1
+    check.before_step(model)  # a later step
 
 
 def test_steps_are_counted_and_the_largest_learning_rate_kept(adapted):
@@ -154,17 +169,27 @@ def test_untrained_modules_are_refused_or_warned_of(adapted, tmp_path, moved, ra
 @pytest.mark.parametrize(
     ("counters", "said"),
     [({"modules_checked": 0}, "no allocation reached the model"),
-     ({"modules_checked": 1, "observations": 2}, "igu but no component was chosen"),
-     ({"modules_checked": 1, "allocations": 2}, "igu but no component was chosen")],
+     ({"modules_checked": 1, "observations": 2, "allocations": 2}, "igu but its search has not ended")],
 )  # fmt: skip
-def test_a_search_that_did_nothing_is_refused(adapted, counters, said):
+def test_a_run_that_searched_for_nothing_is_refused(adapted, counters, said):
     _, plan = adapted
     guard = guard_of(plan, is_final=False)
     vars(guard.counters).update(counters)
     with pytest.raises(GuardError, match=said):
         guard.verify_run()
     vars(guard.counters).update(modules_checked=1, allocations=1, observations=1)
+    guard.settle(plan)
     guard.verify_run()
+
+
+@pytest.mark.parametrize("count", ["observations", "allocations"])
+def test_ranks_that_nobody_observed_or_chose_are_not_taken(adapted, count):
+    _, plan = adapted
+    guard = guard_of(plan, is_final=False)
+    vars(guard.counters).update({"observations": 2, "allocations": 2} | {count: 0})
+    with pytest.raises(GuardError, match=f"igu but no component was chosen: .*{count}=0"):
+        guard.settle(plan)
+    assert not guard.is_final
 
 
 def test_a_fixed_run_needs_no_observation(adapted):
@@ -178,6 +203,7 @@ def test_only_final_ranks_are_held_against_what_is_pushed(adapted, tmp_path):
     saved(model, tmp_path, MODULES)
     guard = guard_of(plan, is_final=False)
     guard.verify_push(tmp_path)
+    vars(guard.counters).update(allocations=1, observations=1)
     guard.settle(other_ranks(plan))
     assert guard.is_final
     with pytest.raises(GuardError, match="rank_pattern gives"):

@@ -27,7 +27,7 @@ ALL = [[True] * 3, [True] * 3]
 
 def test_the_budget_and_what_components_cost():
     decisions = search()
-    assert decisions.asked == 2 * 8 + 2 * 20
+    assert decisions.final_budget == 2 * 8 + 2 * 20
     assert decisions.cost(ALL) == 3 * 8 + 3 * 20
 
 

@@ -30,7 +30,7 @@ CONFIG = AdaptiveConfig("igu", {"importance": "off"}, "params", 2, 4.0, 1, 8, No
 class Search:
     """A search that has run for some steps: factors, masks, running statistics and a decision of its own."""
 
-    def __init__(self, seed, holds_factors=True, **sizes):
+    def __init__(self, seed, holds_factors=True, interval=2, **sizes):
         _, self.triplets, components = triplet_model(**sizes)
         method, self.log, self.budget = make_method("igu", CONFIG.options), RunLog("igu", 2.5), ProbeBudget(None)
         state = RankSearchState(start_plan(tiny_model(**sizes)), CONFIG)
@@ -47,7 +47,7 @@ class Search:
         search.set_strength = lambda: None
         observer = SimpleNamespace(components=components, probe_budget=self.budget)
         self.method, self.state = method, state
-        self.checkpoint = SearchCheckpoint(search, observer, self.log, holds_factors)
+        self.checkpoint = SearchCheckpoint(search, observer, self.log, holds_factors, interval)
 
     def factors(self):
         return {f"{kind}.{module.name}": parameter.detach().clone()
@@ -121,3 +121,23 @@ def test_a_run_of_another_length_resumes_only_once_ranks_are_final(tmp_path):
     written.state.final = True
     resumed.checkpoint.resume(written.write(folder), 9)
     assert resumed.state.final
+
+
+def test_epochs_of_another_length_are_refused_until_ranks_are_final(tmp_path):
+    written, resumed = Search(0), Search(1, interval=3)
+    folder, factors = written.write(tmp_path / "checkpoint-6"), resumed.factors()
+    with pytest.raises(PlanError, match=r"every 2 steps and this one does every 3: adaptive_interval_epochs is a sh"):
+        resumed.checkpoint.resume(folder, STEPS)
+    assert equal(resumed.factors(), factors)
+    written.state.final = True
+    resumed.checkpoint.resume(written.write(folder), STEPS)
+    assert resumed.state.final
+
+
+def test_a_checkpoint_that_does_not_tell_its_interval_is_taken_as_it_is(tmp_path):
+    folder = Search(0).write(tmp_path / "checkpoint-6")
+    path = folder / STATE_JSON
+    document = json.loads(path.read_text())
+    del document["interval"]
+    path.write_text(json.dumps(document))
+    Search(1, interval=3).checkpoint.resume(folder, STEPS)

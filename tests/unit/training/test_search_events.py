@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from llamafactory_adaptive.adapter.lora import lora_config_arguments
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
-from llamafactory_adaptive.errors import GuardError
+from llamafactory_adaptive.errors import AdaptiveConfigError, GuardError
 from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE
 from llamafactory_adaptive.methods import make_method
 from llamafactory_adaptive.ranks.plan import load_plan
@@ -35,23 +35,25 @@ CONFIG = AdaptiveConfig("igu", {"importance": "off"}, "params", LORA_RANK, 4.0, 
 class Run:
     """Tells a search what a Trainer would."""
 
-    def __init__(self, folder, options=CONFIG.options):
+    def __init__(self, folder, search=SEARCH, options=CONFIG.options):
         base = tiny_model()
         self.plan = start_plan(base, START_RANK, LORA_RANK)
         self.model = get_peft_model(base, LoraConfig(**lora_config_arguments(self.plan), task_type="CAUSAL_LM"))
         self.args = SimpleNamespace(output_dir=str(folder), deepspeed=None, should_save=True, fp16=False,
                                     load_best_model_at_end=False, save_strategy="no", optim="adamw_torch",
-                                    learning_rate=1e-4)  # fmt: skip
+                                    learning_rate=1e-4, gradient_accumulation_steps=2)  # fmt: skip
         self.state = SimpleNamespace(global_step=0, max_steps=STEPS, log_history=[{}], best_model_checkpoint=None)
         self.clipped = []
         accelerator = SimpleNamespace(clip_grad_norm_=lambda: self.clipped.append(self.state.global_step))
         self.guard = PlanGuard(self.plan, RunLog("igu", 0.0), is_final=False)
-        request = SearchRequest(self.plan, replace(CONFIG, options=options), make_method("igu", options))
+        config = replace(CONFIG, search=search, options=options)
+        request = SearchRequest(self.plan, config, make_method("igu", options))
         self.callback = AdaptiveCallback(self.guard, RunRequest(3, request))
         handler = SimpleNamespace(callbacks=[self.callback])
         self.trainer = SimpleNamespace(model=self.model, args=self.args, accelerator=accelerator, optimizer=None,
                                        callback_handler=handler)  # fmt: skip
         self.callback.bind_trainer(self.trainer)
+        self.trainer.optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=0.1)
         self.generator = torch.Generator().manual_seed(0)
 
     def tell(self, event, **more):
@@ -91,10 +93,36 @@ def test_a_search_observes_allocates_and_settles_on_a_plan_within_budget(tmp_pat
     budget = run.guard.plan.budget()
     assert 0 < budget["used_parameters"] <= budget["asked_parameters"]
     assert load_plan(tmp_path / PLAN_FILE).ranks() == run.guard.plan.ranks()
-    told = [json.loads(line) for line in (tmp_path / LOG_FILE).read_text().splitlines()]
+    told = told_by(tmp_path)
     assert [(line["step"], line["event"]) for line in told] == [(0, "begin"), (2, "allocation"), (4, "allocation")]
     assert all(line["probing_seconds"] == 0 for line in told)
     run.guard.verify_run()
+
+
+def told_by(folder):
+    return [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("batches", "due"), [(8, [2, 4]), (5, [2, 4]), (4, [1, 2, 3, 4]), (99, [4])])
+def test_a_share_of_an_epoch_is_counted_in_optimizer_steps_of_the_data_loader(tmp_path, caplog, batches, due):
+    """Half an epoch: two micro-batches make a step, the last of an odd number makes one alone."""
+    run = Run(tmp_path, replace(SEARCH, interval=None, interval_epochs=0.5))
+    with caplog.at_level("INFO"):
+        run.tell("train_begin", train_dataloader=range(batches))
+    for _ in range(STEPS):
+        run.step()
+    begin, *allocations = told_by(tmp_path)
+    assert [line["step"] for line in allocations] == due
+    steps = {8: 2, 5: 2, 4: 1, 99: 25}[batches]
+    assert begin["interval"] == steps
+    words = "every step" if steps == 1 else f"every {steps} steps"
+    assert f"{words} (0.5 of an epoch) between steps 0 and 4 of 8" in caplog.text
+
+
+def test_a_share_of_an_epoch_needs_data_of_known_length(tmp_path):
+    run = Run(tmp_path, replace(SEARCH, interval=None, interval_epochs=0.5))
+    with pytest.raises(AdaptiveConfigError, match=r"adaptive_interval_epochs: 0.5 is invalid: .* no known length"):
+        run.tell("train_begin", train_dataloader=iter(range(8)))
 
 
 def test_figures_of_an_allocation_join_the_losses(tmp_path):
@@ -123,7 +151,7 @@ def test_figures_of_an_allocation_join_the_losses(tmp_path):
 def test_the_start_tells_of_a_learning_rate_that_moves_the_adapter_less_than_plain_lora(
     options, rate, step, told, warned, tmp_path, caplog, monkeypatch
 ):
-    run = Run(tmp_path, options)
+    run = Run(tmp_path, options=options)
     run.args.learning_rate, run.state.global_step = rate, step
     monkeypatch.setattr(SearchCheckpoint, "resume", lambda *_: None)
     run.callback.resume_from(tmp_path)

@@ -18,10 +18,9 @@ def begin_steps(rank: int, states: list[dict[str, int]]) -> str:
     from llamafactory_adaptive.training.run_log import RunLog
 
     guard: Any = PlanGuard(None, RunLog("igu", 0.0))  # type: ignore[arg-type]
-    guard.verify_live = lambda model, deepspeed: None  # of plan and model, which is not what this is about
     arguments: Any = SimpleNamespace(should_save=False, output_dir="out", deepspeed=None)
     run = BoundRun(RunRequest(3), guard, SimpleNamespace(args=arguments), lambda: None)
-    run.begin(arguments, SimpleNamespace(**states[rank]), None, None, None)  # type: ignore[arg-type]
+    run.build_parts(SimpleNamespace(**states[rank]), None, None)
     return "it trains"
 
 

@@ -4,10 +4,11 @@ from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.methods import make_method
 
 
-def intention(config: AdaptiveConfig) -> str:
+def start_message(config: AdaptiveConfig) -> str:
     """Describe where the ranks will come from, and about how long that takes."""
     if config.plan_path:
-        return f"the ranks are those of {config.plan_path}; nothing is scored"
+        form = "" if config.given is None else f" and train as P diag(lambda) Q, the second stage of {config.method}"
+        return f"the ranks are those of {config.plan_path}{form}; nothing is scored"
     if config.search is not None:
         return (
             f"{config.method} finds the ranks while it trains, from rank {config.search.live_rank} to the cost of "

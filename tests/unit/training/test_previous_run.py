@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llamafactory_adaptive.training import leftovers
+from llamafactory_adaptive.training import previous_run
 
 
 def test_an_older_run_is_moved_aside_but_for_what_the_settings_name(tmp_path: Path) -> None:
@@ -13,9 +13,9 @@ def test_an_older_run_is_moved_aside_but_for_what_the_settings_name(tmp_path: Pa
                  "adapter_model.safetensors", "checkpoint-2/adaptive_rank_plan.json", "checkpoint-4/x"):  # fmt: skip
         (out / name).write_text(name)
     (out / "checkpoint-2" / "adaptive_rank_plan.json").unlink()
-    assert leftovers.set_older_run_aside(out) is None, "a plan alone is no run"
+    assert previous_run.set_previous_run_aside(out) is None, "a plan alone is no run"
     (out / "adaptive_log.jsonl").write_text("")
-    aside = leftovers.set_older_run_aside(out, [out / "checkpoint-4" / "x"])
+    aside = previous_run.set_previous_run_aside(out, [out / "checkpoint-4" / "x"])
     assert aside == out / "_adaptive_previous" / "1"
     assert {path.name for path in aside.iterdir()} == {
         "adaptive_log.jsonl", "adaptive_rank_plan.json", "adaptive_samples.jsonl", "trainer_state.json",
@@ -25,4 +25,4 @@ def test_an_older_run_is_moved_aside_but_for_what_the_settings_name(tmp_path: Pa
         "_adaptive_previous", "checkpoint-4", "notes.txt", "adapter_model.safetensors",
     }  # fmt: skip
     (out / "adaptive_log.jsonl").write_text("")
-    assert leftovers.set_older_run_aside(out) == out / "_adaptive_previous" / "2"
+    assert previous_run.set_previous_run_aside(out) == out / "_adaptive_previous" / "2"

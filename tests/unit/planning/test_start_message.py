@@ -6,8 +6,8 @@ import pytest
 
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.methods import get_method, is_dynamic, methods
-from llamafactory_adaptive.planning.intention import intention
-from llamafactory_adaptive.ranks.schedule import PruningConfig
+from llamafactory_adaptive.planning.start_message import start_message
+from llamafactory_adaptive.ranks.schedule import GivenRanksConfig, PruningConfig
 
 
 CONFIG = AdaptiveConfig("sensitivity", {}, "params", 4, 8.0, 1, 16, None, CalibrationConfig(None, 77, 2, 0))
@@ -18,14 +18,17 @@ def test_only_methods_that_measure_are_said_to_score(name):
     method = get_method(name)
     if is_dynamic(method):
         pytest.skip("has a search")
-    said = intention(dataclasses.replace(CONFIG, method=name))
+    said = start_message(dataclasses.replace(CONFIG, method=name))
     assert ("scores the modules on 77 rows" in said) == (method(method.Options()).measurement() is not None)
 
 
 def test_a_given_plan_and_a_search_score_nothing():
     given = dataclasses.replace(CONFIG, plan_path="p.json")
-    assert intention(given) == "the ranks are those of p.json; nothing is scored"
+    assert start_message(given) == "the ranks are those of p.json; nothing is scored"
+    stage = dataclasses.replace(given, method="igu", given=GivenRanksConfig(0))
+    said = "the ranks are those of p.json and train as P diag(lambda) Q, the second stage of igu; nothing is scored"
+    assert start_message(stage) == said
     search = dataclasses.replace(CONFIG, method="igu", search=PruningConfig(9, 0.1, 0.7, 2, None, 0))
-    assert intention(search).startswith(
+    assert start_message(search).startswith(
         "igu finds the ranks while it trains, from rank 9 to the cost of uniform rank 4;"
     )

@@ -1,4 +1,4 @@
-"""Files of an older run in the output folder of a new one: moved aside, so that none are mixed up or lost."""
+"""Files of a previous run in the output folder of a new one: moved aside, so that none are mixed up or lost."""
 
 import os
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, PREVIOUS_FOLDER, ca
 
 
 # Records of a run, and what a run would resume from. The adapter itself stays until the host overwrites it.
-_TELLING = (
+_RECORDS = (
     "checkpoint-*",
     "adaptive_*",
     "trainer_state.json",
@@ -18,8 +18,8 @@ _TELLING = (
 )
 
 
-def set_older_run_aside(output: Path, named: Iterable[Path] = ()) -> Path | None:
-    """Move an older run's records and checkpoints to a numbered folder, and return it; None if there was no run.
+def set_previous_run_aside(output: Path, named: Iterable[Path] = ()) -> Path | None:
+    """Move a previous run's records and checkpoints to a numbered folder, and return it; None if there was no run.
 
     A plan that the command ``plan`` wrote is no run, and stays.
 
@@ -34,7 +34,7 @@ def set_older_run_aside(output: Path, named: Iterable[Path] = ()) -> Path | None
     if not (output / LOG_FILE).exists() and not any(checkpoints):
         return None
     kept = {path.resolve() for path in named}
-    moving = {path for pattern in _TELLING for path in output.glob(pattern) if not _holds(path, kept)}
+    moving = {path for pattern in _RECORDS for path in output.glob(pattern) if not _holds(path, kept)}
     if not moving:
         return None
     above = output / PREVIOUS_FOLDER

@@ -1,0 +1,79 @@
+"""Write the tables of docs/methods.md from the recorded benchmarks: ``python docs/make_methods_page.py``."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+PAGE = Path(__file__).with_name("methods.md")
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+def page(text: str) -> str:
+    """Give the page's text with every table, between its marks, made anew."""
+    for name, table in TABLES.items():
+        marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        pattern = re.compile(f"{re.escape(marks[0])}.*?{re.escape(marks[1])}", re.DOTALL)
+        text = pattern.sub("\n".join([marks[0], *table(), marks[1]]).replace("\\", r"\\"), text)
+    return text
+
+
+def _read(name: str) -> dict[str, Any]:
+    held: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return held
+
+
+def _quality(name: str, rank: str) -> Callable[[], Iterator[str]]:
+    """Tabulate the arms of the benchmark of methods at one budget."""
+
+    def table() -> Iterator[str]:
+        yield "| arm | best rate | held-out loss | against plain LoRA | against `published` | components changed |"
+        yield "| --- | --- | --- | --- | --- | --- |"
+        for arm, row in _read(name)["results_by_rank"][rank].items():
+            edge = " (end of the grid)" if row["rate_at_the_edge"] else ""
+            changed = f"{row['components_changed']:.0f}" if "components_changed" in row else ""
+            differences = (_difference(row.get(f"over_{rival}")) for rival in ("lora", "published"))
+            yield f"| {arm} | {row['rate']:g}{edge} | {row['loss']:.4f} | {' | '.join(differences)} | {changed} |"
+
+    return table
+
+
+def _difference(over: dict[str, Any] | None) -> str:
+    """Write a paired difference with its interval; bold where Holm's correction leaves it below 5 %."""
+    if over is None:
+        return ""
+    words = f"{over['mean']:+.4f}" + (f" ({over['low']:+.4f} to {over['high']:+.4f})" if "low" in over else "")
+    words = f"**{words}**" if over.get("p_holm", 1.0) < 0.05 else words
+    return words + (", equivalent" if over["equivalent"] else "")
+
+
+def _stability() -> Iterator[str]:
+    """Tabulate the agreement of allocations."""
+    rows = _read("stability")["agreement_with_first_run"]
+    changes = list(dict.fromkeys(change for row in rows.values() for change in row))
+    yield f"| method | {' | '.join(changes)} |"
+    yield f"| --- |{' --- |' * len(changes)}"
+    for method, row in rows.items():
+        yield f"| {method} | {' | '.join(_agreement(row.get(change)) for change in changes)} |"
+
+
+def _agreement(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return ""
+    correlation = "" if cell["correlation"] is None else f", {cell['correlation']:.2f}"
+    return f"{cell['same_rank']:.0%}{correlation}"
+
+
+TABLES: dict[str, Callable[[], Iterator[str]]] = {
+    "small Llama, rank 4": _quality("method_quality", "4"),
+    "small Llama, rank 2": _quality("method_quality", "2"),
+    "small Llama, rank 1": _quality("method_quality", "1"),
+    "SmolLM2, rank 8": _quality("method_quality_smollm2", "8"),
+    "stability": _stability,
+}
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,128 @@
+"""Keys of LLaMA-Factory that cannot go with a search for ranks, or with triplets on given ranks, and why.
+
+Pure standard library, on the flat mapping of a run's settings.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from llamafactory_adaptive.config.deepspeed_settings import read_section
+from llamafactory_adaptive.config.host_conflicts import Conflict, deepspeed_stage, find_clashes, is_on
+from llamafactory_adaptive.errors import Problem
+
+
+def changes_states(method: Any) -> bool:
+    """Tell whether a search by a method resets or scales the optimizer's states of some weights."""
+    reallocates = method.traits.strategy == "reallocate"
+    return reallocates or method.return_rule.resets_lambda or method.shrinkage is not None
+
+
+def check_search_conflicts(flat: Mapping[str, Any], made: Any) -> list[Problem]:
+    """Find upstream options that cannot go with a search for ranks by the method ``made``."""
+    rules = [*MASKING_CONFLICTS, *(OPTIMIZER_CONFLICTS if changes_states(made) else ())]
+    probes = made.traits.probes
+    problems = find_clashes([*rules, *(PROBING_CONFLICTS if probes else ())], flat)
+    if flat.get("adaptive_max_overhead") is not None and not probes:
+        reason = "only igu_importance: integrated makes extra passes that could be thinned out"
+        problems.append(Problem("adaptive_max_overhead", flat["adaptive_max_overhead"], reason, "leaving it out"))
+    return problems
+
+
+def check_given_conflicts(flat: Mapping[str, Any]) -> list[Problem]:
+    """Find upstream options that cannot go with training given ranks as ``P diag(lambda) Q``."""
+    return find_clashes(GIVEN_CONFLICTS, flat)
+
+
+MASKING_CONFLICTS = (
+    Conflict(
+        "deepspeed",
+        lambda flat: (
+            deepspeed_stage(flat) == 1
+            and read_section(flat.get("deepspeed"), "data_types").get("grad_accum_dtype") == "fp32"
+        ),
+        "DeepSpeed's bf16 optimizer (ZeRO-1 with grad_accum_dtype fp32) keeps gradients where scores cannot read them",
+        "ZeRO-2, or leaving data_types out",
+    ),
+    Conflict(
+        "adapter_name_or_path",
+        lambda flat: bool(flat.get("adapter_name_or_path")) and not flat.get("create_new_adapter"),
+        "ranks are found on a new adapter, whose live tensors are larger than the old one's",
+        "create_new_adapter: true",
+    ),
+    Conflict(
+        "torch_compile",
+        is_on("torch_compile"),
+        "masks and path positions change between steps, which would compile the model again and again",
+        "torch_compile: false",
+    ),
+    Conflict(
+        "auto_find_batch_size",
+        is_on("auto_find_batch_size"),
+        "it restarts training in the middle with weights that were already trained",
+        "auto_find_batch_size: false",
+    ),
+)
+_GIVEN_REASONS = {
+    "deepspeed": "this optimizer of DeepSpeed keeps gradients where those of a regulariser cannot be added",
+    "adapter_name_or_path": "P diag(lambda) Q begins as a new adapter",
+    "torch_compile": "the backward pass of P diag(lambda) Q is not compiled",
+}
+_PLAIN = " (or igu_second_stage: lora)"
+GIVEN_CONFLICTS = tuple(
+    replace(rule, reason=_GIVEN_REASONS.get(rule.key, rule.reason), suggestion=rule.suggestion + _PLAIN)
+    for rule in MASKING_CONFLICTS
+)
+# Optimizers whose states are one number per weight, so that those of a component that comes back can be set anew.
+# Not rmsprop_bnb: its squares lie where those of its siblings keep momenta.
+_ELEMENTWISE_OPTIMIZERS = {
+    "adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "sgd", "adagrad", "rmsprop",
+    "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "paged_adamw", "paged_adamw_32bit",
+    "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
+}  # fmt: skip
+_OWN_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
+# Where a search resets or scales the optimizer's states of some weights.
+OPTIMIZER_CONFLICTS = (
+    Conflict(
+        "optim",
+        lambda flat: str(flat.get("optim") or "adamw_torch") not in _ELEMENTWISE_OPTIMIZERS,
+        "components that come back need fresh optimizer states, and where this one keeps them per weight is not known",
+        "optim: adamw_torch",
+    ),
+    *(
+        Conflict(key, is_on(key), "components that come back need empty states in a plain optimizer", f"{key}: false")
+        for key in _OWN_OPTIMIZERS
+    ),
+    Conflict(
+        "deepspeed",
+        lambda flat: bool(flat.get("deepspeed")) and deepspeed_stage(flat) == 0,
+        "without ZeRO DeepSpeed keeps optimizer states where they cannot be cleared",
+        "ZeRO-1, 2 or 3, or leaving deepspeed out",
+    ),
+)
+
+
+PROBING_CONFLICTS = (
+    Conflict(
+        "fp16",
+        is_on("fp16"),
+        "extra passes are not loss-scaled, so their gradients would vanish",
+        "bf16: true",
+    ),
+    Conflict(
+        "stage",
+        lambda flat: flat.get("stage", "sft") not in ("pt", "sft"),
+        "extra passes need the loss that the model itself returns",
+        "igu_importance: shrink",
+    ),
+    Conflict(
+        "deepspeed",
+        lambda flat: deepspeed_stage(flat) == 3,
+        "extra passes need whole weights on every process, which ZeRO-3 does not hold",
+        "igu_importance: shrink",
+    ),
+    *(
+        Conflict(key, is_on(key), "extra passes use the model's own loss", "igu_importance: shrink")
+        for key in ("use_dft_loss", "use_asft_loss", "use_eaft_loss", "label_smoothing_factor")
+    ),
+)
