@@ -189,7 +189,6 @@ class IguOptions:
         "Adapter on the ranks of adaptive_plan: triplet trains P diag(lambda) Q from igu_init with the orthogonality "
         "regulariser, as the second stage of the authors does; lora trains plain LoRA.",
         choices=("triplet", "lora"),
-        before="lora",
     )
 
     def __post_init__(self) -> None:

@@ -7,8 +7,6 @@ from typing import Any
 
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import PlanError, first_of
-from llamafactory_adaptive.methods import MethodTraits, get_method, make_method
-from llamafactory_adaptive.options import with_earlier_values
 from llamafactory_adaptive.ranks.plan import ModuleShape, RankPlan, load_plan
 
 
@@ -66,11 +64,8 @@ def check_same_run(plan: RankPlan, config: AdaptiveConfig, source: str) -> None:
         if sampling:  # ranks are given, but samples were still chosen by a method
             asked |= {"adaptive_method": config.method, **flat_options(config)}
             theirs |= sampling
-        ours_too, theirs_too = _second_stages(plan, config)
-        asked, theirs = asked | ours_too, theirs | theirs_too
-    else:
-        for option in _traits(config).only_with_plan:
-            asked.pop(f"{config.method}_{option}", None)
+        form, their_form = _forms(plan, config)
+        asked, theirs = asked | form, theirs | their_form
     _refuse_differences(asked, theirs, source, "another output_dir")
 
 
@@ -119,29 +114,14 @@ def flat_options(config: AdaptiveConfig) -> dict[str, Any]:
     return {f"{config.method}_{key}": value for key, value in config.options.items()}
 
 
-def second_stage(config: AdaptiveConfig) -> dict[str, Any]:
-    """Return the settings by which the method trains given ranks, by YAML key."""
-    read = _traits(config).read_with_plan
-    return {"adaptive_method": config.method, **{f"{config.method}_{key}": config.options[key] for key in read}}
-
-
-def _second_stages(plan: RankPlan, config: AdaptiveConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return how this run trains given ranks and how the run of a plan did; empty where both train plain LoRA."""
-    theirs = plan.provenance.get("second_stage")
+def _forms(plan: RankPlan, config: AdaptiveConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return how this run trains given ranks, and how the run that wrote a plan did; empty where both trained LoRA."""
+    theirs = plan.provenance.get("second_stage") or {}
+    ours = {"adaptive_method": config.method, **flat_options(config)}
     if theirs:
-        return second_stage(config), theirs
-    if config.given is None:
-        return {}, {}
-    # Before methods had a form of their own on given ranks, all trained plain LoRA.
-    before = with_earlier_values(get_method(config.method).Options, {})
-    keys = {name: f"{config.method}_{name}" for name in _traits(config).only_with_plan}
-    ours, earlier = ({key: options[name] for name, key in keys.items()} for options in (config.options, before))
-    return ours, earlier
-
-
-def _traits(config: AdaptiveConfig) -> MethodTraits:
-    traits: MethodTraits = make_method(config.method, config.options).traits
-    return traits
+        return {key: ours[key] for key in theirs if key in ours}, theirs
+    key = f"{config.method}_second_stage"
+    return ({}, {}) if config.given is None else ({key: ours.get(key)}, {key: "lora"})
 
 
 def _search(config: AdaptiveConfig) -> dict[str, Any]:

@@ -10,17 +10,18 @@ from llamafactory_adaptive.ranks.plan import RankPlan
 
 
 def with_all_options(plan: RankPlan) -> RankPlan:
-    """Add the options that a plan does not hold: of the method of its ranks, and of the one that used the ranks."""
-    used = {key: _all_flat(plan.provenance[key]) for key in ("sampling", "second_stage") if plan.provenance.get(key)}
-    return replace(plan, options=_all(plan.method, plan.options), provenance={**plan.provenance, **used})
+    """Add the options that a plan does not hold, of the method of its ranks and of the one that chose its samples."""
+    sampling = plan.provenance.get("sampling")
+    provenance = {**plan.provenance, "sampling": _all_flat(sampling)} if sampling else plan.provenance
+    return replace(plan, options=_all(plan.method, plan.options), provenance=provenance)
 
 
 def _all(method: str, stored: Mapping[str, Any]) -> dict[str, Any]:
     return with_earlier_values(get_method(method).Options, stored) if method in methods() else dict(stored)
 
 
-def _all_flat(used: Mapping[str, Any]) -> dict[str, Any]:
+def _all_flat(sampling: Mapping[str, Any]) -> dict[str, Any]:
     """Complete options by YAML key, beside the key of the method."""
-    method = str(used.get("adaptive_method"))
-    stored = {key.removeprefix(f"{method}_"): value for key, value in used.items() if key != "adaptive_method"}
+    method = sampling["adaptive_method"]
+    stored = {key.removeprefix(f"{method}_"): value for key, value in sampling.items() if key != "adaptive_method"}
     return {"adaptive_method": method, **{f"{method}_{key}": value for key, value in _all(method, stored).items()}}

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -98,9 +98,14 @@ def _given_plan(config: AdaptiveConfig, host: HostRun, path: str) -> RankPlan:
     if traits.samples:
         facts["sampling"] = {"adaptive_method": config.method, **compatibility.flat_options(config)}
     if config.given is not None:
-        facts["second_stage"] = compatibility.second_stage(config)
+        facts["second_stage"] = _second_stage(config, traits.read_with_plan)
     theirs = {key: value for key, value in plan.provenance.items() if key not in ("sampling", "second_stage")}
     return replace(plan, provenance={**theirs, **facts})
+
+
+def _second_stage(config: AdaptiveConfig, read: Sequence[str]) -> dict[str, Any]:
+    """Return the settings by which a method trains given ranks in its own form, by YAML key."""
+    return {"adaptive_method": config.method, **{f"{config.method}_{name}": config.options[name] for name in read}}
 
 
 _OF_THE_RUN = ("base_model", "architecture", "quantization_bit", "seed", "versions")

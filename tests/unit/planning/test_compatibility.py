@@ -7,7 +7,8 @@ import pytest
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.methods import get_method
-from llamafactory_adaptive.planning.compatibility import check_plan, check_same_run, check_same_scale, second_stage
+from llamafactory_adaptive.planning.compatibility import check_plan, check_same_run, check_same_scale
+from llamafactory_adaptive.planning.earlier_plans import with_all_options
 from llamafactory_adaptive.planning.planner import start_plan
 from llamafactory_adaptive.ranks.plan import ModuleShape
 from llamafactory_adaptive.ranks.schedule import GivenRanksConfig, PruningConfig
@@ -84,7 +85,8 @@ def test_a_second_stage_is_resumed_in_the_form_it_was_trained_in(tmp_path):
     stage = dataclasses.replace(CONFIG, method="igu", options=options, plan_path=str(path), given=GivenRanksConfig(0))
     plain = dataclasses.replace(stage, options={**options, "second_stage": "lora"}, given=None)
     of_lora = make_plan(provenance={"adaptive_plan": str(path)})  # earlier versions trained no other
-    of_triplets = make_plan(provenance={"adaptive_plan": str(path), "second_stage": second_stage(stage)})
+    record = {"adaptive_method": "igu", "igu_second_stage": "triplet", "igu_init": "lora"}
+    of_triplets = make_plan(provenance={"adaptive_plan": str(path), "second_stage": record})
     check_same_run(of_lora, plain, "ckpt")
     check_same_run(of_triplets, stage, "ckpt")
     check_same_run(of_triplets, dataclasses.replace(stage, options={**options, "beta1": 0.5}), "ckpt")
@@ -98,14 +100,12 @@ def test_a_second_stage_is_resumed_in_the_form_it_was_trained_in(tmp_path):
             check_same_run(plan, config, "ckpt")
 
 
-def test_a_search_resumes_whatever_is_said_of_a_second_stage():
-    """Plans of earlier versions, which had no such key, included."""
+def test_a_search_of_a_version_without_second_stages_is_resumed():
     config = dataclasses.replace(CONFIG, method="igu", search=PruningConfig(8, 0.1, 0.7, 2, None, 0),
                                  options=dataclasses.asdict(get_method("igu").Options()))  # fmt: skip
     plan = start_plan(config, SHAPES, {})
-    for stage in ("triplet", "lora"):
-        stored = {**plan.options, "second_stage": stage}
-        check_same_run(dataclasses.replace(plan, options=stored), config, "ckpt")
+    stored = {key: value for key, value in plan.options.items() if key != "second_stage"}
+    check_same_run(with_all_options(dataclasses.replace(plan, options=stored)), config, "ckpt")
 
 
 def test_going_on_asks_for_the_same_scale_only():
