@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from llamafactory_adaptive import cli
 from llamafactory_adaptive.errors import AdaptiveConfigError, GuardError
 from llamafactory_adaptive.ranks.plan import load_plan
-from tests.helpers.commands import BIN, run
 from tests.helpers.second_stage import given_plan
 from tests.helpers.tiny import pruning_settings, save_tiny, settings
 from tests.helpers.training import EVALUATE, Keep, adapters_equal, allocations, lines, logits, peft_logits, train
@@ -75,14 +76,21 @@ def on_ranks_of_a_plan(tiny_llama, data_dir, tmp_path):
     return make
 
 
-def test_a_second_run_trains_the_given_ranks_in_the_authors_form(on_ranks_of_a_plan, tiny_llama, tmp_path):
-    """By the command in a process of its own; then resumed in this one, bit for bit, as in the authors' variant."""
+def test_a_second_run_trains_the_given_ranks_in_the_authors_form(
+    on_ranks_of_a_plan, tiny_llama, tmp_path, monkeypatch, capfd
+):
+    """By the command; then again from its checkpoint, bit for bit."""
+    from llamafactory import launcher
+
+    for place, name in ((launcher, "__file__"), (sys, "argv")):  # which the command changes
+        monkeypatch.setattr(place, name, getattr(place, name))
     more = {"igu_variant": "published", "save_strategy": "steps", "save_steps": 2, "overwrite_output_dir": False}
     config, out, again = tmp_path / "x.yaml", tmp_path / "out", tmp_path / "again"
     config.write_text(yaml.safe_dump(on_ranks_of_a_plan("out", **more)))
-    done = run(BIN / "llamafactory-adaptive", "train", config)
-    assert "train as P diag(lambda) Q, the second stage of igu; nothing is scored" in done.stdout + done.stderr
-    assert "these keys are not used" not in done.stdout + done.stderr
+    assert cli.main(["train", str(config)]) == 0
+    said = "".join(capfd.readouterr())
+    assert "train as P diag(lambda) Q, the second stage of igu; nothing is scored" in said
+    assert "these keys are not used" not in said
     plan = load_plan(out / "adaptive_rank_plan.json")
     assert plan.ranks() == load_plan(tmp_path / "plan.json").ranks()
     assert [(line["step"], line["counters"]["allocations"]) for line in lines(out)] == [(0, 0)]
