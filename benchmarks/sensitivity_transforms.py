@@ -1,0 +1,303 @@
+"""Which reading of Sensitivity-LoRA's metrics should be the default: how it spends the budget, how steadily, how well.
+
+Run: ``python benchmarks/sensitivity_transforms.py [--data FOLDER] [--models NAME=CHECKPOINT,...] [--train NAME,...]
+[--seeds 3] [--steps 60] [--keep FOLDER]``. Most of an hour on one core; with ``--keep`` it goes on where it was.
+
+Models: SmolLM2-135M, a small Qwen3 that the script pretrains, and any checkpoint named with ``--models``. Readings:
+the choices of ``sensitivity_transform``, and two that the package does not have: ``log_per_type`` (logarithm and
+median within each type of module), ``no_first_token`` (the paper's formula, but the first token of a row does not
+count: it is where massive activations are said to sit).
+
+  spending   share of the score and of the parameters that the top three modules take, modules at their largest and
+             smallest rank, median rank, entropy of the ranks (1: uniform)
+  agreement  of two halves of the calibration rows, and of two data sets: Spearman's correlation of scores and ranks,
+             and the share of the ranks that lies elsewhere
+  loss       on held-out rows after short trainings of plain LoRA at the same budget, against ``uniform``, ``random``
+             and the paper's ``none``. alpha/r is the same in every module of every arm, so all take one learning rate.
+             Differences are taken seed by seed and judged as in worth_it.py
+
+The rule, written down before the figures were seen (``choose``): (1) a reading whose held-out loss is worse than that
+of ``none`` or ``uniform`` beyond doubt (p < 0.05 after Holm) on any model is out. (2) Of the rest, those stay whose
+largest top-three share of the score over the models lies within 5 points of the smallest such share. (3) Of these the
+one whose least agreement, over models, halves and data sets, is the highest. ``no_first_token`` is shown, but not
+eligible: packed rows have no first token.
+"""
+
+import argparse
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import record
+import short_runs
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+from worth_it import holm, paired, verdict
+
+from llamafactory_adaptive.api.targets import find_targets
+from llamafactory_adaptive.calibration.batches import Batch, make_batches
+from llamafactory_adaptive.calibration.input_moments import InputSecondMoments
+from llamafactory_adaptive.methods import ScoringContext, make_method
+from llamafactory_adaptive.methods._module_metrics import log_compress
+from llamafactory_adaptive.methods.sensitivity import Sensitivity, SensitivityOptions
+from llamafactory_adaptive.ranks.allocation import Bounds, allocate
+from llamafactory_adaptive.ranks.module_names import module_type
+from llamafactory_adaptive.ranks.plan import ModuleShape
+
+
+ELIGIBLE = ("none", "log", "per_type", "log_per_type")
+READINGS = (*ELIGIBLE, "no_first_token")
+CONTROLS = ("uniform", "random")
+SMALL_COURSE = {"seeds": 8, "steps": 120, "rate": 5e-3}  # cheap, and of a size that wants a higher rate
+Moments = dict[str, dict[str, Tensor]]
+
+
+class LogPerType(Sensitivity):
+    """log(1 + metric / median of the modules of its type)."""
+
+    def _transform(self, metric_M: Tensor, names: list[str]) -> Tensor:
+        types = [module_type(name) for name in names]
+        result_M = metric_M.clone()
+        for kind in dict.fromkeys(types):
+            members = torch.tensor([each == kind for each in types])
+            result_M[members] = log_compress(metric_M[members])
+        return result_M
+
+
+def scores(reading: str, moments: Moments, shapes: Sequence[ModuleShape], rank: int, seed: int = 0) -> list[float]:
+    """Scores of all modules, from ``moments`` of all tokens and of those that are not first in their row."""
+    context = ScoringContext(tuple(shapes), rank, seed)
+    if reading in CONTROLS:
+        return list(make_method(reading, {}).score({}, context).values.values())
+    options = SensitivityOptions(transform="none" if reading in ("log_per_type", "no_first_token") else reading)
+    method = (LogPerType if reading == "log_per_type" else Sensitivity)(options)
+    kept = moments["later" if reading == "no_first_token" else "all"]
+    return list(method.score(kept, context).values.values())
+
+
+def bounds(shapes: Sequence[ModuleShape], rank: int) -> Bounds:
+    """Budget and limits as a run has them by default."""
+    costs = [shape.in_features + shape.out_features for shape in shapes]
+    upper = [min(4 * rank, shape.in_features, shape.out_features) for shape in shapes]
+    return Bounds(costs, rank * sum(costs), [1] * len(costs), upper)
+
+
+def spending(values: Sequence[float], limits: Bounds) -> dict[str, float]:
+    ranks = allocate(values, limits).ranks
+    spent = sorted((rank * cost for rank, cost in zip(ranks, limits.costs, strict=True)), reverse=True)
+    shares = [rank / sum(ranks) for rank in ranks]
+    return {
+        "top_three": sum(sorted(values)[-3:]) / sum(values),
+        "top_three_spent": sum(spent[:3]) / sum(spent),
+        "at_cap": sum(rank == high for rank, high in zip(ranks, limits.upper, strict=True)),
+        "at_floor": sum(rank == 1 for rank in ranks),
+        "median_rank": statistics.median(ranks),
+        "entropy": -sum(share * math.log(share) for share in shares) / math.log(len(shares)),
+    }
+
+
+def agreement(first: Sequence[float], second: Sequence[float], limits: Bounds) -> dict[str, float]:
+    one, other = (allocate(values, limits).ranks for values in (first, second))
+    apart = sum(abs(a - b) for a, b in zip(one, other, strict=True))
+    return {
+        "scores": float(spearmanr(first, second).statistic),
+        "ranks": float(spearmanr(one, other).statistic),
+        "moved": apart / (sum(one) + sum(other)),
+    }
+
+
+def measure(model: nn.Module, rows: Sequence[short_runs.Row], first: bool) -> tuple[dict[str, Tensor], int]:
+    """Moments and how many tokens they are of; without the first token of every row unless ``first``."""
+    batches = make_batches(rows, 8, 0)
+    counted = [Batch(b.input_ids, b.attention_mask.clone(), b.labels) for b in batches]
+    for batch in counted:
+        batch.attention_mask[:, 0] = int(first)
+
+    def forward(model: nn.Module, batch: Batch) -> None:
+        seen = batch.attention_mask.clone()
+        seen[:, 0] = 1  # it is read all the same
+        model.base_model(input_ids=batch.input_ids, attention_mask=seen, use_cache=False)
+
+    tokens = sum(int(batch.attention_mask.sum()) for batch in counted)
+    return InputSecondMoments()(model, find_targets(model, "all-linear"), counted, forward), tokens
+
+
+def moments_of(model: nn.Module, parts: Mapping[str, Sequence[short_runs.Row]]) -> dict[str, Moments]:
+    """Moments of every part of the rows, and of both halves together."""
+    measured = {
+        part: {kind: measure(model, rows, kind == "all") for kind in ("all", "later")} for part, rows in parts.items()
+    }
+    found = {part: {kind: moments for kind, (moments, _) in kinds.items()} for part, kinds in measured.items()}
+    found["both"] = {}
+    for kind in ("all", "later"):
+        (one, a), (other, b) = (measured[half][kind] for half in ("first_half", "second_half"))
+        found["both"][kind] = {name: (a * one[name] + b * other[name]) / (a + b) for name in one}
+    return found
+
+
+def figures(moments: Mapping[str, Moments], shapes: Sequence[ModuleShape], rank: int) -> dict[str, Any]:
+    limits = bounds(shapes, rank)
+    result = {}
+    for reading in READINGS:
+        values = {part: scores(reading, each, shapes, rank) for part, each in moments.items()}
+        result[reading] = {
+            **spending(values["both"], limits),
+            "halves": agreement(values["first_half"], values["second_half"], limits),
+            **({"data_sets": agreement(values["both"], values["other"], limits)} if "other" in values else {}),
+        }
+    return result
+
+
+def planned(moments: Mapping[str, Moments], shapes: Sequence[ModuleShape], arm: str, rank: int,
+            seed: int) -> dict[str, int]:  # fmt: skip
+    values = scores(arm, moments["both"], shapes, rank, seed)
+    ranks = allocate(values, bounds(shapes, rank)).ranks
+    return {shape.name: chosen for shape, chosen in zip(shapes, ranks, strict=True)}
+
+
+def compared(losses: Mapping[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """Every arm's mean loss, and its paired difference from ``none`` and the controls, corrected per rival."""
+    result: dict[str, dict[str, Any]] = {arm: {"loss": statistics.fmean(each)} for arm, each in losses.items()}
+    for rival in (*CONTROLS, "none"):
+        others = [arm for arm in losses if arm != rival]
+        for arm in others:
+            result[arm][f"over_{rival}"] = paired(losses[rival], losses[arm])
+        holm([result[arm][f"over_{rival}"] for arm in others])
+        for arm in others:
+            result[arm][f"over_{rival}"]["verdict"] = verdict(result[arm][f"over_{rival}"])
+    return result
+
+
+def choose(spent: Mapping[str, Any], quality: Mapping[str, Any]) -> dict[str, Any]:
+    """Apply the rule of this file's head to the figures by model; every step with what it left."""
+
+    def worse(reading: str) -> bool:
+        verdicts = [arms[reading].get(f"over_{rival}", {}).get("verdict", "")
+                    for arms in quality.values() if reading in arms for rival in ("none", "uniform")]  # fmt: skip
+        return any(each.startswith("worse") for each in verdicts)
+
+    def share(reading: str) -> float:
+        return max(model[reading]["top_three"] for model in spent.values())
+
+    def least(reading: str) -> float:
+        kinds = [model[reading][kind]["scores"] for model in spent.values() for kind in ("halves", "data_sets")
+                 if kind in model[reading]]  # fmt: skip
+        return min(kinds)
+
+    no_worse = [reading for reading in ELIGIBLE if not worse(reading)]
+    spread = [reading for reading in no_worse if share(reading) <= min(map(share, no_worse)) + 0.05]
+    return {
+        "no_worse_in_loss": no_worse,
+        "largest_top_three": {reading: round(share(reading), 4) for reading in no_worse},
+        "spread": spread,
+        "least_agreement": {reading: round(least(reading), 4) for reading in spread},
+        "chosen": max(spread, key=least),
+    }
+
+
+def trained(
+    ledger: short_runs.Ledger, model: nn.Module, rows: tuple[list[short_runs.Row], ...], arms: Sequence[str],
+    planned: Callable[[str, int], dict[str, int]], settings: Mapping[str, Any], course: dict[str, Any],
+) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    """All runs of a model; arms take turns, so that what is there after a cut can be compared."""
+    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    for seed in range(course.pop("seeds")):
+        for arm in arms:
+            ranks, how = planned(arm, seed), {**course, "seed": seed}
+            key = {**settings, **how, "arm": arm, "ranks": list(ranks.values())}
+            run = ledger.result(key, lambda: short_runs.train_lora(model, ranks, *rows, **how))  # noqa: B023
+            runs[arm].append(run)
+            print(f"{settings['model']:<14} {arm:<14} seed {seed}  held-out loss {run['loss']:.4f}", flush=True)
+    return runs
+
+
+def told(name: str, rows: Mapping[str, Any]) -> None:
+    for reading, row in rows.items():
+        others = f"  data sets {row['data_sets']['scores']:.3f}" if "data_sets" in row else ""
+        words = (f"top three {row['top_three']:.1%} of the score, {row['top_three_spent']:.1%} of the parameters",
+                 f"at cap {row['at_cap']}, at rank 1 {row['at_floor']}", f"median {row['median_rank']:g}",
+                 f"entropy {row['entropy']:.3f}", f"halves {row['halves']['scores']:.3f}{others}")  # fmt: skip
+        print(f"{name:<14} {reading:<14} {'; '.join(words)}", flush=True)
+
+
+def one_model(arguments: argparse.Namespace, ledger: short_runs.Ledger, name: str, checkpoint: str | Path,
+              rows: short_runs.Pairs) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    model, tokenizer = short_runs.load(checkpoint)
+    shapes = [ModuleShape(n, m.in_features, m.out_features) for n, m in find_targets(model, "all-linear").items()]
+    print(f"{name}: {len(shapes)} modules; calibrating on {arguments.samples} rows", flush=True)
+    moments = moments_of(model, rows.calibration(tokenizer, arguments.samples))
+    spent = figures(moments, shapes, arguments.rank)
+    told(name, spent)
+    if name not in arguments.train:
+        return spent, {}
+    short = rows.short(tokenizer, arguments.tokens, arguments.held_out)
+    settings = {"model": name, "data": rows.name, "tokens": arguments.tokens, "train_rows": len(short[0]),
+                "held_out": len(short[1])}  # fmt: skip
+    course = {key: getattr(arguments, key) for key in ("seeds", "steps", "batch_size", "rate")}
+    course |= SMALL_COURSE if name == "small" else {}
+    before = ledger.result(settings, lambda: short_runs.held_out_loss(model, short[1], 2 * arguments.batch_size))
+    print(f"{name}: held-out loss {before:.4f} before training", flush=True)
+    runs = trained(ledger, model, short, arguments.arms,
+                   lambda arm, seed: planned(moments, shapes, arm, arguments.rank, seed), settings, dict(course))  # fmt: skip
+    losses = {arm: [run["loss"] for run in each] for arm, each in runs.items()}
+    for arm, row in (arms := compared(losses)).items():
+        words = [f"over {rival} {over['mean']:+.4f}: {over['verdict']}" for rival in (*CONTROLS, "none")
+                 if (over := row.get(f"over_{rival}"))]  # fmt: skip
+        print(f"{name:<14} {arm:<14} loss {row['loss']:.4f}  {'; '.join(words)}", flush=True)
+    return spent, {**settings, **course, "before": before, "arms": arms, "runs": runs}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", help="folder with gsm8k/train.jsonl and boolq/train.jsonl (default: word problems)")
+    parser.add_argument("--models", default="", help="further models: NAME=CHECKPOINT, comma separated")
+    parser.add_argument("--train", default="small,SmolLM2-135M", help="names of the models to train; may be empty")
+    parser.add_argument("--arms", default=",".join((*CONTROLS, *ELIGIBLE)), help="what to train with")
+    parser.add_argument("--samples", type=int, default=128, help="calibration rows")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--tokens", type=int, default=112, help="longest row that is trained on")
+    parser.add_argument("--held-out", type=int, default=64)
+    parser.add_argument("--pretraining-steps", type=int, default=400, help="of the small model")
+    parser.add_argument("--keep", type=Path, help="folder for the small model and all results; what lies there is not "
+                        "computed again (default: thrown away)")  # fmt: skip
+    arguments = parser.parse_args()
+    arguments.train, arguments.arms = (value.split(",") for value in (arguments.train, arguments.arms))
+    if unknown := [arm for arm in arguments.arms if arm not in (*CONTROLS, *READINGS)]:
+        raise SystemExit(f"--arms: {', '.join(unknown)} is none of {', '.join((*CONTROLS, *READINGS))}")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    with tempfile.TemporaryDirectory() as scratch:
+        keep = arguments.keep or Path(scratch)
+        keep.mkdir(parents=True, exist_ok=True)
+        ledger = short_runs.Ledger(keep / "ledger.jsonl")
+        rows = short_runs.Pairs(arguments.data, Path(scratch))
+        models = {
+            "small": short_runs.pretrain_small(keep / "small", rows.questions(), arguments.pretraining_steps),
+            "SmolLM2-135M": record.smollm2(),
+            **dict(each.split("=", 1) for each in arguments.models.split(",") if each),
+        }
+        done = {name: one_model(arguments, ledger, name, path, rows) for name, path in models.items()}
+    spent = {name: figures for name, (figures, _) in done.items()}
+    quality = {name: runs for name, (_, runs) in done.items() if runs}
+    decision = choose(spent, {name: runs["arms"] for name, runs in quality.items()})
+    print(f"by the rule: {decision}")
+    written = record.write_result("sensitivity_transforms", {
+        "data": rows.name, "models": list(models), "rank": arguments.rank, "calibration_rows": arguments.samples,
+        "spending": spent, "quality": quality, "rule": decision,
+    })  # fmt: skip
+    print(f"written to {written}")
+
+
+if __name__ == "__main__":
+    main()
