@@ -1,7 +1,7 @@
 """Which reading of Sensitivity-LoRA's metrics should be the default: how it spends the budget, how steadily, how well.
 
-Run: ``python benchmarks/sensitivity_transforms.py [--data FOLDER] [--models NAME=CHECKPOINT,...] [--train NAME,...]
-[--seeds 3] [--steps 60] [--keep FOLDER]``. Most of an hour on one core; with ``--keep`` it goes on where it was.
+Run: ``python benchmarks/sensitivity_transforms.py [--data FOLDER] [--models NAME[=CHECKPOINT],...]
+[--train NAME,...] [--seeds 3] [--steps 60] [--keep FOLDER]``. Most of an hour on one core; with ``--keep`` it goes on where it was.
 
 Models: SmolLM2-135M, a small Qwen3 that the script pretrains, and any checkpoint named with ``--models``. Readings:
 the choices of ``sensitivity_transform``, and two that the package does not have: ``log_per_type`` (logarithm and
@@ -24,6 +24,7 @@ eligible: packed rows have no first token.
 """
 
 import argparse
+import functools
 import math
 import statistics
 import tempfile
@@ -52,7 +53,7 @@ from llamafactory_adaptive.ranks.plan import ModuleShape
 ELIGIBLE = ("none", "log", "per_type", "log_per_type")
 READINGS = (*ELIGIBLE, "no_first_token")
 CONTROLS = ("uniform", "random")
-SMALL_COURSE = {"seeds": 8, "steps": 120, "rate": 5e-3}  # cheap, and of a size that wants a higher rate
+SMALL_COURSE = {"seeds": 5, "rate": 5e-3}  # cheap, and of a size that wants a higher rate
 Moments = dict[str, dict[str, Tensor]]
 
 
@@ -152,8 +153,9 @@ def figures(moments: Mapping[str, Moments], shapes: Sequence[ModuleShape], rank:
     return result
 
 
-def planned(moments: Mapping[str, Moments], shapes: Sequence[ModuleShape], arm: str, rank: int,
-            seed: int) -> dict[str, int]:  # fmt: skip
+def planned(
+    moments: Mapping[str, Moments], shapes: Sequence[ModuleShape], rank: int, arm: str, seed: int
+) -> dict[str, int]:
     values = scores(arm, moments["both"], shapes, rank, seed)
     ranks = allocate(values, bounds(shapes, rank)).ranks
     return {shape.name: chosen for shape, chosen in zip(shapes, ranks, strict=True)}
@@ -241,8 +243,8 @@ def one_model(arguments: argparse.Namespace, ledger: short_runs.Ledger, name: st
     course |= SMALL_COURSE if name == "small" else {}
     before = ledger.result(settings, lambda: short_runs.held_out_loss(model, short[1], 2 * arguments.batch_size))
     print(f"{name}: held-out loss {before:.4f} before training", flush=True)
-    runs = trained(ledger, model, short, arguments.arms,
-                   lambda arm, seed: planned(moments, shapes, arm, arguments.rank, seed), settings, dict(course))  # fmt: skip
+    arm_ranks = functools.partial(planned, moments, shapes, arguments.rank)
+    runs = trained(ledger, model, short, arguments.arms, arm_ranks, settings, dict(course))
     losses = {arm: [run["loss"] for run in each] for arm, each in runs.items()}
     for arm, row in (arms := compared(losses)).items():
         words = [f"over {rival} {over['mean']:+.4f}: {over['verdict']}" for rival in (*CONTROLS, "none")
@@ -254,7 +256,7 @@ def one_model(arguments: argparse.Namespace, ledger: short_runs.Ledger, name: st
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="folder with gsm8k/train.jsonl and boolq/train.jsonl (default: word problems)")
-    parser.add_argument("--models", default="", help="further models: NAME=CHECKPOINT, comma separated")
+    parser.add_argument("--models", default="small,SmolLM2-135M", help="these two, and NAME=CHECKPOINT for others")
     parser.add_argument("--train", default="small,SmolLM2-135M", help="names of the models to train; may be empty")
     parser.add_argument("--arms", default=",".join((*CONTROLS, *ELIGIBLE)), help="what to train with")
     parser.add_argument("--samples", type=int, default=128, help="calibration rows")
@@ -265,10 +267,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--tokens", type=int, default=112, help="longest row that is trained on")
     parser.add_argument("--held-out", type=int, default=64)
-    parser.add_argument("--pretraining-steps", type=int, default=400, help="of the small model")
+    parser.add_argument("--pretraining-steps", type=int, default=200, help="of the small model")
     parser.add_argument("--keep", type=Path, help="folder for the small model and all results; what lies there is not "
                         "computed again (default: thrown away)")  # fmt: skip
     arguments = parser.parse_args()
+    arguments.models = {name: path for name, _, path in (each.partition("=") for each in arguments.models.split(","))}
     arguments.train, arguments.arms = (value.split(",") for value in (arguments.train, arguments.arms))
     if unknown := [arm for arm in arguments.arms if arm not in (*CONTROLS, *READINGS)]:
         raise SystemExit(f"--arms: {', '.join(unknown)} is none of {', '.join((*CONTROLS, *READINGS))}")
@@ -282,11 +285,11 @@ def main() -> None:
         keep.mkdir(parents=True, exist_ok=True)
         ledger = short_runs.Ledger(keep / "ledger.jsonl")
         rows = short_runs.Pairs(arguments.data, Path(scratch))
-        models = {
-            "small": short_runs.pretrain_small(keep / "small", rows.questions(), arguments.pretraining_steps),
-            "SmolLM2-135M": record.smollm2(),
-            **dict(each.split("=", 1) for each in arguments.models.split(",") if each),
+        build = {
+            "small": lambda: short_runs.pretrain_small(keep / "small", rows.questions(), arguments.pretraining_steps),
+            "SmolLM2-135M": record.smollm2,
         }
+        models = {name: path or build[name]() for name, path in arguments.models.items()}
         done = {name: one_model(arguments, ledger, name, path, rows) for name, path in models.items()}
     spent = {name: figures for name, (figures, _) in done.items()}
     quality = {name: runs for name, (_, runs) in done.items() if runs}
