@@ -1,7 +1,9 @@
 """Which reading of Sensitivity-LoRA's metrics should be the default: how it spends the budget, how steadily, how well.
 
 Run: ``python benchmarks/sensitivity_transforms.py [--data FOLDER] [--models NAME[=CHECKPOINT],...]
-[--train NAME,...] [--seeds 3] [--steps 60] [--keep FOLDER]``. Most of an hour on one core; with ``--keep`` it goes on where it was.
+[--train NAME,...] [--seeds 3] [--steps 60] [--keep FOLDER]``.
+
+Most of an hour on one core; with ``--keep`` it goes on where it was.
 
 Models: SmolLM2-135M, a small Qwen3 that the script pretrains, and any checkpoint named with ``--models``. Readings:
 the choices of ``sensitivity_transform``, and two that the package does not have: ``log_per_type`` (logarithm and
@@ -25,7 +27,6 @@ eligible: packed rows have no first token.
 
 import argparse
 import functools
-import math
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -34,123 +35,16 @@ from typing import Any
 
 import record
 import short_runs
-import torch
-from scipy.stats import spearmanr
-from torch import Tensor, nn
+from sensitivity_readings import CONTROLS, ELIGIBLE, READINGS, Moments, bounds, figures, moments_of, scores
+from torch import nn
 from worth_it import holm, paired, verdict
 
 from llamafactory_adaptive.api.targets import find_targets
-from llamafactory_adaptive.calibration.batches import Batch, make_batches
-from llamafactory_adaptive.calibration.input_moments import InputSecondMoments
-from llamafactory_adaptive.methods import ScoringContext, make_method
-from llamafactory_adaptive.methods._module_metrics import log_compress
-from llamafactory_adaptive.methods.sensitivity import Sensitivity, SensitivityOptions
-from llamafactory_adaptive.ranks.allocation import Bounds, allocate
-from llamafactory_adaptive.ranks.module_names import module_type
+from llamafactory_adaptive.ranks.allocation import allocate
 from llamafactory_adaptive.ranks.plan import ModuleShape
 
 
-ELIGIBLE = ("none", "log", "per_type", "log_per_type")
-READINGS = (*ELIGIBLE, "no_first_token")
-CONTROLS = ("uniform", "random")
 SMALL_COURSE = {"seeds": 5, "rate": 5e-3}  # cheap, and of a size that wants a higher rate
-Moments = dict[str, dict[str, Tensor]]
-
-
-class LogPerType(Sensitivity):
-    """log(1 + metric / median of the modules of its type)."""
-
-    def _transform(self, metric_M: Tensor, names: list[str]) -> Tensor:
-        types = [module_type(name) for name in names]
-        result_M = metric_M.clone()
-        for kind in dict.fromkeys(types):
-            members = torch.tensor([each == kind for each in types])
-            result_M[members] = log_compress(metric_M[members])
-        return result_M
-
-
-def scores(reading: str, moments: Moments, shapes: Sequence[ModuleShape], rank: int, seed: int = 0) -> list[float]:
-    """Scores of all modules, from ``moments`` of all tokens and of those that are not first in their row."""
-    context = ScoringContext(tuple(shapes), rank, seed)
-    if reading in CONTROLS:
-        return list(make_method(reading, {}).score({}, context).values.values())
-    options = SensitivityOptions(transform="none" if reading in ("log_per_type", "no_first_token") else reading)
-    method = (LogPerType if reading == "log_per_type" else Sensitivity)(options)
-    kept = moments["later" if reading == "no_first_token" else "all"]
-    return list(method.score(kept, context).values.values())
-
-
-def bounds(shapes: Sequence[ModuleShape], rank: int) -> Bounds:
-    """Budget and limits as a run has them by default."""
-    costs = [shape.in_features + shape.out_features for shape in shapes]
-    upper = [min(4 * rank, shape.in_features, shape.out_features) for shape in shapes]
-    return Bounds(costs, rank * sum(costs), [1] * len(costs), upper)
-
-
-def spending(values: Sequence[float], limits: Bounds) -> dict[str, float]:
-    ranks = allocate(values, limits).ranks
-    spent = sorted((rank * cost for rank, cost in zip(ranks, limits.costs, strict=True)), reverse=True)
-    shares = [rank / sum(ranks) for rank in ranks]
-    return {
-        "top_three": sum(sorted(values)[-3:]) / sum(values),
-        "top_three_spent": sum(spent[:3]) / sum(spent),
-        "at_cap": sum(rank == high for rank, high in zip(ranks, limits.upper, strict=True)),
-        "at_floor": sum(rank == 1 for rank in ranks),
-        "median_rank": statistics.median(ranks),
-        "entropy": -sum(share * math.log(share) for share in shares) / math.log(len(shares)),
-    }
-
-
-def agreement(first: Sequence[float], second: Sequence[float], limits: Bounds) -> dict[str, float]:
-    one, other = (allocate(values, limits).ranks for values in (first, second))
-    apart = sum(abs(a - b) for a, b in zip(one, other, strict=True))
-    return {
-        "scores": float(spearmanr(first, second).statistic),
-        "ranks": float(spearmanr(one, other).statistic),
-        "moved": apart / (sum(one) + sum(other)),
-    }
-
-
-def measure(model: nn.Module, rows: Sequence[short_runs.Row], first: bool) -> tuple[dict[str, Tensor], int]:
-    """Moments and how many tokens they are of; without the first token of every row unless ``first``."""
-    batches = make_batches(rows, 8, 0)
-    counted = [Batch(b.input_ids, b.attention_mask.clone(), b.labels) for b in batches]
-    for batch in counted:
-        batch.attention_mask[:, 0] = int(first)
-
-    def forward(model: nn.Module, batch: Batch) -> None:
-        seen = batch.attention_mask.clone()
-        seen[:, 0] = 1  # it is read all the same
-        model.base_model(input_ids=batch.input_ids, attention_mask=seen, use_cache=False)
-
-    tokens = sum(int(batch.attention_mask.sum()) for batch in counted)
-    return InputSecondMoments()(model, find_targets(model, "all-linear"), counted, forward), tokens
-
-
-def moments_of(model: nn.Module, parts: Mapping[str, Sequence[short_runs.Row]]) -> dict[str, Moments]:
-    """Moments of every part of the rows, and of both halves together."""
-    measured = {
-        part: {kind: measure(model, rows, kind == "all") for kind in ("all", "later")} for part, rows in parts.items()
-    }
-    found = {part: {kind: moments for kind, (moments, _) in kinds.items()} for part, kinds in measured.items()}
-    found["both"] = {}
-    for kind in ("all", "later"):
-        (one, a), (other, b) = (measured[half][kind] for half in ("first_half", "second_half"))
-        found["both"][kind] = {name: (a * one[name] + b * other[name]) / (a + b) for name in one}
-    return found
-
-
-def figures(moments: Mapping[str, Moments], shapes: Sequence[ModuleShape], rank: int) -> dict[str, Any]:
-    limits = bounds(shapes, rank)
-    result = {}
-    for reading in READINGS:
-        values = {part: scores(reading, each, shapes, rank) for part, each in moments.items()}
-        result[reading] = {
-            **spending(values["both"], limits),
-            "halves": agreement(values["first_half"], values["second_half"], limits),
-            **({"data_sets": agreement(values["both"], values["other"], limits)} if "other" in values else {}),
-        }
-    return result
 
 
 def planned(
@@ -226,12 +120,13 @@ def told(name: str, rows: Mapping[str, Any]) -> None:
         print(f"{name:<14} {reading:<14} {'; '.join(words)}", flush=True)
 
 
-def one_model(arguments: argparse.Namespace, ledger: short_runs.Ledger, name: str, checkpoint: str | Path,
+def one_model(arguments: argparse.Namespace, keep: Path, name: str, checkpoint: str | Path,
               rows: short_runs.Pairs) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     model, tokenizer = short_runs.load(checkpoint)
     shapes = [ModuleShape(n, m.in_features, m.out_features) for n, m in find_targets(model, "all-linear").items()]
     print(f"{name}: {len(shapes)} modules; calibrating on {arguments.samples} rows", flush=True)
-    moments = moments_of(model, rows.calibration(tokenizer, arguments.samples))
+    file = keep / f"moments-{name}-{rows.name}-{arguments.samples}.safetensors"
+    moments = moments_of(model, rows.calibration(tokenizer, arguments.samples), file)
     spent = figures(moments, shapes, arguments.rank)
     told(name, spent)
     if name not in arguments.train:
@@ -241,6 +136,7 @@ def one_model(arguments: argparse.Namespace, ledger: short_runs.Ledger, name: st
                 "held_out": len(short[1])}  # fmt: skip
     course = {key: getattr(arguments, key) for key in ("seeds", "steps", "batch_size", "rate")}
     course |= SMALL_COURSE if name == "small" else {}
+    ledger = short_runs.Ledger(keep / "ledger.jsonl")
     before = ledger.result(settings, lambda: short_runs.held_out_loss(model, short[1], 2 * arguments.batch_size))
     print(f"{name}: held-out loss {before:.4f} before training", flush=True)
     arm_ranks = functools.partial(planned, moments, shapes, arguments.rank)
@@ -267,7 +163,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--tokens", type=int, default=112, help="longest row that is trained on")
     parser.add_argument("--held-out", type=int, default=64)
-    parser.add_argument("--pretraining-steps", type=int, default=200, help="of the small model")
+    parser.add_argument("--pretraining-steps", type=int, default=300, help="of the small model")
     parser.add_argument("--keep", type=Path, help="folder for the small model and all results; what lies there is not "
                         "computed again (default: thrown away)")  # fmt: skip
     arguments = parser.parse_args()
@@ -283,14 +179,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         keep = arguments.keep or Path(scratch)
         keep.mkdir(parents=True, exist_ok=True)
-        ledger = short_runs.Ledger(keep / "ledger.jsonl")
         rows = short_runs.Pairs(arguments.data, Path(scratch))
         build = {
             "small": lambda: short_runs.pretrain_small(keep / "small", rows.questions(), arguments.pretraining_steps),
             "SmolLM2-135M": record.smollm2,
         }
         models = {name: path or build[name]() for name, path in arguments.models.items()}
-        done = {name: one_model(arguments, ledger, name, path, rows) for name, path in models.items()}
+        done = {name: one_model(arguments, keep, name, path, rows) for name, path in models.items()}
     spent = {name: figures for name, (figures, _) in done.items()}
     quality = {name: runs for name, (_, runs) in done.items() if runs}
     decision = choose(spent, {name: runs["arms"] for name, runs in quality.items()})

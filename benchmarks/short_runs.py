@@ -27,8 +27,8 @@ from llamafactory_adaptive.calibration.batches import Batch, make_batches
 
 
 Row = dict[str, list[int]]
-SMALL = {"vocab_size": 2048, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6,
-         "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip
+SMALL = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip
 BLOCK, BLOCKS = 128, 16  # tokens of a block of pretraining text, blocks of a step
 
 
@@ -70,9 +70,12 @@ def cut(rows: Sequence[Row], tokens: int) -> list[Row]:
 
 
 def load(model: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """A model in the precision of its files, without gradients, and its tokenizer."""
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").requires_grad_(False)
-    return loaded, AutoTokenizer.from_pretrained(model)
+    """A model in the precision of its files, without gradients, and its tokenizer.
+
+    Attention is the eager one: the backward pass of torch's own in bf16 takes a quarter of a step of short rows on a CPU.
+    """
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", attn_implementation="eager")
+    return loaded.requires_grad_(False), AutoTokenizer.from_pretrained(model)
 
 
 def pretrain_small(folder: Path, texts: Sequence[str], steps: int) -> Path:
