@@ -37,7 +37,10 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        *lines, unfinished = text.split("\n")
+        if unfinished:  # a kill in the middle of a line
+            path.write_text(text.removesuffix(unfinished), encoding="utf-8")
         self.entries = {self._key(entry["settings"]): entry["result"] for entry in map(json.loads, lines)}
 
     def result(self, settings: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
@@ -72,7 +75,7 @@ def cut(rows: Sequence[Row], tokens: int) -> list[Row]:
 def load(model: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """A model in the precision of its files, without gradients, and its tokenizer.
 
-    Attention is the eager one: the backward pass of torch's own in bf16 takes a quarter of a step of short rows on a CPU.
+    Attention is the eager one: torch's own takes a quarter of a step of short rows on a CPU, going back in bf16.
     """
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", attn_implementation="eager")
     return loaded.requires_grad_(False), AutoTokenizer.from_pretrained(model)
@@ -143,7 +146,9 @@ def train_lora(
     steps: int, batch_size: int, rate: float,
 ) -> dict[str, Any]:  # fmt: skip
     """A plain LoRA with alpha/r = 2 in every module; its held-out loss and curve. The base is left as it was."""
-    order = random.Random(seed).sample(range(len(train)), steps * batch_size)
+    draw, order = random.Random(seed), []
+    while len(order) < steps * batch_size:  # epoch by epoch
+        order += draw.sample(range(len(train)), len(train))
     torch.manual_seed(seed)
     config = LoraConfig(
         r=max(ranks.values()), lora_alpha=2 * max(ranks.values()), target_modules=list(ranks),

@@ -74,10 +74,10 @@ class SensitivityOptions:
         high=1.0,
     )
     transform: str = option(
-        "none",
+        "log",
         "Transform of the metrics, so that a few modules with massive activations do not take most ranks: log takes "
         "log(1 + metric / median), per_type divides by the mean over modules of the same type (q_proj, k_proj, ...), "
-        "none leaves the metrics as in the paper.",
+        "none leaves the metrics as they are, which is the paper's formula.",
         choices=("none", "log", "per_type"),
     )
     weighting: str = option(
@@ -102,7 +102,9 @@ class Sensitivity:
 
     Options: ClassVar[type[SensitivityOptions]] = SensitivityOptions
     traits: ClassVar[MethodTraits] = MethodTraits("fixed")
-    concentration_advice: ClassVar[str] = "massive activations; sensitivity_transform: log or per_type spreads it"
+    concentration_advice: ClassVar[str] = (
+        "massive activations; sensitivity_transform: log, the default, spreads it most"
+    )
 
     def __init__(self, options: SensitivityOptions) -> None:
         self.options = options
