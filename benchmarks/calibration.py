@@ -76,7 +76,7 @@ def time_ratios(model, modules, batches, repeats: int) -> dict[str, float]:
 
 
 def theta(model, modules, rows, batch_size: int) -> list[float]:
-    method = Sensitivity(SensitivityOptions())
+    method = Sensitivity(SensitivityOptions(transform="none"))  # the formula whose tau the paper gives
     moments = method.measurement()(model, modules, make_batches(rows, batch_size, 0))
     shapes = tuple(ModuleShape(n, m.in_features, m.out_features) for n, m in modules.items())
     return list(method.score(moments, ScoringContext(shapes, 8, 0)).values.values())

@@ -28,7 +28,7 @@ def plan_by_command(folder: Path, name: str, model: Path, samples: int, scratch:
         "model_name_or_path": str(model), "stage": "sft", "do_train": True, "finetuning_type": "adaptive",
         "lora_rank": 8, "lora_target": "all", "dataset": name, "dataset_dir": str(folder), "template": "smollm2",
         "cutoff_len": 512, "output_dir": str(scratch / "out"), "bf16": True, "use_cpu": True, "report_to": "none",
-        "adaptive_calibration_samples": samples, "max_samples": 2000,
+        "adaptive_calibration_samples": samples, "max_samples": 2000, "sensitivity_transform": "none",
     }  # fmt: skip
     path = scratch / "recompute.yaml"
     path.write_text(yaml.safe_dump(settings))
@@ -71,7 +71,7 @@ def capture(settings: dict, names: list[str], samples: int, scratch: Path) -> di
 
 
 def theta_of(lams: list[np.ndarray]) -> np.ndarray:
-    """methods.md in six lines: trace, mean of the upper half, effective rank at 85 %, weighed by sigma / mu^2."""
+    """The paper in six lines: trace, mean of the upper half, effective rank at 85 %, weighed by sigma / mu^2."""
     ordered = [np.sort(lam)[::-1] for lam in lams]
     trace = np.array([lam.sum() for lam in ordered])
     top = np.array([lam[: len(lam) // 2].mean() for lam in ordered])

@@ -61,8 +61,8 @@ def read_lines(folder: Path, name: str) -> tuple[list[str], Callable[[str], tupl
     """Lines of a data set, as :func:`dataset_folder` gives it, and what makes prompt and answer of one."""
     info = json.loads((folder / "dataset_info.json").read_text())[name]
     columns = info.get("columns", {"prompt": "instruction", "response": "output"})
-    # Not splitlines: a row may hold separators of lines other than the newline.
-    lines = [line for line in (folder / info["file_name"]).read_text(encoding="utf-8").split("\n") if line]
+    text = (folder / info["file_name"]).read_text(encoding="utf-8")
+    lines = [line for line in text.split("\n") if line]  # not splitlines(): a row of GSM8K holds U+2028
 
     def pair(line: str) -> tuple[str, str]:
         row = json.loads(line)

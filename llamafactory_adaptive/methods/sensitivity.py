@@ -15,8 +15,10 @@ j = 1..c gets r + (c + 1)/2 - j. With ``adaptive_budget_unit: ranks`` and classe
 budget in parameters cannot hold them exactly where classes differ in cost, and scales them to fit.
 
 What differs: padding is left out of the mean; N is d_in, not d_in * d_out; ``transform`` and ``weighting`` are ours,
-against massive activations and against ties of modules that read one input. Cost: one forward pass (and a backward
-pass with ``weighting: gradient``); memory, one vector per module.
+against massive activations and against ties of modules that read one input. By default every metric is compressed,
+``log(1 + metric / median)``, before it is combined: as published (``transform: none``), three modules take most of the
+score on pretrained models (benchmarks/sensitivity_transforms.py, which chose the default). Cost: one forward pass (and
+a backward pass with ``weighting: gradient``); memory, one vector per module.
 """
 
 import logging
@@ -74,10 +76,10 @@ class SensitivityOptions:
         high=1.0,
     )
     transform: str = option(
-        "none",
+        "log",
         "Transform of the metrics, so that a few modules with massive activations do not take most ranks: log takes "
         "log(1 + metric / median), per_type divides by the mean over modules of the same type (q_proj, k_proj, ...), "
-        "none leaves the metrics as in the paper.",
+        "none leaves the metrics as they are, which is the paper's formula.",
         choices=("none", "log", "per_type"),
     )
     weighting: str = option(
@@ -102,7 +104,9 @@ class Sensitivity:
 
     Options: ClassVar[type[SensitivityOptions]] = SensitivityOptions
     traits: ClassVar[MethodTraits] = MethodTraits("fixed")
-    concentration_advice: ClassVar[str] = "massive activations; sensitivity_transform: log or per_type spreads it"
+    concentration_advice: ClassVar[str] = (
+        "massive activations; sensitivity_transform: log, the default, spreads it most"
+    )
 
     def __init__(self, options: SensitivityOptions) -> None:
         self.options = options

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from llamafactory_adaptive import _bootstrap
+from llamafactory_adaptive.methods import ScoringContext, make_method
+from llamafactory_adaptive.methods.sensitivity import SensitivityOptions
 from llamafactory_adaptive.planning.cache import cached_plan, read_statistics
 from llamafactory_adaptive.planning.earlier_plans import check_resumed_run
 from llamafactory_adaptive.ranks.plan import ModuleShape, load_plan
@@ -35,6 +37,20 @@ def test_a_cached_plan_and_its_statistics_are_used(earlier):
     statistics, facts = read_statistics(earlier / "cache" / "statistics.safetensors", shapes)
     assert {name: len(statistics[name]) for name in statistics} == {s.name: s.in_features for s in shapes}
     assert facts["calibration_tokens"] > 0
+
+
+def test_a_cached_plan_is_still_that_of_its_own_options(earlier):
+    """It was scored by the paper's formula, which was the default then."""
+    plan = cached_plan(earlier / "cache" / "plan.json")
+    assert (plan.options["transform"], SensitivityOptions().transform) == ("none", "log")
+    shapes = [ModuleShape(module.name, module.in_features, module.out_features) for module in plan.modules]
+    statistics, _ = read_statistics(earlier / "cache" / "statistics.safetensors", shapes)
+    context = ScoringContext(tuple(shapes), plan.lora_rank, 0)
+    values = {options: make_method("sensitivity", given).score(statistics, context).values
+              for options, given in (("its own", plan.options), ("today's", {}))}  # fmt: skip
+    theirs = {module.name: module.score for module in plan.modules}
+    assert values["its own"] == pytest.approx(theirs, rel=1e-6)
+    assert values["today's"] != pytest.approx(theirs, rel=1e-2)
 
 
 def test_a_checkpoint_is_of_the_run_it_was_of(earlier, tiny_llama, data_dir, tmp_path):

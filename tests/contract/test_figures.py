@@ -43,7 +43,11 @@ ROWS = {
         "share_in_subsets/by loss, subset_ratio 0.7, clip_quantile 0.8",
         "{:.1%}",
     ),
-    "held-out loss, `sensitivity` less plain LoRA": ("worth_it", "results/sensitivity/over_lora/mean", "{:+.4f}"),
+    "held-out loss, `sensitivity` as published less plain LoRA": (
+        "worth_it",
+        "results/sensitivity/over_lora/mean",
+        "{:+.4f}",
+    ),
     "the same, `tsq` with ranks alone": ("worth_it", "results/tsq, ranks alone/over_lora/mean", "{:+.4f}"),
     "the same, `random`": ("worth_it", "results/random/over_lora/mean", "{:+.4f}"),
     "step of `igu` over plain LoRA": ("overhead", "variants/igu/time_ratio", "{:.3f} x"),
@@ -102,7 +106,7 @@ def test_results_name_command_date_and_versions(name):
 
 WORTH_IT = RESULTS["worth_it"]
 COMPARED = {
-    "held-out loss, `sensitivity` less plain LoRA": "sensitivity",
+    "held-out loss, `sensitivity` as published less plain LoRA": "sensitivity",
     "the same, `tsq` with ranks alone": "tsq, ranks alone",
     "the same, `random`": "random",
 }
@@ -147,6 +151,31 @@ def test_ranks_grew_and_shrank_and_cost_at_most_plain_lora_as_readme_says():
     changes = [line for run in WORTH_IT["runs"]["tsq, ranks alone"]["5e-4"] for line in run["allocations"]]
     assert changes
     assert all(line["grown"] and line["shrunk"] and line["budget_used"] <= most for line in changes)
+
+
+def test_the_default_transform_is_the_one_that_the_rule_chose():
+    chosen = RESULTS["sensitivity_transforms"]["rule"]["chosen"]
+    assert f"| `sensitivity_transform` | `{chosen}` |" in (ROOT / "docs" / "options.md").read_text()
+
+
+def test_how_to_quotes_what_the_transforms_spend_and_how_they_agree():
+    page = (ROOT / "docs" / "how-to.md").read_text()
+    models = RESULTS["sensitivity_transforms"]["spending"]
+    starts = {"SmolLM2-135M": "SmolLM2-135M, 210 modules", "gemma-3-270m": "gemma-3-270m, 126 modules",
+              "small": "a small Qwen3 made by the benchmark, 28 modules"}  # fmt: skip
+    assert set(models) == set(starts)
+    for model, figures in models.items():
+        cells = [f"{figures[reading]['top_three']:.1%}, {figures[reading]['data_sets']['scores']:.2f}"
+                 for reading in ("none", "log", "per_type")]  # fmt: skip
+        assert f"| {starts[model]} | {' | '.join(cells)} |" in page
+    assert min(figures[reading]["halves"]["scores"] for figures in models.values() for reading in figures) >= 0.99
+    first = [
+        f"{models[model]['no_first_token']['top_three']:.1%} on {model}" for model in ("SmolLM2-135M", "gemma-3-270m")
+    ]
+    assert says(page, f"still hold {first[0]} and {first[1]}.")
+    raw, chosen = (models["SmolLM2-135M"][reading]["top_three"] for reading in ("none", "log"))
+    assert says(README, f"hold {100 * raw:.0f} % of the paper's raw score (`sensitivity_transform: none`) and "
+                        f"{100 * chosen:.0f} % with the default")  # fmt: skip
 
 
 def test_footguns_quotes_how_well_wrong_answers_are_told_apart():

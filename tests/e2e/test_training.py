@@ -123,7 +123,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tiny_llama, data_dir, tmp_
     [
         ({"lora_rank": 8}, "lora_rank is 4 there and 8 here"),
         ({"adaptive_method": "random"}, "adaptive_method is sensitivity there and random here"),
-        ({"sensitivity_transform": "log"}, "sensitivity_transform is none there and log here"),
+        ({"sensitivity_transform": "none"}, "sensitivity_transform is log there and none here"),
         ({"model": {"intermediate_size": 48}}, "is 32x64 in the plan, 32x48 in the model"),
     ],
 )

@@ -231,7 +231,8 @@ def test_what_concentrates_ranks_is_told_with_the_methods_own_remedy():
             save_file(tensors, path, metadata=facts)
 
     shapes = [ModuleShape(f"model.layers.{i}.mlp.up_proj", 16, 16) for i in range(20)]
-    config = configured(lora_rank=2)
+    as_published = {**configured().options, "transform": "none"}
+    config = configured(lora_rank=2, options=as_published)
     plan = fresh_plan(config, Steep(shapes=shapes)).plan
     (said,) = advice(plan, config)
     assert get_method("sensitivity").concentration_advice in said
