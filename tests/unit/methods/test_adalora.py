@@ -13,7 +13,7 @@ from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationC
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.planning.compatibility import check_plan, check_same_scale
 from llamafactory_adaptive.planning.earlier_plans import check_resumed_run
-from llamafactory_adaptive.planning.intention import intention
+from llamafactory_adaptive.planning.start_message import start_message
 from llamafactory_adaptive.planning.planner import start_plan
 from llamafactory_adaptive.ranks.plan import ModuleShape, load_plan, parse_plan
 from llamafactory_adaptive.ranks.schedule import PruningConfig
@@ -30,7 +30,7 @@ COMMON = {"adaptive_budget_unit": "params", "adaptive_min_rank": 1, "adaptive_pl
 def configured(scale="init_rank", alpha=16.0, search=SEARCH, method="adalora"):
     options = {"beta1": 0.85, "beta2": 0.85, "orthogonality_weight": 0.5, "scale": scale}
     budget, calibration = (4, alpha, 16), CalibrationConfig(None, 0, 0, 0)
-    return AdaptiveConfig.of(COMMON, method, options, budget, calibration, search, scale == "init_rank")
+    return AdaptiveConfig.from_checked(COMMON, method, options, budget, calibration, search, scale == "init_rank")
 
 
 @pytest.mark.parametrize(("scale", "divisor"), [("init_rank", 6), ("lora_rank", 4)])
@@ -113,7 +113,7 @@ def test_another_run_on_the_ranks_has_its_own_alpha():
 
 
 def test_a_run_says_how_strong_its_adapter_is():
-    said = intention(configured(alpha=12.0))
+    said = start_message(configured(alpha=12.0))
     assert said.endswith("as strong as lora_alpha 8 over lora_rank 4")
     assert "lora_alpha 12 is divided by the rank it starts from" in said
-    assert "lora_alpha" not in intention(configured("lora_rank"))
+    assert "lora_alpha" not in start_message(configured("lora_rank"))
