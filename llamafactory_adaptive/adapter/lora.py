@@ -65,6 +65,13 @@ def live_layers(model: nn.Module) -> dict[str, tuple[LoraLayer, str]]:
     return layers
 
 
+def live_factors(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """Map base-model names to the modules A and B of each LoRA layer."""
+    return {
+        name: (layer.lora_A[adapter], layer.lora_B[adapter]) for name, (layer, adapter) in live_layers(model).items()
+    }
+
+
 def _base_name(name: str) -> str:
     """Cut off wrapper prefixes: PEFT puts ``base_model.model.`` before the base model's own names."""
     return name.rpartition(TENSOR_PREFIX)[2]

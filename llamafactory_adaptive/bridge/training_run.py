@@ -149,7 +149,7 @@ def _sample_request(args: Args, sampling: Any) -> Any:
     """Build the settings by which the training samples of this run are chosen."""
     from llamafactory_adaptive.bridge.fingerprint import identity
     from llamafactory_adaptive.planning.cache import cache_folder
-    from llamafactory_adaptive.training.sample_preparation import SampleRequest
+    from llamafactory_adaptive.training.sample_scoring import SampleRequest
 
     return SampleRequest(sampling, run_seed(args), identity(args), cache_folder() / "quality")
 

@@ -29,6 +29,11 @@ class Sampling:
         batch_size: samples per scoring batch; None for the run's.
         refresh_ratio: share of all optimizer steps between two draws.
         scales_budget: whether the rank budget depends on the quality of the subset.
+        squared_norm: whether the gradient norm enters the quality squared.
+        draws_by_quality: whether samples are drawn from a subset by their weights, rather than each once a turn.
+        refresh_quality: whether all samples are scored again before every refresh.
+        clusters: number of clusters of samples to tell apart; 0 for none.
+        min_cluster_share: part of its share of the pool that a cluster keeps in every subset; 0 for no floor.
     """
 
     weights: tuple[float, float, float]
@@ -42,6 +47,11 @@ class Sampling:
     batch_size: int | None
     refresh_ratio: float
     scales_budget: bool
+    squared_norm: bool = False
+    draws_by_quality: bool = False
+    refresh_quality: bool = False
+    clusters: int = 0
+    min_cluster_share: float = 0.0
 
     def pool_size(self, samples: int) -> int:
         """Count the samples that clipping leaves of a training set of ``samples``."""

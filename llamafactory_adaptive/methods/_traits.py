@@ -36,6 +36,8 @@ class MethodTraits:
         probes: whether gradients are observed by extra passes; a :class:`ProbingMethod`.
         relative: whether scores depend on the typical importance of a kind; a :class:`RelativeMethod`.
         samples: whether training data is chosen by quality; a :class:`SamplingMethod`.
+        sample_moment: what a method without lambda observes in place of the step's gradient g: 0 for g itself, 1 or 2
+            for the mean of this order over samples, ``(E|g_i|^order)^(1/order)`` per element.
         scales_by_start: whether the scale is ``lora_alpha`` over the rank that modules start at, rather than over
             ``lora_rank``; read where ranks are pruned.
         read_with_plan: options that are read when ranks come from ``adaptive_plan``, as by a method that still chooses
@@ -49,6 +51,7 @@ class MethodTraits:
     probes: bool = False
     relative: bool = False
     samples: bool = False
+    sample_moment: int = 0
     scales_by_start: bool = False
     read_with_plan: tuple[str, ...] = ()
     only_with_plan: tuple[str, ...] = ()

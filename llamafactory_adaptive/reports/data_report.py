@@ -12,6 +12,7 @@ from torch import Tensor
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import digest_of, read_json, write_atomically
 from llamafactory_adaptive.ranks.plan import RankPlan
+from llamafactory_adaptive.reports.cluster_shares import cluster_lines, cluster_summary
 from llamafactory_adaptive.reports.plaintext import plain
 from llamafactory_adaptive.reports.plots import new_figure, save_figure
 from llamafactory_adaptive.reports.tables import align
@@ -40,6 +41,9 @@ class DataQuality:
         row_digests: a digest per sample; equal samples have equal ones.
         subset_size: samples drawn between two refreshes.
         effective_size: how many equally likely samples the probabilities amount to.
+        cluster_N: cluster of each sample; None if samples were not clustered.
+        min_cluster_share: part of its share of the samples that every cluster keeps.
+        scorings: how often the samples were scored; terms, quality and probability are those of the last time.
     """
 
     terms: Mapping[str, Tensor]
@@ -50,6 +54,9 @@ class DataQuality:
     row_digests: Sequence[str]
     subset_size: int
     effective_size: float
+    cluster_N: Tensor | None = None
+    min_cluster_share: float = 0.0
+    scorings: int = 1
 
 
 def save_data_report(
@@ -78,6 +85,7 @@ def save_data_report(
         "clipped": int((~data.kept_N).sum()),
         "subset_size": data.subset_size,
         "effective_sample_size": data.effective_size,
+        "scorings": data.scorings,
         "steps": steps,
         "samples_used": used,
         "share_used": used / len(samples),
@@ -87,6 +95,10 @@ def save_data_report(
             name: dict(zip(_QUANTILES, values.quantile(places).tolist(), strict=True))
             for name, values in {"quality": data.quality_N, **data.terms}.items()
         },
+        "clusters": []
+        if data.cluster_N is None
+        else cluster_summary(data.cluster_N, data.kept_N, data.probability_N, data.usage_N),
+        "min_cluster_share": data.min_cluster_share,
         "duplicates": {"groups": len(groups), "samples": sum(map(len, groups)), "largest": groups[:_SHOWN]},
         "best": [_shown(samples[index], text) for index in order[:_SHOWN]],
         "worst": [_shown(samples[index], text) for index in order[::-1][:_SHOWN]],
@@ -102,6 +114,7 @@ def _sample_lines(data: DataQuality, groups: Sequence[Sequence[int]]) -> list[di
         **{name: values.tolist() for name, values in data.terms.items()},
         "clipped": (~data.kept_N).tolist(),
         "used": data.usage_N.tolist(),
+        **({} if data.cluster_N is None else {"cluster": data.cluster_N.tolist()}),
     }
     lines = [
         {"index": index, "digest": digest[:16], **{name: values[index] for name, values in columns.items()}}
@@ -197,7 +210,7 @@ def _table(r: Mapping[str, Any]) -> str:
         f"samples                {r['samples']:,} ({r['clipped']:,} clipped, {r['without_loss_tokens']:,} without a "
         "token that takes loss)",
         f"subset                 {r['subset_size']:,}; weights amount to {r['effective_sample_size']:,.1f} equally "
-        "likely samples",
+        "likely samples" + (f"; samples were scored {n} times" if (n := r.get("scorings", 1)) > 1 else ""),
         f"used in {r['steps']:,} steps       {r['samples_used']:,} samples, {r['share_used']:.1%} of all; at most "
         f"{r['most_used']} times",
         f"exact duplicates       {r['duplicates']['samples']:,} samples in {r['duplicates']['groups']:,} groups",
@@ -205,6 +218,8 @@ def _table(r: Mapping[str, Any]) -> str:
     ]
     rows = [[name, *(f"{values[q]:.4g}" for q in _QUANTILES)] for name, values in r["distribution"].items()]
     lines += align([["", *_QUANTILES], *rows])
+    if r.get("clusters"):  # older versions knew none
+        lines += ["", *cluster_lines(r["clusters"], r["min_cluster_share"])]
     for kind in ("best", "worst"):
         lines += ["", f"{kind} samples"]
         lines += [_sample_text(sample) for sample in r[kind]]

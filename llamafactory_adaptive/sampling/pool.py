@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from llamafactory_adaptive.methods import Sampling
+from llamafactory_adaptive.sampling.clusters import ClusterGuard
+from llamafactory_adaptive.sampling.quality import SampleTerms
 from llamafactory_adaptive.seeding import seeded_index
+
+
+def quality_of(terms: SampleTerms, sampling: Sampling) -> Tensor:
+    """Compute the quality of every sample from its measured terms, (N,) fp64."""
+    norm_N = terms.gradient_norm.square() if sampling.squared_norm else terms.gradient_norm
+    return combine_terms((norm_N, terms.loss_drop, terms.alignment), sampling.weights)
 
 
 def combine_terms(terms: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -33,11 +41,14 @@ class Pool:
     Args:
         quality_N: quality per sample; samples of higher quality are drawn more often.
         tail_N: values by which samples are clipped, the largest first.
-        sampling: temperature, and sizes of pool and subsets.
+        sampling: temperature, sizes of pool and subsets, how batches are drawn, and the guard of clusters.
         seed: seed of the draws.
+        cluster_N: cluster of each sample, from 0 on; None if clusters are not known.
     """
 
-    def __init__(self, quality_N: Tensor, tail_N: Tensor, sampling: Sampling, seed: int) -> None:
+    def __init__(
+        self, quality_N: Tensor, tail_N: Tensor, sampling: Sampling, seed: int, cluster_N: Tensor | None = None
+    ) -> None:
         self.quality_N, self.seed = quality_N, seed
         samples = len(quality_N)
         self.subset_size = sampling.subset_size(samples)
@@ -45,10 +56,12 @@ class Pool:
         clipped = samples - sampling.pool_size(samples)
         if clipped:  # a stable sort: of equal values the later samples are clipped
             self.kept_N[tail_N.sort(stable=True).indices[-clipped:]] = False
-        self.temperature = sampling.temperature
+        self.temperature, self.draws_by_quality = sampling.temperature, sampling.draws_by_quality
         self.log_weights_N = torch.where(self.kept_N, quality_N / sampling.temperature, -torch.inf)
+        self.guard = None if cluster_N is None else ClusterGuard(cluster_N, self.kept_N, sampling.min_cluster_share)
         self.subset = lru_cache(maxsize=4)(self._subset)
         self.order = lru_cache(maxsize=4)(self._order)
+        self.draw_shares = lru_cache(maxsize=4)(self._draw_shares)
 
     @property
     def probabilities(self) -> Tensor:
@@ -68,16 +81,43 @@ class Pool:
         return self.temperature * factor
 
     def _subset(self, refresh: int) -> Tensor:
-        """Draw sample numbers without replacement: the largest ``log p + Gumbel noise`` (Kool et al., 1903.06059)."""
-        generator = torch.Generator().manual_seed(seeded_index(self.seed, refresh, 0, 2**62))
-        uniform_N = torch.rand(len(self.quality_N), generator=generator, dtype=torch.float64)
+        """Draw sample numbers without replacement: the largest ``log p + Gumbel noise`` (Kool et al., 1903.06059).
+
+        With a guard every cluster's floor is filled by its own largest, the rest of the subset by the largest of all
+        others: within a cluster samples come in the same order as without it.
+        """
+        uniform_N = torch.rand(len(self.quality_N), generator=self._generator(refresh, 0), dtype=torch.float64)
         gumbel_N = -(-uniform_N.clamp(min=1e-300).log()).log()
-        return (self.log_weights_N + gumbel_N).topk(self.subset_size).indices.sort().values
+        keys_N = self.log_weights_N + gumbel_N
+        if self.guard is None or not self.guard.active:
+            return keys_N.topk(self.subset_size).indices.sort().values
+        return self.guard.choose(keys_N, self.subset_size).sort().values
+
+    def _generator(self, refresh: int, use: int) -> torch.Generator:
+        return torch.Generator().manual_seed(seeded_index(self.seed, refresh, use, 2**62))
+
+    def _draw_shares(self, refresh: int) -> Tensor:
+        """Compute the share of the draws from a subset that each of its samples gets on average, in its order."""
+        subset = self.subset(refresh)
+        if not self.draws_by_quality:
+            return torch.full((len(subset),), 1.0 / len(subset), dtype=torch.float64)
+        log_weights_m = self.log_weights_N[subset]
+        if self.guard is None or not self.guard.active:
+            return torch.softmax(log_weights_m, 0)
+        return self.guard.draw_shares(log_weights_m, subset)
 
     def _order(self, refresh: int, turn: int) -> Tensor:
-        """Shuffle the subset, anew for every turn through it."""
-        generator = torch.Generator().manual_seed(seeded_index(self.seed, refresh, 1 + turn, 2**62))
-        return self.subset(refresh)[torch.randperm(self.subset_size, generator=generator)]
+        """Draw one turn through a subset, anew for every turn.
+
+        It is the subset, shuffled; or, by quality, as many independent draws from it with replacement.
+        """
+        subset, generator = self.subset(refresh), self._generator(refresh, 1 + turn)
+        if not self.draws_by_quality:
+            return subset[torch.randperm(self.subset_size, generator=generator)]
+        bounds_m = self.draw_shares(refresh).cumsum(0)
+        uniform_m = torch.rand(self.subset_size, generator=generator, dtype=torch.float64) * bounds_m[-1]
+        places_m = torch.searchsorted(bounds_m, uniform_m, right=True)  # right: a share of 0 is never hit
+        return subset[places_m.clamp(max=self.subset_size - 1)]
 
     def stretch(self, refresh: int, start: int, count: int) -> list[int]:
         """Return ``count`` sample numbers of one subset from place ``start`` on, turn after turn through it."""
@@ -96,6 +136,12 @@ class Pool:
         order = self.quality_N[kept].sort(stable=True).indices
         place_N[kept[order]] = torch.linspace(0.0, 1.0, len(kept), dtype=torch.float64)
         return float(place_N[self.subset(refresh)].mean())
+
+    def cluster_shares(self, refresh: int) -> tuple[Tensor, Tensor] | None:
+        """Return each cluster's share of the pool, and of the draws from a subset; None without clusters."""
+        if self.guard is None:
+            return None
+        return self.guard.pool_share_C, self.guard.sums(self.draw_shares(refresh), self.subset(refresh))
 
 
 def _effective_size(log_weights_N: Tensor) -> float:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from llamafactory_adaptive.calibration.measurement import evaluating
 from llamafactory_adaptive.errors import CalibrationError
+from llamafactory_adaptive.sampling.clusters import cluster_directions
 from llamafactory_adaptive.sampling.sample_gradients import Layers, SampleGradientRecorder, TermSpec
 
 
@@ -36,12 +37,24 @@ class SampleTerms:
         loss_drop: fall of the sample's own loss after one step on it, ``l(theta) - l(theta - eta g_i)``; to first
             order ``eta |g_i|^2``.
         alignment: ``<g_i, mean g> / |mean g|``: first-order fall of the mean loss, per unit of step, for a step on i.
+        cluster: number of the sample's cluster, the largest being 0; -1 where samples were not clustered.
     """
 
     loss: Tensor
     gradient_norm: Tensor
     loss_drop: Tensor
     alignment: Tensor
+    cluster: Tensor
+
+    @property
+    def clusters(self) -> Tensor | None:
+        """Return the cluster of every sample as whole numbers; None if samples were not clustered."""
+        return self.cluster.long() if bool((self.cluster >= 0).all()) else None
+
+    @property
+    def measured(self) -> dict[str, Tensor]:
+        """Return the measured terms by name, without the clusters."""
+        return {name: values for name, values in vars(self).items() if name != "cluster"}
 
 
 def measure(
@@ -52,6 +65,7 @@ def measure(
     spec: TermSpec,
     all_reduce_sum: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     quiet: bool = False,
+    title: str = "Scoring samples",
 ) -> SampleTerms:
     """Measure the terms of every sample; the model is left unchanged.
 
@@ -63,6 +77,7 @@ def measure(
         spec: the terms to measure.
         all_reduce_sum: sums a tensor over processes, in place.
         quiet: show no progress bar.
+        title: name of the progress bar.
 
     Raises:
         CalibrationError: a layer does not read whole sequences, a result is not finite, or memory is too small.
@@ -72,7 +87,7 @@ def measure(
     recorder = SampleGradientRecorder(layers, spec)
     passes = _Passes(batches, device, quiet)
     with _scoring(model), recorder.attached(), _memory_advice(recorder):
-        for indices, inputs in passes.named("Scoring samples"):
+        for indices, inputs in passes.named(title):
             found_4N[:3, indices] = _checked(recorder.score(model, inputs), indices)
         if spec.alignment == "exact":
             recorder.share_mean(all_reduce_sum)
@@ -81,7 +96,12 @@ def measure(
     if spec.alignment == "projected":
         found_4N[3, passes.order] = recorder.projected_alignment(samples, all_reduce_sum, device)
     found_4N = all_reduce_sum(found_4N.to(device)).cpu()
-    return SampleTerms(found_4N[0], found_4N[1].sqrt(), found_4N[2], found_4N[3])
+    cluster_N = torch.full((samples,), -1.0, dtype=torch.float64)
+    if spec.clusters:
+        x_ND = torch.zeros(samples, recorder.slots * recorder.per_factor)
+        x_ND[passes.order] = recorder.projected()
+        cluster_N = cluster_directions(all_reduce_sum(x_ND.to(device)).cpu(), spec.clusters, spec.seed).double()
+    return SampleTerms(found_4N[0], found_4N[1].sqrt(), found_4N[2], found_4N[3], cluster_N)
 
 
 class _Passes:
@@ -118,7 +138,8 @@ def _checked(figures: Tensor, indices: Sequence[int]) -> Tensor:
     if not bool(finite_b.all()):
         worst = indices[int((~finite_b).nonzero()[0])]
         raise CalibrationError(
-            f"the gradient of sample {worst} of the training set is not finite: check the base model and its dtype"
+            f"the gradient of sample {worst} of the training set is not finite: check the base model and its dtype; "
+            "where it happens during training, that has diverged: lower learning_rate"
         )
     return on_cpu
 

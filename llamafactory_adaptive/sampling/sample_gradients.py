@@ -37,7 +37,8 @@ class TermSpec:
             ``eta |g_i|^2``.
         alignment: ``none`` (zeros), ``projected`` (random projection, same pass) or ``exact`` (a second pass).
         dimensions: number of dimensions of the projection.
-        seed: seed of the projection.
+        seed: seed of the projection, and of the clusters.
+        clusters: number of clusters to sort samples into, by their projected gradients; 0 for none.
     """
 
     step_size: float
@@ -45,6 +46,12 @@ class TermSpec:
     alignment: str
     dimensions: int
     seed: int
+    clusters: int = 0
+
+    @property
+    def projects(self) -> bool:
+        """Tell whether gradients are projected."""
+        return self.alignment == "projected" or self.clusters > 0
 
 
 def squared_norms(left_btk: Tensor, right_btj: Tensor) -> Tensor:
@@ -85,7 +92,7 @@ def _forward_arguments(model: nn.Module) -> Collection[str]:
     return signature(base.forward).parameters
 
 
-class _Tap(torch.autograd.Function):
+class Tap(torch.autograd.Function):
     """Identity on a layer's output whose backward pass gives ``take`` the output's gradient and the layer's input.
 
     The input is saved by autograd itself, so that gradient checkpointing recomputes it.
@@ -93,12 +100,14 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, output: Tensor, take: Callable[[Tensor, Tensor], None]) -> Tensor:
+        """Return the output as it is, and save the input."""
         ctx.save_for_backward(x)
         ctx.take = take
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+        """Pass the output's gradient on, and show it to ``take``."""
         (x,) = ctx.saved_tensors
         ctx.take(grads[0], x)
         return None, grads[0], None
@@ -159,7 +168,7 @@ class SampleGradientRecorder:
                     "expert or an image tower?), so its gradients belong to no sample; take it out of lora_target or "
                     "set tsq_sampling: false"
                 )
-            tapped: Tensor = _Tap.apply(x, output, take)  # type: ignore[no-untyped-call]
+            tapped: Tensor = Tap.apply(x, output, take)  # type: ignore[no-untyped-call]
             return tapped
 
         return hook
@@ -175,7 +184,7 @@ class SampleGradientRecorder:
             self.squared_b += squared_norms(left_btk, right_btj)
         if self.spec.alignment == "exact":
             self.total[key] += left_btk.flatten(0, 1).mT @ right_btj.flatten(0, 1)
-        elif self.spec.alignment == "projected":
+        if self.spec.projects:
             self._project(key, index, left_btk, right_btj)
 
     def _backward(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
@@ -190,7 +199,7 @@ class SampleGradientRecorder:
     def score(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """Measure losses, squared gradient norms and loss drops of one batch, (3, b)."""
         losses_b = self._backward(model, inputs)
-        if self.spec.alignment == "projected":
+        if self.spec.projects:
             self.projections.append(self.projected_bD.cpu())
         drops_b = self.spec.step_size * self.squared_b
         if self.spec.exact_drop:
@@ -228,11 +237,15 @@ class SampleGradientRecorder:
         start = index % self.slots * self.per_factor
         self.projected_bD[:, start : start + self.per_factor] += products_bd
 
+    def projected(self) -> Tensor:
+        """Return the projected gradients of this process's samples, in scoring order, (n, D)."""
+        return torch.cat([torch.zeros(0, self.slots * self.per_factor), *self.projections])
+
     def projected_alignment(
         self, samples: int, all_reduce_sum: Callable[[Tensor], Tensor], device: torch.device
     ) -> Tensor:
         """Compute the alignment of this process's samples in scoring order; the mean is over all ``samples``."""
-        p_nD = torch.cat([torch.zeros(0, self.slots * self.per_factor), *self.projections])
+        p_nD = self.projected()
         mean_D = all_reduce_sum(p_nD.sum(0, dtype=torch.float64).to(device)).cpu() / samples
         unit_D = (mean_D / mean_D.norm().clamp(min=1e-30)).float()
         alignment_n: Tensor = (p_nD @ unit_D).double()

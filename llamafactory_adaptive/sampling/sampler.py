@@ -41,28 +41,63 @@ class Timeline:
         return epoch * self.epoch_samples + min(within * self.samples_per_step, self.epoch_samples)
 
 
-@dataclass(frozen=True)
 class SampleOrder:
-    """The samples of every optimizer step, which follow from its number alone.
+    """The samples of every optimizer step, which follow from its number and the qualities alone.
 
-    Attributes:
+    Args:
         pool: the scored samples, from which subsets are drawn.
         timeline: arithmetic of steps, epochs and subsets.
+        rescored: whether samples are scored again for every refresh; the pool is then that of the first subset, and
+            :meth:`add` takes those of the others, one after another.
     """
 
-    pool: Pool
-    timeline: Timeline
+    def __init__(self, pool: Pool, timeline: Timeline, rescored: bool = False) -> None:
+        self.pools, self.timeline, self.rescored = [pool], timeline, rescored
+
+    def add(self, pool: Pool) -> None:
+        """Add the pool of the next refresh."""
+        self.pools.append(pool)
+
+    def pool(self, refresh: int) -> Pool:
+        """Return the pool from which a refresh draws its subset.
+
+        Raises:
+            RuntimeError: its samples are not scored yet.
+        """
+        if not self.rescored:
+            return self.pools[0]
+        if refresh >= len(self.pools):
+            raise RuntimeError(f"samples of refresh {refresh} are drawn before they are scored again")
+        return self.pools[refresh]
+
+    def missing(self, step: int, lead: int) -> bool:
+        """Tell whether samples must be scored again after ``step`` steps, ``lead`` steps before they are drawn."""
+        needed = min((step + lead) // self.timeline.interval, self.timeline.last_refresh)
+        return self.rescored and len(self.pools) <= needed
 
     def samples_of(self, step: int) -> list[int]:
         """Return the sample numbers of one optimizer step."""
         refresh, start = self.timeline.refresh(step), self.timeline.seen(step)
         begin = self.timeline.seen(refresh * self.timeline.interval)
-        return self.pool.stretch(refresh, start - begin, self.timeline.seen(step + 1) - start)
+        return self.pool(refresh).stretch(refresh, start - begin, self.timeline.seen(step + 1) - start)
 
     def usage(self, steps: int) -> Tensor:
         """Count how often each sample was drawn in the first ``steps`` optimizer steps, (N,)."""
         drawn = [index for step in range(steps) for index in self.samples_of(step)]
-        return torch.bincount(torch.tensor(drawn, dtype=torch.int64), minlength=len(self.pool.quality_N))
+        return torch.bincount(torch.tensor(drawn, dtype=torch.int64), minlength=len(self.pools[0].quality_N))
+
+
+def steps_ahead(workers: int, batches_per_worker: int | None, batches_per_step: int) -> int:
+    """Count the optimizer steps before a step by whose end its samples must be known, since they may be drawn then.
+
+    While a step trains, the data loader holds one batch after it, and its workers as many as they fetch ahead.
+
+    Args:
+        workers: worker processes of the data loader.
+        batches_per_worker: batches that each fetches ahead; None for PyTorch's own number, 2.
+        batches_per_step: batches of one process in an optimizer step.
+    """
+    return 1 + workers * (batches_per_worker or 2) // batches_per_step
 
 
 class SubsetSampler(Sampler[int]):

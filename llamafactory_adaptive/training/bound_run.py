@@ -26,14 +26,10 @@ from llamafactory_adaptive.training.optimizer_check import check_optimizer
 from llamafactory_adaptive.training.rank_search_driver import RankSearchDriver
 from llamafactory_adaptive.training.rate_advice import RateAdvice
 from llamafactory_adaptive.training.run_part import RunPart
-from llamafactory_adaptive.training.sample_preparation import SampleRequest, TrainingSamples
-from llamafactory_adaptive.training.sample_selection import SampleSelection
+from llamafactory_adaptive.training.sample_preparation import TrainingSamples
+from llamafactory_adaptive.training.sample_scoring import SampleRequest
+from llamafactory_adaptive.training.sample_selection import QUALITIES_DIFFER, SampleSelection
 from llamafactory_adaptive.training.search_checkpoint import SearchCheckpoint
-
-
-QUALITIES_DIFFER = (
-    "hold other sample qualities than rank 0, so they would draw other subsets; delete the cache folder and run again"
-)
 
 
 @dataclass(frozen=True)
@@ -152,7 +148,8 @@ class BoundRun:
         if self.samples is None:
             return None
         started = time.perf_counter()
-        selection = self.samples.prepare_samples(self.guard.plan, state.max_steps, dataloader, resumed)
+        selection = self.samples.prepare_samples(self.guard.plan, state.max_steps, dataloader, resumed, self.log)
         self.log.overhead_seconds += time.perf_counter() - started
         agree_across_ranks(selection.digest(), QUALITIES_DIFFER)
+        selection.rescore(self.trainer.args, state.global_step)  # if its checkpoint's run fetched fewer samples ahead
         return selection

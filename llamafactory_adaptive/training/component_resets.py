@@ -10,7 +10,8 @@ import torch
 from llamafactory_adaptive.adapter.masked_lora import fresh_rows
 from llamafactory_adaptive.engines.distributed import all_reduce_sum
 from llamafactory_adaptive.methods import Shrinkage
-from llamafactory_adaptive.training.components import Block, Components
+from llamafactory_adaptive.training.component_blocks import Block
+from llamafactory_adaptive.training.components import Components
 
 
 Flags = Sequence[Sequence[bool]]  # per module and component

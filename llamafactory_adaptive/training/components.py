@@ -6,7 +6,6 @@ and only sums per component are exchanged. Shapes: M modules of one block, r ran
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import cast
 
@@ -18,51 +17,8 @@ from llamafactory_adaptive.engines.distributed import all_reduce_sum, world_size
 from llamafactory_adaptive.engines.engine import Engine, full_shape
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.methods import DynamicMethod, Orthogonality, RelativeMethod
+from llamafactory_adaptive.training.component_blocks import Block
 from llamafactory_adaptive.training.regulariser import gram_penalty_gradient
-
-
-@dataclass(frozen=True)
-class Block:
-    """Parameters of one kind and shape.
-
-    Attributes:
-        name: ``<kind>/<shape>``.
-        kind: ``lambda``, ``P`` or ``Q``.
-        shape: of one parameter: (r,), (d_out, r) or (r, d_in).
-        modules: index of each parameter's module.
-        parameters: the parameters.
-        pieces: start and length of this process's part of each flattened parameter.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    modules: tuple[int, ...]
-    parameters: tuple[nn.Parameter, ...]
-    pieces: tuple[tuple[int, int], ...]
-
-    @property
-    def rank(self) -> int:
-        """Return r, the rank of the block's parameters."""
-        return self.shape[1] if self.kind == "P" else self.shape[0]
-
-    def split(self, flat: Tensor) -> list[Tensor]:
-        """Split a flat block into the pieces of its parameters."""
-        return list(torch.split(flat, [length for _, length in self.pieces]))
-
-    def by_component(self, x_MX: Tensor) -> Tensor:
-        """Average whole parameters, flat per module (M, numel), over each component: (M, r)."""
-        x = x_MX.view(-1, *self.shape)
-        return x if self.kind == "lambda" else x.mean(1 if self.kind == "P" else 2)
-
-    def spread(self, per_component_Mr: Tensor) -> Tensor:
-        """Copy each component's value to all its elements, (M, numel)."""
-        x = per_component_Mr
-        if self.kind == "Q":
-            x = x.unsqueeze(2)
-        elif self.kind == "P":
-            x = x.unsqueeze(1)
-        return x.expand(-1, *self.shape).reshape(len(self.modules), -1)
 
 
 class Components:
@@ -276,15 +232,30 @@ class Components:
         if self._is_masked(block):
             torch._foreach_mul_(own, block.split(self._owned(block, self.masks(block)).to(own[0])))
 
-    def observe_given(self, method: DynamicMethod, gradients: Iterable[Sequence[Tensor]]) -> None:
-        """Average the gradients of extra passes over processes, and pass them to a method; one sequence per block."""
-        averaged = [self._averaged(block, given) for block, given in zip(self.blocks, gradients, strict=True)]
+    def observe_given(
+        self,
+        method: DynamicMethod,
+        gradients: Iterable[Sequence[Tensor]],
+        order: int = 1,
+        overflow_is_possible: bool = False,
+    ) -> None:
+        """Average gradients that were taken beside the training's over processes, and pass them to a method.
+
+        Args:
+            method: receives every block.
+            gradients: one sequence per block, a tensor for each of its parameters.
+            order: the tensors are this power of gradients; the root of their average is passed on.
+            overflow_is_possible: as in :meth:`update`.
+        """
+        averaged = [self._averaged(block, given, order) for block, given in zip(self.blocks, gradients, strict=True)]
         self._check_arrival(averaged)
         for block, flat in zip(self.blocks, averaged, strict=True):
+            if overflow_is_possible:
+                flat.nan_to_num_(0.0, 0.0, 0.0)
             method.observe(block.name, self.weights(block), flat, self.live(block))
 
-    def _averaged(self, block: Block, given: Sequence[Tensor]) -> Tensor:
+    def _averaged(self, block: Block, given: Sequence[Tensor], order: int) -> Tensor:
         """Average whole gradients of a block over processes, and select this process's pieces, flat."""
         full_MX = torch.stack([gradient.reshape(-1) for gradient in given]).float()
         all_reduce_sum(full_MX).div_(world_size())
-        return self._owned(block, full_MX)
+        return self._owned(block, full_MX if order == 1 else full_MX.pow_(1.0 / order))

@@ -4,8 +4,14 @@ import time
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
+from torch import Tensor, nn
+
+from llamafactory_adaptive.adapter.lora import live_factors
 from llamafactory_adaptive.engines.distributed import synchronize, world_size
+from llamafactory_adaptive.engines.engine import full_shape
 from llamafactory_adaptive.methods import DynamicMethod, ProbingMethod
+from llamafactory_adaptive.sampling.sample_moments import SampleMoments
 from llamafactory_adaptive.training.components import Components
 from llamafactory_adaptive.training.path_probe import Prober
 from llamafactory_adaptive.training.probe_budget import ProbeBudget
@@ -39,6 +45,8 @@ class Observer:
         self.step = self.micro_batch = 0
         self.seconds = 0.0  # since they were last asked for
         self.prober = Prober(trainer.model, components, seed) if method.traits.probes else None
+        moment = method.traits.sample_moment
+        self.moments = SampleMoments(live_factors(trainer.model), moment) if moment else None
 
     def begin(self, step: int, final: bool) -> None:
         """Set the path position of a step's first micro-batch, and whether its batch is kept for extra passes."""
@@ -47,6 +55,8 @@ class Observer:
         self._take_position(final)
         if self.prober is not None and self._path(final):
             self.prober.armed = True
+        if self.moments is not None and not final:
+            self.moments.begin()
 
     def next_micro_batch(self, final: bool) -> None:
         """Set the path position of the next micro-batch."""
@@ -71,13 +81,30 @@ class Observer:
         started, path = time.perf_counter(), self._path(final)
         if path:
             self._probe(path)
+        if by_sample := self.moments is not None and self.moments.active:
+            self._observe_samples()
         self.components.update(
-            self.method if path is None else None,
+            self.method if path is None and not by_sample else None,
             self.method.orthogonality,
             overflow_is_possible=self.trainer.args.fp16,
         )
         self.counters.observations += path is None
         self.seconds += time.perf_counter() - started
+
+    def _observe_samples(self) -> None:
+        """Pass the moments of the step's samples to the method, loss scale taken out."""
+        assert self.moments is not None
+        found = [[self._moment(parameter) for parameter in block.parameters] for block in self.components.blocks]
+        overflow_is_possible = self.trainer.args.fp16
+        self.components.observe_given(self.method, found, self.moments.order, overflow_is_possible)
+
+    def _moment(self, parameter: nn.Parameter) -> Tensor:
+        """Return the moment of a parameter's gradient over this process's samples, loss scale taken out."""
+        assert self.moments is not None
+        moment = self.moments.take(parameter)
+        if moment is None:
+            return torch.zeros(full_shape(parameter), device=parameter.device)
+        return moment.div_(self.components.engine.loss_scale() ** self.moments.order)
 
     def _probe(self, path: Sequence[tuple[float, float]]) -> None:
         assert self.prober is not None

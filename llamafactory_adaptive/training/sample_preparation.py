@@ -1,52 +1,22 @@
-"""Preparation of quality-based sampling before the first step: scores of all samples, and the sampler by them."""
+"""Preparation of quality-based sampling before the first step: rows read, samples scored, the sampler set."""
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from llamafactory_adaptive.adapter.lora import factors, live_layers
-from llamafactory_adaptive.calibration.batches import holds_media, length_sorted
-from llamafactory_adaptive.engines.distributed import (
-    all_reduce_sum,
-    gather_facts,
-    process_number,
-    refuse_differences,
-    world_size,
-)
-from llamafactory_adaptive.errors import CalibrationError, GuardError, PlanError
-from llamafactory_adaptive.files import QUALITY_FILE, digest_of, note_checksum, usable_entry
-from llamafactory_adaptive.methods import Sampling
+from llamafactory_adaptive.calibration.batches import holds_media
+from llamafactory_adaptive.engines.distributed import gather_facts, process_number, refuse_differences
+from llamafactory_adaptive.errors import CalibrationError, GuardError
+from llamafactory_adaptive.files import digest_of
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.ranks.schedule import refresh_interval
-from llamafactory_adaptive.sampling.pool import Pool, combine_terms
-from llamafactory_adaptive.sampling.quality import SampleTerms, measure
-from llamafactory_adaptive.sampling.sample_gradients import TermSpec
-from llamafactory_adaptive.sampling.sampler import SampleOrder, SubsetSampler, Timeline
-from llamafactory_adaptive.training.sample_scores import ScoringBatches, read_terms, term_vectors, write_terms
+from llamafactory_adaptive.sampling.sampler import SampleOrder, SubsetSampler, Timeline, steps_ahead
+from llamafactory_adaptive.training.run_log import RunLog
+from llamafactory_adaptive.training.sample_scoring import SampleRequest, SampleScorer
 from llamafactory_adaptive.training.sample_selection import SampleSelection
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """Settings by which the training samples of a run are chosen.
-
-    Attributes:
-        sampling: settings of the method.
-        seed: seed of every draw.
-        identity: values that identify model and data, part of the cache key.
-        cache: folder of scores that later runs re-use.
-    """
-
-    sampling: Sampling
-    seed: int
-    identity: Mapping[str, Any]
-    cache: Path
 
 
 class TrainingSamples:
@@ -67,7 +37,7 @@ class TrainingSamples:
         self.sampler = SubsetSampler(batches * samples_per_batch)
 
     def prepare_samples(
-        self, plan: RankPlan, max_steps: int, dataloader: Any, resumed: Path | None
+        self, plan: RankPlan, max_steps: int, dataloader: Any, resumed: Path | None, log: RunLog
     ) -> SampleSelection:
         """Score every sample, or take scores from a checkpoint or the cache.
 
@@ -76,9 +46,11 @@ class TrainingSamples:
             max_steps: optimizer steps of the run.
             dataloader: data loader of the Trainer, which draws from :attr:`sampler`.
             resumed: checkpoint that training resumes from; None for a fresh run.
+            log: log of the run.
 
         Raises:
-            GuardError: data loader and sampler differ in the steps of an epoch.
+            GuardError: data loader and sampler differ in the steps of an epoch, or samples would be drawn before they
+                are scored again.
             PlanError: the checkpoint holds no scores of these rows.
         """
         (timeline, lengths, digests), everyone = gather_facts(
@@ -88,15 +60,21 @@ class TrainingSamples:
         )
         sizes = [size for size, _ in everyone]
         refuse_differences(everyone, f"have other training samples than rank 0 (numbers by rank: {sizes})")
-        rows = digest_of(digests)
-        terms = self._measured(lengths, rows) if resumed is None else self._restored(resumed, rows)
-        quality = combine_terms((terms.gradient_norm, terms.loss_drop, terms.alignment), self.sampling.weights)
-        pool = Pool(quality, getattr(terms, self.sampling.clip_term), self.sampling, self.request.seed)
-        self.sampler.set_order(SampleOrder(pool, timeline))
-        selection = SampleSelection(plan, self.trainer, self.dataset, self.sampler, self.sampling, terms, digests)
+        scorer = SampleScorer(self.request, self.trainer, self.dataset, lengths, digest_of(digests))
+        scored = [scorer.first()] if resumed is None else scorer.restored(resumed)
+        order = SampleOrder(scorer.pool(scored[0]), timeline, self.sampling.refresh_quality)
+        self.sampler.set_order(order)
+        selection = SampleSelection(plan, self.sampler, scorer, scored, digests, self._lead(), log)
         if process_number() == 0:
-            selection.warn_if_collapsed()
+            selection.warn_of_weights()
         return selection
+
+    def _lead(self) -> int:
+        """Count the steps before a refresh by which its samples are scored again."""
+        args = self.trainer.args
+        return steps_ahead(
+            args.dataloader_num_workers, args.dataloader_prefetch_factor, args.gradient_accumulation_steps
+        )
 
     def _read_rows(self) -> tuple[list[int], list[str]]:
         """Read every row, and return the lengths and the digests of tokens and labels."""
@@ -114,76 +92,6 @@ class TrainingSamples:
             digests.append(hashlib.sha256(text.encode()).hexdigest())
         return lengths, digests
 
-    def _measured(self, lengths: Sequence[int], rows: str) -> SampleTerms:
-        spec, args = self._term_spec(), self.trainer.args
-        # The main process's cache decides: other nodes may have none.
-        path = self.request.cache / f"{self._cache_key(spec, rows)}.safetensors" if process_number() == 0 else None
-        cached = read_terms(path, rows) if path is not None and usable_entry(path) else None
-        if int(all_reduce_sum(torch.tensor(int(cached is not None), device=args.device))):
-            return self._shared(cached)
-        size = self.sampling.batch_size or args.train_batch_size
-        groups = length_sorted(lengths, size)[process_number() :: world_size()]
-        layers = live_layers(self.trainer.model)
-        # A run whose scores came from the cache must train the same: random states stay as they were.
-        with torch.random.fork_rng(devices=[args.device] if args.device.type == "cuda" else []):
-            terms = measure(
-                self.trainer.model,
-                {name: (layer.lora_A[adapter], layer.lora_B[adapter]) for name, (layer, adapter) in layers.items()},
-                ScoringBatches(self.dataset, self.trainer.data_collator, groups, args.dataloader_num_workers),
-                len(lengths),
-                spec,
-                all_reduce_sum,
-                quiet=path is None,
-            )
-        if path is not None:
-            write_terms(path, terms, rows)
-            note_checksum(path)
-        return terms
-
-    def _shared(self, cached: SampleTerms | None) -> SampleTerms:
-        """Send the scores that the main process has read to every process."""
-        shape, device = (len(fields(SampleTerms)), len(self.dataset)), self.trainer.args.device
-        mine = torch.zeros(shape, dtype=torch.float64) if cached is None else torch.stack(term_vectors(cached))
-        return SampleTerms(*all_reduce_sum(mine.to(device)).cpu())
-
-    def _term_spec(self) -> TermSpec:
-        """Build the specification of what to measure; settings without effect are left out, so that caches match."""
-        s = self.sampling
-        alignment = "none" if s.weights[2] == 0 else "projected" if s.projection else "exact"
-        exact = s.loss_drop == "exact"
-        projected = alignment == "projected"
-        return TermSpec(
-            step_size=s.step_size or self.trainer.args.learning_rate if exact else 1.0,
-            exact_drop=exact,
-            alignment=alignment,
-            dimensions=s.projection if projected else 1,
-            seed=self.request.seed if projected else 0,
-        )
-
-    def _cache_key(self, spec: TermSpec, rows: str) -> str:
-        weights = hashlib.sha256()
-        for layer, adapter in live_layers(self.trainer.model).values():
-            for factor in factors(layer, adapter):
-                weights.update(factor.detach().float().cpu().numpy().tobytes())
-        args = self.trainer.args
-        facts = {
-            "identity": self.request.identity,
-            "rows": rows,
-            "adapter": weights.hexdigest(),
-            "wanted": asdict(spec),
-            "precision": [args.bf16, args.fp16, bool(args.deepspeed)],
-        }
-        return digest_of(facts)
-
-    def _restored(self, checkpoint: Path, rows: str) -> SampleTerms:
-        terms = read_terms(checkpoint / QUALITY_FILE, rows)
-        if terms is None:
-            raise PlanError(
-                f"{checkpoint} holds no qualities of these training samples: the data set, template or cutoff_len has "
-                "changed, or the file is damaged; change it back or use another output_dir"
-            )
-        return terms
-
     def _make_timeline(self, max_steps: int, dataloader: Any) -> Timeline:
         args = self.trainer.args
         interval = refresh_interval(self.sampling.refresh_ratio, max_steps)
@@ -195,4 +103,18 @@ class TrainingSamples:
                 f"the data loader makes {steps} steps of an epoch, the sampler {timeline.steps_per_epoch}: leave "
                 "accelerator_config (split_batches, even_batches) at its defaults or set tsq_sampling: false"
             )
+        self._check_lead(timeline)
         return timeline
+
+    def _check_lead(self, timeline: Timeline) -> None:
+        """Refuse to score samples again at refreshes that follow each other faster than samples are fetched ahead."""
+        lead, args = self._lead(), self.trainer.args
+        if not self.sampling.refresh_quality or not timeline.last_refresh or lead < timeline.interval:
+            return
+        raise GuardError(
+            f"tsq_refresh_quality: true is not possible: samples are fetched {lead} steps ahead, and with "
+            f"tsq_refresh_ratio: {self.sampling.refresh_ratio:g} a refresh comes every {timeline.interval} steps, so "
+            "that they would be drawn before they are scored again; set "
+            + ("dataloader_num_workers: 0 or " if args.dataloader_num_workers else "train more steps, or ")
+            + "a larger tsq_refresh_ratio"
+        )

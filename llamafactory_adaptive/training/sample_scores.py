@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,22 +42,48 @@ def term_vectors(terms: SampleTerms) -> list[Tensor]:
     return [getattr(terms, entry.name) for entry in fields(SampleTerms)]
 
 
-def write_terms(path: Path, terms: SampleTerms, rows: str) -> None:
-    """Write the quality terms, and the digest of the rows that they were measured on."""
+def write_terms(path: Path, scored: Sequence[SampleTerms], rows: str) -> None:
+    """Write the quality terms, and the digest of the rows that they were measured on.
+
+    Args:
+        path: the file.
+        scored: terms of the first scoring, then of each time that samples were scored again.
+        rows: the digest.
+    """
     tensors = {
-        entry.name: vector.contiguous() for entry, vector in zip(fields(SampleTerms), term_vectors(terms), strict=True)
+        _key(entry.name, number): vector.contiguous()
+        for number, terms in enumerate(scored)
+        for entry, vector in zip(fields(SampleTerms), term_vectors(terms), strict=True)
+        if entry.name != "cluster" or number == 0  # clusters stay those of the first scoring
     }
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"rows": rows})
 
 
-def read_terms(path: Path, rows: str) -> SampleTerms | None:
-    """Read the quality terms; None if the file is missing, damaged, of other rows, or holds NaN or infinity."""
+def read_terms(path: Path, rows: str) -> list[SampleTerms]:
+    """Read the quality terms that :func:`write_terms` wrote, also those of earlier versions.
+
+    The list is empty if the file is missing, damaged, of other rows, or holds NaN or infinity.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("rows") != rows:
-                return None
-            vectors = [file.get_tensor(entry.name) for entry in fields(SampleTerms)]
-            return SampleTerms(*vectors) if all(bool(vector.isfinite().all()) for vector in vectors) else None
+                return []
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (a handle, not a dict)
     except (OSError, SafetensorError):
-        return None
+        return []
+    if not all(bool(vector.isfinite().all()) for vector in tensors.values()):
+        return []
+    scored: list[SampleTerms] = []
+    while (key := _key("loss", len(scored))) in tensors:  # earlier versions knew no clusters
+        tensors.setdefault("cluster", torch.full_like(tensors[key], -1.0))
+        tensors[_key("cluster", len(scored))] = tensors["cluster"]
+        if not all(_key(entry.name, len(scored)) in tensors for entry in fields(SampleTerms)):
+            return []
+        scored.append(SampleTerms(**{e.name: tensors[_key(e.name, len(scored))] for e in fields(SampleTerms)}))
+    return scored
+
+
+def _key(name: str, number: int) -> str:
+    """Build the name of a vector in the file; those of the first scoring have the names that they always had."""
+    return f"{name}.{number}" if number else name

@@ -44,11 +44,13 @@ def test_a_checkpoint_is_of_the_run_it_was_of(earlier, tiny_llama, data_dir, tmp
     checkpoint = earlier / "checkpoint"
     plan = load_plan(checkpoint / "adaptive_rank_plan.json")
     assert sum(module.rank for module in plan.modules) == 69
-    settings = tsq_settings(tiny_llama, data_dir, tmp_path / "out", max_steps=12, seed=3)
+    settings = tsq_settings(tiny_llama, data_dir, tmp_path / "out", max_steps=12, seed=3,
+                            tsq_sensitivity_over="step")  # fmt: skip
     check_resumed_run(plan, parse_config(settings), str(checkpoint))
     tensors, document = read_state(checkpoint, partitioned=False)
     assert document["schema_version"] == 2
     assert tensors
-    terms = read_terms(checkpoint / "adaptive_quality.safetensors", ROWS)
+    (terms,) = read_terms(checkpoint / "adaptive_quality.safetensors", ROWS)
     assert len(terms.loss) == 24
-    assert read_terms(checkpoint / "adaptive_quality.safetensors", "of other rows") is None
+    assert terms.clusters is None, "earlier versions did not sort samples into clusters"
+    assert read_terms(checkpoint / "adaptive_quality.safetensors", "of other rows") == []

@@ -160,6 +160,22 @@ def test_two_processes_train_given_ranks_as_one_does_and_resume_bitwise(stage, m
     assert max(float((out[key] - alone[key]).abs().max()) for key in alone) < 1e-5
 
 
+@REPEATS
+def test_two_processes_score_samples_again_alike_and_resume(tiny_llama, data_dir, tmp_path):
+    """Each compares its scores with the other's; resumed from step 5 they are bitwise the same."""
+    more = {**TSQ, "tsq_refresh_quality": True, "tsq_min_cluster_share": 0.5, "tsq_draws": "quality",
+            "save_strategy": "steps", "save_steps": 5, "overwrite_output_dir": False}  # fmt: skip
+    out, again = tmp_path / "out", tmp_path / "again"
+    train_on_two(tsq_settings(tiny_llama, data_dir, out, **more), tmp_path / "logs")
+    log = [json.loads(line) for line in (out / "adaptive_log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if line["event"] == "scoring"] == [2, 5, 8]
+    shutil.copytree(out / "checkpoint-5", again / "checkpoint-5")
+    train_on_two(tsq_settings(tiny_llama, data_dir, again, **more), tmp_path / "logs")
+    found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (again, out))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert (again / SAMPLES_FILE).read_text() == (out / SAMPLES_FILE).read_text()
+
+
 @pytest.fixture(scope="module")
 def alone_tsq(tiny_llama, data_dir, tmp_path_factory):
     """One process, with and without choosing samples."""

@@ -12,7 +12,7 @@ from tests.helpers.training import adapters_equal, batches_seen, train
 pytestmark = pytest.mark.slow
 SAVING = {"save_strategy": "steps", "save_steps": 4, "overwrite_output_dir": False, "lora_dropout": 0.1}
 PARTS = {
-    "both": {"tsq_alignment_weight": 1.0},
+    "both": {"tsq_alignment_weight": 1.0, "tsq_refresh_quality": True, "tsq_min_cluster_share": 0.5},
     "samples": {"tsq_reallocation": False},
     "ranks": {"tsq_sampling": False},
 }

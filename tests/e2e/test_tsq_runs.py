@@ -94,6 +94,14 @@ CASES = {
     "epochs": {"max_steps": -1, "num_train_epochs": 2.0, "gradient_accumulation_steps": 3},
     "clipped": {"tsq_clip_quantile": 0.75, "tsq_subset_ratio": 1.0, "dataloader_num_workers": 1},
     "one_step": {"max_steps": 1},
+    "rescored": {
+        "tsq_refresh_quality": True,
+        "tsq_draws": "quality",
+        "tsq_min_cluster_share": 0.5,
+        "tsq_clusters": 3,
+        "dataloader_num_workers": 1,
+        "gradient_accumulation_steps": 2,
+    },
     "packed_but_not_sampled": {"packing": True, "tsq_sampling": False},
     "dpo_but_not_sampled": {"stage": "dpo", "dataset": "tiny_pairs", "pref_beta": 0.1, "tsq_sampling": False},
     "8bit_optimizer": {"optim": "adamw_bnb_8bit"},
@@ -118,6 +126,11 @@ def test_options_and_stages(case, tiny_llama, data_dir, tmp_path):
         left_out = sorted(samples(out), key=lambda sample: -sample["loss"])[:6]
         assert [s["index"] for s in samples(out) if s["clipped"]] == sorted(s["index"] for s in left_out)
         assert not any(sample["used"] for sample in samples(out) if sample["clipped"])
+    if case == "rescored":
+        scorings = [line for line in lines(out) if line["event"] == "scoring"]
+        assert [(line["step"], line["subset"]) for line in scorings] == [(1, 1), (4, 2), (7, 3)], "two steps ahead"
+        assert read_data_report(out)["scorings"] == 4
+        assert all(len(line["cluster_draw_shares"]) == len(read_data_report(out)["clusters"]) for line in events)
     if case == "epochs":
         assert events[-1]["counters"]["steps"] == events[-1]["step"]
         # 17 samples a subset, 18 an epoch; batches of 2, 3 of them a step
@@ -125,11 +138,11 @@ def test_options_and_stages(case, tiny_llama, data_dir, tmp_path):
 
 
 def test_scores_are_cached_and_weights_need_no_second_pass(tiny_llama, data_dir, tmp_path, monkeypatch):
-    from llamafactory_adaptive.training import sample_preparation
+    from llamafactory_adaptive.training import sample_scoring
 
     monkeypatch.setenv("LLAMAFACTORY_ADAPTIVE_CACHE", str(tmp_path / "cache"))
-    calls, original = [], sample_preparation.measure
-    monkeypatch.setattr(sample_preparation, "measure", lambda *a, **k: calls.append(1) or original(*a, **k))
+    calls, original = [], sample_scoring.measure
+    monkeypatch.setattr(sample_scoring, "measure", lambda *a, **k: calls.append(1) or original(*a, **k))
     for number, more in enumerate(({}, {"tsq_temperature": 9.0, "tsq_clip_quantile": 0.9, "tsq_norm_weight": 2.0})):
         train(tsq_settings(tiny_llama, data_dir, tmp_path / str(number), max_steps=1, **more))
     assert len(calls) == 1

@@ -68,7 +68,26 @@ def test_one_noisy_batch_before_a_refresh_does_not_move_ranks():
         ({"step_size": 0.1}, ["tsq_step_size"]),
         ({"clip_term": "gradient_norm"}, ["tsq_clip_term"]),
         ({"clip_term": "gradient_norm", "clip_quantile": 0.9}, []),
+        ({"gradient_term": "squared_norm", "draws": "quality", "min_cluster_share": 0.5}, []),
+        ({"gradient_term": "squared_norm", "norm_weight": 0.0}, ["tsq_gradient_term"]),
+        ({"min_cluster_share": 0.5, "clusters": 0}, ["tsq_min_cluster_share"]),
+        ({"min_cluster_share": 0.5, "clusters": 1}, ["tsq_min_cluster_share"]),
+        ({"sampling": False, "refresh_quality": True, "draws": "quality"}, ["tsq_draws", "tsq_refresh_quality"]),
+        ({"sensitivity_over": "step", "reallocation": False}, ["tsq_sensitivity_over"]),
     ],
 )
 def test_options_that_contradict_each_other(options, keys):
     assert [problem.key for problem in TsqOptions(**options).check()] == keys
+
+
+@pytest.mark.parametrize(
+    ("options", "moment"),
+    [
+        ({}, 1),
+        ({"sensitivity": "fisher"}, 2),
+        ({"sensitivity_over": "step"}, 0),
+        ({"sensitivity_over": "step", "sensitivity": "fisher"}, 0),
+    ],
+)
+def test_sensitivities_are_means_over_samples_unless_steps_are_asked_for(options, moment):
+    assert Tsq(TsqOptions(**options)).traits.sample_moment == moment

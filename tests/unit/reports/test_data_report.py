@@ -136,6 +136,40 @@ def test_the_table_tells_the_summary(output):
     assert max(map(len, said.splitlines())) < 200, "long texts are cut"
 
 
+def clustered(**more):
+    return quality(cluster_N=torch.tensor([i % 3 for i in range(N)]), min_cluster_share=0.5, scorings=3, **more)
+
+
+def test_every_cluster_is_told_with_its_shares(tmp_path):
+    """Against sums over the samples one by one; clipped samples (2, 17, both of cluster 2) count nowhere."""
+    p = np.where(np.isin(np.arange(N), (2, 17)), 0.0, np.exp(QUALITY))
+    p /= p.sum()
+    save_data_report(tmp_path, make_plan(), clustered(probability_N=torch.tensor(p)), 9, None)
+    report = read_data_report(tmp_path)
+    for cluster, line in enumerate(report["clusters"]):
+        mine = [i for i in range(N) if i % 3 == cluster and i not in (2, 17)]
+        assert line["cluster"] == cluster
+        assert line["samples"] == len(mine) == (6 if cluster == 2 else 8)
+        assert line["share_of_samples"] == pytest.approx(len(mine) / (N - 2))
+        assert line["share_of_probability"] == pytest.approx(p[mine].sum())
+        assert line["share_of_draws"] == pytest.approx(sum(USAGE[i] for i in mine) / sum(USAGE))
+        within = p[mine] / p[mine].sum()
+        assert line["effective_sample_size"] == pytest.approx(1.0 / (within**2).sum())
+    lines = [json.loads(line) for line in read_lines(tmp_path / SAMPLES_FILE)]
+    assert [line["cluster"] for line in lines] == [i % 3 for i in range(N)]
+    said = data_table(report)
+    assert "clusters of samples by the direction of their gradients, each held at 50% of its share" in said
+    assert "likely samples; samples were scored 3 times" in said
+
+
+def test_without_clusters_none_are_told_and_reports_of_older_versions_have_none(output):
+    report = read_data_report(output)
+    assert report["clusters"] == []
+    assert "clusters" not in data_table(report)
+    older = {key: value for key, value in report.items() if key not in ("clusters", "min_cluster_share", "scorings")}
+    assert data_table(older) == data_table(report)
+
+
 def test_a_run_knows_its_own_report_whatever_its_ranks(output):
     assert data_report_of(output, make_plan((4, 4)))["samples"] == N
     assert run_identity(make_plan()) == run_identity(make_plan((4, 4)))

@@ -63,8 +63,9 @@ def of_two_processes(model, all_batches, spec):
     return by_rank[0], by_rank[1]
 
 
-@pytest.mark.parametrize("spec", [PLAIN, EXACT, TermSpec(STEP, False, "projected", 64, 3)],
-                         ids=["", "exact", "projected"])  # fmt: skip
+@pytest.mark.parametrize("spec", [PLAIN, EXACT, TermSpec(STEP, False, "projected", 64, 3),
+                                  TermSpec(STEP, True, "exact", 64, 3, clusters=3)],
+                         ids=["", "exact", "projected", "clusters"])  # fmt: skip
 def test_two_processes_find_what_one_does(spec):
     model = adapted().eval()
     all_batches = batches(DATA, 2)
@@ -101,6 +102,16 @@ def test_projections_estimate_alignments_without_bias():
     # <p_i, mean p> is unbiased but for the term of i with itself, which is unbiased as well.
     assert ((average - exact).abs() < 4 * spread + 1e-9).all()
     assert float(torch.corrcoef(torch.stack([estimates[0], exact]))[0, 1]) > 0.95
+
+
+def test_clusters_are_kinds_of_gradients_and_change_nothing_else():
+    """Copies of three rows: each row's copies have one gradient, whatever they are padded with."""
+    model, data = adapted().eval(), [DATA[index] for index in (0, 4, 8, 4, 0, 4, 8, 0, 4)]
+    plain = measure(model, layers(model), batches(data, 4), 9, EXACT, quiet=True)
+    found = measure(model, layers(model), batches(data, 4), 9, TermSpec(STEP, True, "exact", 128, 0, 3), quiet=True)
+    assert plain.clusters is None
+    assert found.clusters.tolist() == [1, 0, 2, 0, 1, 0, 2, 1, 0]
+    assert all(torch.equal(values, plain.measured[name]) for name, values in found.measured.items())
 
 
 def test_both_ways_of_the_ghost_norm_agree():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llamafactory_adaptive.methods.igu import Igu, IguOptions
+from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
 from llamafactory_adaptive.training.observer import Observer
 from llamafactory_adaptive.training.path_probe import Prober
 from llamafactory_adaptive.training.run_log import Counters
@@ -155,3 +156,54 @@ def test_seconds_are_given_once(monkeypatch):
     observer.begin(0, final=False)
     observer.before_step(final=False)
     assert [observer.take_seconds(), observer.take_seconds()] == [3.0, 0.0]
+
+
+# -- gradients of single samples -------------------------------------------------------------------------------------
+
+
+def by_samples(sensitivity="weight_gradient", fp16=False):
+    """An observer of a tiny model in the form of TsqLoRA, without lambda; and its rows, three of them."""
+    model, triplets, components = triplet_model(initial_lambda=None)
+    scatter(triplets)
+    trainer = SimpleNamespace(model=model.eval(), args=SimpleNamespace(fp16=fp16, device=torch.device("cpu")))
+    return Observer(Tsq(TsqOptions(sensitivity=sensitivity)), components, trainer, Counters(), SEED, None)
+
+
+@pytest.mark.parametrize("sensitivity", ["weight_gradient", "fisher"])
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_a_sensitivity_is_the_mean_of_its_samples(sensitivity, scale):
+    """``sum_i |w s_i|`` and ``n sum_i s_i^2``, by a backward pass per sample; a loss scale is taken out."""
+    observer = by_samples(sensitivity, fp16=scale != 1.0)
+    observer.components.engine.loss_scale = lambda: scale
+    whole = batch()
+    labelled = (whole["labels"][:, 1:] != -100).sum(1)
+    expected: dict[str, torch.Tensor] = {}
+    for row in range(3):
+        observer.trainer.model.zero_grad()
+        single = {name: values[row : row + 1] for name, values in whole.items()}
+        (observer.trainer.model(**single).loss * (labelled[row] / labelled.sum())).backward()
+        for block in observer.components.blocks:
+            w, g = (torch.cat([t.flatten() for t in part]) for part in
+                    (block.parameters, [p.grad for p in block.parameters]))  # fmt: skip
+            term = 3 * g.square() if sensitivity == "fisher" else (w * g).abs()
+            expected[f"total.{block.name}"] = expected.get(f"total.{block.name}", 0.0) + term.detach()
+    observer.trainer.model.zero_grad()
+    observer.begin(0, final=False)
+    (observer.trainer.model(**whole).loss * scale).backward()
+    observer.before_step(final=False)
+    found = observer.method.state()
+    assert all(torch.allclose(found[name], values, rtol=1e-4, atol=1e-10) for name, values in expected.items())
+    assert observer.counters.observations == 1
+    observer.begin(1, final=True)
+    observer.trainer.model(**whole).loss.backward()
+    observer.before_step(final=True)
+    assert equal(observer.method.state(), found), "nothing is observed once ranks are final"
+    assert observer.counters.observations == 1
+
+
+def test_infinite_gradients_of_samples_are_passed_over_where_a_loss_scaler_skips_the_step():
+    observer = by_samples(fp16=True)
+    observer.begin(0, final=False)
+    (observer.trainer.model(**batch()).loss * float("inf")).backward()
+    observer.before_step(final=False)
+    assert all(bool(value.isfinite().all()) for value in observer.method.state().values())

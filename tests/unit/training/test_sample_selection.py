@@ -3,80 +3,35 @@
 import json
 from types import SimpleNamespace
 
-import peft
 import pytest
 import torch
 
-from llamafactory_adaptive.adapter.lora import lora_config_arguments
-from llamafactory_adaptive.calibration.batches import make_batches
 from llamafactory_adaptive.errors import CalibrationError, GuardError, PlanError
-from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
 from llamafactory_adaptive.reports.data_report import read_data_report
-from llamafactory_adaptive.training import sample_preparation
-from llamafactory_adaptive.training.sample_preparation import SampleRequest, TrainingSamples
-from tests.helpers.dynamic import start_plan
-from tests.helpers.tiny import rows, tiny_model, tiny_tokenizer
-
-
-SAMPLES = 12
-STEPS = 9  # refreshes after 2, 4, 6 and 8
-PLAN = start_plan(tiny_model())
-SAVED = SimpleNamespace(should_save=True)
-
-
-def collate(samples):
-    (one,) = make_batches(samples, len(samples), 0)
-    return {"input_ids": one.input_ids, "attention_mask": one.attention_mask, "labels": one.labels}
-
-
-def adapted(seed=0):
-    """A tiny model with an adapter whose factors are not zero."""
-    base = tiny_model()
-    model = peft.get_peft_model(
-        base, peft.LoraConfig(**lora_config_arguments(start_plan(base)), task_type="CAUSAL_LM")
-    )
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+from llamafactory_adaptive.training import sample_scoring
+from tests.helpers.sample_runs import SAMPLES, SAVED, STEPS, begin_sampling, live_adapter, scored_again
+from tests.helpers.samples import inputs
+from tests.helpers.tiny import rows
 
 
 @pytest.fixture(scope="module")
 def model():
-    return adapted()
+    return live_adapter()
 
 
 @pytest.fixture
 def begin(model, tmp_path):
     """Begin a run on samples; returns its selection."""
-
-    def make(resumed=None, samples=None, seed=3, identity="a", live=model, steps_of_epoch=None, **options):
-        samples = rows(SAMPLES) if samples is None else samples
-        arguments = SimpleNamespace(
-            remove_unused_columns=False, train_batch_size=2, world_size=1, gradient_accumulation_steps=1,
-            device=torch.device("cpu"), dataloader_num_workers=0, learning_rate=1e-3, bf16=False, fp16=False,
-            deepspeed=None, push_to_hub=False,
-        )  # fmt: skip
-        trainer = SimpleNamespace(args=arguments, train_dataset=samples, model=live, data_collator=collate,
-                                  processing_class=tiny_tokenizer())  # fmt: skip
-        (tmp_path / "cache").mkdir(exist_ok=True)
-        settings = TsqOptions(**{"subset_ratio": 0.5, "temperature": 2.0, "refresh_ratio": 0.25, **options})
-        request = SampleRequest(Tsq(settings).sampling, seed, {"model": identity}, tmp_path / "cache")
-        prepared = TrainingSamples(request, trainer)
-        dataloader = range(steps_of_epoch or len(prepared.sampler) // 2)
-        return prepared.prepare_samples(PLAN, STEPS, dataloader, resumed)
-
-    return make
+    return lambda live=model, **more: begin_sampling(tmp_path, live, **more)
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------
 
 
 def test_each_samples_loss_is_the_models_own_on_it(begin, model):
-    losses = begin().terms.loss
+    losses = begin().scored[0].loss
     with torch.no_grad():
-        expected = [float(model(**collate([row])).loss) for row in rows(SAMPLES)]
+        expected = [float(model(**inputs([row])).loss) for row in rows(SAMPLES)]
     assert losses.tolist() == pytest.approx(expected, rel=1e-5)
 
 
@@ -92,20 +47,16 @@ def test_scoring_leaves_the_random_state_to_training(begin):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def scored_again(*_, **__):
-    raise AssertionError("samples were scored again")
-
-
 def test_scores_are_kept_for_runs_that_would_find_the_same(begin, monkeypatch):
     first = begin()
-    monkeypatch.setattr(sample_preparation, "measure", scored_again)
+    monkeypatch.setattr(sample_scoring, "measure", scored_again)
     again = begin(seed=4, temperature=5.0, subset_ratio=0.75)
-    pairs = zip(vars(again.terms).values(), vars(first.terms).values(), strict=True)
+    pairs = zip(vars(again.scored[0]).values(), vars(first.scored[0]).values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     for other in (
         {"identity": "b"},
         {"samples": rows(SAMPLES, seed=1)},
-        {"live": adapted(seed=1)},
+        {"live": live_adapter(seed=1)},
         {"loss_drop": "exact"},
         {"alignment_weight": 1.0},
     ):
@@ -124,8 +75,8 @@ def test_a_damaged_cache_entry_is_made_anew(begin, tmp_path):
 def test_a_resumed_run_draws_as_the_first_did_whatever_the_cache_says(begin, tmp_path, monkeypatch):
     first = begin()
     first.save(tmp_path / "checkpoint-4", SAVED, None)
-    monkeypatch.setattr(sample_preparation, "measure", scored_again)
-    again = begin(resumed=tmp_path / "checkpoint-4", live=adapted(seed=1))
+    monkeypatch.setattr(sample_scoring, "measure", scored_again)
+    again = begin(resumed=tmp_path / "checkpoint-4", live=live_adapter(seed=1))
     assert again.digest() == first.digest()
     assert [again.sampler.order.samples_of(step) for step in range(STEPS)] == [
         first.sampler.order.samples_of(step) for step in range(STEPS)
@@ -137,7 +88,7 @@ def test_a_resumed_run_draws_as_the_first_did_whatever_the_cache_says(begin, tmp
 
 
 def test_pictures_are_refused_before_anything_is_scored(begin, monkeypatch):
-    monkeypatch.setattr(sample_preparation, "measure", scored_again)
+    monkeypatch.setattr(sample_scoring, "measure", scored_again)
     samples = rows(SAMPLES)
     samples[-1]["images"] = ["cat.png"]
     with pytest.raises(CalibrationError, match="tsq_sampling: false"):

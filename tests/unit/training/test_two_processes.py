@@ -40,7 +40,9 @@ def test_the_same_steps_on_both_are_trained():
 def begin_sampling(rank: int, samples: list[list[dict[str, list[int]]]], folder: Path) -> str:
     """Up to where scores are taken from a checkpoint, which has none."""
     from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
-    from llamafactory_adaptive.training.sample_preparation import SampleRequest, TrainingSamples
+    from llamafactory_adaptive.training.run_log import RunLog
+    from llamafactory_adaptive.training.sample_preparation import TrainingSamples
+    from llamafactory_adaptive.training.sample_scoring import SampleRequest
 
     arguments = SimpleNamespace(
         remove_unused_columns=False, train_batch_size=2, world_size=2, gradient_accumulation_steps=1
@@ -49,7 +51,7 @@ def begin_sampling(rank: int, samples: list[list[dict[str, list[int]]]], folder:
     prepared = TrainingSamples(request, SimpleNamespace(args=arguments, train_dataset=samples[rank]))
     batches = range(len(prepared.sampler) // (arguments.train_batch_size * arguments.world_size))
     try:
-        prepared.prepare_samples(None, 12, batches, folder)  # type: ignore[arg-type]
+        prepared.prepare_samples(None, 12, batches, folder, RunLog("tsq", 0.0))  # type: ignore[arg-type]
     except PlanError as error:
         return str(error)
     return "the checkpoint had scores"
