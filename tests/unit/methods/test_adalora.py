@@ -13,8 +13,8 @@ from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationC
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.planning.compatibility import check_plan, check_same_scale
 from llamafactory_adaptive.planning.earlier_plans import check_resumed_run
-from llamafactory_adaptive.planning.start_message import start_message
 from llamafactory_adaptive.planning.planner import start_plan
+from llamafactory_adaptive.planning.start_message import start_message
 from llamafactory_adaptive.ranks.plan import ModuleShape, load_plan, parse_plan
 from llamafactory_adaptive.ranks.schedule import PruningConfig
 from tests.helpers.searches import trainer_of
