@@ -62,6 +62,8 @@ def plan(arguments: argparse.Namespace) -> int:
         plan.save(folder / PLAN_FILE)
         save_heatmap(plan, folder / HEATMAP_FILE)
     print(rank_table(plan))
+    for line in _about_the_rate(run.args, plan, config) if config.given is not None else []:
+        print(line)
     for line in advice(plan, config):
         print(f"warning: {line}")
     print(f"plan and heat-map written to {folder} in {time.perf_counter() - started:.1f} s; nothing was trained")

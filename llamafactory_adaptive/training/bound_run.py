@@ -24,6 +24,7 @@ from llamafactory_adaptive.training.masked_search import MaskedSearch, SearchReq
 from llamafactory_adaptive.training.observer import Observer
 from llamafactory_adaptive.training.optimizer_check import check_optimizer
 from llamafactory_adaptive.training.rank_search_driver import RankSearchDriver
+from llamafactory_adaptive.training.rate_advice import RateAdvice
 from llamafactory_adaptive.training.run_part import RunPart
 from llamafactory_adaptive.training.sample_preparation import TrainingSamples
 from llamafactory_adaptive.training.sample_scoring import SampleRequest
@@ -114,13 +115,14 @@ class BoundRun:
         if resumed is not None:
             kept.resume(resumed, state.max_steps)
         selection = self._prepare_samples(state, dataloader, resumed)
+        advice = RateAdvice(search.request, self.log)
         if schedule is None:
-            return selection, GivenRanks(self.guard, self.log, selection, kept)
+            return selection, GivenRanks(self.guard, self.log, selection, kept), advice
         self.best_model = BestModel(search.state, schedule, self.log, self.trainer.callback_handler.callbacks)
         driver = RankSearchDriver(
             search, kept.observer, schedule, kept, self.guard, self.watch, selection, state.global_step
         )
-        return selection, driver, self.best_model
+        return selection, driver, self.best_model, advice
 
     def _schedule(self, search: MaskedSearch, state: Any, dataloader: Any) -> Schedule | Refreshes | None:
         """Return the steps at which ranks change and the budget at each; None where they are given."""

@@ -15,7 +15,6 @@ from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.files import PLAN_FILE, digest_of
 from llamafactory_adaptive.methods import ReallocatingMethod
 from llamafactory_adaptive.ranks.schedule import Refreshes, Schedule, short_run_warning
-from llamafactory_adaptive.reports.learning_rate import rate_warning, rate_words
 from llamafactory_adaptive.reports.plots import HEATMAP_FILE, HISTORY_FILE, save_heatmap, save_history
 from llamafactory_adaptive.seeding import seeded_index
 from llamafactory_adaptive.training.component_resets import rescale_lambda, reset_lambda, restart
@@ -78,16 +77,6 @@ class RankSearchDriver(RunPart):
             f"adaptive ({self.start.method}): {self.log.counters.modules_checked} modules start at rank {largest}, "
             f"{self.schedule.describe(self.start.budget_kind)} of {state.max_steps}"
         )
-        if not self.step and "adam" in args.optim:
-            self._advise_rate(args.learning_rate)
-
-    def _advise_rate(self, rate: float) -> None:
-        """Write which learning rate of plain LoRA has the same first update, and warn if that is very small."""
-        slowdown = self.search.request.slowdown
-        if words := rate_words(rate, slowdown):
-            logger.info(f"adaptive ({self.start.method}): {words}")
-        if warning := rate_warning(rate, slowdown):
-            self.log.warn(warning)
 
     # -- during a step -----------------------------------------------------------------------------------------------
 

@@ -71,6 +71,13 @@ def test_the_first_step_follows_loss_and_regulariser_from_the_drawn_factors(opti
     assert any(bool((tensors[1].grad != 0).any()) for tensors in start.values())
 
 
+def test_the_start_tells_of_a_learning_rate_that_is_low_for_the_form(tmp_path):
+    trainer = second_stage(tmp_path, options=PUBLISHED, max_steps=1, learning_rate=1e-4)
+    trainer.train()
+    (warning,) = trainer.adaptive_callback.guard.log.warnings
+    assert warning.startswith("learning_rate 0.0001 is low for this method: Delta W moves at first 36 times less")
+
+
 @pytest.mark.parametrize("options", [PUBLISHED, {}], ids=["published", "corrected"])
 def test_a_resumed_run_equals_an_uninterrupted_one(options, tmp_path):
     whole = second_stage(tmp_path / "whole", options=options, save_strategy="steps", save_steps=3)
