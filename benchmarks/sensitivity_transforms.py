@@ -44,7 +44,7 @@ from llamafactory_adaptive.ranks.allocation import allocate
 from llamafactory_adaptive.ranks.plan import ModuleShape
 
 
-SMALL_COURSE = {"seeds": 5, "steps": 40, "rate": 5e-3, "tokens": 160}  # its vocabulary makes rows longer
+SMALL_COURSE = {"steps": 40, "rate": 5e-3, "tokens": 160}  # its vocabulary makes rows longer
 
 
 def planned(
