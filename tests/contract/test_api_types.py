@@ -30,8 +30,8 @@ rank_search(model: Module, method: str = 'igu', lora_rank: int = 16, lora_alpha:
     target_modules: str | Sequence[str] = 'all-linear', task_type: str = 'CAUSAL_LM', budget_unit: str =
     'params', min_rank: int = 1, max_rank: int | None = None, init_rank: int | None = None, warmup_ratio:
     float | None = None, final_ratio: float | None = None, interval: int | None = None, interval_epochs: float
-    | None = None, max_overhead: float | None = None, best_model_from: str = 'final', max_nonfinite_steps: int =
-    3, lora_settings: Mapping[str, Any] | None = None, seed: int = 0, **options: Any) -> RankSearch
+    | None = None, max_overhead: float | None = None, best_model_from: str = 'final', max_nonfinite_steps: int
+    = 3, lora_settings: Mapping[str, Any] | None = None, seed: int = 0, **options: Any) -> RankSearch
 score_modules(model: Module, batches: Sequence[Batch], method: str = 'sensitivity', target_modules: str |
     Sequence[str] = 'all-linear', forward: Callable[[Module, Batch], Any] | None = None, seed: int = 0,
     **options: Any) -> ModuleScores

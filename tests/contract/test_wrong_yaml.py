@@ -6,10 +6,7 @@ from pathlib import Path
 import pytest
 
 from llamafactory_adaptive import _bootstrap
-from llamafactory_adaptive.config.key_checks import check_given
 from llamafactory_adaptive.errors import AdaptiveConfigError
-from llamafactory_adaptive.methods import make_method
-from llamafactory_adaptive.ranks.schedule import GivenRanksConfig
 from tests.helpers.tiny import settings
 
 
@@ -287,17 +284,3 @@ def test_help_names_unit_and_range():
     assert "Allowed: one of params, ranks." in fields["adaptive_budget_unit"].metadata["help"]
     assert "Unit: samples." in fields["adaptive_calibration_samples"].metadata["help"]
     assert json.dumps(fields["sensitivity_energy"].default) == "0.85"
-
-
-def test_given_ranks_train_in_their_own_form_only_where_that_is_possible():
-    flat = {"torch_compile": True, "adapter_name_or_path": "x"}
-    found = [str(problem) for problem in check_given(flat, make_method("igu", {}), 3)[1]]
-    assert found == [
-        "adapter_name_or_path: 'x' is invalid: P diag(lambda) Q begins as a new adapter; try create_new_adapter: true "
-        "(or igu_second_stage: lora)",
-        "torch_compile: True is invalid: the backward pass of P diag(lambda) Q is not compiled; try torch_compile: "
-        "false (or igu_second_stage: lora)",
-    ]
-    assert check_given({}, make_method("igu", {}), 3) == (GivenRanksConfig(3), [])
-    for name, options in (("igu", {"second_stage": "lora"}), ("adalora", {}), ("tsq", {}), ("sensitivity", {})):
-        assert check_given(flat, make_method(name, options), 3) == (None, [])

@@ -2,10 +2,8 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,11 +34,11 @@ from llamafactory_adaptive.ranks.allocation import Bounds, allocate
 from llamafactory_adaptive.ranks.plan import load_plan
 from tests.helpers import search_job
 from tests.helpers.commands import BIN, run
+from tests.helpers.lora import saved_parameters
 from tests.helpers.tiny import rows, save_tiny, tiny_model, tiny_tokenizer
 
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "examples" / "python"
 
 
 @pytest.fixture(autouse=True)
@@ -69,10 +67,6 @@ def logits(model):
     (batch,) = calibration_batches(rows(3, seed=7))
     with torch.no_grad():
         return model.eval()(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-
-
-def saved_parameters(folder):
-    return sum(tensor.numel() for tensor in load_file(folder / "adapter_model.safetensors").values())
 
 
 def assert_equal_in_plain_peft(live, folder, **sizes):
@@ -284,38 +278,3 @@ def test_a_4bit_base_is_scored_planned_and_searched(tmp_path):
         plain = PeftModel.from_pretrained(four_bit_model(base), tmp_path / folder)
         keep_4bit_unpacked_on_cpu(plain)
         assert torch.allclose(logits(plain), logits(live), atol=1e-5)
-
-
-# -- the scripts, in processes of their own --------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory):
-    """A tiny checkpoint, rows, and a folder that makes llamafactory unimportable when it is on PYTHONPATH."""
-    folder = tmp_path_factory.mktemp("scripts")
-    words = ("red", "blue", "one", "two", "sun", "sea")
-    texts = [" ".join(words[(3 * i + j) % 6] for j in range(2 + i % 4)) for i in range(24)]
-    lines = [json.dumps({"prompt": text, "completion": f" {text[::-1]}"}) for text in texts]
-    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
-    shim = folder / "shim" / "llamafactory"
-    shim.mkdir(parents=True)
-    (shim / "__init__.py").write_text("raise ImportError('llamafactory is not here')\n")
-    return SimpleNamespace(model=save_tiny(folder / "model"), rows=folder / "rows.jsonl", shim=shim.parent)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("script", "more"), [("static_sft.py", ["--steps", "4"]), ("igu_trainer.py", ["--steps", "12", "--interval", "2"])]
-)
-def test_examples_train_what_they_print(script, more, scene, tmp_path):
-    if script == "static_sft.py":
-        pytest.importorskip("trl")
-    words = [EXAMPLES / script, scene.model, scene.rows, tmp_path / "out", "--rank", "4", *more]
-    environment = {**os.environ, "PYTHONPATH": str(scene.shim), "LLAMAFACTORY_ADAPTIVE": "1"}
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=False,
-                          env=environment)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert f"{saved_parameters(tmp_path / 'out'):,} of 4,096 (uniform LoRA of rank 4)" in done.stdout
-    assert "0 of 14 modules untrained" in done.stdout
-    plain = PeftModel.from_pretrained(tiny_model(), tmp_path / "out")
-    assert all(bool(layer.lora_B[adapter].weight.any()) for layer, adapter in live_layers(plain).values())

@@ -48,3 +48,8 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
+
+
+def saved_parameters(folder):
+    """Count the parameters of a saved adapter."""
+    return sum(tensor.numel() for tensor in load_file(folder / "adapter_model.safetensors").values())
