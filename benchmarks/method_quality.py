@@ -45,6 +45,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "corrected": ("igu", {}),
     "published": ("igu", {"variant": "published"}),
     "adalora": ("adalora", {}),
+    "adalora, alpha over lora_rank": ("adalora", {"scale": "lora_rank"}),
     # H9: no schedule and no score, twice the rank to the end and a cut by the norms of components
     "lora of twice the rank, cut by norm": ("cut", {}),
     # H4, H1: without shrinkage; the product in place of the ratio
