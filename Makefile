@@ -15,7 +15,7 @@ EVAL_KIND  := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 # The generated rows have the passages that lm_eval's BoolQ shows; rows of one's own may have none.
 PROTOCOL   ?= $(if $(DATA),llm_adapters,lm_eval)
 
-.PHONY: help install demo test test-all mutants faults lint bench worth-it eval-install eval-test eval-bench eval-demo clean
+.PHONY: help install demo test test-all mutants faults lint bench methods worth-it eval-install eval-test eval-bench eval-demo clean
 
 help:
 	@echo "make demo     train, merge and ask SmolLM2-135M on generated data (CPU, about 5 minutes after downloads)"
@@ -26,6 +26,7 @@ help:
 	@echo "make lint     ruff, mypy --strict, import-linter"
 	@echo "make bench    benchmarks of training on SmolLM2-135M (CPU: about 50 minutes), without export_parity and"
 	@echo "              eval_throughput (make eval-bench); DATA=<folder> for GSM8K rows"
+	@echo "make methods  the parts of IGU-LoRA against plain LoRA on a small Llama (CPU: about two hours)"
 	@echo "make worth-it every method against plain LoRA of the same budget, with seeds and learning rates (a GPU's work;"
 	@echo "              on a CPU give benchmarks/worth_it.py fewer --methods, --rates and --steps)"
 	@echo "make install  the environment in $(VENV), with the start-up hook"
@@ -112,6 +113,9 @@ bench: $(DEMO)
 	$(BIN)/python benchmarks/engines.py $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/quality_pass.py $(if $(DATA),--data $(DATA) --dataset boolq --batch-size 32)
 	$(BIN)/python benchmarks/planted.py $(if $(DATA),--data $(DATA))
+
+methods: $(STAMP)
+	$(BIN)/python benchmarks/method_quality.py
 
 worth-it: $(DEMO)
 	$(BIN)/python benchmarks/worth_it.py $(if $(DATA),--data $(DATA))
