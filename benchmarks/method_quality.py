@@ -60,7 +60,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "published, off, LoRA's start": ("igu", {**PUBLISHED_OFF, "init": "lora"}),
     # H6: returns
     "published, off, hysteresis": ("igu", {**PUBLISHED_OFF, "hysteresis": 0.1}),
-    "published, off, lambda zero on return": ("igu", {**PUBLISHED_OFF, "returning_lambda": "zero"}),
+    "published, off, no returns": ("igu", {**PUBLISHED_OFF, "returns": "none"}),
     # H7: the regulariser
     "published, off, no regulariser": ("igu", {**PUBLISHED_OFF, "orthogonality_weight": 0.0}),
     # H8: epsilon
@@ -70,9 +70,10 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "corrected, mean": ("igu", {"uncertainty": "mean"}),
     "corrected, discounted": ("igu", {"uncertainty": "discounted"}),
     "corrected, gaussian start": ("igu", {"init": "gaussian"}),
-    "corrected, former lambda on return": ("igu", {"returning_lambda": "former"}),
-    "corrected, no hysteresis": ("igu", {"hysteresis": 0.0}),
-    "corrected, hysteresis 0.5": ("igu", {"hysteresis": 0.5}),
+    "corrected, returns": ("igu", {"returns": "former"}),
+    "corrected, returns with hysteresis 0.1": ("igu", {"returns": "former", "hysteresis": 0.1}),
+    "corrected, returns with hysteresis 1": ("igu", {"returns": "former", "hysteresis": 1.0}),
+    "corrected, returns from lambda zero, hysteresis 0.1": ("igu", {"returns": "zero", "hysteresis": 0.1}),
     "corrected, regulariser 0.1": ("igu", {"orthogonality_weight": 0.1}),
     "corrected, shrink": ("igu", SHRINK),
     "corrected, shrink, not descaled": ("igu", {**SHRINK, "descale": False}),

@@ -165,10 +165,13 @@ class ReturnRule:
 
     Attributes:
         hysteresis: share by which scores of components in use are raised before they are compared with the others.
+        used_first: whether components in use are all kept before any that was removed, which then only fill what is
+            left of the budget.
         resets_lambda: whether the lambda of a component that comes back starts at zero, rather than where it was.
     """
 
     hysteresis: float = 0.0
+    used_first: bool = False
     resets_lambda: bool = False
 
 

@@ -17,8 +17,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "epsilon": 1.0,
         "epsilon_scale": "relative",
         "init": "lora",
-        "hysteresis": 0.1,
-        "returning_lambda": "zero",
+        "hysteresis": 0.0,
+        "returns": "none",
         "orthogonality_weight": 0.0,
         "orthogonality_scale": "relative",
     },
@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "epsilon_scale": "absolute",
         "init": "gaussian",
         "hysteresis": 0.0,
-        "returning_lambda": "former",
+        "returns": "former",
         "orthogonality_weight": 1.0,
         "orthogonality_scale": "absolute",
     },
@@ -130,11 +130,11 @@ class IguOptions:
         low=0.0,
         high=10.0,
     )
-    returning_lambda: str | None = part(
-        "Lambda of a component that comes back after it was removed: former keeps the value from before, zero lets it "
-        "grow anew.",
-        name="returning_lambda",
-        choices=("former", "zero"),
+    returns: str | None = part(
+        "Whether components that were removed may come back: none lets them fill only what components in use leave of "
+        "the budget, former lets them come back with the lambda that they had, zero with a lambda that grows anew.",
+        name="returns",
+        choices=("none", "former", "zero"),
     )
     orthogonality: str = option(
         "off_diagonal",

@@ -28,9 +28,9 @@ and U, regulariser of weight 1. ``corrected`` mends what was measured to be at f
                       and once the ranks are final lambda is, the optimizer's states with it.
     uncertainty       S * U (AdaLoRA), S alone, or S * S / (S + U) do not depend on the scale of gradients; nor does
     epsilon_scale     S / U with an epsilon in units of the geometric mean of S over all elements of a kind.
-    returning_lambda  a component that comes back grows anew from lambda zero, where it would jump to its former
-                      strength.
-    hysteresis        components in use get a bonus, so that near ties do not swap at every allocation.
+    returns           what was removed stays off, but for what it takes to fill the budget: components that come back
+                      at their former strength, and others that go for them, are most of the changes otherwise. With
+                      zero they grow anew; a bonus for those in use (hysteresis) helps less.
     orthogonality_scale  the regulariser's gradient is a share of the training gradient, whatever the loss scale.
 
 What differs from the paper in both: t_i and t_f are ratios of all steps. A masked component adds exactly nothing until
@@ -96,7 +96,8 @@ class Igu(SmoothedMethod):
 
     @property
     def return_rule(self) -> ReturnRule:
-        return ReturnRule(self.options.hysteresis or 0.0, self.options.returning_lambda == "zero")
+        returns = self.options.returns
+        return ReturnRule(self.options.hysteresis or 0.0, returns == "none", returns == "zero")
 
     @property
     def shrinkage(self) -> Shrinkage | None:

@@ -65,7 +65,13 @@ class RankSearchState:
         return sum(cost * sum(row) for cost, row in zip(self.costs, masks, strict=True))
 
     def choose(
-        self, step: int, scores: Sequence[Sequence[float]], budget: int, before: Masks, hysteresis: float = 0.0
+        self,
+        step: int,
+        scores: Sequence[Sequence[float]],
+        budget: int,
+        before: Masks,
+        hysteresis: float = 0.0,
+        used_first: bool = False,
     ) -> Masks:
         """Choose the components to use under ``budget`` and the configured bounds.
 
@@ -75,6 +81,7 @@ class RankSearchState:
             budget: most budget units that they may cost.
             before: components in use now.
             hysteresis: share by which the scores of those are raised; read where ranks are pruned.
+            used_first: whether they are all kept before any other; read where ranks are pruned.
 
         Raises:
             GuardError: a score is not finite.
@@ -85,7 +92,7 @@ class RankSearchState:
                 self._learn(scores, before)
                 after = reallocate_components(self.sensitivities, scores, before, bounds)
             else:
-                after = keep_components(raise_used(scores, before, hysteresis), bounds)
+                after = keep_components(favour_used(scores, before, hysteresis, used_first), bounds)
         except ValueError as error:
             raise GuardError(f"step {step}: {error}; training has diverged, lower learning_rate") from error
         self.fresh = [
@@ -161,11 +168,22 @@ class RankSearchState:
             setattr(self, key, state[key])
 
 
-def raise_used(scores: Sequence[Sequence[float]], on: Masks, hysteresis: float) -> Sequence[Sequence[float]]:
-    """Raise the scores of components in use by a share: others replace them only if they are that much better."""
-    if not hysteresis:
-        return scores
-    return [
-        [score * (1.0 + hysteresis) if flag else score for score, flag in zip(*rows, strict=True)]
-        for rows in zip(scores, on, strict=True)
-    ]
+def favour_used(
+    scores: Sequence[Sequence[float]], on: Masks, hysteresis: float, used_first: bool
+) -> list[list[float]]:
+    """Adjust non-negative scores for a comparison in which components in use have the advantage.
+
+    Args:
+        scores: score of every component, by module.
+        on: components in use.
+        hysteresis: share by which their scores are raised: others replace them only if they are that much better.
+        used_first: whether they are above all others, whatever the scores.
+    """
+
+    def compared(score: float, used: bool) -> float:
+        if used:
+            return score * (1.0 + hysteresis)
+        # Negative, in the order of the scores; what is not finite stays so, for the check that follows.
+        return -1.0 / (1.0 + score) if used_first and math.isfinite(score) else score
+
+    return [[compared(*pair) for pair in zip(*rows, strict=True)] for rows in zip(scores, on, strict=True)]

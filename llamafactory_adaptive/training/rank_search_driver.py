@@ -114,8 +114,8 @@ class RankSearchDriver(RunPart):
         if self.selection is not None:
             budget = int(budget * self.selection.budget_share(self.step))
         scores, before = self.components.scores(self.method, mean=self.state.reallocates), self.triplets.masks
-        hysteresis = 0.0 if self.state.reallocates else self.method.return_rule.hysteresis
-        masks = self.state.choose(self.step, scores, budget, before, hysteresis)
+        rule = self.method.return_rule
+        masks = self.state.choose(self.step, scores, budget, before, rule.hysteresis, rule.used_first)
         agree_across_ranks(digest_of(masks), DECISIONS_DIFFER)
         self._restart_returned()
         self.triplets.mask(masks)

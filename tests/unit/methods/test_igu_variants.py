@@ -1,5 +1,6 @@
 """The parts of the corrected IGU-LoRA, each against what it claims; the published one against its earlier values."""
 
+import math
 from dataclasses import asdict
 
 import pytest
@@ -18,7 +19,7 @@ from llamafactory_adaptive.ranks.allocation import Bounds, keep_components
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
 from llamafactory_adaptive.training.component_resets import rescale_lambda, reset_lambda
 from llamafactory_adaptive.training.components import Components
-from llamafactory_adaptive.training.rank_search import raise_used
+from llamafactory_adaptive.training.rank_search import favour_used
 from tests.helpers.dynamic import batch, scatter, start_plan, stream, triplet_model
 from tests.helpers.tiny import tiny_model
 
@@ -36,7 +37,7 @@ def test_published_has_the_values_from_before_there_were_variants():
     method = Igu(IguOptions("published"))
     assert method.shrinkage is None
     assert asdict(method.initial_adapter) == {"lambda_value": 0.1, "factors": "gaussian"}
-    assert asdict(method.return_rule) == {"hysteresis": 0.0, "resets_lambda": False}
+    assert asdict(method.return_rule) == {"hysteresis": 0.0, "used_first": False, "resets_lambda": False}
     assert method.orthogonality == Orthogonality(1.0, "off_diagonal", relative=False)
     assert not method.traits.relative
 
@@ -227,9 +228,20 @@ def moved(optimizer, parameters, gradients):
 def test_others_replace_components_in_use_only_if_they_are_better_by_the_hysteresis():
     on = [[True, False, False]]
     for other, winner in ((1.05, 0), (1.15, 1)):
-        scores = raise_used([[1.0, other, 0.1]], on, 0.1)
+        scores = favour_used([[1.0, other, 0.1]], on, 0.1, used_first=False)
         assert keep_components(scores, Bounds([1], 1, [0], [3])) == [[i == winner for i in range(3)]]
-    assert raise_used([[1.0]], [[True]], 0.0) == [[1.0]]
+    assert favour_used([[1.0, 2.0, 3.0]], on, 0.0, used_first=False) == [[1.0, 2.0, 3.0]]
+
+
+def test_what_was_removed_fills_only_what_components_in_use_leave():
+    """Costs 3 and 2: of a budget of 8, all in use cost 7 or leave room for the best of the others."""
+    assert Igu(IguOptions()).return_rule.used_first
+    on, scores = [[True, True, False], [True, False, False]], [[1e-9, 2e-9, 5.0], [3e-9, 0.5, 0.7]]
+    compared = favour_used(scores, on, 0.0, used_first=True)
+    assert keep_components(compared, Bounds([3, 2], 8, [0, 0], [3, 3])) == on
+    assert keep_components(compared, Bounds([3, 2], 7, [0, 0], [3, 3])) == [[False, True, False], [True, False, True]]
+    with pytest.raises(ValueError, match="not finite"):
+        keep_components(favour_used([[1.0, math.nan]], [[True, False]], 0.0, True), Bounds([1], 1, [0], [2]))
 
 
 def test_a_component_that_comes_back_starts_from_lambda_zero_and_without_momentum():
