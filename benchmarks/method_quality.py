@@ -80,7 +80,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "corrected, shrink, not mended": ("igu", {**SHRINK, "mend_strength": False}),
     "corrected, integrated": ("igu", {"importance": "integrated", "probe_interval": 5}),
 }
-FEWER = ("lora", "corrected", "published", "adalora")  # the arms of every budget but the first
+FEWER = ("lora", "corrected")  # the arms of every budget but the first
 ON_SMOLLM2 = ("lora", "corrected", "published", "published, off, product")  # unless others are asked for
 
 
