@@ -72,6 +72,12 @@ def agreement(first: list[int], second: list[int]) -> dict[str, float | None]:
     return {"same_rank": same, "correlation": float(stats.spearmanr(first, second).statistic) if vary else None}
 
 
+def words(row: dict[str, float | None]) -> str:
+    """Describe an agreement; where all ranks are equal there is no correlation."""
+    correlation = "-" if row["correlation"] is None else f"{row['correlation']:.3f}"
+    return f"{row['same_rank']:.1%} at the same rank, correlation {correlation}"
+
+
 def compare(method: str, scratch: Path, options: argparse.Namespace) -> dict[str, dict[str, float | None]]:
     """Run a method once as it is, and once with each thing changed."""
     rows: dict[str, dict[str, float | None]] = {}
@@ -81,8 +87,7 @@ def compare(method: str, scratch: Path, options: argparse.Namespace) -> dict[str
         found = ranks({**settings(scratch, method, output, options), **more}, processes, scratch)
         if change != "first":
             rows[change] = agreement(first, found)
-            print(f"{method:<18} {change:<12} {rows[change]['same_rank']:.1%} at the same rank, correlation "
-                  f"{rows[change]['correlation']:.3f}", flush=True)  # fmt: skip
+            print(f"{method:<18} {change:<12} {words(rows[change])}", flush=True)
         return found
 
     first = run("first")

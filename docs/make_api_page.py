@@ -59,9 +59,11 @@ A plan fixes the ranks before training, so a model from `attach_adapter` trains 
 model. A search takes part in training, and what it cannot work with is refused before the first step:
 
 * **Optimizers.** The Trainer must make the optimizer (`optim=...`, `optimizer_cls_and_kwargs=...` or your own
-  `create_optimizer`), as the search adds parameters to the adapter when the Trainer is built. `method="tsq"` also
-  sets the optimizer's states anew for components that come back: it needs Adam, AdamW, NAdam, RAdam, SGD, Adagrad
-  or RMSprop of torch, or Adam, AdamW or Lion of bitsandbytes, or a class derived from one of these.
+  `create_optimizer`), as the search adds parameters to the adapter when the Trainer is built. Some
+  searches also change the optimizer's states: `method="tsq"` for components that come back, `method="igu"` too, unless
+  `returning_lambda="former"`, and with `importance="shrink"` for its strength, unless `mend_strength=False`. These
+  need Adam, AdamW, NAdam, RAdam, SGD, Adagrad or RMSprop of torch, FusedAdam of apex, or Adam, AdamW or Lion of
+  bitsandbytes, or a class derived from one of these.
 * **Losses.** Any loss can be trained. Only `importance="integrated"` makes extra passes, which use the loss that
   the model itself returns: a Trainer with its own `compute_loss` or `compute_loss_func` is refused, TRL's
   `SFTTrainer` with its default loss is not. The other kinds of `importance` follow the gradients of whatever loss
@@ -69,7 +71,8 @@ model. A search takes part in training, and what it cannot work with is refused 
 * **Several processes.** Run the same script under `torchrun` or `accelerate launch`; every process calls
   `trainer.save_model` and `search.finalize`. FSDP, and several GPUs in one process, are refused.
 * **DeepSpeed**, by `deepspeed=...` or by `accelerate launch --use_deepspeed`: the same rules hold for both ways.
-  `importance="integrated"` needs ZeRO-2 or less, and `tsq` needs ZeRO.
+  `importance="integrated"` needs ZeRO-2 or less; searches that change the optimizer's states, see above, need
+  ZeRO.
 * **4- and 8-bit bases** of bitsandbytes are scored, planned and searched as they are.
 
 A wrong argument is one `AdaptiveConfigError` (`llamafactory_adaptive.errors`) that names each argument, its value,

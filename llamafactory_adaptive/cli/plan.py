@@ -116,9 +116,10 @@ def _about_the_rate(args: Mapping[str, Any], start: "RankPlan", config: "Adaptiv
     from llamafactory_adaptive.reports.learning_rate import rate_warning, rate_words
     from llamafactory_adaptive.training.masked_search import SearchRequest
 
-    if "adam" not in str(args.get("optim") or "adamw_torch"):
-        return []
+    if "adam" not in str(args.get("optim") or "adamw_torch") or args.get("loraplus_lr_ratio") is not None:
+        return []  # the figures are those of one AdamW rate for all factors
     slowdown = SearchRequest(start, config, make_method(config.method, config.options)).slowdown
-    rate = float(coerce(args.get("learning_rate") or _TRAINERS_RATE, float))
+    given = args.get("learning_rate")
+    rate = float(coerce(_TRAINERS_RATE if given is None else given, float))
     words, warning = rate_words(rate, slowdown), rate_warning(rate, slowdown)
     return [*([words] if words else []), *([f"warning: {warning}"] if warning else [])]

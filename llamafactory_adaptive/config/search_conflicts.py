@@ -12,15 +12,35 @@ from llamafactory_adaptive.config.host_conflicts import Conflict, deepspeed_stag
 from llamafactory_adaptive.errors import Problem
 
 
-def changes_states(method: Any) -> bool:
-    """Tell whether a search by a method resets or scales the optimizer's states of some weights."""
+def state_changes(method: Any) -> tuple[str, str] | None:
+    """Tell why a search by a method resets or scales the optimizer's states of some weights, and what avoids that."""
     reallocates = method.traits.strategy == "reallocate"
-    return reallocates or method.return_rule.resets_lambda or method.shrinkage is not None
+    rules = [
+        (reallocates, "components that come back need fresh optimizer states", "tsq_reallocation: false"),
+        (not reallocates and method.return_rule.resets_lambda, "components that come back with lambda zero need fresh "
+         "optimizer states", "igu_returning_lambda: former"),
+        (method.shrinkage is not None, "mending the strength of the adapter scales optimizer states",
+         "igu_mend_strength: false"),
+    ]  # fmt: skip
+    causes = [(cause, remedy) for applies, cause, remedy in rules if applies]
+    return (" and ".join(cause for cause, _ in causes), " and ".join(last for _, last in causes)) if causes else None
+
+
+def _optimizer_conflicts(method: Any) -> list[Conflict]:
+    """List the optimizers that cannot go with a method, with its cause and the way out; none if states stay."""
+    found = state_changes(method)
+    if found is None:
+        return []
+    cause, remedy = found
+    return [
+        replace(rule, reason=f"{cause}, {rule.reason}", suggestion=f"{rule.suggestion}, or {remedy}")
+        for rule in OPTIMIZER_CONFLICTS
+    ]
 
 
 def check_search_conflicts(flat: Mapping[str, Any], made: Any) -> list[Problem]:
     """Find upstream options that cannot go with a search for ranks by the method ``made``."""
-    rules = [*MASKING_CONFLICTS, *(OPTIMIZER_CONFLICTS if changes_states(made) else ())]
+    rules = [*MASKING_CONFLICTS, *_optimizer_conflicts(made)]
     probes = made.traits.probes
     problems = find_clashes([*rules, *(PROBING_CONFLICTS if probes else ())], flat)
     if flat.get("adaptive_max_overhead") is not None and not probes:
@@ -73,7 +93,7 @@ GIVEN_CONFLICTS = tuple(
     replace(rule, reason=_GIVEN_REASONS.get(rule.key, rule.reason), suggestion=rule.suggestion + _PLAIN)
     for rule in MASKING_CONFLICTS
 )
-# Optimizers whose states are one number per weight, so that those of a component that comes back can be set anew.
+# Optimizers whose states are one number per weight, so that those of single components can be set.
 # Not rmsprop_bnb: its squares lie where those of its siblings keep momenta.
 _ELEMENTWISE_OPTIMIZERS = {
     "adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "sgd", "adagrad", "rmsprop",
@@ -81,22 +101,19 @@ _ELEMENTWISE_OPTIMIZERS = {
     "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
 }  # fmt: skip
 _OWN_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
-# Where a search resets or scales the optimizer's states of some weights.
+# Where a search resets or scales the optimizer's states of some weights; the reasons follow the method's cause.
 OPTIMIZER_CONFLICTS = (
     Conflict(
         "optim",
         lambda flat: str(flat.get("optim") or "adamw_torch") not in _ELEMENTWISE_OPTIMIZERS,
-        "components that come back need fresh optimizer states, and where this one keeps them per weight is not known",
+        "and where this optimizer keeps them per weight is not known",
         "optim: adamw_torch",
     ),
-    *(
-        Conflict(key, is_on(key), "components that come back need empty states in a plain optimizer", f"{key}: false")
-        for key in _OWN_OPTIMIZERS
-    ),
+    *(Conflict(key, is_on(key), "which a plain optimizer alone allows", f"{key}: false") for key in _OWN_OPTIMIZERS),
     Conflict(
         "deepspeed",
         lambda flat: bool(flat.get("deepspeed")) and deepspeed_stage(flat) == 0,
-        "without ZeRO DeepSpeed keeps optimizer states where they cannot be cleared",
+        "and without ZeRO DeepSpeed keeps them where they cannot be changed",
         "ZeRO-1, 2 or 3, or leaving deepspeed out",
     ),
 )

@@ -1,9 +1,10 @@
 """Options of IGU-LoRA, and the two variants that give most of them their defaults. Without torch."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from llamafactory_adaptive.errors import Problem
 from llamafactory_adaptive.options import option
 
 
@@ -168,3 +169,38 @@ class IguOptions:
         """Fill in the options that are left out, by ``variant``."""
         given = {name: value for name, value in values.items() if value is not None}
         return {**values, **VARIANTS[values["variant"]], **given}
+
+    def check(self) -> list[Problem]:
+        """List options that were set but have no effect because of others.
+
+        A value that is the variant's own default is not told from one that was left out; neither is refused.
+        """
+        defaults = {entry.name: entry.default for entry in fields(self)} | VARIANTS[self.variant]
+        differing = [name for name, value in asdict(self).items() if value != defaults[name]]
+        return [
+            Problem(f"igu_{name}", getattr(self, name), reason, f"leaving igu_{name} out, or {remedy}")
+            for idle, names, reason, remedy in self._idle()
+            for name in differing
+            if idle and name in names
+        ]
+
+    def _idle(self) -> list[tuple[bool, tuple[str, ...], str, str]]:
+        """Build the table of options that other options leave without effect: whether, which, why and what to set."""
+        path, snr, unweighted = self.importance != "off", self.uncertainty == "snr", self.orthogonality_weight == 0.0
+        none = self.orthogonality == "none"  # says the same as a weight of 0, so the two may stand together
+        weighted = ("orthogonality_scale", *(() if none else ("orthogonality",)))
+        return [
+            (self.importance != "shrink", ("descale", "mend_strength"), "only igu_importance: shrink draws positions "
+             "that weaken the adapter", "igu_importance: shrink"),
+            (not path, ("intervals",), "with igu_importance: off there is no path to divide",
+             "igu_importance: shrink"),
+            (self.importance != "integrated", ("probe_interval",), "only igu_importance: integrated probes",
+             "igu_importance: integrated"),
+            (not snr, ("epsilon", "epsilon_scale"), "only igu_uncertainty: snr divides", "igu_uncertainty: snr"),
+            (self.uncertainty == "mean", ("beta2",), "with igu_uncertainty: mean the deviation does not count",
+             "igu_uncertainty: product"),
+            (unweighted, weighted, "with igu_orthogonality_weight: 0 there is no regulariser",
+             "igu_orthogonality_weight: 0.1"),
+            (none and not unweighted, ("orthogonality_weight", "orthogonality_scale"),
+             "with igu_orthogonality: none there is no regulariser", "igu_orthogonality: off_diagonal"),
+        ]  # fmt: skip

@@ -105,7 +105,8 @@ class Sensitivity:
     Options: ClassVar[type[SensitivityOptions]] = SensitivityOptions
     traits: ClassVar[MethodTraits] = MethodTraits("fixed")
     concentration_advice: ClassVar[str] = (
-        "massive activations; sensitivity_transform: log, the default, spreads it most"
+        "massive activations; a lower adaptive_max_rank bounds what one module gets; sensitivity_transform: log, the "
+        "default, spreads the score most"
     )
 
     def __init__(self, options: SensitivityOptions) -> None:

@@ -73,8 +73,8 @@ class PlanRequest:
         return cache_folder() / "plans" / f"{self.digest()}.json"
 
 
-# Settings that have no part in a computed plan.
-_NOT_ASKED = ("max_nonfinite_steps", "given")
+# Settings that have no part in a computed plan: with a new one in it, no plan in a filled cache would be found.
+_NOT_ASKED = ("max_nonfinite_steps", "asked_alpha", "best_model_from", "given")
 
 
 def statistics_path(request: PlanRequest, measurement: Measurement) -> Path:

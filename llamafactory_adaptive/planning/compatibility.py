@@ -51,6 +51,20 @@ def check_plan(plan: RankPlan, shapes: list[ModuleShape], config: AdaptiveConfig
     return plan
 
 
+def check_trained_plan(plan: RankPlan, shapes: list[ModuleShape], config: AdaptiveConfig, source: str) -> RankPlan:
+    """Return the plan of weights that trained already with this run's budget, or refuse it as :func:`check_plan` does.
+
+    Where ``lora_alpha`` is the one that their run divided by another rank than ``lora_rank``, their scale stays.
+
+    Raises:
+        PlanError: the plan is of another model, or costs more than the budget.
+    """
+    checked, asked = check_plan(plan, shapes, config, source), plan.provenance.get(ASKED_ALPHA)
+    if asked != config.lora_alpha:
+        return checked
+    return replace(checked, lora_alpha=plan.lora_alpha, provenance={**checked.provenance, ASKED_ALPHA: asked})
+
+
 def check_same_run(plan: RankPlan, config: AdaptiveConfig, source: str, method: Any) -> None:
     """Refuse to resume a run that was started with other settings of ranks.
 
@@ -86,10 +100,14 @@ _SCALE_KEYS = ("lora_rank", "lora_alpha", "adaptive_budget_unit")
 def check_same_scale(plan: RankPlan, config: AdaptiveConfig, source: str) -> None:
     """Refuse to go on with an adapter of another budget or scale; how its ranks were found does not matter.
 
+    Where its run divided ``lora_alpha`` by another rank than ``lora_rank``, either alpha names the scale.
+
     Raises:
         PlanError: settings differ; the message names each of them.
     """
-    asked, theirs = _asked(config), _of_plan(plan) | {"lora_alpha": plan.lora_alpha}
+    asked, theirs = _asked(config), _of_plan(plan)
+    if config.lora_alpha == plan.lora_alpha:
+        theirs["lora_alpha"] = plan.lora_alpha
     if given := plan.provenance.get(ASKED_ALPHA):
         source += f", whose lora_alpha {given} was divided by the rank that its run started at,"
     _refuse_differences({key: asked[key] for key in _SCALE_KEYS}, theirs, source, "create_new_adapter: true")

@@ -56,7 +56,7 @@ def _plan_of_checkpoint(config: AdaptiveConfig, host: HostRun, checkpoint: Path)
     if config.search is not None:
         compatibility.check_shapes(plan, host.shapes, path)
         return PlanSource(planner.start_plan(config, host.shapes, host.provenance), "resumed")
-    checked = compatibility.check_plan(plan, host.shapes, config, path)
+    checked = compatibility.check_trained_plan(plan, host.shapes, config, path)
     return PlanSource(checked, "resumed")
 
 
@@ -68,7 +68,7 @@ def _plan_of_adapter(config: AdaptiveConfig, host: HostRun, adapter: Path) -> Pl
         )
     plan = _plan_beside(adapter)
     compatibility.check_same_scale(plan, config, str(adapter))
-    checked = compatibility.check_plan(plan, host.shapes, config, str(adapter / PLAN_FILE))
+    checked = compatibility.check_trained_plan(plan, host.shapes, config, str(adapter / PLAN_FILE))
     return PlanSource(checked, "continued")
 
 

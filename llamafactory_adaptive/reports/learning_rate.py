@@ -12,13 +12,13 @@ def rate_words(rate: float, slowdown: float) -> str | None:
 
     Args:
         rate: learning rate of the run.
-        slowdown: how many times smaller the first update of Delta W is than plain LoRA's at the same rate.
+        slowdown: how many times smaller the first update of a component is than plain LoRA's at the same rate.
     """
     if rate <= 0.0 or math.isclose(slowdown, 1.0, rel_tol=0.05):
         return None
     return (
-        f"learning_rate {rate:g} moves Delta W at first as plain LoRA does at {rate / slowdown:.2g}; the first update "
-        f"of plain LoRA at {rate:g} takes learning_rate {rate * slowdown:.2g}"
+        f"learning_rate {rate:g} moves each component of Delta W at first as plain LoRA does at "
+        f"{rate / slowdown:.2g}; the first update of plain LoRA at {rate:g} takes learning_rate {rate * slowdown:.2g}"
     )
 
 
@@ -31,8 +31,8 @@ def rate_warning(rate: float, slowdown: float) -> str | None:
     if slowdown < math.sqrt(10.0) or not 0.0 < rate < _USUAL * factor:
         return None
     return (
-        f"learning_rate {rate:g} is low for this method: Delta W moves at first {slowdown:.0f} times less than plain "
-        f"LoRA's; try learning_rate: {_rounded_up(max(rate, _USUAL) * factor):g}"
+        f"learning_rate {rate:g} is low for this method: each component of Delta W moves at first {slowdown:.0f} "
+        f"times less than plain LoRA's; try learning_rate: {_rounded_up(_USUAL * factor):g}"
     )
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llamafactory_adaptive.config.search_conflicts import changes_states
+from llamafactory_adaptive.config.search_conflicts import state_changes
 from llamafactory_adaptive.engines.optimizer_state import keeps_known_states
 from llamafactory_adaptive.errors import refuse
 from llamafactory_adaptive.training.masked_search import MaskedSearch
@@ -18,7 +18,7 @@ def check_optimizer(optimizer: Any, search: MaskedSearch) -> None:
         search: the live adapter, and how its ranks change.
 
     Raises:
-        AdaptiveConfigError: parameters of the adapter are missing, or components that come back cannot start anew.
+        AdaptiveConfigError: parameters of the adapter are missing, or states that the search changes are not known.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     name = type(optimizer).__name__
@@ -31,7 +31,8 @@ def check_optimizer(optimizer: Any, search: MaskedSearch) -> None:
             "whose optimizer must be made after that"
         )
         refuse("optimizers", name, reason, "optimizer_cls_and_kwargs=(torch.optim.AdamW, {'lr': 1e-4})")
-    changed = search.request.config.search is not None and changes_states(search.request.method)
-    if changed and not keeps_known_states(optimizer):
-        reason = "components that come back need fresh states, and where this optimizer keeps them is not known"
-        refuse("optim", name, reason, "optim: adamw_torch")
+    found = state_changes(search.request.method) if search.request.config.search is not None else None
+    if found is not None and not keeps_known_states(optimizer):
+        cause, remedy = found
+        reason = f"{cause}, and where this optimizer keeps them is not known"
+        refuse("optim", name, reason, f"optim: adamw_torch, or {remedy}")

@@ -114,8 +114,8 @@ def test_a_second_run_with_plain_lora_is_that_of_every_other_method(on_ranks_of_
 CASES = {
     "adalora": {"adaptive_method": "adalora", "lora_dropout": 0.1},
     "integrated": {"igu_importance": "integrated", "igu_probe_interval": 2, "lora_dropout": 0.1},
-    "off": {"igu_importance": "off", "igu_orthogonality": "identity", "igu_uncertainty": "product",
-            "igu_lambda_term": "magnitude"},
+    "off": {"igu_importance": "off", "igu_orthogonality": "identity", "igu_orthogonality_weight": 0.1,
+            "igu_uncertainty": "product", "igu_lambda_term": "magnitude"},
     "accumulation": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
     "no_clipping": {"max_grad_norm": 0.0, "igu_orthogonality": "none"},
     "bf16_no_checkpointing": {"bf16": True, "disable_gradient_checkpointing": True},

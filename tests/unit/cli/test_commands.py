@@ -101,8 +101,11 @@ def test_plan_of_a_search_tells_of_a_learning_rate_that_is_low_for_it(write, cap
     assert cli.main(["plan", str(path)]) == 0
     told = capsys.readouterr()
     # Widths of 32 but for down_proj: 1443 / sqrt(32), twice for alpha over the starting rank.
-    assert "learning_rate 0.0001 moves Delta W at first as plain LoRA does at 2e-07" in told.out
-    assert "warning: learning_rate 0.0001 is low for this method: Delta W moves at first 510 times less" in told.out
+    assert "learning_rate 0.0001 moves each component of Delta W at first as plain LoRA does at 2e-07" in told.out
+    assert (
+        "warning: learning_rate 0.0001 is low for this method: each component of Delta W moves at first 510 times less"
+        in told.out
+    )
     assert "try learning_rate: 0.001" in told.out
     assert "lora_alpha 16 is divided by the rank it starts from" in told.err
     assert cli.main(["plan", str(write(pruning_settings)), "optim=sgd"]) == 0

@@ -11,7 +11,7 @@ from torch import nn
 from llamafactory_adaptive import rank_search
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.errors import PlanError
-from llamafactory_adaptive.planning.compatibility import check_plan, check_same_scale
+from llamafactory_adaptive.planning.compatibility import check_plan, check_same_scale, check_trained_plan
 from llamafactory_adaptive.planning.earlier_plans import check_resumed_run
 from llamafactory_adaptive.planning.planner import start_plan
 from llamafactory_adaptive.planning.start_message import start_message
@@ -31,6 +31,12 @@ def configured(scale="init_rank", alpha=16.0, search=SEARCH, method="adalora"):
     options = {"beta1": 0.85, "beta2": 0.85, "orthogonality_weight": 0.5, "scale": scale}
     budget, calibration = (4, alpha, 16), CalibrationConfig(None, 0, 0, 0)
     return AdaptiveConfig.from_checked(COMMON, method, options, budget, calibration, search, scale == "init_rank")
+
+
+def found():
+    """Return a plan within the budget, as a search of AdaLoRA ends with one."""
+    start = start_plan(configured(), SHAPES, {})
+    return dataclasses.replace(start, modules=tuple(dataclasses.replace(part, rank=4) for part in start.modules))
 
 
 @pytest.mark.parametrize(("scale", "divisor"), [("init_rank", 6), ("lora_rank", 4)])
@@ -93,23 +99,26 @@ def test_a_plan_whose_alpha_is_no_number_is_refused():
         parse_plan(document, "plan.json")
 
 
-def test_going_on_with_an_adapter_takes_the_scale_that_it_trained_with():
-    plan = start_plan(configured(alpha=12.0), SHAPES, {"base_model": "a"})
-    fixed = configured(search=None, alpha=12.0, method="uniform")
-    with pytest.raises(PlanError, match=r"whose lora_alpha 12.0 was divided by the rank that its run started at, "
-                                        r"belongs to another run: lora_alpha is 8.0 there and 12.0 here"):  # fmt: skip
-        check_same_scale(plan, fixed, "adapter")
-    check_same_scale(plan, dataclasses.replace(fixed, lora_alpha=8.0), "adapter")
+@pytest.mark.parametrize(("written", "noted"), [(16.0, 16.0), (16.0 * 4 / 6, None)])
+def test_going_on_with_an_adapter_keeps_the_scale_that_it_trained_with(written, noted):
+    """Alpha 16 over rank 6 is 10.67 over 4, which no YAML can hold: the alpha that its run was given will do."""
+    plan = found()
+    fixed = dataclasses.replace(configured(search=None, method="uniform"), lora_alpha=written)
+    check_same_scale(plan, fixed, "adapter")
+    continued = check_trained_plan(plan, SHAPES, fixed, "adapter")
+    assert (continued.scale, continued.provenance.get("asked_lora_alpha")) == (pytest.approx(16 / 6), noted)
+    resumed = check_trained_plan(continued, SHAPES, fixed, "checkpoint-2")
+    assert resumed == continued
+    with pytest.raises(PlanError, match=r"whose lora_alpha 16.0 was divided by the rank that its run started at, "
+                                        r"belongs to another run: lora_alpha is 16.0 there and 8.0 here"):  # fmt: skip
+        check_same_scale(plan, dataclasses.replace(fixed, lora_alpha=8.0), "adapter")
 
 
 def test_another_run_on_the_ranks_has_its_own_alpha():
-    config = dataclasses.replace(configured(), search=None)
-    found = dataclasses.replace(
-        start_plan(configured(), SHAPES, {}),
-        modules=tuple(dataclasses.replace(module, rank=4) for module in start_plan(configured(), SHAPES, {}).modules),
-    )
-    given = check_plan(found, SHAPES, dataclasses.replace(config, lora_alpha=5.0, asked_alpha=None), "plan.json")
-    assert (given.lora_alpha, given.provenance.get("asked_lora_alpha")) == (5.0, None)
+    config = dataclasses.replace(configured(), search=None, asked_alpha=None)
+    for alpha in (5.0, 16.0):
+        given = check_plan(found(), SHAPES, dataclasses.replace(config, lora_alpha=alpha), "plan.json")
+        assert (given.lora_alpha, given.provenance.get("asked_lora_alpha")) == (alpha, None)
 
 
 def test_a_run_says_how_strong_its_adapter_is():

@@ -89,3 +89,13 @@ def test_requests_that_measure_the_same_share_statistics_and_those_that_ask_the_
         assert same_statistics == statistics
     for change in ({"identity": "b"}, {"calibration": dataclasses.replace(calibration, samples=9)}):
         assert not set(paths(**change)) & {plan, statistics}
+
+
+def test_plans_of_earlier_versions_are_found():
+    calibration = CalibrationConfig("alpaca", 128, 8, 42)
+    options = {"mode": "sra", "transform": "none"}
+    config = AdaptiveConfig("sensitivity", options, "params", 4, 8.0, 1, 16, None, calibration)
+    # Recorded from the version before asked_alpha, best_model_from and given were fields.
+    recorded = "0d69cf634060c0609c1e591877e67b6b5bd2d267b47d3472d1f29f96d81b8612"
+    assert PlanRequest(config, {"model": "m"}, {}).digest() == recorded
+    assert PlanRequest(dataclasses.replace(config, best_model_from="start"), {"model": "m"}, {}).digest() == recorded

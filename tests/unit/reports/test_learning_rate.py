@@ -12,8 +12,8 @@ from tests.helpers.processes import ROOT
 
 def test_a_rate_is_told_as_that_of_plain_lora_with_the_same_first_update():
     assert rate_words(1e-4, 6.7) == (
-        "learning_rate 0.0001 moves Delta W at first as plain LoRA does at 1.5e-05; the first update of plain LoRA at "
-        "0.0001 takes learning_rate 0.00067"
+        "learning_rate 0.0001 moves each component of Delta W at first as plain LoRA does at 1.5e-05; the first "
+        "update of plain LoRA at 0.0001 takes learning_rate 0.00067"
     )
     assert rate_words(1e-4, 1.0) is None
     assert rate_words(0.0, 6.75) is None
@@ -24,16 +24,16 @@ def test_a_rate_is_told_as_that_of_plain_lora_with_the_same_first_update():
     [
         (1e-4, 6.75, "0.0007"),
         (5e-5, 6.75, "0.0007"),
-        (2e-4, 6.75, "0.002"),
+        (2e-4, 6.75, "0.0007"),
         (1e-4, 96.0, "0.001"),
-        (5e-4, 96.0, "0.005"),
+        (9e-4, 96.0, "0.001"),
         (1e-4, 3.17, "0.0004"),
     ],
 )
 def test_a_rate_of_plain_lora_is_warned_of_and_the_one_advised_is_not(rate, slowdown, advised):
     said = rate_warning(rate, slowdown)
     assert said.startswith(
-        f"learning_rate {rate:g} is low for this method: Delta W moves at first {slowdown:.0f} times"
+        f"learning_rate {rate:g} is low for this method: each component of Delta W moves at first {slowdown:.0f} times"
     )
     assert said.endswith(f"try learning_rate: {advised}")
     assert rate_warning(float(advised), slowdown) is None

@@ -75,7 +75,9 @@ def test_the_start_tells_of_a_learning_rate_that_is_low_for_the_form(tmp_path):
     trainer = second_stage(tmp_path, options=PUBLISHED, max_steps=1, learning_rate=1e-4)
     trainer.train()
     (warning,) = trainer.adaptive_callback.guard.log.warnings
-    assert warning.startswith("learning_rate 0.0001 is low for this method: Delta W moves at first 36 times less")
+    assert warning.startswith(
+        "learning_rate 0.0001 is low for this method: each component of Delta W moves at first 36 times less"
+    )
 
 
 @pytest.mark.parametrize("options", [PUBLISHED, {}], ids=["published", "corrected"])

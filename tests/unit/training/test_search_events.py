@@ -158,11 +158,13 @@ def test_the_start_tells_of_a_learning_rate_that_moves_the_adapter_less_than_pla
     with caplog.at_level("INFO", logger="llamafactory.adaptive"):
         run.tell("train_begin")
     # 0.577 / (0.02 sqrt(32) sqrt(0.0204)) in the median module, of 32 inputs.
-    words = f"learning_rate {rate:g} moves Delta W at first as plain LoRA does at {rate / 35.73:.2g}; "
+    words = (
+        f"learning_rate {rate:g} moves each component of Delta W at first as plain LoRA does at {rate / 35.73:.2g}; "
+    )
     assert (words in caplog.text) is told
     assert [text for text in run.guard.log.warnings if "learning_rate" in text] == (
-        ["learning_rate 0.0001 is low for this method: Delta W moves at first 36 times less than plain LoRA's; "
-         "try learning_rate: 0.001"] if warned else []
+        ["learning_rate 0.0001 is low for this method: each component of Delta W moves at first 36 times "
+         "less than plain LoRA's; try learning_rate: 0.001"] if warned else []
     )  # fmt: skip
 
 
