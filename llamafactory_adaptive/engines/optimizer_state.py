@@ -50,14 +50,16 @@ _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "state2")
 
 
 def _per_weight(state: Mapping[str, Any], count: int) -> dict[str, Tensor]:
-    """Select the states that hold one number per weight; single numbers and scales per block are left out.
+    """Select the states that hold one number per weight; the step count and scales per block are left out.
+
+    A single number in a tensor with a dimension counts as per weight: a process may own one weight of a parameter.
 
     Raises:
         GuardError: another state has a different size, so it is not kept per weight.
     """
     states = {}
     for key, held in state.items():
-        if not isinstance(held, Tensor) or held.numel() == 1 or key in _PER_BLOCK:
+        if not isinstance(held, Tensor) or held.dim() == 0 or key in ("step", *_PER_BLOCK):
             continue
         if held.numel() != count:
             raise GuardError(

@@ -4,7 +4,14 @@ import bitsandbytes
 import pytest
 import torch
 
-from llamafactory_adaptive.engines.optimizer_state import is_like, keeps_known_states, put, restart, square_sums
+from llamafactory_adaptive.engines.optimizer_state import (
+    is_like,
+    keeps_known_states,
+    put,
+    restart,
+    scale_states,
+    square_sums,
+)
 from llamafactory_adaptive.errors import GuardError
 
 
@@ -96,6 +103,18 @@ def test_the_next_step_after_a_restart_is_adamws_own():
     expected = before - 0.1 * mean / (square.sqrt() + 1e-8)
     assert torch.allclose(parameter.detach().flatten()[WHERE].double(), expected[WHERE], rtol=1e-5)
     assert torch.equal(parameter.detach().flatten()[~WHERE], twin.detach().flatten()[~WHERE])
+
+
+@pytest.mark.parametrize("step", [torch.tensor(3.0), torch.tensor([3.0])], ids=["no dimension", "one"])
+def test_states_of_one_weight_are_told_from_the_step_count(step):
+    """A process may own a single weight of a parameter."""
+    one = torch.ones(1, dtype=torch.bool)
+    state = {"step": step, "exp_avg": torch.tensor([2.0]), "exp_avg_sq": torch.tensor([8.0])}
+    scale_states(state, 1, 0.5)
+    assert {key: float(value) for key, value in state.items()} == {"step": 3, "exp_avg": 1, "exp_avg_sq": 2}
+    assert square_sums(state, one).tolist() == [2, 1]
+    restart(state, one, square=0.25)
+    assert {key: float(value) for key, value in state.items()} == {"step": 3, "exp_avg": 0, "exp_avg_sq": 0.25}
 
 
 def test_a_quantised_state_takes_the_nearest_of_its_values():
