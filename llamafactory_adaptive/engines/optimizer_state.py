@@ -83,12 +83,16 @@ def square_sums(state: Mapping[str, Any], others: Tensor) -> Tensor:
 def scale_states(state: Mapping[str, Any], count: int, factor: float) -> None:
     """Scale an optimizer's states in place, as if all gradients so far had been ``factor`` times what they were.
 
+    RMSprop's momentum is left as it is: it holds steps, which were divided by the root of the squares.
+
     Args:
         state: states of ``count`` weights, by name.
         count: number of weights.
         factor: factor of the gradients; running means of squares are scaled by its square.
     """
     for key, held in _per_weight(state, count).items():
+        if key == "momentum_buffer" and "square_avg" in state:
+            continue
         by = factor**2 if key in _SQUARES else factor
         if held.dtype == torch.uint8:  # quantised: the scales of its blocks hold the magnitude
             for name in (f"absmax{key[-1]}", f"max{key[-1]}"):

@@ -205,13 +205,17 @@ class Zero3Engine(_ZeroEngine):
         self._store(parameter, fp32, states)
 
     def rescale(self, parameter: nn.Parameter, factor: float, gradient_factor: float) -> None:
-        """Scale the owned piece, in working copy and fp32 copy, and its optimizer states."""
+        """Scale the owned piece, in working copy and fp32 copy, and its optimizer states.
+
+        With one process the whole working copy may be the owned piece itself. It is therefore copied from the fp32
+        piece, where scaling each of the two in place would scale it twice.
+        """
+        fp32, states = self.weights([parameter])[0] * factor, self._state(parameter)
         if parameter.numel() == parameter.ds_numel:  # type: ignore[attr-defined]
             parameter.data.mul_(factor)  # small parameters stay gathered between steps
-        parameter.ds_tensor.data.mul_(factor)  # type: ignore[attr-defined]
-        states = self._state(parameter)
-        scale_states(states, self.piece(parameter)[1], gradient_factor)
-        self._store(parameter, self.weights([parameter])[0] * factor, states)
+        parameter.ds_tensor.data.view(-1)[: fp32.numel()].copy_(fp32)  # type: ignore[attr-defined]
+        scale_states(states, fp32.numel(), gradient_factor)
+        self._store(parameter, fp32, states)
 
     def _store(self, parameter: nn.Parameter, fp32: Tensor, states: dict[str, Tensor]) -> None:
         """Write the owned piece of the fp32 copy and of the optimizer's states back, padded."""

@@ -22,7 +22,8 @@ and U, regulariser of weight 1. ``corrected`` mends what was measured to be at f
                       one of LoRA's B, so the first update of Delta W is LoRA's at the same learning rate. From N(0,
                       0.02) and 0.1 it is several times smaller.
     descale           under ``shrink`` the gradient carries a^3, so that S / U measures the draws of a. All micro-
-                      batches of a step share one a, whose cube is divided out of what is scored.
+                      batches of a step share one a (with mend_strength, too), whose cube is divided out of what is
+                      scored.
     mend_strength     trained under ``shrink``, the adapter minimises E L(a^3 theta): on a quadratic it ends up
                       E a^3 / E a^6 = 1.63 times too strong. What is evaluated and saved is weakened by E a^6 / E a^3,
                       and once the ranks are final lambda is, the optimizer's states with it.
@@ -114,10 +115,16 @@ class Igu(SmoothedMethod):
         return Orthogonality(o.orthogonality_weight, o.orthogonality, o.orthogonality_scale == "relative")
 
     def position(self, seed: int, step: int, micro_batch: int) -> float:
-        """Draw one of 1/N .. 1 for ``shrink``, one per step where scores are descaled; return 1 otherwise."""
+        """Draw one of 1/N .. 1 for ``shrink``, and return 1 otherwise.
+
+        It is one per step where scores are descaled, or where the strength is mended: the root mean square of the
+        gradients' factor (:class:`~llamafactory_adaptive.methods.Shrinkage`) would be another if they were averaged
+        over several draws.
+        """
         if self.options.importance != "shrink":
             return 1.0
-        draw = seeded_index(seed, step, 0 if self.options.descale else micro_batch, self.options.intervals)
+        one_per_step = self.options.descale or self.options.mend_strength
+        draw = seeded_index(seed, step, 0 if one_per_step else micro_batch, self.options.intervals)
         position = (1 + draw) / self.options.intervals
         self._cube = position**3 if self.options.descale else 1.0
         return position

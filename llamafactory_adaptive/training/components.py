@@ -144,15 +144,21 @@ class Components:
                 method receives zero for such elements. Otherwise NaN is passed on, and found at the next allocation.
 
         Raises:
-            GuardError: at the first observed step, a module has no gradient.
+            GuardError: at the first step that is observed, or that trains all components, a module has no gradient.
         """
+        masked = not all(all(row) for row in self.triplets.masks)
+        idle = method is None and orthogonality is None and not masked
+        if idle and self.arrived:
+            return
         gradients = self.engine.gradients(self.parameters)
+        if method is not None or not masked:
+            self._check_arrival(self._to_device(torch.cat(own)) for own in self._by_block(gradients))
+        if idle:
+            return
         scale = self.engine.loss_scale()
         factors = [block for block in self.blocks if block.kind != "lambda"] if orthogonality is not None else []
         task_norms = self._norms(gradients) if orthogonality is not None and orthogonality.relative else {}
         count = sum(len(block.modules) for block in factors)
-        if method is not None:
-            self._check_arrival(self._to_device(torch.cat(own)) for own in self._by_block(gradients))
         with self.engine.gathered([parameter for block in factors for parameter in block.parameters]):
             for block, own in zip(self.blocks, self._by_block(gradients), strict=True):
                 if method is not None:
@@ -180,7 +186,7 @@ class Components:
         return [list(islice(rest, len(block.parameters))) for block in self.blocks]
 
     def _check_arrival(self, gradients: Iterable[Tensor]) -> None:
-        """Raise an error if neither P nor lambda of a module has a gradient when gradients are first observed.
+        """Raise an error if neither P nor lambda of a module has a gradient when gradients are first looked at.
 
         One of them may be zero: that of lambda as long as P is, that of P where lambda is.
 

@@ -169,6 +169,15 @@ def test_the_strength_is_the_best_multiplier_of_what_shrinkage_trains():
     assert Igu(IguOptions()).shrinkage is None
 
 
+@pytest.mark.parametrize(("part", "shared"), [("descale", True), ("mend_strength", True), ("hysteresis", False)])
+def test_micro_batches_of_a_step_share_a_position_where_its_moments_are_used(part, shared):
+    """The mean of several draws would have a smaller root mean square than the one that states are scaled by."""
+    method = Igu(IguOptions("published", **{part: 0.1 if part == "hysteresis" else True}))
+    steps = [{method.position(0, step, micro_batch) for micro_batch in range(8)} for step in range(20)]
+    assert {len(positions) == 1 for positions in steps} == {shared}
+    assert len(set.union(*steps)) > 8
+
+
 def test_the_output_does_not_change_when_shrinkage_ends():
     model, triplets, components = triplet_model()
     scatter(triplets)

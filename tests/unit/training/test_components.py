@@ -111,6 +111,7 @@ OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "rmsprop, momentum": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
     "adamw 8-bit": lambda p: bitsandbytes.optim.AdamW8bit(p, lr=0.1, min_8bit_size=64),
     "lion 32-bit": lambda p: bitsandbytes.optim.Lion32bit(p, lr=0.01),
 }
@@ -211,3 +212,71 @@ def test_what_is_only_observed_does_not_train():
     before = triplets.modules[0].a.lambda_r.grad.clone()
     components.update(None, None)
     assert triplets.modules[0].a.lambda_r.grad.tolist() == (before * torch.tensor([1.0, 0, 1, 1])).tolist()
+
+
+def test_a_module_that_gets_no_gradient_is_named_where_nothing_is_observed():
+    _, triplets, components = triplet_model()
+    next(stream(triplets, 1))
+    for parameter in triplets.modules[1].parameters().values():
+        parameter.grad = None
+    name = triplets.modules[1].name
+    with pytest.raises(
+        GuardError, match=rf"no gradient arrived at 1 modules at the first step, for example at {name}"
+    ):
+        components.update(None, None)
+
+
+@pytest.mark.parametrize("kind", ["lambda", "P"])
+def test_lambda_or_p_may_have_a_gradient_of_zero(kind):
+    _, triplets, components = triplet_model()
+    next(stream(triplets, 1))
+    for module in triplets.modules:
+        module.parameters()[kind].grad.zero_()
+    components.update(None, None)
+
+
+def test_a_search_that_goes_on_with_masks_does_not_look_at_what_it_does_not_observe():
+    _, triplets, components = triplet_model()
+    next(stream(triplets, 1))
+    triplets.mask([[False] * 4, *triplets.masks[1:]])
+    for parameter in triplets.modules[0].parameters().values():
+        parameter.grad = None
+    components.update(None, None)
+    assert not components.arrived
+
+
+def test_gradients_are_read_once_where_nothing_is_to_be_done_with_them(monkeypatch):
+    _, triplets, components = triplet_model()
+    reads, gradients = [], components.engine.gradients
+    monkeypatch.setattr(components.engine, "gradients", lambda p: reads.append(1) or gradients(p))
+    for _ in stream(triplets, 3):
+        components.update(None, None)
+    assert len(reads) == 1
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_scaled_states_are_those_of_scaled_gradients(name):
+    """Against a twin whose gradients were half as large; halves are exact, also in 8-bit states."""
+    states = []
+    for size in (1.0, 0.5):
+        generator = torch.Generator().manual_seed(0)
+        parameter = torch.nn.Parameter(torch.randn(8, 16, generator=generator))
+        optimizer = OPTIMIZERS[name]([parameter])
+        for _ in range(4):
+            parameter.grad = size * torch.randn(8, 16, generator=generator)
+            optimizer.step()
+        engine = UnpartitionedEngine(optimizer=optimizer)
+        if size == 1.0:
+            engine.rescale(parameter, 1.0, 0.5)
+        states.append({key: dequantised(optimizer.state[parameter], key) for key in optimizer.state[parameter]})
+    assert states[0].keys() == states[1].keys()
+    for key, found in states[0].items():
+        assert torch.allclose(found, states[1][key], rtol=1e-4, atol=1e-9), key
+
+
+def dequantised(state, key):
+    """A state in full; those of 8 bits are indices, times the scale of their only block."""
+    held = torch.as_tensor(state[key])
+    if held.dtype != torch.uint8:
+        return held.float()
+    return state[f"qmap{key[-1]}"][held.long()] * state[f"absmax{key[-1]}"]
