@@ -18,7 +18,7 @@ def state_changes(method: Any) -> tuple[str, str] | None:
     rules = [
         (reallocates, "components that come back need fresh optimizer states", "tsq_reallocation: false"),
         (not reallocates and method.return_rule.resets_lambda, "components that come back with lambda zero need fresh "
-         "optimizer states", "igu_returning_lambda: former"),
+         "optimizer states", "igu_returns: none"),
         (method.shrinkage is not None, "mending the strength of the adapter scales optimizer states",
          "igu_mend_strength: false"),
     ]  # fmt: skip

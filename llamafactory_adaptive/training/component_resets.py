@@ -72,7 +72,8 @@ def _mean_squares(components: Components, block: Block) -> list[float]:
 def rescale_lambda(components: Components, shrinkage: Shrinkage) -> None:
     """Multiply every lambda by the strength of an adapter that was trained under shrinkage, which ends.
 
-    The optimizer's states are scaled to the gradients that follow, so that the next update is as large as the last.
+    The states of optimizers that divide by the size of gradients are scaled to those that follow, so that the next
+    update is as large as the last.
     """
     strength, rms = shrinkage.strength, shrinkage.gradient_rms
     for block in components.blocks:
