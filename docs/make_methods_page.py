@@ -49,29 +49,10 @@ def _difference(over: dict[str, Any] | None) -> str:
     return words + (", equivalent" if over["equivalent"] else "")
 
 
-def _stability() -> Iterator[str]:
-    """Tabulate the agreement of allocations."""
-    rows = _read("stability")["agreement_with_first_run"]
-    changes = list(dict.fromkeys(change for row in rows.values() for change in row))
-    yield f"| method | {' | '.join(changes)} |"
-    yield f"| --- |{' --- |' * len(changes)}"
-    for method, row in rows.items():
-        yield f"| {method} | {' | '.join(_agreement(row.get(change)) for change in changes)} |"
-
-
-def _agreement(cell: dict[str, Any] | None) -> str:
-    if cell is None:
-        return ""
-    correlation = "" if cell["correlation"] is None else f", {cell['correlation']:.2f}"
-    return f"{cell['same_rank']:.0%}{correlation}"
-
-
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "small Llama, rank 4": _quality("method_quality", "4"),
     "small Llama, rank 2": _quality("method_quality", "2"),
-    "small Llama, rank 1": _quality("method_quality", "1"),
     "SmolLM2, rank 8": _quality("method_quality_smollm2", "8"),
-    "stability": _stability,
 }
 
 

@@ -75,8 +75,8 @@ class IguOptions:
     )
     mend_strength: bool | None = part(
         "Whether an adapter that was trained under shrink is weakened to the strength that suits the full position, "
-        "in evaluations, in what is saved, and for good once the ranks are final; all micro-batches of a step then share "
-        "one position.",
+        "in evaluations, in what is saved, and for good once the ranks are final; all micro-batches of a step then "
+        "share one position.",
         name="mend_strength",
     )
     intervals: int = option(
