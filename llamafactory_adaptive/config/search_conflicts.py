@@ -97,7 +97,7 @@ GIVEN_CONFLICTS = tuple(
 # Not rmsprop_bnb: its squares lie where those of its siblings keep momenta.
 _ELEMENTWISE_OPTIMIZERS = {
     "adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "sgd", "adagrad", "rmsprop",
-    "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "paged_adamw", "paged_adamw_32bit",
+    "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit",
     "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
 }  # fmt: skip
 _OWN_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")

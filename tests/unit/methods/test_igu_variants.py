@@ -278,31 +278,3 @@ def test_a_component_that_comes_back_starts_from_lambda_zero_and_without_momentu
         assert torch.equal(module.a.lambda_r[~flags], was[~flags])
         assert torch.equal(module.p, p)
         assert (optimizer.state[module.a.lambda_r]["exp_avg"][flags] == 0).all()
-
-
-# -- the regulariser -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
-def test_a_relative_regulariser_has_its_share_of_the_gradient_whatever_the_scale(loss_scale):
-    _, triplets, _ = triplet_model()
-    components = Components(triplets, UnpartitionedEngine(lambda: loss_scale))
-    next(stream(triplets, 1))
-    for parameter in components.parameters:
-        parameter.grad.mul_(loss_scale)
-    before = {block.name: torch.cat([p.grad.reshape(-1).clone() for p in block.parameters])
-              for block in components.blocks}  # fmt: skip
-    components.update(None, Orthogonality(0.25, "off_diagonal", relative=True))
-    for block in components.blocks:
-        added = torch.cat([p.grad.reshape(-1) for p in block.parameters]) - before[block.name]
-        share = 0.0 if block.kind == "lambda" else 0.25
-        assert float(added.norm() / before[block.name].norm()) == pytest.approx(share, rel=1e-4)
-        if block.kind == "Q":
-            assert torch.allclose(gram_direction(block), added / added.norm(), atol=1e-5)
-
-
-def gram_direction(block):
-    """Direction of the gradient of the sum of the off-diagonal norms, by autograd."""
-    copies = [p.detach().clone().requires_grad_() for p in block.parameters]
-    grams = [x @ x.T for x in copies]
-    sum((gram - torch.diag(gram.diagonal())).norm() for gram in grams).backward()
-    flat = torch.cat([x.grad.reshape(-1) for x in copies])
-    return flat / flat.norm()

@@ -190,7 +190,7 @@ def test_a_checkpoint_counts_only_where_steps_were_made(monkeypatch):
         resumed.append(checkpoint)
         return (None,)
 
-    monkeypatch.setattr(BoundRun, "_ranks", fixed_ranks)
+    monkeypatch.setattr(BoundRun, "_fixed_ranks", fixed_ranks)
     given = trainer()
     forwarding = AdaptiveCallback(PlanGuard(None, RunLog("igu", 0.0)), RunRequest(3), checkpoint="checkpoint-3")
     forwarding.bind_trainer(given)

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from llamafactory_adaptive.engines.engine import UnpartitionedEngine
 from llamafactory_adaptive.methods import Orthogonality
+from llamafactory_adaptive.training.components import Components
 from llamafactory_adaptive.training.regulariser import gram_penalty_gradient
-from tests.helpers.dynamic import triplet_model
+from tests.helpers.dynamic import stream, triplet_model
 
 
 @pytest.mark.parametrize("form", ["off_diagonal", "identity"])
@@ -27,6 +29,7 @@ def test_the_regulariser_is_added_to_the_training_gradient_as_its_definition_say
     for module in triplets.modules:
         for parameter in module.parameters().values():
             parameter.grad = torch.zeros_like(parameter)
+    components.arrived = True  # the gradient of training is zero here
     components.update(None, Orthogonality(3.0, form))
     norms = []
     for module in triplets.modules:
@@ -37,3 +40,30 @@ def test_the_regulariser_is_added_to_the_training_gradient_as_its_definition_say
     expected = torch.autograd.grad(3.0 * sum(norms) / len(norms), parameters)
     for parameter, gradient in zip(parameters, expected, strict=True):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
+def test_a_relative_regulariser_has_its_share_of_the_gradient_whatever_the_scale(loss_scale):
+    _, triplets, _ = triplet_model()
+    components = Components(triplets, UnpartitionedEngine(lambda: loss_scale))
+    next(stream(triplets, 1))
+    for parameter in components.parameters:
+        parameter.grad.mul_(loss_scale)
+    before = {block.name: torch.cat([p.grad.reshape(-1).clone() for p in block.parameters])
+              for block in components.blocks}  # fmt: skip
+    components.update(None, Orthogonality(0.25, "off_diagonal", relative=True))
+    for block in components.blocks:
+        added = torch.cat([p.grad.reshape(-1) for p in block.parameters]) - before[block.name]
+        share = 0.0 if block.kind == "lambda" else 0.25
+        assert float(added.norm() / before[block.name].norm()) == pytest.approx(share, rel=1e-4)
+        if block.kind == "Q":
+            assert torch.allclose(gram_direction(block), added / added.norm(), atol=1e-5)
+
+
+def gram_direction(block):
+    """Direction of the gradient of the sum of the off-diagonal norms, by autograd."""
+    copies = [p.detach().clone().requires_grad_() for p in block.parameters]
+    grams = [x @ x.T for x in copies]
+    sum((gram - torch.diag(gram.diagonal())).norm() for gram in grams).backward()
+    flat = torch.cat([x.grad.reshape(-1) for x in copies])
+    return flat / flat.norm()
