@@ -1,6 +1,8 @@
 """One global batch on every engine: one process, DDP, ZeRO-1, 2 and 3 on two processes find the same ranks."""
 
+import itertools
 import json
+import operator
 import os
 import shutil
 from pathlib import Path
@@ -27,7 +29,7 @@ HARD = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.01}
 # Whatever of IGU-LoRA an engine could do in another way: typical importances and norms of gradients are summed over
 # processes, lambda and the optimizer's states are reset and scaled.
 IGU = {**HARD, "igu_importance": "shrink", "igu_init": "gaussian", "igu_uncertainty": "snr",
-       "igu_orthogonality_weight": 0.1}  # fmt: skip
+       "igu_epsilon": 1e-6, "igu_orthogonality_weight": 0.1, "igu_returns": "zero"}  # fmt: skip
 # Where B starts at zero some gradients are near zero, and Adam makes their rounding visible: a larger epsilon helps.
 TSQ = {**HARD, "adam_epsilon": 1e-4}
 SAMPLES = {"tsq_alignment_weight": 0.5, "tsq_projection": 0}
@@ -47,6 +49,12 @@ def alone(tiny_llama, data_dir, tmp_path_factory):
     """The reference: one process sees the whole batch. Two micro-batches a step, and clipping at every step."""
     out = tmp_path_factory.mktemp("alone") / "out"
     train(pruning_settings(tiny_llama, data_dir, out, per_device_train_batch_size=4, **IGU))
+    lines = [line for line in map(json.loads, (out / "adaptive_log.jsonl").read_text().splitlines())
+             if line["event"] == "allocation"]  # fmt: skip
+    totals = [sum(line["ranks"]) for line in lines]
+    changes = [line["components_changed"] for line in lines[1:]]
+    removed = [before - after for before, after in itertools.pairwise(totals)]
+    assert any(map(operator.gt, changes, removed)), "components come back, so lambdas and states are reset"
     return out
 
 
