@@ -145,7 +145,7 @@ class Triplets:
     def __init__(
         self, model: nn.Module, plan: RankPlan, initial_lambda: float | None, initial_factors: str, seed: int
     ) -> None:
-        self.position, self.initial_factors = PathPosition(), initial_factors
+        self.position = PathPosition()
         layers, generator = live_layers(model), torch.Generator().manual_seed(seed)
         self.modules: list[Triplet] = []
         for planned in plan.active:

@@ -86,7 +86,8 @@ def fresh_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:
 
 
 def _given_plan(config: AdaptiveConfig, host: HostRun, path: str) -> RankPlan:
-    traits = make_method(config.method, config.options).traits
+    method = make_method(config.method, config.options)
+    traits = method.traits
     used = {"adaptive_plan", "adaptive_budget_unit", "adaptive_max_nonfinite_steps"}
     if traits.read_with_plan:
         used |= {"adaptive_method", *(f"{config.method}_{option}" for option in traits.read_with_plan)}
@@ -98,7 +99,7 @@ def _given_plan(config: AdaptiveConfig, host: HostRun, path: str) -> RankPlan:
     if traits.samples:
         facts["sampling"] = {"adaptive_method": config.method, **compatibility.flat_options(config)}
     if config.given is not None:
-        facts["second_stage"] = compatibility.second_stage(config, make_method(config.method, config.options))
+        facts["second_stage"] = compatibility.second_stage(config, method)
     theirs = {key: value for key, value in plan.provenance.items() if key not in ("sampling", "second_stage")}
     return replace(plan, provenance={**theirs, **facts})
 

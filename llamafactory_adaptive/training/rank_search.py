@@ -170,7 +170,7 @@ class RankSearchState:
 
 def favour_used(
     scores: Sequence[Sequence[float]], on: Masks, hysteresis: float, used_first: bool
-) -> list[list[float]]:
+) -> Sequence[Sequence[float]]:
     """Adjust non-negative scores for a comparison in which components in use have the advantage.
 
     Args:
@@ -179,6 +179,8 @@ def favour_used(
         hysteresis: share by which their scores are raised: others replace them only if they are that much better.
         used_first: whether they are above all others, whatever the scores.
     """
+    if not hysteresis and not used_first:
+        return scores
 
     def compared(score: float, used: bool) -> float:
         if used:
