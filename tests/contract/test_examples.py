@@ -19,6 +19,7 @@ _bootstrap.install()
 from llamafactory.hparams import parser as host  # noqa: E402
 
 from llamafactory_adaptive.bridge.validation import parse_config  # noqa: E402
+from tests.helpers.data_tables import write_data_table  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,13 +40,8 @@ def prepared_data(tmp_path_factory):
     import word_problems
 
     word_problems.write(folder, train=3, held_out=2, seed=1)
-    path = folder / "dataset_info.json"
-    info = json.loads(path.read_text()) | json.loads((EXAMPLES / "data" / "dataset_info.json").read_text())
-    path.write_text(json.dumps(info))
-    for entry in info.values():
-        if "file_name" in entry:
-            (folder / entry["file_name"]).touch()
-    return folder
+    tables = (json.loads((each / "dataset_info.json").read_text()) for each in (folder, EXAMPLES / "data"))
+    return write_data_table(folder, next(tables) | next(tables))
 
 
 def names(folder):

@@ -23,6 +23,7 @@ from llamafactory.hparams import parser as host  # noqa: E402
 from llamafactory_adaptive.bridge.validation import parse_config  # noqa: E402
 from llamafactory_adaptive.methods import make_method  # noqa: E402
 from llamafactory_adaptive.ranks.schedule import make_schedule  # noqa: E402
+from tests.helpers.data_tables import write_data_table  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,13 +74,8 @@ def _from_the_root(monkeypatch):
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     """The table of `examples/data` with the files that its script would write, empty."""
-    folder = tmp_path_factory.mktemp("data")
     table = json.loads((DATA / "dataset_info.json").read_text())
-    (folder / "dataset_info.json").write_text(json.dumps(table))
-    for entry in table.values():
-        if "file_name" in entry:
-            (folder / entry["file_name"]).touch()
-    return str(folder)
+    return str(write_data_table(tmp_path_factory.mktemp("data"), table))
 
 
 def settings_of(name):

@@ -11,18 +11,7 @@ from llamafactory_adaptive.errors import GuardError, PlanError
 from llamafactory_adaptive.sampling.pool import Pool
 from llamafactory_adaptive.training import sample_scoring
 from llamafactory_adaptive.training.sample_selection import starved_cluster
-from tests.helpers.sample_runs import SAVED, STEPS, begin_sampling, live_adapter, scored_again
-
-
-@pytest.fixture(scope="module")
-def model():
-    return live_adapter()
-
-
-@pytest.fixture
-def begin(model, tmp_path):
-    """Begin a run on samples; returns its selection."""
-    return lambda live=model, **more: begin_sampling(tmp_path, live, **more)
+from tests.helpers.sample_runs import SAVED, STEPS, live_adapter, scored_again
 
 
 # -- samples that are scored again -----------------------------------------------------------------------------------

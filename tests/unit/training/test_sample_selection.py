@@ -9,20 +9,9 @@ import torch
 from llamafactory_adaptive.errors import CalibrationError, GuardError, PlanError
 from llamafactory_adaptive.reports.data_report import read_data_report
 from llamafactory_adaptive.training import sample_scoring
-from tests.helpers.sample_runs import SAMPLES, SAVED, STEPS, begin_sampling, live_adapter, scored_again
+from tests.helpers.sample_runs import SAMPLES, SAVED, STEPS, live_adapter, scored_again
 from tests.helpers.samples import inputs
 from tests.helpers.tiny import rows
-
-
-@pytest.fixture(scope="module")
-def model():
-    return live_adapter()
-
-
-@pytest.fixture
-def begin(model, tmp_path):
-    """Begin a run on samples; returns its selection."""
-    return lambda live=model, **more: begin_sampling(tmp_path, live, **more)
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------
