@@ -113,13 +113,12 @@ def _plan_of_a_dynamic_run(run: "CheckedRun") -> int:
 def _about_the_rate(args: Mapping[str, Any], start: "RankPlan", config: "AdaptiveConfig") -> list[str]:
     """Describe the learning rate against that of plain LoRA, where the method's adapter starts slower."""
     from llamafactory_adaptive.methods import make_method
-    from llamafactory_adaptive.reports.learning_rate import rate_warning, rate_words
+    from llamafactory_adaptive.reports.learning_rate import rate_advice
     from llamafactory_adaptive.training.masked_search import SearchRequest
 
-    if "adam" not in str(args.get("optim") or "adamw_torch") or args.get("loraplus_lr_ratio") is not None:
-        return []  # the figures are those of one AdamW rate for all factors
     slowdown = SearchRequest(start, config, make_method(config.method, config.options)).slowdown
     given = args.get("learning_rate")
     rate = float(coerce(_TRAINERS_RATE if given is None else given, float))
-    words, warning = rate_words(rate, slowdown), rate_warning(rate, slowdown)
+    optimizer, one_rate = str(args.get("optim") or "adamw_torch"), args.get("loraplus_lr_ratio") is None
+    words, warning = rate_advice(rate, slowdown, optimizer, one_rate)
     return [*([words] if words else []), *([f"warning: {warning}"] if warning else [])]

@@ -7,6 +7,20 @@ _MOST = 10.0  # a larger factor is not advised: the first steps would move eleme
 _USUAL = 1e-4  # where plain LoRA is trained, at least
 
 
+def rate_advice(rate: float, slowdown: float, optimizer: str, one_rate: bool) -> tuple[str | None, str | None]:
+    """Return a description of the learning rate and a warning, where there is something to say.
+
+    Args:
+        rate: learning rate of the run.
+        slowdown: how many times smaller the first update of a component is than plain LoRA's at the same rate.
+        optimizer: the Trainer's name of it. The figures are AdamW's: nothing is said of others.
+        one_rate: whether all factors have this rate; nothing is said otherwise (LoRA+).
+    """
+    if "adam" not in optimizer or not one_rate:
+        return None, None
+    return rate_words(rate, slowdown), rate_warning(rate, slowdown)
+
+
 def rate_words(rate: float, slowdown: float) -> str | None:
     """Describe a learning rate by that of plain LoRA with an equal first update; None where it is the same.
 

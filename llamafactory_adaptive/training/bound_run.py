@@ -115,7 +115,7 @@ class BoundRun:
         if resumed is not None:
             kept.resume(resumed, state.max_steps)
         selection = self._prepare_samples(state, dataloader, resumed)
-        advice = RateAdvice(search.request, self.log)
+        advice = RateAdvice(search, self.log)
         if schedule is None:
             return selection, GivenRanks(self.guard, self.log, selection, kept), advice
         self.best_model = BestModel(search.state, schedule, self.log, self.trainer.callback_handler.callbacks)

@@ -38,7 +38,11 @@ class SearchRequest:
 
     @property
     def slowdown(self) -> float:
-        """Return how many times smaller the first AdamW update is than plain LoRA's with the same settings."""
+        """Return how many times smaller a component's first AdamW update is than plain LoRA's with the same settings.
+
+        Of one component, not of a module: the surplus that a search begins with makes a module's first update
+        sqrt(init_rank / lora_rank) times larger, and is gone where the search ends.
+        """
         return self.method.initial_adapter.slowdown(self.start.active) * self.config.weakening
 
 

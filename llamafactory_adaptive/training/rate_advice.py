@@ -3,8 +3,8 @@
 import logging
 from typing import Any
 
-from llamafactory_adaptive.reports.learning_rate import rate_warning, rate_words
-from llamafactory_adaptive.training.masked_search import SearchRequest
+from llamafactory_adaptive.reports.learning_rate import rate_advice
+from llamafactory_adaptive.training.masked_search import MaskedSearch
 from llamafactory_adaptive.training.run_log import RunLog
 from llamafactory_adaptive.training.run_part import RunPart
 
@@ -16,18 +16,22 @@ class RateAdvice(RunPart):
     """Advice at the first step on the learning rate, where the adapter does not start as plain LoRA does.
 
     Args:
-        request: settings of what trains.
+        search: what trains, with its Trainer.
         log: receives the warning.
     """
 
-    def __init__(self, request: SearchRequest, log: RunLog) -> None:
-        self.request, self.log = request, log
+    def __init__(self, search: MaskedSearch, log: RunLog) -> None:
+        self.search, self.log = search, log
 
     def announce(self, args: Any, state: Any) -> None:
         """Write which learning rate of plain LoRA has the same first update, and warn if that is very small."""
-        if not args.should_save or state.global_step > 0 or "adam" not in args.optim:
+        if not args.should_save or state.global_step > 0:
             return
-        if words := rate_words(args.learning_rate, self.request.slowdown):
-            logger.info(f"adaptive ({self.request.config.method}): {words}")
-        if warning := rate_warning(args.learning_rate, self.request.slowdown):
+        request, groups = self.search.request, self.search.trainer.optimizer.param_groups
+        # A schedule begins at a smaller rate and keeps the one that it leads to.
+        one_rate = len({group.get("initial_lr", group["lr"]) for group in groups}) == 1
+        words, warning = rate_advice(args.learning_rate, request.slowdown, args.optim, one_rate)
+        if words:
+            logger.info(f"adaptive ({request.config.method}): {words}")
+        if warning:
             self.log.warn(warning)

@@ -108,8 +108,9 @@ def test_plan_of_a_search_tells_of_a_learning_rate_that_is_low_for_it(write, cap
     )
     assert "try learning_rate: 0.001" in told.out
     assert "lora_alpha 16 is divided by the rank it starts from" in told.err
-    assert cli.main(["plan", str(write(pruning_settings)), "optim=sgd"]) == 0
-    assert "learning_rate" not in capsys.readouterr().out
+    for unlike in ("optim=sgd", "loraplus_lr_ratio=16"):
+        assert cli.main(["plan", str(write(pruning_settings)), unlike, "adaptive_method=adalora"]) == 0
+        assert "learning_rate" not in capsys.readouterr().out
 
 
 def test_plan_of_a_search_without_max_steps_counts_the_rows(write, capsys):

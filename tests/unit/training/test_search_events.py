@@ -140,18 +140,23 @@ def test_figures_of_an_allocation_join_the_losses(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "rate", "step", "told", "warned"),
+    ("options", "rate", "step", "ratio", "told", "warned"),
     [
-        ({"variant": "published"}, 1e-4, 0, True, True),
-        ({"variant": "published"}, 1e-3, 0, True, False),
-        ({"variant": "published"}, 1e-4, 3, False, False),
-        ({"variant": "corrected"}, 1e-4, 0, False, False),
+        ({"variant": "published"}, 1e-4, 0, 1.0, True, True),
+        ({"variant": "published"}, 1e-3, 0, 1.0, True, False),
+        ({"variant": "published"}, 1e-4, 3, 1.0, False, False),
+        ({"variant": "published"}, 1e-4, 0, 16.0, False, False),  # LoRA+
+        ({"variant": "corrected"}, 1e-4, 0, 1.0, False, False),
     ],
 )
 def test_the_start_tells_of_a_learning_rate_that_moves_the_adapter_less_than_plain_lora(
-    options, rate, step, told, warned, tmp_path, caplog, monkeypatch
+    options, rate, step, ratio, told, warned, tmp_path, caplog, monkeypatch
 ):
     run = Run(tmp_path, options=options)
+    first, *others = (p for p in run.model.parameters() if p.requires_grad)
+    groups = [{"params": [first], "lr": ratio * rate}, {"params": others, "lr": rate}]
+    run.trainer.optimizer = torch.optim.SGD(groups)
+    torch.optim.lr_scheduler.LinearLR(run.trainer.optimizer)  # its first rates are smaller
     run.args.learning_rate, run.state.global_step = rate, step
     monkeypatch.setattr(SearchCheckpoint, "resume", lambda *_: None)
     run.callback.resume_from(tmp_path)
