@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llamafactory_adaptive.calibration.measurement import Measurement
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
-from llamafactory_adaptive.errors import CalibrationError, first_of
+from llamafactory_adaptive.errors import CalibrationError, first_of, refuse
 from llamafactory_adaptive.files import usable_entry
 from llamafactory_adaptive.methods import Scores, ScoringContext, StaticMethod, make_method
 from llamafactory_adaptive.planning.cache import (
@@ -26,6 +26,7 @@ from llamafactory_adaptive.planning.cache import (
     statistics_path,
 )
 from llamafactory_adaptive.ranks.allocation import Allocation, Bounds, allocate
+from llamafactory_adaptive.ranks.module_names import is_routed_expert, module_type
 from llamafactory_adaptive.ranks.plan import (
     ASKED_ALPHA,
     ModulePlan,
@@ -78,9 +79,11 @@ def start_plan(config: AdaptiveConfig, shapes: list[ModuleShape], provenance: Ma
     """Build the live plan that a dynamic method starts from, without model or data: equal on every process.
 
     Raises:
+        AdaptiveConfigError: the method needs gradients of single samples, which some module does not have.
         InfeasibleBudgetError: the rank bounds leave no allocation within the budget for these modules.
     """
     assert config.search is not None
+    _check_single_samples(config, shapes)
     _spend(config, shapes, [1.0] * len(shapes))
     modules = tuple(
         ModulePlan(
@@ -95,6 +98,21 @@ def start_plan(config: AdaptiveConfig, shapes: list[ModuleShape], provenance: Ma
     if config.asked_alpha is not None:
         facts[ASKED_ALPHA] = config.asked_alpha
     return RankPlan(modules=modules, provenance=facts, **_header(config))
+
+
+def _check_single_samples(config: AdaptiveConfig, shapes: list[ModuleShape]) -> None:
+    """Refuse routed experts where gradients of single samples are needed: they read tokens of all samples mixed."""
+    traits = make_method(config.method, config.options).traits
+    routed = [shape.name for shape in shapes if is_routed_expert(shape.name)]
+    if not routed or not (traits.samples or traits.sample_moment):
+        return
+    others = sorted({module_type(shape.name) for shape in shapes} - {module_type(name) for name in routed})
+    refuse(
+        "lora_target",
+        first_of(routed, ", ", 1),
+        f"{config.method} takes gradients of single samples, and a routed expert reads the tokens of all samples mixed",
+        f"lora_target: {','.join(others)}" if others else "adaptive_method: igu",
+    )
 
 
 def _header(config: AdaptiveConfig) -> dict[str, Any]:

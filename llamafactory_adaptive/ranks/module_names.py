@@ -27,6 +27,11 @@ def layer_and_type(name: str) -> tuple[int | None, str]:
     return (int(layer.group(1)) if layer else None), module_type(name)
 
 
+def is_routed_expert(name: str) -> bool:
+    """Tell whether a full module name is that of one expert of many: ``model.layers.3.mlp.experts.7.up_proj``."""
+    return re.search(r"\.experts\.\d+\.", name) is not None
+
+
 def is_module_name(name: object) -> bool:
     """Tell whether ``name`` is a valid module name: words with dots between them."""
     return isinstance(name, str) and len(name) <= LONGEST and _NAME.fullmatch(name) is not None

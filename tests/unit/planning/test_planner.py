@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
-from llamafactory_adaptive.errors import CalibrationError, InfeasibleBudgetError
+from llamafactory_adaptive.errors import AdaptiveConfigError, CalibrationError, InfeasibleBudgetError
 from llamafactory_adaptive.methods import Scores
 from llamafactory_adaptive.planning.cache import PlanRequest
 from llamafactory_adaptive.planning.planner import allocate_plan, build_plan, start_plan
 from llamafactory_adaptive.ranks.allocation import Bounds, allocate
 from llamafactory_adaptive.ranks.plan import ModuleShape
-from llamafactory_adaptive.ranks.schedule import PruningConfig
+from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
 
 
 SHAPES = [ModuleShape("a", 10, 30), ModuleShape("b", 5, 5), ModuleShape("c", 100, 2)]
@@ -56,3 +56,26 @@ def test_a_search_starts_at_its_live_rank_where_bounds_and_modules_allow_it():
     plan = start_plan(config, SHAPES, {"seed": 1})
     assert plan.ranks() == {"a": 6, "b": 5, "c": 2}
     assert plan.provenance["course"]["init_rank"] == 8, "the name in plan files"
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"sampling": False}, True),  # sensitivities over samples
+        ({"sampling": False, "sensitivity_over": "step"}, False),
+        ({"sensitivity_over": "step"}, True),
+    ],
+)
+def test_routed_experts_are_refused_where_gradients_of_single_samples_are_needed(options, refused):
+    experts = [ModuleShape(f"model.layers.0.mlp.experts.{i}.up_proj", 8, 8) for i in range(3)]
+    shapes = [ModuleShape("model.layers.0.self_attn.q_proj", 8, 8), *experts]
+    search = ReallocationConfig(8, 0.2, 0.85, 0)
+    config = dataclasses.replace(request("tsq", search=search).config, options=options)
+    assert len(start_plan(config, shapes[:1], {}).modules) == 1
+    if not refused:
+        assert len(start_plan(config, shapes, {}).modules) == 4
+        return
+    with pytest.raises(AdaptiveConfigError) as caught:
+        start_plan(config, shapes, {})
+    said = str(caught.value)
+    assert "lora_target" in said and "experts.0.up_proj (and 2 more)" in said and "lora_target: q_proj" in said

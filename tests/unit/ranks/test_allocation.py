@@ -15,13 +15,13 @@ from tests.helpers import reference
 
 
 @st.composite
-def problems(draw, positive=st.floats(1e-6, 1e6)):  # noqa: B008
+def problems(draw, positive=st.floats(1e-6, 1e6), zeros=st.just(0.0)):  # noqa: B008
     n = draw(st.integers(1, 12))
     costs = draw(st.lists(st.integers(1, 50), min_size=n, max_size=n))
     lower = draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))
     upper = [low + draw(st.integers(0, 12)) for low in lower]
     least, most = (sum(r * c for r, c in zip(bound, costs, strict=True)) for bound in (lower, upper))
-    scores = draw(st.lists(st.one_of(st.just(0.0), positive), min_size=n, max_size=n))
+    scores = draw(st.lists(zeros | positive, min_size=n, max_size=n))
     return scores, Bounds(costs, draw(st.integers(least, most)), lower, upper)
 
 
@@ -38,12 +38,10 @@ def test_budget_and_bounds_hold_and_what_is_left_buys_nothing(problem):
     assert not addable or bounds.budget - spent < min(addable)
 
 
-@given(problems())
+@given(problems(zeros=st.nothing()))
 @settings(max_examples=200, deadline=None)
 def test_water_level_matches_bisection(problem):
     scores, bounds = problem
-    if not all(scores):
-        return
     filled = water_fill(scores, bounds, bounds.budget)
     expected = reference.water_filled(*(np.array(x, float) for x in (scores, bounds.costs)), bounds.budget,
                                       *(np.array(x, float) for x in (bounds.lower, bounds.upper)))  # fmt: skip
@@ -76,6 +74,10 @@ def test_five_modules_equal_the_best_of_all_compositions():
 
 def test_equal_scores_give_the_uniform_rank_at_any_cost():
     assert allocate([0.3] * 4, Bounds([100, 7, 35, 1], 6 * 143, [1] * 4, [24] * 4)).ranks == (6, 6, 6, 6)
+
+
+def test_selected_modules_keep_their_bounds_and_the_whole_budget():
+    assert Bounds([3, 4, 5], 60, [0, 1, 2], [7, 8, 9]).select([2, 0]) == Bounds([5, 3], 60, [2, 0], [9, 7])
 
 
 def test_no_modules_take_no_budget():
