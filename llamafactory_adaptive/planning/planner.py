@@ -110,7 +110,7 @@ def _check_single_samples(config: AdaptiveConfig, shapes: list[ModuleShape]) -> 
     refuse(
         "lora_target",
         first_of(routed, ", ", 1),
-        f"{config.method} takes gradients of single samples, and a routed expert reads the tokens of all samples mixed",
+        f"{config.method} takes gradients of single samples, and a routed expert reads tokens of all samples mixed",
         f"lora_target: {','.join(others)}" if others else "adaptive_method: igu",
     )
 

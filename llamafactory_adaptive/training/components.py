@@ -155,31 +155,46 @@ class Components:
             self._check_arrival(self._to_device(torch.cat(own)) for own in self._by_block(gradients))
         if idle:
             return
-        scale = self.engine.loss_scale()
         factors = [block for block in self.blocks if block.kind != "lambda"] if orthogonality is not None else []
-        task_norms = self._norms(gradients) if orthogonality is not None and orthogonality.relative else {}
+        relative = orthogonality is not None and orthogonality.relative
+        task_norms = self._norms(gradients) if relative else {}
         count = sum(len(block.modules) for block in factors)
         with self.engine.gathered([parameter for block in factors for parameter in block.parameters]):
             for block, own in zip(self.blocks, self._by_block(gradients), strict=True):
-                if method is not None:
-                    flat = self._to_device(torch.cat(own))  # a copy
-                    if scale != 1.0:
-                        flat.div_(scale)
-                    if overflow_is_possible:
-                        flat.nan_to_num_(0.0, 0.0, 0.0)
-                    weights = self.weights(block)
-                    method.observe(block.name, weights, flat, self.live(block))
+                weights = None if method is None else self._observe(block, own, method, overflow_is_possible)
                 if block.kind == "lambda":
                     self._hold_masked(block, own)
                 elif orthogonality is not None:
-                    known = weights if method is not None and not self.engine.partitioned else None
-                    factor = 1.0 if orthogonality.relative else orthogonality.weight / count * scale
-                    added_MX = self._penalty_gradient(block, known, orthogonality.form, factor)
-                    if orthogonality.relative:
-                        share = orthogonality.weight * task_norms[block.name]
-                        added_MX.mul_(share / added_MX.norm().clamp(min=1e-30))
-                    self._add(block, own, added_MX)
+                    known = None if self.engine.partitioned else weights
+                    self._regularise(block, own, known, orthogonality, task_norms.get(block.name), count)
         self.engine.set_gradients(self.parameters, gradients)
+
+    def _observe(self, block: Block, own: list[Tensor], method: DynamicMethod, overflow_is_possible: bool) -> Tensor:
+        """Pass a block's weights and unscaled gradients to the method, and return the weights."""
+        flat, scale = self._to_device(torch.cat(own)), self.engine.loss_scale()  # a copy
+        if scale != 1.0:
+            flat.div_(scale)
+        if overflow_is_possible:
+            flat.nan_to_num_(0.0, 0.0, 0.0)
+        weights = self.weights(block)
+        method.observe(block.name, weights, flat, self.live(block))
+        return weights
+
+    def _regularise(
+        self,
+        block: Block,
+        own: list[Tensor],
+        known: Tensor | None,
+        orthogonality: Orthogonality,
+        task_norm: Tensor | None,
+        count: int,
+    ) -> None:
+        """Add the regulariser's gradient to ``own``: of a share of ``task_norm``, or a mean over ``count`` factors."""
+        factor = 1.0 if orthogonality.relative else orthogonality.weight / count * self.engine.loss_scale()
+        added_MX = self._penalty_gradient(block, known, orthogonality.form, factor)
+        if task_norm is not None:
+            added_MX.mul_(orthogonality.weight * task_norm / added_MX.norm().clamp(min=1e-30))
+        self._add(block, own, added_MX)
 
     def _by_block(self, gradients: list[Tensor]) -> list[list[Tensor]]:
         rest = iter(gradients)

@@ -77,5 +77,5 @@ def test_routed_experts_are_refused_where_gradients_of_single_samples_are_needed
         return
     with pytest.raises(AdaptiveConfigError) as caught:
         start_plan(config, shapes, {})
-    said = str(caught.value)
-    assert "lora_target" in said and "experts.0.up_proj (and 2 more)" in said and "lora_target: q_proj" in said
+    for words in ("experts.0.up_proj (and 2 more)", "a routed expert reads", "lora_target: q_proj"):
+        assert words in str(caught.value)
