@@ -63,6 +63,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "published, off, no regulariser": ("igu", {**PUBLISHED_OFF, "orthogonality_weight": 0.0}),
     # H8: epsilon
     "published, off, relative epsilon": ("igu", {**PUBLISHED_OFF, "epsilon_scale": "relative", "epsilon": 1.0}),
+    # a module may lose its adapter: at a budget of rank 1 nothing can move otherwise
+    "corrected, ranks from 0": ("igu", {"min_rank": 0}),
     # corrected without one of its parts
     "corrected, snr": ("igu", {"uncertainty": "snr"}),
     "corrected, mean": ("igu", {"uncertainty": "mean"}),
@@ -78,7 +80,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "corrected, shrink, not mended": ("igu", {**SHRINK, "mend_strength": False}),
     "corrected, integrated": ("igu", {"importance": "integrated", "probe_interval": 5}),
 }
-FEWER = ("lora", "corrected")  # the arms of every budget but the first
+FEWER = ("lora", "corrected", "corrected, ranks from 0")  # the arms of every budget but the first
 ON_SMOLLM2 = ("lora", "corrected", "published", "published, off, product")  # unless others are asked for
 
 

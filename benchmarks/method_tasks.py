@@ -69,7 +69,7 @@ Row = dict[str, Any]  # input_ids and labels
 class SmallTask:
     """The small Llama and the shifted source; every seed has rows of its own."""
 
-    name, batch_size, rates, bf16, targets = "small", 16, (4e-3, 8e-3, 1.6e-2, 3.2e-2), False, "all-linear"
+    name, batch_size, rates, bf16, targets = "small", 16, (8e-3, 1.6e-2, 3.2e-2, 6.4e-2), False, "all-linear"
     description = "Llama of 3 layers, width 64, pretrained in the script; order-2 source, 30 % of the rules new"
 
     def __init__(self, folder: Path, data: str | None) -> None:
