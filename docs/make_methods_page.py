@@ -49,10 +49,29 @@ def _difference(over: dict[str, Any] | None) -> str:
     return words + (", equivalent" if over["equivalent"] else "")
 
 
+def _stability() -> Iterator[str]:
+    """Tabulate how far a method's ranks agree with its first run where one thing is changed."""
+    agreements = _read("stability")["agreement_with_first_run"]
+    changes = list(dict.fromkeys(change for rows in agreements.values() for change in rows))
+    yield f"| method | {' | '.join(changes)} |"
+    yield "| --- |" + " --- |" * len(changes)
+    for method, rows in agreements.items():
+        cells = (_agreement(rows[change]) if change in rows else "" for change in changes)
+        yield f"| {method} | {' | '.join(cells)} |"
+
+
+def _agreement(row: dict[str, Any]) -> str:
+    """Write the shares of modules at the same rank and within one of it, and a correlation where ranks differ."""
+    correlation = "" if row["correlation"] is None else f", {row['correlation']:.2f}"
+    return f"{row['same_rank']:.0%} / {row['within_one']:.0%}{correlation}"
+
+
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "small Llama, rank 4": _quality("method_quality", "4"),
     "small Llama, rank 2": _quality("method_quality", "2"),
+    "small Llama, rank 1": _quality("method_quality", "1"),
     "SmolLM2, rank 8": _quality("method_quality_smollm2", "8"),
+    "stability": _stability,
 }
 
 
