@@ -26,6 +26,13 @@ class AdaptiveArguments:
     adaptive_max_rank: int | None = option(
         None, "Highest rank of a module (default: 4 x lora_rank).", unit="rank", low=1
     )
+    adaptive_granularity: str = option(
+        "module",
+        "Modules that share one score, in methods that fix ranks before training: each module has its own, or all of "
+        "a type (q_proj, up_proj, ...) or of a layer get their mean, weighted by cost. The ranks of such a group then "
+        "differ by one at most, which spends the budget exactly; bounds aside.",
+        choices=("module", "type", "layer"),
+    )
     adaptive_init_rank: int | None = option(
         None,
         "Rank that every module starts with, for methods that prune (default: 2 x lora_rank).",
@@ -88,6 +95,8 @@ class AdaptiveArguments:
     )
 
 
+# Keys that only methods which score before training read.
+SCORING_KEYS = ("adaptive_granularity",)
 # Keys that only methods which find ranks during training read.
 SEARCH_KEYS = ("adaptive_best_model_from",)
 # Keys that only methods which prune during training read.

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llamafactory_adaptive.config.arguments import PRUNING_KEYS, SEARCH_KEYS
+from llamafactory_adaptive.config.arguments import PRUNING_KEYS, SCORING_KEYS, SEARCH_KEYS
 from llamafactory_adaptive.config.search_conflicts import check_given_conflicts, check_search_conflicts
 from llamafactory_adaptive.errors import Problem
 from llamafactory_adaptive.options import coerce
@@ -40,6 +40,8 @@ def check_kind(flat: Mapping[str, Any], method: str, dynamic: bool, strategy: St
     if strategy == "fixed":
         idle |= dict.fromkeys(SEARCH_KEYS, ("fixes ranks before training, so every evaluation counts", "igu"))
     if dynamic:
+        reason = "chooses components one by one while it trains"
+        idle |= dict.fromkeys(SCORING_KEYS, (reason, "sensitivity"))
         reason = "finds ranks during training and calibrates nothing"
         idle |= dict.fromkeys(CALIBRATION_KEYS, (reason, "sensitivity"))
     if strategy != "prune":
