@@ -11,8 +11,8 @@ class AdaptiveArguments:
 
     adaptive_method: str = option(
         "sensitivity",
-        "How ranks are found: sensitivity finds them before training; igu, adalora and tsq find them during training; "
-        "uniform and random are controls that measure nothing.",
+        "How ranks are found: sensitivity finds them before training; igu, adalora, svd and tsq find them during "
+        "training; by_type takes them by hand; uniform and random are controls that measure nothing.",
     )
     adaptive_budget_unit: str = option(
         "params",
@@ -108,3 +108,5 @@ PRUNING_KEYS = (
     "adaptive_interval_epochs",
     "adaptive_max_overhead",
 )
+# Those of them that say when else ranks are chosen than where they become final.
+COURSE_KEYS = ("adaptive_warmup_ratio", "adaptive_interval", "adaptive_interval_epochs")

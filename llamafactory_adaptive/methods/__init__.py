@@ -17,7 +17,9 @@ from llamafactory_adaptive.methods._contract import (
     SamplingMethod,
     Scores,
     ScoringContext,
+    SearchingMethod,
     Shrinkage,
+    SpectralMethod,
     StaticMethod,
 )
 from llamafactory_adaptive.methods._registry import get_method, is_dynamic, make_method, methods, nearest
@@ -38,7 +40,9 @@ __all__ = [
     "SamplingMethod",
     "Scores",
     "ScoringContext",
+    "SearchingMethod",
     "Shrinkage",
+    "SpectralMethod",
     "StaticMethod",
     "Strategy",
     "get_method",

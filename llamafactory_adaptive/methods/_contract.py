@@ -198,13 +198,8 @@ class Shrinkage:
         return math.sqrt(self.mean_square)
 
 
-class DynamicMethod(Method, Protocol):
-    """A method that finds ranks while training. Each module's adapter is ``P diag(lambda) Q``, over-ranked at first.
-
-    Between backward pass and optimizer step the method receives weights and gradients, in blocks: all elements of one
-    kind (``lambda``, ``P`` or ``Q``) and shape, flat; under ZeRO the elements this process owns. What it keeps per
-    element must depend on that element alone, so that it can be stored on the process of that element.
-    """
+class SearchingMethod(Method, Protocol):
+    """A method that finds ranks while training. The adapter of a module is ``P diag(lambda) Q``, over-ranked."""
 
     @property
     def initial_adapter(self) -> InitialAdapter:
@@ -229,6 +224,21 @@ class DynamicMethod(Method, Protocol):
     def position(self, seed: int, step: int, micro_batch: int) -> float:
         """Return the factor in (0, 1] on every adapter weight in this micro-batch's forward; 1 is plain training."""
 
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors that an exact resume needs."""
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what ``state`` returned."""
+
+
+class DynamicMethod(SearchingMethod, Protocol):
+    """A method that observes gradients while it finds ranks.
+
+    Between backward pass and optimizer step the method receives weights and gradients, in blocks: all elements of one
+    kind (``lambda``, ``P`` or ``Q``) and shape, flat; under ZeRO the elements this process owns. What it keeps per
+    element must depend on that element alone, so that it can be stored on the process of that element.
+    """
+
     def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
         """Observe weights and gradients of one block.
 
@@ -242,11 +252,19 @@ class DynamicMethod(Method, Protocol):
     def element_scores(self, block: str, weights: Tensor) -> Tensor:
         """Score each element; a component's score is its lambda's plus the means over its column of P and row of Q."""
 
-    def state(self) -> dict[str, Tensor]:
-        """Return the tensors that an exact resume needs."""
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what ``state`` returned."""
+class SpectralMethod(SearchingMethod, Protocol):
+    """A method whose traits set ``spectral``: it observes nothing, and scores components by singular values."""
+
+    def rotate(self, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Bring one module's factors to the form of the singular values of their product, which stays the same.
+
+        Args:
+            p, q: P (d_out, r) and Q (r, d_in), fp32, on the CPU.
+
+        Returns:
+            The new P and Q, whose component i has the i-th singular value, and the squares of these, (r,).
+        """
 
 
 class RelativeMethod(DynamicMethod, Protocol):

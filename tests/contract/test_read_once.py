@@ -11,7 +11,7 @@ from accelerate import PartialState
 from omegaconf import OmegaConf
 
 from llamafactory_adaptive import _bootstrap, cli
-from tests.helpers.tiny import pruning_settings, settings, tsq_settings
+from tests.helpers.tiny import pruning_settings, settings, svd_settings, tsq_settings
 
 
 _bootstrap.install()
@@ -77,7 +77,7 @@ def test_a_second_run_in_the_same_process_reads_its_own_settings(run):
 
 
 REQUIRED = {"by_type": {"by_type_ranks": "q_proj:4"}}  # options without which a method cannot run
-MADE = {"igu": pruning_settings, "adalora": pruning_settings, "tsq": tsq_settings}
+MADE = {"igu": pruning_settings, "adalora": pruning_settings, "svd": svd_settings, "tsq": tsq_settings}
 
 
 @pytest.mark.parametrize("method", methods())
