@@ -11,8 +11,9 @@ class AdaptiveArguments:
 
     adaptive_method: str = option(
         "sensitivity",
-        "How ranks are found: sensitivity finds them before training; igu, adalora, svd and tsq find them during "
-        "training; by_type takes them by hand; uniform and random are controls that measure nothing.",
+        "How ranks are found: sensitivity, fisher, gora_ranks, srlora and prilora find them before training; igu, "
+        "adalora, svd and tsq find them during training; by_type takes them by hand; uniform and random are controls "
+        "that measure nothing.",
     )
     adaptive_budget_unit: str = option(
         "params",

@@ -45,7 +45,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def broadcast_from_first(tensor: Tensor) -> Tensor:
-    """Overwrite a tensor with that of the first process, in one collective, and return it."""
+    """Replace a tensor by that of the first process, in place and in one collective, and return it."""
     if world_size() > 1:
         dist.broadcast(tensor, 0)
     return tensor

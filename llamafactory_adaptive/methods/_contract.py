@@ -257,7 +257,7 @@ class SpectralMethod(SearchingMethod, Protocol):
     """A method whose traits set ``spectral``: it observes nothing, and scores components by singular values."""
 
     def rotate(self, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Bring one module's factors to the form of the singular values of their product, which stays the same.
+        """Rotate one module's factors to the form of the singular values of their product, which stays the same.
 
         Args:
             p, q: P (d_out, r) and Q (r, d_in), fp32, on the CPU.

@@ -62,7 +62,7 @@ class Svd:
         return 1.0
 
     def rotate(self, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Bring P (d_out, r) and Q (r, d_in) to the form of the singular values of P Q; return their squares, too.
+        """Rotate P (d_out, r) and Q (r, d_in) to the form of the singular values of P Q; return their squares, too.
 
         Signs are those that make the largest entry of each row of Q positive.
         """
@@ -83,4 +83,4 @@ class Svd:
         return {}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Restore nothing."""
+        """Restore nothing, as nothing was stored."""

@@ -108,6 +108,7 @@ VERBS = [
     "Restore",
     "Restrict",
     "Return",
+    "Rotate",
     "Rewrite",
     "Round",
     "Run",
