@@ -13,7 +13,6 @@ from llamafactory_adaptive.methods._contract import (
     ReallocatingMethod,
     RelativeMethod,
     ReturnRule,
-    Sampling,
     SamplingMethod,
     Scores,
     ScoringContext,
@@ -23,6 +22,7 @@ from llamafactory_adaptive.methods._contract import (
     StaticMethod,
 )
 from llamafactory_adaptive.methods._registry import get_method, is_dynamic, make_method, methods, nearest
+from llamafactory_adaptive.methods._sampling import Sampling
 from llamafactory_adaptive.methods._traits import MethodTraits
 from llamafactory_adaptive.ranks.schedule import Strategy
 

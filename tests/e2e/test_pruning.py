@@ -152,7 +152,7 @@ def test_options_and_stages_prune_to_the_budget(case, tiny_llama, data_dir, tmp_
         assert counters["observations"] == last["step"], "optimizer steps count, not micro-batches"
 
 
-@pytest.mark.parametrize("final_ratio", [0.3, 0.0])
+@pytest.mark.parametrize("final_ratio", [0.3, pytest.param(0.0, marks=pytest.mark.repeats)])
 def test_an_over_ranked_adapter_is_cut_once_by_its_singular_values(final_ratio, tiny_llama, data_dir, tmp_path):
     out = tmp_path / "out"
     keep = train(svd_settings(tiny_llama, data_dir, out, adaptive_final_ratio=final_ratio))

@@ -28,7 +28,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 3, "overwrite_output_dir": Fal
         pytest.param({}, id="igu"),
         pytest.param({"adaptive_method": "adalora"}, id="adalora"),
         pytest.param({"igu_importance": "integrated"}, id="integrated"),
-        pytest.param({"adaptive_method": "svd", "adaptive_interval": None}, id="svd"),
+        pytest.param({"adaptive_method": "svd", "adaptive_interval": None}, id="svd", marks=pytest.mark.repeats),
     ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(more, tiny_llama, data_dir, tmp_path):

@@ -7,7 +7,7 @@ from llamafactory_adaptive.methods import Scores, ScoringContext
 from llamafactory_adaptive.methods.by_type import ByType, ByTypeOptions
 from llamafactory_adaptive.planning.planner import allocate_plan
 from llamafactory_adaptive.ranks.plan import ModuleShape
-from tests.unit.planning.test_planner import request
+from tests.helpers.plans import plan_request
 
 
 SHAPES = [
@@ -19,7 +19,7 @@ SHAPES = [
 
 def ranks(text, min_rank=1, **more):
     scores = ByType(ByTypeOptions(text)).score({}, ScoringContext(tuple(SHAPES), 4, 0))
-    plan = allocate_plan(request("by_type", min_rank=min_rank, **more), SHAPES, scores, {})
+    plan = allocate_plan(plan_request("by_type", min_rank=min_rank, **more), SHAPES, scores, {})
     assert plan.budget()["left_ranks"] == 0
     return [module.rank for module in plan.modules]
 
@@ -57,11 +57,11 @@ def test_a_type_that_no_module_has_is_refused_with_those_that_are():
 @pytest.mark.parametrize("granularity", ["type", "layer"])
 def test_any_scores_can_be_pooled_and_the_plan_tells_both(granularity):
     own = {shape.name: float(1 + index) for index, shape in enumerate(SHAPES)}
-    plan = allocate_plan(request(granularity=granularity), SHAPES, Scores(own), {})
+    plan = allocate_plan(plan_request(granularity=granularity), SHAPES, Scores(own), {})
     assert plan.provenance["granularity"] == granularity
     assert [module.metrics["own_score"] for module in plan.modules] == list(own.values())
     means = [3.0, 4.0, 5.0, 6.0] * 2 if granularity == "type" else [2.5] * 4 + [6.5] * 4
     assert [module.score for module in plan.modules] == means
-    plain = allocate_plan(request(), SHAPES, Scores(own), {})
+    plain = allocate_plan(plan_request(), SHAPES, Scores(own), {})
     assert "granularity" not in plain.provenance
     assert "own_score" not in plain.modules[0].metrics
