@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.config.arguments import PRUNING_KEYS, SEARCH_KEYS, AdaptiveArguments
-from llamafactory_adaptive.methods import get_method, methods
+from llamafactory_adaptive.methods import get_method, make_method, methods
 
 
 PAGE = Path(__file__).with_name("options.md")
@@ -24,15 +24,20 @@ that the chosen method does not read is refused.
 def page() -> str:
     """Give the page's text."""
     parts = [HEAD, "## For every method\n", *_table(AdaptiveArguments, "", skipped=PRUNING_KEYS + SEARCH_KEYS)]
-    parts += ["\n## For methods that find ranks while training (igu, adalora, tsq)\n"]
+    parts += [f"\n## For methods that find ranks while training ({_names('prune', 'reallocate')})\n"]
     parts += _table(AdaptiveArguments, "", kept=SEARCH_KEYS)
-    parts += ["\n## For methods that start over-ranked and prune (igu, adalora)\n"]
+    parts += [f"\n## For methods that start over-ranked and prune ({_names('prune')})\n"]
     parts += _table(AdaptiveArguments, "", kept=PRUNING_KEYS)
     for name in sorted(methods()):
         owner = get_method(name).Options
         if dataclasses.fields(owner):
             parts += [f"\n## `adaptive_method: {name}`\n", *_table(owner, f"{name}_")]
     return "\n".join(parts) + "\n"
+
+
+def _names(*strategies: str) -> str:
+    """List the methods of some strategies."""
+    return ", ".join(name for name in sorted(methods()) if make_method(name, {}).traits.strategy in strategies)
 
 
 def _table(owner: type[Any], prefix: str, kept: tuple[str, ...] = (), skipped: tuple[str, ...] = ()) -> Iterator[str]:

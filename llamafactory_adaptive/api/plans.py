@@ -34,6 +34,7 @@ def plan_ranks(
     budget_unit: str = "params",
     min_rank: int = 1,
     max_rank: int | None = None,
+    granularity: str = "module",
 ) -> PrintablePlan:
     """Compute one rank per module from scores, at no more than the cost of a uniform LoRA of rank ``lora_rank``.
 
@@ -44,6 +45,8 @@ def plan_ranks(
         budget_unit: ``"params"`` counts trainable parameters, ``"ranks"`` the sum of ranks.
         min_rank: lowest rank of a module; 0 lets a module go without an adapter.
         max_rank: highest rank of a module (default: 4 x ``lora_rank``).
+        granularity: modules that share one score, the mean of their own by cost: ``"module"`` for none, ``"type"`` for
+            all of a type, ``"layer"`` for all of a layer.
 
     Returns:
         A RankPlan. ``plan.ranks()`` gives module name to rank, ``plan.table()`` text to print, ``plan.budget()`` the
@@ -56,7 +59,8 @@ def plan_ranks(
     if not isinstance(scores, ModuleScores):
         remedy = "scores=score_modules(model, batches)"
         refuse("scores", type(scores).__name__, "they must come from score_modules", remedy)
-    common, faults = common_settings(scores.method, budget_unit=budget_unit, min_rank=min_rank, max_rank=max_rank)
+    bounds = {"budget_unit": budget_unit, "min_rank": min_rank, "max_rank": max_rank}
+    common, faults = common_settings(scores.method, **bounds, granularity=granularity)
     rank, alpha, high, more = budget_settings(scores.method, lora_rank, lora_alpha, common)
     refuse_all(*faults, *more)
     facts: dict[str, Any] = dict(scores.facts)

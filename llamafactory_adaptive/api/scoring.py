@@ -117,7 +117,8 @@ def score_modules(
     Args:
         model: any decoder whose targets are ``nn.Linear`` (8- and 4-bit ones of bitsandbytes are), on its device.
         batches: batches from :func:`calibration_batches`; they are moved to the model's device.
-        method: ``"sensitivity"``, or the controls ``"uniform"`` and ``"random"``, which measure nothing.
+        method: ``"sensitivity"``, ``"fisher"``, ``"gora_ranks"`` or ``"srlora"``; or ``"prilora"``, ``"by_type"`` and
+            the controls ``"uniform"`` and ``"random"``, which measure nothing.
         target_modules: ``"all-linear"`` for every linear layer but the output head, or names of modules: whole ones
             or their last parts, as in ``["q_proj", "v_proj"]``.
         forward: ``forward(model, batch)`` runs the model on a batch, where its signature is not

@@ -78,7 +78,7 @@ def rank_search(
 
     Args:
         model: any decoder without an adapter; its target modules are replaced in place, as PEFT does.
-        method: ``"igu"``, ``"adalora"`` or ``"tsq"`` (with ``sampling=False``).
+        method: ``"igu"``, ``"adalora"``, ``"svd"`` or ``"tsq"`` (with ``sampling=False``).
         lora_rank: the budget.
         lora_alpha: alpha of that uniform LoRA (default: 2 x ``lora_rank``). ``adalora`` divides it by ``init_rank``,
             as PEFT does, unless ``scale="lora_rank"`` is given.
@@ -99,7 +99,8 @@ def rank_search(
         lora_settings: further arguments of ``peft.LoraConfig``, as in :func:`lora_config`.
         seed: seed of the factors and of every draw.
         **options: of the method, the YAML keys without ``igu_``: ``importance="integrated"``. ``init_rank`` to
-            ``max_overhead`` hold for methods that prune (``igu``, ``adalora``).
+            ``max_overhead`` hold for methods that prune (``igu``, ``adalora``); ``svd``
+            reads ``init_rank`` and ``final_ratio``, where it cuts.
 
     Returns:
         The search: its ``model``, its ``callback``, ``trainer(cls)`` and ``finalize(folder)``.
@@ -138,7 +139,7 @@ def _search(
 ) -> tuple[PruningConfig | ReallocationConfig, list[Problem]]:
     """Build the settings by which the method changes ranks, and list the arguments that it cannot use."""
     flat = {f"adaptive_{name}": value for name, value in pruning.items()}
-    problems = check_kind(flat, method, True, made.traits.strategy)
+    problems = check_kind(flat, method, True, made.traits.strategy, made.traits.spectral)
     search, faults = check_search(flat, common, method, made, rank, high, seed)
     return search, [in_python(problem, method) for problem in problems + faults]
 

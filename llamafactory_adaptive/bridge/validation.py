@@ -94,7 +94,7 @@ def _in_training(
     name, cls = common["adaptive_method"], get_method(common["adaptive_method"])
     made = make_method(name, options)
     problems = contradictions(cls.Options(**options))
-    problems += check_kind(args, name, is_dynamic(cls), made.traits.strategy)
+    problems += check_kind(args, name, is_dynamic(cls), made.traits.strategy, made.traits.spectral)
     if made.traits.samples:
         problems += check_sampling_conflicts(args)
     if common["adaptive_plan"] is not None:

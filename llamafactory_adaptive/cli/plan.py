@@ -75,7 +75,7 @@ def _plan_of_a_dynamic_run(run: "CheckedRun") -> int:
     from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun
     from llamafactory_adaptive.bridge.target_shapes import epochs, estimated_epoch_steps, estimated_steps
     from llamafactory_adaptive.planning.sources import fresh_plan
-    from llamafactory_adaptive.ranks.schedule import Schedule, make_schedule, short_run_warning
+    from llamafactory_adaptive.ranks.schedule import Refreshes, Schedule, make_schedule, short_run_warning
     from llamafactory_adaptive.reports.tables import schedule_table, totals
 
     args, config = run.args, run.config
@@ -94,7 +94,8 @@ def _plan_of_a_dynamic_run(run: "CheckedRun") -> int:
     if isinstance(schedule, Schedule):
         print(schedule_table(start, schedule, shown))
     else:
-        print(f"Ranks move about during training ({start.method}): {schedule.describe(kind)} of {shown}")
+        course = "Ranks move about" if isinstance(schedule, Refreshes) else "The adapter is cut"
+        print(f"{course} during training ({start.method}): {schedule.describe(kind)} of {shown}")
     if estimate:
         print(f"about {estimate:,} steps, estimated from num_train_epochs and the rows of the data set")
     elif steps <= 0:

@@ -11,8 +11,9 @@ class AdaptiveArguments:
 
     adaptive_method: str = option(
         "sensitivity",
-        "How ranks are found: sensitivity finds them before training; igu, adalora and tsq find them during training; "
-        "uniform and random are controls that measure nothing.",
+        "How ranks are found: sensitivity, fisher, gora_ranks, srlora and prilora find them before training; igu, "
+        "adalora, svd and tsq find them during training; by_type takes them by hand; uniform and random are controls "
+        "that measure nothing.",
     )
     adaptive_budget_unit: str = option(
         "params",
@@ -25,6 +26,13 @@ class AdaptiveArguments:
     )
     adaptive_max_rank: int | None = option(
         None, "Highest rank of a module (default: 4 x lora_rank).", unit="rank", low=1
+    )
+    adaptive_granularity: str = option(
+        "module",
+        "Modules that share one score, in methods that fix ranks before training: each module has its own, or all of "
+        "a type (q_proj, up_proj, ...) or of a layer get their mean, weighted by cost. The ranks of such a group then "
+        "differ by one at most, which spends the budget exactly; bounds aside.",
+        choices=("module", "type", "layer"),
     )
     adaptive_init_rank: int | None = option(
         None,
@@ -88,6 +96,8 @@ class AdaptiveArguments:
     )
 
 
+# Keys that only methods which score before training read.
+SCORING_KEYS = ("adaptive_granularity",)
 # Keys that only methods which find ranks during training read.
 SEARCH_KEYS = ("adaptive_best_model_from",)
 # Keys that only methods which prune during training read.
@@ -99,3 +109,5 @@ PRUNING_KEYS = (
     "adaptive_interval_epochs",
     "adaptive_max_overhead",
 )
+# Those of them that say when else ranks are chosen than where they become final.
+COURSE_KEYS = ("adaptive_warmup_ratio", "adaptive_interval", "adaptive_interval_epochs")

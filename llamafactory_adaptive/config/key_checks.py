@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llamafactory_adaptive.config.arguments import PRUNING_KEYS, SEARCH_KEYS
+from llamafactory_adaptive.config.arguments import COURSE_KEYS, PRUNING_KEYS, SCORING_KEYS, SEARCH_KEYS
 from llamafactory_adaptive.config.search_conflicts import check_given_conflicts, check_search_conflicts
 from llamafactory_adaptive.errors import Problem
 from llamafactory_adaptive.options import coerce
@@ -34,12 +34,16 @@ CALIBRATION_KEYS = (
 )
 
 
-def check_kind(flat: Mapping[str, Any], method: str, dynamic: bool, strategy: Strategy) -> list[Problem]:
+def check_kind(
+    flat: Mapping[str, Any], method: str, dynamic: bool, strategy: Strategy, cuts_once: bool = False
+) -> list[Problem]:
     """Find keys of methods that calibrate, search or prune, given to a method that does not: they have no effect."""
     idle: dict[str, tuple[str, str]] = {}
     if strategy == "fixed":
         idle |= dict.fromkeys(SEARCH_KEYS, ("fixes ranks before training, so every evaluation counts", "igu"))
     if dynamic:
+        reason = "chooses components one by one while it trains"
+        idle |= dict.fromkeys(SCORING_KEYS, (reason, "sensitivity"))
         reason = "finds ranks during training and calibrates nothing"
         idle |= dict.fromkeys(CALIBRATION_KEYS, (reason, "sensitivity"))
     if strategy != "prune":
@@ -47,6 +51,9 @@ def check_kind(flat: Mapping[str, Any], method: str, dynamic: bool, strategy: St
             "moves ranks about and prunes nothing" if dynamic else "fixes ranks before training and prunes nothing"
         )
         idle |= dict.fromkeys(PRUNING_KEYS, (reason, "igu"))
+    elif cuts_once:
+        reason = "cuts the ranks once, where adaptive_final_ratio says"
+        idle |= dict.fromkeys(COURSE_KEYS, (reason, "igu"))
     return [
         Problem(key, flat[key], f"adaptive_method: {method} {reason}", f"leaving it out, or adaptive_method: {other}")
         for key, (reason, other) in idle.items()
@@ -97,9 +104,16 @@ def check_without_plan(flat: Mapping[str, Any], method: str, made: Any) -> list[
 
 
 def check_pruning(
-    flat: Mapping[str, Any], common: Mapping[str, Any], lora_rank: int, max_rank: int, seed: int
+    flat: Mapping[str, Any],
+    common: Mapping[str, Any],
+    lora_rank: int,
+    max_rank: int,
+    seed: int,
+    cuts_once: bool = False,
 ) -> tuple[PruningConfig, list[Problem]]:
     """Build the schedule of a method that prunes, and check it against the budget."""
+    if cuts_once:
+        common = {**common, "adaptive_warmup_ratio": 0.0, "adaptive_interval": None, "adaptive_interval_epochs": None}
     problems = check_interval(flat)
     given = common["adaptive_init_rank"]
     init_rank = min(2 * lora_rank, max_rank) if given is None else given
@@ -227,5 +241,5 @@ def check_search(
     if made.traits.strategy == "reallocate":
         search, faults = check_reallocation(method, made, common["adaptive_min_rank"], lora_rank, max_rank, seed)
     else:
-        search, faults = check_pruning(flat, common, lora_rank, max_rank, seed)
+        search, faults = check_pruning(flat, common, lora_rank, max_rank, seed, made.traits.spectral)
     return search, problems + faults

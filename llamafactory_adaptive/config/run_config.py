@@ -35,6 +35,8 @@ class AdaptiveConfig:
             ``final`` ranks.
         given: how ranks of ``plan_path`` are trained in the method's own form; None where they are trained as plain
             LoRA.
+        granularity: modules that share one score, where scores are made before training: each ``module`` has its own,
+            or all of a ``type`` or a ``layer`` have one.
     """
 
     method: str
@@ -51,6 +53,7 @@ class AdaptiveConfig:
     asked_alpha: float | None = None
     best_model_from: str = "final"
     given: GivenRanksConfig | None = None
+    granularity: str = "module"
 
     @classmethod
     def from_checked(
@@ -95,6 +98,7 @@ class AdaptiveConfig:
             asked_alpha=asked_alpha,
             best_model_from=common["adaptive_best_model_from"],
             given=given,
+            granularity=common["adaptive_granularity"],
         )
 
     def to_json(self) -> dict[str, Any]:

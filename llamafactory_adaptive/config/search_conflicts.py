@@ -19,6 +19,8 @@ def state_changes(method: Any) -> tuple[str, str] | None:
         (reallocates, "components that come back need fresh optimizer states", "tsq_reallocation: false"),
         (not reallocates and method.return_rule.resets_lambda, "components that come back with lambda zero need fresh "
          "optimizer states", "igu_returns: none"),
+        (method.traits.spectral, "the rotation of the factors at the cut needs fresh optimizer states",
+         "adaptive_method: adalora"),
         (method.shrinkage is not None, "mending the strength of the adapter scales optimizer states",
          "igu_mend_strength: false"),
     ]  # fmt: skip

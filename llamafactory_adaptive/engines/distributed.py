@@ -44,6 +44,13 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def broadcast_from_first(tensor: Tensor) -> Tensor:
+    """Replace a tensor by that of the first process, in place and in one collective, and return it."""
+    if world_size() > 1:
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
 def all_reduce_max(step: int, device: torch.device) -> int:
     """Return the largest ``step`` of any process."""
     if world_size() == 1:

@@ -19,9 +19,9 @@ from llamafactory_adaptive.export.source_adapter import SourceAdapter, read_adap
 from llamafactory_adaptive.export.verify.certificate import certificate, failures, write_certificate
 from llamafactory_adaptive.export.verify.compare import Comparer
 from llamafactory_adaptive.export.verify.log_probabilities import tokenise
-from llamafactory_adaptive.export.verify.server_rules import STACKED
 from llamafactory_adaptive.export.verify.vllm_check import check_vllm
 from llamafactory_adaptive.files import PLAN_FILE
+from llamafactory_adaptive.ranks.module_groups import STACKED
 from llamafactory_adaptive.ranks.plan import load_plan
 
 

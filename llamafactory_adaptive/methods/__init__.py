@@ -13,14 +13,16 @@ from llamafactory_adaptive.methods._contract import (
     ReallocatingMethod,
     RelativeMethod,
     ReturnRule,
-    Sampling,
     SamplingMethod,
     Scores,
     ScoringContext,
+    SearchingMethod,
     Shrinkage,
+    SpectralMethod,
     StaticMethod,
 )
 from llamafactory_adaptive.methods._registry import get_method, is_dynamic, make_method, methods, nearest
+from llamafactory_adaptive.methods._sampling import Sampling
 from llamafactory_adaptive.methods._traits import MethodTraits
 from llamafactory_adaptive.ranks.schedule import Strategy
 
@@ -38,7 +40,9 @@ __all__ = [
     "SamplingMethod",
     "Scores",
     "ScoringContext",
+    "SearchingMethod",
     "Shrinkage",
+    "SpectralMethod",
     "StaticMethod",
     "Strategy",
     "get_method",

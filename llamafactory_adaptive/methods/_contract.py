@@ -8,58 +8,10 @@ from typing import Any, ClassVar, Literal, Protocol
 from torch import Tensor
 
 from llamafactory_adaptive.calibration.measurement import Measurement
+from llamafactory_adaptive.methods._sampling import Sampling
 from llamafactory_adaptive.methods._traits import MethodTraits
 from llamafactory_adaptive.ranks.first_update import median_slowdown
 from llamafactory_adaptive.ranks.plan import ModuleShape
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Settings by which a method chooses training samples.
-
-    Attributes:
-        weights: weights of gradient norm, loss drop and alignment in the quality.
-        loss_drop: ``first_order`` or ``exact``.
-        step_size: eta of the loss drop; None for the run's learning rate.
-        projection: dimensions of the random projection for the alignment; 0 for the exact one.
-        temperature: temperature of the softmax over qualities.
-        subset_ratio: share of the pool that is trained on between two refreshes.
-        clip_term: term that ``clip_quantile`` applies to, ``loss`` or ``gradient_norm``.
-        clip_quantile: samples whose term lies above it are left out; 1 keeps all.
-        batch_size: samples per scoring batch; None for the run's.
-        refresh_ratio: share of all optimizer steps between two draws.
-        scales_budget: whether the rank budget depends on the quality of the subset.
-        squared_norm: whether the gradient norm enters the quality squared.
-        draws_by_quality: whether samples are drawn from a subset by their weights, rather than each once a turn.
-        refresh_quality: whether all samples are scored again before every refresh.
-        clusters: number of clusters of samples to tell apart; 0 for none.
-        min_cluster_share: part of its share of the pool that a cluster keeps in every subset; 0 for no floor.
-    """
-
-    weights: tuple[float, float, float]
-    loss_drop: str
-    step_size: float | None
-    projection: int
-    temperature: float
-    subset_ratio: float
-    clip_term: str
-    clip_quantile: float
-    batch_size: int | None
-    refresh_ratio: float
-    scales_budget: bool
-    squared_norm: bool = False
-    draws_by_quality: bool = False
-    refresh_quality: bool = False
-    clusters: int = 0
-    min_cluster_share: float = 0.0
-
-    def pool_size(self, samples: int) -> int:
-        """Count the samples that clipping leaves of a training set of ``samples``."""
-        return max(1, samples - int((1.0 - self.clip_quantile) * samples + 1e-9))
-
-    def subset_size(self, samples: int) -> int:
-        """Count the samples in one subset of a training set of ``samples``."""
-        return max(1, round(self.subset_ratio * self.pool_size(samples)))
 
 
 @dataclass(frozen=True)
@@ -198,13 +150,8 @@ class Shrinkage:
         return math.sqrt(self.mean_square)
 
 
-class DynamicMethod(Method, Protocol):
-    """A method that finds ranks while training. Each module's adapter is ``P diag(lambda) Q``, over-ranked at first.
-
-    Between backward pass and optimizer step the method receives weights and gradients, in blocks: all elements of one
-    kind (``lambda``, ``P`` or ``Q``) and shape, flat; under ZeRO the elements this process owns. What it keeps per
-    element must depend on that element alone, so that it can be stored on the process of that element.
-    """
+class SearchingMethod(Method, Protocol):
+    """A method that finds ranks while training. The adapter of a module is ``P diag(lambda) Q``, over-ranked."""
 
     @property
     def initial_adapter(self) -> InitialAdapter:
@@ -229,6 +176,21 @@ class DynamicMethod(Method, Protocol):
     def position(self, seed: int, step: int, micro_batch: int) -> float:
         """Return the factor in (0, 1] on every adapter weight in this micro-batch's forward; 1 is plain training."""
 
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors that an exact resume needs."""
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what ``state`` returned."""
+
+
+class DynamicMethod(SearchingMethod, Protocol):
+    """A method that observes gradients while it finds ranks.
+
+    Between backward pass and optimizer step the method receives weights and gradients, in blocks: all elements of one
+    kind (``lambda``, ``P`` or ``Q``) and shape, flat; under ZeRO the elements this process owns. What it keeps per
+    element must depend on that element alone, so that it can be stored on the process of that element.
+    """
+
     def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
         """Observe weights and gradients of one block.
 
@@ -242,11 +204,19 @@ class DynamicMethod(Method, Protocol):
     def element_scores(self, block: str, weights: Tensor) -> Tensor:
         """Score each element; a component's score is its lambda's plus the means over its column of P and row of Q."""
 
-    def state(self) -> dict[str, Tensor]:
-        """Return the tensors that an exact resume needs."""
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what ``state`` returned."""
+class SpectralMethod(SearchingMethod, Protocol):
+    """A method whose traits set ``spectral``: it observes nothing, and scores components by singular values."""
+
+    def rotate(self, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotate one module's factors to the form of the singular values of their product, which stays the same.
+
+        Args:
+            p, q: P (d_out, r) and Q (r, d_in), fp32, on the CPU.
+
+        Returns:
+            The new P and Q, whose component i has the i-th singular value, and the squares of these, (r,).
+        """
 
 
 class RelativeMethod(DynamicMethod, Protocol):

@@ -19,6 +19,7 @@ _DYNAMIC = (
     "state",
     "load",
 )
+_OBSERVING = ("observe", "element_scores")
 _REALLOCATING = ("refresh_ratio", "beta", "allocated")
 _RELATIVE = ("log_importance", "set_typical")
 
@@ -38,6 +39,9 @@ class MethodTraits:
         samples: whether training data is chosen by quality; a :class:`SamplingMethod`.
         sample_moment: what a method without lambda observes in place of the step's gradient g: 0 for g itself, 1 or 2
             for the mean of this order over samples, ``(E|g_i|^order)^(1/order)`` per element.
+        spectral: whether the factors are rotated to the form of their singular values, and components scored by
+            these, rather than by what is observed; ranks are then chosen once. With ``prune``, without lambda; a
+            :class:`SpectralMethod`.
         scales_by_start: whether the scale is ``lora_alpha`` over the rank that modules start at, rather than over
             ``lora_rank``; read where ranks are pruned.
         read_with_plan: options that are read when ranks come from ``adaptive_plan``, as by a method that still chooses
@@ -52,6 +56,7 @@ class MethodTraits:
     relative: bool = False
     samples: bool = False
     sample_moment: int = 0
+    spectral: bool = False
     scales_by_start: bool = False
     read_with_plan: tuple[str, ...] = ()
     only_with_plan: tuple[str, ...] = ()
@@ -66,13 +71,17 @@ class MethodTraits:
         """List the members that a method with these traits must have."""
         return (
             *_EVERY,
-            *(_DYNAMIC if self.dynamic or self.triplets_with_plan else ()),
+            *(name for name in self._of_the_adapter() if not (self.spectral and name in _OBSERVING)),
             *(() if self.dynamic else _STATIC),
             *(_REALLOCATING if self.strategy == "reallocate" else ()),
+            *(("rotate",) if self.spectral else ()),
             *(("path",) if self.probes else ()),
             *(_RELATIVE if self.relative else ()),
             *(("sampling",) if self.samples else ()),
         )
+
+    def _of_the_adapter(self) -> tuple[str, ...]:
+        return _DYNAMIC if self.dynamic or self.triplets_with_plan else ()
 
 
 def trait_faults(method: Any) -> list[str]:
@@ -91,5 +100,5 @@ def trait_faults(method: Any) -> list[str]:
 
 
 def _words(traits: MethodTraits) -> str:
-    flags = [name for name in ("probes", "relative", "samples") if getattr(traits, name)]
+    flags = [name for name in ("probes", "relative", "samples", "spectral") if getattr(traits, name)]
     return ", ".join([f"strategy {traits.strategy!r}", *flags])

@@ -65,6 +65,8 @@ class PlanRequest:
     def digest(self) -> str:
         """Compute the name of the plan in the cache: equal requests share one plan."""
         asked = {key: value for key, value in asdict(self.config).items() if key not in _NOT_ASKED}
+        if asked["granularity"] == "module":
+            del asked["granularity"]  # as in caches that are filled already
         asked["course"] = asked.pop("search")  # the name in caches that are filled already
         return digest_of({"identity": self.identity, "config": asked, "schema": SCHEMA_VERSION})
 

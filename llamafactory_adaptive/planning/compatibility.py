@@ -8,7 +8,7 @@ from typing import Any
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import PlanError, first_of
 from llamafactory_adaptive.options import with_earlier_values
-from llamafactory_adaptive.ranks.plan import ASKED_ALPHA, ModuleShape, RankPlan, load_plan
+from llamafactory_adaptive.ranks.plan import ASKED_ALPHA, GRANULARITY, ModuleShape, RankPlan, load_plan
 
 
 def check_shapes(plan: RankPlan, shapes: list[ModuleShape], source: str) -> None:
@@ -135,6 +135,7 @@ def _asked(config: AdaptiveConfig) -> dict[str, Any]:
         "adaptive_plan": config.plan_path,
         "adaptive_min_rank": config.min_rank,
         "adaptive_max_rank": config.max_rank,
+        "adaptive_granularity": config.granularity,
         **_search(config),
         **flat_options(config),
     }
@@ -193,6 +194,7 @@ def _of_plan(plan: RankPlan) -> dict[str, Any]:
         "lora_alpha": plan.provenance.get(ASKED_ALPHA, plan.lora_alpha),
         "adaptive_plan": plan.provenance.get("adaptive_plan"),
         **plan.provenance.get("bounds", {}),
+        "adaptive_granularity": plan.provenance.get(GRANULARITY, "module"),
         **{f"adaptive_calibration_{key}": value for key, value in calibration.items()},
         **{_search_key(key): value for key, value in plan.provenance.get("course", {}).items()},
         **{f"{plan.method}_{key}": value for key, value in plan.options.items()},

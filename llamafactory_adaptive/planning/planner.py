@@ -26,9 +26,11 @@ from llamafactory_adaptive.planning.cache import (
     statistics_path,
 )
 from llamafactory_adaptive.ranks.allocation import Allocation, Bounds, allocate
+from llamafactory_adaptive.ranks.module_groups import choose_whole_groups, group_name, packed_groups, pool_scores
 from llamafactory_adaptive.ranks.module_names import is_routed_expert, module_type
 from llamafactory_adaptive.ranks.plan import (
     ASKED_ALPHA,
+    GRANULARITY,
     ModulePlan,
     ModuleShape,
     RankPlan,
@@ -144,6 +146,7 @@ def allocate_plan(
         raise CalibrationError(
             f"{config.method} gave no finite score for {first_of(wrong, most=1)}: no ranks follow from that"
         )
+    scores = _pool(config, shapes, scores)
     allocation = _spend(config, shapes, [scores.values[shape.name] for shape in shapes])
     return plan_from_allocation(
         shapes,
@@ -155,14 +158,28 @@ def allocate_plan(
             **request.provenance,
             **facts,
             **_bounds(config),
+            **({} if config.granularity == "module" else {GRANULARITY: config.granularity}),
             "calibration": asdict(config.calibration),
             "request_digest": request.digest(),
         },
     )
 
 
+def _pool(config: AdaptiveConfig, shapes: list[ModuleShape], scores: Scores) -> Scores:
+    """Give all modules of a group one score, and keep their own as a metric."""
+    if config.granularity == "module":
+        return scores
+    names = [shape.name for shape in shapes]
+    costs = [shape.cost(config.budget_unit) for shape in shapes]
+    groups = [group_name(name, config.granularity) for name in names]
+    pooled = pool_scores([scores.values[name] for name in names], costs, groups)
+    return Scores(dict(zip(names, pooled, strict=True)), {**scores.metrics, "own_score": scores.values})
+
+
 def _spend(config: AdaptiveConfig, shapes: list[ModuleShape], scores: list[float]) -> Allocation:
     costs = [shape.cost(config.budget_unit) for shape in shapes]
     upper = [min(config.max_rank, shape.largest_rank) for shape in shapes]
     lower = [min(config.min_rank, high) for high in upper]
-    return allocate(scores, Bounds(costs, config.lora_rank * sum(costs), lower, upper))
+    bounds = Bounds(costs, config.lora_rank * sum(costs), lower, upper)
+    packed = packed_groups([shape.name for shape in shapes])
+    return choose_whole_groups(lambda within: allocate(scores, within), lambda found: found.ranks, bounds, packed)

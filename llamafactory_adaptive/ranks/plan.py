@@ -20,6 +20,8 @@ from llamafactory_adaptive.ranks.plan_values import Values, shortened
 SCHEMA_VERSION = 1
 ASKED_ALPHA = "asked_lora_alpha"  # in the provenance, where a run divides lora_alpha by another rank than lora_rank
 
+GRANULARITY = "granularity"  # in the provenance, where scores were pooled before ranks were chosen
+
 
 @dataclass(frozen=True)
 class ModuleShape:

@@ -16,7 +16,8 @@ class PruningConfig:
     """Settings of a method that starts above the budget and prunes down to it. Ratios are of all optimizer steps.
 
     Attributes:
-        interval: optimizer steps between two allocations; None where ``interval_epochs`` gives the distance.
+        interval: optimizer steps between two allocations; None where ``interval_epochs`` gives the distance. Where
+            that is None too there is one allocation, in the end.
         interval_epochs: the distance as a share of an epoch, whose steps are known once the data is.
     """
 
@@ -27,6 +28,11 @@ class PruningConfig:
     max_overhead: float | None
     seed: int
     interval_epochs: float | None = None
+
+    @property
+    def cuts_once(self) -> bool:
+        """Tell whether there is no distance between allocations, since there is one alone."""
+        return self.interval is None and self.interval_epochs is None
 
     @property
     def live_rank(self) -> int:
@@ -152,11 +158,49 @@ class Refreshes:
         return f"{self.target_budget:,} {kind}, shared anew every {self.interval} steps up to step {self.end}"
 
 
+@dataclass(frozen=True)
+class SingleCut:
+    """A budget that falls at once, where an over-ranked adapter is cut.
+
+    Attributes:
+        end: step after which the ranks are final.
+        start_budget, target_budget: budget before and after, in budget units.
+    """
+
+    end: int
+    start_budget: int
+    target_budget: int
+
+    @property
+    def interval(self) -> int:
+        """Return the steps before the only allocation."""
+        return self.end
+
+    def budget(self, step: int) -> int:
+        """Return the budget after ``step`` optimizer steps, in budget units."""
+        return self.target_budget if self.is_final(step) else self.start_budget
+
+    def due(self, step: int) -> bool:
+        """Tell whether an allocation is due after ``step`` optimizer steps."""
+        return step == self.end
+
+    def is_final(self, step: int) -> bool:
+        """Tell whether the ranks are final after ``step`` optimizer steps."""
+        return step >= self.end
+
+    def describe(self, kind: str) -> str:
+        """Describe the cut in words; ``kind`` names what the budget counts."""
+        return f"{self.start_budget:,} {kind}, cut to {self.target_budget:,} at step {self.end}"
+
+
+AnySchedule = Schedule | Refreshes | SingleCut
 _FEWEST = {"prunes": 5, "shares": 2}
 
 
-def short_run_warning(schedule: Schedule | Refreshes, total_steps: int) -> str | None:
+def short_run_warning(schedule: AnySchedule, total_steps: int) -> str | None:
     """Return a warning, with a remedy, if the run is too short for its schedule; None if it has enough allocations."""
+    if isinstance(schedule, SingleCut):
+        return None
     count = sum(schedule.due(step) for step in range(1, min(schedule.end, total_steps) + 1))
     prunes = isinstance(schedule, Schedule)
     if count >= _FEWEST["prunes" if prunes else "shares"]:
@@ -208,7 +252,7 @@ def make_schedule(
     start_budget: int,
     target_budget: int,
     epoch_steps: int | None = None,
-) -> Schedule | Refreshes:
+) -> AnySchedule:
     """Build the schedule of a run of ``total_steps`` by turning ratios into step numbers.
 
     Even in a run of one step the final allocation comes after one observation.
@@ -230,5 +274,7 @@ def make_schedule(
     pruning = search
     begin = min(int(pruning.warmup_ratio * total_steps), total_steps - 1)
     end = max(begin + 1, total_steps - round(pruning.final_ratio * total_steps))
+    if pruning.cuts_once:
+        return SingleCut(end, start_budget, target_budget)
     interval = interval_steps(pruning, epoch_steps)
     return Schedule(begin, end, interval, start_budget, target_budget, pruning.interval_epochs)

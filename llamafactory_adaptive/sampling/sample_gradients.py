@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llamafactory_adaptive.calibration.batches import IGNORE_INDEX
+from llamafactory_adaptive.calibration.weight_gradients import squared_norms
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.seeding import seeded_index
 
@@ -52,17 +53,6 @@ class TermSpec:
     def projects(self) -> bool:
         """Tell whether gradients are projected."""
         return self.alignment == "projected" or self.clusters > 0
-
-
-def squared_norms(left_btk: Tensor, right_btj: Tensor) -> Tensor:
-    """Compute ``|sum_t left_t right_t^T|_F^2`` per sample in fp32, in the cheaper of two ways.
-
-    The sum itself takes t k j multiplications, the Gram matrices over tokens take t^2 (k + j).
-    """
-    tokens, k, j = left_btk.shape[1], left_btk.shape[2], right_btj.shape[2]
-    if tokens * (k + j) < k * j:
-        return ((left_btk @ left_btk.mT) * (right_btj @ right_btj.mT)).sum((1, 2))
-    return (left_btk.mT @ right_btj).square().sum((1, 2))
 
 
 def sample_losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

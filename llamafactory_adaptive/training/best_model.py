@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import EarlyStoppingCallback
 
-from llamafactory_adaptive.ranks.schedule import Refreshes, Schedule
+from llamafactory_adaptive.ranks.schedule import AnySchedule, Refreshes
 from llamafactory_adaptive.training.rank_search import RankSearchState
 from llamafactory_adaptive.training.run_log import RunLog
 from llamafactory_adaptive.training.run_part import RunPart
@@ -29,9 +29,7 @@ class BestModel(RunPart):
         callbacks: callbacks of the Trainer, one of which may stop early.
     """
 
-    def __init__(
-        self, search: RankSearchState, schedule: Schedule | Refreshes, log: RunLog, callbacks: list[Any]
-    ) -> None:
+    def __init__(self, search: RankSearchState, schedule: AnySchedule, log: RunLog, callbacks: list[Any]) -> None:
         self.search, self.schedule, self.log, self.callbacks = search, schedule, log, callbacks
         self.waits, self.warned = search.config.best_model_from == "final", False
 
@@ -64,7 +62,7 @@ class BestModel(RunPart):
     def _remedy(self, total_steps: int) -> str:
         width = total_steps - self.schedule.end
         ways = [f"evaluate more often (eval_steps: {max(1, width // 4)})"] if width else []
-        ways += ["raise adaptive_final_ratio"] if isinstance(self.schedule, Schedule) else []
+        ways += ["raise adaptive_final_ratio"] if not isinstance(self.schedule, Refreshes) else []
         return ", ".join([*ways, "or set adaptive_best_model_from: start"])
 
     def end(self, args: Any, state: Any, model: nn.Module) -> None:

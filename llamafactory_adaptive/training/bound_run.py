@@ -11,7 +11,7 @@ from llamafactory_adaptive.engines.engine import find_engine
 from llamafactory_adaptive.engines.step_hooks import before_clipping, before_deepspeed_step
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.ranks.plan import RankPlan
-from llamafactory_adaptive.ranks.schedule import Refreshes, Schedule, make_schedule
+from llamafactory_adaptive.ranks.schedule import AnySchedule, make_schedule
 from llamafactory_adaptive.training.best_model import BestModel
 from llamafactory_adaptive.training.checkpoint_record import CheckpointRecord
 from llamafactory_adaptive.training.components import Components
@@ -124,7 +124,7 @@ class BoundRun:
         )
         return selection, driver, self.best_model, advice
 
-    def _schedule(self, search: MaskedSearch, state: Any, dataloader: Any) -> Schedule | Refreshes | None:
+    def _schedule(self, search: MaskedSearch, state: Any, dataloader: Any) -> AnySchedule | None:
         """Return the steps at which ranks change and the budget at each; None where they are given."""
         changes = search.request.config.search
         if changes is None:

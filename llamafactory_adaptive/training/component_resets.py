@@ -50,14 +50,14 @@ def _overwrite(components: Components, block: Block, fresh: Flags, rows: torch.G
     fresh_Mr = torch.tensor([list(fresh[index]) for index in block.modules])
     if not bool(fresh_Mr.any()):
         return
-    flags_MX, squares_M = block.spread(fresh_Mr), _mean_squares(components, block)
+    flags_MX, squares_M = block.spread(fresh_Mr), mean_squares(components, block)
     for parameter, flags_X, square in zip(block.parameters, flags_MX, squares_M, strict=True):
         if bool(flags_X.any()):
             new = torch.zeros(block.shape) if rows is None else fresh_rows(block.shape, rows)
             components.engine.overwrite(parameter, flags_X, new.view(-1), square)
 
 
-def _mean_squares(components: Components, block: Block) -> list[float]:
+def mean_squares(components: Components, block: Block) -> list[float]:
     """Average the optimizer's running squared gradients per parameter, over elements in use of all processes."""
     masks = components.triplets.masks
     used_MX = block.spread(torch.tensor([list(masks[index]) for index in block.modules]))

@@ -53,6 +53,13 @@ class Components:
         """Copy this process's weights of a block into a flat fp32 tensor."""
         return self._to_device(torch.cat(self.engine.weights(block.parameters)))
 
+    def whole_weights(self, block: Block) -> Tensor:
+        """Copy the whole weights of a block, fp32: (M, *shape). Under ZeRO all processes must call it."""
+        whole_MX = self._scatter_to_full(block, self.weights(block))
+        if self.engine.partitioned:
+            all_reduce_sum(whole_MX)
+        return whole_MX.view(-1, *block.shape)
+
     def _to_device(self, flat: Tensor) -> Tensor:
         """Convert a tensor to fp32 on the device of the masks; engines with offload keep pieces elsewhere."""
         return flat.to(self.triplets.modules[0].a.mask_r.device, torch.float32)

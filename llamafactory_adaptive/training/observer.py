@@ -83,8 +83,9 @@ class Observer:
             self._probe(path)
         if by_sample := self.moments is not None and self.moments.active:
             self._observe_samples()
+        observes = path is None and not by_sample and not self.method.traits.spectral
         self.components.update(
-            self.method if path is None and not by_sample else None,
+            self.method if observes else None,
             self.method.orthogonality,
             overflow_is_possible=self.trainer.args.fp16,
         )

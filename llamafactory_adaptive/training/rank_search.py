@@ -11,6 +11,7 @@ from typing import Any
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.ranks.allocation import Bounds, allocate, keep_components, reallocate_components
+from llamafactory_adaptive.ranks.module_groups import choose_whole_groups, packed_groups
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.ranks.schedule import ReallocationConfig
 
@@ -39,6 +40,7 @@ class RankSearchState:
         upper = [min(config.max_rank, module.rank) for module in start.modules]
         lower = [min(config.min_rank, high) for high in upper]
         self.bounds = Bounds(self.costs, self.final_budget, lower, upper)
+        self.packed = packed_groups([module.name for module in start.modules])
 
     @property
     def reallocates(self) -> bool:
@@ -92,13 +94,17 @@ class RankSearchState:
                 self._learn(scores, before)
                 after = reallocate_components(self.sensitivities, scores, before, bounds)
             else:
-                after = keep_components(favour_used(scores, before, hysteresis, used_first), bounds)
+                after = self._keep(favour_used(scores, before, hysteresis, used_first), bounds)
         except ValueError as error:
             raise GuardError(f"step {step}: {error}; training has diverged, lower learning_rate") from error
         self.fresh = [
             [new and not old for old, new in zip(*rows, strict=True)] for rows in zip(before, after, strict=True)
         ]
         return after
+
+    def _keep(self, scores: Sequence[Sequence[float]], bounds: Bounds) -> Masks:
+        """Keep the best components; packed modules lose all of theirs together or not at all."""
+        return choose_whole_groups(lambda within: keep_components(scores, within), counts, bounds, self.packed)
 
     def _learn(self, scores: Sequence[Sequence[float]], on: Masks) -> None:
         """Update the running sensitivities of the modules with the scores of an interval.
@@ -166,6 +172,11 @@ class RankSearchState:
         """Restore what :meth:`state` returned."""
         for key in _STORED:
             setattr(self, key, state[key])
+
+
+def counts(masks: Masks) -> list[int]:
+    """Count the components in use of every module."""
+    return [sum(row) for row in masks]
 
 
 def favour_used(

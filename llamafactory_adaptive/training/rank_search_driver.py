@@ -13,8 +13,8 @@ from torch import nn
 from llamafactory_adaptive.engines.distributed import agree_across_ranks
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.files import PLAN_FILE, digest_of
-from llamafactory_adaptive.methods import ReallocatingMethod
-from llamafactory_adaptive.ranks.schedule import Refreshes, Schedule, short_run_warning
+from llamafactory_adaptive.methods import ReallocatingMethod, SpectralMethod
+from llamafactory_adaptive.ranks.schedule import AnySchedule, short_run_warning
 from llamafactory_adaptive.reports.plots import HEATMAP_FILE, HISTORY_FILE, save_heatmap, save_history
 from llamafactory_adaptive.seeding import seeded_index
 from llamafactory_adaptive.training.component_resets import rescale_lambda, reset_lambda, restart
@@ -22,6 +22,7 @@ from llamafactory_adaptive.training.divergence import DivergenceWatch
 from llamafactory_adaptive.training.guard import PlanGuard
 from llamafactory_adaptive.training.masked_search import MaskedSearch
 from llamafactory_adaptive.training.observer import Observer
+from llamafactory_adaptive.training.rotation import rotate
 from llamafactory_adaptive.training.run_part import RunPart
 from llamafactory_adaptive.training.sample_selection import SampleSelection, figures_of
 from llamafactory_adaptive.training.search_checkpoint import SearchCheckpoint
@@ -52,7 +53,7 @@ class RankSearchDriver(RunPart):
         self,
         search: MaskedSearch,
         observer: Observer,
-        schedule: Schedule | Refreshes,
+        schedule: AnySchedule,
         checkpoint: SearchCheckpoint,
         guard: PlanGuard,
         watch: DivergenceWatch,
@@ -113,7 +114,7 @@ class RankSearchDriver(RunPart):
             )
         if self.selection is not None:
             budget = int(budget * self.selection.budget_share(self.step))
-        scores, before = self.components.scores(self.method, mean=self.state.reallocates), self.triplets.masks
+        scores, before = self._scores(), self.triplets.masks
         rule = self.method.return_rule
         masks = self.state.choose(self.step, scores, budget, before, rule.hysteresis, rule.used_first)
         agree_across_ranks(digest_of(masks), DECISIONS_DIFFER)
@@ -126,6 +127,13 @@ class RankSearchDriver(RunPart):
             self._end_shrinkage()
         if args.should_save:
             self._write(args, line)
+
+    def _scores(self) -> list[list[float]]:
+        """Score every component, by what was observed or, once the factors are rotated, by singular values."""
+        if not self.method.traits.spectral:
+            return self.components.scores(self.method, mean=self.state.reallocates)
+        squares = rotate(self.components, cast(SpectralMethod, self.method))
+        return [[square / cost for square in row] for row, cost in zip(squares, self.state.costs, strict=True)]
 
     def _restart_returned(self) -> None:
         """Restart the components that come back, by the rule of the method."""

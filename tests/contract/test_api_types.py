@@ -25,7 +25,7 @@ calibration_batches(rows: Iterable[Mapping[str, Any]], batch_size: int = 8, pad_
 check_adapter(folder: str | Path, plan: RankPlan | str | Path) -> int
 lora_config(plan: RankPlan | str | Path, task_type: str = 'CAUSAL_LM', **settings: Any) -> LoraConfig
 plan_ranks(scores: ModuleScores, lora_rank: int = 8, lora_alpha: int | None = None, budget_unit: str =
-    'params', min_rank: int = 1, max_rank: int | None = None) -> PrintablePlan
+    'params', min_rank: int = 1, max_rank: int | None = None, granularity: str = 'module') -> PrintablePlan
 rank_search(model: Module, method: str = 'igu', lora_rank: int = 16, lora_alpha: int | None = None,
     target_modules: str | Sequence[str] = 'all-linear', task_type: str = 'CAUSAL_LM', budget_unit: str =
     'params', min_rank: int = 1, max_rank: int | None = None, init_rank: int | None = None, warmup_ratio:

@@ -109,6 +109,7 @@ VERBS = [
     "Restrict",
     "Return",
     "Rewrite",
+    "Rotate",
     "Round",
     "Run",
     "Save",

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from omegaconf import OmegaConf
 
 from llamafactory_adaptive import _bootstrap, cli
-from tests.helpers.tiny import pruning_settings, settings, tsq_settings
+from tests.helpers.tiny import pruning_settings, settings, svd_settings, tsq_settings
 
 
 _bootstrap.install()
@@ -76,13 +76,15 @@ def test_a_second_run_in_the_same_process_reads_its_own_settings(run):
     assert run("train", seed=5) == {"read": 2, "validated": 2, "scored": 2}
 
 
-MADE = {"igu": pruning_settings, "adalora": pruning_settings, "tsq": tsq_settings}
+REQUIRED = {"by_type": {"by_type_ranks": "q_proj:4"}}  # options without which a method cannot run
+MADE = {"igu": pruning_settings, "adalora": pruning_settings, "svd": svd_settings, "tsq": tsq_settings}
 
 
 @pytest.mark.parametrize("method", methods())
 def test_a_configuration_comes_back_from_json_as_it_was(method, tiny_llama, data_dir, tmp_path):
     make = MADE.get(method, settings)
-    config = validation.parse_config(make(tiny_llama, data_dir, tmp_path / "out", adaptive_method=method))
+    given = {"adaptive_method": method, **REQUIRED.get(method, {})}
+    config = validation.parse_config(make(tiny_llama, data_dir, tmp_path / "out", **given))
     again = AdaptiveConfig.from_json(json.loads(json.dumps(config.to_json())))
     assert again == config
     assert type(again.search) is type(config.search)

@@ -13,6 +13,7 @@ from tests.helpers.tiny import settings
 _bootstrap.install()
 from llamafactory_adaptive.bridge.arguments import our_keys, to_mapping  # noqa: E402
 from llamafactory_adaptive.bridge.validation import parse_config  # noqa: E402
+from llamafactory_adaptive.methods import methods  # noqa: E402
 
 
 ZERO3 = str(Path(__file__).parents[2] / "examples" / "deepspeed" / "ds_z3_config.json")
@@ -22,11 +23,20 @@ WRONG = [
      "try adaptive_method"),
     ({"learning_rat": 1.0}, "learning_rat: 1.0 is invalid: neither LLaMA-Factory nor this plugin has such a key; try "
      "learning_rate"),
-    ({"adaptive_method": "sensitvity"}, "adaptive_method: 'sensitvity' is invalid: must be one of adalora, "
-     "igu, random, sensitivity, tsq, uniform; try adaptive_method: sensitivity"),
+    ({"adaptive_method": "sensitvity"}, "adaptive_method: 'sensitvity' is invalid: must be one of "
+     f"{', '.join(sorted(methods()))}; try adaptive_method: sensitivity"),
     ({"adaptive_budget_unit": "parms"}, "adaptive_budget_unit: 'parms' is invalid: must be one of params, ranks; "
      "try adaptive_budget_unit: params"),
     ({"adaptive_min_rank": -1}, "adaptive_min_rank: -1 is invalid: must be at least 0; try adaptive_min_rank: 1"),
+    ({"adaptive_granularity": "head"}, "adaptive_granularity: 'head' is invalid: must be one of module, type, layer"),
+    ({"adaptive_granularity": "type", **IGU}, "adaptive_method: igu chooses components one by one "
+     "while it trains; try leaving it out, or adaptive_method: sensitivity"),
+    ({**IGU, "adaptive_method": "svd", "adaptive_interval": 5}, "adaptive_interval: 5 is invalid: adaptive_method: svd "
+     "cuts the ranks once, where adaptive_final_ratio says; try leaving it out, or adaptive_method: igu"),
+    ({**IGU, "adaptive_method": "svd", "optim": "adafactor"}, "optim: 'adafactor' is invalid: the rotation of the "
+     "factors at the cut needs fresh optimizer states, and where this optimizer keeps them per weight is not known"),
+    ({"adaptive_method": "by_type"}, "by_type_ranks: '' is invalid: must be types and numbers from 0 on, type:number, "
+     "each type once, with commas between them; try by_type_ranks: q_proj:4,down_proj:16"),
     ({"adaptive_min_rank": 5}, "adaptive_min_rank: 5 is invalid: must be at most lora_rank (4), or the budget is "
      "overspent; try adaptive_min_rank: 1"),
     ({"adaptive_max_rank": 3}, "adaptive_max_rank: 3 is invalid: must be at least lora_rank (4), or the budget "

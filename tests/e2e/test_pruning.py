@@ -14,7 +14,7 @@ from llamafactory_adaptive import cli
 from llamafactory_adaptive.errors import AdaptiveConfigError, GuardError
 from llamafactory_adaptive.ranks.plan import load_plan
 from tests.helpers.second_stage import given_plan
-from tests.helpers.tiny import pruning_settings, save_tiny, settings
+from tests.helpers.tiny import pruning_settings, save_tiny, settings, svd_settings
 from tests.helpers.training import EVALUATE, Keep, adapters_equal, allocations, lines, logits, peft_logits, train
 
 
@@ -150,6 +150,20 @@ def test_options_and_stages_prune_to_the_budget(case, tiny_llama, data_dir, tmp_
         assert counters["probes"] == counters["observations"] == 4  # steps 0, 2, 4, 6
     if case == "accumulation":
         assert counters["observations"] == last["step"], "optimizer steps count, not micro-batches"
+
+
+@pytest.mark.parametrize("final_ratio", [0.3, pytest.param(0.0, marks=pytest.mark.repeats)])
+def test_an_over_ranked_adapter_is_cut_once_by_its_singular_values(final_ratio, tiny_llama, data_dir, tmp_path):
+    out = tmp_path / "out"
+    keep = train(svd_settings(tiny_llama, data_dir, out, adaptive_final_ratio=final_ratio))
+    (only,) = allocations(out)
+    assert only["step"] == (8 if final_ratio else 12)
+    plan = load_plan(out / "adaptive_rank_plan.json")
+    assert len(set(plan.ranks().values())) > 1
+    cheapest = min(module.parameters_per_rank for module in plan.modules)
+    assert 0 <= only["budget_asked"] - only["budget_used"] < cheapest
+    assert sum(t.numel() for t in load_file(out / "adapter_model.safetensors").values()) == only["budget_used"]
+    assert (peft_logits(tiny_llama, out) - logits(keep.model)).abs().max() <= 1e-4
 
 
 def test_evaluation_sees_the_masked_model_unscaled(tiny_llama, data_dir, tmp_path):

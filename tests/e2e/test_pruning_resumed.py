@@ -22,8 +22,15 @@ pytestmark = pytest.mark.slow
 SAVING = {"save_strategy": "steps", "save_steps": 3, "overwrite_output_dir": False, "lora_dropout": 0.1}
 
 
-@pytest.mark.parametrize("more", [{}, {"adaptive_method": "adalora"}, {"igu_importance": "integrated"}],
-                         ids=["igu", "adalora", "integrated"])  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param({}, id="igu"),
+        pytest.param({"adaptive_method": "adalora"}, id="adalora"),
+        pytest.param({"igu_importance": "integrated"}, id="integrated"),
+        pytest.param({"adaptive_method": "svd", "adaptive_interval": None}, id="svd", marks=pytest.mark.repeats),
+    ],
+)
 def test_interrupted_and_resumed_equals_uninterrupted(more, tiny_llama, data_dir, tmp_path):
     """Crash after step 7, between the checkpoint of step 6 and the final allocation: bitwise the same in the end."""
     uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"

@@ -154,6 +154,12 @@ def pruning_settings(model: Path, data: Path, output: Path, **more: Any) -> dict
     return {**kept, "adaptive_method": "igu", "max_steps": 12, "adaptive_interval": 2, "seed": 3, **more}
 
 
+def svd_settings(model: Path, data: Path, output: Path, **more: Any) -> dict[str, Any]:
+    """The same for a cut by singular values, after step 8."""
+    plain = pruning_settings(model, data, output, adaptive_method="svd")
+    return {**{key: value for key, value in plain.items() if key != "adaptive_interval"}, **more}
+
+
 def tsq_settings(model: Path, data: Path, output: Path, **more: Any) -> dict[str, Any]:
     """The same for TsqLoRA: refreshes at 3, 6 and 9, in the middle of epochs of nine steps."""
     plain = pruning_settings(model, data, output, adaptive_method="tsq")

@@ -26,12 +26,11 @@ from llamafactory_adaptive.export.faults import ExportError
 from llamafactory_adaptive.export.serve_command import max_lora_rank
 from llamafactory_adaptive.export.verify.module_updates import Update
 from llamafactory_adaptive.files import read_mapping
+from llamafactory_adaptive.ranks.module_groups import STACKED
 from llamafactory_adaptive.ranks.module_names import is_plain_key, key_of
 
 
 Config = Mapping[str, Any]
-# What SGLang multiplies in one go.
-STACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def _by_patterns(config: Config, name: str, rank: int) -> float:

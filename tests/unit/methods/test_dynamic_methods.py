@@ -9,7 +9,7 @@ import torch
 from peft.tuners.adalora.layer import RankAllocator
 
 from llamafactory_adaptive.methods import is_dynamic
-from llamafactory_adaptive.methods._registry import get_method, methods
+from llamafactory_adaptive.methods._registry import get_method, make_method, methods
 from llamafactory_adaptive.methods._running_stats import SmoothedImportance
 from llamafactory_adaptive.methods.adalora import Adalora, AdaloraOptions
 from llamafactory_adaptive.methods.igu import Igu, IguOptions
@@ -104,7 +104,8 @@ def test_draws_depend_on_their_arguments_alone_and_cover_all_choices():
 
 
 # -- what every dynamic method gets for free -------------------------------------------------------------------------
-DYNAMIC = [name for name in methods() if is_dynamic(get_method(name))]
+DYNAMIC = [name for name in methods() if is_dynamic(get_method(name)) and not make_method(name, {}).traits.spectral]
+SPECTRAL = [name for name in methods() if make_method(name, {}).traits.spectral]
 
 
 @pytest.mark.parametrize("name", DYNAMIC)
@@ -146,3 +147,23 @@ class TestContract:
         last = draws[-1][0]
         joined = torch.cat([parts[0].element_scores("P/5x2", last[:3]), parts[1].element_scores("P/5x2", last[3:])])
         assert torch.equal(unsplit.element_scores("P/5x2", last), joined)
+
+
+@pytest.mark.parametrize("name", SPECTRAL)
+def test_a_rotation_keeps_the_product_and_orders_its_singular_values(name):
+    generator = torch.Generator().manual_seed(0)
+    for rank_of_p in (4, 2, 0):
+        p, q = torch.randn(9, 4, generator=generator), torch.randn(4, 7, generator=generator)
+        p[:, rank_of_p:] = 0.0
+        new_p, new_q, squares = make_method(name, {}).rotate(p, q)
+        assert new_p.dtype == new_q.dtype == torch.float32
+        assert torch.allclose(new_p @ new_q, p @ q, atol=1e-5)
+        expected = torch.linalg.svdvals((p @ q).double())[:4].square()
+        assert torch.allclose(squares.double(), expected, atol=1e-9, rtol=1e-5)
+        assert torch.allclose((new_p[:, :2] @ new_q[:2]).double(), best_of_rank_2((p @ q).double()), atol=1e-5)
+        assert bool(new_q.any(1).all()), "no component is dead"
+
+
+def best_of_rank_2(x):
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    return (u[:, :2] * s[:2]) @ v[:2]

@@ -18,7 +18,7 @@ def _fresh():
 def test_misspelt_names_get_a_suggestion():
     with pytest.raises(
         _registry.UnknownMethodError,
-        match=r"'unifrom': registered are adalora, igu, random, sensitivity, tsq, uniform; try uniform",
+        match=r"'unifrom': registered are adalora, .*, uniform; try uniform",
     ):
         _registry.get_method("unifrom")
 

@@ -19,6 +19,7 @@ from llamafactory_adaptive.methods import (
     RelativeMethod,
     SamplingMethod,
     Scores,
+    SpectralMethod,
     StaticMethod,
     _registry,
     get_method,
@@ -69,12 +70,18 @@ def test_traits_demand_the_members_of_their_protocols(traits):
     assert traits.dynamic == ("observe" in traits.demanded())
 
 
+def test_a_method_of_singular_values_observes_nothing():
+    traits = MethodTraits("prune", spectral=True)
+    assert {*traits.demanded(), "traits"} == protocol_members(SpectralMethod)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [
         ("uniform", {}, MethodTraits("fixed")),
         ("random", {}, MethodTraits("fixed")),
         ("sensitivity", {}, MethodTraits("fixed")),
+        ("svd", {}, MethodTraits("prune")),
         ("adalora", {}, MethodTraits("prune", scales_by_start=True)),
         ("adalora", {"scale": "lora_rank"}, MethodTraits("prune")),
         ("igu", {}, MethodTraits("prune")),

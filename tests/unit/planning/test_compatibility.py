@@ -60,6 +60,7 @@ def test_resuming_asks_for_the_same_run(tmp_path):
     check_resumed_run(plan, CONFIG, "ckpt")
     for change, message in (
         ({"lora_alpha": 16.0}, "lora_alpha is 8.0 there and 16.0 here"),
+        ({"granularity": "type"}, "adaptive_granularity is module there and type here"),
         ({"max_rank": 9}, "adaptive_max_rank is 16 there and 9 here"),
         ({"calibration": dataclasses.replace(CONFIG.calibration, samples=4)}, "samples is 8 there and 4 here"),
         ({"options": {"metric": "local"}}, "sensitivity_metric is both there and local here"),

@@ -4,24 +4,16 @@ import dataclasses
 
 import pytest
 
-from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.errors import AdaptiveConfigError, CalibrationError, InfeasibleBudgetError
 from llamafactory_adaptive.methods import Scores
-from llamafactory_adaptive.planning.cache import PlanRequest
 from llamafactory_adaptive.planning.planner import allocate_plan, build_plan, start_plan
 from llamafactory_adaptive.ranks.allocation import Bounds, allocate
 from llamafactory_adaptive.ranks.plan import ModuleShape
 from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
+from tests.helpers.plans import plan_request
 
 
 SHAPES = [ModuleShape("a", 10, 30), ModuleShape("b", 5, 5), ModuleShape("c", 100, 2)]
-
-
-def request(method="sensitivity", **more):
-    bounds = {"min_rank": 1, "max_rank": 16, **more}
-    config = AdaptiveConfig(method, {}, "params", 4, 8.0, bounds.pop("min_rank"), bounds.pop("max_rank"), None,
-                            CalibrationConfig(None, 8, 2, 3), **bounds)  # fmt: skip
-    return PlanRequest(config, {"model": "m"}, {"base_model": "m"})
 
 
 def unmeasured(*_):
@@ -30,12 +22,12 @@ def unmeasured(*_):
 
 def test_bounds_that_cannot_hold_are_found_before_anything_is_measured():
     with pytest.raises(InfeasibleBudgetError):
-        build_plan(request(min_rank=9), SHAPES, unmeasured)
+        build_plan(plan_request(min_rank=9), SHAPES, unmeasured)
 
 
 def test_ranks_are_the_allocation_of_the_scores_within_bounds_that_the_modules_allow():
     scores = {"a": 1.0, "b": 4.0, "c": 2.5}
-    plan = allocate_plan(request(), SHAPES, Scores(scores, {"theta": scores}), {"tokens": 5})
+    plan = allocate_plan(plan_request(), SHAPES, Scores(scores, {"theta": scores}), {"tokens": 5})
     expected = allocate([1.0, 4.0, 2.5], Bounds([40, 10, 102], 4 * 152, [1, 1, 1], [10, 5, 2]))
     assert tuple(plan.ranks().values()) == expected.ranks
     assert [module.metrics["theta"] for module in plan.modules] == [1.0, 4.0, 2.5]
@@ -47,12 +39,12 @@ def test_ranks_are_the_allocation_of_the_scores_within_bounds_that_the_modules_a
 def test_a_score_that_is_no_number_is_named():
     scores = Scores({"a": 1.0, "b": float("nan"), "c": float("inf")})
     with pytest.raises(CalibrationError, match=r"sensitivity gave no finite score for b \(and 1 more\)"):
-        allocate_plan(request(), SHAPES, scores, {})
+        allocate_plan(plan_request(), SHAPES, scores, {})
 
 
 def test_a_search_starts_at_its_live_rank_where_bounds_and_modules_allow_it():
     search = PruningConfig(8, 0.1, 0.3, 10, None, 0)
-    config = dataclasses.replace(request("igu", search=search, max_rank=6).config, lora_rank=3)
+    config = dataclasses.replace(plan_request("igu", search=search, max_rank=6).config, lora_rank=3)
     plan = start_plan(config, SHAPES, {"seed": 1})
     assert plan.ranks() == {"a": 6, "b": 5, "c": 2}
     assert plan.provenance["course"]["init_rank"] == 8, "the name in plan files"
@@ -70,7 +62,7 @@ def test_routed_experts_are_refused_where_gradients_of_single_samples_are_needed
     experts = [ModuleShape(f"model.layers.0.mlp.experts.{i}.up_proj", 8, 8) for i in range(3)]
     shapes = [ModuleShape("model.layers.0.self_attn.q_proj", 8, 8), *experts]
     search = ReallocationConfig(8, 0.2, 0.85, 0)
-    config = dataclasses.replace(request("tsq", search=search).config, options=options)
+    config = dataclasses.replace(plan_request("tsq", search=search).config, options=options)
     assert len(start_plan(config, shapes[:1], {}).modules) == 1
     if not refused:
         assert len(start_plan(config, shapes, {}).modules) == 4

@@ -10,6 +10,7 @@ from llamafactory_adaptive.ranks.schedule import (
     ReallocationConfig,
     Refreshes,
     Schedule,
+    SingleCut,
     interval_steps,
     make_schedule,
     short_run_warning,
@@ -80,6 +81,18 @@ def test_ratios_of_max_steps_scale():
 
 def test_a_step_is_judged_by_whole_numbers():
     assert Schedule(0, 3, 1, 10**18 + 7, 7).budget(2) == 7 + 10**18 // 27
+
+
+@pytest.mark.parametrize(("final", "at"), [(0.3, 70), (0.0, 100), (0.999, 1)])
+def test_a_single_cut_comes_where_ranks_become_final(final, at):
+    plan = make_schedule(PruningConfig(16, 0.0, final, None, None, 0), 100, 1600, 800)
+    assert isinstance(plan, SingleCut)
+    assert [step for step in range(101) if plan.due(step)] == [at]
+    assert [plan.budget(step) for step in (0, at - 1, at, 100)] == [1600, 1600, 800, 800]
+    assert not plan.is_final(at - 1)
+    assert plan.is_final(at)
+    assert plan.describe("ranks") == f"1,600 ranks, cut to 800 at step {at}"
+    assert short_run_warning(plan, 100) is None, "one choice is what is meant"
 
 
 def test_refreshes_come_at_equal_distances_and_never_at_the_very_end():

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
+from llamafactory_adaptive.calibration.weight_gradients import squared_norms
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.sampling.quality import measure
-from llamafactory_adaptive.sampling.sample_gradients import TermSpec, sample_losses, squared_norms
+from llamafactory_adaptive.sampling.sample_gradients import TermSpec, sample_losses
 from tests.helpers.samples import DATA, EXACT, PLAIN, STEP, adapted, batches, inputs, layers, one_by_one
 from tests.helpers.tiny import ARCHITECTURES
 

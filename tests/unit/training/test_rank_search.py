@@ -12,7 +12,7 @@ from llamafactory_adaptive.training.rank_search import RankSearchState
 
 
 def search(**more):
-    modules = (ModulePlan("a", 3, 5, rank=3), ModulePlan("b", 10, 10, rank=3))
+    modules = more.pop("modules", (ModulePlan("a", 3, 5, rank=3), ModulePlan("b", 10, 10, rank=3)))
     start = RankPlan("igu", {}, "params", 2, 4.0, modules)
     settings = {"min_rank": 1, "max_rank": 8, "budget_unit": "params", **more}
     calibration = CalibrationConfig(None, 1, 1, 0)
@@ -37,6 +37,17 @@ def test_bounds_are_kept_and_nan_is_a_diverged_run():
     assert search(max_rank=2).choose(4, scores, 56, ALL) == [[True, True, False], [True, True, False]]
     with pytest.raises(GuardError, match=r"step 4: module 0 .* not finite; training has diverged"):
         search().choose(4, [[float("inf"), 1.0, 1.0], [1.0] * 3], 56, ALL)
+
+
+def test_what_servers_keep_packed_is_pruned_away_together_or_not_at_all():
+    modules = tuple(ModulePlan(f"m.mlp.{kind}", 4, 4, rank=3) for kind in ("gate_proj", "up_proj", "down_proj"))
+    decisions = search(min_rank=0, modules=modules)
+    on = [[True] * 3] * 3
+    gate = [[9.0, 8.0, 7.0], [3.0, 5.0, 1.0], [6.0, 5.5, 4.0]]
+    chosen = decisions.choose(4, gate, 5 * 8, on)
+    assert chosen == [[True] * 3, [False, True, False], [True, False, False]], "up_proj keeps its best"
+    alone = [[0.3, 0.2, 0.1], [0.3, 0.2, 0.1], [6.0, 5.5, 4.0]]
+    assert decisions.choose(4, alone, 3 * 8, on) == [[False] * 3, [False] * 3, [True] * 3]
 
 
 def test_sensitivities_are_discounted_shares_in_which_new_components_do_not_count():
