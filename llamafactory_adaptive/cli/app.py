@@ -1,15 +1,17 @@
-"""Entry point of the command line: ``llamafactory-adaptive plan | train | report | export | doctor | init``.
+"""Entry point of the command line: ``llamafactory-adaptive plan | train | compare | report | export | doctor | init``.
 
 Exit codes: 0 done, 2 user error (one message on stderr, no traceback), 1 a bug.
 """
 
 import sys
 
+from llamafactory_adaptive.cli.compare import compare
+from llamafactory_adaptive.cli.comparison_job import comparison_job
 from llamafactory_adaptive.cli.doctor import doctor
 from llamafactory_adaptive.cli.examples import init
 from llamafactory_adaptive.cli.export import export
 from llamafactory_adaptive.cli.measure import measure
-from llamafactory_adaptive.cli.parser import MEASURE, parse_command_line
+from llamafactory_adaptive.cli.parser import COMPARISON_JOB, MEASURE, parse_command_line
 from llamafactory_adaptive.cli.plan import plan
 from llamafactory_adaptive.cli.report import report
 from llamafactory_adaptive.cli.train import train
@@ -22,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_command_line(argv)
     handlers = {
         "plan": plan, "train": train, "report": report, "export": export, "doctor": doctor, "init": init,
-        MEASURE: measure,
+        "compare": compare, MEASURE: measure, COMPARISON_JOB: comparison_job,
     }  # fmt: skip
     try:
         return handlers[arguments.command](arguments)

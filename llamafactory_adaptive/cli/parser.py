@@ -5,11 +5,13 @@ import sys
 from pathlib import Path
 
 from llamafactory_adaptive import __version__
+from llamafactory_adaptive.comparison.request import add_comparison_arguments
 from llamafactory_adaptive.export.request import add_export_arguments
 from llamafactory_adaptive.paths import path_argument
 
 
-MEASURE = "measure"  # internal, so no help shows it: the process that `plan` and `train` score in
+# Internal, so no help shows them: the processes that `plan` and `train` score in, and those that `compare` trains in.
+MEASURE, COMPARISON_JOB = INTERNAL = ("measure", "comparison-job")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,6 +51,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="OUTPUT_DIR",
         help="output_dir of one run or of several, e.g. saves/igu",
     )
+    add_comparison_arguments(
+        command(
+            "compare",
+            "compare ways to fine-tune on your own data: equal budgets, each at its own best learning rate",
+            "my.yaml --arms igu,sensitivity --seeds 5 --out compared",
+        )
+    )
     add_export_arguments(
         command(
             "export",
@@ -82,8 +91,8 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
     """Parse a command line, with overrides allowed on either side of options."""
     words = sys.argv[1:] if argv is None else argv
-    if words[:1] == [MEASURE] and len(words) == 2:
-        return argparse.Namespace(command=MEASURE, answer=Path(words[1]))
+    if len(words) == 2 and words[0] in INTERNAL:
+        return argparse.Namespace(command=words[0], answer=Path(words[1]))
     parser = build_parser()
     arguments, rest = parser.parse_known_args(words)
     stray = [word for word in rest if word.startswith("-") or "=" not in word]
