@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from llamafactory_adaptive.bridge.host_check import check_host_settings
 from llamafactory_adaptive.comparison.arms import PLAIN, Arm, run_settings, without_secrets
 from llamafactory_adaptive.comparison.experiment import Design, Progress, Run
 from llamafactory_adaptive.comparison.ledger import Ledger
+from llamafactory_adaptive.comparison.results import arm_results, document
 from llamafactory_adaptive.comparison.runner import Runner, hours
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem, refuse_all
 from llamafactory_adaptive.files import digest_of, file_digest, read_json
@@ -103,6 +105,18 @@ class Comparison:
             say(f"{left} runs of {self.steps()} steps, about {hours(seconds)}{where}; logs in {self.folder / LOGS}")
         Runner(progress, self.ledger, self.train, self.key, devices).run()
         return progress
+
+    def document(self, progress: Progress, effect: float, command: str) -> dict[str, Any]:
+        """Build the document of a finished comparison."""
+        tokens = {half: counts.tolist() for half, counts in self.tokens.items()}
+        facts = {
+            "command": command,
+            "versions": installed_versions(_VERSIONS),
+            "settings": without_secrets(self.given),
+            "design": {**asdict(self.design), "steps": self.steps()},
+            "training_rows": self.split["train"],
+        }
+        return document(arm_results(progress), tokens, effect, facts)
 
     def figure(self, outcome: Mapping[str, Any], half: str) -> float:
         """Compute a run's mean loss over the answer tokens of one half of the held-out rows."""

@@ -23,6 +23,7 @@ from llamafactory_adaptive.files import read_json, write_atomically
 
 
 COMPARISON_JOB = "comparison-job"  # the internal command that runs a job
+_PREFIX = "base_model.model."  # of PEFT, before every name of a module
 HELD_OUT = "held_out.json"
 TRAIN = "train"
 _FEWEST = 8  # rows of a half, below which nothing can be told
@@ -200,13 +201,19 @@ def answer_tokens(rows: Sequence[Mapping[str, Sequence[int]]]) -> list[int]:
 
 
 def _facts_of(adapter: Path) -> dict[str, Any]:
-    """Count the parameters of a saved adapter and its ranks by module."""
+    """Count the parameters of a saved adapter, its ranks by module, and the parameters of its cheapest rank."""
     from safetensors import safe_open
 
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-    ranks = {key.partition(".lora_A")[0]: shape[0] for key, shape in shapes.items() if ".lora_A" in key}
-    return {"parameters": sum(math.prod(shape) for shape in shapes.values()), "ranks": ranks}
+    pairs = [
+        (shape, shapes[key.replace(".lora_A", ".lora_B")], key) for key, shape in shapes.items() if ".lora_A" in key
+    ]
+    return {
+        "parameters": sum(math.prod(shape) for shape in shapes.values()),
+        "parameters_of_one_rank": min(a[1] + b[0] for a, b, _ in pairs),
+        "ranks": {key.partition(".lora_A")[0].removeprefix(_PREFIX): a[0] for a, _, key in pairs},
+    }
 
 
 def _divergence_callback() -> Any:

@@ -16,6 +16,7 @@ def compare(arguments: argparse.Namespace) -> int:
     from llamafactory_adaptive.bridge.host_check import check_folder
     from llamafactory_adaptive.bridge.seams import require_seams
     from llamafactory_adaptive.comparison.arms import choose_arms
+    from llamafactory_adaptive.comparison.pages import sentences, text_table, write_pages
     from llamafactory_adaptive.comparison.request import design_of, devices_of, effect_of
     from llamafactory_adaptive.folder_lock import locked
 
@@ -35,5 +36,7 @@ def compare(arguments: argparse.Namespace) -> int:
         return 0
     with locked(arguments.out):
         progress = comparison.run(devices, tell)
-    print(progress, effect)
+        document = comparison.document(progress, effect, " ".join(["llamafactory-adaptive", *arguments.words]))
+        files = write_pages(document, arguments.out)
+    print("\n".join([*text_table(document), "", *sentences(document), "", *(f"written: {path}" for path in files)]))
     return 0

@@ -95,6 +95,7 @@ def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
         return argparse.Namespace(command=words[0], answer=Path(words[1]))
     parser = build_parser()
     arguments, rest = parser.parse_known_args(words)
+    arguments.words = words
     stray = [word for word in rest if word.startswith("-") or "=" not in word]
     if stray or (rest and not hasattr(arguments, "overrides")):
         parser.error(f"unrecognised: {' '.join(stray or rest)}; overrides are written key=value")
