@@ -24,7 +24,7 @@ from llamafactory_adaptive.comparison.experiment import Design, Progress, Run
 from llamafactory_adaptive.comparison.ledger import Ledger
 from llamafactory_adaptive.comparison.results import arm_results, document
 from llamafactory_adaptive.comparison.runner import Runner, hours
-from llamafactory_adaptive.errors import AdaptiveConfigError, Problem, refuse_all
+from llamafactory_adaptive.errors import AdaptiveConfigError, Problem, refuse, refuse_all
 from llamafactory_adaptive.files import digest_of, file_digest, read_json
 from llamafactory_adaptive.versions import installed_versions
 
@@ -72,6 +72,9 @@ class Comparison:
         settings = {**self.settings(self.design.final(arm.name, self.design.grid[0])[0]), "output_dir": "x"}
         if settings["finetuning_type"] == "adaptive":
             checked_run(settings, host_too=False)
+        elif stray := our_keys(settings):
+            reason = "it has no effect on plain LoRA"
+            refuse(stray[0], settings[stray[0]], reason, "adaptive_method=<a method> beside it")
         check_host_settings(settings)
 
     def settings(self, run: Run) -> Args:

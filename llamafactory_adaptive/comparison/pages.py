@@ -92,8 +92,8 @@ def markdown_sentence(sentence: str) -> str:
 def _protocol(document: Mapping[str, Any]) -> str:
     rows, seeds = document["held_out_rows"], document["design"]["seeds"]
     return (
-        f"Each arm has its own best learning rate, chosen on {rows['dev']} held-out rows; {rows['test']} others judge. "
-        f"{seeds} seeds, the same rows and the same budget for all. A difference below "
+        f"Each arm has its own best learning rate, chosen on {rows['dev']} held-out rows; {rows['test']} others "
+        f"judge. {seeds} seeds, the same rows and the same budget for all. A difference below "
         f"{100 * document['smallest_effect']:g} % of plain LoRA's loss was not to matter."
     )
 

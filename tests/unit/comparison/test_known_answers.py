@@ -17,8 +17,9 @@ WRONG = "model.layers.1.mlp.down_proj"  # the module in which the base differs f
 OTHER = "model.layers.0.mlp.down_proj"
 ROWS, TOKENS, STEPS = 64, 24, 60
 # Ranks of equal cost: one everywhere in the MLPs, or all of it in one of its six modules.
+MLPS = [f"model.layers.{layer}.mlp.{kind}_proj" for layer in (0, 1) for kind in ("gate", "up", "down")]
 ARMS = {
-    "lora": {f"model.layers.{layer}.mlp.{kind}": 1 for layer in (0, 1) for kind in ("gate_proj", "up_proj", "down_proj")},
+    "lora": dict.fromkeys(MLPS, 1),
     "random": {OTHER: 4, "model.layers.0.mlp.up_proj": 2},
     "right": {WRONG: 6},
     "wrong": {OTHER: 6},
@@ -47,7 +48,9 @@ def answers(base):
 
 def noise(inputs, labels):
     """Answers that no input tells anything about."""
-    return inputs, torch.randint(1000, labels.shape, generator=torch.Generator().manual_seed(1)) % int(inputs.max() + 1)
+    return inputs, torch.randint(1000, labels.shape, generator=torch.Generator().manual_seed(1)) % int(
+        inputs.max() + 1
+    )
 
 
 def losses(model, inputs, labels):
