@@ -139,7 +139,7 @@ class Comparison:
         return held
 
     def train(self, run: Run, device: str | None) -> Mapping[str, Any]:
-        """Train and judge one run in a process of its own."""
+        """Make one run in a process of its own: training, then the losses of held-out rows."""
         name = f"{run.arm}-{digest_of(self.key(run))[:12]}".replace(" ", "_")
         settings = self._complete(self.settings(run), self.folder / RUNS / name)
         job = RunJob(settings, str(self.folder / ROWS / HELD_OUT), self._judged_at_once())

@@ -106,7 +106,7 @@ class RunJob:
     batch_size: int = 8
 
     def run(self) -> dict[str, Any]:
-        """Train and judge, and return ``status``, losses, parameters and seconds."""
+        """Run the training, and return ``status``, losses of held-out rows, parameters and seconds."""
         from llamafactory.train.tuner import run_exp
 
         started, stop = time.perf_counter(), _divergence_callback()

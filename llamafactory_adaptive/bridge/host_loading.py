@@ -41,7 +41,7 @@ class Host:
 
     @property
     def tokenizer(self) -> Any:
-        """Return the tokenizer."""
+        """Return the tokenizer of the model."""
         return self.modules["tokenizer"]
 
     @property

@@ -59,7 +59,7 @@ def arm_results(progress: Progress) -> list[ArmResult]:
 
 
 def judgements(results: Sequence[ArmResult], tokens: Sequence[int], effect: float) -> dict[str, list[Judgement]]:
-    """Judge all arms that ran against plain LoRA and against random ranks.
+    """Compare all arms that ran with plain LoRA and with random ranks.
 
     Args:
         results: results of all arms, plain LoRA and random ranks among them.
