@@ -192,7 +192,8 @@ def _shares(drawn_BR: npt.NDArray[np.int64]) -> FloatArray:
     """Convert the numbers of the rows drawn to the share of every row in its draw."""
     B, R = drawn_BR.shape
     counts = np.bincount((drawn_BR + R * np.arange(B)[:, None]).ravel(), minlength=B * R)
-    return counts.reshape(B, R) / R
+    share_BR: FloatArray = counts.reshape(B, R) / R
+    return share_BR
 
 
 def _draws(measure: _Measure, student_B: FloatArray, seed_draws: dict[int, FloatArray]) -> FloatArray:

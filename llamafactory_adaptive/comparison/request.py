@@ -45,7 +45,8 @@ def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
         help="smallest difference that matters, as a share of LoRA's loss, e.g. 1%% (default: 0.5%%)")  # fmt: skip
     add("--devices", metavar="NUMBERS",
         help="devices, one run on each at a time, e.g. 0,1,2,3 (default: the first)")  # fmt: skip
-    add("--dry-run", action="store_true", help="check everything and count the runs without starting any, e.g. before a night's work")
+    add("--dry-run", action="store_true",
+        help="check everything and count the runs without starting any, e.g. before a night's work")  # fmt: skip
 
 
 def design_of(arguments: argparse.Namespace, given_rate: Any) -> Design:

@@ -1,7 +1,7 @@
 """Verdicts of a comparison: is an arm better than its rival, worse, equivalent, or is it not decided?"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from llamafactory_adaptive.comparison.differences import Difference, paired_differences
@@ -24,6 +24,7 @@ class Judgement:
         difference: arm minus rival; None where either diverged.
         p_holm: p value of no difference, corrected for the number of arms; None with one seed, or where either
             diverged.
+        tests: number of arms that this corrects for.
         seeds_to_decide: where not decided, with how many seeds it would be; None where no number up to ``MOST_SEEDS``
             would do, or only one seed ran, so that nothing is known of seeds.
         more_rows: whether it is not decided for want of rows, so that seeds alone cannot decide it.
@@ -35,6 +36,7 @@ class Judgement:
     effect: float
     difference: Difference | None = None
     p_holm: float | None = None
+    tests: int = 0
     seeds_to_decide: int | None = None
     more_rows: bool = False
 
@@ -50,12 +52,12 @@ class _Family:
 
     rival: str
     effect: float
-    differences: Mapping[str, Difference] = field(default_factory=dict)
-    p_holm: Mapping[str, float] = field(default_factory=dict)
+    differences: Mapping[str, Difference]
+    p_holm: Mapping[str, float]
 
 
 def judge(losses: Mapping[str, Losses], rival: str, effect: float, seed: int = 0) -> list[Judgement]:
-    """Judge every arm against the rival on the test half of the held-out rows, each at its best setting.
+    """Compare every arm with the rival on the test half of the held-out rows, each at its best setting.
 
     * equivalent: the 90 % interval of the relative difference lies within +- effect, which is two one-sided tests at
       5 % (Schuirmann 1987). Each arm is tested at 5 %: that it is level with the rival is no discovery of which the
@@ -68,6 +70,8 @@ def judge(losses: Mapping[str, Losses], rival: str, effect: float, seed: int = 0
     effect was fixed before as the least that matters, and "does it pay?" has the answer no whatever its sign. With
     enough seeds and rows every two arms differ by something. ``Judgement.different`` keeps what was found, and the
     words tell it.
+
+    All this is of the settings given: that another dev half might have chosen other ones is not in the intervals.
 
     Args:
         losses: losses of every arm and of the rival, by name, on the rows that judge.
@@ -96,13 +100,12 @@ def _judgement(arm: str, diverged: bool, family: _Family) -> Judgement:
     difference, p_holm = family.differences.get(arm), family.p_holm.get(arm)
     if diverged or difference is None or p_holm is None:
         return Judgement(arm, family.rival, "diverged" if diverged else "not decided", family.effect, difference)
-    verdict = _verdict(difference, p_holm, family.effect)
+    verdict, tests = _verdict(difference, p_holm, family.effect), len(family.p_holm)
     seeds, more_rows = None, False
     if verdict == "not decided":
-        tests = len(family.p_holm)
         seeds = seeds_to_decide(difference, family.effect, tests)
         more_rows = seeds is None and rows_too_few(difference, family.effect, tests)
-    return Judgement(arm, family.rival, verdict, family.effect, difference, p_holm, seeds, more_rows)
+    return Judgement(arm, family.rival, verdict, family.effect, difference, p_holm, tests, seeds, more_rows)
 
 
 def _verdict(difference: Difference, p_holm: float, effect: float) -> Verdict:
@@ -115,7 +118,7 @@ def _verdict(difference: Difference, p_holm: float, effect: float) -> Verdict:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct the p values of one family, so that any false finding in it is as rare as the level (Holm 1979).
+    """Adjust the p values of one family, so that any false finding in it is as rare as the level (Holm 1979).
 
     The smallest is multiplied by their number, the next by one less, and so on; none falls below one before it.
     """

@@ -1,15 +1,10 @@
 """Verdicts and choices in plain words, one line each."""
 
 import math
-from collections.abc import Mapping
 
-from llamafactory_adaptive.comparison.differences import Estimate
-from llamafactory_adaptive.comparison.losses import Choice, End
-from llamafactory_adaptive.comparison.more_seeds import MOST_SEEDS
+from llamafactory_adaptive.comparison.differences import Difference, Estimate
+from llamafactory_adaptive.comparison.more_seeds import LEVEL, MOST_SEEDS
 from llamafactory_adaptive.comparison.verdicts import Judgement
-
-
-_BEYOND: Mapping[End, str] = {"lowest": "lower", "highest": "higher"}
 
 
 def judgement_in_words(judgement: Judgement) -> str:
@@ -35,7 +30,7 @@ def _interval_in_words(judgement: Judgement) -> str:
         level, low, high = "90 % interval", relative.low_90, relative.high_90
     if judgement.difference.seeds == 1:
         level += " over rows alone"
-    value, low_words, high_words = (f"{100 * each:+.{digits}f} %" for each in (relative.value, low, high))
+    value, low_words, high_words = (f"{100 * each:+z.{digits}f} %" for each in (relative.value, low, high))
     return f"{value} ({level} {low_words} to {high_words})"
 
 
@@ -54,12 +49,18 @@ def _consequence(judgement: Judgement) -> str:
     if judgement.verdict in ("better", "worse"):
         sure = _least(judgement.difference.relative) >= judgement.effect
         return f", by at least {mattering}" if sure else f"; whether by {mattering} is open"
-    return f"; {_remedy(judgement, judgement.difference.seeds)}"
+    return f"; {_doubt(judgement, judgement.difference)}{_remedy(judgement, judgement.difference.seeds)}"
 
 
 def _least(estimate: Estimate) -> float:
     """Return the smallest size of a difference within its interval; 0 where its sign is open."""
     return max(0.0, estimate.low, -estimate.high)
+
+
+def _doubt(judgement: Judgement, difference: Difference) -> str:
+    """Tell why an interval that leaves 0 out does not decide."""
+    alone = judgement.p_holm is not None and difference.p_value <= LEVEL
+    return f"one of {judgement.tests} arms may differ so by chance; " if alone else ""
 
 
 def _remedy(judgement: Judgement, seeds: int) -> str:
@@ -71,11 +72,3 @@ def _remedy(judgement: Judgement, seeds: int) -> str:
     if judgement.more_rows:
         return "more held-out rows are needed: seeds alone cannot decide it"
     return f"not even {MOST_SEEDS} seeds would decide it: seeds differ by too much for an effect so small"
-
-
-def edges_in_words(arm: str, choice: Choice) -> list[str]:
-    """Describe where the best setting of an arm is at an end of its grid, so that a better one may lie beyond."""
-    return [
-        f"{arm}: its best {edge.dimension}, {edge.value:g}, is the {edge.end} tried; try {_BEYOND[edge.end]} ones too"
-        for edge in choice.edges
-    ]
