@@ -170,7 +170,8 @@ class Comparison:
             return steps
         batch = int(self.given.get("per_device_train_batch_size") or 8)
         batch *= int(self.given.get("gradient_accumulation_steps") or 1)
-        return math.ceil(self.split["train"] / batch * float(self.given.get("num_train_epochs") or 3.0))
+        rows: int = self.split["train"]
+        return math.ceil(rows / batch * float(self.given.get("num_train_epochs") or 3.0))
 
 
 def _comparison_problems(given: Mapping[str, Any]) -> list[Problem]:

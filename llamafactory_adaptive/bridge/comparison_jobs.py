@@ -18,6 +18,7 @@ from llamafactory_adaptive.bridge.arguments import Args, our_keys
 from llamafactory_adaptive.bridge.child import alone, last_words, run_child
 from llamafactory_adaptive.bridge.host_loading import open_host
 from llamafactory_adaptive.calibration.batches import IGNORE_INDEX, holds_media, length_sorted, make_batches
+from llamafactory_adaptive.comparison.differences import FEWEST_ROWS
 from llamafactory_adaptive.errors import CalibrationError, DivergedError
 from llamafactory_adaptive.files import read_json, write_atomically
 
@@ -26,7 +27,7 @@ COMPARISON_JOB = "comparison-job"  # the internal command that runs a job
 _PREFIX = "base_model.model."  # of PEFT, before every name of a module
 HELD_OUT = "held_out.json"
 TRAIN = "train"
-_FEWEST = 8  # rows of a half, below which nothing can be told
+
 Rows = list[dict[str, list[int]]]
 
 
@@ -66,9 +67,9 @@ class SplitJob:
             picked = set(draw.sample(range(len(source)), min(self.rows, len(source))))
         held_out = [_tokens(source[index]) for index in draw.sample(sorted(picked), len(picked))]
         held_out = [row for row in held_out if any(label != IGNORE_INDEX for label in row["labels"][1:])]
-        if len(held_out) < 2 * _FEWEST:
+        if len(held_out) < 2 * FEWEST_ROWS:
             raise CalibrationError(
-                f"{len(held_out)} rows with an answer can be held out, and a comparison needs {2 * _FEWEST}: give "
+                f"{len(held_out)} rows with an answer can be held out, and a comparison needs {2 * FEWEST_ROWS}: give "
                 "more rows, or an eval_dataset"
             )
         seen = {tuple(row["input_ids"]) for row in held_out}

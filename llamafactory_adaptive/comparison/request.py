@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from llamafactory_adaptive.comparison.differences import FEWEST_ROWS
 from llamafactory_adaptive.comparison.experiment import Design
 from llamafactory_adaptive.errors import refuse
 from llamafactory_adaptive.paths import path_argument
@@ -63,7 +64,7 @@ def design_of(arguments: argparse.Namespace, given_rate: Any) -> Design:
     rates = _numbers("--rates", arguments.rates, "1e-4,2e-4,4e-4,8e-4") or tuple(base * factor for factor in _AROUND)
     alphas: tuple[float | None, ...] = _numbers("--alphas", arguments.alphas, "16,32") or (None,)
     for key, low in (("seeds", 1), ("rate_seeds", 1), ("steps", 1), ("steps_for_rates", 1), ("extensions", 0),
-                     ("held_out", 16)):  # fmt: skip
+                     ("held_out", 2 * FEWEST_ROWS)):  # fmt: skip
         value = getattr(arguments, key)
         if value is not None and value < low:
             refuse(f"--{key.replace('_', '-')}", value, f"must be at least {low}", str(max(low, 3)))

@@ -64,13 +64,13 @@ def test_rows_are_split_once_into_those_that_train_choose_and_judge(yaml_setting
 
 
 def test_rows_of_an_evaluation_set_are_held_out_and_not_trained_on(yaml_settings, tmp_path):
-    with pytest.raises(CalibrationError, match="12 rows with an answer can be held out, and a comparison needs 16"):
+    with pytest.raises(CalibrationError, match="12 rows with an answer can be held out, and a comparison needs 40"):
         SplitJob({**yaml_settings, "eval_dataset": "few"}, 40, str(tmp_path)).run()
-    counts = SplitJob({**yaml_settings, "eval_dataset": "rows", "dataset": "few,rows"}, 20, str(tmp_path)).run()
+    counts = SplitJob({**yaml_settings, "eval_dataset": "rows", "dataset": "few,rows"}, 40, str(tmp_path)).run()
     halves = json.loads((tmp_path / HELD_OUT).read_text())
     train = load_from_disk(str(tmp_path / TRAIN))
     assert not tokens(train) & (tokens(halves["dev"]) | tokens(halves["test"]))
-    assert counts["dev"] + counts["test"] == 20
+    assert counts["dev"] + counts["test"] == 40
 
 
 def test_a_run_is_judged_row_by_row_with_the_adapter_that_it_saved(yaml_settings, tiny_llama, tmp_path):
