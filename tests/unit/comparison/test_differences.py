@@ -71,22 +71,23 @@ def test_intervals_and_p_value_match_an_implementation_without_vectors(seeds):
     found = difference(rival, arm, seed=5, row_draws=60)
     rng = np.random.default_rng(5)
     rows_drawn = rng.integers(25, size=(60, 25))
-    t = rng.standard_t(seeds - 1, (60, SEED_DRAWS)) if seeds > 1 else np.zeros((60, 1))
     w = rival.tokens_R / rival.tokens_R.mean()
+    least = sorted(rng.standard_t((w**2).sum() ** 2 / (w**4).sum(), 60))
+    t = rng.standard_t(seeds - 1, (60, SEED_DRAWS)) if seeds > 1 else np.zeros((60, 1))
     mean_a, mean_b = np.mean(w * arm.rows_SR), np.mean(w * rival.rows_SR)
     influences = {
         "relative": (mean_a / mean_b - 1.0, w * (arm.rows_SR - mean_a / mean_b * rival.rows_SR) / mean_b),
         "absolute": (mean_a - mean_b, w * (arm.rows_SR - rival.rows_SR - (mean_a - mean_b))),
     }
     for name, (value, z) in influences.items():
-        between_seeds, between_rows = variance_components(z)
-        draws = []
-        for b, chosen in enumerate(rows_drawn):
-            sample = z.mean(axis=0)[chosen]
-            deviation = sample.mean() / (sample.std(ddof=1) / math.sqrt(25))
-            for k in range(t.shape[1]):
-                over_rows = math.sqrt(between_rows / 25) * deviation
-                draws.append(value - over_rows + math.sqrt(between_seeds / seeds) * t[b, k])
+        jackknifed = z * 25 / (25 - w)
+        over_seeds = math.sqrt(variance_components(z)[0] / seeds)
+        over_rows = math.sqrt(variance_components(jackknifed)[1] / 25)
+        centred = jackknifed.mean(axis=0) - jackknifed.mean()
+        samples = [centred[chosen] for chosen in rows_drawn]
+        students = sorted(sample.mean() / (sample.std(ddof=1) / math.sqrt(25)) for sample in samples)
+        students = [(min if b < 30 else max)(student, least[b]) for b, student in enumerate(students)]
+        draws = [value - over_rows * students[b] + over_seeds * each for b in range(60) for each in t[b]]
         expected = np.quantile(draws, [0.025, 0.975, 0.05, 0.95])
         assert interval(getattr(found, name)) == pytest.approx(expected, rel=1e-9)
         if name == "relative":
@@ -119,13 +120,28 @@ def test_with_one_seed_the_interval_is_that_of_the_rows():
     assert (found.seeds, found.between_seeds) == (1, 0.0)
 
 
-def test_skewed_rows_move_the_interval_as_resampling_and_studentising_do_in_scipy():
+def test_skewed_rows_move_the_interval_to_the_side_of_the_long_tail():
     rng = np.random.default_rng(4)
     gaps = 0.05 * rng.exponential(size=60)
     found = difference(losses(np.ones((1, 60))), losses(1.0 + gaps[None])).absolute
-    drawn = stats.bootstrap((gaps,), np.mean, method="BCa", rng=rng).confidence_interval
-    assert found.high - found.value > 1.2 * (found.value - found.low), "more room on the side of the long tail"
-    assert (found.low, found.high) == pytest.approx(tuple(drawn), abs=0.004)
+    skewed = stats.bootstrap((gaps,), np.mean, method="BCa", rng=rng).confidence_interval
+    student = stats.ttest_1samp(gaps, 0.0).confidence_interval(0.95)
+    assert found.high > skewed.high > student.high, "where BCa goes, and a little further, as studentising does"
+    assert found.low == pytest.approx(student.low, abs=0.001), "no nearer than Student's"
+
+
+def test_few_long_rows_widen_the_interval():
+    """Three of 40 rows have 50 times the tokens: the interval is wider than Student's, and so mostly holds 0."""
+    rng, tokens_R = np.random.default_rng(5), np.where(np.arange(40) < 3, 1000.0, 20.0)
+    widths, values = [], []
+    for _ in range(200):
+        gaps = 0.05 * rng.standard_normal(40)
+        found = difference(losses(np.ones((1, 40)), tokens_R), losses(1.0 + gaps[None], tokens_R), row_draws=500)
+        widths.append((found.absolute.high - found.absolute.low) / 2.0)
+        values.append(found.absolute.value)
+    assert np.mean(np.abs(values) > widths) < 0.1
+    plain = stats.t.ppf(0.975, 39) * np.std(values)
+    assert np.median(widths) > 1.2 * plain
 
 
 def test_the_spread_over_rows_is_that_of_the_ratio_when_rows_are_drawn():

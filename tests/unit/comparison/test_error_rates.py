@@ -76,10 +76,10 @@ def test_an_arm_without_effect_is_better_or_worse_in_one_case_of_twenty(mix, see
 
 
 @pytest.mark.parametrize("size", [(3, 64), pytest.param((5, 500), marks=pytest.mark.repeats)])
-def test_rows_with_long_tails_are_nearly_as_safe(size):
+def test_rows_with_long_tails_are_as_safe(size):
     """Effects of rows as skewed as an exponential distribution (skewness 2), which are most of the variance."""
     found = judged("rows", *size, 0.0, shape=1.0)
-    assert share(each.p_value <= 0.05 for each in found) <= most(0.06)
+    assert share(each.p_value <= 0.05 for each in found) <= most(0.05)
 
 
 @pytest.mark.parametrize(
@@ -99,10 +99,10 @@ def test_an_arm_at_the_border_of_the_effect_is_equivalent_in_one_case_of_twenty(
 @pytest.mark.parametrize(
     ("mix", "seeds", "least"),
     [
-        ("seeds", 3, 0.9),  # measured: 0.93
-        pytest.param("half and half", 3, 0.95, marks=pytest.mark.repeats),  # 0.98
+        ("seeds", 3, 0.9),  # measured: 0.95
+        pytest.param("half and half", 3, 0.95, marks=pytest.mark.repeats),  # 1.00
         pytest.param("seeds", 5, 0.97, marks=pytest.mark.repeats),  # 1.00
-        pytest.param("rows", 3, 0.9, marks=pytest.mark.repeats),  # 0.95
+        pytest.param("rows", 3, 0.9, marks=pytest.mark.repeats),  # 0.98
     ],
 )
 def test_a_large_effect_is_found(mix, seeds, least):
@@ -115,7 +115,7 @@ def test_a_large_effect_is_found(mix, seeds, least):
     ("mix", "least"), [("seeds", 0.6), pytest.param("half and half", 0.3, marks=pytest.mark.repeats)]
 )
 def test_arms_without_effect_are_found_equivalent(mix, least):
-    """Five seeds and 500 rows, which are few for half a per cent; measured: 0.72 and 0.38."""
+    """Five seeds and 500 rows, which are few for half a per cent; measured: 0.71 and 0.36."""
     assert share(map(equivalent, judged(mix, 5, 500, 0.0, count=300))) >= least
 
 
