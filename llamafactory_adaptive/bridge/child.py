@@ -17,7 +17,8 @@ from pathlib import Path
 from llamafactory_adaptive.reports.plaintext import tell
 
 
-_SHOWN = re.compile(r"^\[(WARNING|ERROR)\|.*llamafactory\.adaptive|Scoring modules")
+_PROGRESS = re.compile(r"Scoring modules|Held-out loss")
+_SHOWN = re.compile(rf"^\[(WARNING|ERROR)\|.*llamafactory\.adaptive|{_PROGRESS.pattern}")
 _EVERY_SECONDS = 15.0  # between two lines of progress where there is no terminal
 _KEPT_LINES = 2000
 _END_SECONDS = 10.0
@@ -122,7 +123,7 @@ def _show(line: str, told: float) -> float:
     """Print a line of progress or a warning; return when a line of progress was last printed."""
     if not _SHOWN.search(line):
         return told
-    progress = "Scoring modules" in line
+    progress = _PROGRESS.search(line) is not None
     if progress and sys.stderr.isatty():
         print(f"\r{line}", end="\n" if "100%" in line else "", file=sys.stderr, flush=True)
         return told

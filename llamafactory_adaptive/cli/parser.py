@@ -6,10 +6,11 @@ from pathlib import Path
 
 from llamafactory_adaptive import __version__
 from llamafactory_adaptive.export.request import add_export_arguments
+from llamafactory_adaptive.export.shrink.request import add_shrink_arguments
 from llamafactory_adaptive.paths import path_argument
 
 
-MEASURE = "measure"  # internal, so no help shows it: the process that `plan` and `train` score in
+MEASURE = "measure"  # internal, so no help shows it: the process that loads a model for other commands
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,6 +55,13 @@ def build_parser() -> argparse.ArgumentParser:
             "export",
             "write an adapter in the layout of a server, and certify that it answers as PEFT does",
             "saves/igu --for vllm --out served/igu",
+        )
+    )
+    add_shrink_arguments(
+        command(
+            "shrink",
+            "cut a trained LoRA adapter to a budget, or show what each of several budgets would keep of it",
+            "saves/lora --rank 8 --out saves/lora-8",
         )
     )
     command(
