@@ -67,11 +67,19 @@ class HeldOutLosses:
         spread = math.fsum((d - slope * t) ** 2 for d, t in zip(d_N, self.tokens_N, strict=True))
         return math.sqrt(spread * rows / (rows - 1)) / sum(self.tokens_N) / self.uncut
 
+    def gain_kept(self, number: int) -> float | None:
+        """Compute which share of the adapter's gain over the base model a cut keeps; None if there is no gain."""
+        base = self.mean(self.base_N)
+        gain = base - self.uncut
+        return (base - self.mean(self.cuts_RN[number])) / gain if gain > 0 else None
+
     def words(self, size: str) -> list[str]:
         """Describe the rows and the smallest cut within the allowed loss, of the given size, a line each."""
         number, rows = self.smallest(), f"{len(self.tokens_N)} rows of {plain(self.data)}"
         alone = f"{self.mean(self.base_N):.4f} without the adapter"
         lines = [f"{rows}, {sum(self.tokens_N):,} tokens: loss {self.uncut:.4f} uncut, {alone}"]
+        if self.mean(self.base_N) <= self.uncut * (1.0 + self.within):
+            lines.append(f"warning: the base model alone is within {self.within:.2%}, too: the adapter gains less")
         if number == 0:
             return [*lines, f"no smaller adapter is within {self.within:.2%} of the uncut one's loss"]
         rise = f"{self.rise(number):+.2%} (standard error {self.rise_error(number):.2%})"
@@ -126,10 +134,11 @@ class CutCurve:
             rows.append([f"{cut.parameters:,}", f"{share:.1%}", f"{self.as_rank(cut):.1f}", ranks,
                          f"{cut.kept_share:.2%}"])  # fmt: skip
         if (losses := self.losses) is not None:
-            rows[0] += ["loss", "over the uncut", "standard error"]
+            rows[0] += ["loss", "over the uncut", "standard error", "gain kept"]
             for number, row in enumerate(rows[1:]):
+                gain = losses.gain_kept(number)
                 row += [f"{losses.mean(losses.cuts_RN[number]):.4f}", f"{losses.rise(number):+.2%}",
-                        f"{losses.rise_error(number):.2%}"]  # fmt: skip
+                        f"{losses.rise_error(number):.2%}", "none" if gain is None else f"{gain:.0%}"]  # fmt: skip
         return rows
 
     def _type_rows(self) -> list[list[str]]:
@@ -138,7 +147,7 @@ class CutCurve:
         return [head, *([plain(kind), *(f"{kept[kind]:.1%}" for kept in by_type)] for kind in by_type[0])]
 
     def _verdict(self) -> list[str]:
-        """Name a cut and the reason in words, with the command that makes it."""
+        """Describe the cut that the curve names, the reason, and the command that makes it, a line each."""
         size = f"{self.named.parameters:,} parameters, as rank {self.as_rank(self.named):.1f}"
         if self.losses is not None:
             named = self.losses.smallest()
@@ -169,7 +178,8 @@ class CutCurve:
             for number, point in enumerate(points):
                 error = losses.rise_error(number)
                 point |= {"loss": losses.mean(losses.cuts_RN[number]), "rise": losses.rise(number),
-                          "rise_standard_error": error if math.isfinite(error) else None}  # fmt: skip
+                          "rise_standard_error": error if math.isfinite(error) else None,
+                          "gain_kept": losses.gain_kept(number)}  # fmt: skip
             document |= {"data": losses.data, "rows": len(losses.tokens_N), "tokens": sum(losses.tokens_N),
                          "within": losses.within, "loss_without_adapter": losses.mean(losses.base_N)}  # fmt: skip
         return {**document, "points": points}

@@ -36,9 +36,16 @@ def test_the_first_components_alone_count_in_the_layers_own_type_and_hooks_go_af
     layer = nn.Linear(4, 3, dtype=torch.bfloat16)
     a, b, x = torch.randn(5, 4), torch.randn(3, 5), torch.randn(2, 4, dtype=torch.bfloat16)
     plain = layer(x)
-    with pytest.raises(KeyError), first_components_applied({"up": layer}, {"up": (a, b)}, {"up": 2}, 0.5):
-        with_two = layer(x)
-        raise KeyError
+    seen = []
+
+    def fail_within():
+        with first_components_applied({"up": layer}, {"up": (a, b)}, {"up": 2}, 0.5):
+            seen.append(layer(x))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_within()
+    [with_two] = seen
     expected = plain.float() + 0.5 * x.float() @ a[:2].T @ b[:, :2].T
     assert with_two.dtype == torch.bfloat16
     torch.testing.assert_close(with_two, expected.bfloat16())

@@ -56,7 +56,10 @@ def test_with_losses_the_smallest_within_is_named():
     assert f"smallest within 0.50% of the uncut one's loss: {CUTS[2].parameters:,} parameters" in said
     assert "+0.40% (standard error 0.00%)" in said
     assert "warning" not in said
+    assert said.splitlines()[4].split()[-1] == "100%"  # (3 - 1.004) / (3 - 1)
+    assert said.splitlines()[6].split()[-1] == "85%"
     point = curve.to_json()["points"][3]
+    assert point["gain_kept"] == pytest.approx(0.99)
     assert point["loss"] == pytest.approx(1.02)
     assert point["rise"] == pytest.approx(0.02)
     assert curve.to_json()["loss_without_adapter"] == pytest.approx(3.0)
@@ -73,6 +76,12 @@ def test_where_no_cut_is_within_or_the_rows_are_too_few_it_is_said():
     assert "4 rows of held are too few to tell a difference of 5.00%; raise --samples" in doubtful.text()
     one_row = CutCurve(Path("lora"), SPECTRUM, CUTS, losses([1.0] * 5, tokens=[4]))
     assert json.loads(json.dumps(one_row.to_json()))["points"][1]["rise_standard_error"] is None
+
+
+def test_an_adapter_without_a_gain_is_told():
+    curve = CutCurve(Path("lora"), SPECTRUM, CUTS, losses([3.0, 3.0, 3.1, 3.1, 3.2]))
+    assert "warning: the base model alone is within 0.50%, too: the adapter gains less" in curve.text()
+    assert curve.to_json()["points"][1]["gain_kept"] is None
 
 
 def test_the_standard_error_is_that_of_paired_differences():
