@@ -39,6 +39,7 @@ class HeldOutJob:
 
     Attributes:
         settings: the host's settings for loading model and rows.
+        part: what the host calls the part of the data that rows are drawn from.
         calibration: number of rows, batch size and the seed of the draw.
         components: safetensors file with A and B of each module, as PEFT saves them, in order of importance.
         scale: factor on B A, the same for every module.
@@ -47,6 +48,7 @@ class HeldOutJob:
     """
 
     settings: Args
+    part: str
     calibration: CalibrationConfig
     components: Path
     scale: float
@@ -87,17 +89,31 @@ def _problems(args: Args, data: str) -> list[Problem]:
         words = f"the loss of next tokens is that of the stages {' and '.join(_STAGES)}"
         problems.append(Problem("stage", stage, words, "--curve without --data"))
     names = split_names(data)
-    if trained := [name for name in names if name in split_names(args.get("dataset"))]:
+    trained = [name for name in names if name in split_names(args.get("dataset"))]
+    if trained and not _is_split(args, data):
         words = "the YAML trains on it, and its loss says little of rows that are new"
-        problems.append(Problem("data", trained[0], words, "--data with a data set that was held out"))
+        suggestion = "--data with a data set that was held out, or with all of the YAML's where it has a val_size"
+        problems.append(Problem("data", trained[0], words, suggestion))
     return problems + names_not_in_info(args, {"dataset": [], "data": names})
 
 
+def _is_split(args: Args, data: str) -> bool:
+    """Tell whether ``data`` names the training set of which ``val_size`` held rows out."""
+    return bool(args.get("val_size")) and set(split_names(data)) == set(split_names(args.get("dataset")))
+
+
 def held_out_job(args: Args, data: str, samples: int, **adapter: Any) -> HeldOutJob:
-    """Build the job for rows of the data set ``data``; ``adapter`` holds the fields of the job that are about it."""
+    """Build the job for rows of the data set ``data``; ``adapter`` holds the fields of the job that are about it.
+
+    Where ``data`` is the training set, they are the rows that ``val_size`` held out of it.
+    """
+    split = _is_split(args, data)
+    # The rows of a split depend on the order of the data sets, which is the YAML's.
+    named = {"adaptive_calibration_dataset": None if split else data, "tokenized_path": None}
     batch_size = int(args.get("per_device_eval_batch_size") or _BATCH_SIZE)
-    settings = scoring_settings({**args, "adaptive_calibration_dataset": data, "tokenized_path": None})
-    return HeldOutJob(settings, CalibrationConfig(data, samples, batch_size, run_seed(args)), **adapter)
+    draw = CalibrationConfig(data, samples, batch_size, run_seed(args))
+    part = "eval_dataset" if split else "train_dataset"
+    return HeldOutJob(scoring_settings({**args, **named}), part, draw, **adapter)
 
 
 def held_out_losses(job: HeldOutJob) -> tuple[list[list[float]], list[int]]:
@@ -127,7 +143,7 @@ def run_held_out_job(job: HeldOutJob) -> None:
     from llamafactory_adaptive.adapter.lora import keep_4bit_unpacked_on_cpu
     from llamafactory_adaptive.calibration.row_losses import row_losses
 
-    model, rows, pad_id = measure_process.load(job.settings, job)
+    model, rows, pad_id = measure_process.load(job.settings, job, job.part)
     keep_4bit_unpacked_on_cpu(model)
     device = next(model.parameters()).device
     batches = [batch.to(device) for batch in make_batches(rows, job.calibration.batch_size, pad_id)]

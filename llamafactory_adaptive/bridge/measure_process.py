@@ -151,8 +151,8 @@ def run_measurement_job(job: ScoringJob) -> None:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=facts)
 
 
-def load(settings: Args, config: RowDraw) -> tuple[Any, list[dict[str, list[int]]], int]:
-    """Load the model for inference, the calibration rows and the padding id, as the host would for this run."""
+def load(settings: Args, config: RowDraw, part: str = "train_dataset") -> tuple[Any, list[dict[str, list[int]]], int]:
+    """Load the model for inference, rows of a part of the data and the padding id, as the host would for this run."""
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_model, load_tokenizer
@@ -169,7 +169,7 @@ def load(settings: Args, config: RowDraw) -> tuple[Any, list[dict[str, list[int]
         with _as_calibration_error(f"the data set {_rows_of(settings)} cannot be read for scoring"):
             template = get_template_and_fix_tokenizer(tokenizer, data_args)
             data = get_dataset(template, model_args, data_args, training_args, stage=stage, **modules)
-            rows = _draw_rows(data["train_dataset"], config, data_args.streaming)
+            rows = _draw_rows(data[part], config, data_args.streaming)
         with _as_calibration_error(f"the model {settings['model_name_or_path']} cannot be loaded for scoring"):
             model = load_model(tokenizer, model_args, finetuning_args, is_trainable=False)
     return model, rows, tokenizer.pad_token_id or 0

@@ -83,7 +83,7 @@ def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", metavar="NAME",
         help="with --curve: a data set of held-out rows, by its name in dataset_info.json, e.g. my_test; the loss of "
-        "each budget is taken on it",
+        "each budget is taken on it; with the training set of a YAML that has a val_size, on the rows it held out",
     )  # fmt: skip
     parser.add_argument(
         "--config", type=path_argument, metavar="X.yaml",

@@ -66,7 +66,6 @@ def job(tiny_llama, write, tmp_path):
     )  # fmt: skip
 
 
-@pytest.mark.loads
 def test_losses_are_those_of_the_cut_adapters_in_peft(job, tiny_llama, tmp_path, monkeypatch):
     seen, real = [], measure_process.load
     monkeypatch.setattr(measure_process, "load", lambda *args: seen.append(real(*args)) or seen[0])
@@ -92,6 +91,24 @@ def test_the_job_comes_back_from_json_and_reads_the_held_out_rows_alone(job):
     assert "output_dir" not in job.settings
 
 
+@pytest.mark.parametrize(
+    ("data", "part", "size"), [("tiny_sft", "eval_dataset", 6), ("tiny_eval", "train_dataset", 6)]
+)
+def test_rows_that_the_run_held_out_of_its_own_data_are_taken(data, part, size, write, tmp_path, monkeypatch):
+    args = held_out_settings(write(val_size=0.25, adaptive_method="sensitivity"), data)
+    job = held_out_job(args, data, 100, components=tmp_path, scale=1.0, cuts=({},), path=tmp_path)
+    assert (job.part, job.settings["dataset"], job.settings.get("val_size")) == (
+        part, data, 0.25 if part == "eval_dataset" else None
+    )  # fmt: skip
+    monkeypatch.setattr("llamafactory.model.load_model", lambda *args, **more: None)
+    held_out = measure_process.load(job.settings, job, job.part)[1]
+    trained = measure_process.load(job.settings, job, "train_dataset")[1]
+    assert len(held_out) == size
+    if part == "eval_dataset":
+        assert len(trained) == 18
+        assert not [row for row in held_out if row in trained]
+
+
 def test_an_adapter_of_another_model_is_one_message(job, tmp_path):
     names = [f"base_model.model.model.layers.7.q_proj.lora_{side}.weight" for side in "AB"]
     save_file({names[0]: torch.ones(1, 32), names[1]: torch.ones(32, 1)}, job.components)
@@ -102,6 +119,11 @@ def test_an_adapter_of_another_model_is_one_message(job, tmp_path):
 
 REFUSED = [
     ({}, "tiny_sft", "data: 'tiny_sft' is invalid: the YAML trains on it"),
+    (
+        {"dataset": "tiny_sft,tiny_raw", "val_size": 0.1},
+        "tiny_sft",
+        "or with all of the YAML's where it has a val_size",
+    ),
     ({}, "unknown", "data: 'unknown' is invalid: it is not in"),
     ({}, "tiny_lost", "data: 'tiny_lost' is invalid: its file"),
     ({"stage": "dpo"}, "tiny_eval", "stage: 'dpo' is invalid: the loss of next tokens is that of the stages"),

@@ -27,7 +27,6 @@ def adapter(tiny_llama, tmp_path):
     return save_adapter(tiny_llama, tmp_path / "adapter", r=8, lora_alpha=16, target_modules=targets)
 
 
-@pytest.mark.loads
 def test_a_cut_adapter_is_checked_exported_reported_and_trained_afresh(
     adapter, tiny_llama, data_dir, tmp_path, capsys
 ):
@@ -69,7 +68,6 @@ def test_an_adapter_that_cannot_be_smaller_has_no_curve(tiny_llama, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.loads
 def test_a_curve_with_data_takes_losses_in_the_other_process_and_names_the_smallest_within(
     adapter, tiny_llama, data_dir, tmp_path, capsys, monkeypatch
 ):
