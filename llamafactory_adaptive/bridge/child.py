@@ -21,7 +21,8 @@ from llamafactory_adaptive.reports.plaintext import tell
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK",
                        "ROLE_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT",
                        "FORCE_TORCHRUN", "USE_RAY", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # fmt: skip
-_SHOWN = re.compile(r"^\[(WARNING|ERROR)\|.*llamafactory\.adaptive|Scoring modules")
+_PROGRESS = re.compile(r"Scoring modules|Held-out loss")
+_SHOWN = re.compile(rf"^\[(WARNING|ERROR)\|.*llamafactory\.adaptive|{_PROGRESS.pattern}")
 _EVERY_SECONDS = 15.0  # between two lines of progress where there is no terminal
 _KEPT_LINES = 2000
 _END_SECONDS = 10.0
@@ -147,7 +148,7 @@ def _show(line: str, told: float) -> float:
     """Print a line of progress or a warning; return when a line of progress was last printed."""
     if not _SHOWN.search(line):
         return told
-    progress = "Scoring modules" in line
+    progress = _PROGRESS.search(line) is not None
     if progress and sys.stderr.isatty():
         print(f"\r{line}", end="\n" if "100%" in line else "", file=sys.stderr, flush=True)
         return told

@@ -18,6 +18,7 @@ from llamafactory_adaptive.bridge.arguments import Args, our_keys
 from llamafactory_adaptive.bridge.child import alone, last_words, run_child
 from llamafactory_adaptive.bridge.host_loading import open_host
 from llamafactory_adaptive.calibration.batches import IGNORE_INDEX, holds_media, length_sorted, make_batches
+from llamafactory_adaptive.calibration.row_losses import row_losses
 from llamafactory_adaptive.comparison.differences import FEWEST_ROWS
 from llamafactory_adaptive.errors import CalibrationError, DivergedError
 from llamafactory_adaptive.files import read_json, write_atomically
@@ -136,7 +137,7 @@ class RunJob:
         with open_host(_plain(self.settings), "the comparison") as host:
             model = PeftModel.from_pretrained(host.load_base(), str(adapter)).eval()
             pad_id = host.tokenizer.pad_token_id or 0
-            losses = {half: row_losses(model, held, self.batch_size, pad_id) for half, held in halves.items()}
+            losses = {half: losses_by_row(model, held, self.batch_size, pad_id) for half, held in halves.items()}
         finite = all(math.isfinite(value) for values in losses.values() for value in values)
         return losses if finite else {"status": "diverged", "why": "the loss of held-out rows is not finite"}
 
@@ -180,20 +181,13 @@ def run_in_own_process(job: Job, device: str | None, log: Path) -> dict[str, Any
     raise CalibrationError(f"{why} (its log: {log})")
 
 
-@torch.no_grad()
-def row_losses(model: Any, rows: Rows, batch_size: int, pad_id: int) -> list[float]:
+def losses_by_row(model: Any, rows: Rows, batch_size: int, pad_id: int) -> list[float]:
     """Compute the mean loss over the answer tokens of each row, in the order of ``rows``."""
-    from llamafactory_adaptive.sampling.sample_gradients import sample_losses
-
     device = next(model.parameters()).device
     order = [index for group in length_sorted([len(row["input_ids"]) for row in rows], batch_size) for index in group]
-    values = torch.cat(
-        [
-            sample_losses(model, vars(batch.to(device))).float().cpu()
-            for batch in make_batches(rows, batch_size, pad_id)
-        ]
-    )
-    return [value for _, value in sorted(zip(order, values.tolist(), strict=True))]
+    batches = [batch.to(device) for batch in make_batches(rows, batch_size, pad_id)]
+    means = (total / tokens for total, tokens in row_losses(model, batches).tolist())
+    return [mean for _, mean in sorted(zip(order, means, strict=True))]
 
 
 def answer_tokens(rows: Sequence[Mapping[str, Sequence[int]]]) -> list[int]:

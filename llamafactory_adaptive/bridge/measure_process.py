@@ -8,19 +8,43 @@ import sys
 import time
 from collections.abc import Iterable
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from llamafactory_adaptive.bridge.arguments import Args
 from llamafactory_adaptive.bridge.child import alone, last_words, run_child
 from llamafactory_adaptive.bridge.host_loading import LESS_MEMORY, open_host, rows_of
 from llamafactory_adaptive.bridge.scoring_job import ScoringJob
 from llamafactory_adaptive.calibration.batches import count_tokens, holds_media, make_batches
-from llamafactory_adaptive.config.run_config import AdaptiveConfig
+from llamafactory_adaptive.config.run_config import CalibrationConfig
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.files import digest_of, read_mapping, replacing
 from llamafactory_adaptive.methods import make_method
 from llamafactory_adaptive.planning.cache import cache_folder
 from llamafactory_adaptive.reports.plaintext import tell
+
+
+class Job(Protocol):
+    """What another process is to do, as it is sent there."""
+
+    @property
+    def settings(self) -> Args:
+        """Return the host's settings for loading model and rows."""
+
+    @property
+    def path(self) -> Path:
+        """Return the file for the result, in an empty folder."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Encode the job as a mapping of JSON values."""
+
+
+class RowDraw(Protocol):
+    """What says which rows are drawn, and how many: a run's configuration, for one."""
+
+    @property
+    def calibration(self) -> CalibrationConfig:
+        """Return number, batch size and the seed of the draw."""
 
 
 def measure_in_own_process(job: ScoringJob) -> None:
@@ -29,13 +53,22 @@ def measure_in_own_process(job: ScoringJob) -> None:
     Raises:
         CalibrationError: the measurement failed; the message is the child's own, or the last line that it printed.
     """
-    assert not any(job.path.parent.iterdir())
-    answer = job.path.with_name("answer.json")
-    command = [sys.executable, "-m", "llamafactory_adaptive.cli", "measure", str(answer)]
     tell(
         f"scoring {job.settings['model_name_or_path']} on rows of {rows_of(job.settings)} in a process of its own; "
         "it loads the model once, then takes about as long as a forward pass over them"
     )
+    run_job(job)
+
+
+def run_job(job: Job) -> None:
+    """Run a job in a fresh single process, which writes its result to the job's path.
+
+    Raises:
+        CalibrationError: as :func:`measure_in_own_process`.
+    """
+    assert not any(job.path.parent.iterdir())
+    answer = job.path.with_name("answer.json")
+    command = [sys.executable, "-m", "llamafactory_adaptive.cli", "measure", str(answer)]
     log = cache_folder() / "logs" / f"scoring-{os.getpid()}.log"
     code, said = run_child(command, alone(), log, json.dumps(job.to_json(), default=str))
     message = read_mapping(answer, "the scoring process's answer")["error"] if answer.exists() else None
@@ -67,7 +100,7 @@ def run_measurement_job(job: ScoringJob) -> None:
     measurement = make_method(config.method, config.options).measurement()
     assert measurement is not None
     assert measurement.key == job.measurement
-    model, rows, pad_id = _load(job.settings, config)
+    model, rows, pad_id = load(job.settings, config)
     keep_4bit_unpacked_on_cpu(model)
     device = next(model.parameters()).device
     batches = [batch.to(device) for batch in make_batches(rows, config.calibration.batch_size, pad_id)]
@@ -90,14 +123,14 @@ def run_measurement_job(job: ScoringJob) -> None:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=facts)
 
 
-def _load(settings: Args, config: AdaptiveConfig) -> tuple[Any, list[dict[str, list[int]]], int]:
-    """Load the model for inference, the calibration rows and the padding id, as the host would for this run."""
+def load(settings: Args, config: RowDraw, part: str = "train_dataset") -> tuple[Any, list[dict[str, list[int]]], int]:
+    """Load the model for inference, rows of a part of the data and the padding id, as the host would for this run."""
     with open_host(settings, "scoring") as host:
-        rows = host.read_rows(lambda data: _draw_rows(data["train_dataset"], config, host.streaming))
+        rows = host.read_rows(lambda data: _draw_rows(data[part], config, host.streaming))
         return host.load_base(), rows, host.tokenizer.pad_token_id or 0
 
 
-def _draw_rows(dataset: Any, config: AdaptiveConfig, streaming: bool) -> list[dict[str, list[int]]]:
+def _draw_rows(dataset: Any, config: RowDraw, streaming: bool) -> list[dict[str, list[int]]]:
     """Draw calibration rows by their seed, as token ids and labels, whatever the stage's columns are called."""
     seed, wanted = config.calibration.seed, config.calibration.samples
     if streaming:

@@ -107,7 +107,7 @@ class InputSecondMoments:
             for batch in tqdm(batches, desc="Scoring modules", unit="batch"):
                 collector.start(batch)
                 if self.backward:
-                    _backward_pass(model, batch, forward or _decoder_forward)
+                    _backward_pass(model, batch, forward or decoder_forward)
                 elif forward is not None:
                     forward(model, batch)
                 else:
@@ -202,10 +202,10 @@ def _forward_pass(model: nn.Module, modules: Mapping[str, nn.Module], batch: Bat
     targets = set(map(id, modules.values()))
     if not targets <= set(map(id, body.modules())):
         body = model
-    _decoder_forward(body, batch)
+    decoder_forward(body, batch)
 
 
-def _decoder_forward(model: nn.Module, batch: Batch) -> Any:
+def decoder_forward(model: nn.Module, batch: Batch) -> Any:
     """Call a model with the arguments of transformers' decoders."""
     return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 

@@ -1,4 +1,4 @@
-"""Entry point of the command line: ``llamafactory-adaptive plan | train | compare | report | export | doctor | init``.
+"""Entry point of the command line: ``llamafactory-adaptive plan | train | compare | report | export | shrink | ...``.
 
 Exit codes: 0 done, 2 user error (one message on stderr, no traceback), 1 a bug.
 """
@@ -14,6 +14,7 @@ from llamafactory_adaptive.cli.measure import measure
 from llamafactory_adaptive.cli.parser import COMPARISON_JOB, MEASURE, parse_command_line
 from llamafactory_adaptive.cli.plan import plan
 from llamafactory_adaptive.cli.report import report
+from llamafactory_adaptive.cli.shrink import shrink
 from llamafactory_adaptive.cli.train import train
 from llamafactory_adaptive.errors import AdaptiveError
 from llamafactory_adaptive.reports.plaintext import tell
@@ -23,8 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = parse_command_line(argv)
     handlers = {
-        "plan": plan, "train": train, "report": report, "export": export, "doctor": doctor, "init": init,
-        "compare": compare, MEASURE: measure, COMPARISON_JOB: comparison_job,
+        "plan": plan, "train": train, "compare": compare, "report": report, "export": export, "shrink": shrink,
+        "doctor": doctor, "init": init, MEASURE: measure, COMPARISON_JOB: comparison_job,
     }  # fmt: skip
     try:
         return handlers[arguments.command](arguments)

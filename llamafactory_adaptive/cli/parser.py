@@ -7,10 +7,11 @@ from pathlib import Path
 from llamafactory_adaptive import __version__
 from llamafactory_adaptive.comparison.request import add_comparison_arguments
 from llamafactory_adaptive.export.request import add_export_arguments
+from llamafactory_adaptive.export.shrink.request import add_shrink_arguments
 from llamafactory_adaptive.paths import path_argument
 
 
-# Internal, so no help shows them: the processes that `plan` and `train` score in, and those that `compare` trains in.
+# Internal, so no help shows them: the processes that load a model for other commands, and that `compare` trains in.
 MEASURE, COMPARISON_JOB = INTERNAL = ("measure", "comparison-job")
 
 
@@ -63,6 +64,13 @@ def build_parser() -> argparse.ArgumentParser:
             "export",
             "write an adapter in the layout of a server, and certify that it answers as PEFT does",
             "saves/igu --for vllm --out served/igu",
+        )
+    )
+    add_shrink_arguments(
+        command(
+            "shrink",
+            "cut a trained LoRA adapter to a budget, or show what each of several budgets would keep of it",
+            "saves/lora --rank 8 --out saves/lora-8",
         )
     )
     command(

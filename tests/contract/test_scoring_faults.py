@@ -29,7 +29,7 @@ def _one_process():
 
 def load(model, data, output, **more):
     args = settings(model, data, output, **more)
-    return measure_process._load(scoring_settings(args), parse_config(args))
+    return measure_process.load(scoring_settings(args), parse_config(args))
 
 
 def refusal(*where, **more):
