@@ -85,6 +85,8 @@ class Comparison:
         """Tokenise and split the rows, unless a run of before has."""
         job = SplitJob(self.given, self.held_out, str(self.folder / ROWS))
         key = {"split": without_secrets(job.settings), "rows": job.rows}
+        if not (self.folder / ROWS / HELD_OUT).is_file():
+            self.ledger.forget(key)
         if key not in self.ledger:
             log(f"tokenising the rows and holding {self.held_out} of them out, in a process of its own")
         held = self.ledger.result(key, lambda: run_in_own_process(job, None, self.folder / LOGS / "split.log"))
@@ -184,6 +186,10 @@ def _comparison_problems(given: Mapping[str, Any]) -> list[Problem]:
         if given.get(key):
             reason = "every run of a comparison has one process and one device"
             problems.append(Problem(key, given[key], reason, f"leaving {key} out, and quantization_bit: 4"))
+    for key in ("packing", "neat_packing", "streaming"):
+        if given.get(key):
+            reason = "losses are compared row by row, and every arm trains on the same rows from the disk"
+            problems.append(Problem(key, given[key], reason, f"{key}: false"))
     for key in ("tokenized_path", "adapter_name_or_path"):
         if given.get(key):
             problems.append(

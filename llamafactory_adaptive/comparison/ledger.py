@@ -30,6 +30,10 @@ class Ledger:
         """Return what came of ``settings``; None if it is not known."""
         return self.entries.get(self._key(settings))
 
+    def forget(self, settings: Mapping[str, Any]) -> None:
+        """Compute ``settings`` anew when they are next asked for; the newer line then counts."""
+        self.entries.pop(self._key(settings), None)
+
     def result(self, settings: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
         """Return what came of ``settings``, computed and written down if it is not known yet.
 

@@ -148,6 +148,7 @@ def test_the_command_compares_and_leaves_pages_and_the_same_command_runs_nothing
         (["--effect", "2"], "--effect: '2' is invalid: must be between 0 and 50%"),
         (["--arm", "odd:igu_beta1=0.5"], r"igu_beta1: 0.5 is invalid: it has no effect on plain LoRA \(arm odd\)"),
         (["--arm", "odd:adaptive_method=igu,igu_beta1=2"], r"igu_beta1: 2 .* \(arm odd\)"),
+        (["packing=true"], "packing: True is invalid: losses are compared row by row"),
         (["deepspeed=ds.json"], "every run of a comparison has one process and one device"),
         (["--seeds", "0"], "--seeds: 0 is invalid: must be at least 1"),
     ],
