@@ -35,6 +35,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", type=path_argument, metavar="DIR",
         help="folder to which the plan and its heat-map are written, e.g. planned (default: output_dir)",
     )  # fmt: skip
+    plan.add_argument(
+        "--peft", type=path_argument, metavar="DIR",
+        help="folder for an adapter_config.json that gives these ranks to any trainer on PEFT, e.g. planned/peft",
+    )  # fmt: skip
     _add_config(
         command(
             "train", "train as llamafactory-cli train does, also where the start-up hook is missing", "my.yaml seed=1"
