@@ -89,3 +89,7 @@ class SeamError(AdaptiveError, RuntimeError):
 
 class GuardError(AdaptiveError, RuntimeError):
     """A run that was asked to be adaptive did not train or save what its plan says."""
+
+
+class DivergedError(GuardError):
+    """Losses, gradients or weights of a run are no longer finite."""

@@ -23,6 +23,7 @@ STATE_JSON = "adaptive_state.json"  # in checkpoints of runs that find their ran
 # A checkpoint that can be resumed has both; the Trainer writes its state last.
 COMPLETE = (PLAN_FILE, "trainer_state.json")
 QUALITY_FILE = "adaptive_quality.safetensors"  # what was measured of each training sample, in checkpoints
+CUT_FILE = "shrink_certificate.json"  # beside an adapter that was cut to a budget after training
 LOG_FILE = "adaptive_log.jsonl"  # written as a run begins, and at each allocation
 DIGESTS_FILE = "adaptive_digests.json"  # of every other file of a checkpoint
 # The Trainer pushes nothing whose name begins with an underscore: host names and an older run's texts stay here.

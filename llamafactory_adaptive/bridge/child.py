@@ -17,13 +17,42 @@ from pathlib import Path
 from llamafactory_adaptive.reports.plaintext import tell
 
 
-_SHOWN = re.compile(r"^\[(WARNING|ERROR)\|.*llamafactory\.adaptive|Scoring modules")
+# Set by a launcher for its workers; a process of its own is none of them.
+_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK",
+                       "ROLE_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT",
+                       "FORCE_TORCHRUN", "USE_RAY", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # fmt: skip
+_PROGRESS = re.compile(r"Scoring modules|Held-out loss")
+_SHOWN = re.compile(rf"^\[(WARNING|ERROR)\|.*llamafactory\.adaptive|{_PROGRESS.pattern}")
 _EVERY_SECONDS = 15.0  # between two lines of progress where there is no terminal
 _KEPT_LINES = 2000
 _END_SECONDS = 10.0
 _LOOK_SECONDS = 1.0  # between two checks for the end of a child whose output others hold open
 _TELL_SECONDS = 600.0  # of silence between two notes to the user on what is waited for
 _SILENT_SECONDS = 6 * 3600.0  # of silence, after which the child counts as hanging
+
+
+def alone(device: str | None = None) -> dict[str, str]:
+    """Return this process's environment for a child that no launcher started, with one device.
+
+    Several visible devices without a launcher make the host refuse to start.
+
+    Args:
+        device: the device to see, as ``CUDA_VISIBLE_DEVICES`` names it; None for the first one of this process.
+    """
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in _LAUNCHER_VARIABLES and not key.startswith("TORCHELASTIC_")
+    }
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    first = visible.split(",")[0] if visible is not None else "0"
+    return {**environment, "CUDA_VISIBLE_DEVICES": first if device is None else device}
+
+
+def last_words(said: str) -> str:
+    """Return the last line that a child printed, shortened, after a semicolon; empty if there is none."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    return f"; its last line: {lines[-1].strip()[:300]}" if lines else ""
 
 
 def run_child(command: Sequence[str], environment: Mapping[str, str], log: Path, job: str) -> tuple[int, str]:
@@ -95,10 +124,7 @@ def _chunks(process: "subprocess.Popen[bytes]", log: Path) -> Iterator[bytes]:
         elif time.monotonic() - told > _TELL_SECONDS:
             told = time.monotonic()
             silent = f"{(told - heard) / 60:.0f} minutes"
-            tell(
-                f"still waiting for the scoring process {process.pid}, which has printed nothing for {silent}; "
-                f"its log is {log}"
-            )
+            tell(f"still waiting for process {process.pid}, which has printed nothing for {silent}; its log is {log}")
 
 
 def _fold(process: "subprocess.Popen[bytes]", log: Path, lines: "deque[str]") -> None:
@@ -122,7 +148,7 @@ def _show(line: str, told: float) -> float:
     """Print a line of progress or a warning; return when a line of progress was last printed."""
     if not _SHOWN.search(line):
         return told
-    progress = "Scoring modules" in line
+    progress = _PROGRESS.search(line) is not None
     if progress and sys.stderr.isatty():
         print(f"\r{line}", end="\n" if "100%" in line else "", file=sys.stderr, flush=True)
         return told

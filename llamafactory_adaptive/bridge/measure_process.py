@@ -5,19 +5,18 @@ import os
 import random
 import signal
 import sys
-import tempfile
 import time
-import traceback
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
-from llamafactory_adaptive.bridge.arguments import Args, split_names
-from llamafactory_adaptive.bridge.child import run_child
+from llamafactory_adaptive.bridge.arguments import Args
+from llamafactory_adaptive.bridge.child import alone, last_words, run_child
+from llamafactory_adaptive.bridge.host_loading import LESS_MEMORY, open_host, rows_of
 from llamafactory_adaptive.bridge.scoring_job import ScoringJob
 from llamafactory_adaptive.calibration.batches import count_tokens, holds_media, make_batches
-from llamafactory_adaptive.config.run_config import AdaptiveConfig
+from llamafactory_adaptive.config.run_config import CalibrationConfig
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.files import digest_of, read_mapping, replacing
 from llamafactory_adaptive.methods import make_method
@@ -25,10 +24,27 @@ from llamafactory_adaptive.planning.cache import cache_folder
 from llamafactory_adaptive.reports.plaintext import tell
 
 
-# Set by a launcher for its workers; the scoring process is none of them.
-_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK",
-                       "ROLE_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT",
-                       "FORCE_TORCHRUN", "USE_RAY", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # fmt: skip
+class Job(Protocol):
+    """What another process is to do, as it is sent there."""
+
+    @property
+    def settings(self) -> Args:
+        """Return the host's settings for loading model and rows."""
+
+    @property
+    def path(self) -> Path:
+        """Return the file for the result, in an empty folder."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Encode the job as a mapping of JSON values."""
+
+
+class RowDraw(Protocol):
+    """What says which rows are drawn, and how many: a run's configuration, for one."""
+
+    @property
+    def calibration(self) -> CalibrationConfig:
+        """Return number, batch size and the seed of the draw."""
 
 
 def measure_in_own_process(job: ScoringJob) -> None:
@@ -37,23 +53,24 @@ def measure_in_own_process(job: ScoringJob) -> None:
     Raises:
         CalibrationError: the measurement failed; the message is the child's own, or the last line that it printed.
     """
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in _LAUNCHER_VARIABLES and not key.startswith("TORCHELASTIC_")
-    }
-    # One GPU: several visible ones without a launcher make the host refuse to start.
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0] if visible is not None else "0"
+    tell(
+        f"scoring {job.settings['model_name_or_path']} on rows of {rows_of(job.settings)} in a process of its own; "
+        "it loads the model once, then takes about as long as a forward pass over them"
+    )
+    run_job(job)
+
+
+def run_job(job: Job) -> None:
+    """Run a job in a fresh single process, which writes its result to the job's path.
+
+    Raises:
+        CalibrationError: as :func:`measure_in_own_process`.
+    """
     assert not any(job.path.parent.iterdir())
     answer = job.path.with_name("answer.json")
     command = [sys.executable, "-m", "llamafactory_adaptive.cli", "measure", str(answer)]
-    tell(
-        f"scoring {job.settings['model_name_or_path']} on rows of {_rows_of(job.settings)} in a process of its own; "
-        "it loads the model once, then takes about as long as a forward pass over them"
-    )
     log = cache_folder() / "logs" / f"scoring-{os.getpid()}.log"
-    code, said = run_child(command, environment, log, json.dumps(job.to_json(), default=str))
+    code, said = run_child(command, alone(), log, json.dumps(job.to_json(), default=str))
     message = read_mapping(answer, "the scoring process's answer")["error"] if answer.exists() else None
     if code == 0:
         log.unlink(missing_ok=True)
@@ -63,25 +80,13 @@ def measure_in_own_process(job: ScoringJob) -> None:
         raise CalibrationError(f"{_last_words(code, said)} (the whole log: {log})")
 
 
-def _rows_of(settings: Args) -> str:
-    """Join the names of the data sets that rows are drawn from."""
-    return ", ".join(split_names(settings["dataset"])) or "the training data"
-
-
 def _last_words(code: int, said: str) -> str:
     """Describe in one line how the scoring process ended."""
-    lines = [line for line in said.splitlines() if line.strip()]
-    words = f"; its last line: {lines[-1].strip()[:300]}" if lines else ""
+    words = last_words(said)
     if code == -signal.SIGKILL:
-        return f"the scoring process was killed, as a rule because memory ran out: {_LESS_MEMORY}{words}"
+        return f"the scoring process was killed, as a rule because memory ran out: {LESS_MEMORY}{words}"
     how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
     return f"the scoring process {how}{words}"
-
-
-_LESS_MEMORY = (
-    "score the base in 4-bit (docs/how-to.md), lower adaptive_calibration_batch_size or cutoff_len, or use a machine "
-    "with more memory"
-)
 
 
 def run_measurement_job(job: ScoringJob) -> None:
@@ -95,7 +100,7 @@ def run_measurement_job(job: ScoringJob) -> None:
     measurement = make_method(config.method, config.options).measurement()
     assert measurement is not None
     assert measurement.key == job.measurement
-    model, rows, pad_id = _load(job.settings, config)
+    model, rows, pad_id = load(job.settings, config)
     keep_4bit_unpacked_on_cpu(model)
     device = next(model.parameters()).device
     batches = [batch.to(device) for batch in make_batches(rows, config.calibration.batch_size, pad_id)]
@@ -118,50 +123,14 @@ def run_measurement_job(job: ScoringJob) -> None:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=facts)
 
 
-def _load(settings: Args, config: AdaptiveConfig) -> tuple[Any, list[dict[str, list[int]]], int]:
-    """Load the model for inference, the calibration rows and the padding id, as the host would for this run."""
-    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
-    from llamafactory.hparams import get_train_args
-    from llamafactory.model import load_model, load_tokenizer
-
-    with tempfile.TemporaryDirectory(prefix="adaptive-") as scratch:
-        with _as_calibration_error("the settings cannot be used for scoring"):
-            model_args, data_args, training_args, finetuning_args, _ = get_train_args(
-                {**settings, "output_dir": scratch}
-            )
-        with _as_calibration_error(f"the tokenizer of {settings['model_name_or_path']} cannot be loaded"):
-            modules = load_tokenizer(model_args)
-        tokenizer = modules["tokenizer"]
-        stage = "rm" if finetuning_args.stage == "dpo" else finetuning_args.stage
-        with _as_calibration_error(f"the data set {_rows_of(settings)} cannot be read for scoring"):
-            template = get_template_and_fix_tokenizer(tokenizer, data_args)
-            data = get_dataset(template, model_args, data_args, training_args, stage=stage, **modules)
-            rows = _draw_rows(data["train_dataset"], config, data_args.streaming)
-        with _as_calibration_error(f"the model {settings['model_name_or_path']} cannot be loaded for scoring"):
-            model = load_model(tokenizer, model_args, finetuning_args, is_trainable=False)
-    return model, rows, tokenizer.pad_token_id or 0
+def load(settings: Args, config: RowDraw, part: str = "train_dataset") -> tuple[Any, list[dict[str, list[int]]], int]:
+    """Load the model for inference, rows of a part of the data and the padding id, as the host would for this run."""
+    with open_host(settings, "scoring") as host:
+        rows = host.read_rows(lambda data: _draw_rows(data[part], config, host.streaming))
+        return host.load_base(), rows, host.tokenizer.pad_token_id or 0
 
 
-@contextmanager
-def _as_calibration_error(what: str) -> Iterator[None]:
-    """Convert whatever the host raises within the context to one line; print its traceback, which goes to the log.
-
-    Raises:
-        CalibrationError: the host raised an error; the message gives ``what`` and the cause.
-    """
-    try:
-        yield
-    except CalibrationError:
-        raise
-    except Exception as error:
-        traceback.print_exc()
-        memory = isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
-        why = str(error).strip().splitlines()
-        cause = f"memory ran out: {_LESS_MEMORY}" if memory else f"{type(error).__name__}: {why[0] if why else what}"
-        raise CalibrationError(f"{what} ({cause})") from error
-
-
-def _draw_rows(dataset: Any, config: AdaptiveConfig, streaming: bool) -> list[dict[str, list[int]]]:
+def _draw_rows(dataset: Any, config: RowDraw, streaming: bool) -> list[dict[str, list[int]]]:
     """Draw calibration rows by their seed, as token ids and labels, whatever the stage's columns are called."""
     seed, wanted = config.calibration.seed, config.calibration.samples
     if streaming:

@@ -207,11 +207,12 @@ def _dataset_problems(args: Mapping[str, Any], calibration: str | None) -> list[
     if args.get("val_size") and set(scored) & set(trained) and set(scored) != set(trained):
         reason = "val_size holds rows of the merged training set out, which a part of it would bring back"
         problems.append(Problem("adaptive_calibration_dataset", calibration, reason, "leaving it out"))
-    return problems + _names_not_in_info(args, {"dataset": trained, "eval_dataset": held_out,
+    return problems + names_not_in_info(args, {"dataset": trained, "eval_dataset": held_out,
                                                 "adaptive_calibration_dataset": scored})  # fmt: skip
 
 
-def _names_not_in_info(args: Mapping[str, Any], names: Mapping[str, list[str]]) -> list[Problem]:
+def names_not_in_info(args: Mapping[str, Any], names: Mapping[str, list[str]]) -> list[Problem]:
+    """Find names of data sets that ``dataset_info.json`` does not have, by the key that they were given under."""
     folder = args.get("dataset_dir")
     wanted = [(key, name) for key, listed in names.items() for name in listed]
     if args.get("tokenized_path") or str(folder).startswith(("ONLINE", "REMOTE:")):

@@ -1,17 +1,20 @@
-"""Entry point of the command line: ``llamafactory-adaptive plan | train | report | export | doctor | init``.
+"""Entry point of the command line: ``llamafactory-adaptive plan | train | compare | report | export | shrink | ...``.
 
 Exit codes: 0 done, 2 user error (one message on stderr, no traceback), 1 a bug.
 """
 
 import sys
 
+from llamafactory_adaptive.cli.compare import compare
+from llamafactory_adaptive.cli.comparison_job import comparison_job
 from llamafactory_adaptive.cli.doctor import doctor
 from llamafactory_adaptive.cli.examples import init
 from llamafactory_adaptive.cli.export import export
 from llamafactory_adaptive.cli.measure import measure
-from llamafactory_adaptive.cli.parser import MEASURE, parse_command_line
+from llamafactory_adaptive.cli.parser import COMPARISON_JOB, MEASURE, parse_command_line
 from llamafactory_adaptive.cli.plan import plan
 from llamafactory_adaptive.cli.report import report
+from llamafactory_adaptive.cli.shrink import shrink
 from llamafactory_adaptive.cli.train import train
 from llamafactory_adaptive.errors import AdaptiveError
 from llamafactory_adaptive.reports.plaintext import tell
@@ -21,8 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = parse_command_line(argv)
     handlers = {
-        "plan": plan, "train": train, "report": report, "export": export, "doctor": doctor, "init": init,
-        MEASURE: measure,
+        "plan": plan, "train": train, "compare": compare, "report": report, "export": export, "shrink": shrink,
+        "doctor": doctor, "init": init, MEASURE: measure, COMPARISON_JOB: comparison_job,
     }  # fmt: skip
     try:
         return handlers[arguments.command](arguments)

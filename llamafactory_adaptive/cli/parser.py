@@ -5,11 +5,14 @@ import sys
 from pathlib import Path
 
 from llamafactory_adaptive import __version__
+from llamafactory_adaptive.comparison.request import add_comparison_arguments
 from llamafactory_adaptive.export.request import add_export_arguments
+from llamafactory_adaptive.export.shrink.request import add_shrink_arguments
 from llamafactory_adaptive.paths import path_argument
 
 
-MEASURE = "measure"  # internal, so no help shows it: the process that `plan` and `train` score in
+# Internal, so no help shows them: the processes that load a model for other commands, and that `compare` trains in.
+MEASURE, COMPARISON_JOB = INTERNAL = ("measure", "comparison-job")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,6 +35,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", type=path_argument, metavar="DIR",
         help="folder to which the plan and its heat-map are written, e.g. planned (default: output_dir)",
     )  # fmt: skip
+    plan.add_argument(
+        "--peft", type=path_argument, metavar="DIR",
+        help="folder for an adapter_config.json that gives these ranks to any trainer on PEFT, e.g. planned/peft",
+    )  # fmt: skip
     _add_config(
         command(
             "train", "train as llamafactory-cli train does, also where the start-up hook is missing", "my.yaml seed=1"
@@ -49,11 +56,25 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="OUTPUT_DIR",
         help="output_dir of one run or of several, e.g. saves/igu",
     )
+    add_comparison_arguments(
+        command(
+            "compare",
+            "compare ways to fine-tune on your own data: equal budgets, each at its own best learning rate",
+            "my.yaml --arms igu,sensitivity --seeds 5 --out compared",
+        )
+    )
     add_export_arguments(
         command(
             "export",
             "write an adapter in the layout of a server, and certify that it answers as PEFT does",
             "saves/igu --for vllm --out served/igu",
+        )
+    )
+    add_shrink_arguments(
+        command(
+            "shrink",
+            "cut a trained LoRA adapter to a budget, or show what each of several budgets would keep of it",
+            "saves/lora --rank 8 --out saves/lora-8",
         )
     )
     command(
@@ -82,10 +103,11 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
     """Parse a command line, with overrides allowed on either side of options."""
     words = sys.argv[1:] if argv is None else argv
-    if words[:1] == [MEASURE] and len(words) == 2:
-        return argparse.Namespace(command=MEASURE, answer=Path(words[1]))
+    if len(words) == 2 and words[0] in INTERNAL:
+        return argparse.Namespace(command=words[0], answer=Path(words[1]))
     parser = build_parser()
     arguments, rest = parser.parse_known_args(words)
+    arguments.words = words
     stray = [word for word in rest if word.startswith("-") or "=" not in word]
     if stray or (rest and not hasattr(arguments, "overrides")):
         parser.error(f"unrecognised: {' '.join(stray or rest)}; overrides are written key=value")

@@ -51,12 +51,16 @@ def plan(arguments: argparse.Namespace) -> int:
     config = run.config
     tell(start_message(config))
     if config.search is not None:
+        if arguments.peft is not None:
+            refuse("--peft", str(arguments.peft), "these ranks are found during training", "leaving it out")
         return _plan_of_a_dynamic_run(run)
     started = time.perf_counter()
     folder = arguments.out or Path(run.args["output_dir"])
     if arguments.out is None and (folder / ADAPTER_WEIGHTS).is_file():
         refuse("output_dir", str(folder), "it holds a trained adapter with its plan", "--out <another folder>")
     check_folder("output_dir" if arguments.out is None else "--out", folder)
+    if arguments.peft is not None:
+        _check_peft_folder(arguments.peft)
     with locked(folder):
         plan = fresh_plan(config, LlamaFactoryRun(run)).plan
         plan.save(folder / PLAN_FILE)
@@ -66,8 +70,30 @@ def plan(arguments: argparse.Namespace) -> int:
         print(line)
     for line in advice(plan, config):
         print(f"warning: {line}")
+    if arguments.peft is not None:
+        _write_peft_config(plan, run.args, arguments.peft)
     print(f"plan and heat-map written to {folder} in {time.perf_counter() - started:.1f} s; nothing was trained")
     return 0
+
+
+def _check_peft_folder(folder: Path) -> None:
+    """Refuse a folder that holds an adapter's configuration, or that cannot be written."""
+    from llamafactory_adaptive.bridge.host_check import check_folder
+
+    if (folder / "adapter_config.json").exists():
+        refuse("--peft", str(folder), "it holds an adapter_config.json", "--peft <another folder>")
+    check_folder("--peft", folder)
+
+
+def _write_peft_config(plan: "RankPlan", args: Mapping[str, Any], folder: Path) -> None:
+    """Write PEFT's configuration of the plan, with the run's dropout and base model."""
+    from llamafactory_adaptive.adapter.lora import PlannedLoraConfig, lora_config_arguments
+
+    settings = {"task_type": "CAUSAL_LM", "lora_dropout": float(args.get("lora_dropout") or 0.0),
+                "base_model_name_or_path": str(args["model_name_or_path"])}  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    PlannedLoraConfig(**lora_config_arguments(plan), **settings).save_pretrained(str(folder))
+    print(f"adapter_config.json for PEFT written to {folder}")
 
 
 def _plan_of_a_dynamic_run(run: "CheckedRun") -> int:

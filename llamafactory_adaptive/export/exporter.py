@@ -13,7 +13,7 @@ from llamafactory_adaptive.export import layouts, merging, nf4_merging
 from llamafactory_adaptive.export.base_checkpoint import BaseCheckpoint, check_fit, copy_side_files, find_base
 from llamafactory_adaptive.export.faults import ExportError, loading_fault
 from llamafactory_adaptive.export.request import ExportRequest
-from llamafactory_adaptive.export.scratch import scratch_folder
+from llamafactory_adaptive.export.scratch import check_new_folder, scratch_folder
 from llamafactory_adaptive.export.serve_command import max_lora_rank, serve_command
 from llamafactory_adaptive.export.source_adapter import SourceAdapter, read_adapter
 from llamafactory_adaptive.export.verify.certificate import certificate, failures, write_certificate
@@ -70,10 +70,7 @@ def run_export(request: ExportRequest) -> str:
 
 def prepare(request: ExportRequest) -> Export:
     """Read adapter and base, and check everything that can be refused without loading a model."""
-    if request.out.is_symlink():
-        refuse("out", str(request.out), "it is a link, nothing was overwritten", "the folder it points at")
-    if request.out.exists() and (not request.out.is_dir() or any(request.out.iterdir())):
-        refuse("out", str(request.out), "it exists already, nothing was overwritten", "another folder")
+    check_new_folder(request.out)
     if request.vllm_python:
         check_vllm(request.vllm_python, request.server)
     adapter = read_adapter(request.adapter)

@@ -85,7 +85,17 @@ def _padded(adapter: SourceAdapter, scale: float, rank: int, types: list[str], s
 
 
 def _write(adapter: SourceAdapter, base: str, target: Path, settings: Mapping[str, Any], factors: Factors) -> None:
-    """Write a PEFT adapter to disk, with sorted keys and sets, so that equal adapters give equal files."""
+    write_config(base, target, settings)
+    tensors: dict[str, Tensor] = {}
+    for name, a, b in factors:
+        tensors |= {factor_key(name, "A"): a.contiguous(), factor_key(name, "B"): b.contiguous()}
+    # Not safetensors' own writer, whose files only their owner can read, whatever the umask.
+    specs = [TensorSpec(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()]
+    write_streaming(target / ADAPTER_WEIGHTS, specs, lambda spec: tensors[spec.name])
+
+
+def write_config(base: str | None, target: Path, settings: Mapping[str, Any]) -> None:
+    """Write the config of a PEFT adapter, with sorted keys and sets, so that equal adapters give equal files."""
     config = LoraConfig(
         task_type="CAUSAL_LM", base_model_name_or_path=base, inference_mode=True,
         **settings,
@@ -93,9 +103,3 @@ def _write(adapter: SourceAdapter, base: str, target: Path, settings: Mapping[st
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (target / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
-    tensors: dict[str, Tensor] = {}
-    for name, a, b in factors:
-        tensors |= {factor_key(name, "A"): a.contiguous(), factor_key(name, "B"): b.contiguous()}
-    # Not safetensors' own writer, whose files only their owner can read, whatever the umask.
-    specs = [TensorSpec(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()]
-    write_streaming(target / ADAPTER_WEIGHTS, specs, lambda spec: tensors[spec.name])

@@ -98,11 +98,13 @@ def export_request(arguments: argparse.Namespace) -> ExportRequest:
     return request
 
 
+def out_problems(out: Path, suggestion: str) -> list[Problem]:
+    """Find what is wrong with the name of an output folder, which has to be one of a new folder."""
+    return [Problem("out", str(out), "it names no new folder", suggestion)] if out.name in ("", "..") else []
+
+
 def _problems(request: ExportRequest) -> list[Problem]:
-    problems = []
-    if request.out.name in ("", ".."):
-        why = "it names no new folder"
-        problems.append(Problem("out", str(request.out), why, f"--out served/{request.adapter.resolve().name}"))
+    problems = out_problems(request.out, f"--out served/{request.adapter.resolve().name}")
     if request.server != "merged":
         for key, given in (("dtype", request.dtype != "auto"), ("quantization_aware", request.quantization_aware)):
             if given:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from llamafactory_adaptive.errors import OutputError
+from llamafactory_adaptive.errors import OutputError, refuse
 from llamafactory_adaptive.export.faults import ExportError
 from llamafactory_adaptive.files import LOCK_FILE, cannot_write, could_not_write
 from llamafactory_adaptive.folder_lock import locked
@@ -17,6 +17,18 @@ from llamafactory_adaptive.folder_lock import locked
 
 # An export holds no lock for a moment between making and locking its folder, and between unlocking and renaming it.
 _MOMENT_S = 3600.0
+
+
+def check_new_folder(out: Path) -> None:
+    """Refuse an output folder that has something in it, or is a link.
+
+    Raises:
+        AdaptiveConfigError: there is something at ``out``.
+    """
+    if out.is_symlink():
+        refuse("out", str(out), "it is a link, nothing was overwritten", "the folder it points at")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        refuse("out", str(out), "it exists already, nothing was overwritten", "another folder")
 
 
 @contextmanager

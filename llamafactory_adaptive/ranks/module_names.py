@@ -27,6 +27,12 @@ def layer_and_type(name: str) -> tuple[int | None, str]:
     return (int(layer.group(1)) if layer else None), module_type(name)
 
 
+def layer_order(name: str) -> tuple[tuple[bool, int, str], ...]:
+    """Return a key that sorts names of modules as a model has its layers: number 2 before number 10."""
+    words = name.split(".")
+    return tuple((word.isdecimal(), int(word) if word.isdecimal() else 0, word) for word in words)
+
+
 def is_routed_expert(name: str) -> bool:
     """Tell whether a full module name is that of one expert of many: ``model.layers.3.mlp.experts.7.up_proj``."""
     return re.search(r"\.experts\.\d+\.", name) is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.errors import PlanError
-from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, read_lines, read_mapping
+from llamafactory_adaptive.files import CUT_FILE, LOG_FILE, PLAN_FILE, read_lines, read_mapping
 from llamafactory_adaptive.ranks.plan import RankPlan, load_plan
 from llamafactory_adaptive.reports.data_report import DATA_REPORT_FILE, data_report_of, data_table, read_data_report
 from llamafactory_adaptive.reports.plaintext import plain
@@ -94,6 +94,18 @@ def data_of_unfinished_run(folder: Path) -> str | None:
     if (folder / "trainer_state.json").is_file() or not (folder / DATA_REPORT_FILE).is_file():
         return None
     return f"{folder} (not finished)\n\nTraining data\n" + data_table(read_data_report(folder))
+
+
+def text_of_cut_adapter(folder: Path) -> str | None:
+    """Format the ranks and the kept energy of an adapter that was cut to a budget; None if it is none, or a run."""
+    if (folder / "trainer_state.json").is_file() or not (folder / CUT_FILE).is_file():
+        return None
+    facts = read_mapping(folder / CUT_FILE, str(folder / CUT_FILE))
+    before, kept = (facts.get(key) for key in ("parameters_before", "kept_energy"))
+    if not (_is_number(before) and _is_number(kept)):
+        raise PlanError(f"{folder / CUT_FILE} is no complete certificate of a cut")
+    words = f"cut after training    from {before:,} parameters; {kept:.2%} of the squared singular values kept"
+    return "\n\n".join([f"{folder} (cut by shrink)", rank_table(load_plan(folder / PLAN_FILE)), words])
 
 
 def run_text(run: Run) -> str:

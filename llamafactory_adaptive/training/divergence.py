@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llamafactory_adaptive.adapter.lora import factors, live_layers
 from llamafactory_adaptive.engines.distributed import all_reduce_sum, from_main, gather
-from llamafactory_adaptive.errors import GuardError
+from llamafactory_adaptive.errors import DivergedError
 from llamafactory_adaptive.training.checkpoint_files import damage
 from llamafactory_adaptive.training.run_part import RunPart
 
@@ -59,11 +59,11 @@ class DivergenceWatch(RunPart):
             was_skipped: whether the loss scaler skipped the step; equal on every process.
 
         Raises:
-            GuardError: too many steps in a row were not finite; every process raises it.
+            DivergedError: too many steps in a row were not finite; every process raises it.
         """
         self.skipped = self.skipped + 1 if was_skipped else 0
         if self.skipped >= _MOST_SKIPPED:
-            raise GuardError(
+            raise DivergedError(
                 f"the gradients have been NaN or infinite for {self.skipped} steps in a row (up to step {step}), so "
                 "the loss scaler skipped them all and nothing was trained; set bf16: true in place of fp16: true, or "
                 "lower learning_rate"
@@ -76,26 +76,26 @@ class DivergenceWatch(RunPart):
             return
         self.in_a_row += 1
         if self.in_a_row == 1 and (weight := _first_bad_weight(model)):
-            raise GuardError(
+            raise DivergedError(
                 f"the loss of step {step} is NaN or infinite because the base model itself is: {weight} holds such "
                 "values; use another copy of the model, or another precision"
             )
         if self.in_a_row >= self.limit:
-            raise GuardError(self._words(step))
+            raise DivergedError(self._words(step))
 
     def refuse(self, step: int, what: str) -> None:
-        """Raise GuardError if the last step's loss was not finite; ``what`` names what is not possible then."""
+        """Raise DivergedError if the last step's loss was not finite; ``what`` names what is not possible then."""
         if self.in_a_row:
-            raise GuardError(f"{what} at step {step} is not possible: {self._words(step)}")
+            raise DivergedError(f"{what} at step {step} is not possible: {self._words(step)}")
 
     def refuse_end(self, step: int, model: nn.Module) -> None:
-        """Raise GuardError if the adapter that is about to be saved is not finite."""
+        """Raise DivergedError if the adapter that is about to be saved is not finite."""
         live = live_layers(model).items()
         names = [name for name, (layer, adapter) in live if not _finite(map(_held, factors(layer, adapter)))]
         everyone = gather("the check of the trained adapter", lambda: names)
         if bad := sorted({name for theirs in everyone for name in theirs}):
             since = f": {self._words(step)}" if self.in_a_row else "; lower learning_rate"
-            raise GuardError(f"the trained adapter holds NaN or infinity ({bad[0]}, of {len(bad)} modules){since}")
+            raise DivergedError(f"the trained adapter holds NaN or infinity ({bad[0]}, of {len(bad)} modules){since}")
 
     def _words(self, step: int) -> str:
         first = step - self.in_a_row + 1

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
-from llamafactory_adaptive.errors import GuardError
+from llamafactory_adaptive.errors import DivergedError
 from llamafactory_adaptive.ranks.allocation import Bounds, allocate, keep_components, reallocate_components
 from llamafactory_adaptive.ranks.module_groups import choose_whole_groups, packed_groups
 from llamafactory_adaptive.ranks.plan import RankPlan
@@ -86,7 +86,7 @@ class RankSearchState:
             used_first: whether they are all kept before any other; read where ranks are pruned.
 
         Raises:
-            GuardError: a score is not finite.
+            DivergedError: a score is not finite.
         """
         bounds = replace(self.bounds, budget=budget)
         try:
@@ -96,7 +96,7 @@ class RankSearchState:
             else:
                 after = self._keep(favour_used(scores, before, hysteresis, used_first), bounds)
         except ValueError as error:
-            raise GuardError(f"step {step}: {error}; training has diverged, lower learning_rate") from error
+            raise DivergedError(f"step {step}: {error}; training has diverged, lower learning_rate") from error
         self.fresh = [
             [new and not old for old, new in zip(*rows, strict=True)] for rows in zip(before, after, strict=True)
         ]

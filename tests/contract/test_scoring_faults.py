@@ -9,6 +9,7 @@ from accelerate import PartialState
 
 from llamafactory_adaptive.bridge import measure_process
 from llamafactory_adaptive.bridge.checked_run import CheckedRun
+from llamafactory_adaptive.bridge.host_loading import LESS_MEMORY
 from llamafactory_adaptive.bridge.scoring_job import ScoringJob, scoring_settings
 from llamafactory_adaptive.bridge.validation import parse_config
 from llamafactory_adaptive.errors import CalibrationError
@@ -16,7 +17,7 @@ from llamafactory_adaptive.methods.sensitivity import Sensitivity, SensitivityOp
 from tests.helpers.tiny import settings
 
 
-LESS_MEMORY = re.escape(measure_process._LESS_MEMORY)
+LESS_MEMORY_WORDS = re.escape(LESS_MEMORY)
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +29,7 @@ def _one_process():
 
 def load(model, data, output, **more):
     args = settings(model, data, output, **more)
-    return measure_process._load(scoring_settings(args), parse_config(args))
+    return measure_process.load(scoring_settings(args), parse_config(args))
 
 
 def refusal(*where, **more):
@@ -54,7 +55,7 @@ def test_memory_that_runs_out_while_the_model_loads(error, tiny_llama, data_dir,
     monkeypatch.setattr("llamafactory.model.load_model", load_model)
     said = refusal(tiny_llama, data_dir, tmp_path / "out")
     assert re.fullmatch(
-        rf"the model {tiny_llama} cannot be loaded for scoring \(memory ran out: {LESS_MEMORY}\)", said
+        rf"the model {tiny_llama} cannot be loaded for scoring \(memory ran out: {LESS_MEMORY_WORDS}\)", said
     )
 
 
@@ -119,7 +120,7 @@ def score(tiny_llama, data_dir, tmp_path, monkeypatch):
 def test_a_process_that_was_killed_ran_out_of_memory_as_a_rule(score):
     said, log = score("echo Loading weights; echo '  shard 2 of 9  '; echo; kill -9 $$")
     assert said == (
-        f"the scoring process was killed, as a rule because memory ran out: {measure_process._LESS_MEMORY}; its last "
+        f"the scoring process was killed, as a rule because memory ran out: {LESS_MEMORY}; its last "
         f"line: shard 2 of 9 (the whole log: {log})"
     )
     assert log.read_text().startswith("Loading weights\n")

@@ -150,9 +150,9 @@ def digests(folder: Path, paths: Any) -> dict[str, str]:
     return {str(path.relative_to(folder)): file_digest(path) for path in files}
 
 
-def write_certificate(document: dict[str, Any], folder: Path) -> None:
-    """Write the certificate beside the exported files; its digests do not include it."""
-    (folder / CERTIFICATE_FILE).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_certificate(document: dict[str, Any], folder: Path, name: str = CERTIFICATE_FILE) -> None:
+    """Write the certificate beside the files that it is about; its digests do not include it."""
+    (folder / name).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def failures(checks: Sequence[Check]) -> str:

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from llamafactory_adaptive.bridge import measure_process
 from llamafactory_adaptive.bridge.checked_run import CheckedRun
+from llamafactory_adaptive.bridge.host_loading import as_calibration_error
 from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun
-from llamafactory_adaptive.bridge.measure_process import _as_calibration_error, _draw_rows, run_measurement_job
+from llamafactory_adaptive.bridge.measure_process import _draw_rows, run_measurement_job
 from llamafactory_adaptive.bridge.scoring_job import ScoringJob, scoring_settings
 from llamafactory_adaptive.bridge.target_shapes import target_shapes
 from llamafactory_adaptive.bridge.validation import parse_config
@@ -196,7 +197,7 @@ def test_the_chosen_half_of_a_pair_is_read_and_masked_tokens_are_not():
     ids=["host", "silent", "ours"],
 )
 def test_what_the_host_raises_is_one_line(error, said):
-    with pytest.raises(CalibrationError) as caught, _as_calibration_error("the rows cannot be read"):
+    with pytest.raises(CalibrationError) as caught, as_calibration_error("the rows cannot be read"):
         raise error
     assert str(caught.value) == said
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from accelerate import PartialState
+from peft import PeftConfig, get_peft_model
 
 from llamafactory_adaptive import _bootstrap, cli
 from llamafactory_adaptive.calibration.input_moments import InputSecondMoments
@@ -19,7 +20,7 @@ from llamafactory_adaptive.files import PLAN_FILE
 from llamafactory_adaptive.ranks.plan import load_plan
 from tests.helpers.plans import make_plan
 from tests.helpers.runs import save_data, save_run
-from tests.helpers.tiny import pruning_settings, settings, unmeasured_settings
+from tests.helpers.tiny import pruning_settings, settings, tiny_model, unmeasured_settings
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +95,23 @@ def test_plan_of_a_search_shows_its_schedule_and_writes_nothing(write, tmp_path,
     steps = [int(words[0]) for line in said.splitlines() if (words := line.split()) and words[0].isdecimal()]
     assert {2, 4, 6, 8} <= set(steps)
     assert not (tmp_path / "out").exists()
+
+
+def test_plan_gives_peft_a_configuration_with_its_ranks(write, tiny_llama, tmp_path, capsys):
+    path, folder = write(lora_dropout=0.1), tmp_path / "peft"
+    words = ["plan", str(path), "--out", str(tmp_path / "ranks"), "--peft", str(folder)]
+    assert cli.main(words) == 0
+    ranks = load_plan(tmp_path / "ranks" / PLAN_FILE).ranks()
+    config = PeftConfig.from_pretrained(folder)
+    assert (config.lora_dropout, config.base_model_name_or_path) == (0.1, str(tiny_llama))
+    model = get_peft_model(tiny_model(), config)
+    made = {name.removeprefix("base_model.model."): layer.r["default"] for name, layer in model.named_modules()
+            if hasattr(layer, "lora_A")}  # fmt: skip
+    assert made == ranks
+    assert cli.main(words) == 2
+    assert "it holds an adapter_config.json" in capsys.readouterr().err
+    assert cli.main(["plan", str(write(pruning_settings)), "--peft", str(tmp_path / "other")]) == 2
+    assert "these ranks are found during training" in capsys.readouterr().err
 
 
 def test_plan_of_a_search_tells_of_a_learning_rate_that_is_low_for_it(write, capsys):

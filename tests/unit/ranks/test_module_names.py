@@ -2,7 +2,7 @@
 
 import pytest
 
-from llamafactory_adaptive.ranks.module_names import is_module_name, layer_and_type, module_type
+from llamafactory_adaptive.ranks.module_names import is_module_name, layer_and_type, layer_order, module_type
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,13 @@ from llamafactory_adaptive.ranks.module_names import is_module_name, layer_and_t
 def test_layer_and_type_are_read_from_a_modules_name(name, layer, kind):
     assert layer_and_type(name) == (layer, kind)
     assert module_type(name) == kind
+
+
+def test_layers_are_sorted_by_number():
+    names = ["layers.10.up", "layers.2.up", "lm_head", "layers.2.down.0", "3", "layers.x"]
+    assert sorted(names, key=layer_order) == [
+        "layers.x", "layers.2.down.0", "layers.2.up", "layers.10.up", "lm_head", "3",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

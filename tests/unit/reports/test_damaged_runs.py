@@ -6,10 +6,10 @@ import os
 import pytest
 
 from llamafactory_adaptive.errors import PlanError
-from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE
+from llamafactory_adaptive.files import CUT_FILE, LOG_FILE, PLAN_FILE
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
 from llamafactory_adaptive.reports.data_report import DATA_REPORT_FILE, _short, data_table
-from llamafactory_adaptive.reports.run_report import read_run, run_text
+from llamafactory_adaptive.reports.run_report import read_run, run_text, text_of_cut_adapter
 
 
 STATES = ("[]", "null", "[" * 100_000, '{"log_history": 5, "global_step": 1}',
@@ -66,3 +66,14 @@ def test_a_data_report_of_another_shape(change):
 
 def test_training_data_cannot_recolour_the_terminal():
     assert _short("\x1b[31mred \u202e", 100) == r"\x1b[31mred \u202e"
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "{}", '{"parameters_before": "many", "kept_energy": 1}'])
+def test_a_cut_adapter_without_a_whole_certificate_is_one_message(text, run):
+    (run / CUT_FILE).write_text(text)
+    assert text_of_cut_adapter(run) is None  # a run that trained on, in the folder of a cut adapter
+    (run / "trainer_state.json").unlink()
+    with pytest.raises(PlanError, match=CUT_FILE):
+        text_of_cut_adapter(run)
+    (run / CUT_FILE).write_text('{"parameters_before": 64, "kept_energy": 0.5}')
+    assert "from 64 parameters; 50.00% of the squared singular values kept" in str(text_of_cut_adapter(run))

@@ -1,0 +1,108 @@
+"""Plots of a comparison, as SVG for its page: differences, learning rates, costs, ranks."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llamafactory_adaptive.comparison.arms import PLAIN
+from llamafactory_adaptive.reports.plaintext import plot_label
+from llamafactory_adaptive.reports.plots import new_figure
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Entry = Mapping[str, Any]
+_COLOURS = {"better": "#1a7f37", "worse": "#b42318", "equivalent": "#1f6feb", "not decided": "#6e7781"}
+
+
+def figures(document: Mapping[str, Any]) -> dict[str, str]:
+    """Draw all plots that the document has figures for: title to SVG."""
+    arms = document["arms"]
+    judged = [arm for arm in arms if "loss" in arm]
+    compared = [arm for arm in judged if (arm["verdicts"].get(PLAIN) or {}).get("difference")]
+    drawn = {
+        "Difference to plain LoRA": forest_plot(compared, document["smallest_effect"]) if compared else None,
+        "Loss over the learning rate": rate_curves([arm for arm in arms if "curve" in arm]),
+        "Loss over parameters and time": cost_plot(judged) if judged else None,
+        "Mean rank by module type": rank_picture(judged) if judged else None,
+    }
+    return {title: svg for title, svg in drawn.items() if svg is not None}
+
+
+def forest_plot(arms: Sequence[Entry], effect: float) -> str:
+    """Draw each arm's relative difference to plain LoRA with its 95 % interval, and the band that does not matter."""
+    figure = new_figure(7.5, 1.2 + 0.36 * len(arms))
+    axes = figure.add_subplot()
+    axes.axvspan(-100 * effect, 100 * effect, color="#1f6feb", alpha=0.10, linewidth=0)
+    axes.axvline(0.0, color="0.5", linewidth=1)
+    for row, arm in enumerate(arms):
+        verdict = arm["verdicts"][PLAIN]
+        relative = {key: 100 * value for key, value in verdict["difference"]["relative"].items()}
+        colour = _COLOURS.get(verdict["verdict"], "0.4")
+        axes.plot([relative["low"], relative["high"]], [row, row], color=colour, linewidth=2)
+        axes.plot([relative["value"]], [row], "o", color=colour)
+    axes.set_yticks(range(len(arms)), [plot_label(arm["name"]) for arm in arms])
+    axes.invert_yaxis()
+    axes.set_xlabel("held-out loss against plain LoRA in %, 95 % interval (left: better)")
+    return to_svg(figure)
+
+
+def rate_curves(arms: Sequence[Entry]) -> str:
+    """Draw the loss on the rows that choose over the learning rate, one line for each arm and alpha."""
+    figure = new_figure(7.5, 4.2)
+    axes = figure.add_subplot()
+    for arm in arms:
+        for alpha in dict.fromkeys(point["alpha"] for point in arm["curve"]):
+            points = [point for point in arm["curve"] if point["alpha"] == alpha and point["dev_loss"] is not None]
+            label = arm["name"] if alpha is None else f"{arm['name']}, alpha {alpha:g}"
+            rates, losses = [point["rate"] for point in points], [point["dev_loss"] for point in points]
+            axes.plot(rates, losses, marker="o", markersize=4, label=plot_label(label))
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("loss on the rows that choose")
+    axes.legend(fontsize=8, ncols=2)
+    return to_svg(figure)
+
+
+def cost_plot(arms: Sequence[Entry]) -> str:
+    """Draw the held-out loss over the parameters of the saved adapter, and over the seconds of a run."""
+    figure = new_figure(9.0, 3.6)
+    for place, key, label in ((121, "parameters", "parameters that are saved"), (122, "seconds", "seconds of a run")):
+        axes = figure.add_subplot(place)
+        for arm in arms:
+            axes.plot([arm[key]], [arm["loss"]], "o")
+            axes.annotate(plot_label(arm["name"]), (arm[key], arm["loss"]), fontsize=8, xytext=(4, 3),
+                          textcoords="offset points")  # fmt: skip
+        axes.set_xlabel(label)
+        axes.set_ylabel("held-out loss")
+        axes.margins(0.2)
+    return to_svg(figure)
+
+
+def rank_picture(arms: Sequence[Entry]) -> str:
+    """Draw the mean rank of each module type, one row for each arm."""
+    kinds = list(dict.fromkeys(kind for arm in arms for kind in arm["mean_ranks"]))
+    figure = new_figure(2.5 + 0.9 * len(kinds), 1.4 + 0.36 * len(arms))
+    axes = figure.add_subplot()
+    values = [[arm["mean_ranks"].get(kind, 0.0) for kind in kinds] for arm in arms]
+    axes.imshow(values, aspect="auto", cmap="viridis", vmin=0)
+    largest = max(max(row) for row in values)
+    for row, ranks in enumerate(values):
+        for column, rank in enumerate(ranks):
+            colour = "white" if rank < 0.6 * largest else "black"
+            axes.text(column, row, f"{rank:.1f}", ha="center", va="center", fontsize=8, color=colour)
+    axes.set_yticks(range(len(arms)), [plot_label(arm["name"]) for arm in arms])
+    axes.set_xticks(range(len(kinds)), [plot_label(kind) for kind in kinds], rotation=30, ha="right")
+    return to_svg(figure)
+
+
+def to_svg(figure: "Figure") -> str:
+    """Return a figure as an SVG element to be put into a page; equal figures give equal text."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "adaptive", "svg.fonttype": "none"}):
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return re.sub(r"^.*?(?=<svg )", "", buffer.getvalue(), flags=re.DOTALL)

@@ -1,0 +1,109 @@
+"""Arguments of ``llamafactory-adaptive compare``, checked before anything starts."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from llamafactory_adaptive.comparison.differences import FEWEST_ROWS
+from llamafactory_adaptive.comparison.experiment import Design
+from llamafactory_adaptive.errors import refuse
+from llamafactory_adaptive.paths import path_argument
+
+
+_AROUND = (0.25, 0.5, 1.0, 2.0, 4.0)  # factors of the YAML's learning rate
+_TRAINERS_RATE = 5e-5  # transformers' default
+
+
+def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    add = parser.add_argument
+    add("config", type=path_argument, metavar="CFG.yaml",
+        help="a LLaMA-Factory training YAML, plain or adaptive, e.g. my.yaml")  # fmt: skip
+    add("overrides", nargs="*", metavar="key=value",
+        help="settings that replace those of the file, e.g. lora_rank=16")  # fmt: skip
+    add("--out", type=path_argument, required=True, metavar="DIR",
+        help="folder for rows, runs, ledger and pages, e.g. compared; the same command goes on in it")  # fmt: skip
+    add("--arms", default="sensitivity,igu", metavar="NAMES",
+        help="arms beside plain lora and random ranks, e.g. igu,rslora,dora (default: %(default)s)")  # fmt: skip
+    add("--arm", action="append", default=[], metavar="NAME:key=value,...",
+        help='an arm of your own, e.g. "igu_off:adaptive_method=igu,igu_importance=off"; may be repeated')  # fmt: skip
+    add("--rates", metavar="NUMBERS",
+        help="rates of every arm's first grid, e.g. 1e-4,2e-4,4e-4 (default: around the file's)")  # fmt: skip
+    add("--alphas", metavar="NUMBERS",
+        help="values of lora_alpha, each with every rate, e.g. 16,32 (default: the file's)")  # fmt: skip
+    add("--seeds", type=int, default=5, metavar="N", help="seeds at the best rate, e.g. 3 (default: %(default)s)")
+    add("--rate-seeds", type=int, default=1, metavar="N",
+        help="seeds by which a rate is chosen, e.g. 2 (default: %(default)s)")  # fmt: skip
+    add("--steps", type=int, metavar="N", help="optimizer steps of a run, e.g. 300 (default: the file's)")
+    add("--steps-for-rates", type=int, metavar="N",
+        help="optimizer steps of the runs that choose a rate, e.g. 100 (default: as many as the others)")  # fmt: skip
+    add("--extensions", type=int, default=2, metavar="N",
+        help="how often a grid whose end is best is extended by a factor of 2, e.g. 0 (default: 2)")  # fmt: skip
+    add("--held-out", type=int, default=400, metavar="N",
+        help="held-out rows: one half chooses rates, the other judges, e.g. 1000 (default: 400)")  # fmt: skip
+    add("--effect", default="0.5%", metavar="SHARE",
+        help="smallest difference that matters, as a share of LoRA's loss, e.g. 1%% (default: 0.5%%)")  # fmt: skip
+    add("--devices", metavar="NUMBERS",
+        help="devices, one run on each at a time, e.g. 0,1,2,3 (default: the first)")  # fmt: skip
+    add("--dry-run", action="store_true",
+        help="check everything and count the runs without starting any, e.g. before a night's work")  # fmt: skip
+
+
+def design_of(arguments: argparse.Namespace, given_rate: Any) -> Design:
+    """Build the design that the arguments ask for.
+
+    Args:
+        arguments: parsed arguments.
+        given_rate: ``learning_rate`` of the YAML; None for the Trainer's default.
+
+    Raises:
+        AdaptiveConfigError: an argument is out of range.
+    """
+    base = float(given_rate if given_rate is not None else _TRAINERS_RATE)
+    rates = _numbers("--rates", arguments.rates, "1e-4,2e-4,4e-4,8e-4") or tuple(base * factor for factor in _AROUND)
+    alphas: tuple[float | None, ...] = _numbers("--alphas", arguments.alphas, "16,32") or (None,)
+    for key, low in (("seeds", 1), ("rate_seeds", 1), ("steps", 1), ("steps_for_rates", 1), ("extensions", 0),
+                     ("held_out", 2 * FEWEST_ROWS)):  # fmt: skip
+        value = getattr(arguments, key)
+        if value is not None and value < low:
+            refuse(f"--{key.replace('_', '-')}", value, f"must be at least {low}", str(max(low, 3)))
+    if arguments.rate_seeds > arguments.seeds:
+        refuse("--rate-seeds", arguments.rate_seeds, f"must be at most --seeds, {arguments.seeds}", "1")
+    return Design(rates, alphas, arguments.seeds, arguments.rate_seeds, arguments.steps, arguments.steps_for_rates,
+                  arguments.extensions)  # fmt: skip
+
+
+def effect_of(text: str) -> float:
+    """Read the smallest difference that matters: ``0.5%`` or ``0.005``.
+
+    Raises:
+        AdaptiveConfigError: it is no number between 0 and 0.5.
+    """
+    try:
+        value = float(text.removesuffix("%")) / (100.0 if text.endswith("%") else 1.0)
+    except ValueError:
+        value = math.nan
+    if not 0.0 < value <= 0.5:
+        refuse("--effect", text, "must be between 0 and 50%", "--effect 0.5%")
+    return value
+
+
+def devices_of(text: str | None) -> Sequence[str | None]:
+    """Read the devices; (None,) for the first one."""
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    if len(set(names)) < len(names):
+        refuse("--devices", text, "names a device twice", "--devices 0,1")
+    return names or (None,)
+
+
+def _numbers(key: str, text: str | None, example: str) -> tuple[float, ...]:
+    if not text:
+        return ()
+    try:
+        values = [float(word) for word in text.split(",")]
+    except ValueError:
+        values = [math.nan]
+    if not all(math.isfinite(value) and value > 0.0 for value in values) or len(set(values)) < len(values):
+        refuse(key, text, "must be positive numbers, each once, with commas between them", f"{key} {example}")
+    return tuple(values)

@@ -1,0 +1,186 @@
+"""One cut from start to end: read the adapter, choose what stays, write it module by module, certify, rename."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS, contract_arguments, int_if_integral
+from llamafactory_adaptive.errors import PlanError, refuse
+from llamafactory_adaptive.export.layouts import common_scale, write_config
+from llamafactory_adaptive.export.safetensors_stream import TensorSpec, write_streaming
+from llamafactory_adaptive.export.scratch import check_new_folder, scratch_folder
+from llamafactory_adaptive.export.shrink.certificate import certify
+from llamafactory_adaptive.export.shrink.factored_svd import FactoredSvd, decompose, singular_values
+from llamafactory_adaptive.export.shrink.request import ShrinkRequest
+from llamafactory_adaptive.export.source_adapter import LoraModule, SourceAdapter, factor_key, read_adapter
+from llamafactory_adaptive.files import PLAN_FILE
+from llamafactory_adaptive.ranks.component_cuts import AdapterSpectrum, Cut, ModuleSpectrum
+from llamafactory_adaptive.ranks.module_names import layer_order
+from llamafactory_adaptive.ranks.plan import ModulePlan, ModuleShape, RankPlan, load_plan
+from llamafactory_adaptive.versions import installed_versions
+
+
+METHOD = "shrink"  # in the plan of a cut adapter
+_OF_THE_BASE = ("architecture", "quantization_bit")  # what is told on of the plan that the adapter was trained on
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """An adapter that can be cut, with the singular values of all its modules.
+
+    Attributes:
+        scale: alpha/r of the cut adapter, the same for every module.
+    """
+
+    adapter: SourceAdapter
+    spectrum: AdapterSpectrum
+    scale: float
+
+
+def run_shrink(request: ShrinkRequest) -> str:
+    """Cut one adapter to its budget and return the text for the user.
+
+    Raises:
+        AdaptiveConfigError: the request is refused, before anything is written.
+        ExportError: what was written is not the best adapter of its ranks; nothing is left in the output folder.
+    """
+    found = read_decomposition(request)
+    cut = chosen_cut(request, found.spectrum)
+    with scratch_folder(request.out) as folder:
+        write_cut(found, cut, folder)
+        plan = cut_plan(found, cut, request.budget)
+        plan.write(folder / PLAN_FILE)
+        checks = certify(found.adapter, cut, plan, folder)
+    return "\n".join([_summary(found.spectrum, cut), *checks, *_next(request.out, plan.lora_rank)])
+
+
+def read_decomposition(request: ShrinkRequest) -> Decomposition:
+    """Read an adapter and the singular values of its modules, one module at a time.
+
+    Raises:
+        AdaptiveConfigError: it cannot be cut, or the output folder is not new.
+    """
+    check_new_folder(request.out)
+    adapter = read_adapter(request.adapter)
+    if adapter.replaced or adapter.config.get("modules_to_save"):
+        why = "fully trained weights have no rank to cut, and servers that read LoRA factors would lose them"
+        suggestion = "an adapter trained without additional_target, or `llamafactory-cli export`"
+        refuse("modules_to_save", adapter.config.get("modules_to_save"), why, suggestion)
+    modules = []
+    for one in tqdm(sorted(adapter.modules, key=lambda module: layer_order(module.name)),
+                    desc="singular values", unit="module", mininterval=1.0):  # fmt: skip
+        values = singular_values(*adapter.factors(one.name), one.scale)
+        modules.append(
+            ModuleSpectrum(ModuleShape(one.name, one.in_features, one.out_features), one.rank, tuple(values))
+        )
+    spectrum = AdapterSpectrum(tuple(modules), request.min_rank)
+    if spectrum.energy == 0:
+        why = "all its updates are zero, so that there is nothing to choose among"
+        refuse("adapter", str(request.adapter), why, "an adapter that was trained")
+    return Decomposition(adapter, spectrum, common_scale(adapter))
+
+
+def chosen_cut(request: ShrinkRequest, spectrum: AdapterSpectrum) -> Cut:
+    """Cut to the budget that was asked for.
+
+    Raises:
+        AdaptiveConfigError: the adapter is smaller than it, or its modules cannot be cut that far.
+    """
+    if request.energy is not None:
+        return spectrum.cut_to_energy(request.energy)
+    [(key, asked)] = request.budget.items()
+    budget = spectrum.uniform(int(asked)) if key == "rank" else int(asked)
+    full, least = spectrum.parameters, spectrum.least
+    if budget > full:
+        most = full // spectrum.uniform(1) if key == "rank" else full
+        words = f"it costs {budget:,} parameters, and the adapter has {full:,}"
+        refuse(key, asked, words, f"--{key} {most}" if most else f"--parameters {full}")
+    if budget < least:
+        floor = f"rank {request.min_rank} in every module costs" if request.min_rank else "the cheapest component has"
+        suggestion = f"--parameters {least}" + (", or --min-rank 0" if request.min_rank else "")
+        refuse(key, asked, f"it allows {budget:,} parameters, and {floor} {least:,}", suggestion)
+    return spectrum.cut(budget)
+
+
+def write_cut(found: Decomposition, cut: Cut, target: Path) -> None:
+    """Write the adapter cut to these ranks, in fp32, with no more than one module in memory."""
+    adapter, scale = found.adapter, found.scale
+    ranks = {name: rank for name, rank in cut.by_name().items() if rank}
+    write_config(adapter.config.get("base_model_name_or_path"), target, contract_arguments(ranks, scale))
+    places = {factor_key(name, side): (name, side) for name in ranks for side in "AB"}
+
+    @lru_cache(maxsize=1)  # A and B of a module follow each other in the file
+    def components(name: str) -> FactoredSvd:
+        return decompose(*adapter.factors(name), adapter.by_name[name].scale)
+
+    def make(spec: TensorSpec) -> Tensor:
+        progress.update()
+        name, side = places[spec.name]
+        a, b = components(name).factors(ranks[name], scale)
+        return (a if side == "A" else b).float()
+
+    specs = [_spec(key, adapter.by_name[name], side, ranks[name]) for key, (name, side) in places.items()]
+    with tqdm(total=len(specs), desc="writing", unit="factor", mininterval=1.0) as progress:
+        write_streaming(target / ADAPTER_WEIGHTS, specs, make)
+
+
+def _spec(key: str, module: LoraModule, side: str, rank: int) -> TensorSpec:
+    shape = (rank, module.in_features) if side == "A" else (module.out_features, rank)
+    return TensorSpec(key, torch.float32, shape)
+
+
+def cut_plan(found: Decomposition, cut: Cut, asked: Mapping[str, Any]) -> RankPlan:
+    """Build the plan of a cut adapter: its ranks, and as score of each module its squared singular values."""
+    spectrum, total = found.spectrum, found.spectrum.energy
+    modules = tuple(
+        ModulePlan(
+            one.shape.name, one.shape.in_features, one.shape.out_features, rank,
+            score=one.energy, share=one.energy / total, metrics={"lost_energy": one.energy_from(rank)},
+        )
+        for one, rank in zip(spectrum.modules, cut.ranks, strict=True)
+    )  # fmt: skip
+    lora_rank = max(1, -(-cut.budget // spectrum.uniform(1)))
+    return RankPlan(
+        method=METHOD,
+        options=dict(asked),
+        budget_unit="params",
+        lora_rank=lora_rank,
+        lora_alpha=int_if_integral(found.scale * lora_rank),
+        modules=modules,
+        provenance=_provenance(found.adapter),
+    )
+
+
+def _provenance(adapter: SourceAdapter) -> dict[str, Any]:
+    try:
+        trained = load_plan(adapter.folder / PLAN_FILE).provenance
+    except PlanError:  # a foreign adapter has none, and one of another version is not needed
+        trained = {}
+    facts = {key: trained[key] for key in _OF_THE_BASE if trained.get(key) is not None}
+    versions = installed_versions(("llamafactory-adaptive", "torch", "peft"))
+    return {"base_model": adapter.config.get("base_model_name_or_path"), **facts, "versions": versions}
+
+
+def _summary(spectrum: AdapterSpectrum, cut: Cut) -> str:
+    ranks, full = [rank for rank in cut.ranks if rank], spectrum.parameters
+    return (
+        f"{len(ranks)} of {len(cut.ranks)} modules, ranks {min(ranks)} to {max(ranks)}: {cut.parameters:,} of "
+        f"{full:,} parameters ({cut.parameters / full:.1%}), {cut.kept_share:.2%} of the energy (the squared singular "
+        "values of all updates; it is not the loss)"
+    )
+
+
+def _next(out: Path, lora_rank: int) -> list[str]:
+    served, plan = quote(f"served/{out.name}"), quote(str(out / PLAN_FILE))
+    return [
+        f"written to {out}; next:",
+        f"  llamafactory-adaptive export {quote(str(out))} --for vllm --out {served}",
+        f"  llamafactory-cli train my.yaml adaptive_plan={plan} lora_rank={lora_rank}   # afresh, on these ranks",
+    ]

@@ -1,0 +1,98 @@
+"""From outcomes of runs to verdicts and pages: no training."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from llamafactory_adaptive.comparison.arms import Arm
+from llamafactory_adaptive.comparison.experiment import Design, Progress
+from llamafactory_adaptive.comparison.pages import sentences, table, text_table, write_pages
+from llamafactory_adaptive.comparison.results import arm_results, budget_words, document, mean_ranks
+
+
+TOKENS = {"dev": [5] * 60, "test": [4, 6] * 30}
+ARMS = ("lora", "random", "igu", "dora", "hot", "<b>odd</b>")
+GAIN = {"igu": -0.2, "dora": 0.0, "random": 0.3}  # in nats, of a loss of about 2
+
+
+def outcome(run):
+    """Losses with noise of rows and seeds that arms share, so that differences are exact to a hundredth or so."""
+    if run.arm == "hot":
+        return {"status": "diverged"}
+    shared = np.random.default_rng(run.seed).normal(2.0, 0.2, 60)
+    own = np.random.default_rng((run.seed, ARMS.index(run.arm))).normal(0.0, 0.01, 60)
+    losses = (shared + own + GAIN.get(run.arm, 0.0) + abs(run.point.rate - 2.0)).tolist()
+    parameters = {"dora": 1100, "igu": 996}.get(run.arm, 1000)
+    return {"status": "done", "dev": losses, "test": losses, "seconds": 30.0, "parameters": parameters,
+            "parameters_of_one_rank": 10, "ranks": {"model.layers.0.q_proj": 4, "model.layers.1.q_proj": 2,
+                                                    "model.layers.1.up_proj": 8}}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def progress():
+    arms = [Arm(name, {"finetuning_type": "lora"}) for name in (*ARMS, "broken")]
+    made = Progress(Design((1.0, 2.0, 4.0), seeds=5), arms, outcome, lambda found, half: np.mean(found[half]))
+    made.failed["broken"] = "out of memory"
+    return made
+
+
+@pytest.fixture(scope="module")
+def made(progress):
+    facts = {"command": "llamafactory-adaptive compare x.yaml", "design": {"seeds": 5}}
+    return document(arm_results(progress), TOKENS, 0.005, facts)
+
+
+def arm(made, name):
+    return next(entry for entry in made["arms"] if entry["name"] == name)
+
+
+def test_arms_are_judged_at_their_best_rate_against_plain_lora_and_random_ranks(made):
+    assert arm(made, "igu")["best"] == {"rate": 2.0, "alpha": None}
+    verdicts = {name: arm(made, name)["verdicts"]["lora"]["verdict"] for name in ("igu", "random", "dora")}
+    assert verdicts == {"igu": "better", "random": "worse", "dora": "equivalent"}
+    assert arm(made, "igu")["verdicts"]["random"]["verdict"] == "better"
+    relative = arm(made, "igu")["verdicts"]["lora"]["difference"]["relative"]
+    assert relative["value"] == pytest.approx(-0.2 / 2.0, rel=0.05)
+    assert arm(made, "lora")["verdicts"] == {}
+
+
+def test_the_loss_of_a_seed_is_the_mean_over_answer_tokens(made):
+    rows = np.array(outcome(type("R", (), {"arm": "igu", "seed": 3, "point": type("P", (), {"rate": 2.0})}))["test"])
+    assert arm(made, "igu")["losses"][3] == pytest.approx(np.average(rows, weights=TOKENS["test"]))
+
+
+def test_an_adapter_of_another_size_is_told_and_one_that_lacks_less_than_a_rank_is_equal(made):
+    plain = arm(made, "lora")
+    assert arm(made, "igu")["equal_parameters"] is True
+    assert budget_words(arm(made, "igu"), plain) is None
+    assert budget_words(arm(made, "dora"), plain) == "dora saves 10.0% more parameters than plain LoRA"
+
+
+def test_ranks_are_averaged_by_module_type():
+    assert mean_ranks([outcome(type("R", (), {"arm": "lora", "seed": 0, "point": type("P", (), {"rate": 2.0})}))]) == {
+        "q_proj": 3.0, "up_proj": 8.0}  # fmt: skip
+
+
+def test_arms_that_diverged_or_could_not_run_are_told(made):
+    rows = {row[0]: row for row in table(made)}
+    assert rows["hot"][1] == "diverged at every rate"
+    assert rows["broken"][1] == "could not be run: out of memory"
+    assert any(sentence.startswith("hot: diverged") for sentence in sentences(made))
+    assert len(text_table(made)) == 1 + len(made["arms"])
+
+
+def test_pages_are_self_contained_and_show_names_as_text(made, tmp_path):
+    paths = {path.suffix: path.read_text() for path in write_pages(made, tmp_path)}
+    assert json.loads(paths[".json"]) == json.loads(json.dumps(made))
+    html = paths[".html"]
+    assert "<b>odd" not in html
+    assert "&lt;b&gt;odd" in html
+    assert html.count("<svg") == 4
+    addresses = re.findall(r"""(?:src|href)\s*=\s*["']([^"']{0,12})""", html)
+    assert {address.partition(":")[0] if ":" in address else address[:1] for address in addresses} <= {"#", "data"}
+    assert "<script" not in html
+    assert "<b>odd" not in paths[".md"]
+    for sentence in sentences(made)[:1]:
+        assert sentence.partition(":")[0] in paths[".md"]
