@@ -22,6 +22,7 @@ from llamafactory.hparams import parser as host  # noqa: E402
 
 from llamafactory_adaptive.bridge.validation import parse_config  # noqa: E402
 from llamafactory_adaptive.methods import make_method  # noqa: E402
+from llamafactory_adaptive.ranks.plan import ModuleShape  # noqa: E402
 from llamafactory_adaptive.ranks.schedule import make_schedule  # noqa: E402
 from tests.helpers.data_tables import write_data_table  # noqa: E402
 
@@ -236,3 +237,19 @@ def test_the_page_names_every_recipe_and_the_task_that_scores_it():
               for name in RECIPES}  # fmt: skip
     assert told == scored
     assert all(word in page.split("## What is out of reach")[1] for word in ("RoBERTa", "DeBERTa", "BART", "Conv1D"))
+
+
+PUBLISHED_RATES = [name for name in RECIPES if "one of plain LoRA" in RECIPES[name].read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("name", PUBLISHED_RATES)
+def test_rates_of_our_own_move_a_component_as_the_codes_rate_moves_one_of_plain_lora(name):
+    """On Qwen2.5-0.5B, whose modules have 896 inputs but for down_proj."""
+    settings = yaml.safe_load(RECIPES[name].read_text(encoding="utf-8"))
+    options = {key.removeprefix("igu_"): value for key, value in settings.items() if key.startswith("igu_")}
+    slowdown = make_method("igu", options).initial_adapter.slowdown([ModuleShape("q_proj", 896, 896)])
+    assert settings["learning_rate"] == pytest.approx(2e-4 * slowdown, rel=0.05)
+
+
+def test_there_are_such_recipes():
+    assert len(PUBLISHED_RATES) == 6

@@ -62,9 +62,26 @@ def test_component_scores_match_the_numpy_reference(options, element, term):
         assert np.allclose(scores[index], reference.component_scores(*parts.values()), rtol=1e-4)
 
 
-def test_adalora_scores_and_keeps_what_pefts_own_allocator_does():
-    """One recorded stream of weights and gradients through both."""
-    _, triplets, components = triplet_model(rank=6, initial_lambda=0.0)
+class RatioAllocator(RankAllocator):
+    """PEFT's allocator with the score of IGU-LoRA's released code, mean over deviation."""
+
+    def _element_score(self, n):
+        return (self.exp_avg_ipt[n] + 1e-6) / (self.exp_avg_unc[n] + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "allocator_class"),
+    [
+        (Adalora(AdaloraOptions()), RankAllocator),
+        (Igu(IguOptions("published", importance="off")), RatioAllocator),
+    ],
+    ids=["adalora", "igu as published"],
+)
+def test_scores_and_masks_are_those_of_pefts_allocator(method, allocator_class):
+    """One recorded stream of weights and gradients through both, under a falling budget."""
+    _, triplets, components = triplet_model(
+        rank=6, initial_lambda=0.0 if method.initial_adapter.lambda_value == 0 else 0.1
+    )
     shadows = {}
     for module in triplets.modules:
         for kind, letter, shape in (("Q", "A", None), ("P", "B", None), ("lambda", "E", (6, 1))):
@@ -73,9 +90,8 @@ def test_adalora_scores_and_keeps_what_pefts_own_allocator_does():
     theirs = {name: torch.nn.Parameter(torch.zeros(shape)) for name, (_, shape) in shadows.items()}
     model = type("Shadow", (), {"named_parameters": lambda self: theirs.items()})()
     config = peft.AdaLoraConfig(target_r=3, init_r=6, total_step=100, beta1=0.85, beta2=0.85)
-    allocator = RankAllocator(model, config, "default")
+    allocator = allocator_class(model, config, "default")
 
-    method = Adalora(AdaloraOptions())
     for _ in stream(triplets, 8):
         for name, (parameter, shape) in shadows.items():
             theirs[name].data.copy_(parameter.data.view(shape))
@@ -84,14 +100,15 @@ def test_adalora_scores_and_keeps_what_pefts_own_allocator_does():
         components.update(method, None)
 
     ours = components.scores(method)
-    budget = 3 * len(triplets.modules)
-    pattern = allocator.mask_to_budget(model, budget)
     for module, row in zip(triplets.modules, ours, strict=True):
         e, a, b = (allocator._element_score(f"{module.name}.lora_{x}.default") for x in "EAB")
         assert np.allclose(row, (e.view(-1) + a.mean(1) + b.mean(0)).tolist(), rtol=1e-4)
-    kept = keep_components(ours, Bounds([1] * len(ours), budget, [0] * len(ours), [6] * len(ours)))
-    assert [pattern[f"{module.name}.lora_E.default"] for module in triplets.modules] == kept
-    assert len({sum(row) for row in kept}) > 1
+    for rank in (5, 3, 1):
+        budget = rank * len(triplets.modules)
+        pattern = allocator.mask_to_budget(model, budget)
+        kept = keep_components(ours, Bounds([1] * len(ours), budget, [0] * len(ours), [6] * len(ours)))
+        assert [pattern[f"{module.name}.lora_E.default"] for module in triplets.modules] == kept
+        assert len({sum(row) for row in kept}) > 1
 
 
 def test_draws_depend_on_their_arguments_alone_and_cover_all_choices():
