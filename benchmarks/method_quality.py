@@ -65,6 +65,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "published, off, relative epsilon": ("igu", {**PUBLISHED_OFF, "epsilon_scale": "relative", "epsilon": 1.0}),
     # a module may lose its adapter: at a budget of rank 1 nothing can move otherwise
     "corrected, ranks from 0": ("igu", {"min_rank": 0}),
+    # over-ranked and cut like it, but every module to the same rank: what allocation adds
+    "corrected, uniform ranks": ("igu", {"min_rank": 4}),
     # corrected without one of its parts
     "corrected, snr": ("igu", {"uncertainty": "snr"}),
     "corrected, mean": ("igu", {"uncertainty": "mean"}),

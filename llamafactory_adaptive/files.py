@@ -184,8 +184,8 @@ def cannot_write(path: Path, error: Exception) -> OutputError:
     why = getattr(error, "strerror", None) or str(error)
     if isinstance(error, shutil.Error):  # of many files: a list of (source, copy, reason)
         why = error.args[0][0][2]
-    place = next((folder for folder in path.parents if os.path.isdir(folder)), None)  # is_dir may raise
-    if place is not None and shutil.disk_usage(place).free < _LITTLE:  # torch's own words do not say so
+    existing = next((folder for folder in path.parents if os.path.isdir(folder)), None)  # is_dir may raise
+    if existing is not None and shutil.disk_usage(existing).free < _LITTLE:  # torch's own words do not say so
         why = os.strerror(errno.ENOSPC)
     return OutputError(f"{path} cannot be written ({why}); free space there or choose another folder, then run again")
 
@@ -197,8 +197,8 @@ def check_writable(folder: Path) -> str | None:
     nearest one above it that exists. No folder is made, so that runs that begin together do not collide.
     """
     try:
-        place = next(place for place in (folder, *folder.parents) if place.exists())
-        probe = place / f".adaptive-{uuid.uuid4().hex}.tmp"
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        probe = existing / f".adaptive-{uuid.uuid4().hex}.tmp"
         try:
             probe.write_bytes(b"\0" * 4096)
         finally:

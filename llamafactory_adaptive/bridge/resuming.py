@@ -35,14 +35,14 @@ def _name(path: Path | None) -> str | None:
 
 
 def _choose(args: Args) -> Path | None:
-    wanted, output = args.get("resume_from_checkpoint"), Path(str(args["output_dir"]))
-    if isinstance(wanted, str):
-        chosen: Path | None = _given(Path(wanted), output)
+    asked, output = args.get("resume_from_checkpoint"), Path(str(args["output_dir"]))
+    if isinstance(asked, str):
+        chosen: Path | None = _given(Path(asked), output)
     else:
         last = _newest_for_the_host(args)
         ours = last is not None and ((output / LOG_FILE).is_file() or (last / PLAN_FILE).is_file())
         chosen = _newest_undamaged(output) if ours else last
-        if wanted is True and last is None:
+        if asked is True and last is None:
             reason = f"there is no checkpoint in {output}"
             refuse("resume_from_checkpoint", True, reason, "leaving it out")
     if chosen is not None:
@@ -53,13 +53,13 @@ def _choose(args: Args) -> Path | None:
     return chosen
 
 
-def _given(wanted: Path, output: Path) -> Path:
+def _given(asked: Path, output: Path) -> Path:
     """Return the checkpoint that the settings name; refuse a missing or damaged one."""
-    if not wanted.is_dir():
-        refuse("resume_from_checkpoint", str(wanted), "there is no such folder", f"{output}/checkpoint-<step>")
-    if (wanted / PLAN_FILE).is_file() and (fault := damage(wanted)):
-        raise PlanError(f"{wanted} is damaged or was not written to its end: {fault}; resume from another checkpoint")
-    return wanted
+    if not asked.is_dir():
+        refuse("resume_from_checkpoint", str(asked), "there is no such folder", f"{output}/checkpoint-<step>")
+    if (asked / PLAN_FILE).is_file() and (fault := damage(asked)):
+        raise PlanError(f"{asked} is damaged or was not written to its end: {fault}; resume from another checkpoint")
+    return asked
 
 
 def _newest_undamaged(output: Path) -> Path | None:
@@ -105,8 +105,8 @@ def _newest_for_the_host(args: Args) -> Path | None:
     """Find the checkpoint in ``output_dir`` that the host resumes from when none is named, damaged or not."""
     from transformers.trainer_utils import get_last_checkpoint
 
-    wanted, output = args.get("resume_from_checkpoint"), Path(str(args["output_dir"]))
-    if wanted is False or not output.is_dir() or (wanted is None and args.get("overwrite_output_dir")):
+    asked, output = args.get("resume_from_checkpoint"), Path(str(args["output_dir"]))
+    if asked is False or not output.is_dir() or (asked is None and args.get("overwrite_output_dir")):
         return None
     last = get_last_checkpoint(str(output))
     return Path(last) if last else None
@@ -126,10 +126,10 @@ def refuse_ranks_in_plain_run(args: Args) -> None:
     Raises:
         AdaptiveConfigError: the checkpoint that would be resumed from is no plain LoRA; the message names it.
     """
-    wanted = args.get("resume_from_checkpoint")
+    asked = args.get("resume_from_checkpoint")
     if not args.get("output_dir") or not args.get("do_train"):
         return
-    checkpoint = Path(wanted) if isinstance(wanted, str) else _newest_for_the_host(args)
+    checkpoint = Path(asked) if isinstance(asked, str) else _newest_for_the_host(args)
     if checkpoint is not None and (checkpoint / STATE_JSON).is_file():
         kind = args.get("finetuning_type", "lora")
         reason = f"{checkpoint} is of a run that trains no plain LoRA, and would be resumed from"

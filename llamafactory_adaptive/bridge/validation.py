@@ -214,23 +214,23 @@ def _dataset_problems(args: Mapping[str, Any], calibration: str | None) -> list[
 def names_not_in_info(args: Mapping[str, Any], names: Mapping[str, list[str]]) -> list[Problem]:
     """Find names of data sets that ``dataset_info.json`` does not have, by the key that they were given under."""
     folder = args.get("dataset_dir")
-    wanted = [(key, name) for key, listed in names.items() for name in listed]
+    named = [(key, name) for key, listed in names.items() for name in listed]
     if args.get("tokenized_path") or str(folder).startswith(("ONLINE", "REMOTE:")):
         return []  # tables of a hub are the host's to judge
     if isinstance(folder, dict):
         trained = names["dataset"]
-        return [problem for key, name in wanted for problem in _entry_problems(key, name, folder, None, trained)]
+        return [problem for key, name in named for problem in _entry_problems(key, name, folder, None, trained)]
     folder = str(folder or "data")
     info_path = Path(folder) / "dataset_info.json"
     if not os.path.isfile(info_path):
         lost = [Problem("dataset_dir", folder, f"there is no {info_path}", "dataset_dir: examples/data")]
-        return lost if wanted else []
+        return lost if named else []
     try:
         info = read_mapping(info_path, str(info_path), finite=False)
     except PlanError as error:
         return [Problem("dataset_dir", folder, str(error), "mending the file")]
     return [
-        problem for key, name in wanted for problem in _entry_problems(key, name, info, info_path, names["dataset"])
+        problem for key, name in named for problem in _entry_problems(key, name, info, info_path, names["dataset"])
     ]
 
 

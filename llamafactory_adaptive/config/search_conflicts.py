@@ -30,10 +30,10 @@ def state_changes(method: Any) -> tuple[str, str] | None:
 
 def _optimizer_conflicts(method: Any) -> list[Conflict]:
     """List the optimizers that cannot go with a method, with its cause and the way out; none if states stay."""
-    found = state_changes(method)
-    if found is None:
+    change = state_changes(method)
+    if change is None:
         return []
-    cause, remedy = found
+    cause, remedy = change
     return [
         replace(rule, reason=f"{cause}, {rule.reason}", suggestion=f"{rule.suggestion}, or {remedy}")
         for rule in OPTIMIZER_CONFLICTS

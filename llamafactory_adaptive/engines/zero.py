@@ -95,8 +95,8 @@ class Zero12Engine(_ZeroEngine):
             return [self._cut(flat, parameter) for parameter in parameters]
         by_offset = self._by_offset()
         empty = parameters[0].detach().view(-1)[:0].float()
-        found = [self.owned.get(id(parameter)) for parameter in parameters]
-        return [empty if entry is None else by_offset[entry[0], entry[2]] for entry in found]
+        entries = [self.owned.get(id(parameter)) for parameter in parameters]
+        return [empty if entry is None else by_offset[entry[0], entry[2]] for entry in entries]
 
     def _by_offset(self) -> dict[tuple[int, int], Tensor]:
         """Index the averaged gradients by group and start; the lists hold them, and padding, in partition order."""

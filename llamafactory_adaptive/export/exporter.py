@@ -85,8 +85,8 @@ def prepare(request: ExportRequest) -> Export:
 
 
 def _check_space(out: Path, needed: int) -> None:
-    place = next(folder for folder in out.resolve().parents if folder.is_dir())
-    if (free := shutil.disk_usage(place).free) < needed:
+    existing = next(folder for folder in out.resolve().parents if folder.is_dir())
+    if (free := shutil.disk_usage(existing).free) < needed:
         why = f"the merged weights take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there"
         refuse("out", str(out), why, "a folder on another disk")
 

@@ -56,19 +56,19 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
     """
     home, rest = _target(folder, name)
     steps = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    place = os.open(home, steps)
+    handle = os.open(home, steps)
     try:
         for part in rest.parts[:-1]:
-            above, place = place, os.open(part, steps, dir_fd=place)
+            above, handle = handle, os.open(part, steps, dir_fd=handle)
             os.close(above)
         # Without waiting: a pipe has nobody at its other end.
-        file = os.open(rest.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=place)
+        file = os.open(rest.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=handle)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
             raise OutsideError(f"{name} has become a link while it was read") from error
         raise
     finally:
-        os.close(place)
+        os.close(handle)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
         raise OutsideError(f"{name} is no ordinary file")
@@ -79,8 +79,8 @@ def _is_blob(home: Path, target: Path) -> bool:
     """Tell whether ``target`` is a blob of the hub-cache entry that ``home`` is a snapshot of."""
     if not _DIGEST.fullmatch(target.name):
         return False
-    snapshots = (place for place in home.parents if place.name == "snapshots")
-    entries = (place.parent for place in snapshots if place.parent.name.startswith("models--"))
+    snapshots = (folder for folder in home.parents if folder.name == "snapshots")
+    entries = (folder.parent for folder in snapshots if folder.parent.name.startswith("models--"))
     return any(target.parent == entry / "blobs" for entry in entries)
 
 

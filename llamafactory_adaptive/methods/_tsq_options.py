@@ -140,8 +140,8 @@ class TsqOptions:
             (self.min_cluster_share > 0 and self.clusters < 2, "min_cluster_share",
              f"tsq_clusters: {self.clusters} tells no kinds of samples apart", "tsq_clusters: 8"),
         ]  # fmt: skip
-        found = [(name, reason, remedy) for wrong, name, reason, remedy in rules if wrong]
-        return self._idle() + [Problem(f"tsq_{name}", getattr(self, name), *said) for name, *said in found]
+        broken = [(name, reason, remedy) for wrong, name, reason, remedy in rules if wrong]
+        return self._idle() + [Problem(f"tsq_{name}", getattr(self, name), *said) for name, *said in broken]
 
     def _idle(self) -> list[Problem]:
         """List options that were set but have no effect because of others."""

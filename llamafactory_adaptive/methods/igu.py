@@ -124,8 +124,8 @@ class Igu(SmoothedMethod):
         if self.options.importance != "shrink":
             return 1.0
         one_per_step = self.options.descale or self.options.mend_strength
-        draw = seeded_index(seed, step, 0 if one_per_step else micro_batch, self.options.intervals)
-        position = (1 + draw) / self.options.intervals
+        index = seeded_index(seed, step, 0 if one_per_step else micro_batch, self.options.intervals)
+        position = (1 + index) / self.options.intervals
         self._cube = position**3 if self.options.descale else 1.0
         return position
 

@@ -182,4 +182,4 @@ def _spend(config: AdaptiveConfig, shapes: list[ModuleShape], scores: list[float
     lower = [min(config.min_rank, high) for high in upper]
     bounds = Bounds(costs, config.lora_rank * sum(costs), lower, upper)
     packed = packed_groups([shape.name for shape in shapes])
-    return choose_whole_groups(lambda within: allocate(scores, within), lambda found: found.ranks, bounds, packed)
+    return choose_whole_groups(lambda within: allocate(scores, within), lambda chosen: chosen.ranks, bounds, packed)

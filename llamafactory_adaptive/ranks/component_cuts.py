@@ -155,8 +155,8 @@ class AdapterSpectrum:
         index = next(i for i, (_, lost) in enumerate(path) if lost <= allowed)
         low, high = path[index - 1][0] + 1 if index else self.least, path[index][0]
         # A budget between two steps of the path may reach as far by smaller components that fit into it.
-        found = bisect.bisect_left(range(low, high), True, key=lambda budget: self.cut(budget).lost <= allowed)
-        return self.cut(low + found)
+        offset = bisect.bisect_left(range(low, high), True, key=lambda budget: self.cut(budget).lost <= allowed)
+        return self.cut(low + offset)
 
     @cached_property
     def path(self) -> list[tuple[int, float]]:

@@ -52,7 +52,7 @@ def packed_groups(names: Sequence[str]) -> list[list[int]]:
         parent, _, kind = name.rpartition(".")
         if kind in kinds:
             members.setdefault((parent, kinds[kind]), []).append(index)
-    return [found for found in members.values() if len(found) > 1]
+    return [group for group in members.values() if len(group) > 1]
 
 
 def choose_whole_groups(

@@ -67,9 +67,9 @@ class NamePattern:
         """Find the first key that is ``name`` or ends it after a dot; None if there is none."""
         words = name.split(".")
         ends = (".".join(words[start:]) for start in range(len(words)))
-        found = [self.ends[end] for end in ends if end in self.ends]
-        found += [self.exact[name]] if name in self.exact else []
-        return min(found)[1] if found else None
+        matches = [self.ends[end] for end in ends if end in self.ends]
+        matches += [self.exact[name]] if name in self.exact else []
+        return min(matches)[1] if matches else None
 
 
 def key_of(pattern: Mapping[str, object], name: str) -> str | None:

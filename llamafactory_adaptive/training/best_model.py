@@ -77,10 +77,10 @@ class BestModel(RunPart):
 
 def _readers(args: Any, callbacks: list[Any]) -> list[str]:
     """List what depends on the best evaluation."""
-    found = ["load_best_model_at_end"] if args.load_best_model_at_end else []
-    found += ["save_strategy: best"] if args.save_strategy == "best" else []
+    asked = ["load_best_model_at_end"] if args.load_best_model_at_end else []
+    asked += ["save_strategy: best"] if args.save_strategy == "best" else []
     early = any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
-    return [*found, *(["early stopping"] if early else [])]
+    return [*asked, *(["early stopping"] if early else [])]
 
 
 def evaluations_from(first: int, args: Any, state: Any) -> int | None:

@@ -80,15 +80,15 @@ class PlanGuard(RunPart):
         name_targets_in_full(model, self.plan)
         self.counters.modules_checked = check_live(model, self.plan)
 
-    def settle(self, found: RankPlan) -> None:
+    def settle(self, plan: RankPlan) -> None:
         """Replace the plan by the one that a search has found, with which the saved adapter is then compared.
 
         Raises:
             GuardError: the search observed or chose no components.
         """
         if 0 in (self.counters.allocations, self.counters.observations):
-            raise GuardError(f"the run asked for {found.method} but no component was chosen: {self.counters}")
-        self.plan, self.is_final = found, True
+            raise GuardError(f"the run asked for {plan.method} but no component was chosen: {self.counters}")
+        self.plan, self.is_final = plan, True
 
     # -- while training ----------------------------------------------------------------------------------------------
 

@@ -95,9 +95,9 @@ class Observer:
     def _observe_samples(self) -> None:
         """Pass the moments of the step's samples to the method, loss scale taken out."""
         assert self.moments is not None
-        found = [[self._moment(parameter) for parameter in block.parameters] for block in self.components.blocks]
+        moments = [[self._moment(parameter) for parameter in block.parameters] for block in self.components.blocks]
         overflow_is_possible = self.trainer.args.fp16
-        self.components.observe_given(self.method, found, self.moments.order, overflow_is_possible)
+        self.components.observe_given(self.method, moments, self.moments.order, overflow_is_possible)
 
     def _moment(self, parameter: nn.Parameter) -> Tensor:
         """Return the moment of a parameter's gradient over this process's samples, loss scale taken out."""

@@ -31,8 +31,8 @@ def check_optimizer(optimizer: Any, search: MaskedSearch) -> None:
             "whose optimizer must be made after that"
         )
         refuse("optimizers", name, reason, "optimizer_cls_and_kwargs=(torch.optim.AdamW, {'lr': 1e-4})")
-    found = state_changes(search.request.method) if search.request.config.search is not None else None
-    if found is not None and not keeps_known_states(optimizer):
-        cause, remedy = found
+    change = state_changes(search.request.method) if search.request.config.search is not None else None
+    if change is not None and not keeps_known_states(optimizer):
+        cause, remedy = change
         reason = f"{cause}, and where this optimizer keeps them is not known"
         refuse("optim", name, reason, f"optim: adamw_torch, or {remedy}")

@@ -51,5 +51,5 @@ def set_previous_run_aside(output: Path, named: Iterable[Path] = ()) -> Path | N
 
 
 def _holds(path: Path, kept: set[Path]) -> bool:
-    whole = path.resolve()
-    return any(whole == other or whole in other.parents for other in kept)
+    resolved = path.resolve()
+    return any(resolved == other or resolved in other.parents for other in kept)

@@ -106,8 +106,8 @@ def ask_vllm(python: Path, model: Path, adapter: Path | None, rank: int | None, 
         "model": str(model.resolve()), "adapter": str(adapter.resolve()) if adapter else None,
         "max_lora_rank": rank, "rows": rows, "top_k": TOP_K,
     }  # fmt: skip
-    with tempfile.TemporaryDirectory() as place:
-        question, answer, log = (Path(place, name) for name in ("job.json", "answer.json", "log.txt"))
+    with tempfile.TemporaryDirectory() as scratch:
+        question, answer, log = (Path(scratch, name) for name in ("job.json", "answer.json", "log.txt"))
         question.write_text(json.dumps(job), encoding="utf-8")
         _run([str(python), vllm_probe.__file__, str(question), str(answer)], log)
         document = json.loads(answer.read_text(encoding="utf-8"))
