@@ -25,7 +25,7 @@ import record
 
 
 RANK = 8
-TARGETS = {"igu": 1.05, "adalora": 1.05, "tsq, ranks alone": 1.05, "memory": 1.03}
+TARGETS = {"igu": 1.05, "adalora": 1.05, "tsq ranks alone": 1.05, "memory": 1.03}
 PRUNING = {"finetuning_type": "adaptive", "lora_rank": RANK, "lora_alpha": 2 * RANK}
 PLAIN = {"finetuning_type": "lora", "lora_rank": 2 * RANK, "lora_alpha": 4 * RANK}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "igu integrated at most 20 %": {**PRUNING, "adaptive_method": "igu", "igu_importance": "integrated",
                                      "adaptive_max_overhead": 0.2},
     # as many components in use as the others train, at the budget's end as well
-    "tsq, ranks alone": {**PRUNING, "adaptive_method": "tsq", "tsq_sampling": False, "adaptive_max_rank": 2 * RANK},
+    "tsq ranks alone": {**PRUNING, "adaptive_method": "tsq", "tsq_sampling": False, "adaptive_max_rank": 2 * RANK},
     "peft adalora": {**PLAIN, "peft_adalora": True},
 }  # fmt: skip
 
