@@ -1,6 +1,7 @@
 """Cuts of adapters, against dense decompositions and PEFT; what cannot be cut is refused, and nothing is written."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -167,6 +168,27 @@ def test_half_precision_factors_are_cut_in_fp32(base, tmp_path):
     adapter = save_adapter(base, tmp_path / "half", torch.bfloat16, r=4, target_modules=["q_proj"])
     run_shrink(ShrinkRequest(adapter, tmp_path / "out", rank=1))
     assert {t.dtype for t in load_file(tmp_path / "out" / "adapter_model.safetensors").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("name", "scale"), [("rsLoRA", 4.0), ("uniform", 2.0)])
+def test_the_command_that_trains_afresh_switches_rslora_off_where_the_adapter_has_it(name, scale, adapters, tmp_path):
+    said = run_shrink(ShrinkRequest(adapters[name], tmp_path / "out", rank=2))
+    assert (" use_rslora=false " in said) is (name == "rsLoRA")
+    found = [int(re.search(rf" {key}=(\d+) ", said)[1]) for key in ("lora_alpha", "lora_rank")]
+    assert found[0] / found[1] == scale == load_plan(tmp_path / "out" / "adaptive_rank_plan.json").scale
+
+
+@pytest.mark.parametrize(
+    ("scale", "least", "expected"),
+    [(2.0, 3, (3, 6)), (0.5, 3, (4, 2)), (0.1 * 3, 8, (10, 3)), (1 / 100, 8, (100, 1)), (2.5, 5, (6, 15))],
+)
+def test_alphas_of_the_command_are_whole_numbers_of_the_same_strength(scale, least, expected):
+    assert shrinker._rank_and_whole_alpha(scale, least) == expected
+
+
+def test_an_alpha_that_no_rank_makes_whole_is_nearly_of_the_same_strength():
+    rank, alpha = shrinker._rank_and_whole_alpha(16 / 8**0.5, 8)
+    assert alpha / rank == pytest.approx(16 / 8**0.5, rel=1e-4)
 
 
 def test_facts_of_the_base_are_told_on(adapters, tmp_path):
