@@ -38,9 +38,11 @@ def _settings(request: ShrinkRequest) -> dict[str, Any] | None:
         return None
     require_enabled()
     tell(f"reading {request.config}; LLaMA-Factory starts first, which takes 10 to 30 seconds")
-    from llamafactory_adaptive.bridge.held_out import held_out_settings
+    from llamafactory_adaptive.bridge.held_out import check_trained_alike, held_out_settings
 
-    return held_out_settings(request.config, request.data)
+    settings = held_out_settings(request.config, request.data, request.overrides)
+    check_trained_alike(settings, request.data, request.adapter)
+    return settings
 
 
 def _curve(request: ShrinkRequest, settings: dict[str, Any] | None) -> str:

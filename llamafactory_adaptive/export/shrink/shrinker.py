@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS, contract_arguments, int_if_integral
-from llamafactory_adaptive.errors import PlanError, refuse
+from llamafactory_adaptive.errors import refuse
 from llamafactory_adaptive.export.layouts import common_scale, write_config
 from llamafactory_adaptive.export.safetensors_stream import TensorSpec, write_streaming
 from llamafactory_adaptive.export.scratch import check_new_folder, scratch_folder
@@ -23,7 +23,7 @@ from llamafactory_adaptive.export.source_adapter import LoraModule, SourceAdapte
 from llamafactory_adaptive.files import PLAN_FILE
 from llamafactory_adaptive.ranks.component_cuts import AdapterSpectrum, Cut, ModuleSpectrum
 from llamafactory_adaptive.ranks.module_names import layer_order
-from llamafactory_adaptive.ranks.plan import ModulePlan, ModuleShape, RankPlan, load_plan
+from llamafactory_adaptive.ranks.plan import ModulePlan, ModuleShape, RankPlan, recorded_provenance
 from llamafactory_adaptive.versions import installed_versions
 
 
@@ -161,10 +161,7 @@ def cut_plan(found: Decomposition, cut: Cut, asked: Mapping[str, Any]) -> RankPl
 
 
 def _provenance(adapter: SourceAdapter) -> dict[str, Any]:
-    try:
-        trained = load_plan(adapter.folder / PLAN_FILE).provenance
-    except PlanError:  # a foreign adapter has none, and one of another version is not needed
-        trained = {}
+    trained = recorded_provenance(adapter.folder)
     facts = {key: trained[key] for key in _OF_THE_BASE if trained.get(key) is not None}
     versions = installed_versions(("llamafactory-adaptive", "torch", "peft"))
     return {"base_model": adapter.config.get("base_model_name_or_path"), **facts, "versions": versions}

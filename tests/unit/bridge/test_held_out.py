@@ -1,6 +1,7 @@
 """Held-out losses of cuts: what is refused before, what the other process is sent, and what it computes."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from llamafactory_adaptive.calibration.row_losses import row_losses
 from llamafactory_adaptive.errors import AdaptiveConfigError, CalibrationError
 from llamafactory_adaptive.export.shrink.request import ShrinkRequest
 from llamafactory_adaptive.export.shrink.shrinker import read_decomposition, write_cut
-from tests.helpers.lora import save_adapter
+from tests.helpers.lora import edit_config, save_adapter
+from tests.helpers.plans import make_plan
 from tests.helpers.tiny import settings
 
 
@@ -24,6 +26,7 @@ _bootstrap.install()
 from llamafactory_adaptive.bridge import measure_process  # noqa: E402
 from llamafactory_adaptive.bridge.held_out import (  # noqa: E402
     HeldOutJob,
+    check_trained_alike,
     held_out_job,
     held_out_settings,
     run_held_out_job,
@@ -107,6 +110,73 @@ def test_rows_that_the_run_held_out_of_its_own_data_are_taken(data, part, size, 
     if part == "eval_dataset":
         assert len(trained) == 18
         assert not [row for row in held_out if row in trained]
+
+
+def held_out_rows(config, tmp_path, *overrides):
+    args = held_out_settings(config, "tiny_sft", overrides)
+    job = held_out_job(args, "tiny_sft", 100, components=tmp_path, scale=1.0, cuts=({},), path=tmp_path)
+    return measure_process.load(job.settings, job, job.part)[1]
+
+
+def test_settings_of_the_run_s_command_line_choose_its_held_out_rows(write, tmp_path, monkeypatch):
+    monkeypatch.setattr("llamafactory.model.load_model", lambda *args, **more: None)
+    as_the_run = held_out_rows(write(val_size=0.25, seed=1), tmp_path)
+    config = write(val_size=0.25)
+    assert held_out_rows(config, tmp_path) != as_the_run, "another split"
+    assert held_out_rows(config, tmp_path, "seed=1") == as_the_run
+    assert len(held_out_rows(config, tmp_path, "max_samples=12")) == 3
+
+
+@pytest.fixture
+def trained(tiny_llama, tmp_path):
+    """An adapter whose plan says how it was trained; without a value there is no plan."""
+
+    def make(**provenance):
+        folder = save_adapter(tiny_llama, tmp_path / "trained", r=1, target_modules=["q_proj"])
+        if provenance:
+            make_plan(provenance=provenance).write(folder / "adaptive_rank_plan.json")
+        return folder
+
+    return make
+
+
+SPLIT = "the rows that val_size held out follow from val_size, seed, dataset and max_samples"
+
+
+@pytest.mark.parametrize(
+    ("provenance", "said"),
+    [
+        ({"seed": 1}, "trained with seed 1, and these settings have 3: other rows"),
+        ({"seed": 3}, SPLIT),
+        ({}, SPLIT),
+    ],
+)
+def test_a_split_by_another_seed_than_the_run_s_is_warned_of(provenance, said, trained, write, capsys):
+    args = held_out_settings(write(val_size=0.25, seed=3), "tiny_sft")
+    adapter = trained(**provenance)
+    capsys.readouterr()
+    check_trained_alike(args, "tiny_sft", adapter)
+    [line] = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert ("add seed=1" in line) is ("warning" in line) is (provenance.get("seed") == 1)
+    check_trained_alike(args, "tiny_eval", adapter)
+    assert capsys.readouterr().err == "", "rows of their own follow from no seed"
+
+
+def test_an_adapter_of_another_base_is_refused_by_its_plan_and_warned_of_by_its_config(trained, write, capsys):
+    args = held_out_settings(write(), "tiny_eval")
+    with pytest.raises(AdaptiveConfigError, match=r"trained on hub/Base-Instruct; try model_name_or_path=hub/Base-I"):
+        check_trained_alike(args, "tiny_eval", trained(base_model="hub/Base-Instruct"))
+    earlier = trained(base_model="hub/Base-Instruct", adaptive_plan="given.json")  # the plan's model, not the run's
+    capsys.readouterr()
+    check_trained_alike(args, "tiny_eval", earlier)
+    assert capsys.readouterr().err == ""
+    adapter = edit_config(earlier, base_model_name_or_path="hub/Base-Instruct")
+    check_trained_alike(args, "tiny_eval", adapter)
+    assert "and the adapter names hub/Base-Instruct as its base model" in capsys.readouterr().err
+    name = Path(args["model_name_or_path"]).name
+    check_trained_alike(args, "tiny_eval", edit_config(earlier, base_model_name_or_path=f"/moved/{name}/"))
+    assert capsys.readouterr().err == ""
 
 
 def test_an_adapter_of_another_model_is_one_message(job, tmp_path):

@@ -84,15 +84,19 @@ def test_a_curve_with_data_takes_losses_in_the_other_process_and_names_the_small
     from llamafactory_adaptive.bridge import measure_process
     from llamafactory_adaptive.bridge.held_out import HeldOutJob, run_held_out_job
 
+    sent = []
+
     def run_here(command, environment, log, job):
+        sent.append(json.loads(job)["settings"])
         run_held_out_job(HeldOutJob.from_json(json.loads(job)))
         return 0, ""
 
     monkeypatch.setattr(measure_process, "run_child", run_here)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings(tiny_llama, data_dir, tmp_path / "run", per_device_eval_batch_size=2)))
-    words = ["--data", "tiny_eval", "--config", str(path), "--samples", "5", "--within", "1000%"]
+    words = ["--data", "tiny_eval", "--config", str(path), "cutoff_len=40", "--samples", "5", "--within", "1000%"]
     assert cli.main(["shrink", str(adapter), "--curve", *words, "--out", str(tmp_path / "curve")]) == 0
+    assert [settings["cutoff_len"] for settings in sent] == [40]
     document = json.loads((tmp_path / "curve" / "rank_curve.json").read_text())
     assert (document["rows"], document["named_by"], document["within"]) == (5, "loss", 10.0)
     assert document["named"]["parameters"] == document["points"][-1]["parameters"] == 1024
