@@ -135,8 +135,8 @@ def _tell_of_the_split(trained: Any, ours: int) -> None:
         )
         return
     tell(
-        "the rows that val_size held out follow from val_size, seed, dataset and max_samples: where the run had one of "
-        "them on its command line, add it here, as in seed=1"
+        "the rows that val_size held out follow from val_size, seed, dataset and max_samples: where the run had one "
+        "of them on its command line, add it here, as in seed=1"
     )
 
 

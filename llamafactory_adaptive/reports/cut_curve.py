@@ -81,7 +81,7 @@ class HeldOutLosses:
         if self.mean(self.base_N) <= self.uncut * (1.0 + self.within):
             lines.append(f"warning: the base model alone is within {self.within:.2%}, too: the adapter gains less")
         if number == 0:
-            return [*lines, f"already the next smaller adapter is not within {self.within:.2%} of the uncut one's loss"]
+            return [*lines, f"the next smaller adapter is not within {self.within:.2%} of the uncut one's loss"]
         rise = f"{self.rise(number):+.2%} (standard error {self.rise_error(number):.2%})"
         lines.append(f"smallest within {self.within:.2%} of the uncut one's loss: {size}, {rise}")
         if self.rise_error(number) > self.within / 2:

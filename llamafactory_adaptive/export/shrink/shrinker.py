@@ -196,7 +196,7 @@ def _next(out: Path, plan: RankPlan, rslora: bool) -> list[str]:
 def _rank_and_whole_alpha(scale: float, least: int) -> tuple[int, int]:
     """Return the least ``lora_rank`` from ``least`` on, and the whole ``lora_alpha``, whose alpha/r is nearest.
 
-    LLaMA-Factory takes whole alphas alone. Where ranks are given, ``lora_rank`` is only a budget that they have to keep.
+    LLaMA-Factory takes whole alphas alone. Where ranks are given, ``lora_rank`` is only a budget that they must keep.
     """
 
     def error(rank: int) -> float:

@@ -82,7 +82,7 @@ def test_a_cut_that_is_within_again_below_one_that_failed_is_not_named(means, na
 def test_where_no_cut_is_within_or_the_rows_are_too_few_it_is_said():
     none = CutCurve(Path("lora"), SPECTRUM, CUTS, losses([1.0, 1.1, 1.2, 1.3, 1.4]))
     assert none.named == CUTS[0]
-    assert "already the next smaller adapter is not within 0.50% of the uncut one's loss" in none.text()
+    assert "the next smaller adapter is not within 0.50% of the uncut one's loss" in none.text()
     assert "to cut to it" not in none.text()
     noisy = CutCurve(Path("lora"), SPECTRUM, CUTS, losses([1.0] * 5, noise=0.5, within=0.2))
     assert "warning" not in noisy.text()
