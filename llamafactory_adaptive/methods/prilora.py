@@ -6,7 +6,7 @@ The line from a first to a last rank around a given mean, with one rank for all 
 
 What is left out: PRILoRA also prunes single weights of A during training, by their size and the statistics of the
 inputs, which leaves the ranks as they are. Ours: the default, a last layer with three times the rank of the first (4
-to 12 around 8); the scaling to the exact budget; that ranks may fall, below 1; that the layers of each tower of a model
+to 12 around 8); the scaling to the exact budget; that ranks may fall, below 1; that layers of each tower of a model
 (vision, language) are counted apart; that a module outside of all layers, or in a tower of one, has the mean weight.
 """
 
