@@ -24,10 +24,8 @@ from llamafactory_adaptive.bridge.validation import names_not_in_info
 from llamafactory_adaptive.calibration.batches import make_batches
 from llamafactory_adaptive.config.run_config import CalibrationConfig
 from llamafactory_adaptive.errors import CalibrationError, Problem, refuse, refuse_all
-from llamafactory_adaptive.export.adapter_config import read_config
 from llamafactory_adaptive.files import replacing
 from llamafactory_adaptive.planning.compatibility import is_same_base, trained_base
-from llamafactory_adaptive.ranks.plan import recorded_provenance
 from llamafactory_adaptive.reports.plaintext import tell
 
 
@@ -110,17 +108,22 @@ def _is_split(args: Args, data: str) -> bool:
     return bool(args.get("val_size")) and set(split_names(data)) == set(split_names(args.get("dataset")))
 
 
-def check_trained_alike(args: Args, data: str, adapter: Path) -> None:
+def check_trained_alike(args: Args, data: str, trained: Mapping[str, Any], named: str | None) -> None:
     """Compare the settings with what an adapter records of its training, and warn of what differs.
+
+    Args:
+        args: the settings.
+        data: the data set whose loss is taken.
+        trained: provenance in the adapter's plan; empty where it has none.
+        named: the base model in the adapter's own config.
 
     Raises:
         AdaptiveConfigError: its plan says that it was trained on another base model.
     """
-    trained, ours = recorded_provenance(adapter), str(args["model_name_or_path"])
-    planned, named = trained_base(trained), read_config(adapter).get("base_model_name_or_path")
+    ours, planned = str(args["model_name_or_path"]), trained_base(trained)
     if planned and not is_same_base(ours, str(planned)):
         refuse("model_name_or_path", ours, f"the adapter was trained on {planned}", f"model_name_or_path={planned}")
-    if not planned and named and not is_same_base(ours, str(named)):
+    if not planned and named and not is_same_base(ours, named):
         tell(f"warning: losses are taken with {ours}, and the adapter names {named} as its base model")
     if _is_split(args, data):
         _tell_of_the_split(trained.get("seed"), run_seed(args))

@@ -1,7 +1,6 @@
 """Held-out losses of cuts: what is refused before, what the other process is sent, and what it computes."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +16,7 @@ from llamafactory_adaptive.calibration.row_losses import row_losses
 from llamafactory_adaptive.errors import AdaptiveConfigError, CalibrationError
 from llamafactory_adaptive.export.shrink.request import ShrinkRequest
 from llamafactory_adaptive.export.shrink.shrinker import read_decomposition, write_cut
-from tests.helpers.lora import edit_config, save_adapter
-from tests.helpers.plans import make_plan
+from tests.helpers.lora import save_adapter
 from tests.helpers.tiny import settings
 
 
@@ -127,56 +125,51 @@ def test_settings_of_the_run_s_command_line_choose_its_held_out_rows(write, tmp_
     assert len(held_out_rows(config, tmp_path, "max_samples=12")) == 3
 
 
-@pytest.fixture
-def trained(tiny_llama, tmp_path):
-    """An adapter whose plan says how it was trained; without a value there is no plan."""
-
-    def make(**provenance):
-        folder = save_adapter(tiny_llama, tmp_path / "trained", r=1, target_modules=["q_proj"])
-        if provenance:
-            make_plan(provenance=provenance).write(folder / "adaptive_rank_plan.json")
-        return folder
-
-    return make
-
-
 SPLIT = "the rows that val_size held out follow from val_size, seed, dataset and max_samples"
+NAMED = "/moved/base/"
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    """What is said of an adapter with this record, where settings are for a model of the folder ``base``."""
+    told = []
+    monkeypatch.setattr("llamafactory_adaptive.bridge.held_out.tell", told.append)
+
+    def said(trained, data="tiny_eval", named=NAMED, **settings):
+        told.clear()
+        check_trained_alike({"model_name_or_path": "here/base", **settings}, data, trained, named)
+        return told
+
+    return said
 
 
 @pytest.mark.parametrize(
-    ("provenance", "said"),
+    ("trained", "words"),
     [
-        ({"seed": 1}, "trained with seed 1, and these settings have 3: other rows"),
+        ({"seed": 1}, "warning: the adapter was trained with seed 1, and these settings have 3: other rows are"),
         ({"seed": 3}, SPLIT),
         ({}, SPLIT),
     ],
 )
-def test_a_split_by_another_seed_than_the_run_s_is_warned_of(provenance, said, trained, write, capsys):
-    args = held_out_settings(write(val_size=0.25, seed=3), "tiny_sft")
-    adapter = trained(**provenance)
-    capsys.readouterr()
-    check_trained_alike(args, "tiny_sft", adapter)
-    [line] = capsys.readouterr().err.splitlines()
-    assert said in line
-    assert ("add seed=1" in line) is ("warning" in line) is (provenance.get("seed") == 1)
-    check_trained_alike(args, "tiny_eval", adapter)
-    assert capsys.readouterr().err == "", "rows of their own follow from no seed"
+def test_a_split_by_another_seed_than_the_run_s_is_warned_of(trained, words, compare):
+    settings = {"dataset": "tiny_sft", "val_size": 0.25, "seed": 3}
+    [line] = compare(trained, "tiny_sft", **settings)
+    assert line.startswith(words)
+    assert ("add seed=1" in line) is (trained == {"seed": 1})
+    assert compare(trained, "tiny_eval", **settings) == [], "rows of their own follow from no seed"
 
 
-def test_an_adapter_of_another_base_is_refused_by_its_plan_and_warned_of_by_its_config(trained, write, capsys):
-    args = held_out_settings(write(), "tiny_eval")
-    with pytest.raises(AdaptiveConfigError, match=r"trained on hub/Base-Instruct; try model_name_or_path=hub/Base-I"):
-        check_trained_alike(args, "tiny_eval", trained(base_model="hub/Base-Instruct"))
-    earlier = trained(base_model="hub/Base-Instruct", adaptive_plan="given.json")  # the plan's model, not the run's
-    capsys.readouterr()
-    check_trained_alike(args, "tiny_eval", earlier)
-    assert capsys.readouterr().err == ""
-    adapter = edit_config(earlier, base_model_name_or_path="hub/Base-Instruct")
-    check_trained_alike(args, "tiny_eval", adapter)
-    assert "and the adapter names hub/Base-Instruct as its base model" in capsys.readouterr().err
-    name = Path(args["model_name_or_path"]).name
-    check_trained_alike(args, "tiny_eval", edit_config(earlier, base_model_name_or_path=f"/moved/{name}/"))
-    assert capsys.readouterr().err == ""
+def test_an_adapter_of_another_base_is_refused_by_its_plan_and_warned_of_by_its_config(compare):
+    other = {"base_model": "hub/base-instruct"}
+    with pytest.raises(AdaptiveConfigError, match=r"trained on hub/base-instruct; try model_name_or_path=hub/base-in"):
+        compare(other)
+    assert compare({**other, "adaptive_plan": "given.json"}) == [], "the plan's model, in an older version"
+    [line] = compare({}, named="hub/base-instruct")
+    assert (
+        line == "warning: losses are taken with here/base, and the adapter names hub/base-instruct as its base model"
+    )
+    assert compare({"base_model": "elsewhere/base"}, named="merged") == [], "its plan knows better"
+    assert compare({}) == compare({}, named=None) == []
 
 
 def test_an_adapter_of_another_model_is_one_message(job, tmp_path):

@@ -10,7 +10,7 @@ from accelerate import PartialState
 
 from llamafactory_adaptive import check_adapter, cli
 from llamafactory_adaptive.ranks.plan import load_plan
-from tests.helpers.lora import save_adapter
+from tests.helpers.lora import edit_config, save_adapter
 from tests.helpers.tiny import settings
 
 
@@ -92,17 +92,20 @@ def test_a_curve_with_data_takes_losses_in_the_other_process_and_names_the_small
         return 0, ""
 
     monkeypatch.setattr(measure_process, "run_child", run_here)
+    edit_config(adapter, base_model_name_or_path="hub/another")
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings(tiny_llama, data_dir, tmp_path / "run", per_device_eval_batch_size=2)))
     words = ["--data", "tiny_eval", "--config", str(path), "cutoff_len=40", "--samples", "5", "--within", "1000%"]
     assert cli.main(["shrink", str(adapter), "--curve", *words, "--out", str(tmp_path / "curve")]) == 0
     assert [settings["cutoff_len"] for settings in sent] == [40]
+    said = capsys.readouterr()
+    assert "the adapter names hub/another as its base model" in said.err
+    assert "5 rows of tiny_eval" in said.out
     document = json.loads((tmp_path / "curve" / "rank_curve.json").read_text())
     assert (document["rows"], document["named_by"], document["within"]) == (5, "loss", 10.0)
     assert document["named"]["parameters"] == document["points"][-1]["parameters"] == 1024
     assert len({point["loss"] for point in document["points"]}) == 5
     assert document["points"][0]["rise"] == 0
-    assert "5 rows of tiny_eval" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "curve").iterdir()) == [
         "rank_curve.json", "rank_curve.png", "rank_curve.txt",
     ]  # fmt: skip
