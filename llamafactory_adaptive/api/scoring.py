@@ -13,7 +13,7 @@ from llamafactory_adaptive.adapter.lora import keep_4bit_unpacked_on_cpu
 from llamafactory_adaptive.api.settings import chosen_method, provenance, python_errors
 from llamafactory_adaptive.api.targets import find_targets
 from llamafactory_adaptive.calibration.batches import Batch, count_tokens, make_batches
-from llamafactory_adaptive.calibration.measurement import Forward
+from llamafactory_adaptive.calibration.measurement import Forward, needs_rows
 from llamafactory_adaptive.errors import CalibrationError, refuse
 from llamafactory_adaptive.files import digest_of
 from llamafactory_adaptive.methods import Scores, ScoringContext, make_method
@@ -116,7 +116,8 @@ def score_modules(
 
     Args:
         model: any decoder whose targets are ``nn.Linear`` (8- and 4-bit ones of bitsandbytes are), on its device.
-        batches: batches from :func:`calibration_batches`; they are moved to the model's device.
+        batches: batches from :func:`calibration_batches`; they are moved to the model's device. An empty list will do
+            for ``"srlora"``, which looks at weights alone, and for methods that measure nothing.
         method: ``"sensitivity"``, ``"fisher"``, ``"gora_ranks"`` or ``"srlora"``; or ``"prilora"``, ``"by_type"`` and
             the controls ``"uniform"`` and ``"random"``, which measure nothing.
         target_modules: ``"all-linear"`` for every linear layer but the output head, or names of modules: whole ones
@@ -139,7 +140,7 @@ def score_modules(
     targets = find_targets(model, target_modules)
     measurement, started = make_method(method, values).measurement(), time.perf_counter()
     statistics: dict[str, Tensor] = {}
-    _check_batches(batches, needed=measurement is not None)
+    _check_batches(batches, needed=needs_rows(measurement))
     if measurement is not None:
         keep_4bit_unpacked_on_cpu(model)
         device = next(model.parameters()).device

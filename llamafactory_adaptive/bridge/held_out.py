@@ -5,7 +5,7 @@ module: the model is loaded once and computes with each of them in turn, over th
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from llamafactory_adaptive.bridge.scoring_job import scoring_settings
 from llamafactory_adaptive.bridge.validation import names_not_in_info
 from llamafactory_adaptive.calibration.batches import make_batches
 from llamafactory_adaptive.config.run_config import CalibrationConfig
-from llamafactory_adaptive.errors import CalibrationError, Problem, refuse_all
+from llamafactory_adaptive.errors import CalibrationError, Problem, refuse, refuse_all
 from llamafactory_adaptive.files import replacing
+from llamafactory_adaptive.planning.compatibility import is_same_base, trained_base
 from llamafactory_adaptive.reports.plaintext import tell
 
 
@@ -68,14 +69,19 @@ class HeldOutJob:
         return cls(**{**values, **paths, "calibration": calibration, "cuts": tuple(values["cuts"])})
 
 
-def held_out_settings(config: Path, data: str) -> Args:
+def held_out_settings(config: Path, data: str, overrides: Sequence[str] = ()) -> Args:
     """Read a training YAML and check that losses on rows of the data set ``data`` can be taken as it says.
+
+    Args:
+        config: the YAML.
+        data: names of data sets.
+        overrides: settings of the run's command line, each as ``key=value``.
 
     Raises:
         AdaptiveConfigError: the file cannot be read, or names no model; the data set is unknown or trained on.
     """
     check_config_file(config)
-    sys.argv = ["llamafactory-adaptive", str(config)]  # the host reads its settings from the command line
+    sys.argv = ["llamafactory-adaptive", str(config), *overrides]  # the host reads its settings from the command line
     args = to_mapping(command_line_settings())
     refuse_all(*_problems(args, data))
     return args
@@ -100,6 +106,41 @@ def _problems(args: Args, data: str) -> list[Problem]:
 def _is_split(args: Args, data: str) -> bool:
     """Tell whether ``data`` names the training set of which ``val_size`` held rows out."""
     return bool(args.get("val_size")) and set(split_names(data)) == set(split_names(args.get("dataset")))
+
+
+def check_trained_alike(args: Args, data: str, trained: Mapping[str, Any], named: str | None) -> None:
+    """Compare the settings with what an adapter records of its training, and warn of what differs.
+
+    Args:
+        args: the settings.
+        data: the data set whose loss is taken.
+        trained: provenance in the adapter's plan; empty where it has none.
+        named: the base model in the adapter's own config.
+
+    Raises:
+        AdaptiveConfigError: its plan says that it was trained on another base model.
+    """
+    ours, planned = str(args["model_name_or_path"]), trained_base(trained)
+    if planned and not is_same_base(ours, str(planned)):
+        refuse("model_name_or_path", ours, f"the adapter was trained on {planned}", f"model_name_or_path={planned}")
+    if not planned and named and not is_same_base(ours, named):
+        tell(f"warning: losses are taken with {ours}, and the adapter names {named} as its base model")
+    if _is_split(args, data):
+        _tell_of_the_split(trained.get("seed"), run_seed(args))
+
+
+def _tell_of_the_split(trained: Any, ours: int) -> None:
+    """Warn where rows that ``val_size`` holds out cannot be those of the run, and say what they depend on."""
+    if trained not in (None, ours):
+        tell(
+            f"warning: the adapter was trained with seed {trained}, and these settings have {ours}: other rows are "
+            f"held out than in its run, which trained on some of them; add seed={trained}"
+        )
+        return
+    tell(
+        "the rows that val_size held out follow from val_size, seed, dataset and max_samples: where the run had one "
+        "of them on its command line, add it here, as in seed=1"
+    )
 
 
 def held_out_job(args: Args, data: str, samples: int, **adapter: Any) -> HeldOutJob:

@@ -16,6 +16,7 @@ from llamafactory_adaptive.bridge.child import alone, last_words, run_child
 from llamafactory_adaptive.bridge.host_loading import LESS_MEMORY, open_host, rows_of
 from llamafactory_adaptive.bridge.scoring_job import ScoringJob
 from llamafactory_adaptive.calibration.batches import count_tokens, holds_media, make_batches
+from llamafactory_adaptive.calibration.measurement import Measurement, needs_rows
 from llamafactory_adaptive.config.run_config import CalibrationConfig
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.files import digest_of, read_mapping, replacing
@@ -53,11 +54,22 @@ def measure_in_own_process(job: ScoringJob) -> None:
     Raises:
         CalibrationError: the measurement failed; the message is the child's own, or the last line that it printed.
     """
-    tell(
-        f"scoring {job.settings['model_name_or_path']} on rows of {rows_of(job.settings)} in a process of its own; "
-        "it loads the model once, then takes about as long as a forward pass over them"
-    )
+    model = job.settings["model_name_or_path"]
+    if needs_rows(_measurement(job)):
+        tell(
+            f"scoring {model} on rows of {rows_of(job.settings)} in a process of its own; it loads the model once, "
+            "then takes about as long as a forward pass over them"
+        )
+    else:
+        tell(f"scoring the weights of {model} in a process of its own, which loads the model once and reads no rows")
     run_job(job)
+
+
+def _measurement(job: ScoringJob) -> Measurement:
+    measurement: Measurement | None = make_method(job.config.method, job.config.options).measurement()
+    assert measurement is not None
+    assert measurement.key == job.measurement
+    return measurement
 
 
 def run_job(job: Job) -> None:
@@ -90,17 +102,17 @@ def _last_words(code: int, said: str) -> str:
 
 
 def run_measurement_job(job: ScoringJob) -> None:
-    """Load model and rows, measure, and write the statistics atomically; the work of the scoring process."""
+    """Load the model, and rows where they are needed, measure, and write the statistics atomically.
+
+    This is the work of the scoring process.
+    """
     import torch
     from safetensors.torch import save_file
 
     from llamafactory_adaptive.adapter.lora import keep_4bit_unpacked_on_cpu
 
-    config = job.config
-    measurement = make_method(config.method, config.options).measurement()
-    assert measurement is not None
-    assert measurement.key == job.measurement
-    model, rows, pad_id = load(job.settings, config)
+    config, measurement = job.config, _measurement(job)
+    model, rows, pad_id = load(job.settings, config) if needs_rows(measurement) else (_load_base(job.settings), [], 0)
     keep_4bit_unpacked_on_cpu(model)
     device = next(model.parameters()).device
     batches = [batch.to(device) for batch in make_batches(rows, config.calibration.batch_size, pad_id)]
@@ -128,6 +140,11 @@ def load(settings: Args, config: RowDraw, part: str = "train_dataset") -> tuple[
     with open_host(settings, "scoring") as host:
         rows = host.read_rows(lambda data: _draw_rows(data[part], config, host.streaming))
         return host.load_base(), rows, host.tokenizer.pad_token_id or 0
+
+
+def _load_base(settings: Args) -> Any:
+    with open_host(settings, "scoring") as host:
+        return host.load_base()
 
 
 def _draw_rows(dataset: Any, config: RowDraw, streaming: bool) -> list[dict[str, list[int]]]:

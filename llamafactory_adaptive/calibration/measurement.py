@@ -15,7 +15,11 @@ Forward = Callable[[nn.Module, Batch], Any]
 
 
 class Measurement(Protocol):
-    """Expensive pass over model and data. Methods with the same ``key`` share one pass and one cached result."""
+    """Expensive pass over model and data. Methods with the same ``key`` share one pass and one cached result.
+
+    A measurement of the model alone says so by an attribute ``needs_rows`` that is False (:func:`needs_rows`): no rows
+    are drawn for it, and it is called with no batches.
+    """
 
     @property
     def key(self) -> str:
@@ -33,6 +37,11 @@ class Measurement(Protocol):
         forward: Forward | None = None,
     ) -> dict[str, Tensor]:
         """Measure a CPU tensor per module name; ``forward`` runs models whose signature is not that of a decoder."""
+
+
+def needs_rows(measurement: Measurement | None) -> bool:
+    """Tell whether calibration rows have to be drawn; they are where a measurement does not say."""
+    return measurement is not None and bool(getattr(measurement, "needs_rows", True))
 
 
 @contextmanager

@@ -38,9 +38,14 @@ def _settings(request: ShrinkRequest) -> dict[str, Any] | None:
         return None
     require_enabled()
     tell(f"reading {request.config}; LLaMA-Factory starts first, which takes 10 to 30 seconds")
-    from llamafactory_adaptive.bridge.held_out import held_out_settings
+    from llamafactory_adaptive.bridge.held_out import check_trained_alike, held_out_settings
+    from llamafactory_adaptive.export.adapter_config import read_config
+    from llamafactory_adaptive.ranks.plan import recorded_provenance
 
-    return held_out_settings(request.config, request.data)
+    settings = held_out_settings(request.config, request.data, request.overrides)
+    named = read_config(request.adapter).get("base_model_name_or_path")
+    check_trained_alike(settings, request.data, recorded_provenance(request.adapter), named)
+    return settings
 
 
 def _curve(request: ShrinkRequest, settings: dict[str, Any] | None) -> str:

@@ -2,12 +2,12 @@
 
     weight of layer l of L = 1 + (last_to_first - 1) (l - 1) / (L - 1)
 
-All modules of a layer have its weight, scaled to the exact budget. By default the last layer gets three times the rank
-of the first (4 to 12 around an average of 8, as PRILoRA is run on 12 layers); below 1 ranks fall.
+The line from a first to a last rank around a given mean, with one rank for all modules of a layer, is the paper's.
 
 What is left out: PRILoRA also prunes single weights of A during training, by their size and the statistics of the
-inputs, which leaves the ranks as they are. Ours: the layers of each tower of a model (vision, language) are counted
-apart; a module outside of all layers, or in a tower of one, has the mean weight.
+inputs, which leaves the ranks as they are. Ours: the default, a last layer with three times the rank of the first (4
+to 12 around 8); the scaling to the exact budget; that ranks may fall, below 1; that layers of each tower of a model
+(vision, language) are counted apart; that a module outside of all layers, or in a tower of one, has the mean weight.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,10 @@ class PriloraOptions:
     """Options of PRILoRA's ranks, the YAML keys ``prilora_*``."""
 
     last_to_first: float = option(
-        3.0, "Rank of the last layer as a multiple of that of the first; below 1 ranks fall.", low=0.01, high=100.0
+        3.0,
+        "Rank of the last layer as a multiple of that of the first (the default is ours); below 1 ranks fall.",
+        low=0.01,
+        high=100.0,
     )
 
 

@@ -3,12 +3,12 @@
     stable rank of W = |W|_F^2 / |W|_2^2        between 1 and the rank of W; not changed by the scale of W
 
 Ranks are proportional to it: a weight whose energy is spread over many directions gets a larger update. That the
-stable rank guides the division among layers is the paper's; that ranks are in proportion, at the exact budget and
-within its bounds, is ours.
+stable rank of the pre-trained weights divides ranks among layers, without a search, is the paper's. Ours: ranks in
+proportion to it, at the exact budget and within its bounds (the authors' code for ViT-B has no budget, but one rank
+for each attention weight, 9 to 116); weights of every kind, not those of attention alone.
 
-Cost: some products of each weight with a block of 8 vectors. The measurement runs where the model is loaded;
-calibration rows are drawn, as for every method that measures, and not looked at. Quantised weights count as what their
-modules compute.
+Cost: some products of each weight with a block of 8 vectors. The model is loaded, but no rows are read. Quantised
+weights count as what their modules compute.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,6 +33,8 @@ class SrloraOptions:
 @dataclass(frozen=True)
 class StableRanks:
     """The stable rank of each module's weight; one fp64 number."""
+
+    needs_rows: ClassVar[bool] = False
 
     @property
     def key(self) -> str:

@@ -22,6 +22,23 @@ def check_shapes(plan: RankPlan, shapes: list[ModuleShape], source: str) -> None
         raise PlanError(f"{source} does not fit the model: {first_of(differences)}")
 
 
+def is_same_base(name: str, other: str) -> bool:
+    """Tell whether two names or paths mean one base model: one place, or the same last part, as copies have."""
+    ours, theirs = name.rstrip("/"), other.rstrip("/")
+    here_too = Path(ours).exists() and Path(theirs).resolve() == Path(ours).resolve()
+    return here_too or Path(theirs).name == Path(ours).name
+
+
+def trained_base(provenance: Mapping[str, Any]) -> Any:
+    """Return the base model that a plan's run trained; None where it is not recorded.
+
+    Older versions noted at its place the model that a given plan had been made for.
+    """
+    if provenance.get("adaptive_plan") and "planned_for" not in provenance:
+        return None
+    return provenance.get("base_model")
+
+
 def check_plan(plan: RankPlan, shapes: list[ModuleShape], config: AdaptiveConfig, source: str) -> RankPlan:
     """Return a given plan with this run's budget and scale, or refuse it where it does not fit model or budget.
 

@@ -148,12 +148,11 @@ def advice(plan: RankPlan, config: AdaptiveConfig) -> list[str]:
 
 def _check_same_base(plan: RankPlan, here: Mapping[str, Any], checkpoint: Path) -> None:
     """Refuse a checkpoint of another base model, though its shapes fit; only the last part of its path counts."""
-    facts, ours = plan.provenance, str(here["base_model"]).rstrip("/")
-    theirs = str(facts.get("base_model") or ours).rstrip("/")
-    here_too = Path(ours).exists() and Path(theirs).resolve() == Path(ours).resolve()
-    if here_too or Path(theirs).name == Path(ours).name:
+    ours = str(here["base_model"]).rstrip("/")
+    theirs = str(plan.provenance.get("base_model") or ours).rstrip("/")
+    if compatibility.is_same_base(ours, theirs):
         return
-    if facts.get("adaptive_plan") and "planned_for" not in facts:  # an older version noted the plan's model here
+    if compatibility.trained_base(plan.provenance) is None:
         if local_rank() == 0:
             logger.warning(
                 f"{checkpoint} was written by an older version, which noted {theirs}, the model its plan was made "

@@ -1,5 +1,6 @@
 """The line that tells the user what a run is about to do before it trains."""
 
+from llamafactory_adaptive.calibration.measurement import needs_rows
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.methods import make_method
 
@@ -14,8 +15,14 @@ def start_message(config: AdaptiveConfig) -> str:
             f"{config.method} finds the ranks while it trains, from rank {config.search.live_rank} to the cost of "
             f"uniform rank {config.lora_rank}; nothing is scored before{_scale_words(config)}"
         )
-    if make_method(config.method, config.options).measurement() is None:
+    measurement = make_method(config.method, config.options).measurement()
+    if measurement is None:
         return f"{config.method} gives out the ranks at once; nothing is scored"
+    if not needs_rows(measurement):
+        return (
+            f"{config.method} scores the modules by the base weights alone before training, without any rows, which "
+            "takes little longer than loading the model; scores of the same request are re-used"
+        )
     return (
         f"{config.method} scores the modules on {config.calibration.samples} rows before training, which takes about "
         "as long as loading the model and passing over the rows; scores of the same request are re-used"

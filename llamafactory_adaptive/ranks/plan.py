@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.errors import PlanError
-from llamafactory_adaptive.files import digest_of, file_digest, read_json, write_atomically
+from llamafactory_adaptive.files import PLAN_FILE, digest_of, file_digest, read_json, write_atomically
 from llamafactory_adaptive.ranks.allocation import Allocation
 from llamafactory_adaptive.ranks.plan_values import Values, shortened
 
@@ -203,6 +203,14 @@ def load_plan(path: Path) -> RankPlan:
         PlanError: the file is missing, is not JSON, has another schema version, or an entry of it is wrong.
     """
     return parse_plan(read_json(path, f"the plan {path}"), str(path))
+
+
+def recorded_provenance(folder: Path) -> dict[str, Any]:
+    """Read the provenance in the plan beside an adapter; return nothing where there is no plan of this version."""
+    try:
+        return load_plan(folder / PLAN_FILE).provenance
+    except PlanError:
+        return {}
 
 
 def parse_plan(document: Any, source: str) -> RankPlan:

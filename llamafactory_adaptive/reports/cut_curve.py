@@ -81,7 +81,7 @@ class HeldOutLosses:
         if self.mean(self.base_N) <= self.uncut * (1.0 + self.within):
             lines.append(f"warning: the base model alone is within {self.within:.2%}, too: the adapter gains less")
         if number == 0:
-            return [*lines, f"no smaller adapter is within {self.within:.2%} of the uncut one's loss"]
+            return [*lines, f"the next smaller adapter is not within {self.within:.2%} of the uncut one's loss"]
         rise = f"{self.rise(number):+.2%} (standard error {self.rise_error(number):.2%})"
         lines.append(f"smallest within {self.within:.2%} of the uncut one's loss: {size}, {rise}")
         if self.rise_error(number) > self.within / 2:
@@ -89,8 +89,12 @@ class HeldOutLosses:
         return lines
 
     def smallest(self) -> int:
-        """Return the number of the last, smallest cut whose loss has not risen by more than is allowed."""
-        return max(number for number in range(len(self.cuts_RN)) if self.rise(number) <= self.within)
+        """Return the number of the smallest cut up to which no loss has risen by more than is allowed.
+
+        A smaller one that is within again, after one that is not, owes that to chance as a rule.
+        """
+        within = [self.rise(number) <= self.within for number in range(1, len(self.cuts_RN))]
+        return [*within, False].index(False)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ class ShrinkRequest:
         min_rank: the fewest components that a module keeps.
         data: name of a data set whose loss is taken with each cut of a curve.
         config: the YAML that names model and template for it.
+        overrides: settings that replace those of the YAML, each as ``key=value``.
         within: allowed increase of that loss, as a share.
         samples: number of rows.
     """
@@ -39,6 +41,7 @@ class ShrinkRequest:
     min_rank: int = 1
     data: str | None = None
     config: Path | None = None
+    overrides: Sequence[str] = ()
     within: float | None = None
     samples: int | None = None
 
@@ -89,6 +92,10 @@ def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", type=path_argument, metavar="X.yaml",
         help="with --data: the LLaMA-Factory YAML that the adapter was trained with, e.g. my.yaml; it names model, "
         "template and dataset_dir",
+    )  # fmt: skip
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value",
+        help="with --config: settings that replace those of the file, as on the run's command line, e.g. seed=1",
     )  # fmt: skip
     parser.add_argument(
         "--within", type=share_argument, metavar="SHARE",
@@ -150,6 +157,9 @@ def _lonely_options(request: ShrinkRequest) -> list[Problem]:
             if (value := getattr(request, key)) is not None:
                 shown = str(value) if isinstance(value, Path) else value
                 problems.append(Problem(key, shown, "it is about a held-out loss", "--data NAME with it"))
+        if request.overrides:
+            words = "it replaces a setting of the YAML that a held-out loss is taken with"
+            problems.append(Problem("key=value", " ".join(request.overrides), words, "--data NAME --config X.yaml"))
     elif not request.curve:
         words = "losses are taken for a curve over several budgets"
         problems.append(Problem("data", request.data, words, "--curve in place of the budget"))

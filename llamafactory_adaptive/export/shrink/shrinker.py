@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS, contract_arguments, int_if_integral
-from llamafactory_adaptive.errors import PlanError, refuse
+from llamafactory_adaptive.errors import refuse
 from llamafactory_adaptive.export.layouts import common_scale, write_config
 from llamafactory_adaptive.export.safetensors_stream import TensorSpec, write_streaming
 from llamafactory_adaptive.export.scratch import check_new_folder, scratch_folder
@@ -23,12 +23,13 @@ from llamafactory_adaptive.export.source_adapter import LoraModule, SourceAdapte
 from llamafactory_adaptive.files import PLAN_FILE
 from llamafactory_adaptive.ranks.component_cuts import AdapterSpectrum, Cut, ModuleSpectrum
 from llamafactory_adaptive.ranks.module_names import layer_order
-from llamafactory_adaptive.ranks.plan import ModulePlan, ModuleShape, RankPlan, load_plan
+from llamafactory_adaptive.ranks.plan import ModulePlan, ModuleShape, RankPlan, recorded_provenance
 from llamafactory_adaptive.versions import installed_versions
 
 
 METHOD = "shrink"  # in the plan of a cut adapter
 _OF_THE_BASE = ("architecture", "quantization_bit")  # what is told on of the plan that the adapter was trained on
+_RANKS_TRIED = 256  # as lora_rank, for a whole lora_alpha
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def run_shrink(request: ShrinkRequest) -> str:
         plan = cut_plan(found, cut, request.budget)
         plan.write(folder / PLAN_FILE)
         checks = certify(found.adapter, cut, plan, folder)
-    return "\n".join([_summary(found.spectrum, cut), *checks, *_next(request.out, plan.lora_rank)])
+    rslora = bool(found.adapter.config.get("use_rslora"))
+    return "\n".join([_summary(found.spectrum, cut), *checks, *_next(request.out, plan, rslora)])
 
 
 def read_decomposition(request: ShrinkRequest) -> Decomposition:
@@ -159,10 +161,7 @@ def cut_plan(found: Decomposition, cut: Cut, asked: Mapping[str, Any]) -> RankPl
 
 
 def _provenance(adapter: SourceAdapter) -> dict[str, Any]:
-    try:
-        trained = load_plan(adapter.folder / PLAN_FILE).provenance
-    except PlanError:  # a foreign adapter has none, and one of another version is not needed
-        trained = {}
+    trained = recorded_provenance(adapter.folder)
     facts = {key: trained[key] for key in _OF_THE_BASE if trained.get(key) is not None}
     versions = installed_versions(("llamafactory-adaptive", "torch", "peft"))
     return {"base_model": adapter.config.get("base_model_name_or_path"), **facts, "versions": versions}
@@ -177,10 +176,31 @@ def _summary(spectrum: AdapterSpectrum, cut: Cut) -> str:
     )
 
 
-def _next(out: Path, lora_rank: int) -> list[str]:
-    served, plan = quote(f"served/{out.name}"), quote(str(out / PLAN_FILE))
+def _next(out: Path, plan: RankPlan, rslora: bool) -> list[str]:
+    """List the commands that serve the cut adapter, and that train its ranks afresh at its own alpha/r."""
+    rank, alpha = _rank_and_whole_alpha(plan.scale, plan.lora_rank)
+    # A YAML gives these to the run that the adapter is from: with its alpha another strength would be trained, and in
+    # its output_dir the run would be resumed.
+    settings = {"finetuning_type": "adaptive", "adaptive_plan": out / PLAN_FILE, "lora_rank": rank,
+                "lora_alpha": alpha, "output_dir": f"{out}-afresh"}  # fmt: skip
+    if rslora:
+        settings["use_rslora"] = "false"
+    words = " ".join(quote(f"{key}={value}") for key, value in settings.items())
     return [
         f"written to {out}; next:",
-        f"  llamafactory-adaptive export {quote(str(out))} --for vllm --out {served}",
-        f"  llamafactory-cli train my.yaml adaptive_plan={plan} lora_rank={lora_rank}   # afresh, on these ranks",
+        f"  llamafactory-adaptive export {quote(str(out))} --for vllm --out {quote(f'served/{out.name}')}",
+        f"  llamafactory-cli train my.yaml {words}   # afresh, on these ranks",
     ]
+
+
+def _rank_and_whole_alpha(scale: float, least: int) -> tuple[int, int]:
+    """Return the least ``lora_rank`` from ``least`` on, and the whole ``lora_alpha``, whose alpha/r is nearest.
+
+    LLaMA-Factory takes whole alphas alone. Where ranks are given, ``lora_rank`` is only a budget that they must keep.
+    """
+
+    def error(rank: int) -> float:
+        return round(abs(max(1, round(scale * rank)) / (scale * rank) - 1.0), 9)
+
+    rank = min(range(least, least + _RANKS_TRIED), key=error)
+    return rank, max(1, round(scale * rank))

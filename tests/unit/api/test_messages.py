@@ -112,6 +112,7 @@ def test_extra_passes_refuse_what_they_cannot_go_with(tmp_path, setting, suggest
 def test_batches_are_looked_at_even_by_methods_that_measure_nothing():
     assert score_modules(tiny_model(), [], "uniform").statistics == {}
     assert score_modules(tiny_model(), calibration_batches(rows(2)), "random").facts["calibration_samples"] == 2
+    assert len(score_modules(tiny_model(), [], "srlora").statistics) == 14, "weights alone are looked at"
     with pytest.raises(AdaptiveConfigError, match="calibration_batches"):
         score_modules(tiny_model(), [{"input_ids": [1]}], "uniform")
 

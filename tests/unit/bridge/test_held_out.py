@@ -24,6 +24,7 @@ _bootstrap.install()
 from llamafactory_adaptive.bridge import measure_process  # noqa: E402
 from llamafactory_adaptive.bridge.held_out import (  # noqa: E402
     HeldOutJob,
+    check_trained_alike,
     held_out_job,
     held_out_settings,
     run_held_out_job,
@@ -107,6 +108,68 @@ def test_rows_that_the_run_held_out_of_its_own_data_are_taken(data, part, size, 
     if part == "eval_dataset":
         assert len(trained) == 18
         assert not [row for row in held_out if row in trained]
+
+
+def held_out_rows(config, tmp_path, *overrides):
+    args = held_out_settings(config, "tiny_sft", overrides)
+    job = held_out_job(args, "tiny_sft", 100, components=tmp_path, scale=1.0, cuts=({},), path=tmp_path)
+    return measure_process.load(job.settings, job, job.part)[1]
+
+
+def test_settings_of_the_run_s_command_line_choose_its_held_out_rows(write, tmp_path, monkeypatch):
+    monkeypatch.setattr("llamafactory.model.load_model", lambda *args, **more: None)
+    as_the_run = held_out_rows(write(val_size=0.25, seed=1), tmp_path)
+    config = write(val_size=0.25)
+    assert held_out_rows(config, tmp_path) != as_the_run, "another split"
+    assert held_out_rows(config, tmp_path, "seed=1") == as_the_run
+    assert len(held_out_rows(config, tmp_path, "max_samples=12")) == 3
+
+
+SPLIT = "the rows that val_size held out follow from val_size, seed, dataset and max_samples"
+NAMED = "/moved/base/"
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    """What is said of an adapter with this record, where settings are for a model of the folder ``base``."""
+    told = []
+    monkeypatch.setattr("llamafactory_adaptive.bridge.held_out.tell", told.append)
+
+    def said(trained, data="tiny_eval", named=NAMED, **settings):
+        told.clear()
+        check_trained_alike({"model_name_or_path": "here/base", **settings}, data, trained, named)
+        return told
+
+    return said
+
+
+@pytest.mark.parametrize(
+    ("trained", "words"),
+    [
+        ({"seed": 1}, "warning: the adapter was trained with seed 1, and these settings have 3: other rows are"),
+        ({"seed": 3}, SPLIT),
+        ({}, SPLIT),
+    ],
+)
+def test_a_split_by_another_seed_than_the_run_s_is_warned_of(trained, words, compare):
+    settings = {"dataset": "tiny_sft", "val_size": 0.25, "seed": 3}
+    [line] = compare(trained, "tiny_sft", **settings)
+    assert line.startswith(words)
+    assert ("add seed=1" in line) is (trained == {"seed": 1})
+    assert compare(trained, "tiny_eval", **settings) == [], "rows of their own follow from no seed"
+
+
+def test_an_adapter_of_another_base_is_refused_by_its_plan_and_warned_of_by_its_config(compare):
+    other = {"base_model": "hub/base-instruct"}
+    with pytest.raises(AdaptiveConfigError, match=r"trained on hub/base-instruct; try model_name_or_path=hub/base-in"):
+        compare(other)
+    assert compare({**other, "adaptive_plan": "given.json"}) == [], "the plan's model, in an older version"
+    [line] = compare({}, named="hub/base-instruct")
+    assert (
+        line == "warning: losses are taken with here/base, and the adapter names hub/base-instruct as its base model"
+    )
+    assert compare({"base_model": "elsewhere/base"}, named="merged") == [], "its plan knows better"
+    assert compare({}) == compare({}, named=None) == []
 
 
 def test_an_adapter_of_another_model_is_one_message(job, tmp_path):

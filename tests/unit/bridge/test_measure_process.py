@@ -24,6 +24,7 @@ from llamafactory_adaptive.bridge.validation import parse_config
 from llamafactory_adaptive.calibration.input_moments import InputSecondMoments
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.files import digest_of
+from llamafactory_adaptive.methods.srlora import StableRanks
 from llamafactory_adaptive.planning.cache import cache_folder
 from tests.helpers.inputs import captured_inputs
 from tests.helpers.tiny import rows, settings
@@ -226,6 +227,27 @@ def test_statistics_are_those_of_the_rows_that_were_drawn(job, tiny_llama, monke
     assert (facts["samples"], facts["tokens"]) == ("8", str(sum(len(row["input_ids"]) for row in seen)))
     assert facts["rows_sha256"] == digest_of([row["input_ids"] for row in seen])
     assert os.listdir(job.path.parent) == ["statistics.safetensors"]
+
+
+def test_a_measurement_of_weights_alone_draws_and_names_no_rows(child, tiny_llama, data_dir, tmp_path, monkeypatch):
+    args = settings(tiny_llama, data_dir, tmp_path / "out", adaptive_method="srlora")
+    run, path = LlamaFactoryRun(CheckedRun(args, args, parse_config(args))), tmp_path / "empty" / "statistics"
+    path.parent.mkdir()
+    told = []
+    monkeypatch.setattr(measure_process, "tell", told.append)
+    monkeypatch.setattr("llamafactory.data.get_dataset", lambda *args, **more: pytest.fail("rows were read"))
+    run.measure(StableRanks(), path)
+    [said] = told
+    assert said.startswith(f"scoring the weights of {tiny_llama} in a process of its own")
+    assert said.endswith("and reads no rows")
+    run_measurement_job(child.job)
+    PartialState._reset_state()
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    for name, found in load_file(path).items():
+        sigma = torch.linalg.svdvals(model.get_submodule(name).weight.detach())
+        assert float(found) == pytest.approx(float(sigma.square().sum() / sigma[0] ** 2), rel=1e-3)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["samples"] == "0"
 
 
 def test_the_host_writes_into_a_scratch_folder_that_is_removed(job, tmp_path, monkeypatch):

@@ -267,6 +267,7 @@ OPTIONS = [
     (["--rank", "2", "--data", "d", "--config", "x.yaml"], "data: 'd' is invalid: losses are taken for a curve over"),
     (["--curve", "--data", "d"], "data: 'd' is invalid: a data set is read as a YAML says"),
     (["--curve", "--config", "x.yaml"], "config: 'x.yaml' is invalid: it is about a held-out loss; try --data NAME"),
+    (["--curve", "seed=1"], "key=value: 'seed=1' is invalid: it replaces a setting of the YAML that a held-out"),
     (["--curve", "--within", "1%"], "within: 0.01 is invalid: it is about a held-out loss; try --data NAME with it"),
     (["--curve", "--data", "d", "--config", "x", "--within", "-1"], "within: -1.0 is invalid: must be a share of the"),
     (["--curve", "--data", "d", "--config", "x", "--samples", "0"], "samples: 0 is invalid: must be a whole number"),

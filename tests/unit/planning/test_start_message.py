@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from llamafactory_adaptive.calibration.measurement import needs_rows
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.methods import get_method, is_dynamic, methods
 from llamafactory_adaptive.planning.start_message import start_message
@@ -19,7 +20,15 @@ def test_only_methods_that_measure_are_said_to_score(name):
     if is_dynamic(method):
         pytest.skip("has a search")
     said = start_message(dataclasses.replace(CONFIG, method=name))
-    assert ("scores the modules on 77 rows" in said) == (method(method.Options()).measurement() is not None)
+    measurement = method(method.Options()).measurement()
+    assert ("scores the modules" in said) == (measurement is not None)
+    assert ("on 77 rows" in said) == needs_rows(measurement)
+
+
+def test_weights_alone_are_said_to_be_scored_without_rows():
+    said = start_message(dataclasses.replace(CONFIG, method="srlora"))
+    assert said.startswith("srlora scores the modules by the base weights alone before training, without any rows")
+    assert "77" not in said
 
 
 def test_a_given_plan_and_a_search_score_nothing():

@@ -65,10 +65,24 @@ def test_with_losses_the_smallest_within_is_named():
     assert curve.to_json()["loss_without_adapter"] == pytest.approx(3.0)
 
 
+@pytest.mark.parametrize(
+    ("means", "named"),
+    [
+        ([1.0, 1.004, 1.02, 1.003, 1.3], 1),
+        ([1.0, 1.02, 1.003, 1.002, 1.001], 0),
+        ([1.0, 1.001, 1.004, 1.005, 1.0], 4),
+    ],
+)
+def test_a_cut_that_is_within_again_below_one_that_failed_is_not_named(means, named):
+    curve = CutCurve(Path("lora"), SPECTRUM, CUTS, losses(means, within=0.006))
+    assert curve.named == CUTS[named]
+    assert curve.to_json()["named"]["parameters"] == CUTS[named].parameters
+
+
 def test_where_no_cut_is_within_or_the_rows_are_too_few_it_is_said():
     none = CutCurve(Path("lora"), SPECTRUM, CUTS, losses([1.0, 1.1, 1.2, 1.3, 1.4]))
     assert none.named == CUTS[0]
-    assert "no smaller adapter is within 0.50% of the uncut one's loss" in none.text()
+    assert "the next smaller adapter is not within 0.50% of the uncut one's loss" in none.text()
     assert "to cut to it" not in none.text()
     noisy = CutCurve(Path("lora"), SPECTRUM, CUTS, losses([1.0] * 5, noise=0.5, within=0.2))
     assert "warning" not in noisy.text()
