@@ -87,7 +87,7 @@ def is_training_set(given: Mapping[str, Any]) -> bool:
 
 
 def without_training_set(settings: Args) -> Args:
-    """Leave the calibration set out where it is the training set: rows then come from what all arms train on."""
+    """Remove the calibration set where it is the training set: rows then come from what all arms train on."""
     return (
         {key: value for key, value in settings.items() if key != _ROWS_OF} if is_training_set(settings) else settings
     )

@@ -127,7 +127,7 @@ def choose_arms(names: Iterable[str], own: Iterable[str], given: Mapping[str, An
 def without_twins(
     arms: Sequence[Arm], given: Mapping[str, Any], own_keys: Iterable[str]
 ) -> tuple[list[Arm], dict[str, str]]:
-    """Leave out arms whose runs have the settings of an earlier arm's, key by key.
+    """Remove arms whose runs have the settings of an earlier arm's, key by key.
 
     Returns:
         The arms that are kept, and by name of each one left out the name of the one that it equals.

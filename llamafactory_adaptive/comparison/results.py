@@ -73,7 +73,7 @@ def judgements(results: Sequence[ArmResult], tokens: Sequence[int], effect: floa
 
 
 def _paired(losses: Mapping[str, Losses], rival: str) -> dict[str, Losses]:
-    """Leave out arms that have no seed in common with the rival, as some of theirs could not be run."""
+    """Remove arms that have no seed in common with the rival, as some of theirs could not be run."""
     seeds = set(losses[rival].seeds)
     return {name: each for name, each in losses.items() if each.diverged or seeds & set(each.seeds)}
 
