@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llamafactory_adaptive.reports.plaintext import tell
@@ -55,7 +55,39 @@ def last_words(said: str) -> str:
     return f"; its last line: {lines[-1].strip()[:300]}" if lines else ""
 
 
-def run_child(command: Sequence[str], environment: Mapping[str, str], log: Path, job: str) -> tuple[int, str]:
+class Children:
+    """Children whose parent waits for them in several threads, and that are ended together."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._ended = False
+
+    @contextmanager
+    def holding(self, process: "subprocess.Popen[bytes]") -> Iterator[None]:
+        """Count a process among the children within the context; end it at once if the others have been ended."""
+        with self._lock:
+            self._running.add(process)
+            ended = self._ended
+        if ended:
+            _end(process)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running.discard(process)
+
+    def end(self) -> None:
+        """End all children, and those that start later."""
+        with self._lock:
+            self._ended, running = True, list(self._running)
+        for process in running:
+            _end(process)
+
+
+def run_child(
+    command: Sequence[str], environment: Mapping[str, str], log: Path, job: str, children: Children | None = None
+) -> tuple[int, str]:
     """Run a command to its end: its output goes to ``log``, its progress and warnings to the terminal, too.
 
     The child holds one end of a pipe (its standard input) whose other end only this process has: when this process
@@ -66,6 +98,7 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], log: Path,
         environment: all environment variables of the child.
         log: file for its output; where it cannot be written, the last lines are kept in memory alone.
         job: one line, sent to the child's standard input.
+        children: through which another thread may end the child.
 
     Returns:
         The exit code (negative for a signal), and the last lines it printed. A child that prints nothing for six hours
@@ -79,18 +112,23 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], log: Path,
         stderr=subprocess.STDOUT,
         start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the child
     )
-    assert process.stdin is not None
     lines: deque[str] = deque(maxlen=_KEPT_LINES)
     try:
-        with suppress(BrokenPipeError):  # it has ended already, and its output says why
-            process.stdin.write(job.encode() + b"\n")
-            process.stdin.flush()
-        _fold(process, log, lines)
-        return process.wait(_END_SECONDS), "\n".join(lines)
+        with (children or Children()).holding(process):
+            return _wait_for(process, log, job, lines)
     except subprocess.TimeoutExpired:  # it closed its output and does not end
         return -9, "\n".join(lines)
     finally:
         _end(process)
+
+
+def _wait_for(process: "subprocess.Popen[bytes]", log: Path, job: str, lines: "deque[str]") -> tuple[int, str]:
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):  # it has ended already, and its output says why
+        process.stdin.write(job.encode() + b"\n")
+        process.stdin.flush()
+    _fold(process, log, lines)
+    return process.wait(_END_SECONDS), "\n".join(lines)
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

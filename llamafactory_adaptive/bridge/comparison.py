@@ -1,37 +1,49 @@
 """A comparison on LLaMA-Factory: settings are checked first, rows split once, and each run has its own process."""
 
 import math
+import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llamafactory_adaptive.bridge.arguments import Args, our_keys
-from llamafactory_adaptive.bridge.checked_run import checked_run
-from llamafactory_adaptive.bridge.comparison_jobs import (
+from llamafactory_adaptive.bridge.child import Children
+from llamafactory_adaptive.bridge.comparison_checks import (
+    check_arm,
+    comparison_problems,
+    warmup_problems,
+    without_training_set,
+)
+from llamafactory_adaptive.bridge.comparison_jobs import RunJob, run_in_own_process
+from llamafactory_adaptive.bridge.comparison_rows import (
+    COUNTS,
     HELD_OUT,
     TRAIN,
-    RunJob,
     SplitJob,
     answer_tokens,
-    run_in_own_process,
+    rows_folder,
+    rows_identity,
 )
-from llamafactory_adaptive.bridge.host_check import check_host_settings
-from llamafactory_adaptive.comparison.arms import PLAIN, Arm, run_settings, without_secrets
+from llamafactory_adaptive.comparison.arms import PLAIN, Arm, run_settings
 from llamafactory_adaptive.comparison.experiment import Design, Progress, Run
 from llamafactory_adaptive.comparison.ledger import Ledger
 from llamafactory_adaptive.comparison.results import arm_results, document
 from llamafactory_adaptive.comparison.runner import Runner, hours
-from llamafactory_adaptive.errors import AdaptiveConfigError, Problem, refuse, refuse_all
-from llamafactory_adaptive.files import digest_of, file_digest, read_json
+from llamafactory_adaptive.comparison.secrets import without_secrets
+from llamafactory_adaptive.errors import refuse_all
+from llamafactory_adaptive.files import digest_of, read_json
 from llamafactory_adaptive.versions import installed_versions
 
 
 LEDGER, ROWS, RUNS, LOGS = "ledger.jsonl", "rows", "runs", "logs"
 _PROBED_STEPS = 4
 _VERSIONS = ("llamafactory-adaptive", "llamafactory", "torch", "transformers", "peft")
+Say = Callable[[str], None]
 
 
 class Comparison:
@@ -41,17 +53,32 @@ class Comparison:
         given: settings of the YAML.
         arms: ways to fine-tune.
         design: what they have in common.
-        folder: receives rows, runs, logs and ledger.
-        held_out: number of held-out rows.
+        folder: receives rows, runs, logs and ledger; locked for this process before :meth:`run`.
+        held_out: number of held-out rows at most.
+        keep_adapters: whether adapters of runs that choose a rate are kept, too.
     """
 
-    def __init__(self, given: Args, arms: Sequence[Arm], design: Design, folder: Path, held_out: int) -> None:
+    def __init__(
+        self,
+        given: Args,
+        arms: Sequence[Arm],
+        design: Design,
+        folder: Path,
+        held_out: int,
+        keep_adapters: bool = False,
+    ) -> None:
         self.given, self.design, self.folder, self.held_out = given, design, folder, held_out
-        self.arms = {arm.name: arm for arm in arms}
-        self.own_keys = our_keys(given)
-        self.ledger = Ledger(folder / LEDGER)
+        self.arms, self.keep_adapters = {arm.name: arm for arm in arms}, keep_adapters
+        self.own_keys, self.versions = our_keys(given), installed_versions(_VERSIONS)
+        self.children = Children()
+        self.rows, self._model = folder / ROWS, ""
         self.split: dict[str, Any] = {}
         self.tokens: dict[str, Any] = {}
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """Read the ledger; when it is first needed, as other processes may write to it before the folder is locked."""
+        return Ledger(self.folder / LEDGER)
 
     def check(self) -> None:
         """Check the settings of every arm as a run of its own would be checked.
@@ -59,66 +86,63 @@ class Comparison:
         Raises:
             AdaptiveConfigError: a run of some arm would be refused; the message names the arm.
         """
-        refuse_all(*_comparison_problems(self.given))
+        shortest = min(self.design.steps_for_rates or math.inf, self.asked_steps() or math.inf)
+        warmup = [] if math.isinf(shortest) else warmup_problems(self.given, int(shortest))
+        refuse_all(*comparison_problems(self.given), *warmup)
         for arm in self.arms.values():
-            try:
-                self._check_arm(arm)
-            except AdaptiveConfigError as error:
-                raise AdaptiveConfigError(
-                    [Problem(p.key, p.value, f"{p.allowed} (arm {arm.name})", p.suggestion) for p in error.problems]
-                ) from error
-
-    def _check_arm(self, arm: Arm) -> None:
-        settings = {**self.settings(self.design.final(arm.name, self.design.grid[0])[0]), "output_dir": "x"}
-        if settings["finetuning_type"] == "adaptive":
-            checked_run(settings, host_too=False)
-        elif stray := our_keys(settings):
-            reason = "it has no effect on plain LoRA"
-            refuse(stray[0], settings[stray[0]], reason, "adaptive_method=<a method> beside it")
-        check_host_settings(settings)
+            check_arm(arm, self.settings(self.design.final(arm.name, self.design.grid[0])[0]))
 
     def settings(self, run: Run) -> Args:
         """Build the settings of a run, without the folders that it reads and writes."""
-        return run_settings(self.given, self.arms[run.arm], run.point, run.seed, run.steps, self.own_keys)
+        arm = self.arms[run.arm]
+        return without_training_set(run_settings(self.given, arm, run.point, run.seed, run.steps, self.own_keys))
 
-    def prepare(self, log: Callable[[str], None]) -> None:
-        """Tokenise and split the rows, unless a run of before has."""
-        job = SplitJob(self.given, self.held_out, str(self.folder / ROWS))
-        key = {"split": without_secrets(job.settings), "rows": job.rows}
-        if not (self.folder / ROWS / HELD_OUT).is_file():
-            self.ledger.forget(key)
-        if key not in self.ledger:
-            log(f"tokenising the rows and holding {self.held_out} of them out, in a process of its own")
-        held = self.ledger.result(key, lambda: run_in_own_process(job, None, self.folder / LOGS / "split.log"))
-        self.split = {**held, "held_out_sha256": file_digest(self.folder / ROWS / HELD_OUT)}
-        halves = read_json(self.folder / ROWS / HELD_OUT, "the held-out rows")
+    def prepare(self, say: Say, device: str | None = None) -> None:
+        """Tokenise and split the rows, unless that was done with the same settings, data files and model."""
+        known = rows_identity(self.given, self.held_out)
+        self.rows, self._model = rows_folder(self.folder / ROWS, known), digest_of(known["model"])
+        for unfinished in self.rows.parent.glob(".*.tmp"):  # of a run that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
+        if not (self.rows / COUNTS).is_file():
+            say("tokenising the rows and holding some of them out, in a process of its own")
+            job = SplitJob(self.given, self.held_out, str(self.rows))
+            run_in_own_process(job, device, self.folder / LOGS / "split.log", self.children)
+        self.split = read_json(self.rows / COUNTS, "the split of the rows")
+        say("{train} rows to train on; {dev} held-out rows choose rates, {test} others judge".format(**self.split))
+        if (found := self.split["dev"] + self.split["test"]) < self.held_out:
+            say(f"{found} rows are held out, not {self.held_out}: there are no more, or a fifth of those to train on")
+        halves = read_json(self.rows / HELD_OUT, "the held-out rows")
         self.tokens = {half: np.array(answer_tokens(rows)) for half, rows in halves.items()}
 
-    def run(self, devices: Sequence[str | None], say: Callable[[str], None]) -> Progress:
+    def run(self, devices: Sequence[str | None], say: Say) -> Progress:
         """Make all runs, and return what is known of each arm.
 
         Raises:
             AdaptiveError: the rows cannot be split, or plain LoRA cannot be trained.
         """
-        self.prepare(say)
+        self.prepare(say, devices[0])
         progress = Progress(self.design, list(self.arms.values()), self.known, self.figure)
-        left = progress.runs_left()
-        if left:
-            say("training a few steps of plain LoRA to estimate the time")
-            seconds = self.seconds_of_a_run(PLAIN, devices[0]) * left / len(devices)
-            where = f" on {len(devices)} devices" if len(devices) > 1 else ""
-            say(f"{left} runs of {self.steps()} steps, about {hours(seconds)}{where}; logs in {self.folder / LOGS}")
-        Runner(progress, self.ledger, self.train, self.key, devices).run()
+        if left := progress.runs_left():
+            say(f"{left} runs of about {self.steps()} steps{self._time(left, devices)}; logs in {self.folder / LOGS}")
+        Runner(progress, self.ledger, self.train, self.key, devices, self.children.end).run()
         return progress
 
-    def document(self, progress: Progress, effect: float, command: str) -> dict[str, Any]:
-        """Build the document of a finished comparison."""
+    def document(self, progress: Progress, effect: float, command: str, changed: Sequence[str]) -> dict[str, Any]:
+        """Build the document of a finished comparison.
+
+        Args:
+            progress: what is known of each arm.
+            effect: smallest difference that matters.
+            command: the command, without secrets.
+            changed: what was fixed at the first start and is another thing now, in words.
+        """
         tokens = {half: counts.tolist() for half, counts in self.tokens.items()}
         facts = {
             "command": command,
-            "versions": installed_versions(_VERSIONS),
+            "versions": self.versions,
             "settings": without_secrets(self.given),
-            "design": {**asdict(self.design), "steps": self.steps()},
+            "design": asdict(self.design),
+            "changed": list(changed),
             "training_rows": self.split["train"],
         }
         return document(arm_results(progress), tokens, effect, facts)
@@ -129,11 +153,8 @@ class Comparison:
 
     def key(self, run: Run) -> Mapping[str, Any]:
         """Return everything that the result of a run depends on."""
-        return {
-            "settings": without_secrets(self.settings(run)),
-            "rows": self.split,
-            "versions": installed_versions(_VERSIONS),
-        }
+        settings = without_secrets(self.settings(run))
+        return {"settings": settings, "rows": self.split, "model": self._model, "versions": self.versions}
 
     def known(self, run: Run) -> Mapping[str, Any] | None:
         """Return what came of a run, if the ledger holds it."""
@@ -143,56 +164,61 @@ class Comparison:
     def train(self, run: Run, device: str | None) -> Mapping[str, Any]:
         """Make one run in a process of its own: training, then the losses of held-out rows."""
         name = f"{run.arm}-{digest_of(self.key(run))[:12]}".replace(" ", "_")
-        settings = self._complete(self.settings(run), self.folder / RUNS / name)
-        job = RunJob(settings, str(self.folder / ROWS / HELD_OUT), self._judged_at_once())
-        return run_in_own_process(job, device, self.folder / LOGS / f"{name}.log")
+        output = self.folder / RUNS / name
+        outcome = self._run(run, output, device, self.folder / LOGS / f"{name}.log")
+        if outcome["status"] == "done" and (self.keep_adapters or self.design.judges(run)):
+            return outcome
+        shutil.rmtree(output, ignore_errors=True)
+        return {key: value for key, value in outcome.items() if key != "adapter"}
 
-    def _complete(self, settings: Args, output: Path) -> Args:
-        folders = {"output_dir": str(output), "tokenized_path": str(self.folder / ROWS / TRAIN)}
-        return {**settings, **folders}
+    def _run(self, run: Run, output: Path, device: str | None, log: Path) -> dict[str, Any]:
+        shutil.rmtree(output, ignore_errors=True)  # of a run that was killed
+        folders = {"output_dir": str(output), "tokenized_path": str(self.rows / TRAIN)}
+        job = RunJob({**self.settings(run), **folders}, str(self.rows / HELD_OUT), self._judged_at_once())
+        return run_in_own_process(job, device, log, self.children)
 
     def _judged_at_once(self) -> int:
         sizes = (self.given.get(f"per_device_{kind}_batch_size") for kind in ("eval", "train"))
         return next((int(size) for size in sizes if size), 8)
 
-    def seconds_of_a_run(self, arm: str, device: str | None) -> float:
-        """Estimate the seconds of one run by training a few steps of an arm."""
-        point = self.design.grid[0]
-        probe = Run(arm, point, 0, _PROBED_STEPS)
-        job = RunJob(self._complete(self.settings(probe), self.folder / RUNS / "probe"), None)
-        key = {"probe": without_secrets(self.settings(probe)), "rows": self.split}
-        held = self.ledger.result(key, lambda: run_in_own_process(job, device, self.folder / LOGS / "probe.log"))
-        start = held["seconds"] - held["training_seconds"]
-        return float(start + self.steps() * held["training_seconds"] / max(1, held["steps"]))
+    def _time(self, runs: int, devices: Sequence[str | None]) -> str:
+        """Estimate in words how long runs take, by training a few steps of plain LoRA."""
+        seconds = self.seconds_of_a_run(devices[0])
+        if seconds is None:
+            return ", of a length that a trial did not tell, as it diverged"
+        where = f" on {len(devices)} devices" if len(devices) > 1 else ""
+        total = hours(seconds * math.ceil(runs / len(devices)))
+        return f", about {total}{where} if every arm took as long as plain LoRA (those that score take longer)"
+
+    def seconds_of_a_run(self, device: str | None) -> float | None:
+        """Estimate the seconds of one whole run, by one of a few steps; None where that diverged."""
+        probe = Run(PLAIN, self.design.grid[0], 0, _PROBED_STEPS)
+        key = {"probe": self.key(probe)}
+        held = self.ledger.get(key)
+        if held is None:
+            output, began = self.folder / RUNS / "probe", time.perf_counter()
+            held = self._run(probe, output, device, self.folder / LOGS / "probe.log")
+            shutil.rmtree(output, ignore_errors=True)
+            if held["status"] == "diverged":
+                return None
+            held = {
+                **{name: held[name] for name in ("training_seconds", "steps")},
+                "seconds": time.perf_counter() - began,
+            }
+            self.ledger.add(key, held)
+        each = held["training_seconds"] / max(1, held["steps"])
+        return float(held["seconds"] + (self.steps() - held["steps"]) * each)
+
+    def asked_steps(self) -> int | None:
+        """Return the optimizer steps of a final run, where they do not depend on the number of rows."""
+        steps = self.design.steps or int(self.given.get("max_steps") or -1)
+        return steps if steps > 0 else None
 
     def steps(self) -> int:
-        """Return the optimizer steps of a final run."""
-        steps: int = self.design.steps or int(self.given.get("max_steps") or -1)
-        if steps > 0:
-            return steps
+        """Estimate the optimizer steps of a final run."""
+        if asked := self.asked_steps():
+            return asked
         batch = int(self.given.get("per_device_train_batch_size") or 8)
         batch *= int(self.given.get("gradient_accumulation_steps") or 1)
         rows: int = self.split["train"]
         return math.ceil(rows / batch * float(self.given.get("num_train_epochs") or 3.0))
-
-
-def _comparison_problems(given: Mapping[str, Any]) -> list[Problem]:
-    """Find settings that a comparison cannot go with."""
-    problems = []
-    if given.get("stage", "sft") not in ("sft", "pt"):
-        reason = "a comparison is by the loss of held-out answers, which stages sft and pt have"
-        problems.append(Problem("stage", given.get("stage"), reason, "stage: sft"))
-    for key in ("deepspeed", "fsdp"):
-        if given.get(key):
-            reason = "every run of a comparison has one process and one device"
-            problems.append(Problem(key, given[key], reason, f"leaving {key} out, and quantization_bit: 4"))
-    for key in ("packing", "neat_packing", "streaming"):
-        if given.get(key):
-            reason = "losses are compared row by row, and every arm trains on the same rows from the disk"
-            problems.append(Problem(key, given[key], reason, f"{key}: false"))
-    for key in ("tokenized_path", "adapter_name_or_path"):
-        if given.get(key):
-            problems.append(
-                Problem(key, given[key], "a comparison starts from rows and the base", f"leaving {key} out")
-            )
-    return problems

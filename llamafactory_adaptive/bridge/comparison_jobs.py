@@ -1,96 +1,43 @@
-"""Jobs of a comparison in processes of their own: the split of the rows; one run, with the losses of held-out rows."""
+"""Jobs of a comparison in processes of their own: the split of the rows; one run, with the losses of held-out rows.
+
+A job is sent through a pipe, as its settings may hold a token of a hub, with which model and rows are loaded.
+"""
 
 import gc
 import json
 import math
-import random
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llamafactory_adaptive.bridge.arguments import Args, our_keys
-from llamafactory_adaptive.bridge.child import alone, last_words, run_child
+from llamafactory_adaptive.bridge.arguments import Args
+from llamafactory_adaptive.bridge.child import Children, alone, last_words, run_child
+from llamafactory_adaptive.bridge.comparison_rows import Rows, SplitJob, base_settings
+from llamafactory_adaptive.bridge.divergence_callback import divergence_callback
 from llamafactory_adaptive.bridge.host_loading import open_host
-from llamafactory_adaptive.calibration.batches import IGNORE_INDEX, holds_media, length_sorted, make_batches
+from llamafactory_adaptive.calibration.batches import length_sorted, make_batches
 from llamafactory_adaptive.calibration.row_losses import row_losses
-from llamafactory_adaptive.comparison.differences import FEWEST_ROWS
-from llamafactory_adaptive.errors import CalibrationError, DivergedError
-from llamafactory_adaptive.files import read_json, write_atomically
+from llamafactory_adaptive.errors import AdaptiveError, CalibrationError, DivergedError, OtherProcessError, OutputError
+from llamafactory_adaptive.files import cannot_write, could_not_write, read_json
 
 
 COMPARISON_JOB = "comparison-job"  # the internal command that runs a job
 _PREFIX = "base_model.model."  # of PEFT, before every name of a module
-HELD_OUT = "held_out.json"
-TRAIN = "train"
-
-Rows = list[dict[str, list[int]]]
-
-
-@dataclass(frozen=True)
-class SplitJob:
-    """The split of a run's rows into those that all arms train on, and two held-out halves.
-
-    Attributes:
-        settings: the settings of the YAML; ``eval_dataset`` or ``val_size``, if given, say which rows are held out.
-        rows: number of held-out rows, of both halves together.
-        folder: where the tokenised rows go.
-    """
-
-    settings: Args
-    rows: int
-    folder: str
-
-    def run(self) -> dict[str, Any]:
-        """Tokenise and split the rows, and return how many there are of each part."""
-        with open_host(_plain(self.settings), "the comparison") as host:
-            train, held_out = host.read_rows(self._split)
-        train.save_to_disk(str(Path(self.folder) / TRAIN))
-        halves = {"dev": held_out[::2], "test": held_out[1::2]}
-        write_atomically(Path(self.folder) / HELD_OUT, json.dumps(halves))
-        return {"train": len(train), **{half: len(rows) for half, rows in halves.items()}}
-
-    def _split(self, data: Mapping[str, Any]) -> tuple[Any, Rows]:
-        """Return the training set without the held-out rows, and these, in random order."""
-        train, given = data["train_dataset"], data.get("eval_dataset")
-        draw = random.Random(0)
-        if given is None:
-            picked = set(draw.sample(range(len(train)), min(self.rows, len(train) // 2)))
-            source, train = train, train.select([index for index in range(len(train)) if index not in picked])
-        else:
-            sets = list(given.values()) if isinstance(given, Mapping) else [given]
-            source = [row for rows in sets for row in rows]
-            picked = set(draw.sample(range(len(source)), min(self.rows, len(source))))
-        held_out = [_tokens(source[index]) for index in draw.sample(sorted(picked), len(picked))]
-        held_out = [row for row in held_out if any(label != IGNORE_INDEX for label in row["labels"][1:])]
-        if len(held_out) < 2 * FEWEST_ROWS:
-            raise CalibrationError(
-                f"{len(held_out)} rows with an answer can be held out, and a comparison needs {2 * FEWEST_ROWS}: give "
-                "more rows, or an eval_dataset"
-            )
-        seen = {tuple(row["input_ids"]) for row in held_out}
-        kept = [index for index, ids in enumerate(train["input_ids"]) if tuple(ids) not in seen]
-        return train.select(kept), held_out
-
-
-def _plain(settings: Args) -> Args:
-    """Return the settings by which the host loads base model and rows, without an adapter."""
-    dropped = {*our_keys(settings), "adapter_name_or_path", "resume_from_checkpoint", "deepspeed"}
-    kept = {key: value for key, value in settings.items() if key not in dropped}
-    return {**kept, "finetuning_type": "lora", "do_train": True, "report_to": "none", "packing": False}
-
-
-def _tokens(row: Mapping[str, Any]) -> dict[str, list[int]]:
-    if holds_media(row):
-        raise CalibrationError("rows hold images, video or audio, and a comparison measures the loss of texts")
-    if "input_ids" not in row or "labels" not in row:
-        raise CalibrationError("rows have no single answer: a comparison takes stage: sft or stage: pt")
-    return {"input_ids": list(row["input_ids"]), "labels": list(row["labels"])}
+LESS_MEMORY = (
+    "lower per_device_train_batch_size and raise gradient_accumulation_steps, lower cutoff_len, or set "
+    "quantization_bit: 4"
+)
+# Errors of a job after which no other job would fare better.
+_KINDS: dict[str, type[AdaptiveError]] = {"OutputError": OutputError, "OtherProcessError": OtherProcessError}
 
 
 @dataclass(frozen=True)
@@ -99,42 +46,51 @@ class RunJob:
 
     Attributes:
         settings: complete settings of the run, with ``output_dir`` and the split's ``tokenized_path``.
-        rows: file with the held-out rows; None if only time is measured.
-        batch_size: rows of a batch that is judged.
+        rows: file with the held-out rows.
+        batch_size: rows of a batch that is judged; fewer where memory runs out.
     """
 
     settings: Args
-    rows: str | None
+    rows: str
     batch_size: int = 8
 
     def run(self) -> dict[str, Any]:
-        """Run the training, and return ``status``, losses of held-out rows, parameters and seconds."""
+        """Run the training, and return ``status``, losses of held-out rows, parameters and seconds.
+
+        Raises:
+            OutputError: the disk is full.
+            OtherProcessError: the device is lost.
+            CalibrationError: memory ran out.
+        """
         from llamafactory.train.tuner import run_exp
 
-        started, stop = time.perf_counter(), _divergence_callback()
-        try:
-            run_exp(args=dict(self.settings), callbacks=[stop])
-        except DivergedError as error:
-            return {"status": "diverged", "why": str(error)}
+        started, stop = time.perf_counter(), divergence_callback()
+        output = Path(str(self.settings["output_dir"]))
+        with _in_words(output):
+            try:
+                run_exp(args=dict(self.settings), callbacks=[stop])
+            except DivergedError as error:
+                return {"status": "diverged", "why": str(error)}
         if stop.diverged:
-            return {"status": "diverged", "why": f"the loss was not finite at step {stop.diverged}"}
+            return {"status": "diverged", "why": stop.diverged}
+        for file in output.rglob("training_args.bin"):  # a pickle of all arguments
+            file.unlink()
         seconds = time.perf_counter() - started
-        adapter = Path(str(self.settings["output_dir"]))
-        if (converted := adapter / "pissa_converted").is_dir():  # on the base as it is, of twice the rank
+        adapter = output
+        if (converted := output / "pissa_converted").is_dir():  # on the base as it is, of twice the rank
             adapter = converted
         outcome = {"status": "done", "seconds": round(seconds, 1), "training_seconds": stop.seconds,
                    "steps": stop.steps, "adapter": str(adapter), **_facts_of(adapter)}  # fmt: skip
-        return outcome if self.rows is None else {**outcome, **self._judge(adapter, Path(self.rows))}
+        with _in_words(output):
+            return {**outcome, **self._judge(adapter)}
 
-    def _judge(self, adapter: Path, rows: Path) -> dict[str, Any]:
+    def _judge(self, adapter: Path) -> dict[str, Any]:
         """Compute the mean loss per row of both halves, with the adapter as it was saved."""
         from peft import PeftModel
 
-        gc.collect()
-        if torch.accelerator.is_available():
-            torch.accelerator.memory.empty_cache()
-        halves = read_json(rows, "the held-out rows")
-        with open_host(_plain(self.settings), "the comparison") as host:
+        _free_memory()
+        halves = read_json(Path(self.rows), "the held-out rows")
+        with open_host(base_settings(self.settings), "the comparison", LESS_MEMORY) as host:
             model = PeftModel.from_pretrained(host.load_base(), str(adapter)).eval()
             pad_id = host.tokenizer.pad_token_id or 0
             losses = {half: losses_by_row(model, held, self.batch_size, pad_id) for half, held in halves.items()}
@@ -158,31 +114,66 @@ def decode_job(line: str) -> Job:
     return _JOBS[values.pop("kind")](**values)
 
 
-def run_in_own_process(job: Job, device: str | None, log: Path) -> dict[str, Any]:
+def run_in_own_process(job: Job, device: str | None, log: Path, children: Children | None = None) -> dict[str, Any]:
     """Run a job in a fresh process with one device, and return what came of it.
 
     Args:
         job: what to do.
         device: as ``CUDA_VISIBLE_DEVICES`` names it; None for the first.
         log: file for all that the process prints.
+        children: through which another thread may end the process.
 
     Raises:
-        CalibrationError: the job failed; the message is its own, or the last line that it printed.
+        AdaptiveError: the job failed; class and message are its own, or CalibrationError with its last line.
     """
     with tempfile.TemporaryDirectory(prefix="adaptive-") as scratch:
         answer = Path(scratch) / "answer.json"
         command = [sys.executable, "-m", "llamafactory_adaptive.cli", COMPARISON_JOB, str(answer)]
-        code, said = run_child(command, alone(device), log, encode_job(job))
+        code, said = run_child(command, alone(device), log, encode_job(job), children)
         held = read_json(answer, "the answer of a job") if answer.exists() else {}
     if "result" in held:
         result: dict[str, Any] = held["result"]
         return result
-    why = held.get("error") or f"it ended with exit code {code}{last_words(said)}"
-    raise CalibrationError(f"{why} (its log: {log})")
+    kind = _KINDS.get(held.get("kind", ""), CalibrationError)
+    killed = f"it was killed, as a rule because memory ran out: {LESS_MEMORY}"
+    ended = killed if code == -signal.SIGKILL else f"it ended with exit code {code}"
+    raise kind(f"{held.get('error') or ended + last_words(said)} (its log: {log})")
+
+
+@contextmanager
+def _in_words(output: Path) -> Iterator[None]:
+    """Convert errors that tell of the machine to one line each; print their traceback, which goes to the log."""
+    try:
+        yield
+    except AdaptiveError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        if could_not_write(error):
+            raise cannot_write(output, error) from error
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(error):
+            raise CalibrationError(f"memory ran out: {LESS_MEMORY}") from error
+        if "CUDA error" in str(error) or "CUDA driver" in str(error):
+            raise OtherProcessError(f"the device is lost ({str(error).splitlines()[0]})") from error
+        raise
 
 
 def losses_by_row(model: Any, rows: Rows, batch_size: int, pad_id: int) -> list[float]:
-    """Compute the mean loss over the answer tokens of each row, in the order of ``rows``."""
+    """Compute the mean loss over the answer tokens of each row, in the order of ``rows``.
+
+    Where memory runs out, batches are halved.
+    """
+    while True:
+        try:
+            return _losses_by_row(model, rows, batch_size, pad_id)
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+        batch_size //= 2
+        _free_memory()
+
+
+def _losses_by_row(model: Any, rows: Rows, batch_size: int, pad_id: int) -> list[float]:
     device = next(model.parameters()).device
     order = [index for group in length_sorted([len(row["input_ids"]) for row in rows], batch_size) for index in group]
     batches = [batch.to(device) for batch in make_batches(rows, batch_size, pad_id)]
@@ -190,9 +181,10 @@ def losses_by_row(model: Any, rows: Rows, batch_size: int, pad_id: int) -> list[
     return [mean for _, mean in sorted(zip(order, means, strict=True))]
 
 
-def answer_tokens(rows: Sequence[Mapping[str, Sequence[int]]]) -> list[int]:
-    """Count the labelled tokens of each row."""
-    return [sum(label != IGNORE_INDEX for label in row["labels"][1:]) for row in rows]
+def _free_memory() -> None:
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.memory.empty_cache()
 
 
 def _facts_of(adapter: Path) -> dict[str, Any]:
@@ -209,25 +201,3 @@ def _facts_of(adapter: Path) -> dict[str, Any]:
         "parameters_of_one_rank": min(a[1] + b[0] for a, b, _ in pairs),
         "ranks": {key.partition(".lora_A")[0].removeprefix(_PREFIX): a[0] for a, _, key in pairs},
     }
-
-
-def _divergence_callback() -> Any:
-    """Build a callback that ends a run whose loss is not finite, and keeps the seconds of its steps."""
-    from transformers import TrainerCallback
-
-    class StopDiverged(TrainerCallback):  # type: ignore[misc]
-        diverged, steps, seconds = 0, 0, 0.0
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-            self.began = time.perf_counter()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-            self.steps, self.seconds = state.global_step, round(time.perf_counter() - self.began, 2)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
-            # The Trainer leaves a loss that is not finite out of its mean; the norm of the gradient tells.
-            said = [float(logs[key]) for key in ("loss", "grad_norm") if key in (logs or {})]
-            if not all(map(math.isfinite, said)):
-                self.diverged, control.should_training_stop = state.global_step, True
-
-    return StopDiverged()

@@ -32,12 +32,14 @@ class Host:
         arguments: the host's own objects: of the model, the data, training and finetuning.
         modules: tokenizer and processor.
         purpose: what things are loaded for, in one word, for messages.
+        less_memory: what a user can do where memory runs out, for messages.
     """
 
     settings: Args
     arguments: tuple[Any, Any, Any, Any]
     modules: dict[str, Any]
     purpose: str
+    less_memory: str = LESS_MEMORY
 
     @property
     def tokenizer(self) -> Any:
@@ -59,7 +61,8 @@ class Host:
 
         model, data, training, finetuning = self.arguments
         stage = "rm" if finetuning.stage == "dpo" else finetuning.stage
-        with as_calibration_error(f"the data set {rows_of(self.settings)} cannot be read for {self.purpose}"):
+        what = f"the data set {rows_of(self.settings)} cannot be read for {self.purpose}"
+        with as_calibration_error(what, self.less_memory):
             template = get_template_and_fix_tokenizer(self.tokenizer, data)
             return pick(get_dataset(template, model, data, training, stage=stage, **self.modules))
 
@@ -69,12 +72,12 @@ class Host:
 
         model, _, _, finetuning = self.arguments
         named = self.settings["model_name_or_path"]
-        with as_calibration_error(f"the model {named} cannot be loaded for {self.purpose}"):
+        with as_calibration_error(f"the model {named} cannot be loaded for {self.purpose}", self.less_memory):
             return load_model(self.tokenizer, model, finetuning, is_trainable=False)
 
 
 @contextmanager
-def open_host(settings: Args, purpose: str) -> Iterator[Host]:
+def open_host(settings: Args, purpose: str, less_memory: str = LESS_MEMORY) -> Iterator[Host]:
     """Parse settings as the host does and load the tokenizer; output goes to a scratch folder.
 
     Raises:
@@ -88,11 +91,12 @@ def open_host(settings: Args, purpose: str) -> Iterator[Host]:
             *arguments, _ = get_train_args({**settings, "output_dir": scratch})
         with as_calibration_error(f"the tokenizer of {settings['model_name_or_path']} cannot be loaded"):
             modules = load_tokenizer(arguments[0])
-        yield Host(settings, (arguments[0], arguments[1], arguments[2], arguments[3]), dict(modules), purpose)
+        parsed = (arguments[0], arguments[1], arguments[2], arguments[3])
+        yield Host(settings, parsed, dict(modules), purpose, less_memory)
 
 
 @contextmanager
-def as_calibration_error(what: str) -> Iterator[None]:
+def as_calibration_error(what: str, less_memory: str = LESS_MEMORY) -> Iterator[None]:
     """Convert whatever the host raises within the context to one line; print its traceback, which goes to the log.
 
     Raises:
@@ -106,5 +110,5 @@ def as_calibration_error(what: str) -> Iterator[None]:
         traceback.print_exc()
         memory = isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
         why = str(error).strip().splitlines()
-        cause = f"memory ran out: {LESS_MEMORY}" if memory else f"{type(error).__name__}: {why[0] if why else what}"
+        cause = f"memory ran out: {less_memory}" if memory else f"{type(error).__name__}: {why[0] if why else what}"
         raise CalibrationError(f"{what} ({cause})") from error

@@ -13,10 +13,11 @@ from llamafactory_adaptive.calibration.measurement import Measurement
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 
 
-_TRAINING_ONLY = (*OTHER_PROCESS, "eval_dataset", "eval_strategy",
-                  "load_best_model_at_end", "metric_for_best_model", "push_to_hub", "do_eval", "do_predict",
-                  "predict_with_generate", "early_stopping_steps", "overwrite_output_dir", "ref_model",
-                  "ref_model_adapters", "use_swanlab", "plot_loss", "save_on_each_node", "eval_steps")  # fmt: skip
+# Settings that neither base model nor training rows depend on.
+TRAINING_ONLY = (*OTHER_PROCESS, "eval_dataset", "eval_strategy",
+                 "load_best_model_at_end", "metric_for_best_model", "push_to_hub", "do_eval", "do_predict",
+                 "predict_with_generate", "early_stopping_steps", "overwrite_output_dir", "ref_model",
+                 "ref_model_adapters", "use_swanlab", "plot_loss", "save_on_each_node", "eval_steps")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class ScoringJob:
 
 def scoring_settings(args: Args) -> Args:
     """Reduce a run's settings to those that load base model and training split in one process."""
-    dropped = {*_TRAINING_ONLY, *our_keys(args), "output_dir"}
+    dropped = {*TRAINING_ONLY, *our_keys(args), "output_dir"}
     kept = {key: value for key, value in args.items() if key not in dropped}
     if not args.get("create_new_adapter"):
         kept.pop("adapter_name_or_path", None)

@@ -20,6 +20,6 @@ def comparison_job(arguments: argparse.Namespace) -> int:
     try:
         answer = {"result": job.run()}
     except AdaptiveError as error:
-        answer = {"error": str(error)}
+        answer = {"error": str(error), "kind": type(error).__name__}
     arguments.answer.write_text(json.dumps(answer), encoding="utf-8")
     return 2 if "error" in answer else 0

@@ -1,7 +1,8 @@
 """Arms of a comparison: ways to fine-tune by name, and the settings of each run that follow from the user's YAML."""
 
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,24 +31,34 @@ _HALVES: dict[str, Settings] = {
 # Keys of a variant, which an arm that does not name them is without, whatever the YAML says.
 _KEYS_OF_VARIANTS = (*dict.fromkeys(key for keys in _VARIANTS.values() for key in keys), "loraplus_lr_embedding",
                      "pissa_iter")  # fmt: skip
+_SWITCHES_OF_VARIANTS = ("use_rslora", "use_dora", "loraplus_lr_ratio", "pissa_init")
 # What every adaptive arm takes from the YAML. Its other adaptive keys suit the method that it names, and no other.
 _SHARED = ("adaptive_budget_unit", "adaptive_min_rank", "adaptive_max_rank")
-# What a run of a comparison does alike in every arm: no evaluation, no checkpoints, one process, rows on the disk.
+# What a run of a comparison does alike in every arm: no evaluation, no checkpoints, no reports, rows on the disk.
 _FORCED: Settings = {
     "do_train": True, "do_eval": False, "do_predict": False, "eval_strategy": "no", "save_strategy": "no",
     "load_best_model_at_end": False, "report_to": "none", "plot_loss": False, "overwrite_output_dir": True,
     "push_to_hub": False, "disable_tqdm": True,
 }  # fmt: skip
-# Keys that are about evaluation or checkpoints, or whose rows were split before.
+# Keys that are about evaluation, checkpoints or reports, or whose rows were split before. With ``data_seed`` the order
+# of the rows would be the same for all seeds.
 _LEFT_OUT = ("eval_dataset", "val_size", "eval_steps", "eval_on_each_dataset", "early_stopping_steps",
              "metric_for_best_model", "greater_is_better", "resume_from_checkpoint", "save_steps", "save_total_limit",
-             "predict_with_generate", "compute_accuracy", "run_name", "output_dir", "logging_dir",
-             "adaptive_best_model_from", "adapter_name_or_path", "create_new_adapter", "streaming")  # fmt: skip
+             "predict_with_generate", "compute_accuracy", "run_name", "output_dir", "logging_dir", "data_seed",
+             "adaptive_best_model_from", "adapter_name_or_path", "create_new_adapter", "streaming",
+             "use_swanlab")  # fmt: skip
+_LEFT_OUT_PREFIXES = ("swanlab_", "hub_", "push_to_hub_", "ray_")
+_SPLIT_BY = ("eval_dataset", "val_size", "eval_on_each_dataset", "output_dir")  # used by the command itself
 # What the command itself sets, by its own arguments.
-_ONE_FOR_ALL = ("learning_rate", "lora_alpha", "lora_rank", "seed", "max_steps", "num_train_epochs", "output_dir",
-                "dataset", "model_name_or_path", "stage", *_FORCED)  # fmt: skip
-_SECRET = re.compile(r"(_token|api_key|password|secret)$")
+_ONE_FOR_ALL = ("learning_rate", "lora_alpha", "lora_rank", "seed", "max_steps", "num_train_epochs", "stage",
+                "model_name_or_path", "deepspeed", "fsdp", *_LEFT_OUT, *_FORCED)  # fmt: skip
+# Every run trains on rows that were tokenised once, for all arms.
+_ROW_KEYS = ("dataset", "dataset_dir", "template", "cutoff_len", "max_samples", "train_on_prompt", "mask_history",
+            "packing", "neat_packing", "tokenized_path", "interleave_probs", "mix_strategy", "tool_format",
+            "default_system", "enable_thinking", "overwrite_cache", "media_dir")  # fmt: skip
 _NAME = re.compile(r"[\w][\w.\- ]{0,60}")
+_EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)e[+-]?\d+", re.IGNORECASE)  # 5e-2 is a text to YAML
+_EXAMPLE = '--arm "igu_off:adaptive_method=igu,igu_importance=off"'
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,7 @@ class Arm:
     Attributes:
         name: what tables and plots call it.
         settings: keys that replace those of the YAML; ``finetuning_type`` is one of them.
-        all_of_yaml: whether all adaptive keys of the YAML stay.
+        all_of_yaml: whether all adaptive keys and all variants of the YAML stay.
     """
 
     name: str
@@ -90,8 +101,8 @@ def choose_arms(names: Iterable[str], own: Iterable[str], given: Mapping[str, An
 
     Args:
         names: names of built-in arms.
-        own: arms of the user, ``NAME:key=value,...``.
-        given: settings of the YAML. Where they are adaptive, they are an arm of their own.
+        own: arms of the user, as :func:`parse_arm` reads them.
+        given: settings of the YAML. Where they are adaptive, or of a variant of LoRA, they are an arm of their own.
 
     Raises:
         AdaptiveConfigError: an arm is unknown, or what is written is none.
@@ -102,14 +113,32 @@ def choose_arms(names: Iterable[str], own: Iterable[str], given: Mapping[str, An
         if name not in built_in:
             refuse("--arms", name, f"must be one of {', '.join(built_in)}", "--arms lora,random,sensitivity,igu")
     arms = {name: built_in[name] for name in chosen}
-    if given.get("finetuning_type") == "adaptive":
-        arms[GIVEN] = Arm(GIVEN, {"finetuning_type": "adaptive"}, all_of_yaml=True)
+    adaptive = given.get("finetuning_type") == "adaptive"
+    if adaptive or any(given.get(key) for key in _SWITCHES_OF_VARIANTS):
+        arms[GIVEN] = Arm(GIVEN, {"finetuning_type": "adaptive" if adaptive else "lora"}, all_of_yaml=True)
     for text in own:
         arm = parse_arm(text)
         if arm.name in arms:
             refuse("--arm", text, f"there is an arm called {arm.name} already", "another name before the colon")
         arms[arm.name] = arm
     return list(arms.values())
+
+
+def without_twins(
+    arms: Sequence[Arm], given: Mapping[str, Any], own_keys: Iterable[str]
+) -> tuple[list[Arm], dict[str, str]]:
+    """Remove arms whose runs have the settings of an earlier arm's, key by key.
+
+    Returns:
+        The arms that are kept, and by name of each one left out the name of the one that it equals.
+    """
+    keys, first, twins = tuple(own_keys), dict[str, Arm](), dict[str, str]()
+    for arm in arms:
+        settings = run_settings(given, arm, GridPoint(1.0), 0, None, keys)
+        before = first.setdefault(json.dumps(settings, sort_keys=True, default=str), arm)
+        if before is not arm:
+            twins[arm.name] = before.name
+    return list(first.values()), twins
 
 
 def built_in_arms() -> dict[str, Arm]:
@@ -121,28 +150,57 @@ def built_in_arms() -> dict[str, Arm]:
 
 
 def parse_arm(text: str) -> Arm:
-    """Build an arm from ``NAME:key=value,key=value``; values are read as YAML.
+    """Build an arm from ``NAME:key=value,key=value`` or ``NAME:{key: value, key: [value, value]}``, read as YAML.
 
     An arm that names an ``adaptive_method`` is adaptive. One that names neither a method nor a ``finetuning_type`` is
     plain LoRA with other settings.
 
     Raises:
-        AdaptiveConfigError: the text has another form.
+        AdaptiveConfigError: the text has another form, or sets what is the same for all arms.
     """
     name, colon, rest = text.partition(":")
-    example = '--arm "igu_off:adaptive_method=igu,igu_importance=off"'
     if not colon or not _NAME.fullmatch(name):
-        refuse("--arm", text, "must be NAME:key=value,...", example)
-    pairs = [part.partition("=") for part in rest.split(",") if part.strip()]
-    if wrong := [key for key, equals, _ in pairs if not equals or not key.strip().isidentifier()]:
-        refuse("--arm", text, f"{wrong[0]!r} is no key=value", example)
-    settings = {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
-    if tuned := [key for key in settings if key in _ONE_FOR_ALL]:
+        refuse("--arm", text, "must be NAME:key=value,... or NAME:{key: value, ...}", _EXAMPLE)
+    pairs = _mapping(text, rest.strip()) if rest.strip().startswith("{") else _pairs(text, rest)
+    settings = {key: _value(value) for key, value in pairs.items()}
+    if tuned := [key for key in settings if key in _ONE_FOR_ALL or key.startswith(_LEFT_OUT_PREFIXES)]:
         refuse(
             "--arm", text, f"{tuned[0]} is the same for all arms, or tuned for each", "--rates, --alphas or --steps"
         )
+    if rows := [key for key in settings if key in _ROW_KEYS]:
+        refuse("--arm", text, f"{rows[0]} has no effect: all arms train on the same rows, tokenised once",
+               f"{rows[0]} in the YAML, for all arms")  # fmt: skip
     kind = "adaptive" if "adaptive_method" in settings else "lora"
     return Arm(name, {"finetuning_type": kind, **settings})
+
+
+def _mapping(text: str, rest: str) -> Settings:
+    example = '--arm "qv:{lora_target: [q_proj, v_proj]}"'
+    try:
+        found = yaml.safe_load(rest)
+    except yaml.YAMLError as error:
+        refuse("--arm", text, "what follows the colon cannot be read as YAML", example, cause=error)
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        refuse("--arm", text, "what follows the colon must be {key: value, ...}", example)
+    return found
+
+
+def _pairs(text: str, rest: str) -> Settings:
+    pairs = [part.partition("=") for part in rest.split(",") if part.strip()]
+    if wrong := [key for key, equals, _ in pairs if not equals or not key.strip().isidentifier()]:
+        reason = f"{wrong[0]!r} is no key=value; a list needs the form NAME:{{key: [value, value]}}"
+        refuse("--arm", text, reason, _EXAMPLE)
+    try:
+        return {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
+    except yaml.YAMLError as error:
+        refuse("--arm", text, "a value cannot be read as YAML", _EXAMPLE, cause=error)
+
+
+def _value(value: Any) -> Any:
+    """Convert what YAML reads to what LLaMA-Factory's YAML would hold: names with commas, and numbers like 5e-2."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
 def run_settings(
@@ -158,17 +216,23 @@ def run_settings(
         steps: optimizer steps; None for those of the YAML.
         own_keys: those of the YAML's keys that are the plugin's.
     """
-    plugin = set(own_keys)
-    dropped = {*_LEFT_OUT, *_KEYS_OF_VARIANTS}
+    adaptive = arm.settings["finetuning_type"] == "adaptive"
+    dropped = {key for key in given if _is_left_out(key)}
     if not arm.all_of_yaml:
-        same = arm.settings.get("adaptive_method") == given.get("adaptive_method") is not None
-        shared = arm.settings["finetuning_type"] == "adaptive"
-        dropped |= {key for key in plugin if not same and not (shared and key in _SHARED)}
+        dropped |= set(_KEYS_OF_VARIANTS)
+    if not (adaptive and arm.all_of_yaml):
+        same = adaptive and arm.settings.get("adaptive_method") == given.get("adaptive_method")
+        dropped |= {key for key in own_keys if not same and not (adaptive and key in _SHARED)}
     kept = {key: value for key, value in given.items() if key not in dropped}
     length = {} if steps is None else {"max_steps": steps}
     return {**kept, **_FORCED, **length, "seed": seed, **point.settings(), **arm.settings}
 
 
-def without_secrets(settings: Mapping[str, Any]) -> Settings:
-    """Return settings without tokens and keys of services, on which no result depends, for files."""
-    return {key: value for key, value in settings.items() if not _SECRET.search(key)}
+def _is_left_out(key: str) -> bool:
+    return key in _LEFT_OUT or key.startswith(_LEFT_OUT_PREFIXES)
+
+
+def keys_without_effect(given: Mapping[str, Any]) -> list[str]:
+    """List the keys of the YAML that ask for something which no run of a comparison does."""
+    asked = [key for key, value in given.items() if value not in (None, False, "none", "no") and key not in _SPLIT_BY]
+    return [key for key in asked if _is_left_out(key) or (key in _FORCED and given[key] != _FORCED[key])]

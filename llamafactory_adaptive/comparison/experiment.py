@@ -1,6 +1,7 @@
-"""Which runs a comparison makes: a grid of learning rates per arm, then all seeds at the arm's best one.
+"""Which runs a comparison makes: a grid of learning rates per arm, then other seeds at the arm's best one.
 
-What is due follows from what the ledger holds and from nothing else, so that a comparison goes on after any end.
+The seeds that choose do not judge: a run that was picked as the best of many was lucky, too. What is due follows from
+what the ledger holds and from nothing else, so that a comparison goes on after any end.
 """
 
 import math
@@ -25,12 +26,6 @@ class Run:
     seed: int
     steps: int | None
 
-    @property
-    def key(self) -> dict[str, Any]:
-        """Return what the ledger keys the run by, beside its settings."""
-        return {"arm": self.arm, "rate": self.point.rate, "alpha": self.point.alpha, "seed": self.seed,
-                "steps": self.steps}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Design:
@@ -39,8 +34,8 @@ class Design:
     Attributes:
         rates: learning rates of the first grid, the same for every arm.
         alphas: values of ``lora_alpha``, each with every rate; (None,) for that of the YAML alone.
-        seeds: number of seeds at the best point.
-        rate_seeds: number of seeds that choose it.
+        seeds: number of seeds at the best point, which judge.
+        rate_seeds: number of seeds that choose it, none of which judges.
         steps: optimizer steps of the final runs; None for those of the YAML.
         steps_for_rates: optimizer steps of the runs that choose; None for as many as the final ones.
         extensions: how often a grid is extended by a factor of two beyond an end that is best.
@@ -65,18 +60,16 @@ class Design:
         return [Run(arm, point, seed, steps) for seed in range(self.rate_seeds)]
 
     def final(self, arm: str, point: GridPoint) -> list[Run]:
-        """List the runs at the best point, which the arm is judged by."""
-        return [Run(arm, point, seed, self.steps) for seed in range(self.seeds)]
+        """List the runs at the best point, which the arm is judged by: their seeds chose nothing."""
+        return [Run(arm, point, self.rate_seeds + seed, self.steps) for seed in range(self.seeds)]
 
-    @property
-    def made_twice(self) -> int:
-        """Count the runs of the best point that its choice makes already."""
-        point = self.grid[0]
-        return len(set(self.choosing("", point)) & set(self.final("", point)))
+    def judges(self, run: Run) -> bool:
+        """Tell whether an arm is judged by this run, if its point is the best."""
+        return run.seed >= self.rate_seeds
 
     def fewest_runs(self, arms: int) -> int:
         """Count the runs of all arms if no grid is extended and no rate diverges."""
-        return arms * (len(self.grid) * self.rate_seeds + self.seeds - self.made_twice)
+        return arms * (len(self.grid) * self.rate_seeds + self.seeds)
 
 
 @dataclass(frozen=True)
@@ -86,12 +79,16 @@ class Choice:
     Attributes:
         curve: figure on the dev half by point, over the seeds that choose; infinite where a run diverged.
         best: point of the lowest figure; None if all diverged.
-        at_the_edge: whether the best rate is the lowest or the highest of the grid at its alpha.
+        at_the_edge: whether the best rate is the lowest or the highest of the grid at its alpha, or the only one.
+        alpha_at_the_edge: whether the best alpha is the lowest or the highest of several.
+        unstable: points at which no run that chooses diverged, but one that judges did, so that they are not the best.
     """
 
     curve: dict[GridPoint, float]
     best: GridPoint | None
-    at_the_edge: bool
+    at_the_edge: bool = False
+    alpha_at_the_edge: bool = False
+    unstable: tuple[GridPoint, ...] = ()
 
 
 class Progress:
@@ -113,6 +110,7 @@ class Progress:
     ) -> None:
         self.design, self.arms, self.known, self.figure = design, arms, known, figure
         self.failed: dict[str, str] = {}  # arms that are given up, and why
+        self.too_large: set[str] = set()  # those of them that are not judged at all
 
     def due(self) -> list[Run]:
         """List the runs that can be made now, arm by arm; empty at the end."""
@@ -126,7 +124,7 @@ class Progress:
         return [] if best is None else self._unknown(self.design.final(arm, best))
 
     def _unknown(self, runs: Sequence[Run]) -> list[Run]:
-        """List the runs that are not known, up to the first seed that diverged: the others would, too."""
+        """List the runs that are not known, up to the first seed that diverged: its point is out."""
         due = []
         for run in runs:
             outcome = self.known(run)
@@ -140,7 +138,8 @@ class Progress:
         """Return the first grid, extended beyond an end that was best, as often as is allowed."""
         grid = self.design.grid
         for _ in range(self.design.extensions):
-            choice = self._choice_among(arm, grid)
+            curve = self._curve(arm, grid)
+            choice = None if curve is None else _choice(curve, ())
             if choice is None or choice.best is None or not choice.at_the_edge:
                 break
             rates = [point.rate for point in grid if point.alpha == choice.best.alpha]
@@ -148,19 +147,15 @@ class Progress:
             grid = [*grid, GridPoint(beyond, choice.best.alpha)]
         return grid
 
-    def _choice_among(self, arm: str, grid: Sequence[GridPoint]) -> Choice | None:
-        """Choose the best of some points; None where one of their runs is not known yet."""
+    def _curve(self, arm: str, grid: Sequence[GridPoint]) -> dict[GridPoint, float] | None:
+        """Return the figure of each point; None where a run that chooses is not known yet."""
         curve = {}
         for point in grid:
             runs = self.design.choosing(arm, point)
             if self._unknown(runs):
                 return None
             curve[point] = self._mean(runs)
-        best = min(curve, key=curve.__getitem__)
-        if math.isinf(curve[best]):
-            return Choice(curve, None, at_the_edge=False)
-        rates = [point.rate for point in curve if point.alpha == best.alpha]
-        return Choice(curve, best, len(rates) > 1 and best.rate in (min(rates), max(rates)))
+        return curve
 
     def _mean(self, runs: Sequence[Run]) -> float:
         figures = []
@@ -171,22 +166,71 @@ class Progress:
             figures.append(self.figure(outcome, "dev"))
         return statistics.fmean(figures)
 
+    def choice_if_known(self, arm: str) -> Choice | None:
+        """Return the curve and the best point of an arm; None where its grid is not complete."""
+        curve = self._curve(arm, self._grid(arm))
+        if curve is None:
+            return None
+        unstable = (point for point, figure in curve.items() if math.isfinite(figure) and self._diverged(arm, point))
+        return _choice(curve, tuple(unstable))
+
+    def _diverged(self, arm: str, point: GridPoint) -> bool:
+        outcomes = map(self.known, self.design.final(arm, point))
+        return any(outcome is not None and outcome["status"] == "diverged" for outcome in outcomes)
+
     def choice(self, arm: str) -> Choice:
         """Return the curve and the best point of an arm whose grid is complete."""
-        choice = self._choice_among(arm, self._grid(arm))
+        choice = self.choice_if_known(arm)
         assert choice is not None
         return choice
 
-    def finals(self, arm: str) -> list[Outcome]:
-        """List what came of the finished runs at an arm's best point, by seed."""
-        best = self.choice(arm).best
-        found = [] if best is None else [self.known(run) for run in self.design.final(arm, best)]
-        return [outcome for outcome in found if outcome is not None]
+    def finals(self, arm: str) -> dict[int, Outcome]:
+        """Return what came of the finished runs that judge an arm, by seed; none where it is too large."""
+        choice = self.choice_if_known(arm)
+        if choice is None or choice.best is None or arm in self.too_large:
+            return {}
+        found = {run.seed: self.known(run) for run in self.design.final(arm, choice.best)}
+        return {seed: outcome for seed, outcome in found.items() if outcome is not None}
 
     def runs_left(self) -> int:
-        """Estimate how many runs are left, if no grid is extended further and no rate diverges."""
+        """Estimate how many runs are left, those under way among them, if no grid is extended and no rate diverges."""
         left = 0
         for arm in (each.name for each in self.arms if each.name not in self.failed):
-            undecided = self._choice_among(arm, self._grid(arm)) is None
-            left += len(self._due(arm)) + (self.design.seeds - self.design.made_twice if undecided else 0)
+            left += len(self._due(arm)) + (self.design.seeds if self.choice_if_known(arm) is None else 0)
         return left
+
+    def give_up_larger_arms(self) -> dict[str, str]:
+        """Give up adaptive arms whose saved adapters have more parameters than plain LoRA's; return why, by name."""
+        most = max((outcome["parameters"] for outcome in self._saved(self.arms[0].name)), default=math.inf)
+        adaptive = [arm.name for arm in self.arms if arm.settings.get("finetuning_type") == "adaptive"]
+        found = {}
+        for arm in (name for name in adaptive if name not in self.failed):
+            if (size := max((outcome["parameters"] for outcome in self._saved(arm)), default=0)) > most:
+                found[arm] = (
+                    f"its adapter has {size:,} parameters and plain LoRA's has {most:,}, so that the budgets are "
+                    "not equal; set adaptive_budget_unit: params"
+                )
+        self.failed |= found
+        self.too_large |= set(found)
+        return found
+
+    def _saved(self, arm: str) -> list[Outcome]:
+        runs = [run for point in self._grid(arm) for run in self.design.choosing(arm, point)]
+        outcomes = [*map(self.known, runs), *self.finals(arm).values()]
+        return [outcome for outcome in outcomes if outcome is not None and "parameters" in outcome]
+
+
+def _choice(curve: dict[GridPoint, float], unstable: tuple[GridPoint, ...]) -> Choice:
+    """Choose the point of the lowest figure that is not unstable."""
+    stable = {point: math.inf if point in unstable else figure for point, figure in curve.items()}
+    best = min(stable, key=stable.__getitem__)
+    if math.isinf(stable[best]):
+        return Choice(curve, None, unstable=unstable)
+    rates = [point.rate for point in curve if point.alpha == best.alpha]
+    alphas = {point.alpha for point in curve}
+    ends = len(alphas) > 1 and best.alpha in (min(alphas, key=_alpha), max(alphas, key=_alpha))
+    return Choice(curve, best, best.rate in (min(rates), max(rates)), ends, unstable)
+
+
+def _alpha(alpha: float | None) -> float:
+    return alpha or 0.0

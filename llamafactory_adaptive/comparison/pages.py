@@ -1,11 +1,11 @@
 """The files that a comparison leaves: ``compare.json``, ``compare.md`` and ``compare.html``."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamafactory_adaptive.comparison.arms import CONTROL, PLAIN
+from llamafactory_adaptive.comparison.arms import CONTROL, PLAIN, GridPoint
 from llamafactory_adaptive.comparison.results import budget_words
 from llamafactory_adaptive.files import write_atomically
 from llamafactory_adaptive.reports.plaintext import markdown
@@ -47,7 +47,7 @@ def text_table(document: Mapping[str, Any]) -> list[str]:
 
 def _row(arm: Mapping[str, Any]) -> tuple[str, ...]:
     if "loss" not in arm:
-        what = f"could not be run: {arm['failed']}" if "failed" in arm else "diverged at every rate"
+        what = "diverged at every rate" if "diverged" in arm else f"could not be run: {arm['failed']}"
         return (arm["name"], what, *[""] * (len(HEAD) - 2))
     best = arm["best"]
     rate = f"{best['rate']:g}" + ("" if best["alpha"] is None else f", alpha {best['alpha']:g}")
@@ -70,9 +70,24 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
             if rival in arm.get("verdicts", {})]  # fmt: skip
     plain = next(arm for arm in arms if arm["name"] == PLAIN)
     said += [words for arm in arms if "loss" in arm and (words := budget_words(arm, plain))]
-    edges = [arm["name"] for arm in arms if arm.get("best_at_the_edge")]
-    if edges:
-        said.append(f"the best rate is the end of the grid for {', '.join(edges)}: a better one may lie beyond")
+    return said + _reservations(document, arms) + list(document.get("changed", ()))
+
+
+def _reservations(document: Mapping[str, Any], arms: Sequence[Mapping[str, Any]]) -> list[str]:
+    """List what makes the result of an arm less certain than it looks."""
+    said = []
+    for key, what in (("best_at_the_edge", "rate"), ("best_alpha_at_the_edge", "alpha")):
+        if edges := [arm["name"] for arm in arms if arm.get(key)]:
+            said.append(f"the best {what} is the end of the grid for {', '.join(edges)}: a better one may lie beyond")
+    for arm in arms:
+        for point in arm.get("unstable", ()):
+            at = GridPoint(**point)
+            said.append(f"{arm['name']}: {at} was left out, as a run with one of the seeds that judge diverged there")
+        if "failed" in arm and "loss" in arm:
+            done, asked = len(arm["seeds"]), document["design"]["seeds"]
+            said.append(
+                f"{arm['name']}: judged by {done} of {asked} seeds, as a run could not be made: {arm['failed']}"
+            )
     return said
 
 
@@ -93,7 +108,7 @@ def _protocol(document: Mapping[str, Any]) -> str:
     rows, seeds = document["held_out_rows"], document["design"]["seeds"]
     return (
         f"Each arm has its own best learning rate, chosen on {rows['dev']} held-out rows; {rows['test']} others "
-        f"judge. {seeds} seeds, the same rows and the same budget for all. A difference below "
+        f"judge, over {seeds} seeds that chose nothing. The same rows and the same budget for all. A difference below "
         f"{100 * document['smallest_effect']:g} % of plain LoRA's loss was not to matter."
     )
 

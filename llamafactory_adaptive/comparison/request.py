@@ -32,20 +32,23 @@ def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
         help="rates of every arm's first grid, e.g. 1e-4,2e-4,4e-4 (default: around the file's)")  # fmt: skip
     add("--alphas", metavar="NUMBERS",
         help="values of lora_alpha, each with every rate, e.g. 16,32 (default: the file's)")  # fmt: skip
-    add("--seeds", type=int, default=5, metavar="N", help="seeds at the best rate, e.g. 3 (default: %(default)s)")
+    add("--seeds", type=int, default=5, metavar="N",
+        help="seeds at the best rate, by which an arm is judged, e.g. 3 (default: %(default)s)")  # fmt: skip
     add("--rate-seeds", type=int, default=1, metavar="N",
-        help="seeds by which a rate is chosen, e.g. 2 (default: %(default)s)")  # fmt: skip
+        help="other seeds, by which a rate is chosen, e.g. 2 (default: %(default)s)")  # fmt: skip
     add("--steps", type=int, metavar="N", help="optimizer steps of a run, e.g. 300 (default: the file's)")
     add("--steps-for-rates", type=int, metavar="N",
         help="optimizer steps of the runs that choose a rate, e.g. 100 (default: as many as the others)")  # fmt: skip
     add("--extensions", type=int, default=2, metavar="N",
         help="how often a grid whose end is best is extended by a factor of 2, e.g. 0 (default: 2)")  # fmt: skip
     add("--held-out", type=int, default=400, metavar="N",
-        help="held-out rows: one half chooses rates, the other judges, e.g. 1000 (default: 400)")  # fmt: skip
+        help="held-out rows at most: one half chooses rates, the other judges, e.g. 1000 (default: 400)")  # fmt: skip
     add("--effect", default="0.5%", metavar="SHARE",
         help="smallest difference that matters, as a share of LoRA's loss, e.g. 1%% (default: 0.5%%)")  # fmt: skip
     add("--devices", metavar="NUMBERS",
-        help="devices, one run on each at a time, e.g. 0,1,2,3 (default: the first)")  # fmt: skip
+        help="visible devices, one run on each at a time, e.g. 0,1,2,3 (default: the first)")  # fmt: skip
+    add("--keep-adapters", action="store_true",
+        help="keep the adapters of runs that choose a rate, too, e.g. where the disk is large")  # fmt: skip
     add("--dry-run", action="store_true",
         help="check everything and count the runs without starting any, e.g. before a night's work")  # fmt: skip
 
@@ -60,7 +63,7 @@ def design_of(arguments: argparse.Namespace, given_rate: Any) -> Design:
     Raises:
         AdaptiveConfigError: an argument is out of range.
     """
-    base = float(given_rate if given_rate is not None else _TRAINERS_RATE)
+    base = _rate(given_rate)
     rates = _numbers("--rates", arguments.rates, "1e-4,2e-4,4e-4,8e-4") or tuple(base * factor for factor in _AROUND)
     alphas: tuple[float | None, ...] = _numbers("--alphas", arguments.alphas, "16,32") or (None,)
     for key, low in (("seeds", 1), ("rate_seeds", 1), ("steps", 1), ("steps_for_rates", 1), ("extensions", 0),
@@ -68,8 +71,6 @@ def design_of(arguments: argparse.Namespace, given_rate: Any) -> Design:
         value = getattr(arguments, key)
         if value is not None and value < low:
             refuse(f"--{key.replace('_', '-')}", value, f"must be at least {low}", str(max(low, 3)))
-    if arguments.rate_seeds > arguments.seeds:
-        refuse("--rate-seeds", arguments.rate_seeds, f"must be at most --seeds, {arguments.seeds}", "1")
     return Design(rates, alphas, arguments.seeds, arguments.rate_seeds, arguments.steps, arguments.steps_for_rates,
                   arguments.extensions)  # fmt: skip
 
@@ -89,12 +90,39 @@ def effect_of(text: str) -> float:
     return value
 
 
-def devices_of(text: str | None) -> Sequence[str | None]:
-    """Read the devices; (None,) for the first one."""
-    names = [name.strip() for name in (text or "").split(",") if name.strip()]
-    if len(set(names)) < len(names):
-        refuse("--devices", text, "names a device twice", "--devices 0,1")
-    return names or (None,)
+def devices_of(text: str | None, visible: Sequence[str]) -> Sequence[str | None]:
+    """Read the devices; (None,) for the first one.
+
+    Args:
+        text: numbers that count within the visible devices, or names of them, with commas between.
+        visible: devices that this process sees, as ``CUDA_VISIBLE_DEVICES`` names them.
+
+    Returns:
+        The devices as ``CUDA_VISIBLE_DEVICES`` names them.
+
+    Raises:
+        AdaptiveConfigError: a device is there twice, or not visible.
+    """
+    devices: list[str | None] = []
+    for name in (word.strip() for word in (text or "").split(",") if word.strip()):
+        device = visible[int(name)] if name.isdecimal() and int(name) < len(visible) else name
+        if device not in visible or (name.isdecimal() and int(name) >= len(visible)):
+            there = f"there are {len(visible)}, numbered from 0" if visible else "there is no GPU"
+            refuse("--devices", text, f"{name} is no visible device: {there}", "--devices 0, or leaving it out")
+        if device in devices:
+            refuse("--devices", text, "names a device twice", "--devices 0,1")
+        devices.append(device)
+    return devices or (None,)
+
+
+def _rate(given: Any) -> float:
+    try:
+        rate = float(_TRAINERS_RATE if given is None else given)
+    except (TypeError, ValueError):
+        rate = math.nan
+    if not (math.isfinite(rate) and rate > 0.0):
+        refuse("learning_rate", given, "must be a positive number", "learning_rate: 1.0e-4")
+    return rate
 
 
 def _numbers(key: str, text: str | None, example: str) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ import numpy as np
 from llamafactory_adaptive.comparison.arms import CONTROL, PLAIN, Arm, Settings
 from llamafactory_adaptive.comparison.experiment import Choice, Progress
 from llamafactory_adaptive.comparison.losses import Losses
+from llamafactory_adaptive.comparison.secrets import without_secrets
 from llamafactory_adaptive.comparison.verdicts import Judgement, judge
 from llamafactory_adaptive.comparison.words import judgement_in_words
 from llamafactory_adaptive.ranks.module_names import module_type
@@ -26,52 +27,55 @@ class ArmResult:
     Attributes:
         arm: the arm.
         choice: its curve over the grid and the best point; None if it could not be run.
-        finals: what came of the runs at the best point, by seed.
-        failed: why it could not be run; empty if it could.
+        finals: what came of the runs that judge, by seed; not of all seeds where one could not be run.
+        failed: why it could not be run, or not to its end; empty if it could.
     """
 
     arm: Arm
     choice: Choice | None
-    finals: tuple[Mapping[str, Any], ...]
+    finals: Mapping[int, Mapping[str, Any]]
     failed: str = ""
 
     @property
-    def judged(self) -> bool:
-        """Tell whether there are losses that can be compared."""
-        return bool(self.finals) and all(outcome["status"] == "done" for outcome in self.finals)
+    def diverged(self) -> bool:
+        """Tell whether no point of the grid is left."""
+        return self.choice is not None and self.choice.best is None
 
     def losses(self, tokens: Sequence[int]) -> Losses:
-        """Return the losses of the rows that judge, by seed; NaN where a run diverged."""
-        nothing = [math.nan] * len(tokens)
-        rows = [outcome.get("test", nothing) for outcome in self.finals] or [nothing]
-        return Losses(tuple(range(len(rows))), np.array(rows, float), np.array(tokens, float))
+        """Return the losses of the rows that judge, by seed; NaN where the arm diverged."""
+        rows = {seed: outcome["test"] for seed, outcome in self.finals.items()} or {0: [math.nan] * len(tokens)}
+        return Losses(tuple(rows), np.array(list(rows.values()), float), np.array(tokens, float))
 
 
 def arm_results(progress: Progress) -> list[ArmResult]:
     """Collect what is known of every arm of a finished comparison."""
-    results = []
-    for arm in progress.arms:
-        if why := progress.failed.get(arm.name):
-            results.append(ArmResult(arm, None, (), why))
-        else:
-            results.append(ArmResult(arm, progress.choice(arm.name), tuple(progress.finals(arm.name))))
-    return results
+    return [
+        ArmResult(
+            arm, progress.choice_if_known(arm.name), progress.finals(arm.name), progress.failed.get(arm.name, "")
+        )
+        for arm in progress.arms
+    ]
 
 
 def judgements(results: Sequence[ArmResult], tokens: Sequence[int], effect: float) -> dict[str, list[Judgement]]:
-    """Compare all arms that ran with plain LoRA and with random ranks.
+    """Compare all arms that ran, or diverged, with plain LoRA and with random ranks.
 
     Args:
         results: results of all arms, plain LoRA and random ranks among them.
         tokens: answer tokens of each row that judges.
         effect: smallest difference that matters, a share of the rival's loss.
     """
-    losses = {result.arm.name: result.losses(tokens) for result in results if not result.failed}
-    found = {PLAIN: judge(losses, PLAIN, effect)}
-    if CONTROL in losses:
-        others = {name: values for name, values in losses.items() if name != PLAIN}
-        found[CONTROL] = judge(others, CONTROL, effect)
-    return found
+    compared = [result for result in results if result.finals or result.diverged]
+    losses = {result.arm.name: result.losses(tokens) for result in compared}
+    others = {name: values for name, values in losses.items() if name != PLAIN}
+    rivals = {PLAIN: losses, CONTROL: others}
+    return {rival: judge(_paired(each, rival), rival, effect) for rival, each in rivals.items() if rival in each}
+
+
+def _paired(losses: Mapping[str, Losses], rival: str) -> dict[str, Losses]:
+    """Remove arms that have no seed in common with the rival, as some of theirs could not be run."""
+    seeds = set(losses[rival].seeds)
+    return {name: each for name, each in losses.items() if each.diverged or seeds & set(each.seeds)}
 
 
 def document(
@@ -103,27 +107,38 @@ def _arm(
     judged: Mapping[str, Mapping[str, Judgement]],
     tokens: Mapping[str, Sequence[int]],
 ) -> dict[str, Any]:
-    entry: dict[str, Any] = {"name": result.arm.name, "settings": result.arm.settings}
-    if result.failed or result.choice is None:
-        return {**entry, "failed": result.failed}
+    entry: dict[str, Any] = {"name": result.arm.name, "settings": without_secrets(result.arm.settings)}
+    entry |= {"failed": result.failed} if result.failed else {}
+    if result.choice is None:
+        return entry
     entry["curve"] = [
         {"rate": point.rate, "alpha": point.alpha, "dev_loss": None if math.isinf(loss) else loss}
         for point, loss in sorted(result.choice.curve.items(), key=lambda item: (item[0].alpha or 0, item[0].rate))
     ]
+    entry["unstable"] = [asdict(point) for point in result.choice.unstable]
     verdicts = {rival: _verdict(each[result.arm.name]) for rival, each in judged.items() if result.arm.name in each}
-    if not result.judged or result.choice.best is None:
+    if result.choice.best is None:
         return {**entry, "diverged": True, "verdicts": verdicts}
-    by_seed = result.losses(tokens["test"]).by_seed()
+    if not result.finals:
+        return entry
+    return {**entry, **_figures(result, plain, tokens["test"]), "verdicts": verdicts}
+
+
+def _figures(result: ArmResult, plain: ArmResult, tokens: Sequence[int]) -> dict[str, Any]:
+    """Collect what an arm reached at its best point, over the seeds that judge."""
+    assert result.choice is not None
+    by_seed, outcomes = result.losses(tokens).by_seed(), list(result.finals.values())
     return {
-        **entry,
-        "best": {"rate": result.choice.best.rate, "alpha": result.choice.best.alpha},
+        "best": asdict(result.choice.best) if result.choice.best else None,
         "best_at_the_edge": result.choice.at_the_edge,
+        "best_alpha_at_the_edge": result.choice.alpha_at_the_edge,
+        "seeds": list(result.finals),
         "loss": statistics.fmean(by_seed),
         "losses": by_seed,
-        "seconds": statistics.fmean(outcome["seconds"] for outcome in result.finals),
-        "verdicts": verdicts,
+        "steps": max(outcome.get("steps", 0) for outcome in outcomes),
+        "seconds": statistics.fmean(outcome["seconds"] for outcome in outcomes),
         **budget(result, plain),
-        "mean_ranks": mean_ranks(result.finals),
+        "mean_ranks": mean_ranks(outcomes),
     }
 
 
@@ -134,12 +149,15 @@ def _verdict(judgement: Judgement) -> dict[str, Any]:
 def budget(result: ArmResult, plain: ArmResult) -> dict[str, Any]:
     """Compare the parameters of an arm's saved adapters with those of plain LoRA.
 
-    They are equal where an arm has no more, and less of them missing than one rank of the cheapest module costs.
+    They are equal where an arm has no more, and less of them missing than one rank of the cheapest module costs; None
+    where plain LoRA has no run that judges.
     """
-    most = max(outcome["parameters"] for outcome in result.finals)
-    least = min(outcome["parameters"] for outcome in result.finals)
-    whole, one = plain.finals[0]["parameters"], plain.finals[0]["parameters_of_one_rank"]
-    return {"parameters": most, "equal_parameters": whole - one < least and most <= whole}
+    sizes = [outcome["parameters"] for outcome in result.finals.values()]
+    if not plain.finals:
+        return {"parameters": max(sizes), "equal_parameters": None}
+    rival = next(iter(plain.finals.values()))
+    whole, one = rival["parameters"], rival["parameters_of_one_rank"]
+    return {"parameters": max(sizes), "equal_parameters": whole - one < min(sizes) and max(sizes) <= whole}
 
 
 def mean_ranks(finals: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -151,14 +169,9 @@ def mean_ranks(finals: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {kind: statistics.fmean(values) for kind, values in ranks.items()}
 
 
-def verdict_lines(found: Mapping[str, Sequence[Judgement]]) -> list[str]:
-    """List all judgements in words, those against plain LoRA first."""
-    return [judgement_in_words(judgement) for each in found.values() for judgement in each]
-
-
 def budget_words(entry: Settings, plain: Settings) -> str | None:
     """Describe an arm whose saved adapter has another number of parameters than plain LoRA's; None where equal."""
-    if entry.get("equal_parameters", True):
+    if entry.get("equal_parameters") is not False:
         return None
     share = entry["parameters"] / plain["parameters"] - 1.0
     return f"{entry['name']} saves {abs(share):.1%} {'more' if share > 0 else 'fewer'} parameters than plain LoRA"

@@ -1,99 +1,34 @@
-"""The command ``compare`` on tiny models: rows, runs and pages, in this process and in processes of its own."""
+"""The command ``compare`` on tiny models: runs and pages, in this process and in processes of its own."""
 
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
-import torch
 import yaml
-from datasets import load_from_disk
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from llamafactory_adaptive import cli
 from llamafactory_adaptive.bridge import comparison
-from llamafactory_adaptive.bridge.comparison_jobs import HELD_OUT, TRAIN, RunJob, SplitJob, decode_job, encode_job
+from llamafactory_adaptive.bridge.comparison_jobs import decode_job, encode_job
+from llamafactory_adaptive.bridge.comparison_rows import HELD_OUT
+from llamafactory_adaptive.comparison.arms import choose_arms
+from llamafactory_adaptive.comparison.experiment import Design
 from llamafactory_adaptive.errors import CalibrationError
 from tests.helpers.processes import ROOT, processes_naming, wait_until_ended
-from tests.helpers.tiny import settings
 
 
 pytestmark = pytest.mark.slow
-COUNT = 96
-WORDS = ["one", "two", "three", "four", "red", "blue", "sun", "moon"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Rows that are all different: the answer says the question's words in reverse."""
-    folder = tmp_path_factory.mktemp("rows")
-    questions = [[WORDS[(index >> shift) % 8] for shift in (0, 3, 6)] for index in range(COUNT)]
-    rows = [{"instruction": " ".join(words), "input": "", "output": " ".join(words[::-1])} for words in questions]
-    (folder / "rows.json").write_text(json.dumps(rows))
-    (folder / "few.json").write_text(json.dumps(rows[:12]))
-    names = {name: {"file_name": f"{name}.json"} for name in ("rows", "few")}
-    (folder / "dataset_info.json").write_text(json.dumps(names))
-    return folder
-
-
-@pytest.fixture
-def yaml_settings(tiny_llama, data, tmp_path):
-    kept = settings(tiny_llama, data, tmp_path / "unused", dataset="rows", max_steps=4)
-    return {key: value for key, value in kept.items() if not key.startswith("adaptive_")} | {"finetuning_type": "lora"}
-
-
-def tokens(rows):
-    return {tuple(row["input_ids"]) for row in rows}
-
-
-def test_rows_are_split_once_into_those_that_train_choose_and_judge(yaml_settings, tmp_path):
-    counts = SplitJob(yaml_settings, 40, str(tmp_path)).run()
-    halves = json.loads((tmp_path / HELD_OUT).read_text())
-    parts = [load_from_disk(str(tmp_path / TRAIN)), halves["dev"], halves["test"]]
-    assert [len(part) for part in parts] == [counts["train"], counts["dev"], counts["test"]] == [COUNT - 40, 20, 20]
-    seen = [tokens(part) for part in parts]
-    assert sum(map(len, seen)) == COUNT, "no row is in two parts"
-    assert len(set.union(*seen)) == COUNT
-    for row in halves["dev"]:
-        assert 0 < sum(label != -100 for label in row["labels"]) < len(row["labels"]), "answers alone take loss"
-
-
-def test_rows_of_an_evaluation_set_are_held_out_and_not_trained_on(yaml_settings, tmp_path):
-    with pytest.raises(CalibrationError, match="12 rows with an answer can be held out, and a comparison needs 40"):
-        SplitJob({**yaml_settings, "eval_dataset": "few"}, 40, str(tmp_path)).run()
-    counts = SplitJob({**yaml_settings, "eval_dataset": "rows", "dataset": "few,rows"}, 40, str(tmp_path)).run()
-    halves = json.loads((tmp_path / HELD_OUT).read_text())
-    train = load_from_disk(str(tmp_path / TRAIN))
-    assert not tokens(train) & (tokens(halves["dev"]) | tokens(halves["test"]))
-    assert counts["dev"] + counts["test"] == 40
-
-
-def test_a_run_is_judged_row_by_row_with_the_adapter_that_it_saved(yaml_settings, tiny_llama, tmp_path):
-    SplitJob(yaml_settings, 40, str(tmp_path)).run()
-    folders = {"output_dir": str(tmp_path / "out"), "tokenized_path": str(tmp_path / TRAIN)}
-    job = RunJob({**yaml_settings, **folders, "learning_rate": 0.1}, str(tmp_path / HELD_OUT), 8)
-    outcome = decode_job(encode_job(job)).run()
-    assert (outcome["status"], outcome["steps"]) == ("done", 4)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "out").eval()
-    assert outcome["parameters"] == sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    halves = json.loads((tmp_path / HELD_OUT).read_text())
-    for half, rows in halves.items():
-        for row, loss in zip(rows, outcome[half], strict=True):
-            ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
-            with torch.no_grad():
-                assert loss == pytest.approx(float(model(input_ids=ids, labels=labels).loss), rel=1e-4)
-
-
-def test_a_run_that_diverges_is_said_to_and_is_not_an_error(yaml_settings, tmp_path):
-    SplitJob(yaml_settings, 40, str(tmp_path)).run()
-    folders = {"output_dir": str(tmp_path / "out"), "tokenized_path": str(tmp_path / TRAIN)}
-    hot = {**yaml_settings, **folders, "learning_rate": 1e30, "max_grad_norm": 0.0}
-    assert RunJob(hot, str(tmp_path / HELD_OUT)).run()["status"] == "diverged"
+SECRETS = {
+    "hf_hub_token": "hf_secret_1",
+    "hub_token": "hf_secret_2",
+    "swanlab_lark_webhook_url": "https://hf_secret_3",
+}
 
 
 @pytest.fixture
@@ -101,7 +36,7 @@ def in_this_process(monkeypatch):
     """Run the jobs here, as their processes would; the jobs that were run."""
     jobs = []
 
-    def run(job, device, log):
+    def run(job, device, log, children):
         jobs.append(decode_job(encode_job(job)))
         return jobs[-1].run()
 
@@ -111,37 +46,119 @@ def in_this_process(monkeypatch):
 
 def command(yaml_settings, folder, *more):
     path = folder / "my.yaml"
-    path.write_text(yaml.safe_dump({**yaml_settings, "hf_hub_token": "hf_secret"}))
+    path.write_text(yaml.safe_dump({**yaml_settings, **SECRETS}))
     return ["compare", str(path), "--out", str(folder / "compared"), "--arms", "uniform", "--rates", "0.01",
-            "--seeds", "2", "--held-out", "40", *more]  # fmt: skip
+            "--seeds", "2", "--extensions", "0", "--held-out", "40", *more]  # fmt: skip
+
+
+# A dynamic method, and a secret in an arm.
+SEARCH = "search:adaptive_method=igu,adaptive_interval=1,hf_hub_token=hf_secret_4"
 
 
 def test_the_command_compares_and_leaves_pages_and_the_same_command_runs_nothing_again(
     yaml_settings, in_this_process, tmp_path, capsys
 ):
-    words = command(yaml_settings, tmp_path)
+    words = command(yaml_settings, tmp_path, "--arm", SEARCH, "ms_hub_token=hf_secret_5", "max_steps=10")
     assert cli.main([*words, "--dry-run"]) == 0
-    assert "3 arms, 6 runs: lora, random, uniform" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "4 arms, 12 runs, and up to 0 more for each arm" in said
+    assert "settings of the YAML that no run of a comparison uses: " in said
     assert in_this_process == []
     assert cli.main(words) == 0
-    assert len(in_this_process) == 2 + 6, "the split, a look at the time, and the runs"
+    assert len(in_this_process) == 2 + 12, "the split, a look at the time, and the runs"
     made = json.loads((tmp_path / "compared" / "compare.json").read_text())
     arms = {arm["name"]: arm for arm in made["arms"]}
     assert arms["uniform"]["losses"] == pytest.approx(arms["lora"]["losses"], rel=1e-6), "uniform ranks are plain LoRA"
     assert arms["uniform"]["verdicts"]["lora"]["verdict"] == "equivalent"
-    assert arms["random"]["losses"] != arms["lora"]["losses"]
+    assert len({tuple(arms[name]["losses"]) for name in ("lora", "random", "search")}) == 3
+    assert len(set(arms["search"]["mean_ranks"].values())) > 1, "igu moved ranks"
+    assert arms["lora"]["steps"] == 10
     assert all(arm["equal_parameters"] for arm in arms.values())
     assert "uniform: equivalent to lora" in capsys.readouterr().out
     assert "<svg" in (tmp_path / "compared" / "compare.html").read_text()
-    assert cli.main(words) == 0
-    assert len(in_this_process) == 8
+    kept = [path for path in (tmp_path / "compared" / "runs").iterdir() if (path / "adapter_config.json").is_file()]
+    assert len(kept) == len(list((tmp_path / "compared" / "runs").iterdir())) == 8, "two seeds that judge, four arms"
+    assert cli.main([*words, "--effect", "2%"]) == 0
+    assert len(in_this_process) == 14
+    assert "--effect was changed after the comparison had begun: 0.5%, then 2%" in capsys.readouterr().out
     for path in (tmp_path / "compared").rglob("*"):
         assert not path.is_file() or b"hf_secret" not in path.read_bytes(), path
+
+
+def compared(yaml_settings, folder):
+    arms = choose_arms([], [], yaml_settings)
+    made = comparison.Comparison(yaml_settings, arms, Design((0.01,), seeds=1), folder, 40)
+    made.prepare(lambda said: None)
+    return made, json.dumps(made.key(made.design.final("lora", made.design.grid[0])[0]), sort_keys=True)
+
+
+def test_other_rows_are_another_split_and_another_run_and_the_first_ones_are_kept(
+    yaml_settings, comparison_data, in_this_process, tmp_path
+):
+    mine = tmp_path / "data"
+    shutil.copytree(comparison_data, mine)
+    given = {**yaml_settings, "dataset_dir": str(mine)}
+    first, key = compared(given, tmp_path)
+    kept = (first.rows / HELD_OUT).read_bytes()
+    second, other = compared({**given, "dataset": "twice"}, tmp_path)
+    assert (other != key, second.rows != first.rows) == (True, True)
+    again, same = compared(given, tmp_path)
+    assert (same, again.rows, len(in_this_process)) == (key, first.rows, 2)
+    assert (first.rows / HELD_OUT).read_bytes() == kept
+    rows = json.loads((mine / "rows.json").read_text())
+    (mine / "rows.json").write_text(json.dumps([{**row, "output": "moon"} for row in rows]))
+    _, edited = compared(given, tmp_path)
+    assert edited != key, "the file was edited in place"
+    assert len(in_this_process) == 3
+
+
+def test_a_model_that_is_changed_in_place_is_another_run(yaml_settings, in_this_process, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(yaml_settings["model_name_or_path"], model)
+    given = {**yaml_settings, "model_name_or_path": str(model)}
+    _, key = compared(given, tmp_path)
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    assert compared(given, tmp_path)[1] != key
+
+
+def test_a_trial_that_diverges_gives_no_estimate_and_is_not_kept(yaml_settings, monkeypatch, tmp_path):
+    outcomes = [{"status": "diverged"}, {"status": "done", "training_seconds": 4.0, "steps": 4}]
+    monkeypatch.setattr(comparison, "run_in_own_process", lambda *arguments: outcomes.pop(0))
+    given = {**yaml_settings, "max_steps": 104}
+    made = comparison.Comparison(given, choose_arms([], [], given), Design((0.01,)), tmp_path, 40)
+    assert made.seconds_of_a_run(None) is None
+    assert made.seconds_of_a_run(None) == pytest.approx(100.0, abs=2.0), "a hundred more steps of a second"
+    assert made.seconds_of_a_run(None) == pytest.approx(100.0, abs=2.0), "from the ledger"
+
+
+def test_an_arm_that_cannot_run_makes_the_command_fail_with_the_results_of_the_others(
+    yaml_settings, monkeypatch, tmp_path, capsys
+):
+    def pretend(job, *more):
+        if not hasattr(job, "batch_size"):
+            return job.run()
+        if job.settings.get("adaptive_method") == "uniform":
+            raise CalibrationError("memory ran out")
+        losses = np.random.default_rng(job.settings["seed"]).normal(2.0, 0.1, 20).tolist()
+        return {"status": "done", "dev": losses, "test": losses, "seconds": 1.0, "training_seconds": 1.0, "steps": 4,
+                "parameters": 8, "parameters_of_one_rank": 2, "ranks": {"q_proj": 4}}  # fmt: skip
+
+    monkeypatch.setattr(comparison, "run_in_own_process", pretend)
+    assert cli.main(command(yaml_settings, tmp_path)) == 1
+    said = capsys.readouterr().out
+    assert "could not be run: memory ran out" in said
+    assert "random: equivalent to lora" in said
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
+        (["finetuning_type=full"], "finetuning_type: 'full' is invalid: a comparison is of ways to train LoRA"),
+        (["stage=pt"], "stage: 'pt' is invalid"),
+        (["warmup_steps=4"], "warmup_steps: 4.* is invalid: the shortest runs of this comparison have 4 steps"),
+        (["adaptive_calibration_dataset=rows,few"], "rows of it are held out to choose and to judge"),
+        (["learning_rate=fast"], "learning_rate: 'fast' is invalid: must be a positive number"),
+        (["--devices", "77"], "77 is no visible device"),
         (["--arms", "igo"], "--arms: 'igo' is invalid: must be one of lora"),
         (["stage=dpo"], "stage: 'dpo' is invalid: a comparison is by the loss of held-out answers"),
         (["--rates", "1e-3,0"], "--rates: '1e-3,0' is invalid: must be positive numbers"),
@@ -167,7 +184,7 @@ def test_a_comparison_that_is_killed_goes_on_where_it_was_and_leaves_no_process(
     words = [sys.executable, "-m", "llamafactory_adaptive.cli", *command(yaml_settings, tmp_path)]
     ledger = tmp_path / "compared" / "ledger.jsonl"
     with subprocess.Popen(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}) as first:
-        while not ledger.exists() or len(ledger.read_text().splitlines()) < 3:
+        while not ledger.exists() or len(ledger.read_text().splitlines()) < 2:
             assert first.poll() is None
             time.sleep(0.05)
         time.sleep(2.0)  # into the next run
@@ -176,5 +193,30 @@ def test_a_comparison_that_is_killed_goes_on_where_it_was_and_leaves_no_process(
     kept = ledger.read_text()
     subprocess.run(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
     assert ledger.read_text().startswith(kept)
-    assert len(ledger.read_text().splitlines()) == 8
+    assert len(ledger.read_text().splitlines()) == 1 + 9, "a look at the time, and the runs"
     assert (tmp_path / "compared" / "compare.html").is_file()
+
+
+@pytest.mark.repeats
+def test_arms_that_score_draw_rows_from_what_all_arms_train_on(yaml_settings, in_this_process, tmp_path):
+    arm = "scored:{adaptive_method: sensitivity, adaptive_calibration_dataset: rows}"
+    assert cli.main(command(yaml_settings, tmp_path, "--arm", arm, "--seeds", "1")) == 0
+    made = json.loads((tmp_path / "compared" / "compare.json").read_text())
+    assert next(arm for arm in made["arms"] if arm["name"] == "scored")["equal_parameters"]
+    runs = [job.settings for job in in_this_process if job.settings.get("adaptive_method") == "sensitivity"]
+    assert runs
+    assert all("adaptive_calibration_dataset" not in settings for settings in runs)
+
+
+@pytest.mark.repeats
+def test_an_interrupted_comparison_ends_at_once_and_leaves_no_process(yaml_settings, tmp_path):
+    words = [sys.executable, "-m", "llamafactory_adaptive.cli", *command(yaml_settings, tmp_path)]
+    ledger = tmp_path / "compared" / "ledger.jsonl"
+    with subprocess.Popen(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}) as running:
+        while not ledger.exists():
+            assert running.poll() is None
+            time.sleep(0.05)
+        time.sleep(2.0)  # into the first run
+        running.send_signal(signal.SIGINT)
+        assert running.wait(30) == 130
+    wait_until_ended(processes_naming(str(tmp_path)))

@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from llamafactory_adaptive.bridge import child
-from llamafactory_adaptive.bridge.child import run_child
+from llamafactory_adaptive.bridge.child import Children, run_child
 from tests.helpers.processes import alive, wait_until_ended
 
 
@@ -97,3 +98,26 @@ def test_silence_is_told_of_and_ends_in_the_limit(tmp_path, monkeypatch, capsys)
     code, lines = run_child(command, os.environ, tmp_path / "log", "")
     assert (code, lines) == (-9, "so far")
     assert f"its log is {tmp_path / 'log'}" in capsys.readouterr().err
+
+
+def test_children_are_ended_from_another_thread_and_none_starts_afterwards(tmp_path):
+    children, ended = Children(), []
+    command = [sys.executable, "-c", "import time; print('so far', flush=True); time.sleep(600)"]
+
+    def run(number):
+        ended.append(run_child(command, os.environ, tmp_path / f"log{number}", "", children))
+
+    threads = [threading.Thread(target=run, args=[number]) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 60
+    while not all(
+        (tmp_path / f"log{number}").is_file() and (tmp_path / f"log{number}").read_text() for number in (0, 1)
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    children.end()
+    for thread in threads:
+        thread.join(60)
+    run(2)
+    assert [code for code, _ in ended] == [-signal.SIGKILL] * 3

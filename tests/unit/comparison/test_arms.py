@@ -9,9 +9,10 @@ from llamafactory_adaptive.comparison.arms import (
     GridPoint,
     built_in_arms,
     choose_arms,
+    keys_without_effect,
     parse_arm,
     run_settings,
-    without_secrets,
+    without_twins,
 )
 from llamafactory_adaptive.errors import AdaptiveConfigError
 from llamafactory_adaptive.methods import methods
@@ -21,6 +22,7 @@ YAML = {
     "model_name_or_path": "m", "finetuning_type": "adaptive", "adaptive_method": "igu", "igu_importance": "shrink",
     "adaptive_interval": 20, "adaptive_min_rank": 2, "lora_rank": 8, "learning_rate": 1e-4, "use_dora": True,
     "val_size": 0.1, "eval_strategy": "steps", "output_dir": "saves/x", "max_steps": 100, "hf_hub_token": "hf_abc",
+    "data_seed": 7, "use_swanlab": True, "swanlab_project": "p", "hub_token": "hf_abc", "loraplus_lr_ratio": 8.0,
 }  # fmt: skip
 OURS = ("adaptive_method", "igu_importance", "adaptive_interval", "adaptive_min_rank")
 
@@ -53,8 +55,38 @@ def test_the_arm_of_the_yamls_own_method_keeps_its_options(name):
 
 
 def test_variants_are_set_by_arms_alone():
-    assert "use_dora" not in settings(PLAIN)
+    assert not {"use_dora", "loraplus_lr_ratio"} & set(settings(PLAIN))
     assert settings("dora")["use_dora"] is True
+    assert "loraplus_lr_ratio" not in settings("dora")
+
+
+def test_the_settings_of_the_yaml_as_they_are_keep_its_variants():
+    assert (settings(GIVEN)["use_dora"], settings(GIVEN)["loraplus_lr_ratio"]) == (True, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("variant", "own"),
+    [({"use_rslora": True}, True), ({"use_dora": True}, True), ({"pissa_init": True}, True),
+     ({"loraplus_lr_ratio": 4.0}, True), ({"use_rslora": False}, False), ({"pissa_iter": 16}, False)],
+)  # fmt: skip
+def test_a_plain_yaml_with_a_variant_of_lora_is_an_arm_of_its_own(variant, own):
+    given = {"finetuning_type": "lora", "lora_rank": 8, "adaptive_min_rank": 2, **variant}
+    arms = choose_arms([], [], given)
+    assert [arm.name for arm in arms] == [PLAIN, CONTROL] + [GIVEN] * own
+    if own:
+        run = run_settings(given, arms[2], GridPoint(1.0), 0, None, ["adaptive_min_rank"])
+        assert variant.items() <= run.items()
+        assert "adaptive_min_rank" not in run, "it has no effect on plain LoRA"
+
+
+def test_arms_whose_runs_are_the_same_are_made_once():
+    given = {key: value for key, value in YAML.items() if key not in ("use_dora", "loraplus_lr_ratio")}
+    arms, twins = without_twins(choose_arms(["igu", "sensitivity"], [], given), given, OURS)
+    assert ([arm.name for arm in arms], twins) == ([PLAIN, CONTROL, "igu", "sensitivity"], {GIVEN: "igu"})
+    arms, twins = without_twins(choose_arms(["igu"], [], YAML), YAML, OURS)
+    assert (len(arms), twins) == (4, {}), "the YAML's arm has DoRA, too"
+    plain = {"finetuning_type": "lora", "use_rslora": True}
+    assert without_twins(choose_arms(["rslora"], [], plain), plain, ())[1] == {GIVEN: "rslora"}
 
 
 def test_a_run_has_its_own_rate_seed_and_steps_and_neither_evaluates_nor_saves_on_the_way():
@@ -63,7 +95,13 @@ def test_a_run_has_its_own_rate_seed_and_steps_and_neither_evaluates_nor_saves_o
     assert settings(PLAIN)["max_steps"] == 100
     assert "lora_alpha" not in settings(PLAIN)
     assert (run["eval_strategy"], run["save_strategy"], run["report_to"]) == ("no", "no", "none")
-    assert not {"val_size", "output_dir"} & set(run)
+    assert not {"val_size", "output_dir", "data_seed", "use_swanlab", "swanlab_project", "hub_token"} & set(run)
+    assert run["hf_hub_token"] == "hf_abc", "base model and data may need it"
+
+
+def test_settings_that_no_run_uses_are_listed():
+    assert keys_without_effect({**YAML, "report_to": "none", "plot_loss": True, "do_train": True}) == [
+        "eval_strategy", "data_seed", "use_swanlab", "swanlab_project", "hub_token", "plot_loss"]  # fmt: skip
 
 
 def test_an_arm_of_ones_own_is_read_as_yaml():
@@ -72,6 +110,15 @@ def test_an_arm_of_ones_own_is_read_as_yaml():
     assert arm.settings == {"finetuning_type": "adaptive", "adaptive_method": "igu", "igu_importance": False,
                             "igu_beta1": 0.5}  # fmt: skip
     assert parse_arm("r:use_rslora=true").settings == {"finetuning_type": "lora", "use_rslora": True}
+    assert parse_arm("r:lora_dropout=5e-2,loraplus_lr_ratio=1e1").settings == {
+        "finetuning_type": "lora", "lora_dropout": 0.05, "loraplus_lr_ratio": 10.0}  # fmt: skip
+
+
+def test_an_arm_of_ones_own_may_be_a_mapping_with_lists():
+    arm = parse_arm("qv:{lora_target: [q_proj, v_proj], lora_dropout: 5e-2, adaptive_method: igu}")
+    assert arm.settings == {
+        "finetuning_type": "adaptive", "lora_target": "q_proj,v_proj", "lora_dropout": 0.05,
+        "adaptive_method": "igu"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -82,6 +129,17 @@ def test_an_arm_of_ones_own_is_read_as_yaml():
         ("../x:use_rslora=true", "must be NAME:key=value"),
         ("x:learning_rate=1", "learning_rate is the same for all arms, or tuned for each"),
         ("x:do_eval=true", "do_eval is the same for all arms"),
+        ("x:cutoff_len=8", "cutoff_len has no effect: all arms train on the same rows"),
+        ("x:{template: qwen}", "template has no effect"),
+        ("x:packing=true", "packing has no effect"),
+        ("x:deepspeed=ds.json", "deepspeed is the same for all arms"),
+        ("x:adapter_name_or_path=a", "adapter_name_or_path is the same for all arms"),
+        ("x:eval_dataset=a", "eval_dataset is the same for all arms"),
+        ("x:hub_model_id=a", "hub_model_id is the same for all arms"),
+        ("x:lora_target=q_proj,v_proj", r"'v_proj' is no key=value; a list needs the form NAME:\{key"),
+        ("x:{lora_target: [q_proj}", "cannot be read as YAML"),
+        ("x:lora_target=[q_proj", "a value cannot be read as YAML"),
+        ("x:{1: 2}", "must be {key: value"),
     ],
 )
 def test_what_is_no_arm_is_refused(text, said):
@@ -94,8 +152,3 @@ def test_unknown_and_repeated_names_are_refused():
         choose_arms(["igo"], [], {})
     with pytest.raises(AdaptiveConfigError, match="there is an arm called igu already"):
         choose_arms(["igu"], ["igu:use_rslora=true"], {})
-
-
-def test_tokens_and_keys_reach_no_file():
-    kept = without_secrets({"hf_hub_token": "x", "swanlab_api_key": "y", "tokenized_path": "z", "lora_rank": 8})
-    assert kept == {"tokenized_path": "z", "lora_rank": 8}

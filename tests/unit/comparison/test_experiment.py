@@ -4,43 +4,18 @@ import math
 
 import pytest
 
-from llamafactory_adaptive.comparison.arms import Arm, GridPoint
-from llamafactory_adaptive.comparison.experiment import Design, Progress, Run
-from llamafactory_adaptive.comparison.ledger import Ledger
-from llamafactory_adaptive.comparison.runner import Runner, hours
-from llamafactory_adaptive.errors import CalibrationError
+from llamafactory_adaptive.comparison.arms import GridPoint
+from llamafactory_adaptive.comparison.experiment import Design
+from tests.unit.comparison.world import RATES, World
 
 
-ARMS = [Arm("lora"), Arm("igu")]
-RATES = (1.0, 2.0, 4.0)
-
-
-class World:
-    """Losses by arm, rate and seed; what was run, in order."""
-
-    def __init__(self, design, best=None, diverges=lambda run: False):
-        self.results, self.made, self.best, self.diverges = {}, [], best or {"lora": 2.0, "igu": 2.0}, diverges
-        self.progress = Progress(design, ARMS, self.results.get, lambda outcome, half: outcome[half])
-
-    def make(self, run, device=None):
-        self.made.append(run)
-        if self.diverges(run):
-            return {"status": "diverged"}
-        loss = abs(math.log2(run.point.rate / self.best[run.arm])) + 0.001 * run.seed
-        return {"status": "done", "dev": loss, "test": loss + 1}
-
-    def finish(self):
-        while due := self.progress.due():
-            self.results[due[0]] = self.make(due[0])
-        return self
-
-
-def test_each_arm_runs_its_grid_with_the_seeds_that_choose_and_all_seeds_at_its_best_rate():
+def test_each_arm_runs_its_grid_with_the_seeds_that_choose_and_others_at_its_best_rate():
     world = World(Design(RATES, seeds=3, rate_seeds=2)).finish()
     lora = [(run.point.rate, run.seed) for run in world.made if run.arm == "lora"]
-    assert lora == [(rate, seed) for rate in RATES for seed in (0, 1)] + [(2.0, 2)]
-    assert len(world.made) == world.progress.design.fewest_runs(2) == 14
-    assert [outcome["dev"] for outcome in world.progress.finals("igu")] == pytest.approx([0.0, 0.001, 0.002])
+    assert lora == [(rate, seed) for rate in RATES for seed in (0, 1)] + [(2.0, 2), (2.0, 3), (2.0, 4)]
+    assert len(world.made) == world.progress.design.fewest_runs(2) == 18
+    finals = world.progress.finals("igu")
+    assert {seed: outcome["dev"] for seed, outcome in finals.items()} == {2: 0.002, 3: 0.003, 4: 0.004}
     assert world.progress.choice("igu").curve == {
         GridPoint(rate): pytest.approx(abs(math.log2(rate / 2)) + 0.0005) for rate in RATES
     }
@@ -51,7 +26,7 @@ def test_each_arm_runs_its_grid_with_the_seeds_that_choose_and_all_seeds_at_its_
 def test_a_grid_whose_end_is_best_is_extended_by_factors_of_two_and_an_edge_is_told(best, tried, edge):
     world = World(Design(RATES, seeds=1, extensions=2), {"lora": best, "igu": 2.0}).finish()
     rates = [run.point.rate for run in world.made if run.arm == "lora"]
-    assert rates == [*RATES, *tried]
+    assert rates == [*RATES, *tried, best]
     choice = world.progress.choice("lora")
     assert (choice.best, choice.at_the_edge) == (GridPoint(best), edge)
 
@@ -59,7 +34,23 @@ def test_a_grid_whose_end_is_best_is_extended_by_factors_of_two_and_an_edge_is_t
 def test_grids_are_of_rates_and_alphas_and_only_rates_are_extended():
     world = World(Design(RATES, alphas=(8.0, 16.0), seeds=1, extensions=1), {"lora": 4.0, "igu": 2.0}).finish()
     points = [run.point for run in world.made if run.arm == "lora"]
-    assert points == [GridPoint(rate, alpha) for alpha in (8.0, 16.0) for rate in RATES] + [GridPoint(8.0, 8.0)]
+    assert points == [GridPoint(rate, alpha) for alpha in (8.0, 16.0) for rate in RATES] + [
+        GridPoint(8.0, 8.0), GridPoint(4.0, 8.0)]  # fmt: skip
+    choice = world.progress.choice("lora")
+    assert (choice.at_the_edge, choice.alpha_at_the_edge) == (False, True)
+
+
+@pytest.mark.parametrize(("best", "tried"), [(2.0, [4.0, 1.0]), (4.0, [4.0, 8.0]), (1.0, [4.0, 1.0])])
+def test_a_lone_rate_is_an_end_of_its_grid_and_is_extended(best, tried):
+    world = World(Design((2.0,), seeds=1), {"lora": best, "igu": 2.0}).finish()
+    assert [run.point.rate for run in world.made if run.arm == "lora"] == [2.0, *tried, best]
+    alone = World(Design((2.0,), seeds=1, extensions=0)).finish()
+    assert alone.progress.choice("lora").at_the_edge, "nothing tells that it is a good one"
+
+
+@pytest.mark.parametrize("alphas", [(None,), (8.0,)])
+def test_a_lone_alpha_was_not_tuned_and_is_no_end(alphas):
+    assert not World(Design(RATES, alphas=alphas, seeds=1)).finish().progress.choice("lora").alpha_at_the_edge
 
 
 def test_a_rate_that_diverges_is_given_up_after_its_first_seed_and_never_chosen():
@@ -74,8 +65,37 @@ def test_a_rate_that_diverges_is_given_up_after_its_first_seed_and_never_chosen(
 def test_an_arm_that_diverges_everywhere_has_no_best_rate_and_no_final_runs():
     world = World(Design(RATES, seeds=2), diverges=lambda run: run.arm == "igu").finish()
     assert world.progress.choice("igu").best is None
-    assert world.progress.finals("igu") == []
+    assert world.progress.finals("igu") == {}
     assert len([run for run in world.made if run.arm == "igu"]) == 3
+
+
+def test_a_point_where_a_seed_that_judges_diverges_is_out_and_the_next_best_is_judged():
+    world = World(Design((1.0, 2.0, 4.0, 8.0), seeds=3), {"lora": 2.0, "igu": 2.1},
+                  lambda run: (run.arm, run.point.rate, run.seed) == ("igu", 2.0, 2)).finish()  # fmt: skip
+    choice = world.progress.choice("igu")
+    assert (choice.best, choice.unstable) == (GridPoint(4.0), (GridPoint(2.0),))
+    assert list(world.progress.finals("igu")) == [1, 2, 3]
+    at_two = [run.seed for run in world.made if run.arm == "igu" and run.point.rate == 2.0]
+    assert at_two == [0, 1, 2], "the third seed there is spared"
+    assert world.progress.choice("lora").unstable == ()
+
+
+def test_an_arm_of_which_a_seed_diverges_at_every_point_has_no_best_one():
+    world = World(Design(RATES, seeds=2), diverges=lambda run: run.arm == "igu" and run.seed == 2).finish()
+    assert world.progress.choice("igu").best is None
+    assert len(world.progress.choice("igu").unstable) == 3
+
+
+def test_adaptive_arms_with_more_parameters_than_plain_lora_are_given_up_and_smaller_ones_are_not():
+    world = World(Design(RATES, seeds=2), parameters={"lora": 1000, "igu": 1001})
+    assert world.progress.give_up_larger_arms() == {}, "nothing is known yet"
+    world.finish()
+    found = world.progress.give_up_larger_arms()
+    assert found == world.progress.failed
+    assert found["igu"].startswith("its adapter has 1,001 parameters and plain LoRA's has 1,000")
+    assert world.progress.finals("igu") == {}, "what has run already is not judged"
+    assert world.progress.give_up_larger_arms() == {}, "told once"
+    assert World(Design(RATES), parameters={"lora": 1000, "igu": 1000}).finish().progress.give_up_larger_arms() == {}
 
 
 def test_shorter_runs_choose_and_whole_ones_judge():
@@ -92,70 +112,4 @@ def test_runs_left_count_down_to_none():
     while due := world.progress.due():
         world.results[due[0]] = world.make(due[0])
         left.append(world.progress.runs_left())
-    assert left == list(range(10, -1, -1))
-
-
-# -- the loop --------------------------------------------------------------------------------------------------------
-
-
-def runner(path, world, devices=(None,)):
-    ledger = Ledger(path)
-    world.progress.known = lambda run: ledger.get(run.key)
-    return Runner(world.progress, ledger, world.make, lambda run: run.key, devices)
-
-
-def test_what_the_ledger_holds_is_not_run_again_and_a_line_cut_by_a_kill_is(tmp_path):
-    path, design = tmp_path / "ledger.jsonl", Design(RATES, seeds=2)
-    first = World(design)
-    runner(path, first).run()
-    whole = path.read_text()
-    path.write_text(whole[:-7])
-    second = World(design)
-    runner(path, second).run()
-    assert second.made == first.made[-1:]
-    assert path.read_text() == whole
-
-
-def test_every_device_has_one_run_at_a_time_and_no_run_is_made_twice(tmp_path):
-    world = World(Design(RATES, seeds=3))
-    runner(tmp_path / "ledger.jsonl", world, ("0", "1", "2")).run()
-    assert len(world.made) == len(set(world.made)) == 10
-
-
-def test_an_arm_that_cannot_run_is_given_up_and_the_others_go_on(tmp_path, capsys):
-    world = World(Design(RATES, seeds=2))
-    make = world.make
-
-    def fails(run, device):
-        if run.arm == "igu":
-            raise CalibrationError("out of memory")
-        return make(run, device)
-
-    world.make = fails
-    runner(tmp_path / "ledger.jsonl", world).run()
-    assert world.progress.failed == {"igu": "out of memory"}
-    assert len(world.progress.finals("lora")) == 2
-    assert "igu is given up: out of memory" in capsys.readouterr().err
-
-
-def test_without_plain_lora_there_is_no_comparison(tmp_path):
-    world = World(Design(RATES))
-
-    def fails(run, device):
-        raise CalibrationError("no such file")
-
-    world.make = fails
-    with pytest.raises(CalibrationError, match="no such file"):
-        runner(tmp_path / "ledger.jsonl", world).run()
-
-
-@pytest.mark.parametrize(("seconds", "words"), [(40, "40 seconds"), (720, "12 minutes"), (12600, "3.5 hours")])
-def test_times_are_written_as_a_person_says_them(seconds, words):
-    assert hours(seconds) == words
-
-
-def test_the_key_of_a_run_names_all_that_tells_it_apart():
-    at = GridPoint(1.0)
-    runs = [Run("a", at, 0, None), Run("b", at, 0, None), Run("a", GridPoint(2.0), 0, None),
-            Run("a", GridPoint(1.0, 8.0), 0, None), Run("a", at, 1, None), Run("a", at, 0, 5)]  # fmt: skip
-    assert len({str(run.key) for run in runs}) == len(runs)
+    assert left == list(range(12, -1, -1))

@@ -1,0 +1,57 @@
+"""From the arguments of ``compare`` to a comparison whose settings are checked, and words on what it will do."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llamafactory_adaptive.bridge.arguments import check_config_file, command_line_settings, our_keys
+from llamafactory_adaptive.bridge.comparison import Comparison
+from llamafactory_adaptive.bridge.comparison_checks import visible_devices
+from llamafactory_adaptive.comparison.arms import choose_arms, keys_without_effect, without_twins
+from llamafactory_adaptive.comparison.request import design_of, devices_of
+from llamafactory_adaptive.config.arguments import AdaptiveArguments
+
+
+def comparison_of(
+    arguments: argparse.Namespace, say: Callable[[str], None]
+) -> tuple[Comparison, Sequence[str | None]]:
+    """Build the comparison that the arguments ask for, check it, tell what it will do; and return its devices, too.
+
+    Raises:
+        AdaptiveConfigError: an argument or a setting is wrong, or a run of some arm would be refused.
+    """
+    check_config_file(arguments.config)
+    given = command_line_settings()
+    assert isinstance(given, dict)
+    if given.get("finetuning_type") == "adaptive":  # named, so that an arm of that method is known to be the YAML's
+        given = {**given, "adaptive_method": given.get("adaptive_method") or AdaptiveArguments.adaptive_method}
+    design = design_of(arguments, given.get("learning_rate"))
+    devices = devices_of(arguments.devices, visible_devices() if arguments.devices else ())
+    names = [name.strip() for name in arguments.arms.split(",") if name.strip()]
+    arms, twins = without_twins(choose_arms(names, arguments.arm, given), given, our_keys(given))
+    comparison = Comparison(given, arms, design, arguments.out, arguments.held_out, arguments.keep_adapters)
+    comparison.check()
+    for name, other in twins.items():
+        say(f"the arm {name} is left out: its settings are those of {other}")
+    if unused := keys_without_effect(given):
+        say(f"settings of the YAML that no run of a comparison uses: {', '.join(unused)}")
+    say(f"{len(arms)} arms, {_runs(comparison)}: {', '.join(arm.name for arm in arms)}")
+    return comparison, devices
+
+
+def _runs(comparison: Comparison) -> str:
+    """Describe the number of runs, and their steps where these do not depend on the number of rows."""
+    design, asked = comparison.design, comparison.asked_steps()
+    count = design.fewest_runs(len(comparison.arms))
+    words = f"{count} runs, and up to {design.extensions} more for each arm whose best rate is an end of its grid"
+    if asked is None:
+        return f"{words}, of num_train_epochs each"
+    return f"{words}, of {asked} steps" + (
+        f" ({design.steps_for_rates} where a rate is chosen)" if design.steps_for_rates else ""
+    )
+
+
+def fixed_before(arguments: argparse.Namespace, comparison: Comparison) -> dict[str, Any]:
+    """Collect the arguments that a user should not change once results were seen."""
+    return {"effect": arguments.effect, "seeds": arguments.seeds, "held-out": arguments.held_out,
+            "arms": list(comparison.arms), "rates": sorted(comparison.design.rates)}  # fmt: skip

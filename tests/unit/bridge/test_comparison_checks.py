@@ -1,0 +1,59 @@
+"""Settings that a comparison refuses, and those that it changes, before anything runs."""
+
+import pytest
+
+from llamafactory_adaptive.bridge.comparison_checks import (
+    comparison_problems,
+    visible_devices,
+    warmup_problems,
+    without_training_set,
+)
+
+
+SETS = {"dataset": "a,b", "eval_dataset": "c"}
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ({"stage": "pt"}, "stage"),
+        ({"stage": "dpo"}, "stage"),
+        ({"finetuning_type": "full"}, "finetuning_type"),
+        ({"finetuning_type": "oft"}, "finetuning_type"),
+        ({"packing": True}, "packing"),
+        ({"fsdp": "full_shard"}, "fsdp"),
+        ({"tokenized_path": "x"}, "tokenized_path"),
+        ({"adaptive_calibration_dataset": "a"}, "adaptive_calibration_dataset"),
+        ({"adaptive_calibration_dataset": "a,d"}, "adaptive_calibration_dataset"),
+        ({"adaptive_calibration_dataset": "c"}, "adaptive_calibration_dataset"),
+    ],
+)
+def test_what_a_comparison_cannot_go_with_is_found(more, key):
+    assert [problem.key for problem in comparison_problems({**SETS, **more})] == [key]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"stage": "sft"}, {"finetuning_type": "adaptive"}, {"packing": False},
+     {"adaptive_calibration_dataset": "d"}, {"adaptive_calibration_dataset": "b, a"}],
+)  # fmt: skip
+def test_what_it_can_go_with_is_not_refused(more):
+    assert comparison_problems({**SETS, **more}) == []
+
+
+def test_a_calibration_set_that_is_the_training_set_is_drawn_from_what_all_arms_train_on():
+    assert without_training_set({**SETS, "adaptive_calibration_dataset": ["b", "a"]}) == SETS
+    other = {**SETS, "adaptive_calibration_dataset": "d"}
+    assert without_training_set(other) == other
+
+
+@pytest.mark.parametrize(("warmup", "refused"), [(20, True), (30.0, True), (19, False), (0.1, False), (None, False)])
+def test_a_warmup_as_long_as_the_shortest_runs_is_refused(warmup, refused):
+    assert bool(warmup_problems({"warmup_steps": warmup}, 20)) == refused
+
+
+def test_visible_devices_are_those_of_the_environment(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 5")
+    assert visible_devices() == ["4", "5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert visible_devices() == []

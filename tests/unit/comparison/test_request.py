@@ -1,0 +1,59 @@
+"""Arguments of the command, checked before anything starts."""
+
+import argparse
+
+import pytest
+
+from llamafactory_adaptive.comparison.request import add_comparison_arguments, design_of, devices_of, effect_of
+from llamafactory_adaptive.errors import AdaptiveConfigError
+
+
+def arguments(*words):
+    parser = argparse.ArgumentParser()
+    add_comparison_arguments(parser)
+    return parser.parse_args(["my.yaml", "--out", "x", *words])
+
+
+def test_rates_lie_around_that_of_the_yaml():
+    assert design_of(arguments(), 1e-4).rates == pytest.approx((2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4))
+    assert design_of(arguments(), "2e-4").rates[2] == 2e-4
+    assert design_of(arguments(), None).rates[2] == 5e-5, "the Trainer's own"
+    assert design_of(arguments("--rates", "1e-3,2e-3"), 1e-4).rates == (1e-3, 2e-3)
+
+
+@pytest.mark.parametrize("rate", ["fast", [1e-4], -1.0, 0, float("nan")])
+def test_a_rate_of_the_yaml_that_is_no_number_is_refused(rate):
+    with pytest.raises(AdaptiveConfigError, match=r"learning_rate: .* is invalid: must be a positive number"):
+        design_of(arguments(), rate)
+
+
+@pytest.mark.parametrize(
+    ("text", "visible", "devices"),
+    [
+        (None, ("4", "5"), (None,)),
+        ("0,1", ("4", "5"), ["4", "5"]),
+        ("1", ("GPU-a", "GPU-b"), ["GPU-b"]),
+        ("GPU-b", ("GPU-a", "GPU-b"), ["GPU-b"]),
+    ],
+)
+def test_numbers_of_devices_count_within_the_visible_ones(text, visible, devices):
+    assert devices_of(text, visible) == devices
+
+
+@pytest.mark.parametrize(
+    ("text", "visible", "said"),
+    [
+        ("4", ("4", "5"), "4 is no visible device: there are 2, numbered from 0"),
+        ("0", (), "0 is no visible device: there is no GPU"),
+        ("GPU-c", ("GPU-a",), "GPU-c is no visible device"),
+        ("0,0", ("4", "5"), "names a device twice"),
+        ("0,GPU-a", ("GPU-a",), "names a device twice"),
+    ],
+)
+def test_devices_that_are_not_there_are_refused(text, visible, said):
+    with pytest.raises(AdaptiveConfigError, match=said):
+        devices_of(text, visible)
+
+
+def test_an_effect_is_a_share():
+    assert (effect_of("0.5%"), effect_of("0.01")) == (pytest.approx(0.005), 0.01)
