@@ -208,7 +208,7 @@ def load_plan(path: Path) -> RankPlan:
 def recorded_provenance(folder: Path) -> dict[str, Any]:
     """Read the provenance in the plan beside an adapter; return nothing where there is no plan of this version."""
     try:
-        return load_plan(folder / PLAN_FILE).provenance
+        return dict(load_plan(folder / PLAN_FILE).provenance)
     except PlanError:
         return {}
 
