@@ -52,6 +52,7 @@ ROWS = {
     "the same, `random`": ("worth_it", "results/random/over_lora/mean", "{:+.4f}"),
     "step of `igu` over plain LoRA": ("overhead", "variants/igu/time_ratio", "{:.3f} x"),
     "step of `adalora` over plain LoRA": ("overhead", "variants/adalora/time_ratio", "{:.3f} x"),
+    "step of `tsq` with ranks alone over plain LoRA": ("overhead", "variants/tsq ranks alone/time_ratio", "{:.3f} x"),
     "step of PEFT's own AdaLoRA over plain LoRA": ("overhead", "variants/peft adalora/time_ratio", "{:.3f} x"),
     "step of plain LoRA over itself": ("overhead", "variants/uniform again/time_ratio", "{:.3f} x"),
     "step of `igu` with `integrated` and `adaptive_max_overhead: 0.2`": (
