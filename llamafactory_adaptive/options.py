@@ -83,6 +83,15 @@ def coerce(value: Any, annotation: Any) -> Any:
     return str(value)
 
 
+def parse_share(text: str) -> float:
+    """Convert ``0.95`` or ``95%`` to a number.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+
+
 _TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 

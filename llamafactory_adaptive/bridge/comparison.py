@@ -109,8 +109,8 @@ class Comparison:
             run_in_own_process(job, device, self.folder / LOGS / "split.log", self.children)
         self.split = read_json(self.rows / COUNTS, "the split of the rows")
         say("{train} rows to train on; {dev} held-out rows choose rates, {test} others judge".format(**self.split))
-        if (found := self.split["dev"] + self.split["test"]) < self.held_out:
-            say(f"{found} rows are held out, not {self.held_out}: there are no more, or a fifth of those to train on")
+        if (count := self.split["dev"] + self.split["test"]) < self.held_out:
+            say(f"{count} rows are held out, not {self.held_out}: there are no more, or a fifth of those to train on")
         halves = read_json(self.rows / HELD_OUT, "the held-out rows")
         self.tokens = {half: np.array(answer_tokens(rows)) for half, rows in halves.items()}
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS, TENSOR_PREFIX
 from llamafactory_adaptive.bridge.arguments import Args
 from llamafactory_adaptive.bridge.child import Children, alone, last_words, run_child
 from llamafactory_adaptive.bridge.comparison_rows import Rows, SplitJob, base_settings
@@ -31,7 +32,6 @@ from llamafactory_adaptive.files import cannot_write, could_not_write, read_json
 
 
 COMPARISON_JOB = "comparison-job"  # the internal command that runs a job
-_PREFIX = "base_model.model."  # of PEFT, before every name of a module
 LESS_MEMORY = (
     "lower per_device_train_batch_size and raise gradient_accumulation_steps, lower cutoff_len, or set "
     "quantization_bit: 4"
@@ -191,7 +191,7 @@ def _facts_of(adapter: Path) -> dict[str, Any]:
     """Count the parameters of a saved adapter, its ranks by module, and the parameters of its cheapest rank."""
     from safetensors import safe_open
 
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+    with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     pairs = [
         (shape, shapes[key.replace(".lora_A", ".lora_B")], key) for key, shape in shapes.items() if ".lora_A" in key
@@ -199,5 +199,5 @@ def _facts_of(adapter: Path) -> dict[str, Any]:
     return {
         "parameters": sum(math.prod(shape) for shape in shapes.values()),
         "parameters_of_one_rank": min(a[1] + b[0] for a, b, _ in pairs),
-        "ranks": {key.partition(".lora_A")[0].removeprefix(_PREFIX): a[0] for a, _, key in pairs},
+        "ranks": {key.partition(".lora_A")[0].removeprefix(TENSOR_PREFIX): a[0] for a, _, key in pairs},
     }

@@ -170,8 +170,8 @@ def held_out_losses(job: HeldOutJob) -> tuple[list[list[float]], list[int]]:
         f"over at most {job.calibration.samples} rows of {job.calibration.dataset}"
     )
     measure_process.run_job(job)
-    found = load_file(job.path)
-    return found["losses"].tolist(), found["tokens"].tolist()
+    tensors = load_file(job.path)
+    return tensors["losses"].tolist(), tensors["tokens"].tolist()
 
 
 def run_held_out_job(job: HeldOutJob) -> None:
@@ -189,19 +189,19 @@ def run_held_out_job(job: HeldOutJob) -> None:
     device = next(model.parameters()).device
     batches = [batch.to(device) for batch in make_batches(rows, job.calibration.batch_size, pad_id)]
     layers, factors = _placed(job, model)
-    found = []
+    by_cut = []
     try:
         for number, ranks in enumerate(job.cuts, 1):
             with first_components_applied(layers, factors, ranks, job.scale):
                 title = f"{PROGRESS} {number}/{len(job.cuts)}"
-                found.append(row_losses(model, tqdm(batches, desc=title, unit="batch")))
+                by_cut.append(row_losses(model, tqdm(batches, desc=title, unit="batch")))
     except torch.OutOfMemoryError as error:
         size = job.calibration.batch_size
         raise CalibrationError(
             f"out of memory: lower per_device_eval_batch_size (now {size}) or cutoff_len in the YAML"
         ) from error
-    losses = torch.stack([pairs[:, 0] for pairs in found])
-    tokens = found[0][:, 1].long()
+    losses = torch.stack([pairs[:, 0] for pairs in by_cut])
+    tokens = by_cut[0][:, 1].long()
     if not int(tokens.sum()) or not bool(losses.isfinite().all()):
         what = "is not finite" if int(tokens.sum()) else "has no token: every answer lies beyond cutoff_len"
         raise CalibrationError(f"the loss on {job.calibration.dataset} {what}")

@@ -17,13 +17,13 @@ def row_losses(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
     Returns:
         (rows, 2) in fp64 on the CPU, in the order of the batches.
     """
-    found = []
+    pairs = []
     with evaluating(model), torch.no_grad():
         for batch in batches:
             logits = decoder_forward(model, batch).logits
             # Row by row: logits of a whole batch in fp32 would take as much memory again as the model's own.
-            found += [_loss(row, labels) for row, labels in zip(logits[:, :-1], batch.labels[:, 1:], strict=True)]
-    return torch.tensor(found, dtype=torch.float64)
+            pairs += [_loss(row, labels) for row, labels in zip(logits[:, :-1], batch.labels[:, 1:], strict=True)]
+    return torch.tensor(pairs, dtype=torch.float64)
 
 
 def _loss(logits_TV: Tensor, labels_T: Tensor) -> tuple[float, int]:

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from llamafactory_adaptive.ranks.plan import RankPlan
 
 
-_TRAINERS_RATE = 5e-5  # transformers' default
-
-
 def plan(arguments: argparse.Namespace) -> int:
     """Compute ranks without training: print their table, write heat-map and ``adaptive_rank_plan.json``."""
     require_enabled()
@@ -78,21 +75,21 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def _check_peft_folder(folder: Path) -> None:
     """Refuse a folder that holds an adapter's configuration, or that cannot be written."""
+    from llamafactory_adaptive.adapter.lora import ADAPTER_CONFIG
     from llamafactory_adaptive.bridge.host_check import check_folder
 
-    if (folder / "adapter_config.json").exists():
-        refuse("--peft", str(folder), "it holds an adapter_config.json", "--peft <another folder>")
+    if (folder / ADAPTER_CONFIG).exists():
+        refuse("--peft", str(folder), f"it holds an {ADAPTER_CONFIG}", "--peft <another folder>")
     check_folder("--peft", folder)
 
 
 def _write_peft_config(plan: "RankPlan", args: Mapping[str, Any], folder: Path) -> None:
     """Write PEFT's configuration of the plan, with the run's dropout and base model."""
-    from llamafactory_adaptive.adapter.lora import PlannedLoraConfig, lora_config_arguments
+    from llamafactory_adaptive.api.adapters import lora_config
 
-    settings = {"task_type": "CAUSAL_LM", "lora_dropout": float(args.get("lora_dropout") or 0.0),
-                "base_model_name_or_path": str(args["model_name_or_path"])}  # fmt: skip
+    base, dropout = str(args["model_name_or_path"]), float(args.get("lora_dropout") or 0.0)
     folder.mkdir(parents=True, exist_ok=True)
-    PlannedLoraConfig(**lora_config_arguments(plan), **settings).save_pretrained(str(folder))
+    lora_config(plan, base_model_name_or_path=base, lora_dropout=dropout).save_pretrained(str(folder))
     print(f"adapter_config.json for PEFT written to {folder}")
 
 
@@ -120,8 +117,8 @@ def _plan_of_a_dynamic_run(run: "CheckedRun") -> int:
     if isinstance(schedule, Schedule):
         print(schedule_table(start, schedule, shown))
     else:
-        course = "Ranks move about" if isinstance(schedule, Refreshes) else "The adapter is cut"
-        print(f"{course} during training ({start.method}): {schedule.describe(kind)} of {shown}")
+        change = "Ranks move about" if isinstance(schedule, Refreshes) else "The adapter is cut"
+        print(f"{change} during training ({start.method}): {schedule.describe(kind)} of {shown}")
     if estimate:
         print(f"about {estimate:,} steps, estimated from num_train_epochs and the rows of the data set")
     elif steps <= 0:
@@ -140,12 +137,12 @@ def _plan_of_a_dynamic_run(run: "CheckedRun") -> int:
 def _about_the_rate(args: Mapping[str, Any], start: "RankPlan", config: "AdaptiveConfig") -> list[str]:
     """Describe the learning rate against that of plain LoRA, where the method's adapter starts slower."""
     from llamafactory_adaptive.methods import make_method
-    from llamafactory_adaptive.reports.learning_rate import rate_advice
+    from llamafactory_adaptive.reports.learning_rate import TRAINERS_RATE, rate_advice
     from llamafactory_adaptive.training.masked_search import SearchRequest
 
     slowdown = SearchRequest(start, config, make_method(config.method, config.options)).slowdown
     given = args.get("learning_rate")
-    rate = float(coerce(_TRAINERS_RATE if given is None else given, float))
+    rate = float(coerce(TRAINERS_RATE if given is None else given, float))
     optimizer, one_rate = str(args.get("optim") or "adamw_torch"), args.get("loraplus_lr_ratio") is None
     words, warning = rate_advice(rate, slowdown, optimizer, one_rate)
     return [*([words] if words else []), *([f"warning: {warning}"] if warning else [])]

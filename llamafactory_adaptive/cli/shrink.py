@@ -54,21 +54,21 @@ def _curve(request: ShrinkRequest, settings: dict[str, Any] | None) -> str:
     from llamafactory_adaptive.export.shrink.shrinker import read_decomposition
     from llamafactory_adaptive.reports.cut_curve import CutCurve
 
-    found = read_decomposition(request)
-    budgets = found.spectrum.budgets(BUDGETS)
+    decomposition = read_decomposition(request)
+    budgets = decomposition.spectrum.budgets(BUDGETS)
     if len(budgets) < 2:
-        words = f"the adapter's {found.spectrum.parameters:,} parameters are the fewest that it allows"
+        words = f"the adapter's {decomposition.spectrum.parameters:,} parameters are the fewest that it allows"
         refuse("min_rank", request.min_rank, words, "--min-rank 0")
-    cuts = [found.spectrum.cut(budget) for budget in budgets]
+    cuts = [decomposition.spectrum.cut(budget) for budget in budgets]
     with scratch_folder(request.out) as folder:
-        losses = None if settings is None else _losses(request, settings, found, cuts, folder)
-        curve = CutCurve(request.adapter, found.spectrum, cuts, losses)
+        losses = None if settings is None else _losses(request, settings, decomposition, cuts, folder)
+        curve = CutCurve(request.adapter, decomposition.spectrum, cuts, losses)
         curve.save(folder)
     return f"{curve.text()}\nwritten to {request.out}"
 
 
 def _losses(
-    request: ShrinkRequest, settings: dict[str, Any], found: "Decomposition", cuts: "list[Cut]", folder: Path
+    request: ShrinkRequest, settings: dict[str, Any], decomposition: "Decomposition", cuts: "list[Cut]", folder: Path
 ) -> "HeldOutLosses":
     """Write all components in order for another process, and have it take the losses of cuts and base model."""
     from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS
@@ -77,17 +77,18 @@ def _losses(
     from llamafactory_adaptive.reports.cut_curve import HeldOutLosses
 
     assert request.data is not None
-    whole, job_folder = folder / "components", folder / "job"
-    for made in (whole, job_folder):
+    all_components, job_folder = folder / "components", folder / "job"
+    for made in (all_components, job_folder):
         made.mkdir()
-    write_cut(found, cuts[0], whole)
+    write_cut(decomposition, cuts[0], all_components)
     ranks = [cut.by_name() for cut in cuts]
     job = held_out_job(
-        settings, request.data, request.samples or SAMPLES, components=whole / ADAPTER_WEIGHTS, scale=found.scale,
-        cuts=(*ranks, dict.fromkeys(ranks[0], 0)), path=job_folder / "losses.safetensors",
+        settings, request.data, request.samples or SAMPLES, components=all_components / ADAPTER_WEIGHTS,
+        scale=decomposition.scale, cuts=(*ranks, dict.fromkeys(ranks[0], 0)),
+        path=job_folder / "losses.safetensors",
     )  # fmt: skip
     losses_RN, tokens_N = held_out_losses(job)
-    for made in (whole, job_folder):
+    for made in (all_components, job_folder):
         shutil.rmtree(made)
     within = WITHIN if request.within is None else request.within
     return HeldOutLosses(request.data, within, losses_RN[:-1], losses_RN[-1], tokens_N)

@@ -177,12 +177,12 @@ def parse_arm(text: str) -> Arm:
 def _mapping(text: str, rest: str) -> Settings:
     example = '--arm "qv:{lora_target: [q_proj, v_proj]}"'
     try:
-        found = yaml.safe_load(rest)
+        settings = yaml.safe_load(rest)
     except yaml.YAMLError as error:
         refuse("--arm", text, "what follows the colon cannot be read as YAML", example, cause=error)
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         refuse("--arm", text, "what follows the colon must be {key: value, ...}", example)
-    return found
+    return settings
 
 
 def _pairs(text: str, rest: str) -> Settings:

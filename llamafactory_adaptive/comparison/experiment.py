@@ -189,8 +189,8 @@ class Progress:
         choice = self.choice_if_known(arm)
         if choice is None or choice.best is None or arm in self.too_large:
             return {}
-        found = {run.seed: self.known(run) for run in self.design.final(arm, choice.best)}
-        return {seed: outcome for seed, outcome in found.items() if outcome is not None}
+        outcomes = {run.seed: self.known(run) for run in self.design.final(arm, choice.best)}
+        return {seed: outcome for seed, outcome in outcomes.items() if outcome is not None}
 
     def runs_left(self) -> int:
         """Estimate how many runs are left, those under way among them, if no grid is extended and no rate diverges."""
@@ -203,16 +203,16 @@ class Progress:
         """Give up adaptive arms whose saved adapters have more parameters than plain LoRA's; return why, by name."""
         most = max((outcome["parameters"] for outcome in self._saved(self.arms[0].name)), default=math.inf)
         adaptive = [arm.name for arm in self.arms if arm.settings.get("finetuning_type") == "adaptive"]
-        found = {}
+        reasons = {}
         for arm in (name for name in adaptive if name not in self.failed):
             if (size := max((outcome["parameters"] for outcome in self._saved(arm)), default=0)) > most:
-                found[arm] = (
+                reasons[arm] = (
                     f"its adapter has {size:,} parameters and plain LoRA's has {most:,}, so that the budgets are "
                     "not equal; set adaptive_budget_unit: params"
                 )
-        self.failed |= found
-        self.too_large |= set(found)
-        return found
+        self.failed |= reasons
+        self.too_large |= set(reasons)
+        return reasons
 
     def _saved(self, arm: str) -> list[Outcome]:
         runs = [run for point in self._grid(arm) for run in self.design.choosing(arm, point)]

@@ -1,18 +1,24 @@
-"""Arguments of ``llamafactory-adaptive compare``, checked before anything starts."""
+"""Arguments of ``llamafactory-adaptive compare``, checked before anything starts.
+
+The command line imports this for its help: whatever imports torch or NumPy is imported where it is needed.
+"""
 
 import argparse
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llamafactory_adaptive.comparison.differences import FEWEST_ROWS
-from llamafactory_adaptive.comparison.experiment import Design
 from llamafactory_adaptive.errors import refuse
+from llamafactory_adaptive.options import parse_share
 from llamafactory_adaptive.paths import path_argument
+from llamafactory_adaptive.reports.learning_rate import TRAINERS_RATE
+
+
+if TYPE_CHECKING:
+    from llamafactory_adaptive.comparison.experiment import Design
 
 
 _AROUND = (0.25, 0.5, 1.0, 2.0, 4.0)  # factors of the YAML's learning rate
-_TRAINERS_RATE = 5e-5  # transformers' default
 
 
 def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +59,7 @@ def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
         help="check everything and count the runs without starting any, e.g. before a night's work")  # fmt: skip
 
 
-def design_of(arguments: argparse.Namespace, given_rate: Any) -> Design:
+def design_of(arguments: argparse.Namespace, given_rate: Any) -> "Design":
     """Build the design that the arguments ask for.
 
     Args:
@@ -63,6 +69,9 @@ def design_of(arguments: argparse.Namespace, given_rate: Any) -> Design:
     Raises:
         AdaptiveConfigError: an argument is out of range.
     """
+    from llamafactory_adaptive.comparison.differences import FEWEST_ROWS
+    from llamafactory_adaptive.comparison.experiment import Design
+
     base = _rate(given_rate)
     rates = _numbers("--rates", arguments.rates, "1e-4,2e-4,4e-4,8e-4") or tuple(base * factor for factor in _AROUND)
     alphas: tuple[float | None, ...] = _numbers("--alphas", arguments.alphas, "16,32") or (None,)
@@ -82,7 +91,7 @@ def effect_of(text: str) -> float:
         AdaptiveConfigError: it is no number between 0 and 0.5.
     """
     try:
-        value = float(text.removesuffix("%")) / (100.0 if text.endswith("%") else 1.0)
+        value = parse_share(text)
     except ValueError:
         value = math.nan
     if not 0.0 < value <= 0.5:
@@ -117,7 +126,7 @@ def devices_of(text: str | None, visible: Sequence[str]) -> Sequence[str | None]
 
 def _rate(given: Any) -> float:
     try:
-        rate = float(_TRAINERS_RATE if given is None else given)
+        rate = float(TRAINERS_RATE if given is None else given)
     except (TypeError, ValueError):
         rate = math.nan
     if not (math.isfinite(rate) and rate > 0.0):

@@ -89,9 +89,9 @@ def document(
         effect: smallest difference that matters.
         facts: further facts of the comparison: command, versions, rows, design.
     """
-    found = judgements(results, tokens["test"], effect)
+    judged = judgements(results, tokens["test"], effect)
     plain = next(result for result in results if result.arm.name == PLAIN)
-    by_arm = {rival: {judgement.arm: judgement for judgement in each} for rival, each in found.items()}
+    by_arm = {rival: {judgement.arm: judgement for judgement in each} for rival, each in judged.items()}
     return {
         "schema_version": SCHEMA_VERSION,
         **facts,

@@ -27,6 +27,6 @@ def redacted(words: Sequence[str]) -> str:
 
 
 def _without_value(word: str) -> str:
-    if found := _WORD.fullmatch(word):
-        return f"{found[1] or ''}{found[2]}=..."
+    if match := _WORD.fullmatch(word):
+        return f"{match[1] or ''}{match[2]}=..."
     return _INSIDE.sub(r"\1\2...", word)

@@ -88,8 +88,8 @@ def judge(losses: Mapping[str, Losses], rival: str, effect: float, seed: int = 0
     """
     arms = [name for name in losses if name != rival]
     compared = [] if losses[rival].diverged else [name for name in arms if not losses[name].diverged]
-    found = paired_differences(losses[rival], [losses[name] for name in compared], seed) if compared else []
-    differences = dict(zip(compared, found, strict=True))
+    paired = paired_differences(losses[rival], [losses[name] for name in compared], seed) if compared else []
+    differences = dict(zip(compared, paired, strict=True))
     tested = [name for name in compared if differences[name].seeds > 1]
     corrected = holm([differences[name].p_value for name in tested])
     family = _Family(rival, effect, differences, dict(zip(tested, corrected, strict=True)))

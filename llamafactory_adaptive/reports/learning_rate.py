@@ -3,6 +3,7 @@
 import math
 
 
+TRAINERS_RATE = 5e-5  # transformers' default
 _MOST = 10.0  # a larger factor is not advised: the first steps would move elements of P and Q by their own size
 _USUAL = 1e-4  # where plain LoRA is trained, at least
 

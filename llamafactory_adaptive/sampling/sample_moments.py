@@ -44,8 +44,8 @@ class SampleMoments:
     def take(self, parameter: nn.Parameter) -> Tensor | None:
         """End the step, and return the mean over this process's samples for a factor's weight; None if it saw none."""
         self.active = False
-        found = self.sums.pop(id(parameter), None)
-        return None if found is None else found.mul_(float(self.samples) ** (self.order - 1))
+        moment = self.sums.pop(id(parameter), None)
+        return None if moment is None else moment.mul_(float(self.samples) ** (self.order - 1))
 
     def _hook(self, name: str, factor: nn.Module, counts: bool) -> Callable[..., Tensor | None]:
         key = id(factor.weight)

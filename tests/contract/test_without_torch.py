@@ -22,3 +22,15 @@ def test_a_room_is_imported_without_heavy_packages(room):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, f"{names!r}\n"), done.stderr
+
+
+def test_the_command_line_is_parsed_without_heavy_packages():
+    """Every command would otherwise start seconds later, ``--help`` too."""
+    heavy = (*HEAVY, "numpy", "matplotlib")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({heavy!r})); from llamafactory_adaptive.cli import app; "
+        "from llamafactory_adaptive.cli.parser import parse_command_line; "
+        "print(parse_command_line(['compare', 'my.yaml', '--out', 'x']).command)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "compare\n"), done.stderr

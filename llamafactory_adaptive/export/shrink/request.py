@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llamafactory_adaptive.errors import Problem, refuse_all
 from llamafactory_adaptive.export.request import out_problems
+from llamafactory_adaptive.options import parse_share
 from llamafactory_adaptive.paths import path_argument
 
 
@@ -114,7 +115,7 @@ def share_argument(text: str) -> float:
         argparse.ArgumentTypeError: it is neither.
     """
     try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        return parse_share(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text[:80]!r} is no share; write 0.95 or 95%") from None
 

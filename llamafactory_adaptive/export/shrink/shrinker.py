@@ -52,15 +52,15 @@ def run_shrink(request: ShrinkRequest) -> str:
         AdaptiveConfigError: the request is refused, before anything is written.
         ExportError: what was written is not the best adapter of its ranks; nothing is left in the output folder.
     """
-    found = read_decomposition(request)
-    cut = chosen_cut(request, found.spectrum)
+    decomposition = read_decomposition(request)
+    cut = chosen_cut(request, decomposition.spectrum)
     with scratch_folder(request.out) as folder:
-        write_cut(found, cut, folder)
-        plan = cut_plan(found, cut, request.budget)
+        write_cut(decomposition, cut, folder)
+        plan = cut_plan(decomposition, cut, request.budget)
         plan.write(folder / PLAN_FILE)
-        checks = certify(found.adapter, cut, plan, folder)
-    rslora = bool(found.adapter.config.get("use_rslora"))
-    return "\n".join([_summary(found.spectrum, cut), *checks, *_next(request.out, plan, rslora)])
+        checks = certify(decomposition.adapter, cut, plan, folder)
+    rslora = bool(decomposition.adapter.config.get("use_rslora"))
+    return "\n".join([_summary(decomposition.spectrum, cut), *checks, *_next(request.out, plan, rslora)])
 
 
 def read_decomposition(request: ShrinkRequest) -> Decomposition:
@@ -111,9 +111,9 @@ def chosen_cut(request: ShrinkRequest, spectrum: AdapterSpectrum) -> Cut:
     return spectrum.cut(budget)
 
 
-def write_cut(found: Decomposition, cut: Cut, target: Path) -> None:
+def write_cut(decomposition: Decomposition, cut: Cut, target: Path) -> None:
     """Write the adapter cut to these ranks, in fp32, with no more than one module in memory."""
-    adapter, scale = found.adapter, found.scale
+    adapter, scale = decomposition.adapter, decomposition.scale
     ranks = {name: rank for name, rank in cut.by_name().items() if rank}
     write_config(adapter.config.get("base_model_name_or_path"), target, contract_arguments(ranks, scale))
     places = {factor_key(name, side): (name, side) for name in ranks for side in "AB"}
@@ -138,9 +138,9 @@ def _spec(key: str, module: LoraModule, side: str, rank: int) -> TensorSpec:
     return TensorSpec(key, torch.float32, shape)
 
 
-def cut_plan(found: Decomposition, cut: Cut, asked: Mapping[str, Any]) -> RankPlan:
+def cut_plan(decomposition: Decomposition, cut: Cut, asked: Mapping[str, Any]) -> RankPlan:
     """Build the plan of a cut adapter: its ranks, and as score of each module its squared singular values."""
-    spectrum, total = found.spectrum, found.spectrum.energy
+    spectrum, total = decomposition.spectrum, decomposition.spectrum.energy
     modules = tuple(
         ModulePlan(
             one.shape.name, one.shape.in_features, one.shape.out_features, rank,
@@ -154,9 +154,9 @@ def cut_plan(found: Decomposition, cut: Cut, asked: Mapping[str, Any]) -> RankPl
         options=dict(asked),
         budget_unit="params",
         lora_rank=lora_rank,
-        lora_alpha=int_if_integral(found.scale * lora_rank),
+        lora_alpha=int_if_integral(decomposition.scale * lora_rank),
         modules=modules,
-        provenance=_provenance(found.adapter),
+        provenance=_provenance(decomposition.adapter),
     )
 
 
