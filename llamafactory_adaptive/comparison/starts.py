@@ -34,7 +34,7 @@ def changes(starts: list[dict[str, Any]]) -> list[str]:
     said = []
     for key in starts[-1]:
         values = [start.get(key) for start in starts]
-        different = [value for place, value in enumerate(values) if place == 0 or value != values[place - 1]]
+        different = [value for number, value in enumerate(values) if number == 0 or value != values[number - 1]]
         if len(different) > 1:
             words = ", then ".join(map(_words, different))
             said.append(f"--{key} was changed after the comparison had begun: {words}")

@@ -28,6 +28,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from llamafactory_adaptive.calibration.factored_svd import decompose
 from llamafactory_adaptive.methods import InitialAdapter, MethodTraits, ReturnRule
 from llamafactory_adaptive.options import option
 
@@ -66,16 +67,14 @@ class Svd:
 
         Signs are those that make the largest entry of each row of Q positive.
         """
-        u_p, r_p = torch.linalg.qr(p.double())
-        u_q, r_q = torch.linalg.qr(q.double().T)
-        u, sigma_r, v = torch.linalg.svd(r_p @ r_q.T)
-        rows = v @ u_q.T
+        product = decompose(q, p, 1.0)
+        sigma_r, rows = product.values, product.right
         signs_r1 = rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
         size_r = q.double().square().sum(1).mean().sqrt().expand_as(sigma_r)
         if self.options.split == "balanced":
             # What is zero but for rounding keeps a row of the usual size, without which it could not train.
             size_r = torch.where(sigma_r > 1e-6 * sigma_r.max(), sigma_r.sqrt(), size_r)
-        new_p, new_q = (u_p @ u) * (sigma_r / size_r) * signs_r1.T, rows * signs_r1 * size_r[:, None]
+        new_p, new_q = product.left * (sigma_r / size_r) * signs_r1.T, rows * signs_r1 * size_r[:, None]
         return new_p.to(p), new_q.to(q), sigma_r.square()
 
     def state(self) -> dict[str, Tensor]:

@@ -26,15 +26,15 @@ def rotate(components: Components, method: SpectralMethod) -> list[list[float]]:
         components: components of the live adapter, which has no lambda.
         method: method that rotates the factors of one module.
     """
-    wholes = [components.whole_weights(block).cpu() for block in components.blocks]
-    places = {
+    whole_blocks = [components.whole_weights(block).cpu() for block in components.blocks]
+    factors = {
         (block.kind, module): factor
-        for block, whole in zip(components.blocks, wholes, strict=True)
+        for block, whole in zip(components.blocks, whole_blocks, strict=True)
         for module, factor in zip(block.modules, whole, strict=True)
     }
     masks = components.triplets.masks
-    squares = [_rotate_in_place(places["P", i], places["Q", i], row, method) for i, row in enumerate(masks)]
-    for block, whole in zip(components.blocks, wholes, strict=True):
+    squares = [_rotate_in_place(factors["P", i], factors["Q", i], row, method) for i, row in enumerate(masks)]
+    for block, whole in zip(components.blocks, whole_blocks, strict=True):
         _write(components, block, _from_first(components, whole))
     agreed = _from_first(components, torch.cat(squares))
     return [part.tolist() for part in torch.split(agreed, [len(row) for row in masks])]

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.adapter.verify import check_saved
+from llamafactory_adaptive.calibration.factored_svd import decompose
 from llamafactory_adaptive.export.faults import ExportError
-from llamafactory_adaptive.export.shrink.factored_svd import decompose
 from llamafactory_adaptive.export.source_adapter import SourceAdapter, read_adapter
 from llamafactory_adaptive.export.verify.certificate import PACKAGES, Check, digests, failures, write_certificate
 from llamafactory_adaptive.export.verify.module_updates import TOLERANCE, Update, relative_difference

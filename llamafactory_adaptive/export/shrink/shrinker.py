@@ -12,12 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS, contract_arguments, int_if_integral
+from llamafactory_adaptive.calibration.factored_svd import FactoredSvd, decompose, singular_values
 from llamafactory_adaptive.errors import refuse
 from llamafactory_adaptive.export.layouts import common_scale, write_config
 from llamafactory_adaptive.export.safetensors_stream import TensorSpec, write_streaming
 from llamafactory_adaptive.export.scratch import check_new_folder, scratch_folder
 from llamafactory_adaptive.export.shrink.certificate import certify
-from llamafactory_adaptive.export.shrink.factored_svd import FactoredSvd, decompose, singular_values
 from llamafactory_adaptive.export.shrink.request import ShrinkRequest
 from llamafactory_adaptive.export.source_adapter import LoraModule, SourceAdapter, factor_key, read_adapter
 from llamafactory_adaptive.files import PLAN_FILE
@@ -116,7 +116,7 @@ def write_cut(decomposition: Decomposition, cut: Cut, target: Path) -> None:
     adapter, scale = decomposition.adapter, decomposition.scale
     ranks = {name: rank for name, rank in cut.by_name().items() if rank}
     write_config(adapter.config.get("base_model_name_or_path"), target, contract_arguments(ranks, scale))
-    places = {factor_key(name, side): (name, side) for name in ranks for side in "AB"}
+    factors = {factor_key(name, side): (name, side) for name in ranks for side in "AB"}
 
     @lru_cache(maxsize=1)  # A and B of a module follow each other in the file
     def components(name: str) -> FactoredSvd:
@@ -124,11 +124,11 @@ def write_cut(decomposition: Decomposition, cut: Cut, target: Path) -> None:
 
     def make(spec: TensorSpec) -> Tensor:
         progress.update()
-        name, side = places[spec.name]
+        name, side = factors[spec.name]
         a, b = components(name).factors(ranks[name], scale)
         return (a if side == "A" else b).float()
 
-    specs = [_spec(key, adapter.by_name[name], side, ranks[name]) for key, (name, side) in places.items()]
+    specs = [_spec(key, adapter.by_name[name], side, ranks[name]) for key, (name, side) in factors.items()]
     with tqdm(total=len(specs), desc="writing", unit="factor", mininterval=1.0) as progress:
         write_streaming(target / ADAPTER_WEIGHTS, specs, make)
 

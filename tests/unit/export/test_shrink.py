@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from llamafactory_adaptive import cli
 from llamafactory_adaptive.adapter.verify import check_saved
+from llamafactory_adaptive.calibration.factored_svd import decompose, singular_values
 from llamafactory_adaptive.errors import AdaptiveConfigError
 from llamafactory_adaptive.export.faults import ExportError
 from llamafactory_adaptive.export.shrink import shrinker
-from llamafactory_adaptive.export.shrink.factored_svd import decompose, singular_values
 from llamafactory_adaptive.export.shrink.request import ShrinkRequest, share_argument
 from llamafactory_adaptive.export.shrink.shrinker import run_shrink
 from llamafactory_adaptive.export.source_adapter import read_adapter
