@@ -69,8 +69,9 @@ class IguOptions:
         choices=("shrink", "integrated", "off"),
     )
     descale: bool | None = part(
-        "Whether shrink takes the drawn position out of the scores; all micro-batches of a step then share one "
-        "position.",
+        "Whether scores of different steps are comparable, whatever position was drawn: shrink takes it out of the "
+        "scores, and all micro-batches of a step share one; integrated draws positions near the adapter more often "
+        "and lets them weigh less.",
         name="descale",
     )
     mend_strength: bool | None = part(
@@ -191,9 +192,9 @@ class IguOptions:
         none = self.orthogonality == "none"  # says the same as a weight of 0, so the two may stand together
         weighted = ("orthogonality_scale", *(() if none else ("orthogonality",)))
         return [
-            (self.importance != "shrink", ("descale", "mend_strength"), "only igu_importance: shrink draws positions "
-             "that weaken the adapter", "igu_importance: shrink"),
-            (not path, ("intervals",), "with igu_importance: off there is no path to divide",
+            (self.importance != "shrink", ("mend_strength",), "only igu_importance: shrink trains a weakened adapter",
+             "igu_importance: shrink"),
+            (not path, ("descale", "intervals"), "with igu_importance: off there is no path to draw positions from",
              "igu_importance: shrink"),
             (self.importance != "integrated", ("probe_interval",), "only igu_importance: integrated probes",
              "igu_importance: integrated"),

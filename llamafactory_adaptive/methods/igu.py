@@ -23,7 +23,9 @@ and U, regulariser of weight 1. ``corrected`` mends what was measured to be at f
                       0.02) and 0.1 it is several times smaller.
     descale           under ``shrink`` the gradient carries a^3, so that S / U measures the draws of a. All micro-
                       batches of a step share one a (with mend_strength, too), whose cube is divided out of what is
-                      scored.
+                      scored. ``integrated`` draws its node in proportion to (k/N)^2, as g(a) grows, and weighs it
+                      by one over its probability: the expectation is the same, and where the loss is linear in the
+                      adapter every draw is.
     mend_strength     trained under ``shrink``, the adapter minimises E L(a^3 theta): on a quadratic it ends up
                       E a^3 / E a^6 = 1.63 times too strong. What is evaluated and saved is weakened by E a^6 / E a^3,
                       and once the ranks are final lambda is, the optimizer's states with it.
@@ -41,16 +43,17 @@ the mask, keep S and U meanwhile. Scores use the gradient of the loss without th
 the mask is final, nothing is scored and ``shrink`` trains at a = 1. ``integrated`` takes |IG|, and weighs the interior
 node by (N-1)/N: Eq. 6, |w|/2N [ g(0) + 2 g(k/N) + g(1) ], counts one node of N-1 as if it were all of them, and falls
 short of Eq. 5 by most of the path. With our weight the expectation over k is Eq. 5, at every step alike
-(``tests/unit/training/test_path_probe.py``), so steps are comparable in the mean. A single step is not: its node holds
-for all weights, and where the loss is linear in the adapter, g(a) grows as a^2. Its score then has a standard
-deviation of 0.80 of its expectation (from 0.08 to 2.6 times, N = 20), S after some steps one of 0.23, and U measures
-that, too.
+(``tests/unit/training/test_path_probe.py``), so steps are comparable in the mean. A single step is only if descaled:
+with uniform draws, and a loss that is linear in the adapter, its score has a standard deviation of 0.80 of its
+expectation (from 0.08 to 2.6 times, N = 20), S after some steps one of 0.23, and U measures that, too.
 
 Cost: shrink and off, two fp32 numbers per adapter weight and a few element-wise passes over the adapter per step;
 integrated, two more forward-backward passes per probed step.
 """
 
+from bisect import bisect_right
 from collections.abc import Mapping
+from itertools import accumulate
 from statistics import fmean
 from typing import ClassVar
 
@@ -131,9 +134,12 @@ class Igu(SmoothedMethod):
 
     def path(self, seed: int, step: int) -> list[tuple[float, float]]:
         """Return a random interior node and the end point for ``integrated``, every ``probe_interval`` steps."""
-        if step % self.options.probe_interval:
+        o = self.options
+        if step % o.probe_interval:
             return []
-        return sampled_path(self.options.intervals, 1 + seeded_index(seed, step, 0, self.options.intervals - 1))
+        odds = [node**2 if o.descale else 1 for node in range(1, o.intervals)]
+        drawn = bisect_right(list(accumulate(odds)), seeded_index(seed, step, 0, sum(odds)))
+        return sampled_path(o.intervals, 1 + drawn, odds[drawn] / sum(odds))
 
     def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
         """Update S and U with ``s = |w g|``, g at the full position where scores are descaled."""
@@ -157,9 +163,9 @@ class Igu(SmoothedMethod):
         self._typical = dict(typical)
 
 
-def sampled_path(intervals: int, node: int) -> list[tuple[float, float]]:
-    """Build passes whose weighted sum estimates the trapezoid rule without bias, for a uniformly drawn ``node``.
+def sampled_path(intervals: int, node: int, probability: float) -> list[tuple[float, float]]:
+    """Build passes whose weighted sum estimates the trapezoid rule without bias, for a drawn interior ``node``.
 
     The node a = 0 is left out: there the gradient of a product of three is zero.
     """
-    return [(node / intervals, (intervals - 1) / intervals), (1.0, 0.5 / intervals)]
+    return [(node / intervals, 1.0 / (intervals * probability)), (1.0, 0.5 / intervals)]

@@ -52,9 +52,11 @@ class SampleMoments:
 
         def take(gradient: Tensor, x: Tensor) -> None:
             mask_r = getattr(factor, "mask_r", None)
-            left_btk = gradient.float() if mask_r is None else gradient.float() * mask_r
-            g_bkj = left_btk.mT @ x.float()
-            moment_kj = (g_bkj.abs_() if self.order == 1 else g_bkj.square_()).sum(0)
+            # The wider side is not converted, which would take longer than the product.
+            kind = x.dtype if x.shape[-1] > gradient.shape[-1] else gradient.dtype
+            left_btk = gradient.to(kind) if mask_r is None else gradient.to(kind) * mask_r.to(kind)
+            g_bkj = left_btk.mT @ x.to(kind)
+            moment_kj = (g_bkj.abs_() if self.order == 1 else g_bkj.square_()).sum(0, dtype=torch.float32)
             self.sums[key] = self.sums[key].add_(moment_kj) if key in self.sums else moment_kj
             self.samples += len(x) if counts else 0
 

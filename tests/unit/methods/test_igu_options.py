@@ -11,8 +11,9 @@ from tests.helpers.tiny import tiny_model
 @pytest.mark.parametrize(
     ("options", "keys"),
     [
-        ({"descale": False, "mend_strength": False, "intervals": 10}, ["descale", "mend_strength", "intervals"]),
-        ({"importance": "integrated", "intervals": 10, "descale": False, "probe_interval": 2}, ["descale"]),
+        ({"descale": False, "mend_strength": False, "intervals": 10}, ["mend_strength", "descale", "intervals"]),
+        ({"importance": "integrated", "intervals": 10, "descale": False, "probe_interval": 2}, []),
+        ({"importance": "integrated", "mend_strength": False}, ["mend_strength"]),
         ({"importance": "shrink", "intervals": 10, "descale": False, "probe_interval": 2}, ["probe_interval"]),
         ({"epsilon": 1e-3, "epsilon_scale": "absolute"}, ["epsilon", "epsilon_scale"]),
         ({"uncertainty": "snr", "epsilon": 1e-3, "epsilon_scale": "absolute"}, []),

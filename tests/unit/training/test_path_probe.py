@@ -67,13 +67,16 @@ def test_integrated_gradients_are_complete_with_an_error_that_falls_as_one_over_
     assert all(3.8 < a / b < 4.2 for a, b in itertools.pairwise(errors)), errors
 
 
-def test_one_random_node_estimates_the_path_without_bias_and_averages_out_as_one_over_root_m():
+@pytest.mark.parametrize("descale", [True, False])
+def test_one_random_node_estimates_the_path_without_bias_and_averages_out_as_one_over_root_m(descale):
     attributions, _ = path_problem()
     n = 8
     exact = attributions(reference.trapezoid_path(n))
-    single = [attributions(sampled_path(n, node)) for node in range(1, n)]
-    assert sum(single) / len(single) == pytest.approx(exact, rel=1e-9)
-    method, spread = Igu(IguOptions(importance="integrated", intervals=n)), np.std(single)
+    odds = np.arange(1, n) ** 2 / sum(k * k for k in range(1, n)) if descale else np.full(n - 1, 1 / (n - 1))
+    single = np.array([attributions(sampled_path(n, node, odds[node - 1])) for node in range(1, n)])
+    assert (odds * single).sum() == pytest.approx(exact, rel=1e-9)
+    method = Igu(IguOptions(importance="integrated", intervals=n, descale=descale))
+    spread = (odds * (single - exact) ** 2).sum() ** 0.5
     for m in (16, 256):  # 400 runs of m steps each, with the nodes that a run would draw
         drawn = [[round(method.path(seed, step)[0][0] * n) for step in range(m)] for seed in range(400)]
         means = np.array([[single[node - 1] for node in row] for row in drawn]).mean(1)
@@ -82,8 +85,11 @@ def test_one_random_node_estimates_the_path_without_bias_and_averages_out_as_one
 
 def test_a_steps_score_varies_by_the_node_as_the_method_says():
     """On a loss that is linear in P diag(lambda) Q the gradient of each factor grows as the square of the position."""
-    steps = np.array([sum(weight * at**2 for at, weight in sampled_path(20, node)) for node in range(1, 20)])
+    steps = np.array([sum(weight * at**2 for at, weight in sampled_path(20, node, 1 / 19)) for node in range(1, 20)])
     mean = steps.mean()
+    descaled = Igu(IguOptions(importance="integrated", intervals=20))
+    for step in range(50):
+        assert sum(weight * at**2 for at, weight in descaled.path(0, step)) == pytest.approx(mean, rel=1e-12)
     assert mean == pytest.approx(sum(weight * at**2 for at, weight in reference.trapezoid_path(20)))
     assert (steps.std() / mean, steps.min() / mean, steps.max() / mean) == pytest.approx((0.80, 0.082, 2.64), rel=0.01)
     running = steps.std() / mean * ((1 - 0.85) / (1 + 0.85)) ** 0.5  # of independent draws
