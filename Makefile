@@ -113,6 +113,7 @@ bench: $(DEMO)
 	$(BIN)/python benchmarks/engines.py $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/quality_pass.py $(if $(DATA),--data $(DATA) --dataset boolq --batch-size 32)
 	$(BIN)/python benchmarks/planted.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python benchmarks/diversity_guard.py $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/shrink.py
 
 methods: $(STAMP)

@@ -38,12 +38,7 @@ def write_pool(source: Path, name: str, folder: Path, samples: int, share: float
     shuffled = round(share * len(rows))
     answers = [answer for _, answer in rows]
     answers[:shuffled] = answers[1:shuffled] + answers[:1]
-    pool = [
-        {"instruction": question, "input": "", "output": a} for (question, _), a in zip(rows, answers, strict=True)
-    ]
-    folder.mkdir()
-    (folder / "pool.json").write_text(json.dumps(pool), encoding="utf-8")
-    (folder / "dataset_info.json").write_text(json.dumps({"pool": {"file_name": "pool.json"}}))
+    record.write_pool(folder, [(question, answer) for (question, _), answer in zip(rows, answers, strict=True)])
     return shuffled
 
 

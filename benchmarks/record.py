@@ -71,6 +71,14 @@ def read_lines(folder: Path, name: str) -> tuple[list[str], Callable[[str], tupl
     return lines, pair
 
 
+def write_pool(folder: Path, rows: Sequence[tuple[str, str]]) -> None:
+    """Write prompts and answers as the training set ``pool`` of a new folder."""
+    folder.mkdir()
+    pool = [{"instruction": question, "input": "", "output": answer} for question, answer in rows]
+    (folder / "pool.json").write_text(json.dumps(pool), encoding="utf-8")
+    (folder / "dataset_info.json").write_text(json.dumps({"pool": {"file_name": "pool.json"}}))
+
+
 def read_rows(
     folder: Path, name: str, model: Path, samples: int, answers_only: bool = False
 ) -> list[dict[str, list[int]]]:

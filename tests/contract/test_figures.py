@@ -179,6 +179,17 @@ def test_how_to_quotes_what_the_transforms_spend_and_how_they_agree():
                         f"{100 * chosen:.0f} % with the default")  # fmt: skip
 
 
+def test_footguns_quotes_what_floors_keep_of_the_kind_that_quality_starves():
+    guard, page = RESULTS["diversity_guard"], (ROOT / "docs" / "footguns.md").read_text()
+    found = {floor: guard["results"][f"subset_ratio 0.3, min_cluster_share {floor}"] for floor in ("0", "0.5", "1")}
+    starved = min(guard["pool"], key=lambda kind: found["0"]["draws"][kind] / guard["pool"][kind])
+    assert says(page, f"of {guard['samples']} of the demo's word problems (three kinds, SmolLM2, "
+                      f"`tsq_subset_ratio: 0.3`) the kind \"{starved}\" is {guard['pool'][starved]:.0%}".replace("%", " %"))  # fmt: skip
+    for words, floor in (("by quality alone", "0"), ("with `tsq_min_cluster_share: 0.5`", "0.5"), ("with 1", "1")):
+        subset, draws = (found[floor][part][starved] for part in ("subset", "draws"))
+        assert says(page, f"{words} {subset:.0%} of the subsets and {draws:.0%} of the draws".replace("%", " %")), floor
+
+
 def test_footguns_quotes_how_well_wrong_answers_are_told_apart():
     planted, page = RESULTS["planted"], (ROOT / "docs" / "footguns.md").read_text()
     quality, loss = (planted["order"][term]["AUC"] for term in ("quality", "loss"))
