@@ -67,10 +67,12 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "corrected, ranks from 0": ("igu", {"min_rank": 0}),
     # over-ranked and cut like it, but every module to the same rank: what allocation adds
     "corrected, uniform ranks": ("igu", {"min_rank": 4}),
-    # corrected without one of its parts
+    # corrected with another score: of the last 7 steps, and combinations of their mean and deviation
+    "corrected, mean of few steps": ("igu", {"beta1": 0.85}),
+    "corrected, product": ("igu", {"uncertainty": "product"}),
     "corrected, snr": ("igu", {"uncertainty": "snr"}),
-    "corrected, mean": ("igu", {"uncertainty": "mean"}),
     "corrected, discounted": ("igu", {"uncertainty": "discounted"}),
+    # corrected without another of its parts
     "corrected, gaussian start": ("igu", {"init": "gaussian"}),
     "corrected, returns": ("igu", {"returns": "former"}),
     "corrected, returns with hysteresis 0.1": ("igu", {"returns": "former", "hysteresis": 0.1}),

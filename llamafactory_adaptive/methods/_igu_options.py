@@ -14,7 +14,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "importance": "off",
         "descale": True,
         "mend_strength": True,
-        "uncertainty": "product",
+        "uncertainty": "mean",
         "epsilon": 1.0,
         "epsilon_scale": "relative",
         "init": "lora",
@@ -44,6 +44,11 @@ def part(help: str, **rules: Any) -> Any:
     name = rules.pop("name")
     values = " and ".join(f"{_shown(parts[name])} in {variant}" for variant, parts in VARIANTS.items())
     return option(None, f"{help} Default: {values}.", before=VARIANTS["published"][name], **rules)
+
+
+def _default_beta1(uncertainty: str | None) -> float:
+    """Return 0.999 where S counts alone: it is a mean from the first step on, and steadier the more it averages."""
+    return 0.999 if uncertainty == "mean" else 0.85
 
 
 def _shown(value: Any) -> str:
@@ -92,7 +97,7 @@ class IguOptions:
     )
     uncertainty: str | None = part(
         "How the mean S and the deviation U of the importance are combined: snr takes S / U, product takes S * U as "
-        "AdaLoRA does, mean takes S alone, discounted takes S * S / (S + U).",
+        "AdaLoRA does, discounted takes S * S / (S + U), mean takes S alone, as a mean from the first step on.",
         name="uncertainty",
         choices=("snr", "product", "mean", "discounted"),
     )
@@ -102,8 +107,13 @@ class IguOptions:
         "does; magnitude adds |lambda|, as the paper does.",
         choices=("snr", "magnitude"),
     )
-    beta1: float = option(
-        0.85, "Decay rate of the running mean S of the importance; a larger one smooths more.", low=0.0, high=0.9999
+    beta1: float | None = option(
+        None,
+        "Decay rate of the running mean S of the importance; a larger one smooths more. Default: 0.999 with "
+        "igu_uncertainty: mean and 0.85 otherwise.",
+        low=0.0,
+        high=0.9999,
+        before=0.85,
     )
     beta2: float = option(
         0.85,
@@ -170,7 +180,11 @@ class IguOptions:
     def complete(values: Mapping[str, Any]) -> dict[str, Any]:
         """Fill in the options that are left out, by ``variant``."""
         given = {name: value for name, value in values.items() if value is not None}
-        return {**values, **VARIANTS[values["variant"]], **given}
+        complete = {**values, **VARIANTS[values["variant"]], **given}
+        return {
+            **complete,
+            "beta1": _default_beta1(complete["uncertainty"]) if complete["beta1"] is None else complete["beta1"],
+        }
 
     def check(self) -> list[Problem]:
         """List options that were set but have no effect because of others.
@@ -178,6 +192,7 @@ class IguOptions:
         A value that is the variant's own default is not told from one that was left out; neither is refused.
         """
         defaults = {entry.name: entry.default for entry in fields(self)} | VARIANTS[self.variant]
+        defaults["beta1"] = _default_beta1(self.uncertainty)
         differing = [name for name, value in asdict(self).items() if value != defaults[name]]
         return [
             Problem(f"igu_{name}", getattr(self, name), reason, f"leaving igu_{name} out, or {remedy}")

@@ -1,4 +1,4 @@
-"""Running statistics of importances in flat blocks: smoothed (igu, adalora), or the mean of an interval (tsq)."""
+"""Running statistics of importances in flat blocks: smoothed (igu, adalora), or means (igu; tsq, of an interval)."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -82,6 +82,31 @@ class SmoothedImportance(_Blockwise):
         return torch.stack([positive.log().sum(), positive.new_tensor(float(positive.numel()))])
 
 
+class RunningMean(_Blockwise):
+    """Running mean S of element importances: of all observations, or mostly of the last ``1 / (1 - beta)``.
+
+    ``S <- S + max(1/n, 1 - beta) (s - S)`` at the n-th observation of a block, so that S is a mean from the first on.
+    Elements come in named blocks, flat, in fp32. Memory: one number per element.
+    """
+
+    kinds = ("mean", "count")
+
+    def __init__(self, beta: float) -> None:
+        self.beta = beta
+        self.mean: dict[str, Tensor] = {}
+        self.count: dict[str, Tensor] = {}
+
+    def update(self, block: str, importance: Tensor, observed: Tensor | None = None) -> None:
+        """Update S with one observation; arguments as in :meth:`SmoothedImportance.update`."""
+        if block not in self.mean:
+            self.mean[block], self.count[block] = torch.zeros_like(importance), torch.zeros(())
+        self.count[block] += 1
+        step = importance.sub_(self.mean[block])
+        if observed is not None:
+            step.mul_(observed)
+        self.mean[block].add_(step, alpha=max(1.0 / self.count[block].item(), 1.0 - self.beta))
+
+
 class IntervalMean(_Blockwise):
     """Mean of the observations of one interval. Elements come in named blocks, flat, in fp32: a number per element."""
 
@@ -109,23 +134,24 @@ class IntervalMean(_Blockwise):
         self.count.clear()
 
 
-class SmoothingOptions(Protocol):
-    """Options with the two smoothing factors."""
+class ImportanceStatistics(Protocol):
+    """Running statistics of importances that a :class:`SmoothedMethod` updates."""
 
-    @property
-    def beta1(self) -> float:
-        """Return the smoothing factor of the running mean of importances."""
+    def update(self, block: str, importance: Tensor, observed: Tensor | None = None) -> None:
+        """Update the statistics of a block with one observation."""
 
-    @property
-    def beta2(self) -> float:
-        """Return the smoothing factor of the running mean of their deviations."""
+    def state(self) -> dict[str, Tensor]:
+        """Return all tensors by name."""
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Replace all tensors."""
 
 
 class SmoothedMethod:
-    """The observing half of a dynamic method: smooths ``s = |w g|`` to S and U, which it saves and restores."""
+    """The observing half of a dynamic method: smooths ``s = |w g|``, and saves and restores the statistics."""
 
-    def __init__(self, options: SmoothingOptions) -> None:
-        self.importance = SmoothedImportance(options.beta1, options.beta2)
+    def __init__(self, importance: ImportanceStatistics) -> None:
+        self.importance = importance
 
     @property
     def return_rule(self) -> ReturnRule:
@@ -138,11 +164,11 @@ class SmoothedMethod:
         return None
 
     def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
-        """Update S and U with ``s = |w g|``."""
+        """Update the statistics with ``s = |w g|``."""
         self.importance.update(block, gradients.mul_(weights).abs_(), live)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the running means and deviations."""
+        """Return the running statistics."""
         return self.importance.state()
 
     def load(self, state: Mapping[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from llamafactory_adaptive.methods import InitialAdapter, MethodTraits, Orthogonality
-from llamafactory_adaptive.methods._running_stats import SmoothedMethod
+from llamafactory_adaptive.methods._running_stats import SmoothedImportance, SmoothedMethod
 from llamafactory_adaptive.options import option
 
 
@@ -52,9 +52,10 @@ class Adalora(SmoothedMethod):
     Options: ClassVar[type[AdaloraOptions]] = AdaloraOptions
     concentration_advice: ClassVar[str] = ""
     initial_adapter: ClassVar[InitialAdapter] = InitialAdapter(0.0, "gaussian")
+    importance: SmoothedImportance
 
     def __init__(self, options: AdaloraOptions) -> None:
-        super().__init__(options)
+        super().__init__(SmoothedImportance(options.beta1, options.beta2))
         self.options = options
 
     @property

@@ -29,7 +29,9 @@ and U, regulariser of weight 1. ``corrected`` mends what was measured to be at f
     mend_strength     trained under ``shrink``, the adapter minimises E L(a^3 theta): on a quadratic it ends up
                       E a^3 / E a^6 = 1.63 times too strong. What is evaluated and saved is weakened by E a^6 / E a^3,
                       and once the ranks are final lambda is, the optimizer's states with it.
-    uncertainty       S * U (AdaLoRA), S alone, or S * S / (S + U) do not depend on the scale of gradients; nor does
+    uncertainty       S alone, the mean of the importances (beta1: mostly of the last 1000): which components stay
+                      is then decided least by rounding and order of the data, and trains as well as any. S * U
+                      (AdaLoRA) and S * S / (S + U) do not depend on the scale of gradients, either; nor does
     epsilon_scale     S / U with an epsilon in units of the geometric mean of S over all elements of a kind.
     returns           what was removed stays off, but for what it takes to fill the budget: components that come back
                       at their former strength, and others that go for them, are most of the changes otherwise. With
@@ -47,8 +49,8 @@ short of Eq. 5 by most of the path. With our weight the expectation over k is Eq
 with uniform draws, and a loss that is linear in the adapter, its score has a standard deviation of 0.80 of its
 expectation (from 0.08 to 2.6 times, N = 20), S after some steps one of 0.23, and U measures that, too.
 
-Cost: shrink and off, two fp32 numbers per adapter weight and a few element-wise passes over the adapter per step;
-integrated, two more forward-backward passes per probed step.
+Cost: shrink and off, two fp32 numbers per adapter weight (one with S alone) and a few element-wise passes over the
+adapter per step; integrated, two more forward-backward passes per probed step.
 """
 
 from bisect import bisect_right
@@ -61,7 +63,7 @@ from torch import Tensor
 
 from llamafactory_adaptive.methods import InitialAdapter, MethodTraits, Orthogonality, ReturnRule, Shrinkage
 from llamafactory_adaptive.methods._igu_options import IguOptions
-from llamafactory_adaptive.methods._running_stats import SmoothedMethod
+from llamafactory_adaptive.methods._running_stats import RunningMean, SmoothedImportance, SmoothedMethod
 from llamafactory_adaptive.seeding import seeded_index
 
 
@@ -73,9 +75,12 @@ class Igu(SmoothedMethod):
 
     Options: ClassVar[type[IguOptions]] = IguOptions
     concentration_advice: ClassVar[str] = ""
+    importance: SmoothedImportance | RunningMean
 
     def __init__(self, options: IguOptions) -> None:
-        super().__init__(options)
+        beta1 = options.beta1 or 0.0
+        alone = options.uncertainty == "mean"
+        super().__init__(RunningMean(beta1) if alone else SmoothedImportance(beta1, options.beta2))
         self.options = options
         self._typical: dict[str, float] = {}
         self._cube = 1.0  # the factor on the gradients of this step
@@ -150,13 +155,14 @@ class Igu(SmoothedMethod):
         kind, o = block.partition("/")[0], self.options
         if kind == "lambda" and o.lambda_term == "magnitude":
             return weights.abs()
+        if isinstance(self.importance, RunningMean):
+            return self.importance.mean[block].clone()
         if o.uncertainty == "snr":
             return self.importance.snr(block, (o.epsilon or 0.0) * self._typical.get(kind, 1.0))
-        if o.uncertainty == "mean":
-            return self.importance.mean[block].clone()
         return self.importance.product(block) if o.uncertainty == "product" else self.importance.discounted(block)
 
     def log_importance(self, block: str) -> Tensor:
+        assert isinstance(self.importance, SmoothedImportance)
         return self.importance.log_sum(block)
 
     def set_typical(self, typical: Mapping[str, float]) -> None:

@@ -181,13 +181,13 @@ def test_how_to_quotes_what_the_transforms_spend_and_how_they_agree():
 
 def test_footguns_quotes_what_floors_keep_of_the_kind_that_quality_starves():
     guard, page = RESULTS["diversity_guard"], (ROOT / "docs" / "footguns.md").read_text()
-    found = {floor: guard["results"][f"subset_ratio 0.3, min_cluster_share {floor}"] for floor in ("0", "0.5", "1")}
-    starved = min(guard["pool"], key=lambda kind: found["0"]["draws"][kind] / guard["pool"][kind])
-    assert says(page, f"of {guard['samples']} of the demo's word problems (three kinds, SmolLM2, "
-                      f"`tsq_subset_ratio: 0.3`) the kind \"{starved}\" is {guard['pool'][starved]:.0%}".replace("%", " %"))  # fmt: skip
-    for words, floor in (("by quality alone", "0"), ("with `tsq_min_cluster_share: 0.5`", "0.5"), ("with 1", "1")):
-        subset, draws = (found[floor][part][starved] for part in ("subset", "draws"))
-        assert says(page, f"{words} {subset:.0%} of the subsets and {draws:.0%} of the draws".replace("%", " %")), floor
+    rows = {floor: guard["results"][f"subset_ratio 0.3, min_cluster_share {floor}"] for floor in ("0", "0.5", "1")}
+    starved = min(guard["pool"], key=lambda kind: rows["0"]["subset"][kind] / guard["pool"][kind])
+    assert says(page, f"Of {guard['samples']} rows, half of GSM8K and half of BoolQ")
+    assert starved == "gsm8k"
+    for words, floor in (("by quality alone GSM8K is", "0"), ("with a floor of 0.5", "0.5"), ("with one of 1", "1")):
+        share = f"{rows[floor]['subset'][starved]:.0%}".replace("%", " %")
+        assert says(page, f"{words} {share} of the subsets"), floor
 
 
 def test_footguns_quotes_how_well_wrong_answers_are_told_apart():

@@ -28,6 +28,13 @@ def water_filled(share: np.ndarray, cost: np.ndarray, budget: float, low: np.nda
     return np.clip(under * share, low, high)
 
 
+def running_mean(importances: list[np.ndarray], beta: float) -> np.ndarray:
+    """Compute the mean in which the n-th value counts max(1/n, 1 - beta), and those before it share the rest."""
+    counts = [max(1 / n, 1 - beta) for n in range(1, len(importances) + 1)]
+    weights = [count * np.prod([1 - later for later in counts[n + 1 :]]) for n, count in enumerate(counts)]
+    return np.average(np.asarray(importances, dtype=np.float64), axis=0, weights=weights)
+
+
 def smoothed(importances: list[np.ndarray], beta1: float = 0.85, beta2: float = 0.85) -> tuple[np.ndarray, np.ndarray]:
     """IGU-LoRA, Eq. 10-11."""
     mean, deviation = np.zeros_like(importances[0]), np.zeros_like(importances[0])

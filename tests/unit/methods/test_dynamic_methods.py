@@ -10,7 +10,7 @@ from peft.tuners.adalora.layer import RankAllocator
 
 from llamafactory_adaptive.methods import is_dynamic
 from llamafactory_adaptive.methods._registry import get_method, make_method, methods
-from llamafactory_adaptive.methods._running_stats import SmoothedImportance
+from llamafactory_adaptive.methods._running_stats import RunningMean, SmoothedImportance
 from llamafactory_adaptive.methods.adalora import Adalora, AdaloraOptions
 from llamafactory_adaptive.methods.igu import Igu, IguOptions
 from llamafactory_adaptive.ranks.allocation import Bounds, keep_components
@@ -35,13 +35,32 @@ def test_smoothing_matches_the_numpy_reference(observed):
     assert torch.allclose(smoothed.snr("x", 1e-6), (smoothed.mean["x"] + 1e-6) / (smoothed.deviation["x"] + 1e-6))
 
 
+def test_a_running_mean_keeps_what_is_not_observed_and_goes_on_after_a_resume():
+    draws = list(np.random.default_rng(1).exponential(size=(7, 3)).astype(np.float32))
+    running = RunningMean(0.75)
+    for s in draws[:3]:
+        running.update("x", torch.tensor(s))
+    resumed = RunningMean(0.75)
+    resumed.load({name: value.clone() for name, value in running.state().items()})
+    for s in draws[3:]:
+        resumed.update("x", torch.tensor(s), torch.tensor([1.0, 1.0, 0.0]))
+    assert np.allclose(resumed.mean["x"][:2], reference.running_mean(draws, 0.75)[:2], rtol=1e-5)
+    assert resumed.mean["x"][2] == pytest.approx(np.mean([s[2] for s in draws[:3]]), rel=1e-5)
+
+
+def of_s_and_u(combined):
+    """Smooth importances to S and U, and combine these."""
+    return lambda importances: combined(*reference.smoothed(importances))
+
+
 @pytest.mark.parametrize(
     ("options", "element"),
     [
-        ({}, lambda s, u: (s + 1e-6) / (u + 1e-6)),
-        ({"uncertainty": "product"}, lambda s, u: s * u),
-        ({"uncertainty": "mean"}, lambda s, u: s),
-        ({"uncertainty": "discounted"}, lambda s, u: s * s / (s + u)),
+        ({}, of_s_and_u(lambda s, u: (s + 1e-6) / (u + 1e-6))),
+        ({"uncertainty": "product"}, of_s_and_u(lambda s, u: s * u)),
+        ({"uncertainty": "discounted"}, of_s_and_u(lambda s, u: s * s / (s + u))),
+        ({"uncertainty": "mean"}, lambda importances: np.mean(importances, axis=0)),
+        ({"uncertainty": "mean", "beta1": 0.6}, lambda importances: reference.running_mean(importances, 0.6)),
     ],
 )
 @pytest.mark.parametrize("term", ["snr", "magnitude"])
@@ -56,7 +75,7 @@ def test_component_scores_match_the_numpy_reference(options, element, term):
         components.update(method, None)
     scores = components.scores(method)
     for index, module in enumerate(triplets.modules):
-        parts = {kind: element(*reference.smoothed(seen[index, kind])) for kind in ("lambda", "P", "Q")}
+        parts = {kind: element(seen[index, kind]) for kind in ("lambda", "P", "Q")}
         if term == "magnitude":
             parts["lambda"] = module.a.lambda_r.detach().abs().numpy()
         assert np.allclose(scores[index], reference.component_scores(*parts.values()), rtol=1e-4)
