@@ -130,7 +130,7 @@ def test_zero_1_and_2_find_the_same_ranks_as_one_process(stage, zero, make, alon
     check_same(tmp_path / "out", alone)
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=REPEATS), 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=REPEATS), pytest.param(2, marks=REPEATS), 3])
 def test_two_processes_resume_bitwise_and_find_the_same_ranks(stage, make, alone, tmp_path):
     """The whole run first; then again from its checkpoint of step 5, alone in another folder. Stage 0 is DDP."""
     more = {"save_strategy": "steps", "save_steps": 5, "overwrite_output_dir": False}
@@ -155,7 +155,7 @@ def test_two_processes_resume_bitwise_and_find_the_same_ranks(stage, make, alone
         pytest.param(0, SAMPLES, id="ddp"),
         pytest.param(1, SAMPLES, id="zero1", marks=REPEATS),
         pytest.param(2, SAMPLES, id="zero2", marks=REPEATS),
-        pytest.param(3, {"tsq_sampling": False}, id="zero3-ranks"),
+        pytest.param(3, {"tsq_sampling": False}, id="zero3-ranks", marks=REPEATS),
     ],
 )
 def test_two_processes_choose_samples_and_ranks_as_one_does(stage, parts, tiny_llama, data_dir, tmp_path, alone_tsq):
@@ -246,6 +246,7 @@ def test_4bit_under_zero2_started_by_the_command_line_probes_and_prunes(make, tm
     assert len(set(plan.ranks().values())) > 2
 
 
+@REPEATS
 def test_bf16_under_zero3_prunes_to_the_budget(make, tmp_path):
     config = str(EXAMPLES / "deepspeed" / "ds_z3_config.json")
     train_on_two(make(deepspeed=config, bf16=True), tmp_path / "logs")

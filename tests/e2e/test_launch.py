@@ -139,14 +139,11 @@ def test_wrong_yaml_is_one_message_and_exit_code_2(launcher, write):
 
 
 def test_wrong_yaml_stops_before_torchrun_starts(write):
-    """Also what only shows once the model's shapes are known."""
-    for change, message in (({"use_rslora": True}, "use_rslora: True is invalid"),
-                            ({"lora_target": "nope"}, "lora_target: 'nope' is invalid")):  # fmt: skip
-        done = run(
-            BIN / "llamafactory-cli", "train", write(**change), expect=2, FORCE_TORCHRUN="1", NPROC_PER_NODE="2"
-        )
-        assert done.stderr.count(message) == 1
-        assert "Traceback" not in done.stderr
+    """Even what only shows once the model's shapes are known."""
+    config = write(lora_target="nope")
+    done = run(BIN / "llamafactory-cli", "train", config, expect=2, FORCE_TORCHRUN="1", NPROC_PER_NODE="2")
+    assert done.stderr.count("lora_target: 'nope' is invalid") == 1
+    assert "Traceback" not in done.stderr
 
 
 def test_switched_off_the_plugin_is_not_there(write):
