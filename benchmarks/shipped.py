@@ -49,7 +49,13 @@ def from_folder(folder: Path, model: str) -> tuple[Held, list[Held]]:
     fresh = recomputed(held, {_key(line["settings"]): line["result"] for line in lines})
     if differences := different(*([_reached(arm) for arm in each["arms"]] for each in (fresh, made)), 10.0**-DECIMALS):
         raise SystemExit(f"what would be shipped tells otherwise than {JSON_FILE}: {'; '.join(differences[:5])}")
-    return {**held, "comparison": fresh}, lines
+    return {**held, "comparison": without_ranks(fresh)}, lines
+
+
+def without_ranks(made: Mapping[str, Any]) -> Held:
+    """Leave out the rank of every module, of which the ledger tells, to keep the result short."""
+    arms = [{key: value for key, value in arm.items() if key != "ranks"} for arm in made["arms"]]
+    return {**made, "arms": arms}
 
 
 def recomputed(held: Mapping[str, Any], lines: Mapping[str, Held]) -> Held:
