@@ -1,5 +1,6 @@
 """Pictures of the ranks that the arms of a comparison found: by module type, and by layer and module type."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,20 +35,24 @@ def rank_picture(arms: Sequence[Entry]) -> str:
 
 
 def layer_pictures(arms: Sequence[Entry]) -> str | None:
-    """Draw the mean rank by layer and module type of each arm whose ranks are unequal; None where there is none."""
-    shown = [arm for arm in arms if len(set(arm["ranks"].values())) > 1]
+    """Draw the mean rank by layer and module type of each arm whose ranks are unequal; None where there is none.
+
+    Modules that other arms adapt, and an arm does not, have rank 0 in it.
+    """
+    modules = dict.fromkeys((name for arm in arms for name in arm["ranks"]), 0.0)
+    shown = {arm["name"]: ranks for arm in arms if len(set((ranks := modules | arm["ranks"]).values())) > 1}
     if not shown:
         return None
-    cells = [rank_cells(arm["ranks"]) for arm in shown]
+    cells = [rank_cells(ranks) for ranks in shown.values()]
     layers = sorted({layer for each in cells for layer, _ in each})
     kinds = list(dict.fromkeys(kind for each in cells for _, kind in each))
     rows, largest = -(-len(shown) // _COLUMNS), max(rank for each in cells for rank in each.values())
     figure = new_figure(3.0 + 0.13 * _COLUMNS * len(layers), rows * (0.9 + 0.24 * len(kinds)))
-    for place, (arm, each) in enumerate(zip(shown, cells, strict=True), 1):
+    for place, (name, each) in enumerate(zip(shown, cells, strict=True), 1):
         axes = figure.add_subplot(rows, _COLUMNS, place)
-        values = [[each.get((layer, kind), 0.0) for layer in layers] for kind in kinds]
+        values = [[each.get((layer, kind), math.nan) for layer in layers] for kind in kinds]
         image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=largest)
-        axes.set_title(plot_label(arm["name"]), fontsize=9)
+        axes.set_title(plot_label(name), fontsize=9)
         _label_cells(axes, layers, kinds)
     figure.colorbar(image, ax=figure.axes, label="mean rank over seeds")
     return to_svg(figure)

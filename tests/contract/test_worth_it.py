@@ -29,7 +29,7 @@ def benchmarks():
     folder = str(Path(__file__).parents[2] / "benchmarks")
     sys.path.insert(0, folder)
     try:
-        return {name: importlib.import_module(name) for name in ("shipped", "worth_it", "worth_it_rows")}
+        return {name: importlib.import_module(name) for name in ("shipped", "worth_it", "worth_it_rows", "report")}
     finally:
         sys.path.remove(folder)
 
@@ -123,3 +123,44 @@ def test_by_type_is_an_arm_with_the_scores_of_a_method_and_unknown_arms_are_left
     words = benchmarks["worth_it"].words_for(["lora", "by_type", "svd", "not_there_yet"])
     assert words == ["--arms", "lora,svd", "--arm", benchmarks["worth_it"].POOLED]
     assert "left out: not_there_yet" in capsys.readouterr().out
+
+
+RECORDED = sorted(path.stem for path in (Path(__file__).parents[2] / "benchmarks" / "results").glob("worth_it_*.json"))
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_figures_are_those_of_the_ledger(benchmarks, name):
+    assert benchmarks["report"].checked(name)["arms"]
+
+
+FACTS = {"regime": "capacity_limited", "data": "gsm8k", "longest_row": 180, "rank": 1, "steps": 4, "batch_size": 2,
+         "device": "cpu", "date": "2026-01-01", "command": "python benchmarks/worth_it.py"}  # fmt: skip
+
+
+def test_the_report_writes_pages_from_a_result_and_refuses_a_figure_of_another_ledger(
+    benchmarks, compared, tmp_path, monkeypatch, capsys
+):
+    shipped, report = benchmarks["shipped"], benchmarks["report"]
+    held, lines = shipped.from_folder(compared[0], "model")
+    monkeypatch.setattr(shipped.record, "RESULTS", tmp_path)
+    shipped.ledger_file("worth_it_x").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "worth_it_x.json").write_text(json.dumps({**FACTS, **held}))
+    maker = report.page_maker()
+    maker.RESULTS, maker.IMAGES, maker.README, maker.PAGE = tmp_path, tmp_path, tmp_path / "R.md", tmp_path / "W.md"
+    maker.README.write_text("\n".join(["# x", *maker.MARKS, "end"]))
+    monkeypatch.setattr(report, "page_maker", lambda: maker)
+    report.main()
+    assert "1 recorded comparisons agree with their ledgers" in capsys.readouterr().out
+    assert (tmp_path / "worth_it_x_ranks.svg").read_text().startswith("<svg")
+    loss = held["comparison"]["arms"][2]["loss"]
+    assert f"| igu | 4 (end of the grid) | {loss:.4f} | " in maker.PAGE.read_text()
+    assert (
+        "4 steps of 2 rows of gsm8k of at most 180 tokens, 9 in all; 30 held-out rows choose" in maker.PAGE.read_text()
+    )
+    difference = held["comparison"]["arms"][2]["verdicts"]["lora"]
+    cell = f"| igu | {100 * difference['difference']['relative']['value']:+.2f} %, {difference['verdict']} |"
+    assert cell in maker.README.read_text()
+    other = {half: [1] * 30 for half in ("dev", "test")}
+    (tmp_path / "worth_it_x.json").write_text(json.dumps({**FACTS, **held, "answer_tokens": other}))
+    with pytest.raises(SystemExit, match="worth_it_x: the ledger gives other figures: "):
+        report.main()
