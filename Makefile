@@ -14,8 +14,11 @@ EVAL_STAMP := $(EVAL)/.installed
 EVAL_KIND  := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 # The generated rows have the passages that lm_eval's BoolQ shows; rows of one's own may have none.
 PROTOCOL   ?= $(if $(DATA),llm_adapters,lm_eval)
+# The comparison of make worth-it, which goes on there.
+REGIME     ?= data_limited
+KEEP       ?= demo_output/worth_it_$(REGIME)
 
-.PHONY: help install demo test test-all mutants faults lint bench methods worth-it eval-install eval-test eval-bench eval-demo clean
+.PHONY: help install demo test test-all mutants faults lint bench methods worth-it bench-report eval-install eval-test eval-bench eval-demo clean
 
 help:
 	@echo "make demo     train, merge and ask SmolLM2-135M on generated data (CPU, about 5 minutes after downloads)"
@@ -27,8 +30,9 @@ help:
 	@echo "make bench    benchmarks of training on SmolLM2-135M (CPU: about 50 minutes), without export_parity and"
 	@echo "              eval_throughput (make eval-bench); DATA=<folder> for GSM8K rows"
 	@echo "make methods  the parts of IGU-LoRA against plain LoRA on a small Llama (CPU: about two hours)"
-	@echo "make worth-it every method against plain LoRA of the same budget, with seeds and learning rates (a GPU's work;"
-	@echo "              on a CPU give benchmarks/worth_it.py fewer --methods, --rates and --steps)"
+	@echo "make worth-it arms against plain LoRA of the same budget on SmolLM2-135M, each at its best rate (CPU: 4 hours and"
+	@echo "              more; the same command goes on after an end); REGIME=capacity_limited, boolq or arc; DATA=<folder>"
+	@echo "make bench-report  what make worth-it found: figures made anew from the ledgers, and the pages that quote them"
 	@echo "make install  the environment in $(VENV), with the start-up hook"
 	@echo "make eval-install  the evaluation environment in $(EVAL): vLLM and lm-evaluation-harness"
 	@echo "make eval-test     the harness's tests, those that need its environment too (5 to 9 minutes)"
@@ -120,7 +124,10 @@ methods: $(STAMP)
 	$(BIN)/python benchmarks/method_quality.py
 
 worth-it: $(DEMO)
-	$(BIN)/python benchmarks/worth_it.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python benchmarks/worth_it.py $(REGIME) --keep $(KEEP) $(if $(DATA),--data $(DATA))
+
+bench-report: $(STAMP)
+	$(BIN)/python benchmarks/report.py
 
 eval-install: $(EVAL_STAMP)
 

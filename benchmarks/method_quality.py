@@ -29,9 +29,9 @@ from typing import Any
 import record
 import torch
 from method_tasks import SmallTask, SmolLM2Task, Task, loss_of, padded
+from paired_seeds import holm, paired, verdict
 from scipy import stats
 from short_runs import Ledger
-from worth_it import holm, paired, verdict
 
 
 PUBLISHED_OFF = {"variant": "published", "importance": "off"}

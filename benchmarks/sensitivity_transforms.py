@@ -16,7 +16,7 @@ count: it is where massive activations are said to sit).
              and the share of the ranks that lies elsewhere
   loss       on held-out rows after short trainings of plain LoRA at the same budget, against ``uniform``, ``random``
              and the paper's ``none``. alpha/r is the same in every module of every arm, so all take one learning rate.
-             Differences are taken seed by seed and judged as in worth_it.py
+             Differences are taken seed by seed and judged as in paired_seeds.py
 
 The rule, written down before the figures were seen (``choose``): (1) a reading whose held-out loss is worse than that
 of ``none`` or ``uniform`` beyond doubt (p < 0.05 after Holm) on any model is out. (2) Of the rest, those stay whose
@@ -35,9 +35,9 @@ from typing import Any
 
 import record
 import short_runs
+from paired_seeds import holm, paired, verdict
 from sensitivity_readings import CONTROLS, ELIGIBLE, READINGS, Moments, bounds, figures, moments_of, scores
 from torch import nn
-from worth_it import holm, paired, verdict
 
 from llamafactory_adaptive.api.targets import find_targets
 from llamafactory_adaptive.ranks.allocation import allocate

@@ -1,227 +1,162 @@
-"""Did it pay: every method against plain LoRA of the same budget, by loss on held-out rows, over several seeds.
+"""Does it pay? ``llamafactory-adaptive compare`` on SmolLM2-135M, in a regime that has a name.
 
-Run: ``python benchmarks/worth_it.py [--data FOLDER] [--seeds 3] [--steps 300] [--rates 2e-4,5e-4,1e-3] [--methods ...]
-[--keep FOLDER]``.
+Run: ``python benchmarks/worth_it.py [REGIME] [--data FOLDER] [--arms ...] [--rates ...] [--seeds 3] [--steps N]
+[--rank N] [--keep FOLDER] [-- arguments of compare]``.
 
-Every run is the command a user types: one model (SmolLM2-135M), one data set, one number of optimizer steps, one
-budget of what is saved (while ranks are sought, ``igu`` and ``adalora`` train tensors of twice that rank, ``tsq`` of
-four times).
-Stock ``finetuning_type: lora`` is the rival, ``random`` the control. Each method takes the learning rate at which it
-does best on one half of the held-out rows; what is reported is the other half, which chose nothing. Differences are
-taken seed by seed, with 95 % intervals and p values of Student's t, the latter corrected for the number of methods
-(Holm). They speak of these rows: seeds vary, rows do not. Time is that of the whole command, planning and scoring
-included. For methods that move ranks about: what moved at each allocation. ``igu`` and ``adalora`` need some hundreds
-of steps (docs/footguns.md).
+  data_limited      short rows of GSM8K, rank 8: about one epoch of the few hundred rows that there are
+  capacity_limited  rank 1 (``--rank 2``), no module must have an adapter, many more rows of GSM8K, none of them twice
+  boolq, arc        BoolQ; ARC-Easy and ARC-Challenge together; rank 8. Answers are those that the harness parses
+
+This script writes rows and YAML, and calls the command, which does all else (docs/comparing.md): one budget, the best
+rate of each arm chosen on one half of the held-out rows, other seeds and the other half for the verdict. What follows
+``--`` is handed on to it, e.g. ``-- --devices 0,1``. With ``--keep`` the same command goes on after an end. Rows come
+from ``--data``, or are generated. ``benchmarks/report.py`` makes pages of the result, from its ledger.
 """
 
 import argparse
 import json
-import math
-import os
-import random
-import shutil
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import record
+import shipped
 import torch
+import worth_it_rows as rows
 import yaml
-from scipy import stats
+
+from llamafactory_adaptive.comparison.arms import built_in_arms
+from llamafactory_adaptive.comparison.pages import JSON_FILE
 
 
-METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"finetuning_type": "lora"},
-    "uniform": {"adaptive_method": "uniform"},
-    "random": {"adaptive_method": "random"},
-    "sensitivity": {"adaptive_method": "sensitivity"},
-    "adalora": {"adaptive_method": "adalora"},
-    "igu": {"adaptive_method": "igu"},
-    "tsq": {"adaptive_method": "tsq"},
-    "tsq, ranks alone": {"adaptive_method": "tsq", "tsq_sampling": False},
-    "tsq, samples alone": {"adaptive_method": "tsq", "tsq_reallocation": False},
+@dataclass(frozen=True)
+class Regime:
+    """What is trained on, and for how long.
+
+    Attributes:
+        names: data sets.
+        tokens: rows that are longer are left out.
+        rank: budget.
+        held_out: rows of both halves that are held out.
+        once: whether no row may come twice.
+        more: further keys of the YAML.
+    """
+
+    names: tuple[str, ...]
+    tokens: int
+    rank: int
+    steps: int
+    batch_size: int
+    held_out: int
+    once: bool = False
+    more: tuple[tuple[str, Any], ...] = ()
+
+
+# With ranks of at least 1, a budget of rank 1 leaves nothing to be placed.
+FROM_ZERO = (("adaptive_min_rank", 0),)
+REGIMES = {
+    "data_limited": Regime(("gsm8k",), 136, 8, 100, 4, 200),
+    "capacity_limited": Regime(("gsm8k",), 180, 1, 300, 8, 200, once=True, more=FROM_ZERO),
+    "boolq": Regime(("boolq",), 96, 8, 200, 8, 400),
+    "arc": Regime(("arc_easy", "arc_challenge"), 160, 8, 150, 8, 400),
 }
-MOVED = ("step", "grown", "shrunk", "budget_asked", "budget_used")
+ARMS = ("lora", "random", "sensitivity", "igu", "adalora", "tsq_ranks", "svd", "by_type", "elalora", "gora_ranks")
+# ``by_type`` itself takes ranks by hand; from scores, it is another method's scores, pooled.
+POOLED = "by_type:adaptive_method=sensitivity,adaptive_granularity=type"
 
 
-def prepare(data: str | None, folder: Path, train: int, held_out: int) -> str:
-    """Training rows, and the held-out rows in two halves; returns where they come from."""
-    source, name = record.dataset_folder(data, folder / "source")
-    lines, pair = record.read_lines(source, name)
-    lines = list(dict.fromkeys(lines))
-    rows = [pair(line) for line in random.Random(0).sample(lines, min(len(lines), train + 2 * held_out))]
-    parts = {"dev": rows[:held_out], "test": rows[held_out : 2 * held_out], "train": rows[2 * held_out :]}
-    if len(parts["train"]) < held_out:
-        raise SystemExit(f"{name} has {len(rows)} rows, too few for 2 x {held_out} held-out ones; lower --held-out")
-    for part, chosen in parts.items():
-        texts = [{"instruction": question, "input": "", "output": answer} for question, answer in chosen]
-        (folder / f"{part}.json").write_text(json.dumps(texts), encoding="utf-8")
-    (folder / "dataset_info.json").write_text(json.dumps({part: {"file_name": f"{part}.json"} for part in parts}))
-    return name
+def parts(regime: Regime, data: str | None, model: Path) -> tuple[dict[str, list[rows.Pair]], str]:
+    """Divide the rows into those to train on and held-out ones; and tell what they are called."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, name = rows.source(data, Path(scratch), regime.names)
+        short = rows.short(rows.pairs(folder, regime.names), model, regime.tokens)
+    divided = {"held_out": short[: regime.held_out], "train": short[regime.held_out :]}
+    seen = regime.steps * regime.batch_size
+    if len(divided["train"]) < (seen if regime.once else regime.held_out // 2):
+        raise SystemExit(f"{len(divided['train'])} rows are left to train on, and {seen} are seen in {regime.steps} "
+                         "steps; give fewer --steps, or more --tokens")  # fmt: skip
+    return divided, name
 
 
-def settings(options: argparse.Namespace, folder: Path, method: str, seed: int, rate: float) -> dict[str, Any]:
+def settings(regime: Regime, model: Path, folder: Path) -> dict[str, Any]:
     return {
-        "model_name_or_path": str(record.smollm2()), "stage": "sft", "do_train": True, "do_eval": True,
-        "finetuning_type": "adaptive", "lora_rank": options.rank, "lora_target": "all", "dataset": "train",
-        "eval_dataset": "dev,test", "eval_on_each_dataset": True, "dataset_dir": str(folder), "template": "smollm2",
-        "cutoff_len": 512, "max_steps": options.steps, "per_device_train_batch_size": options.batch_size,
-        "per_device_eval_batch_size": options.batch_size, "learning_rate": rate, "lr_scheduler_type": "linear",
-        "warmup_steps": 0.1, "logging_steps": 10, "save_strategy": "no", "report_to": "none", "bf16": True,
-        "use_cpu": not torch.accelerator.is_available(), "seed": seed, "overwrite_output_dir": True,
-        **METHODS[method],
+        "model_name_or_path": str(model), "stage": "sft", "do_train": True, "finetuning_type": "lora",
+        "lora_rank": regime.rank, "lora_target": "all", "dataset": "train", "eval_dataset": "held_out",
+        "dataset_dir": str(folder), "template": "smollm2", "cutoff_len": 512, "max_steps": regime.steps,
+        "per_device_train_batch_size": regime.batch_size, "per_device_eval_batch_size": 32,
+        "lr_scheduler_type": "linear", "warmup_steps": 0.1, "logging_steps": 10, "bf16": True,
+        "use_cpu": not torch.accelerator.is_available(), **dict(regime.more),
     }  # fmt: skip
 
 
-def train(args: dict[str, Any], output: Path) -> dict[str, Any]:
-    """One run in a process of its own; what came of it. One that lies there already is not run again."""
-    result_file = output / "worth_it.json"
-    if result_file.exists() and (kept := json.loads(result_file.read_text()))["settings"] == args:
-        return kept["run"]
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
-    path = output.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump({**args, "output_dir": str(output)}))
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                   "LLAMAFACTORY_ADAPTIVE_CACHE": str(output / "cache")}  # fmt: skip
-    started = time.perf_counter()
-    with open(output.with_suffix(".log"), "wb") as log:
-        done = subprocess.run(["llamafactory-cli", "train", str(path)], env=environment, stdout=log, stderr=log,
-                              check=False)  # fmt: skip
-    seconds = time.perf_counter() - started
-    if done.returncode:
-        words = output.with_suffix(".log").read_text(errors="replace").splitlines()
-        return {"dev": math.inf, "test": math.inf, "seconds": seconds, "parameters": 0, "failed": words[-1:]}
-    run = outcome(output, seconds)
-    result_file.write_text(json.dumps({"settings": args, "run": run}))
-    return run
+def words_for(arms: Sequence[str]) -> list[str]:
+    """Write the arms as arguments of the command; one that is not registered in this version is left out."""
+    known = [*built_in_arms(), "by_type"]
+    if left_out := [arm for arm in arms if arm not in known]:
+        print(f"not registered here, left out: {', '.join(left_out)}", flush=True)
+    named = [arm for arm in arms if arm in known and arm != "by_type"]
+    return ["--arms", ",".join(named), *(["--arm", POOLED] if "by_type" in arms else [])]
 
 
-def outcome(output: Path, seconds: float) -> dict[str, Any]:
-    results = json.loads((output / "all_results.json").read_text())
-    log = output / "adaptive_log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    moved = [{key: line[key] for key in MOVED} for line in lines if "grown" in line]
-    dev, test = (loss if math.isfinite(loss := results[f"eval_{part}_loss"]) else math.inf for part in ("dev", "test"))
-    return {"dev": dev, "test": test, "seconds": seconds, "parameters": trained_parameters(output),
-            **({"allocations": moved} if moved else {})}  # fmt: skip
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("regime", nargs="?", choices=REGIMES, default="data_limited")
+    parser.add_argument("--data", help="folder with gsm8k/train.jsonl and so on (default: generated rows)")
+    parser.add_argument("--arms", default=",".join(ARMS), help="comma separated; lora and random are always in")
+    parser.add_argument("--rates", default="1e-3,2e-3,4e-3,8e-3", help="rates of every arm's first grid")
+    parser.add_argument("--seeds", default="3", help="seeds that judge")
+    for key in ("steps", "rank", "batch-size", "tokens", "held-out"):
+        parser.add_argument(f"--{key}", type=int, help="in place of the regime's")
+    parser.add_argument("--keep", type=Path, help="folder of the comparison; what lies there is not run again")
+    words = [*sys.argv[1:], "--"]
+    end = words.index("--")
+    return parser.parse_args(words[:end]), words[end + 1 : -1]
 
 
-def trained_parameters(adapter: Path) -> int:
-    from safetensors import safe_open
-
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        return sum(int(torch.tensor(file.get_slice(key).get_shape()).prod()) for key in file.keys())  # noqa: SIM118
-
-
-def paired(first: list[float], second: list[float]) -> dict[str, float]:
-    """Second minus first, seed by seed: mean, 95 % interval, p value; the mean alone where there is one seed."""
-    differences = [b - a for a, b in zip(first, second, strict=True)]
-    difference = {"mean": sum(differences) / len(differences)}
-    if len(differences) > 1 and any(differences):
-        test = stats.ttest_1samp(differences, 0.0)
-        low, high = test.confidence_interval(0.95)
-        difference |= {"low": float(low), "high": float(high), "p": float(test.pvalue)}
-    return difference
+def regime_of(options: argparse.Namespace) -> Regime:
+    own = {key: value for key in ("steps", "rank", "batch_size", "tokens", "held_out")
+           if (value := getattr(options, key)) is not None}  # fmt: skip
+    return replace(REGIMES[options.regime], **own)
 
 
-def summary(runs: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[str, dict[str, Any]]:
-    """Per method: the learning rate that its dev halves chose, and the test halves at it against the rivals'."""
-    rows: dict[str, dict[str, Any]] = {}
-    for method, by_rate in runs.items():
-        rate = min(by_rate, key=lambda rate: sum(run["dev"] for run in by_rate[rate]))
-        chosen = by_rate[rate]
-        losses = [run["test"] for run in chosen]
-        rows[method] = {
-            "rate": float(rate), "loss": sum(losses) / len(losses), "losses": losses,
-            "rate_at_the_edge": len(by_rate) > 1 and float(rate) in {f(map(float, by_rate)) for f in (min, max)},
-            "parameters": max(run["parameters"] for run in chosen),
-            "seconds": sum(run["seconds"] for run in chosen) / len(chosen),
-        }  # fmt: skip
-    for rival in ("lora", "random"):
-        if rival not in rows:
-            continue
-        others = [name for name in rows if name not in ("lora", rival)]
-        for name in others:
-            rows[name][f"over_{rival}"] = paired(rows[rival]["losses"], rows[name]["losses"])
-        holm([rows[name][f"over_{rival}"] for name in others])
-    for row in rows.values():
-        row["time_ratio"] = row["seconds"] / rows["lora"]["seconds"]
-    return rows
-
-
-def holm(differences: list[dict[str, float]]) -> None:
-    """Add ``p_holm``: p values corrected for their number (Holm 1979)."""
-    tested = sorted((each for each in differences if "p" in each), key=lambda each: each["p"])
-    largest = 0.0
-    for place, difference in enumerate(tested):
-        largest = difference["p_holm"] = min(1.0, max(largest, difference["p"] * (len(tested) - place)))
-
-
-def verdict(difference: dict[str, float]) -> str:
-    if "p_holm" not in difference:
-        return "no difference" if difference["mean"] == 0.0 else "one seed: nothing can be said"
-    if difference["p_holm"] >= 0.05:
-        return "no difference shown"
-    return "better on these rows" if difference["mean"] < 0.0 else "worse on these rows"
-
-
-def told(row: dict[str, Any]) -> str:
-    words = [f"rate {row['rate']:<7g}loss {row['loss']:.4f}  time {row['time_ratio']:.2f} x  {row['parameters']:,} "
-             "parameters"]  # fmt: skip
-    for rival in ("lora", "random"):
-        if (over := row.get(f"over_{rival}")) is not None:
-            reach = f" ({over['low']:+.4f} to {over['high']:+.4f})" if "low" in over else ""
-            words.append(f"over {rival} {over['mean']:+.4f}{reach}: {verdict(over)}")
-    return "  ".join(words) + ("  (its best rate is the end of the list)" if row["rate_at_the_edge"] else "")
+def compare(regime: Regime, options: argparse.Namespace, more: Sequence[str], folder: Path) -> str:
+    """Write rows and YAML, and run the command; tell what the rows are called."""
+    model = record.smollm2()
+    divided, name = parts(regime, options.data, model)
+    rows.write(divided, folder / "data")
+    config = folder / "worth_it.yaml"
+    config.write_text(yaml.safe_dump(settings(regime, model, folder / "data")), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "llamafactory_adaptive.cli", "compare", str(config), "--out", str(folder),
+         *words_for(options.arms.split(",")), "--rates", options.rates, "--seeds", options.seeds,
+         "--held-out", str(regime.held_out), *more], check=False,
+    )  # fmt: skip
+    if done.returncode not in (0, 1):  # 1: some arm could not be run, which the result tells
+        raise SystemExit(done.returncode)
+    return name
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", help="folder with gsm8k/train.jsonl (default: generated word problems)")
-    parser.add_argument("--methods", default=",".join(METHODS).replace(", ", "+"), help="comma separated")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rates", default="2e-4,5e-4,1e-3", help="learning rates to choose from")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--train", type=int, default=1200, help="training rows")
-    parser.add_argument("--held-out", type=int, default=72, help="rows that choose the rate, and as many that judge")
-    parser.add_argument(
-        "--keep",
-        type=Path,
-        help="folder for the outputs of all runs; what lies there is not run again (default: thrown away)",
-    )
-    options = parser.parse_args()
-    methods = [name.replace("+", ", ") for name in options.methods.split(",")]
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise SystemExit(f"--methods: {', '.join(unknown)} is none of {', '.join(METHODS)}")
-    methods = ["lora", *(name for name in methods if name != "lora")]
-    runs: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in methods}
-    with tempfile.TemporaryDirectory() as name:
-        scratch = options.keep or Path(name)
-        (scratch / "data").mkdir(parents=True, exist_ok=True)
-        dataset = prepare(options.data, scratch / "data", options.train, options.held_out)
-        for rate in options.rates.split(","):
-            for seed in range(options.seeds):  # methods take turns, so that a drifting machine treats them alike
-                for method in methods:
-                    output = scratch / f"{method.replace(', ', '_').replace(' ', '_')}-{rate}-{seed}"
-                    run = train(settings(options, scratch / "data", method, seed, float(rate)), output)
-                    runs[method].setdefault(rate, []).append(run)
-                    print(f"{method:<18} rate {rate:<6} seed {seed}  loss {run['test']:.4f}  {run['seconds']:.0f} s",
-                          flush=True)  # fmt: skip
-    rows = summary(runs)
-    for method, row in rows.items():
-        print(f"{method:<18} {told(row)}")
-    written = record.write_result("worth_it", {
-        "model": "SmolLM2-135M-Instruct", "dtype": "bfloat16", "data": dataset, "rank": options.rank,
-        "steps": options.steps, "batch_size": options.batch_size, "held_out": options.held_out, "seeds": options.seeds,
-        "device": torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu",
-        "results": {method: {**row, **({"verdict": verdict(row["over_lora"])} if "over_lora" in row else {})}
-                    for method, row in rows.items()}, "runs": runs,
+    options, more = parse()
+    regime = regime_of(options)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = (options.keep or Path(scratch)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        data = compare(regime, options, more, folder)
+        if not (folder / JSON_FILE).is_file():  # --dry-run
+            return
+        held, lines = shipped.from_folder(folder, record.smollm2().name)
+    rank = "" if regime.rank == REGIMES[options.regime].rank else f"_rank{regime.rank}"
+    name = f"worth_it_{options.regime}{rank}"
+    shipped.ledger_file(name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    written = record.write_result(name, {
+        "model": "SmolLM2-135M-Instruct", "dtype": "bfloat16", "regime": options.regime, "data": data,
+        "longest_row": regime.tokens, "rank": regime.rank, "steps": regime.steps, "batch_size": regime.batch_size,
+        "device": torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu", **held,
     })  # fmt: skip
     print(f"written to {written}")
 

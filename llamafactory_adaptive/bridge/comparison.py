@@ -29,11 +29,12 @@ from llamafactory_adaptive.bridge.comparison_rows import (
     rows_folder,
     rows_identity,
 )
+from llamafactory_adaptive.bridge.comparison_time import estimate
 from llamafactory_adaptive.comparison.arms import PLAIN, Arm, run_settings
 from llamafactory_adaptive.comparison.experiment import Design, Progress, Run
 from llamafactory_adaptive.comparison.ledger import Ledger
 from llamafactory_adaptive.comparison.results import arm_results, document
-from llamafactory_adaptive.comparison.runner import Runner, hours
+from llamafactory_adaptive.comparison.runner import Runner
 from llamafactory_adaptive.comparison.secrets import without_secrets
 from llamafactory_adaptive.errors import refuse_all
 from llamafactory_adaptive.files import digest_of, read_json
@@ -123,7 +124,8 @@ class Comparison:
         self.prepare(say, devices[0])
         progress = Progress(self.design, list(self.arms.values()), self.known, self.figure)
         if left := progress.runs_left():
-            say(f"{left} runs of about {self.steps()} steps{self._time(left, devices)}; logs in {self.folder / LOGS}")
+            time_left = estimate(self, progress, devices)
+            say(f"{left} runs of about {self.steps()} steps{time_left}; logs in {self.folder / LOGS}")
         Runner(progress, self.ledger, self.train, self.key, devices, self.children.end).run()
         return progress
 
@@ -181,18 +183,13 @@ class Comparison:
         sizes = (self.given.get(f"per_device_{kind}_batch_size") for kind in ("eval", "train"))
         return next((int(size) for size in sizes if size), 8)
 
-    def _time(self, runs: int, devices: Sequence[str | None]) -> str:
-        """Estimate in words how long runs take, by training a few steps of plain LoRA."""
-        seconds = self.seconds_of_a_run(devices[0])
-        if seconds is None:
-            return ", of a length that a trial did not tell, as it diverged"
-        where = f" on {len(devices)} devices" if len(devices) > 1 else ""
-        total = hours(seconds * math.ceil(runs / len(devices)))
-        return f", about {total}{where} if every arm took as long as plain LoRA (those that score take longer)"
+    def seconds_of_a_run(self, device: str | None, arm: str = PLAIN) -> float | None:
+        """Estimate the seconds of one whole run, by one of a few steps; None where that diverged.
 
-    def seconds_of_a_run(self, device: str | None) -> float | None:
-        """Estimate the seconds of one whole run, by one of a few steps; None where that diverged."""
-        probe = Run(PLAIN, self.design.grid[0], 0, _PROBED_STEPS)
+        Raises:
+            AdaptiveError: the run cannot be made.
+        """
+        probe = Run(arm, self.design.grid[0], 0, _PROBED_STEPS)
         key = {"probe": self.key(probe)}
         held = self.ledger.get(key)
         if held is None:

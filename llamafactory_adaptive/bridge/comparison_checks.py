@@ -9,6 +9,7 @@ from llamafactory_adaptive.bridge.checked_run import checked_run
 from llamafactory_adaptive.bridge.host_check import check_host_settings
 from llamafactory_adaptive.comparison.arms import Arm
 from llamafactory_adaptive.errors import AdaptiveConfigError, Problem, refuse, refuse_all
+from llamafactory_adaptive.methods import make_method
 
 
 _ROWS_OF = "adaptive_calibration_dataset"
@@ -32,6 +33,17 @@ def check_arm(arm: Arm, settings: Args) -> None:
         raise AdaptiveConfigError(
             [Problem(p.key, p.value, f"{p.allowed} (arm {arm.name})", p.suggestion) for p in error.problems]
         ) from error
+
+
+def measured_before_training(settings: Args) -> str | None:
+    """Return the key of what a run measures of the modules before it trains; None where it measures nothing."""
+    if settings["finetuning_type"] != "adaptive":
+        return None
+    config = checked_run({**settings, "output_dir": "x"}, host_too=False).config
+    if config.plan_path or config.search is not None:
+        return None
+    measurement = make_method(config.method, config.options).measurement()
+    return None if measurement is None else measurement.key
 
 
 def comparison_problems(given: Mapping[str, Any]) -> list[Problem]:

@@ -50,6 +50,11 @@ class Design:
     extensions: int = 2
 
     @property
+    def all_seeds(self) -> int:
+        """Return the number of seeds that choose or judge."""
+        return self.rate_seeds + self.seeds
+
+    @property
     def grid(self) -> list[GridPoint]:
         """Return the first grid."""
         return [GridPoint(rate, alpha) for alpha in self.alphas for rate in sorted(self.rates)]
@@ -194,10 +199,13 @@ class Progress:
 
     def runs_left(self) -> int:
         """Estimate how many runs are left, those under way among them, if no grid is extended and no rate diverges."""
-        left = 0
-        for arm in (each.name for each in self.arms if each.name not in self.failed):
-            left += len(self._due(arm)) + (self.design.seeds if self.choice_if_known(arm) is None else 0)
-        return left
+        return sum(self.runs_left_of(arm.name) for arm in self.arms)
+
+    def runs_left_of(self, arm: str) -> int:
+        """Estimate how many runs of an arm are left, as :meth:`runs_left` does for all; none if it is given up."""
+        if arm in self.failed:
+            return 0
+        return len(self._due(arm)) + (self.design.seeds if self.choice_if_known(arm) is None else 0)
 
     def give_up_larger_arms(self) -> dict[str, str]:
         """Give up adaptive arms whose saved adapters have more parameters than plain LoRA's; return why, by name."""

@@ -1,17 +1,14 @@
-"""Plots of a comparison, as SVG for its page: differences, learning rates, costs, ranks."""
+"""Plots of a comparison, as SVG for its page: differences, learning rates, costs; pictures of ranks are with them."""
 
-import io
-import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llamafactory_adaptive.comparison.arms import PLAIN
+from llamafactory_adaptive.comparison.rank_pictures import layer_pictures, rank_picture
+from llamafactory_adaptive.comparison.svg import to_svg
 from llamafactory_adaptive.reports.plaintext import plot_label
 from llamafactory_adaptive.reports.plots import new_figure
 
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Entry = Mapping[str, Any]
 _COLOURS = {"better": "#1a7f37", "worse": "#b42318", "equivalent": "#1f6feb", "not decided": "#6e7781"}
@@ -27,6 +24,7 @@ def figures(document: Mapping[str, Any]) -> dict[str, str]:
         "Loss over the learning rate": rate_curves([arm for arm in arms if "curve" in arm]),
         "Loss over parameters and time": cost_plot(judged) if judged else None,
         "Mean rank by module type": rank_picture(judged) if judged else None,
+        "Mean rank by layer and module type": layer_pictures(judged),
     }
     return {title: svg for title, svg in drawn.items() if svg is not None}
 
@@ -79,30 +77,3 @@ def cost_plot(arms: Sequence[Entry]) -> str:
         axes.set_ylabel("held-out loss")
         axes.margins(0.2)
     return to_svg(figure)
-
-
-def rank_picture(arms: Sequence[Entry]) -> str:
-    """Draw the mean rank of each module type, one row for each arm."""
-    kinds = list(dict.fromkeys(kind for arm in arms for kind in arm["mean_ranks"]))
-    figure = new_figure(2.5 + 0.9 * len(kinds), 1.4 + 0.36 * len(arms))
-    axes = figure.add_subplot()
-    values = [[arm["mean_ranks"].get(kind, 0.0) for kind in kinds] for arm in arms]
-    axes.imshow(values, aspect="auto", cmap="viridis", vmin=0)
-    largest = max(max(row) for row in values)
-    for row, ranks in enumerate(values):
-        for column, rank in enumerate(ranks):
-            colour = "white" if rank < 0.6 * largest else "black"
-            axes.text(column, row, f"{rank:.1f}", ha="center", va="center", fontsize=8, color=colour)
-    axes.set_yticks(range(len(arms)), [plot_label(arm["name"]) for arm in arms])
-    axes.set_xticks(range(len(kinds)), [plot_label(kind) for kind in kinds], rotation=30, ha="right")
-    return to_svg(figure)
-
-
-def to_svg(figure: "Figure") -> str:
-    """Return a figure as an SVG element to be put into a page; equal figures give equal text."""
-    import matplotlib
-
-    with matplotlib.rc_context({"svg.hashsalt": "adaptive", "svg.fonttype": "none"}):
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return re.sub(r"^.*?(?=<svg )", "", buffer.getvalue(), flags=re.DOTALL)

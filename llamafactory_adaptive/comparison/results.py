@@ -14,7 +14,7 @@ from llamafactory_adaptive.comparison.losses import Losses
 from llamafactory_adaptive.comparison.secrets import without_secrets
 from llamafactory_adaptive.comparison.verdicts import Judgement, judge
 from llamafactory_adaptive.comparison.words import judgement_in_words
-from llamafactory_adaptive.ranks.module_names import module_type
+from llamafactory_adaptive.ranks.module_names import layer_order, module_type
 
 
 SCHEMA_VERSION = 1
@@ -139,6 +139,7 @@ def _figures(result: ArmResult, plain: ArmResult, tokens: Sequence[int]) -> dict
         "seconds": statistics.fmean(outcome["seconds"] for outcome in outcomes),
         **budget(result, plain),
         "mean_ranks": mean_ranks(outcomes),
+        "ranks": ranks_by_module(outcomes),
     }
 
 
@@ -167,6 +168,12 @@ def mean_ranks(finals: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         for name, rank in outcome["ranks"].items():
             ranks.setdefault(module_type(name), []).append(rank)
     return {kind: statistics.fmean(values) for kind, values in ranks.items()}
+
+
+def ranks_by_module(finals: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Compute the mean rank of each module over seeds, in the order of the model; 0 for a seed without an adapter."""
+    names = sorted({name for outcome in finals for name in outcome["ranks"]}, key=layer_order)
+    return {name: statistics.fmean(outcome["ranks"].get(name, 0) for outcome in finals) for name in names}
 
 
 def budget_words(entry: Settings, plain: Settings) -> str | None:

@@ -27,3 +27,12 @@ def test_the_page_of_options_is_what_the_options_say():
     assert (DOCS / "options.md").read_text(encoding="utf-8") == maker.page(), "run: python docs/make_options_page.py"
     assert "`adaptive_max_nonfinite_steps`" in maker.page()
     assert "`tsq_temperature`" in maker.page()
+
+
+def test_the_answer_of_readme_and_the_page_of_findings_are_what_was_recorded():
+    maker = load("make_worth_it_page")
+    text = maker.README.read_text(encoding="utf-8")
+    assert maker.with_answer(text) == text, "run: make bench-report"
+    assert text.count(maker.MARKS[0]) == text.count(maker.MARKS[1]) == 1
+    written = maker.PAGE.read_text(encoding="utf-8") if maker.PAGE.is_file() else ""
+    assert maker.page() == written, "run: make bench-report"

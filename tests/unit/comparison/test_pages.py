@@ -9,7 +9,15 @@ import pytest
 from llamafactory_adaptive.comparison.arms import Arm
 from llamafactory_adaptive.comparison.experiment import Design, Progress
 from llamafactory_adaptive.comparison.pages import sentences, table, text_table, write_pages
-from llamafactory_adaptive.comparison.results import arm_results, budget, budget_words, document, mean_ranks
+from llamafactory_adaptive.comparison.rank_pictures import layer_pictures, rank_cells
+from llamafactory_adaptive.comparison.results import (
+    arm_results,
+    budget,
+    budget_words,
+    document,
+    mean_ranks,
+    ranks_by_module,
+)
 
 
 TOKENS = {"dev": [5] * 60, "test": [4, 6] * 30}
@@ -81,6 +89,20 @@ def test_ranks_are_averaged_by_module_type():
         "q_proj": 3.0, "up_proj": 8.0}  # fmt: skip
 
 
+def test_ranks_of_a_module_are_averaged_over_seeds_in_the_order_of_the_model():
+    finals = [{"ranks": {"layers.10.q_proj": 4, "layers.2.q_proj": 1}}, {"ranks": {"layers.10.q_proj": 2}}]
+    assert list(ranks_by_module(finals).items()) == [("layers.2.q_proj", 0.5), ("layers.10.q_proj", 3.0)]
+
+
+def test_experts_of_a_layer_share_a_cell_and_equal_ranks_need_no_picture():
+    ranks = {"layers.1.experts.0.up": 1.0, "layers.1.experts.1.up": 2.0, "head": 4.0}
+    assert rank_cells(ranks) == {(1, "up"): 1.5, (-1, "head"): 4.0}
+    assert layer_pictures([{"name": "lora", "ranks": dict.fromkeys(ranks, 8.0)}]) is None
+    arms = {"lora": dict.fromkeys(ranks, 2.0), "igu": ranks, "without": {"head": 2.0}}
+    drawn = layer_pictures([{"name": name, "ranks": each} for name, each in arms.items()])
+    assert [name for name in arms if f">{name}<" in drawn] == ["igu", "without"]
+
+
 def test_arms_that_diverged_or_could_not_run_are_told(made):
     rows = {row[0]: row for row in table(made)}
     assert rows["hot"][1] == "diverged at every rate"
@@ -135,7 +157,7 @@ def test_pages_are_self_contained_and_show_names_as_text(made, tmp_path):
     html = paths[".html"]
     assert "<b>odd" not in html
     assert "&lt;b&gt;odd" in html
-    assert html.count("<svg") == 4
+    assert html.count("<svg") == 5
     addresses = re.findall(r"""(?:src|href)\s*=\s*["']([^"']{0,12})""", html)
     assert {address.partition(":")[0] if ":" in address else address[:1] for address in addresses} <= {"#", "data"}
     assert "<script" not in html

@@ -1,0 +1,150 @@
+"""Write docs/worth-it.md and the answer in README.md from what was recorded: ``python docs/make_worth_it_page.py``.
+
+``make bench-report`` does the same after it has made the recorded figures anew from the ledgers.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llamafactory_adaptive.comparison.arms import CONTROL, PLAIN
+from llamafactory_adaptive.comparison.pages import markdown_sentence, sentences
+from llamafactory_adaptive.reports.plaintext import markdown
+
+
+DOCS = Path(__file__).parent
+PAGE, README, IMAGES = DOCS / "worth-it.md", DOCS.parent / "README.md", DOCS / "images"
+RESULTS = DOCS.parent / "benchmarks" / "results"
+MARKS = "<!-- answer -->", "<!-- end of answer -->"
+TITLES = {"data_limited": "GSM8K, few rows", "capacity_limited": "GSM8K, little rank", "boolq": "BoolQ", "arc": "ARC"}
+PLOTS = {"difference": "Difference to plain LoRA", "rates": "Loss over the learning rate",
+         "ranks": "Mean rank by layer and module type"}  # fmt: skip
+VERDICTS = ("better", "equivalent", "not decided", "worse", "diverged")
+HEAD = """# Does it pay? What we found
+
+Made by `docs/make_worth_it_page.py` from `benchmarks/results/worth_it_*.json`, whose figures `make bench-report` makes
+anew from the ledgers beside them. Every table is one run of `make worth-it`, which is
+[`llamafactory-adaptive compare`](comparing.md) on SmolLM2-135M: one budget, the best learning rate of each arm chosen
+on one half of the held-out rows, other seeds and the other half for the verdict. Intervals are of 95 %. Below 0 an arm
+is better.
+"""
+Result = dict[str, Any]
+
+
+def results() -> dict[str, Result]:
+    """Read the recorded comparisons, by name."""
+    paths = sorted(RESULTS.glob("worth_it_*.json"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def page() -> str:
+    """Give the text of the page; empty where nothing is recorded."""
+    parts = [line for name, held in results().items() for line in _section(name, held)]
+    return "\n".join([HEAD, *parts]) if parts else ""
+
+
+def with_answer(text: str) -> str:
+    """Give README's text with the answer, between its marks, made anew."""
+    pattern = re.compile(f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}", re.DOTALL)
+    return pattern.sub("\n".join([MARKS[0], *_answer(), MARKS[1]]).replace("\\", r"\\"), text)
+
+
+def image(name: str, plot: str) -> Path:
+    """Give the path of a plot of a result."""
+    return IMAGES / f"{name}_{plot}.svg"
+
+
+def _title(held: Result) -> str:
+    return f"{TITLES[held['regime']]}, rank {held['rank']}"
+
+
+def _section(name: str, held: Result) -> Iterator[str]:
+    made = held["comparison"]
+    yield f"## {_title(held)}\n"
+    yield _what(held)
+    yield f"\n{_count(made)}\n"
+    yield "| arm | best rate | held-out loss | against plain LoRA | against random ranks | parameters |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    yield from map(_row, made["arms"])
+    words = {verdict["words"] for arm in made["arms"] for verdict in arm.get("verdicts", {}).values()}
+    yield from ["", *(f"* {markdown_sentence(said)}" for said in sentences(made) if said not in words)]
+    for plot, title in PLOTS.items():
+        if image(name, plot).is_file():
+            yield f"\n![{title}](images/{image(name, plot).name})"
+    yield ""
+
+
+def _what(held: Result) -> str:
+    made, rows = held["comparison"], held["comparison"]["held_out_rows"]
+    data = "generated rows" if held["data"] == "generated" else f"rows of {held['data'].replace('+', ' and ')}"
+    return (
+        f"{held['steps']} steps of {held['batch_size']} {data} of at most {held['longest_row']} tokens, "
+        f"{made['training_rows']:,} in all; {rows['dev']} held-out rows choose, {rows['test']} judge, over "
+        f"{made['design']['seeds']} seeds; {held['device']}, {held['date']}. What was to matter is "
+        f"{100 * made['smallest_effect']:g} % of plain LoRA's loss. `{held['command']}`"
+    )
+
+
+def _compared(made: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return [(arm["name"], arm["verdicts"][PLAIN]) for arm in made["arms"] if PLAIN in arm.get("verdicts", {})]
+
+
+def _count(made: Mapping[str, Any]) -> str:
+    counts = Counter(verdict["verdict"] for _, verdict in _compared(made))
+    said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
+    return f"Of {counts.total()} arms against plain LoRA at its best rate: {said}."
+
+
+def _row(arm: Mapping[str, Any]) -> str:
+    name = markdown(arm["name"])
+    if "loss" not in arm:
+        why = "diverged at every rate" if "diverged" in arm else f"could not be run: {markdown(arm['failed'])}"
+        return f"| {name} | {why} | | | | |"
+    rate = f"{arm['best']['rate']:g}" + (" (end of the grid)" if arm["best_at_the_edge"] else "")
+    against = " | ".join(_interval(arm["verdicts"].get(rival)) for rival in (PLAIN, CONTROL))
+    return f"| {name} | {rate} | {arm['loss']:.4f} | {against} | {arm['parameters']:,} |"
+
+
+def _interval(verdict: Mapping[str, Any] | None) -> str:
+    if verdict is None or verdict["difference"] is None:
+        return ""
+    value, low, high = (f"{100 * verdict['difference']['relative'][key]:+.2f}" for key in ("value", "low", "high"))
+    return f"{value} % ({low} to {high}), {verdict['verdict']}"
+
+
+def _answer() -> Iterator[str]:
+    """Tabulate all arms against plain LoRA, one column for each recorded comparison."""
+    found = results()
+    if not found:
+        return
+    told = {_title(held): dict(_compared(held["comparison"])) for held in found.values()}
+    arms = list(dict.fromkeys(arm for verdicts in told.values() for arm in verdicts))
+    yield f"\n| loss against plain LoRA | {' | '.join(told)} |"
+    yield "| --- |" + " --- |" * len(told)
+    for arm in arms:
+        yield f"| {markdown(arm)} | {' | '.join(_cell(verdicts.get(arm)) for verdicts in told.values())} |"
+    counts = (f"{_title(held)}: {_count(held['comparison'])}" for held in found.values())
+    yield f"\n{' '.join(counts)}"
+    yield "Each arm at its own best rate; rates, intervals, ranks and reservations: [what we found](docs/worth-it.md)."
+
+
+def _cell(verdict: Mapping[str, Any] | None) -> str:
+    if verdict is None:
+        return ""
+    if verdict["difference"] is None:
+        return str(verdict["verdict"])
+    return f"{100 * verdict['difference']['relative']['value']:+.2f} %, {verdict['verdict']}"
+
+
+def write() -> None:
+    """Write both pages; without anything recorded there is no page of findings."""
+    README.write_text(with_answer(README.read_text(encoding="utf-8")), encoding="utf-8")
+    if text := page():
+        PAGE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()

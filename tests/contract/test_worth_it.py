@@ -1,0 +1,166 @@
+"""What is shipped of a comparison: a small ledger from which its own code makes the same figures again."""
+
+import importlib
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llamafactory_adaptive.comparison.arms import Arm, run_settings
+from llamafactory_adaptive.comparison.experiment import Design, Progress
+from llamafactory_adaptive.comparison.ledger import Ledger
+from llamafactory_adaptive.comparison.results import arm_results, document
+
+
+GIVEN = {"model_name_or_path": "/home/me/model", "dataset_dir": "/home/me/rows", "finetuning_type": "lora",
+         "lora_rank": 1, "max_steps": 4, "adaptive_min_rank": 0}  # fmt: skip
+ARMS = [Arm("lora", {"finetuning_type": "lora"}), Arm("random", {"finetuning_type": "adaptive"}),
+        Arm("igu", {"finetuning_type": "adaptive", "adaptive_method": "igu"})]  # fmt: skip
+DESIGN = Design((1.0, 2.0), seeds=3, extensions=1)
+SPLIT = {"train": 9, "dev": 30, "test": 30}
+
+
+@pytest.fixture(scope="module")
+def benchmarks():
+    """The script and what it shares; their folder is on the path only while they are imported."""
+    folder = str(Path(__file__).parents[2] / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        return {name: importlib.import_module(name) for name in ("shipped", "worth_it", "worth_it_rows", "report")}
+    finally:
+        sys.path.remove(folder)
+
+
+def outcome(run):
+    """The best rate is 4, beyond the grid; igu diverges at 1."""
+    if run.arm == "igu" and run.point.rate == 1.0:
+        return {"status": "diverged", "why": "the loss is not finite"}
+    rng = np.random.default_rng((run.seed, len(run.arm), int(run.point.rate)))
+    losses = {half: (rng.normal(5.0 - run.point.rate, 0.1, 30).round(5)).tolist() for half in ("dev", "test")}
+    ranks = {"model.layers.0.q_proj": 1} | ({} if run.arm == "igu" else {"model.layers.1.q_proj": 1})
+    return {"status": "done", **losses, "seconds": 3.0, "training_seconds": 2.0, "steps": 4, "ranks": ranks,
+            "parameters": 100, "parameters_of_one_rank": 60, "adapter": "/home/me/out/runs/x"}  # fmt: skip
+
+
+@pytest.fixture
+def compared(benchmarks, tmp_path, monkeypatch):
+    """A finished comparison, as the command leaves it, and its document."""
+    monkeypatch.setattr(benchmarks["shipped"], "_own_keys", lambda given: ["adaptive_min_rank"])
+    ledger, progress = Ledger(tmp_path / "ledger.jsonl"), None
+
+    def key(run):
+        arm = next(arm for arm in ARMS if arm.name == run.arm)
+        settings = run_settings(GIVEN, arm, run.point, run.seed, run.steps, ["adaptive_min_rank"])
+        return {"settings": settings, "rows": SPLIT}
+
+    tokens = {half: [2 + index % 3 for index in range(30)] for half in ("dev", "test")}
+    progress = Progress(DESIGN, ARMS, lambda run: ledger.get(key(run)),
+                        lambda found, half: float(np.average(found[half], weights=tokens[half])))  # fmt: skip
+    ledger.add({"probe": key(DESIGN.final("lora", DESIGN.grid[0])[0])}, {"seconds": 1.0})
+    while due := progress.due():
+        ledger.add(key(due[0]), outcome(due[0]))
+    facts = {"command": "compare /home/me/x.yaml", "settings": GIVEN, "design": asdict(DESIGN), "training_rows": 9}
+    made = json.loads(json.dumps(document(arm_results(progress), tokens, 0.005, facts)))
+    (tmp_path / "compare.json").write_text(json.dumps(made))
+    rows = tmp_path / "rows" / "0"
+    rows.mkdir(parents=True)
+    (rows / "split.json").write_text(json.dumps(SPLIT))
+    halves = {half: [{"labels": [-100] + [7] * count} for count in counts] for half, counts in tokens.items()}
+    (rows / "held_out.json").write_text(json.dumps(halves))
+    return tmp_path, made
+
+
+def test_the_shipped_ledger_holds_every_run_and_no_path_and_gives_the_figures_of_the_command(benchmarks, compared):
+    folder, made = compared
+    held, lines = benchmarks["shipped"].from_folder(folder, "model")
+    assert len(lines) == 3 * 3 + 3 * 3, "two rates and one beyond, and three seeds that judge, for each of three arms"
+    assert "/home/me" not in json.dumps([held, lines])
+    assert held["modules"] == ["model.layers.0.q_proj", "model.layers.1.q_proj"]
+    for entry, told in zip(held["comparison"]["arms"], made["arms"], strict=True):
+        assert entry == {key: value for key, value in told.items() if key != "ranks"}
+    assert [entry["best"]["rate"] for entry in held["comparison"]["arms"]] == [4.0] * 3
+
+
+def test_a_figure_that_the_ledger_does_not_give_is_found(benchmarks, compared, tmp_path, monkeypatch):
+    shipped = benchmarks["shipped"]
+    held, lines = shipped.from_folder(compared[0], "model")
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    monkeypatch.setattr(shipped.record, "RESULTS", tmp_path)
+    (tmp_path / "worth_it_x.json").write_text(json.dumps(held))
+    shipped.ledger_file("worth_it_x").write_text(text)
+    held, entries = shipped.read("worth_it_x")
+    fresh = shipped.recomputed(held, entries)
+    assert fresh["arms"][2]["ranks"] == {"model.layers.0.q_proj": 1.0}
+    assert shipped.different(shipped.without_ranks(fresh), held["comparison"]) == []
+    held["comparison"]["arms"][2]["loss"] += 0.001
+    (said,) = shipped.different(shipped.without_ranks(fresh), held["comparison"])
+    assert said.startswith("/arms/2/loss: ")
+
+
+def test_rows_are_asked_as_the_harness_asks_them(benchmarks, tmp_path):
+    rows, lines = benchmarks["worth_it_rows"], {
+        "boolq": {"question": "is water wet?", "answer": True},
+        "arc_easy": {"question": "Which?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"},
+        "gsm8k": {"question": "1 + 1?", "answer": "2\u2028#### 2"},
+    }  # fmt: skip
+    for name, row in lines.items():
+        (tmp_path / name).mkdir()
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        (tmp_path / name / "train.jsonl").write_text(2 * line, encoding="utf-8")
+    assert dict(rows.pairs(tmp_path, list(lines))) == {
+        "Please answer the following question with true or false, question: is water wet?\n\n"
+        "Answer format: true/false": "the correct answer is true",
+        "Please choose the correct answer to the question: Which?\n\nAnswer1: a Answer2: b\n\n"
+        "Answer format: answer1/answer2": "the correct answer is answer2",
+        "1 + 1?": "2\u2028#### 2",
+    }  # fmt: skip
+
+
+def test_by_type_is_an_arm_with_the_scores_of_a_method_and_unknown_arms_are_left_out(benchmarks, capsys):
+    words = benchmarks["worth_it"].words_for(["lora", "by_type", "svd", "not_there_yet"])
+    assert words == ["--arms", "lora,svd", "--arm", benchmarks["worth_it"].POOLED]
+    assert "left out: not_there_yet" in capsys.readouterr().out
+
+
+RECORDED = sorted(path.stem for path in (Path(__file__).parents[2] / "benchmarks" / "results").glob("worth_it_*.json"))
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_figures_are_those_of_the_ledger(benchmarks, name):
+    assert benchmarks["report"].checked(name)["arms"]
+
+
+FACTS = {"regime": "capacity_limited", "data": "gsm8k", "longest_row": 180, "rank": 1, "steps": 4, "batch_size": 2,
+         "device": "cpu", "date": "2026-01-01", "command": "python benchmarks/worth_it.py"}  # fmt: skip
+
+
+def test_the_report_writes_pages_from_a_result_and_refuses_a_figure_of_another_ledger(
+    benchmarks, compared, tmp_path, monkeypatch, capsys
+):
+    shipped, report = benchmarks["shipped"], benchmarks["report"]
+    held, lines = shipped.from_folder(compared[0], "model")
+    monkeypatch.setattr(shipped.record, "RESULTS", tmp_path)
+    shipped.ledger_file("worth_it_x").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "worth_it_x.json").write_text(json.dumps({**FACTS, **held}))
+    maker = report.page_maker()
+    maker.RESULTS, maker.IMAGES, maker.README, maker.PAGE = tmp_path, tmp_path, tmp_path / "R.md", tmp_path / "W.md"
+    maker.README.write_text("\n".join(["# x", *maker.MARKS, "end"]))
+    monkeypatch.setattr(report, "page_maker", lambda: maker)
+    report.main()
+    assert "1 recorded comparisons agree with their ledgers" in capsys.readouterr().out
+    assert (tmp_path / "worth_it_x_ranks.svg").read_text().startswith("<svg")
+    loss = held["comparison"]["arms"][2]["loss"]
+    assert f"| igu | 4 (end of the grid) | {loss:.4f} | " in maker.PAGE.read_text()
+    assert (
+        "4 steps of 2 rows of gsm8k of at most 180 tokens, 9 in all; 30 held-out rows choose" in maker.PAGE.read_text()
+    )
+    difference = held["comparison"]["arms"][2]["verdicts"]["lora"]
+    cell = f"| igu | {100 * difference['difference']['relative']['value']:+.2f} %, {difference['verdict']} |"
+    assert cell in maker.README.read_text()
+    other = {half: [1] * 30 for half in ("dev", "test")}
+    (tmp_path / "worth_it_x.json").write_text(json.dumps({**FACTS, **held, "answer_tokens": other}))
+    with pytest.raises(SystemExit, match="worth_it_x: the ledger gives other figures: "):
+        report.main()
