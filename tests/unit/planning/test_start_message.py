@@ -8,7 +8,7 @@ from llamafactory_adaptive.calibration.measurement import needs_rows
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.methods import get_method, is_dynamic, methods
 from llamafactory_adaptive.planning.start_message import start_message
-from llamafactory_adaptive.ranks.schedule import GivenRanksConfig, PruningConfig
+from llamafactory_adaptive.ranks.search_config import GivenRanksConfig, PruningConfig
 
 
 CONFIG = AdaptiveConfig("sensitivity", {}, "params", 4, 8.0, 1, 16, None, CalibrationConfig(None, 77, 2, 0))
