@@ -69,8 +69,7 @@ class ElaloraOptions:
     )
     candidates: int = option(
         2,
-        "Components k, the least important ones, that every module puts up at an exchange: most that it can lose or "
-        "gain at once.",
+        "Components k, the least important ones, that every module puts up at an exchange; it loses no more at once.",
         unit="components",
         low=1,
         high=64,

@@ -180,6 +180,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
 
 
 @pytest.mark.repeats
+@pytest.mark.timeout(1800)  # many processes that start the host one after the other
 def test_a_comparison_that_is_killed_goes_on_where_it_was_and_leaves_no_process(yaml_settings, tmp_path):
     words = [sys.executable, "-m", "llamafactory_adaptive.cli", *command(yaml_settings, tmp_path, "--seeds", "1")]
     ledger = tmp_path / "compared" / "ledger.jsonl"
@@ -209,6 +210,7 @@ def test_arms_that_score_draw_rows_from_what_all_arms_train_on(yaml_settings, in
 
 
 @pytest.mark.repeats
+@pytest.mark.timeout(1800)  # many processes that start the host one after the other
 def test_an_interrupted_comparison_ends_at_once_and_leaves_no_process(yaml_settings, tmp_path):
     words = [sys.executable, "-m", "llamafactory_adaptive.cli", *command(yaml_settings, tmp_path)]
     ledger = tmp_path / "compared" / "ledger.jsonl"
