@@ -117,7 +117,7 @@ class Elalora(SmoothedMethod):
     def exchange(
         self, scores: Sequence[Sequence[float]], used: Sequence[Sequence[bool]], bounds: Bounds, progress: float
     ) -> list[list[bool]]:
-        """Prune the least important components put up, and expand the modules of the most important ones."""
+        """Remove the least important components put up, and expand the modules of the most important ones."""
         candidates = put_up(scores, used, self.options.candidates)
         masks = prune(candidates, used, bounds, self._count(len(used), progress))
         return expand(candidates, scores, used, masks, bounds)

@@ -35,9 +35,6 @@ WRONG = [
      "cuts the ranks once, where adaptive_final_ratio says; try leaving it out, or adaptive_method: igu"),
     ({**IGU, "adaptive_method": "svd", "optim": "adafactor"}, "optim: 'adafactor' is invalid: the rotation of the "
      "factors at the cut needs fresh optimizer states, and where this optimizer keeps them per weight is not known"),
-    ({**IGU, "adaptive_method": "elalora", "adaptive_init_rank": 8}, "adaptive_init_rank: 8 is invalid: "
-     "adaptive_method: elalora starts at the ranks of the budget, which are exchanged later on; try leaving it out, or "
-     "adaptive_method: igu"),
     ({**IGU, "adaptive_method": "elalora", "optim": "adafactor"}, "optim: 'adafactor' is invalid: new components need "
      "fresh optimizer states, and where this optimizer keeps them per weight is not known"),
     ({"adaptive_method": "by_type"}, "by_type_ranks: '' is invalid: must be types and numbers from 0 on, type:number, "
