@@ -15,9 +15,9 @@ by t_f, where ``adaptive_final_ratio`` of all steps are left, which train the fi
 directions of length 1 orthogonal to those in use, and no effect: its lambda is 0. The regulariser is the Frobenius
 norm of Gram - I, weight 0.1.
 
-Sources: the paper for score and phases; for k (2), b (4 over 72 modules), the schedule of b, the smoothing factors and
-the weight, the settings that the authors published. Their intervals are 50 to 200 steps; ours are those of all
-methods here.
+Sources: the paper for score and phases; what the authors' released code does and is run with for the choice by k (2)
+and b (4 over 72 modules), the schedule of b, the start of new components, the smoothing factors and the weight. Its
+intervals are 50 to 200 steps; ours are those of all methods here.
 
 What differs:
 
