@@ -24,9 +24,9 @@ that the chosen method does not read is refused.
 def page() -> str:
     """Give the page's text."""
     parts = [HEAD, "## For every method\n", *_table(AdaptiveArguments, "", skipped=PRUNING_KEYS + SEARCH_KEYS)]
-    parts += [f"\n## For methods that find ranks while training ({_names('prune', 'reallocate')})\n"]
+    parts += [f"\n## For methods that find ranks while training ({_names('prune', 'reallocate', 'exchange')})\n"]
     parts += _table(AdaptiveArguments, "", kept=SEARCH_KEYS)
-    parts += [f"\n## For methods that start over-ranked and prune ({_names('prune')})\n"]
+    parts += [f"\n## For methods that prune or exchange ({_names('prune', 'exchange')})\n"]
     parts += _table(AdaptiveArguments, "", kept=PRUNING_KEYS)
     for name in sorted(methods()):
         owner = get_method(name).Options

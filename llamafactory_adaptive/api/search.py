@@ -33,7 +33,7 @@ from llamafactory_adaptive.methods import make_method
 from llamafactory_adaptive.planning.earlier_plans import check_resumed_run
 from llamafactory_adaptive.planning.planner import start_plan
 from llamafactory_adaptive.ranks.plan import ModuleShape, load_plan
-from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
+from llamafactory_adaptive.ranks.search_config import SearchConfig
 from llamafactory_adaptive.reports.plots import HEATMAP_FILE, save_heatmap
 from llamafactory_adaptive.training.bound_run import RunRequest
 from llamafactory_adaptive.training.callback import AdaptiveCallback
@@ -78,7 +78,7 @@ def rank_search(
 
     Args:
         model: any decoder without an adapter; its target modules are replaced in place, as PEFT does.
-        method: ``"igu"``, ``"adalora"``, ``"svd"`` or ``"tsq"`` (with ``sampling=False``).
+        method: ``"igu"``, ``"adalora"``, ``"elalora"``, ``"svd"`` or ``"tsq"`` (with ``sampling=False``).
         lora_rank: the budget.
         lora_alpha: alpha of that uniform LoRA (default: 2 x ``lora_rank``). ``adalora`` divides it by ``init_rank``,
             as PEFT does, unless ``scale="lora_rank"`` is given.
@@ -88,7 +88,7 @@ def rank_search(
         min_rank: lowest rank of a module; 0 lets a module go without an adapter.
         max_rank: highest rank of a module (default: 4 x ``lora_rank``).
         init_rank: rank that every module starts with (default: 2 x ``lora_rank``).
-        warmup_ratio: share of the optimizer steps before the first pruning (default: 0.1).
+        warmup_ratio: share of the optimizer steps before ranks first change (default: 0.1).
         final_ratio: share of the optimizer steps, at the end, that train the final ranks (default: 0.3).
         interval: optimizer steps between two allocations (default: 10).
         interval_epochs: the same as a share of an epoch; one of both.
@@ -99,8 +99,8 @@ def rank_search(
         lora_settings: further arguments of ``peft.LoraConfig``, as in :func:`lora_config`.
         seed: seed of the factors and of every draw.
         **options: of the method, the YAML keys without ``igu_``: ``importance="integrated"``. ``init_rank`` to
-            ``max_overhead`` hold for methods that prune (``igu``, ``adalora``); ``svd``
-            reads ``init_rank`` and ``final_ratio``, where it cuts.
+            ``max_overhead`` hold for methods that prune (``igu``, ``adalora``); ``svd`` reads ``init_rank`` and
+            ``final_ratio``, where it cuts, and ``elalora`` those from ``warmup_ratio`` to ``interval_epochs``.
 
     Returns:
         The search: its ``model``, its ``callback``, ``trainer(cls)`` and ``finalize(folder)``.
@@ -136,7 +136,7 @@ def rank_search(
 
 def _search(
     method: str, made: Any, common: Mapping[str, Any], pruning: Mapping[str, Any], rank: int, high: int, seed: int
-) -> tuple[PruningConfig | ReallocationConfig, list[Problem]]:
+) -> tuple[SearchConfig, list[Problem]]:
     """Build the settings by which the method changes ranks, and list the arguments that it cannot use."""
     flat = {f"adaptive_{name}": value for name, value in pruning.items()}
     problems = check_kind(flat, method, True, made.traits.strategy, made.traits.spectral)

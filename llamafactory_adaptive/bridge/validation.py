@@ -34,7 +34,7 @@ from llamafactory_adaptive.errors import PlanError, Problem, refuse_all
 from llamafactory_adaptive.files import read_mapping
 from llamafactory_adaptive.methods import get_method, is_dynamic, make_method, methods, nearest
 from llamafactory_adaptive.options import check_fields, contradictions
-from llamafactory_adaptive.ranks.schedule import GivenRanksConfig, PruningConfig, ReallocationConfig
+from llamafactory_adaptive.ranks.search_config import GivenRanksConfig, SearchConfig
 
 
 def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
@@ -65,7 +65,7 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
         problems += faults + _foreign_options(args, method)
     lora_rank, lora_alpha, max_rank, faults = check_budget(args, common)
     problems += faults
-    search: PruningConfig | ReallocationConfig | None = None
+    search: SearchConfig | None = None
     given: GivenRanksConfig | None = None
     if common["adaptive_method"] in methods():
         search, given, faults = _in_training(args, common, options, lora_rank, max_rank)
@@ -89,7 +89,7 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
 
 def _in_training(
     args: Mapping[str, Any], common: Mapping[str, Any], options: Mapping[str, Any], lora_rank: int, max_rank: int
-) -> tuple[PruningConfig | ReallocationConfig | None, GivenRanksConfig | None, list[Problem]]:
+) -> tuple[SearchConfig | None, GivenRanksConfig | None, list[Problem]]:
     """Return how the method changes ranks or trains given ones, and the settings that cannot go with that."""
     name, cls = common["adaptive_method"], get_method(common["adaptive_method"])
     made = make_method(name, options)

@@ -98,7 +98,7 @@ def _plan_of_a_dynamic_run(run: "CheckedRun") -> int:
     from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun
     from llamafactory_adaptive.bridge.target_shapes import epochs, estimated_epoch_steps, estimated_steps
     from llamafactory_adaptive.planning.sources import fresh_plan
-    from llamafactory_adaptive.ranks.schedule import Refreshes, Schedule, make_schedule, short_run_warning
+    from llamafactory_adaptive.ranks.schedule import Exchanges, Schedule, SingleCut, make_schedule, short_run_warning
     from llamafactory_adaptive.reports.tables import schedule_table, totals
 
     args, config = run.args, run.config
@@ -117,14 +117,14 @@ def _plan_of_a_dynamic_run(run: "CheckedRun") -> int:
     if isinstance(schedule, Schedule):
         print(schedule_table(start, schedule, shown))
     else:
-        change = "Ranks move about" if isinstance(schedule, Refreshes) else "The adapter is cut"
+        change = "The adapter is cut" if isinstance(schedule, SingleCut) else "Ranks move about"
         print(f"{change} during training ({start.method}): {schedule.describe(kind)} of {shown}")
     if estimate:
         print(f"about {estimate:,} steps, estimated from num_train_epochs and the rows of the data set")
     elif steps <= 0:
         print("the number of steps follows from the data: the table stands for 100 of them")
-    if isinstance(schedule, Schedule) and schedule.interval_epochs is not None and epoch is None:
-        print(f"the steps of an epoch follow from the data: the table takes {assumed:,}")
+    if isinstance(schedule, Schedule | Exchanges) and schedule.interval_epochs is not None and epoch is None:
+        print(f"the steps of an epoch follow from the data: {assumed:,} are taken here")
     if (steps > 0 or estimate) and (warning := short_run_warning(schedule, shown)):
         print(f"warning: {warning}")
     for line in _about_the_rate(args, start, config):

@@ -12,8 +12,8 @@ class AdaptiveArguments:
     adaptive_method: str = option(
         "sensitivity",
         "How ranks are found: sensitivity, fisher, gora_ranks, srlora and prilora find them before training; igu, "
-        "adalora, svd and tsq find them during training; by_type takes them by hand; uniform and random are controls "
-        "that measure nothing.",
+        "adalora, elalora, svd and tsq find them during training; by_type takes them by hand; uniform and random are "
+        "controls that measure nothing.",
     )
     adaptive_budget_unit: str = option(
         "params",
@@ -41,14 +41,12 @@ class AdaptiveArguments:
         low=2,
     )
     adaptive_warmup_ratio: float = option(
-        0.1, "Share of the optimizer steps before the first pruning.", low=0.0, high=0.99
+        0.1, "Share of the optimizer steps before ranks first change.", low=0.0, high=0.99
     )
     adaptive_final_ratio: float = option(
         0.3, "Share of the optimizer steps, at the end, that train the final ranks.", low=0.0, high=0.99
     )
-    adaptive_interval: int = option(
-        10, "Optimizer steps between two allocations of a method that prunes.", unit="steps", low=1
-    )
+    adaptive_interval: int = option(10, "Optimizer steps between two allocations.", unit="steps", low=1)
     adaptive_interval_epochs: float | None = option(
         None,
         "The distance between two allocations as a share of an epoch, in place of adaptive_interval; it is rounded to "
@@ -100,7 +98,7 @@ class AdaptiveArguments:
 SCORING_KEYS = ("adaptive_granularity",)
 # Keys that only methods which find ranks during training read.
 SEARCH_KEYS = ("adaptive_best_model_from",)
-# Keys that only methods which prune during training read.
+# Keys that only methods which prune during training read, and those that exchange ranks, but for START_KEYS.
 PRUNING_KEYS = (
     "adaptive_init_rank",
     "adaptive_warmup_ratio",
@@ -109,5 +107,7 @@ PRUNING_KEYS = (
     "adaptive_interval_epochs",
     "adaptive_max_overhead",
 )
+# That of them which says where pruning starts.
+START_KEYS = ("adaptive_init_rank",)
 # Those of them that say when else ranks are chosen than where they become final.
 COURSE_KEYS = ("adaptive_warmup_ratio", "adaptive_interval", "adaptive_interval_epochs")

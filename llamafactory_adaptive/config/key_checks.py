@@ -7,11 +7,18 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llamafactory_adaptive.config.arguments import COURSE_KEYS, PRUNING_KEYS, SCORING_KEYS, SEARCH_KEYS
+from llamafactory_adaptive.config.arguments import COURSE_KEYS, PRUNING_KEYS, SCORING_KEYS, SEARCH_KEYS, START_KEYS
 from llamafactory_adaptive.config.search_conflicts import check_given_conflicts, check_search_conflicts
 from llamafactory_adaptive.errors import Problem
 from llamafactory_adaptive.options import coerce
-from llamafactory_adaptive.ranks.schedule import GivenRanksConfig, PruningConfig, ReallocationConfig, Strategy
+from llamafactory_adaptive.ranks.search_config import (
+    ExchangeConfig,
+    GivenRanksConfig,
+    PruningConfig,
+    ReallocationConfig,
+    SearchConfig,
+    Strategy,
+)
 
 
 def unknown_key_problems(given: Mapping[str, Any], known: Iterable[str]) -> list[Problem]:
@@ -46,7 +53,10 @@ def check_kind(
         idle |= dict.fromkeys(SCORING_KEYS, (reason, "sensitivity"))
         reason = "finds ranks during training and calibrates nothing"
         idle |= dict.fromkeys(CALIBRATION_KEYS, (reason, "sensitivity"))
-    if strategy != "prune":
+    if strategy == "exchange":
+        reason = "starts at the ranks of the budget, which are exchanged later on"
+        idle |= dict.fromkeys(START_KEYS, (reason, "igu"))
+    elif strategy != "prune":
         reason = (
             "moves ranks about and prunes nothing" if dynamic else "fixes ranks before training and prunes nothing"
         )
@@ -124,22 +134,44 @@ def check_pruning(
         )
         value = max_rank if given is None else given
         problems.append(Problem(key, value, reason, f"{key}: {2 * lora_rank}"))
-    ratios = {"adaptive_warmup_ratio": common["adaptive_warmup_ratio"],
-              "adaptive_final_ratio": common["adaptive_final_ratio"]}  # fmt: skip
-    if sum(ratios.values()) >= 1.0:
-        larger, smaller = sorted(ratios, key=lambda key: -ratios[key])
-        reason = f"with {smaller} {ratios[smaller]:g} it leaves no step to prune in"
-        problems.append(Problem(larger, ratios[larger], reason, f"{larger}: {(1 - ratios[smaller]) / 2:g}"))
-    pruning = PruningConfig(
-        init_rank=init_rank,
-        warmup_ratio=ratios["adaptive_warmup_ratio"],
-        final_ratio=ratios["adaptive_final_ratio"],
-        interval=None if common["adaptive_interval_epochs"] is not None else common["adaptive_interval"],
-        max_overhead=common["adaptive_max_overhead"],
-        seed=seed,
-        interval_epochs=common["adaptive_interval_epochs"],
-    )
-    return pruning, problems
+    problems += _check_ratios(common, "prune")
+    overhead = common["adaptive_max_overhead"]
+    return PruningConfig(init_rank, max_overhead=overhead, seed=seed, **_course(common)), problems
+
+
+def _check_ratios(common: Mapping[str, Any], change: str) -> list[Problem]:
+    """Find ratios that leave no step in which ranks could change; ``change`` says how they do."""
+    ratios = {key: common[key] for key in ("adaptive_warmup_ratio", "adaptive_final_ratio")}
+    if sum(ratios.values()) < 1.0:
+        return []
+    larger, smaller = sorted(ratios, key=lambda key: -ratios[key])
+    reason = f"with {smaller} {ratios[smaller]:g} it leaves no step to {change} in"
+    return [Problem(larger, ratios[larger], reason, f"{larger}: {(1 - ratios[smaller]) / 2:g}")]
+
+
+def _course(common: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that say at which steps ranks change."""
+    epochs = common["adaptive_interval_epochs"]
+    return {
+        "warmup_ratio": common["adaptive_warmup_ratio"],
+        "final_ratio": common["adaptive_final_ratio"],
+        "interval": None if epochs is not None else common["adaptive_interval"],
+        "interval_epochs": epochs,
+    }
+
+
+def check_exchange(
+    flat: Mapping[str, Any], common: Mapping[str, Any], lora_rank: int, max_rank: int, seed: int
+) -> tuple[ExchangeConfig, list[Problem]]:
+    """Build the settings of a method that exchanges ranks under a constant budget, and check its bounds."""
+    problems = check_interval(flat) + _check_ratios(common, "exchange ranks")
+    if common["adaptive_min_rank"] == 0:
+        reason = "a module without components has nothing to score, and would never grow again"
+        problems.append(Problem("adaptive_min_rank", 0, reason, "adaptive_min_rank: 1"))
+    if max_rank == lora_rank:
+        reason = f"all modules start at lora_rank ({lora_rank}), and none could grow"
+        problems.append(Problem("adaptive_max_rank", max_rank, reason, f"adaptive_max_rank: {4 * lora_rank}"))
+    return ExchangeConfig(max_rank, seed=seed, **_course(common)), problems
 
 
 def check_reallocation(
@@ -221,7 +253,7 @@ def check_search(
     lora_rank: int,
     max_rank: int,
     seed: int,
-) -> tuple[PruningConfig | ReallocationConfig, list[Problem]]:
+) -> tuple[SearchConfig, list[Problem]]:
     """Check how a method changes ranks while training, and find upstream options that cannot go with that.
 
     Args:
@@ -237,9 +269,11 @@ def check_search(
         The configuration of the rank changes, and the problems.
     """
     problems = check_search_conflicts(flat, made)
-    search: PruningConfig | ReallocationConfig
+    search: SearchConfig
     if made.traits.strategy == "reallocate":
         search, faults = check_reallocation(method, made, common["adaptive_min_rank"], lora_rank, max_rank, seed)
+    elif made.traits.strategy == "exchange":
+        search, faults = check_exchange(flat, common, lora_rank, max_rank, seed)
     else:
         search, faults = check_pruning(flat, common, lora_rank, max_rank, seed, made.traits.spectral)
     return search, problems + faults

@@ -4,12 +4,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llamafactory_adaptive.ranks.schedule import GivenRanksConfig, PruningConfig, ReallocationConfig
+from llamafactory_adaptive.ranks.search_config import (
+    ExchangeConfig,
+    GivenRanksConfig,
+    PruningConfig,
+    ReallocationConfig,
+    SearchConfig,
+)
 
 
-_SEARCHES: dict[str, type[PruningConfig] | type[ReallocationConfig]] = {
+_SEARCHES: dict[str, type[PruningConfig] | type[ReallocationConfig] | type[ExchangeConfig]] = {
     "prune": PruningConfig,
     "reallocate": ReallocationConfig,
+    "exchange": ExchangeConfig,
 }
 
 
@@ -48,7 +55,7 @@ class AdaptiveConfig:
     max_rank: int
     plan_path: str | None
     calibration: CalibrationConfig
-    search: PruningConfig | ReallocationConfig | None = None
+    search: SearchConfig | None = None
     max_nonfinite_steps: int = 3
     asked_alpha: float | None = None
     best_model_from: str = "final"
@@ -63,7 +70,7 @@ class AdaptiveConfig:
         options: Mapping[str, Any],
         budget: tuple[int, float, int],
         calibration: CalibrationConfig,
-        search: PruningConfig | ReallocationConfig | None = None,
+        search: SearchConfig | None = None,
         scales_by_start: bool = False,
         given: GivenRanksConfig | None = None,
     ) -> "AdaptiveConfig":

@@ -17,6 +17,8 @@ def state_changes(method: Any) -> tuple[str, str] | None:
     reallocates = method.traits.strategy == "reallocate"
     rules = [
         (reallocates, "components that come back need fresh optimizer states", "tsq_reallocation: false"),
+        (method.traits.strategy == "exchange", "new components need fresh optimizer states",
+         "adaptive_method: adalora"),
         (not reallocates and method.return_rule.resets_lambda, "components that come back with lambda zero need fresh "
          "optimizer states", "igu_returns: none"),
         (method.traits.spectral, "the rotation of the factors at the cut needs fresh optimizer states",

@@ -7,6 +7,7 @@ YAML keys ``<method>_<field>``; there is nothing to inherit. Its ``traits`` say 
 
 from llamafactory_adaptive.methods._contract import (
     DynamicMethod,
+    ExchangingMethod,
     InitialAdapter,
     Orthogonality,
     ProbingMethod,
@@ -24,11 +25,12 @@ from llamafactory_adaptive.methods._contract import (
 from llamafactory_adaptive.methods._registry import get_method, is_dynamic, make_method, methods, nearest
 from llamafactory_adaptive.methods._sampling import Sampling
 from llamafactory_adaptive.methods._traits import MethodTraits
-from llamafactory_adaptive.ranks.schedule import Strategy
+from llamafactory_adaptive.ranks.search_config import Strategy
 
 
 __all__ = [
     "DynamicMethod",
+    "ExchangingMethod",
     "InitialAdapter",
     "MethodTraits",
     "Orthogonality",

@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from llamafactory_adaptive.calibration.measurement import Measurement
 from llamafactory_adaptive.methods._sampling import Sampling
 from llamafactory_adaptive.methods._traits import MethodTraits
+from llamafactory_adaptive.ranks.allocation import Bounds
 from llamafactory_adaptive.ranks.first_update import median_slowdown
 from llamafactory_adaptive.ranks.plan import ModuleShape
 
@@ -252,3 +254,43 @@ class ReallocatingMethod(DynamicMethod, Protocol):
 
     def allocated(self) -> None:
         """Begin a new interval after an allocation: clear what was observed of elements."""
+
+
+class ExchangingMethod(DynamicMethod, Protocol):
+    """Further members of a dynamic method, with lambda, whose strategy is ``exchange``.
+
+    Modules start at equal ranks within the budget, below those of the tensors that train. A component that comes into
+    use has no effect at first: its lambda is zero, and its column of P and row of Q are new.
+    """
+
+    def exchange(
+        self, scores: Sequence[Sequence[float]], used: Sequence[Sequence[bool]], bounds: Bounds, progress: float
+    ) -> list[list[bool]]:
+        """Choose the components to use from now on, which may not cost more than the budget.
+
+        Args:
+            scores: per module, one finite score per component; those of components that are not used say nothing.
+            used: per module, which components are in use.
+            bounds: budget, and the fewest and most components of a module.
+            progress: how much of the time of exchanges is over, from 0 to 1; at 1 ranks are final.
+        """
+
+    def new_directions(self, kept: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """Draw the rows of Q, or the columns of P, of new components of one module.
+
+        Args:
+            kept: rows or columns of the components that stay in use, (k, d), fp32, on the CPU.
+            count: new components.
+            generator: generator on the CPU, equal on every process.
+
+        Returns:
+            The new ones, (count, d).
+        """
+
+    def forget(self, block: str, fresh: Tensor) -> None:
+        """Clear what was observed of the elements of new components.
+
+        Args:
+            block: name of the block, as in :meth:`observe`.
+            fresh: 1.0 for elements of new components, 0.0 for all others, flat.
+        """

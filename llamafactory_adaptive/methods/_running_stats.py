@@ -76,6 +76,11 @@ class SmoothedImportance(_Blockwise):
         mean = self.mean[block]
         return mean.square().div_((mean + self.deviation[block]).clamp_(min=torch.finfo(mean.dtype).tiny))
 
+    def forget(self, block: str, where: Tensor) -> None:
+        """Set S and U back to zero where ``where`` is 1.0, and leave them where it is 0.0."""
+        for values in (self.mean, self.deviation):
+            values[block].mul_(1.0 - where)
+
     def log_sum(self, block: str) -> Tensor:
         """Sum and count the logarithms of the positive S of a block, (2,)."""
         positive = self.mean[block][self.mean[block] > 0]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from llamafactory_adaptive.ranks.schedule import STRATEGIES, Strategy
+from llamafactory_adaptive.ranks.search_config import STRATEGIES, Strategy
 
 
 _EVERY = ("Options", "concentration_advice")
@@ -21,6 +21,7 @@ _DYNAMIC = (
 )
 _OBSERVING = ("observe", "element_scores")
 _REALLOCATING = ("refresh_ratio", "beta", "allocated")
+_EXCHANGING = ("exchange", "new_directions", "forget")
 _RELATIVE = ("log_importance", "set_typical")
 
 
@@ -33,7 +34,8 @@ class MethodTraits:
             ``prune``: over-ranked at first, the globally best components stay under a falling budget; a
             :class:`DynamicMethod`. ``reallocate``: module ranks proportional to the mean score of their elements in
             use, discounted over refreshes (a component's first interval does not count), under a constant budget; a
-            :class:`ReallocatingMethod`.
+            :class:`ReallocatingMethod`. ``exchange``: equal at first, and under a constant budget the method itself
+            chooses which components give way to new ones; an :class:`ExchangingMethod`.
         probes: whether gradients are observed by extra passes; a :class:`ProbingMethod`.
         relative: whether scores depend on the typical importance of a kind; a :class:`RelativeMethod`.
         samples: whether training data is chosen by quality; a :class:`SamplingMethod`.
@@ -74,6 +76,7 @@ class MethodTraits:
             *(name for name in self._of_the_adapter() if not (self.spectral and name in _OBSERVING)),
             *(() if self.dynamic else _STATIC),
             *(_REALLOCATING if self.strategy == "reallocate" else ()),
+            *(_EXCHANGING if self.strategy == "exchange" else ()),
             *(("rotate",) if self.spectral else ()),
             *(("path",) if self.probes else ()),
             *(_RELATIVE if self.relative else ()),

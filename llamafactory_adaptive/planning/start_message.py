@@ -3,6 +3,7 @@
 from llamafactory_adaptive.calibration.measurement import needs_rows
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.methods import make_method
+from llamafactory_adaptive.ranks.search_config import PruningConfig
 
 
 def start_message(config: AdaptiveConfig) -> str:
@@ -11,9 +12,11 @@ def start_message(config: AdaptiveConfig) -> str:
         form = "" if config.given is None else f" and train as P diag(lambda) Q, the second stage of {config.method}"
         return f"the ranks are those of {config.plan_path}{form}; nothing is scored"
     if config.search is not None:
+        live, prunes = config.search.live_rank, isinstance(config.search, PruningConfig)
+        course = f"from rank {live} to" if prunes else f"at most rank {live} a module, at"
         return (
-            f"{config.method} finds the ranks while it trains, from rank {config.search.live_rank} to the cost of "
-            f"uniform rank {config.lora_rank}; nothing is scored before{_scale_words(config)}"
+            f"{config.method} finds the ranks while it trains, {course} the cost of uniform rank {config.lora_rank}; "
+            f"nothing is scored before{_scale_words(config)}"
         )
     measurement = make_method(config.method, config.options).measurement()
     if measurement is None:

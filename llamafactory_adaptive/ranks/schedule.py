@@ -1,83 +1,30 @@
 """Schedules of dynamic methods: the steps of their allocations and the budget of each. Pure: no torch, no I/O."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from llamafactory_adaptive.errors import refuse
-
-
-# How a method changes ranks while training.
-Strategy = Literal["prune", "reallocate", "fixed"]
-STRATEGIES: tuple[str, ...] = get_args(Strategy)
+from llamafactory_adaptive.ranks.search_config import ExchangeConfig, PruningConfig, ReallocationConfig, SearchConfig
 
 
 @dataclass(frozen=True)
-class PruningConfig:
-    """Settings of a method that starts above the budget and prunes down to it. Ratios are of all optimizer steps.
+class _Spaced:
+    """Allocations at a regular distance between two steps, the second of which has the last one."""
 
-    Attributes:
-        interval: optimizer steps between two allocations; None where ``interval_epochs`` gives the distance. Where
-            that is None too there is one allocation, in the end.
-        interval_epochs: the distance as a share of an epoch, whose steps are known once the data is.
-    """
+    begin: int
+    end: int
+    interval: int
 
-    init_rank: int
-    warmup_ratio: float
-    final_ratio: float
-    interval: int | None
-    max_overhead: float | None
-    seed: int
-    interval_epochs: float | None = None
+    def due(self, step: int) -> bool:
+        """Tell whether an allocation is due after ``step`` optimizer steps."""
+        return step == self.end or (self.begin < step < self.end and step % self.interval == 0)
 
-    @property
-    def cuts_once(self) -> bool:
-        """Tell whether there is no distance between allocations, since there is one alone."""
-        return self.interval is None and self.interval_epochs is None
-
-    @property
-    def live_rank(self) -> int:
-        """Return the rank of the tensors that train."""
-        return self.init_rank
+    def is_final(self, step: int) -> bool:
+        """Tell whether the ranks are final after ``step`` optimizer steps."""
+        return step >= self.end
 
 
 @dataclass(frozen=True)
-class ReallocationConfig:
-    """Settings of a method that moves ranks between modules under a constant budget.
-
-    Attributes:
-        live_rank: rank of the tensors that train, and so the largest that a module can grow to.
-        refresh_ratio: share of all optimizer steps between two allocations.
-        beta: weight of the sensitivities summed so far, relative to those of the next interval.
-        seed: seed of the factors' initial values.
-    """
-
-    live_rank: int
-    refresh_ratio: float
-    beta: float
-    seed: int
-
-    @property
-    def max_overhead(self) -> None:
-        """Return None: extra passes of a method that reallocates have no limit."""
-
-
-@dataclass(frozen=True)
-class GivenRanksConfig:
-    """Settings of a method that trains given ranks in the form ``P diag(lambda) Q``; the ranks never change.
-
-    Attributes:
-        seed: seed of the factors' initial values.
-    """
-
-    seed: int
-
-    @property
-    def max_overhead(self) -> None:
-        """Return None: there are no extra passes to limit."""
-
-
-@dataclass(frozen=True)
-class Schedule:
+class Schedule(_Spaced):
     """Cubic decay of the budget over optimizer steps (AdaLoRA, Eq. 12; IGU-LoRA uses the same).
 
     ``b(t) = b_T + (b_0 - b_T) (1 - (t - t_i) / (t_f - t_i))^3`` for ``t_i < t < t_f``; ``b_0`` before, ``b_T`` after.
@@ -90,9 +37,6 @@ class Schedule:
         interval_epochs: the share of an epoch that ``interval`` was computed from, if any.
     """
 
-    begin: int
-    end: int
-    interval: int
     start_budget: int
     target_budget: int
     interval_epochs: float | None = None
@@ -107,24 +51,47 @@ class Schedule:
         width, left = self.end - self.begin, self.end - step
         return self.target_budget + (self.start_budget - self.target_budget) * left**3 // width**3
 
-    def due(self, step: int) -> bool:
-        """Tell whether an allocation is due after ``step`` optimizer steps."""
-        return step == self.end or (self.begin < step < self.end and step % self.interval == 0)
-
-    def is_final(self, step: int) -> bool:
-        """Tell whether the ranks are final after ``step`` optimizer steps."""
-        return step >= self.end
-
-    @property
-    def spacing(self) -> str:
-        """Return the distance of allocations in words."""
-        steps = "every step" if self.interval == 1 else f"every {self.interval} steps"
-        return steps if self.interval_epochs is None else f"{steps} ({self.interval_epochs:g} of an epoch)"
-
     def describe(self, kind: str) -> str:
         """Describe the schedule in words; ``kind`` names what the budget counts."""
-        budgets = f"{self.start_budget:,} {kind}, pruned to {self.target_budget:,}"
-        return f"{budgets} {self.spacing} between steps {self.begin} and {self.end}"
+        return f"{self.start_budget:,} {kind}, pruned to {self.target_budget:,} {_when(self)}"
+
+
+@dataclass(frozen=True)
+class Exchanges(_Spaced):
+    """A constant budget under which ranks are exchanged between modules (ElaLoRA).
+
+    Attributes:
+        begin: the last step of the warm-up.
+        end: the step after which the ranks are final.
+        interval: optimizer steps between exchanges.
+        target_budget: the budget, in budget units.
+        interval_epochs: the share of an epoch that ``interval`` was computed from, if any.
+    """
+
+    target_budget: int
+    interval_epochs: float | None = None
+
+    def budget(self, step: int) -> int:
+        """Return the budget, which is the same after every step, in budget units."""
+        return self.target_budget
+
+    def progress(self, step: int) -> float:
+        """Return how much of the time of exchanges is over after ``step`` optimizer steps, from 0 to 1."""
+        return min(1.0, max(0.0, (step - self.begin) / (self.end - self.begin)))
+
+    def describe(self, kind: str) -> str:
+        """Describe the exchanges in words; ``kind`` names what the budget counts."""
+        return f"{self.target_budget:,} {kind}, exchanged {_when(self)}"
+
+
+def spacing(schedule: Schedule | Exchanges) -> str:
+    """Describe the distance of allocations."""
+    steps = "every step" if schedule.interval == 1 else f"every {schedule.interval} steps"
+    return steps if schedule.interval_epochs is None else f"{steps} ({schedule.interval_epochs:g} of an epoch)"
+
+
+def _when(schedule: Schedule | Exchanges) -> str:
+    return f"{spacing(schedule)} between steps {schedule.begin} and {schedule.end}"
 
 
 @dataclass(frozen=True)
@@ -193,8 +160,8 @@ class SingleCut:
         return f"{self.start_budget:,} {kind}, cut to {self.target_budget:,} at step {self.end}"
 
 
-AnySchedule = Schedule | Refreshes | SingleCut
-_FEWEST = {"prunes": 5, "shares": 2}
+AnySchedule = Schedule | Exchanges | Refreshes | SingleCut
+_FEWEST = {"spaced": 5, "shares": 2}
 
 
 def short_run_warning(schedule: AnySchedule, total_steps: int) -> str | None:
@@ -202,12 +169,12 @@ def short_run_warning(schedule: AnySchedule, total_steps: int) -> str | None:
     if isinstance(schedule, SingleCut):
         return None
     count = sum(schedule.due(step) for step in range(1, min(schedule.end, total_steps) + 1))
-    prunes = isinstance(schedule, Schedule)
-    if count >= _FEWEST["prunes" if prunes else "shares"]:
+    spaced = isinstance(schedule, _Spaced)
+    if count >= _FEWEST["spaced" if spaced else "shares"]:
         return None
-    begin = schedule.begin if isinstance(schedule, Schedule) else 0
+    begin = schedule.begin if isinstance(schedule, _Spaced) else 0
     remedy = "train more steps (max_steps, num_train_epochs)"
-    if isinstance(schedule, Schedule) and (steps := (schedule.end - begin) // (2 * _FEWEST["prunes"])):
+    if isinstance(schedule, _Spaced) and (steps := (schedule.end - begin) // (2 * _FEWEST["spaced"])):
         remedy += f", or set {_interval_setting(schedule, steps)}"
     return (
         f"ranks are chosen {'only once' if count == 1 else f'only {count} times'} between steps {begin} and "
@@ -215,30 +182,30 @@ def short_run_warning(schedule: AnySchedule, total_steps: int) -> str | None:
     )
 
 
-def _interval_setting(schedule: Schedule, steps: int) -> str:
+def _interval_setting(schedule: Schedule | Exchanges, steps: int) -> str:
     """Write the setting that would space allocations by ``steps``, with the key that the run uses."""
     if schedule.interval_epochs is None:
         return f"adaptive_interval: {steps}"
     return f"adaptive_interval_epochs: {schedule.interval_epochs * steps / schedule.interval:.2g}"
 
 
-def interval_steps(pruning: PruningConfig, epoch_steps: int | None) -> int:
+def interval_steps(search: PruningConfig | ExchangeConfig, epoch_steps: int | None) -> int:
     """Return the optimizer steps between two allocations, at least 1.
 
     Args:
-        pruning: settings of the method.
+        search: settings of the method.
         epoch_steps: optimizer steps of an epoch; None where the training data has no length.
 
     Raises:
         AdaptiveConfigError: the distance is a share of an epoch, and the training data has no length.
     """
-    if pruning.interval is not None:
-        return pruning.interval
-    assert pruning.interval_epochs is not None
+    if search.interval is not None:
+        return search.interval
+    assert search.interval_epochs is not None
     if epoch_steps is None:
         reason = "the training data has no known length, so the steps of an epoch are not known"
-        refuse("adaptive_interval_epochs", pruning.interval_epochs, reason, "adaptive_interval: 10")
-    return max(1, round(pruning.interval_epochs * epoch_steps))
+        refuse("adaptive_interval_epochs", search.interval_epochs, reason, "adaptive_interval: 10")
+    return max(1, round(search.interval_epochs * epoch_steps))
 
 
 def refresh_interval(ratio: float, total_steps: int) -> int:
@@ -247,7 +214,7 @@ def refresh_interval(ratio: float, total_steps: int) -> int:
 
 
 def make_schedule(
-    search: PruningConfig | ReallocationConfig,
+    search: SearchConfig,
     total_steps: int,
     start_budget: int,
     target_budget: int,
@@ -271,10 +238,11 @@ def make_schedule(
         interval = refresh_interval(search.refresh_ratio, total_steps)
         # None after the very last step: what grows then would never train.
         return Refreshes(interval, max(interval, (total_steps - 1) // interval * interval), target_budget)
-    pruning = search
-    begin = min(int(pruning.warmup_ratio * total_steps), total_steps - 1)
-    end = max(begin + 1, total_steps - round(pruning.final_ratio * total_steps))
-    if pruning.cuts_once:
+    begin = min(int(search.warmup_ratio * total_steps), total_steps - 1)
+    end = max(begin + 1, total_steps - round(search.final_ratio * total_steps))
+    if isinstance(search, ExchangeConfig):
+        return Exchanges(begin, end, interval_steps(search, epoch_steps), target_budget, search.interval_epochs)
+    if search.cuts_once:
         return SingleCut(end, start_budget, target_budget)
-    interval = interval_steps(pruning, epoch_steps)
-    return Schedule(begin, end, interval, start_budget, target_budget, pruning.interval_epochs)
+    interval = interval_steps(search, epoch_steps)
+    return Schedule(begin, end, interval, start_budget, target_budget, search.interval_epochs)

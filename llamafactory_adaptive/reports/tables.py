@@ -6,7 +6,7 @@ from shlex import quote
 
 from llamafactory_adaptive.ranks.module_names import layer_and_type, module_type
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
-from llamafactory_adaptive.ranks.schedule import Schedule
+from llamafactory_adaptive.ranks.schedule import Schedule, spacing
 from llamafactory_adaptive.reports.plaintext import plain
 
 
@@ -94,7 +94,7 @@ def schedule_table(start: RankPlan, schedule: Schedule, total_steps: int) -> str
     rows += [[str(t), f"{schedule.budget(t):,}", f"{schedule.budget(t) / schedule.start_budget:.0%}"] for t in points]
     head = (
         f"Ranks are found during training ({plain(start.method)}, {len(start.active)} modules): all start at up to "
-        f"rank {start.largest_rank}, an allocation {schedule.spacing}, final from step "
+        f"rank {start.largest_rank}, an allocation {spacing(schedule)}, final from step "
         f"{schedule.end} of {total_steps}"
     )
     return "\n".join([head, *align(rows)])

@@ -3,7 +3,9 @@
 Shapes: M modules of one block, r rank, X all elements of a parameter.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +39,15 @@ class Block:
     def split(self, flat: Tensor) -> list[Tensor]:
         """Split a flat block into the pieces of its parameters."""
         return list(torch.split(flat, [length for _, length in self.pieces]))
+
+    def select(self, chosen: Sequence[bool]) -> "Block":
+        """Select the parameters that ``chosen`` marks, one flag each."""
+        return replace(
+            self,
+            modules=tuple(compress(self.modules, chosen)),
+            parameters=tuple(compress(self.parameters, chosen)),
+            pieces=tuple(compress(self.pieces, chosen)),
+        )
 
     def by_component(self, x_MX: Tensor) -> Tensor:
         """Average whole parameters, flat per module (M, numel), over each component: (M, r)."""

@@ -1,15 +1,17 @@
-"""Changes to components from outside the optimizer: back to a start, to lambda zero, or to another strength.
+"""Changes to components from outside the optimizer: a new start, new directions, lambda zero, another strength.
 
 All processes must call them, with the same arguments. Shapes as in ``components``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from llamafactory_adaptive.adapter.masked_lora import fresh_rows
-from llamafactory_adaptive.engines.distributed import all_reduce_sum
-from llamafactory_adaptive.methods import Shrinkage
+from llamafactory_adaptive.engines.distributed import all_reduce_sum, broadcast_from_first
+from llamafactory_adaptive.methods import ExchangingMethod, Shrinkage
 from llamafactory_adaptive.training.component_blocks import Block
 from llamafactory_adaptive.training.components import Components
 
@@ -31,6 +33,44 @@ def restart(components: Components, fresh: Flags, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for block in components.blocks:
         _overwrite(components, block, fresh, generator if block.kind == "Q" else None)
+
+
+def begin_new(components: Components, used: Flags, fresh: Flags, method: ExchangingMethod, seed: int) -> None:
+    """Give components that come into use new directions and a lambda of zero, without optimizer history.
+
+    The factors of modules that grow are made whole for it, which takes their size in fp32 on every process.
+
+    Args:
+        components: components of the live adapter, which has lambda.
+        used: flags of the components in use from now on, per module.
+        fresh: flags of those of them that are new.
+        method: draws the directions, and forgets what it observed of the elements.
+        seed: seed of the directions; equal on every process.
+    """
+    draw = partial(method.new_directions, generator=torch.Generator().manual_seed(seed))
+    for block in components.blocks:
+        grown = [any(fresh[index]) for index in block.modules]
+        if not any(grown):
+            continue
+        if block.kind == "lambda":
+            _overwrite(components, block, fresh, None)
+        else:
+            _redirect(components, block.select(grown), used, fresh, draw)
+        method.forget(block.name, components.marked(block, fresh))
+
+
+def _redirect(components: Components, block: Block, used: Flags, fresh: Flags, draw: Callable[..., Tensor]) -> None:
+    """Replace rows of Q or columns of P; the first process draws them, as no two may differ by rounding."""
+    whole, squares_M = components.whole_weights(block).cpu(), mean_squares(components, block)
+    fresh_Mr, used_Mr = (torch.tensor([list(flags[index]) for index in block.modules]) for flags in (fresh, used))
+    for factor, new_r, kept_r in zip(whole, fresh_Mr, used_Mr & ~fresh_Mr, strict=True):
+        rows = factor if block.kind == "Q" else factor.mT
+        rows[new_r] = draw(rows[kept_r], int(new_r.sum()))
+    whole = broadcast_from_first(whole.to(components.triplets.modules[0].a.mask_r.device)).cpu()
+    for parameter, flags_X, values, square in zip(
+        block.parameters, block.spread(fresh_Mr), whole, squares_M, strict=True
+    ):
+        components.engine.overwrite(parameter, flags_X, values.reshape(-1), square)
 
 
 def reset_lambda(components: Components, fresh: Flags) -> None:

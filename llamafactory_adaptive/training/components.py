@@ -74,6 +74,11 @@ class Components:
             return None
         return self._owned(block, block.spread(self.masks(block)))
 
+    def marked(self, block: Block, flags: Sequence[Sequence[bool]]) -> Tensor:
+        """Return 1.0 per owned element of the components that ``flags`` marks, by module, and 0.0 for all others."""
+        flags_Mr = torch.tensor([flags[index] for index in block.modules], dtype=torch.float32)
+        return self._to_device(self._owned(block, block.spread(flags_Mr)))
+
     def _is_masked(self, block: Block) -> bool:
         """Tell whether any component of the block is masked."""
         return any(not all(self.triplets.masks[index]) for index in block.modules)

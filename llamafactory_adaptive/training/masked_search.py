@@ -10,7 +10,7 @@ from llamafactory_adaptive.adapter.masked_lora import Triplets
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.methods import DynamicMethod
 from llamafactory_adaptive.ranks.plan import RankPlan
-from llamafactory_adaptive.ranks.schedule import GivenRanksConfig, PruningConfig, ReallocationConfig
+from llamafactory_adaptive.ranks.search_config import GivenRanksConfig, SearchConfig
 from llamafactory_adaptive.training.rank_search import RankSearchState
 
 
@@ -30,7 +30,7 @@ class SearchRequest:
     method: DynamicMethod
 
     @property
-    def schedule(self) -> PruningConfig | ReallocationConfig | GivenRanksConfig:
+    def schedule(self) -> SearchConfig | GivenRanksConfig:
         """Return the settings by which ranks change while training, or do not."""
         schedule = self.config.search or self.config.given
         assert schedule is not None

@@ -4,19 +4,20 @@ Pure Python without torch and without a Trainer; ``RankSearchDriver`` drives it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
-from llamafactory_adaptive.errors import DivergedError
+from llamafactory_adaptive.errors import DivergedError, GuardError
 from llamafactory_adaptive.ranks.allocation import Bounds, allocate, keep_components, reallocate_components
 from llamafactory_adaptive.ranks.module_groups import choose_whole_groups, packed_groups
 from llamafactory_adaptive.ranks.plan import RankPlan
-from llamafactory_adaptive.ranks.schedule import ReallocationConfig
+from llamafactory_adaptive.ranks.search_config import ExchangeConfig, ReallocationConfig
 
 
 Masks = list[list[bool]]
+Exchange = Callable[[Sequence[Sequence[float]], Masks, Bounds], Masks]  # scores, components in use, bounds
 _STORED = ("final", "history", "module_scores", "metrics", "sensitivities", "fresh")  # in a checkpoint
 
 
@@ -47,9 +48,14 @@ class RankSearchState:
         """Tell whether ranks move between modules under a constant budget, rather than fall."""
         return isinstance(self.config.search, ReallocationConfig)
 
+    @property
+    def exchanges(self) -> bool:
+        """Tell whether the method itself exchanges components under a constant budget."""
+        return isinstance(self.config.search, ExchangeConfig)
+
     def first_masks(self) -> Masks:
-        """Return the masks of the start: all components, or equal ranks within the budget if ranks are reallocated."""
-        if not self.reallocates:
+        """Return the masks of the start: all components, or equal ranks within the budget if that is constant."""
+        if not (self.reallocates or self.exchanges):
             return [[True] * module.rank for module in self.start.modules]
         ranks = allocate([1.0] * len(self.costs), self.bounds).ranks
         return [
@@ -74,6 +80,7 @@ class RankSearchState:
         before: Masks,
         hysteresis: float = 0.0,
         used_first: bool = False,
+        exchange: Exchange | None = None,
     ) -> Masks:
         """Choose the components to use under ``budget`` and the configured bounds.
 
@@ -84,13 +91,17 @@ class RankSearchState:
             before: components in use now.
             hysteresis: share by which the scores of those are raised; read where ranks are pruned.
             used_first: whether they are all kept before any other; read where ranks are pruned.
+            exchange: the choice of a method that exchanges components.
 
         Raises:
             DivergedError: a score is not finite.
+            GuardError: the method's own choice does not keep the bounds.
         """
         bounds = replace(self.bounds, budget=budget)
         try:
-            if self.reallocates:
+            if exchange is not None:
+                after = _exchanged(exchange, scores, before, bounds)
+            elif self.reallocates:
                 self._learn(scores, before)
                 after = reallocate_components(self.sensitivities, scores, before, bounds)
             else:
@@ -172,6 +183,20 @@ class RankSearchState:
         """Restore what :meth:`state` returned."""
         for key in _STORED:
             setattr(self, key, state[key])
+
+
+def _exchanged(exchange: Exchange, scores: Sequence[Sequence[float]], before: Masks, bounds: Bounds) -> Masks:
+    """Return a method's own choice, after a check of what goes into it and what comes out."""
+    for module, row in enumerate(scores):
+        if not all(map(math.isfinite, row)):
+            raise ValueError(f"module {module} has a component whose score is not finite")
+    after = exchange(scores, before, bounds)
+    ranks = counts(after)
+    if bounds.cost(ranks) > bounds.budget or not all(
+        low <= rank <= high for low, rank, high in zip(bounds.lower, ranks, bounds.upper, strict=True)
+    ):
+        raise GuardError(f"the method chose ranks out of bounds, or above the budget of {bounds.budget:,}: {ranks}")
+    return after
 
 
 def counts(masks: Masks) -> list[int]:

@@ -5,6 +5,7 @@ Every process makes every decision itself from the same numbers, and compares it
 
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,15 +14,16 @@ from torch import nn
 from llamafactory_adaptive.engines.distributed import agree_across_ranks
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.files import PLAN_FILE, digest_of
-from llamafactory_adaptive.methods import ReallocatingMethod, SpectralMethod
-from llamafactory_adaptive.ranks.schedule import AnySchedule, short_run_warning
+from llamafactory_adaptive.methods import ExchangingMethod, ReallocatingMethod, SpectralMethod
+from llamafactory_adaptive.ranks.schedule import AnySchedule, Exchanges, short_run_warning
 from llamafactory_adaptive.reports.plots import HEATMAP_FILE, HISTORY_FILE, save_heatmap, save_history
 from llamafactory_adaptive.seeding import seeded_index
-from llamafactory_adaptive.training.component_resets import rescale_lambda, reset_lambda, restart
+from llamafactory_adaptive.training.component_resets import begin_new, rescale_lambda, reset_lambda, restart
 from llamafactory_adaptive.training.divergence import DivergenceWatch
 from llamafactory_adaptive.training.guard import PlanGuard
 from llamafactory_adaptive.training.masked_search import MaskedSearch
 from llamafactory_adaptive.training.observer import Observer
+from llamafactory_adaptive.training.rank_search import Exchange, Masks
 from llamafactory_adaptive.training.rotation import rotate
 from llamafactory_adaptive.training.run_part import RunPart
 from llamafactory_adaptive.training.sample_selection import SampleSelection, figures_of
@@ -116,9 +118,10 @@ class RankSearchDriver(RunPart):
             budget = int(budget * self.selection.budget_share(self.step))
         scores, before = self._scores(), self.triplets.masks
         rule = self.method.return_rule
-        masks = self.state.choose(self.step, scores, budget, before, rule.hysteresis, rule.used_first)
+        exchange = self._exchange(final) if self.state.exchanges else None
+        masks = self.state.choose(self.step, scores, budget, before, rule.hysteresis, rule.used_first, exchange)
         agree_across_ranks(digest_of(masks), DECISIONS_DIFFER)
-        self._restart_returned()
+        self._restart_returned(masks)
         self.triplets.mask(masks)
         self.log.counters.allocations += 1
         self.log.overhead_seconds += time.perf_counter() - started
@@ -135,14 +138,21 @@ class RankSearchDriver(RunPart):
         squares = rotate(self.components, cast(SpectralMethod, self.method))
         return [[square / cost for square in row] for row, cost in zip(squares, self.state.costs, strict=True)]
 
-    def _restart_returned(self) -> None:
+    def _exchange(self, final: bool) -> Exchange:
+        """Return the method's own choice of components, at what is over of the time of exchanges by now."""
+        progress = 1.0 if final else cast(Exchanges, self.schedule).progress(self.step)
+        return partial(cast(ExchangingMethod, self.method).exchange, progress=progress)
+
+    def _restart_returned(self, used: Masks) -> None:
         """Restart the components that come back, by the rule of the method."""
+        fresh, seed = self.state.fresh, seeded_index(self.search.request.schedule.seed, self.step, 0, 2**62)
         if self.state.reallocates:  # they start as new components do, and the method begins another interval
             cast(ReallocatingMethod, self.method).allocated()
-            seed = self.search.request.schedule.seed
-            restart(self.components, self.state.fresh, seeded_index(seed, self.step, 0, 2**62))
+            restart(self.components, fresh, seed)
+        elif self.state.exchanges:
+            begin_new(self.components, used, fresh, cast(ExchangingMethod, self.method), seed)
         elif self.method.return_rule.resets_lambda:
-            reset_lambda(self.components, self.state.fresh)
+            reset_lambda(self.components, fresh)
 
     def _end_shrinkage(self) -> None:
         """Move the strength of the adapter into lambda, once the ranks are final and training is at full position."""

@@ -35,6 +35,8 @@ WRONG = [
      "cuts the ranks once, where adaptive_final_ratio says; try leaving it out, or adaptive_method: igu"),
     ({**IGU, "adaptive_method": "svd", "optim": "adafactor"}, "optim: 'adafactor' is invalid: the rotation of the "
      "factors at the cut needs fresh optimizer states, and where this optimizer keeps them per weight is not known"),
+    ({**IGU, "adaptive_method": "elalora", "optim": "adafactor"}, "optim: 'adafactor' is invalid: new components need "
+     "fresh optimizer states, and where this optimizer keeps them per weight is not known"),
     ({"adaptive_method": "by_type"}, "by_type_ranks: '' is invalid: must be types and numbers from 0 on, type:number, "
      "each type once, with commas between them; try by_type_ranks: q_proj:4,down_proj:16"),
     ({"adaptive_min_rank": 5}, "adaptive_min_rank: 5 is invalid: must be at most lora_rank (4), or the budget is "

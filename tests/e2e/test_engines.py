@@ -109,6 +109,26 @@ def test_a_cut_by_singular_values_is_the_same_on_every_engine(stage, cut_alone, 
         assert (found[name] - update).norm() < 1e-3 * update.norm(), name
 
 
+# Lambda of a new component starts at zero, and so do gradients of its factors.
+EXCHANGE = {**HARD, "adaptive_method": "elalora", "elalora_exchanged_ranks": 4, "adam_epsilon": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def exchanged_alone(tiny_llama, data_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exchanged") / "out"
+    train(pruning_settings(tiny_llama, data_dir, out, per_device_train_batch_size=4, **EXCHANGE))
+    assert len(set(load_plan(out / "adaptive_rank_plan.json").ranks().values())) > 1
+    return out
+
+
+@REPEATS
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_ranks_are_exchanged_alike_on_every_engine(stage, exchanged_alone, tiny_llama, data_dir, tmp_path):
+    more = {"deepspeed": str(deepspeed_config(tmp_path, stage))} if stage else {}
+    train_on_two(pruning_settings(tiny_llama, data_dir, tmp_path / "out", **EXCHANGE, **more), tmp_path / "logs")
+    check_same(tmp_path / "out", exchanged_alone, tolerance=1e-4)
+
+
 def test_ddp_started_by_torchrun_finds_the_same_ranks_as_one_process(make, alone, tmp_path):
     import llamafactory.launcher as launcher
 

@@ -28,6 +28,9 @@ SAVING = {"save_strategy": "steps", "save_steps": 3, "overwrite_output_dir": Fal
         pytest.param({}, id="igu"),
         pytest.param({"adaptive_method": "adalora"}, id="adalora"),
         pytest.param({"igu_importance": "integrated"}, id="integrated"),
+        pytest.param(
+            {"adaptive_method": "elalora", "elalora_exchanged_ranks": 4}, id="elalora", marks=pytest.mark.repeats
+        ),
         pytest.param({"adaptive_method": "svd", "adaptive_interval": None}, id="svd", marks=pytest.mark.repeats),
     ],
 )

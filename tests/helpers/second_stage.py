@@ -8,7 +8,7 @@ from llamafactory_adaptive import attach_adapter
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.methods import get_method, make_method
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
-from llamafactory_adaptive.ranks.schedule import GivenRanksConfig
+from llamafactory_adaptive.ranks.search_config import GivenRanksConfig
 from llamafactory_adaptive.training.bound_run import RunRequest
 from llamafactory_adaptive.training.callback import AdaptiveCallback
 from llamafactory_adaptive.training.guard import PlanGuard

@@ -141,7 +141,7 @@ def test_plan_of_a_search_without_max_steps_counts_the_rows(write, capsys):
     ("change", "words"),
     [
         ({"max_steps": -1, "num_train_epochs": 2.0}, "an allocation every 3 steps (0.25 of an epoch), final from"),
-        ({"max_steps": 60, "packing": True}, "the steps of an epoch follow from the data: the table takes 20"),
+        ({"max_steps": 60, "packing": True}, "the steps of an epoch follow from the data: 20 are taken here"),
     ],
 )
 def test_plan_of_a_search_by_epochs_counts_the_rows_or_says_what_it_takes(write, capsys, change, words):

@@ -2,7 +2,7 @@
 
 from llamafactory_adaptive.config.key_checks import check_given
 from llamafactory_adaptive.methods import make_method
-from llamafactory_adaptive.ranks.schedule import GivenRanksConfig
+from llamafactory_adaptive.ranks.search_config import GivenRanksConfig
 
 
 def test_given_ranks_train_in_their_own_form_only_where_that_is_possible():

@@ -15,7 +15,7 @@ from llamafactory_adaptive.config.key_checks import check_reallocation
 from llamafactory_adaptive.config.search_conflicts import check_search_conflicts
 from llamafactory_adaptive.methods import make_method
 from llamafactory_adaptive.methods.tsq import Tsq, TsqOptions
-from llamafactory_adaptive.ranks.schedule import ReallocationConfig
+from llamafactory_adaptive.ranks.search_config import ReallocationConfig
 
 
 ZERO = {"stage": 3, "round_robin_gradients": True}

@@ -16,7 +16,7 @@ from llamafactory_adaptive.planning.earlier_plans import check_resumed_run
 from llamafactory_adaptive.planning.planner import start_plan
 from llamafactory_adaptive.planning.start_message import start_message
 from llamafactory_adaptive.ranks.plan import ModuleShape, load_plan, parse_plan
-from llamafactory_adaptive.ranks.schedule import PruningConfig
+from llamafactory_adaptive.ranks.search_config import PruningConfig
 from tests.helpers.searches import trainer_of
 from tests.helpers.tiny import tiny_model
 

@@ -13,6 +13,7 @@ import pytest
 from llamafactory_adaptive.errors import AdaptiveError
 from llamafactory_adaptive.methods import (
     DynamicMethod,
+    ExchangingMethod,
     MethodTraits,
     ProbingMethod,
     ReallocatingMethod,
@@ -52,7 +53,12 @@ def protocol_members(*protocols):
     return {name for name in names if not name.startswith("_")}
 
 
-PROTOCOLS = {"fixed": StaticMethod, "prune": DynamicMethod, "reallocate": ReallocatingMethod}
+PROTOCOLS = {
+    "fixed": StaticMethod,
+    "prune": DynamicMethod,
+    "reallocate": ReallocatingMethod,
+    "exchange": ExchangingMethod,
+}
 ALL_TRAITS = [
     MethodTraits(strategy, probes, relative, samples)
     for strategy, probes, relative, samples in itertools.product(PROTOCOLS, *3 * [(False, True)])
@@ -84,6 +90,7 @@ def test_a_method_of_singular_values_observes_nothing():
         ("svd", {}, MethodTraits("prune")),
         ("adalora", {}, MethodTraits("prune", scales_by_start=True)),
         ("adalora", {"scale": "lora_rank"}, MethodTraits("prune")),
+        ("elalora", {}, MethodTraits("exchange")),
         ("igu", {}, MethodTraits("prune")),
         ("igu", {"importance": "off"}, MethodTraits("prune")),
         ("igu", {"importance": "integrated"}, MethodTraits("prune", probes=True)),
@@ -155,10 +162,10 @@ def test_a_whole_method_is_taken(register):
     ("cls", "said"),
     [
         (without("traits"),
-         "it has no traits: declare traits = MethodTraits(strategy), with one of prune, reallocate, fixed"),
+         "it has no traits: declare traits = MethodTraits(strategy), with one of prune, reallocate, exchange, fixed"),
         (without(traits="fixed"), "it has no traits: declare traits = "),
         (without(traits=MethodTraits("pruning")),
-         "its strategy is 'pruning', and must be one of prune, reallocate, fixed"),
+         "its strategy is 'pruning', and must be one of prune, reallocate, exchange, fixed"),
         (without("Options"), "it lacks Options, the dataclass of its options"),
         (without("score"), "it lacks score, which its traits (strategy 'fixed') demand"),
         (without("score", "concentration_advice"), "it lacks concentration_advice, score, which its traits"),

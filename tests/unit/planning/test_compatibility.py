@@ -11,7 +11,7 @@ from llamafactory_adaptive.planning.compatibility import check_plan, check_same_
 from llamafactory_adaptive.planning.earlier_plans import check_resumed_run
 from llamafactory_adaptive.planning.planner import start_plan
 from llamafactory_adaptive.ranks.plan import ModuleShape
-from llamafactory_adaptive.ranks.schedule import GivenRanksConfig, PruningConfig
+from llamafactory_adaptive.ranks.search_config import GivenRanksConfig, PruningConfig
 from tests.helpers.plans import make_plan
 
 

@@ -9,7 +9,7 @@ from llamafactory_adaptive.methods import Scores
 from llamafactory_adaptive.planning.planner import allocate_plan, build_plan, start_plan
 from llamafactory_adaptive.ranks.allocation import Bounds, allocate
 from llamafactory_adaptive.ranks.plan import ModuleShape
-from llamafactory_adaptive.ranks.schedule import PruningConfig, ReallocationConfig
+from llamafactory_adaptive.ranks.search_config import PruningConfig, ReallocationConfig
 from tests.helpers.plans import plan_request
 
 

@@ -14,7 +14,7 @@ from llamafactory_adaptive.methods import get_method
 from llamafactory_adaptive.planning.cache import CACHE_ENV
 from llamafactory_adaptive.planning.sources import advice, fresh_plan, obtain_plan
 from llamafactory_adaptive.ranks.plan import ModuleShape
-from llamafactory_adaptive.ranks.schedule import GivenRanksConfig, PruningConfig
+from llamafactory_adaptive.ranks.search_config import GivenRanksConfig, PruningConfig
 
 
 SHAPES = [ModuleShape(f"model.layers.{i}.mlp.{kind}", 16, 16) for i in range(3) for kind in ("up_proj", "down_proj")]

@@ -8,7 +8,7 @@ from llamafactory_adaptive.calibration.measurement import needs_rows
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.methods import get_method, is_dynamic, methods
 from llamafactory_adaptive.planning.start_message import start_message
-from llamafactory_adaptive.ranks.schedule import GivenRanksConfig, PruningConfig
+from llamafactory_adaptive.ranks.search_config import ExchangeConfig, GivenRanksConfig, PruningConfig
 
 
 CONFIG = AdaptiveConfig("sensitivity", {}, "params", 4, 8.0, 1, 16, None, CalibrationConfig(None, 77, 2, 0))
@@ -40,4 +40,8 @@ def test_a_given_plan_and_a_search_score_nothing():
     search = dataclasses.replace(CONFIG, method="igu", search=PruningConfig(9, 0.1, 0.7, 2, None, 0))
     assert start_message(search).startswith(
         "igu finds the ranks while it trains, from rank 9 to the cost of uniform rank 4;"
+    )
+    search = dataclasses.replace(CONFIG, method="elalora", search=ExchangeConfig(16, 0.1, 0.3, 10, 0))
+    assert start_message(search).startswith(
+        "elalora finds the ranks while it trains, at most rank 16 a module, at the cost of uniform rank 4;"
     )

@@ -6,8 +6,6 @@ from hypothesis import strategies as st
 
 from llamafactory_adaptive.errors import AdaptiveConfigError
 from llamafactory_adaptive.ranks.schedule import (
-    PruningConfig,
-    ReallocationConfig,
     Refreshes,
     Schedule,
     SingleCut,
@@ -15,6 +13,7 @@ from llamafactory_adaptive.ranks.schedule import (
     make_schedule,
     short_run_warning,
 )
+from llamafactory_adaptive.ranks.search_config import ExchangeConfig, PruningConfig, ReallocationConfig
 
 
 def pruning(warmup=0.1, final=0.3, interval=10):
@@ -93,6 +92,18 @@ def test_a_single_cut_comes_where_ranks_become_final(final, at):
     assert plan.is_final(at)
     assert plan.describe("ranks") == f"1,600 ranks, cut to 800 at step {at}"
     assert short_run_warning(plan, 100) is None, "one choice is what is meant"
+
+
+def test_exchanges_come_at_equal_distances_after_the_warm_up_and_leave_the_budget_as_it_is():
+    plan = make_schedule(ExchangeConfig(32, 0.1, 0.3, 20, 0), 100, 790, 800)
+    assert [t for t in range(101) if plan.due(t)] == [20, 40, 60, 70]
+    assert [plan.budget(t) for t in (0, 40, 100)] == [800] * 3
+    assert [plan.progress(t) for t in (0, 10, 40, 70, 100)] == [0.0, 0.0, 0.5, 1.0, 1.0]
+    assert [t for t in range(101) if plan.is_final(t)] == list(range(70, 101))
+    assert plan.describe("ranks") == "800 ranks, exchanged every 20 steps between steps 10 and 70"
+    plan = make_schedule(ExchangeConfig(32, 0.1, 0.3, None, 0, interval_epochs=0.5), 100, 790, 800, epoch_steps=60)
+    assert plan.describe("ranks") == "800 ranks, exchanged every 30 steps (0.5 of an epoch) between steps 10 and 70"
+    assert "set adaptive_interval_epochs: 0.1" in short_run_warning(plan, 100)
 
 
 def test_refreshes_come_at_equal_distances_and_never_at_the_very_end():

@@ -7,7 +7,7 @@ import pytest
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
-from llamafactory_adaptive.ranks.schedule import ReallocationConfig
+from llamafactory_adaptive.ranks.search_config import ReallocationConfig
 from llamafactory_adaptive.training.rank_search import RankSearchState
 
 

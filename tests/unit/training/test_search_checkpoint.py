@@ -10,7 +10,7 @@ from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationC
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import STATE_JSON
 from llamafactory_adaptive.methods import make_method
-from llamafactory_adaptive.ranks.schedule import PruningConfig
+from llamafactory_adaptive.ranks.search_config import PruningConfig
 from llamafactory_adaptive.training.checkpoint import read_state
 from llamafactory_adaptive.training.probe_budget import ProbeBudget
 from llamafactory_adaptive.training.rank_search import RankSearchState

@@ -14,7 +14,7 @@ from llamafactory_adaptive.errors import AdaptiveConfigError, GuardError
 from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE
 from llamafactory_adaptive.methods import make_method
 from llamafactory_adaptive.ranks.plan import load_plan
-from llamafactory_adaptive.ranks.schedule import PruningConfig
+from llamafactory_adaptive.ranks.search_config import PruningConfig
 from llamafactory_adaptive.training.bound_run import RunRequest
 from llamafactory_adaptive.training.callback import AdaptiveCallback
 from llamafactory_adaptive.training.guard import PlanGuard
