@@ -128,7 +128,6 @@ def _begin_afresh(args: Args) -> None:
 def _make_callback(
     args: Args, source: "PlanSource", adaptive: AdaptiveConfig, checkpoint: Path | None, started: float
 ) -> Any:
-    from llamafactory_adaptive.adapter.starting_factors import StartingFactors
     from llamafactory_adaptive.bridge.host_callback import HostCallback
     from llamafactory_adaptive.methods import make_method
     from llamafactory_adaptive.training.bound_run import RunRequest
@@ -137,17 +136,25 @@ def _make_callback(
     from llamafactory_adaptive.training.run_log import RunLog
 
     method, plan = make_method(adaptive.method, adaptive.options), source.plan
-    start = source.start and StartingFactors(adaptive.init, source.start.path, adaptive.init_gamma)
     request = RunRequest(
         adaptive.max_nonfinite_steps,
         search=SearchRequest(plan, adaptive, method) if adaptive.search or adaptive.given else None,
         samples=_sample_request(args, method.sampling) if method.traits.samples else None,
         layout=layout(args),
-        start=start,
+        start=_starting_factors(source, adaptive),
     )
     log = RunLog(plan.method, time.perf_counter() - started)
     guard, remedy = PlanGuard(plan, log, is_final=adaptive.search is None), "llamafactory-adaptive doctor checks why"
     return HostCallback(guard, request, checkpoint, remedy)
+
+
+def _starting_factors(source: "PlanSource", adaptive: AdaptiveConfig) -> Any:
+    """Return what the factors of a fresh adapter start from; None where they start as PEFT starts them."""
+    from llamafactory_adaptive.adapter.starting_factors import StartingFactors
+
+    if source.start is None:
+        return None
+    return StartingFactors(adaptive.init, source.start.path, adaptive.init_gamma)
 
 
 def _sample_request(args: Args, sampling: Any) -> Any:
