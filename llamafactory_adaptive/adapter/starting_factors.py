@@ -65,4 +65,5 @@ def compressed_gradient(rows: Tensor, d_in: int, scale: float, gamma: float) -> 
     """
     a, projected = rows[:, :d_in].double(), rows[:, d_in:].double()
     xi = gamma * math.sqrt(d_in / len(rows)) / scale
-    return -xi * torch.linalg.solve(a @ a.T, projected).T
+    best: Tensor = torch.linalg.solve(a @ a.T, projected).T
+    return -xi * best

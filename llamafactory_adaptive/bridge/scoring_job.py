@@ -45,8 +45,7 @@ class ScoringJob:
     @classmethod
     def from_run(cls, run: CheckedRun, modules: Iterable[str], measurement: Measurement, path: Path) -> "ScoringJob":
         """Build the job for one measurement of a run."""
-        of_start = isinstance(measurement, (InputDirections, GradientProjections))
-        rank = measurement.rank if of_start else None
+        rank = measurement.rank if isinstance(measurement, (InputDirections, GradientProjections)) else None
         return cls(scoring_settings(run.args), run.config, tuple(modules), measurement.key, path, rank)
 
     def to_json(self) -> dict[str, Any]:

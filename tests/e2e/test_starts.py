@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from llamafactory_adaptive.adapter.starting_factors import StartingFactors, compressed_gradient
 from llamafactory_adaptive.bridge import measure_process
+from llamafactory_adaptive.bridge.scoring_job import ScoringJob
 from llamafactory_adaptive.planning.cache import CACHE_ENV, cache_folder
 from llamafactory_adaptive.ranks.plan import load_plan
 from tests.helpers.commands import EXAMPLES
@@ -26,7 +27,7 @@ def measured_here(monkeypatch, tmp_path):
     """Measure in this process, which has imported everything: only how long a run takes differs."""
 
     def run_job(job):
-        measure_process.run_measurement_job(job)
+        measure_process.run_measurement_job(ScoringJob.from_json(json.loads(json.dumps(job.to_json()))))
         PartialState._reset_state()
 
     monkeypatch.setattr(measure_process, "run_job", run_job)
