@@ -38,12 +38,18 @@ class StartingFactors:
             for name, (a, b) in factors.items():
                 r, d_in = a.weight.shape  # type: ignore[misc]
                 rows = file.get_tensor(name)[:r]
+                a.weight.copy_(rows[:, :d_in])  # type: ignore[operator]
                 if self.kind == "gora":
-                    a.weight.copy_(rows[:, :d_in])  # type: ignore[operator]
                     b.weight.copy_(compressed_gradient(rows, int(d_in), scale, self.gamma))  # type: ignore[operator]
-                else:
-                    a.weight.copy_(rows)  # type: ignore[operator]
         return len(factors)
+
+    def is_start(self, name: str, a: Tensor, b: Tensor, scale: float) -> bool:
+        """Tell whether B (d_out, r) of a module is still what it started from; A (r, d_in) gives the sizes."""
+        if self.kind != "gora":
+            return not bool(b.any())
+        with safe_open(self.path, framework="pt") as file:
+            rows = file.get_tensor(name)[: len(a)]
+        return torch.equal(compressed_gradient(rows, a.shape[1], scale, self.gamma).to(b.dtype), b)
 
 
 def compressed_gradient(rows: Tensor, d_in: int, scale: float, gamma: float) -> Tensor:

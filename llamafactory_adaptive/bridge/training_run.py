@@ -136,15 +136,17 @@ def _make_callback(
     from llamafactory_adaptive.training.run_log import RunLog
 
     method, plan = make_method(adaptive.method, adaptive.options), source.plan
+    start = _starting_factors(source, adaptive)
     request = RunRequest(
         adaptive.max_nonfinite_steps,
         search=SearchRequest(plan, adaptive, method) if adaptive.search or adaptive.given else None,
         samples=_sample_request(args, method.sampling) if method.traits.samples else None,
         layout=layout(args),
-        start=_starting_factors(source, adaptive),
+        start=start,
     )
     log = RunLog(plan.method, time.perf_counter() - started)
-    guard, remedy = PlanGuard(plan, log, is_final=adaptive.search is None), "llamafactory-adaptive doctor checks why"
+    guard = PlanGuard(plan, log, is_final=adaptive.search is None, start=start)
+    remedy = "llamafactory-adaptive doctor checks why"
     return HostCallback(guard, request, checkpoint, remedy)
 
 

@@ -89,9 +89,11 @@ def test_a_resumed_run_does_not_start_again(measured_here, tiny_llama, data_dir,
 
 @pytest.mark.repeats
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
-def test_two_processes_start_from_the_same_factors(engine, tiny_llama, data_dir, tmp_path, monkeypatch):
-    monkeypatch.setenv(CACHE_ENV, str(tmp_path / "cache"))
-    out, more = tmp_path / "out", {"adaptive_init": "eva", "learning_rate": 0.0, "max_steps": 1}
+def test_two_processes_start_from_the_same_factors(engine, measured_here, tiny_llama, data_dir, tmp_path):
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    more = {"adaptive_init": "eva", "learning_rate": 0.0, "max_steps": 1}
+    train(started(tiny_llama, data_dir, alone, **more))  # which leaves in the cache what both processes then read
     deepspeed = {"deepspeed": str(EXAMPLES / "deepspeed" / "ds_z2_config.json")} if engine == "zero2" else {}
     train_on_two(started(tiny_llama, data_dir, out, **more, **deepspeed), tmp_path / "logs")
     check_start(out, "eva")
+    assert adapters_equal(alone, out)

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from safetensors.torch import save_file
 
-from llamafactory_adaptive.adapter.lora import contract_arguments, live_factors
+from llamafactory_adaptive.adapter.lora import PlannedLoraConfig, live_factors, lora_config_arguments
 from llamafactory_adaptive.adapter.starting_factors import StartingFactors, compressed_gradient
+from llamafactory_adaptive.adapter.verify import check_saved
+from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
 from tests.helpers.lora import mixed_ranks
 from tests.helpers.tiny import tiny_model
 
@@ -42,20 +44,47 @@ def test_the_first_update_is_as_large_as_a_step_at_the_rate_gamma(rank, scale):
     assert float((update * gradient).sum()) < 0, "downhill"
 
 
-@pytest.mark.parametrize("kind", ["eva", "gora"])
-def test_each_module_takes_as_many_rows_as_its_rank(kind, tmp_path):
+@pytest.fixture
+def planned():
+    """A model with the adapter of a plan of mixed ranks, and that plan."""
     model = tiny_model()
-    ranks = mixed_ranks(model)
-    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in ranks}
-    held = {
-        name: drawn(8, d_in + (d_out if kind == "gora" else 0), seed=number).float()
-        for number, (name, (d_out, d_in)) in enumerate(shapes.items())
+    sizes = {name: model.get_submodule(name).weight.shape for name in mixed_ranks(model)}
+    modules = tuple(ModulePlan(name, *sizes[name][::-1], rank=rank) for name, rank in mixed_ranks(model).items())
+    plan = RankPlan("random", {}, "params", 4, 8.0, modules)
+    return get_peft_model(model, PlannedLoraConfig(**lora_config_arguments(plan))), plan
+
+
+def held(kind, plan):
+    """What a start's file holds for the largest rank."""
+    return {
+        m.name: drawn(8, m.in_features + (m.out_features if kind == "gora" else 0), seed=number).float()
+        for number, m in enumerate(plan.modules)
     }
-    save_file(held, path := tmp_path / "start.safetensors")
-    adapted = get_peft_model(model, LoraConfig(**contract_arguments(ranks, 2.0)))
-    assert StartingFactors(kind, path, 0.05).copy_into(adapted, 2.0) == len(ranks)
-    for name, (a, b) in live_factors(adapted).items():
-        rows, d_in = held[name][: ranks[name]], shapes[name][1]
-        assert torch.equal(a.weight, rows[:, :d_in])
-        expected = compressed_gradient(rows, d_in, 2.0, 0.05).float() if kind == "gora" else torch.zeros_like(b.weight)
-        assert torch.equal(b.weight, expected)
+
+
+@pytest.mark.parametrize("kind", ["eva", "gora"])
+def test_each_module_takes_as_many_rows_as_its_rank(kind, planned, tmp_path):
+    adapted, plan = planned
+    save_file(tensors := held(kind, plan), path := tmp_path / "start.safetensors")
+    assert StartingFactors(kind, path, 0.05).copy_into(adapted, plan.scale) == len(plan.modules)
+    live = live_factors(adapted)
+    for module in plan.modules:
+        (a, b), rows = live[module.name], tensors[module.name][: module.rank]
+        assert torch.equal(a.weight, rows[:, : module.in_features])
+        compressed = compressed_gradient(rows, module.in_features, 2.0, 0.05).float() if kind == "gora" else None
+        assert torch.equal(b.weight, torch.zeros_like(b.weight) if compressed is None else compressed)
+
+
+@pytest.mark.parametrize("kind", ["eva", "gora"])
+def test_a_module_saved_as_it_started_counts_as_untrained(kind, planned, tmp_path):
+    adapted, plan = planned
+    save_file(held(kind, plan), path := tmp_path / "start.safetensors")
+    start = StartingFactors(kind, path, 0.05)
+    start.copy_into(adapted, plan.scale)
+    adapted.save_pretrained(tmp_path / "out")
+    assert check_saved(tmp_path / "out", plan, start) == len(plan.modules)
+    assert check_saved(tmp_path / "out", plan) == (len(plan.modules) if kind == "eva" else 0)
+    _, b = live_factors(adapted)[plan.modules[1].name]
+    b.weight.data[0, 0] += 1e-3
+    adapted.save_pretrained(tmp_path / "out")
+    assert check_saved(tmp_path / "out", plan, start) == len(plan.modules) - 1
