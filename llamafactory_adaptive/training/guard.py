@@ -127,10 +127,7 @@ class PlanGuard(RunPart):
         """
         self.verify_run()
         untrained, moved = check_saved(output, self.plan, self.start), self.counters.largest_learning_rate > 0
-        modules, state = (
-            len(self.plan.active),
-            f"B is still {'zero' if self.start is None else 'what it started from'}",
-        )
+        modules, state = len(self.plan.active), "B is still " + ("zero" if self.start is None else "as it started")
         # Under DeepSpeed no gradient was checked at the first step: a factor that never changed is the only sign.
         if moved and untrained and (untrained == modules or self.deepspeed):
             raise GuardError(
