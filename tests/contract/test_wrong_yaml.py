@@ -31,15 +31,8 @@ WRONG = [
     ({"adaptive_granularity": "head"}, "adaptive_granularity: 'head' is invalid: must be one of module, type, layer"),
     ({"adaptive_granularity": "type", **IGU}, "adaptive_method: igu chooses components one by one "
      "while it trains; try leaving it out, or adaptive_method: sensitivity"),
-    ({"adaptive_init": "evaa"}, "adaptive_init: 'evaa' is invalid: must be one of default, eva, gora; try "
-     "adaptive_init: eva"),
     ({"adaptive_init": "eva", **IGU}, "adaptive_init: 'eva' is invalid: adaptive_method: igu starts the factors that "
      "it trains by itself; try adaptive_init: default, or adaptive_method: sensitivity"),
-    ({"adaptive_init": "gora", "deepspeed": ZERO3}, "adaptive_init: 'gora' is invalid: under ZeRO-3 no process holds a "
-     "whole factor that could be set before training; try ZeRO-2, or adaptive_init: default"),
-    ({"adaptive_init": "eva", "adapter_name_or_path": "x"}, "adaptive_init: 'eva' is invalid: the adapter of "
-     "adapter_name_or_path is gone on with, and its factors are trained already; try create_new_adapter: true, or "
-     "adaptive_init: default"),
     ({"adaptive_init_gamma": 0.1, "adaptive_init": "eva"}, "adaptive_init_gamma: 0.1 is invalid: it is read with "
      "adaptive_init: gora alone; try leaving it out, or adaptive_init: gora"),
     ({**IGU, "adaptive_method": "svd", "adaptive_interval": 5}, "adaptive_interval: 5 is invalid: adaptive_method: svd "
