@@ -16,6 +16,7 @@ from llamafactory_adaptive.adapter.lora import (
     factors,
     live_layers,
 )
+from llamafactory_adaptive.adapter.starting_factors import StartingFactors
 from llamafactory_adaptive.engines.engine import full_shape
 from llamafactory_adaptive.errors import GuardError, first_of
 from llamafactory_adaptive.files import read_mapping
@@ -62,11 +63,16 @@ def _raise(faults: list[str], headline: str) -> None:
         raise GuardError(f"{headline}: {first_of(faults)}")
 
 
-def check_saved(folder: Path, plan: RankPlan) -> int:
+def check_saved(folder: Path, plan: RankPlan, start: StartingFactors | None = None) -> int:
     """Compare a saved adapter with the plan, from its files alone: config, patterns, tensor shapes and finiteness.
 
+    Args:
+        folder: folder of the adapter.
+        plan: what it should be.
+        start: what its factors started from; None where B started at zero.
+
     Returns:
-        The number of modules whose B factor is still exactly zero, that is, untrained.
+        The number of modules whose B factor is still exactly what it started from, that is, untrained.
 
     Raises:
         GuardError: the saved adapter is missing or differs from the plan; the message names the first faults.
@@ -77,7 +83,7 @@ def check_saved(folder: Path, plan: RankPlan) -> int:
             raise GuardError(f"no adapter was saved: {path} is missing")
     config = read_mapping(config_path, str(config_path), error=GuardError)
     faults = _config_faults(config, plan)
-    tensor_faults, untrained = _tensor_faults(weights_path, plan)
+    tensor_faults, untrained = _tensor_faults(weights_path, plan, start)
     _raise(faults + tensor_faults, f"the adapter saved in {folder} does not match the plan")
     return untrained
 
@@ -118,8 +124,8 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
-def _tensor_faults(path: Path, plan: RankPlan) -> tuple[list[str], int]:
-    """List the faults in names, shapes and finiteness of the saved factors, and count modules whose B is all zero."""
+def _tensor_faults(path: Path, plan: RankPlan, start: StartingFactors | None) -> tuple[list[str], int]:
+    """List the faults in names, shapes and finiteness of the saved factors, and count modules with an untrained B."""
     faults, untrained = [], 0
     with safe_open(path, framework="pt") as file:
         adapted = {_base_name(key).rpartition(".lora_")[0] for key in file.keys() if ".lora_" in key}  # noqa: SIM118
@@ -132,5 +138,6 @@ def _tensor_faults(path: Path, plan: RankPlan) -> tuple[list[str], int]:
                 faults.append(f"{module.name} holds A {tuple(a.shape)} and B {tuple(b.shape)}, planned {module.rank}")
             if not (bool(a.isfinite().all()) and bool(b.isfinite().all())):
                 faults.append(f"{module.name} holds NaN or infinity")
-            untrained += int(not bool(b.any()))
+            at_start = not bool(b.any()) if start is None else start.is_start(module.name, a, b, plan.scale)
+            untrained += int(at_start)
     return faults, untrained

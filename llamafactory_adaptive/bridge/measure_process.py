@@ -22,6 +22,7 @@ from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.files import digest_of, read_mapping, replacing
 from llamafactory_adaptive.methods import make_method
 from llamafactory_adaptive.planning.cache import cache_folder
+from llamafactory_adaptive.planning.starts import start_measurement
 from llamafactory_adaptive.reports.plaintext import tell
 
 
@@ -55,7 +56,13 @@ def measure_in_own_process(job: ScoringJob) -> None:
         CalibrationError: the measurement failed; the message is the child's own, or the last line that it printed.
     """
     model = job.settings["model_name_or_path"]
-    if needs_rows(_measurement(job)):
+    if job.start_rank is not None:
+        passes = "takes forward passes over them" if job.config.init == "eva" else "takes a backward pass over them"
+        tell(
+            f"computing what the factors start from (adaptive_init: {job.config.init}) on rows of "
+            f"{rows_of(job.settings)} in a process of its own; it loads {model} once, then {passes}"
+        )
+    elif needs_rows(_measurement(job)):
         tell(
             f"scoring {model} on rows of {rows_of(job.settings)} in a process of its own; it loads the model once, "
             "then takes about as long as a forward pass over them"
@@ -66,7 +73,11 @@ def measure_in_own_process(job: ScoringJob) -> None:
 
 
 def _measurement(job: ScoringJob) -> Measurement:
-    measurement: Measurement | None = make_method(job.config.method, job.config.options).measurement()
+    measurement: Measurement | None
+    if job.start_rank is not None:
+        measurement = start_measurement(job.config, job.start_rank)
+    else:
+        measurement = make_method(job.config.method, job.config.options).measurement()
     assert measurement is not None
     assert measurement.key == job.measurement
     return measurement

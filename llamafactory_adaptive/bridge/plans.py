@@ -14,6 +14,12 @@ from llamafactory_adaptive.planning.sources import PlanSource, obtain_plan
 from llamafactory_adaptive.training.guard import PLANS_DIFFER
 
 
+_STARTS_DIFFER = (
+    "would start from other factors than rank 0 (nodes that compute for themselves can differ in the last bit): use a "
+    "cache folder that all nodes share, or set adaptive_init: default"
+)
+
+
 @contextmanager
 def lock_output_folder(folder: Path) -> Iterator[None]:
     """Lock ``output_dir`` for this run, on rank 0 of the job; where that fails every process stops.
@@ -36,9 +42,10 @@ def agreed_plan(run: CheckedRun, checkpoint: Path | None) -> PlanSource:
     source, everyone = gather_facts(
         "the start of training with its rank plan",
         lambda: obtain_plan(run.config, LlamaFactoryRun(run, checkpoint)),
-        lambda obtained: (obtained.plan.digest(), digest_of(asked)),
+        lambda obtained: (obtained.plan.digest(), digest_of(asked), obtained.start and obtained.start.digest()),
         longest_scoring(run),
     )
-    refuse_differences([plan for plan, _ in everyone], PLANS_DIFFER)
-    refuse_differences([asked for _, asked in everyone], "were given other adaptive settings than rank 0")
+    refuse_differences([plan for plan, _, _ in everyone], PLANS_DIFFER)
+    refuse_differences([asked for _, asked, _ in everyone], "were given other adaptive settings than rank 0")
+    refuse_differences([start for _, _, start in everyone], _STARTS_DIFFER)
     return source

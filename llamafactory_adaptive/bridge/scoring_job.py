@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llamafactory_adaptive.adapter.eva import InputDirections
 from llamafactory_adaptive.bridge.arguments import Args, our_keys, split_names
 from llamafactory_adaptive.bridge.checked_run import CheckedRun
 from llamafactory_adaptive.bridge.host_check import OTHER_PROCESS
 from llamafactory_adaptive.bridge.target_shapes import calibration_rows
+from llamafactory_adaptive.calibration.gradient_projections import GradientProjections
 from llamafactory_adaptive.calibration.measurement import Measurement
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 
@@ -30,6 +32,7 @@ class ScoringJob:
         modules: names of the target modules.
         measurement: key of what is measured.
         path: file for the statistics, in an empty folder that is removed if the process that wants them is killed.
+        start_rank: the largest rank, where the start of the factors is measured; None for what the method scores by.
     """
 
     settings: Args
@@ -37,11 +40,13 @@ class ScoringJob:
     modules: tuple[str, ...]
     measurement: str
     path: Path
+    start_rank: int | None = None
 
     @classmethod
     def from_run(cls, run: CheckedRun, modules: Iterable[str], measurement: Measurement, path: Path) -> "ScoringJob":
         """Build the job for one measurement of a run."""
-        return cls(scoring_settings(run.args), run.config, tuple(modules), measurement.key, path)
+        rank = measurement.rank if isinstance(measurement, (InputDirections, GradientProjections)) else None
+        return cls(scoring_settings(run.args), run.config, tuple(modules), measurement.key, path, rank)
 
     def to_json(self) -> dict[str, Any]:
         """Encode the job as a mapping of JSON values."""
@@ -51,7 +56,8 @@ class ScoringJob:
     def from_json(cls, values: Mapping[str, Any]) -> "ScoringJob":
         """Build the job from what :meth:`to_json` returned."""
         config, modules = AdaptiveConfig.from_json(values["config"]), tuple(values["modules"])
-        return cls(values["settings"], config, modules, values["measurement"], Path(values["path"]))
+        path, rank = Path(values["path"]), values["start_rank"]
+        return cls(values["settings"], config, modules, values["measurement"], path, rank)
 
 
 def scoring_settings(args: Args) -> Args:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llamafactory_adaptive.bridge.arguments import Args, asks_for_adaptive, our_keys, run_seed
 from llamafactory_adaptive.bridge.checked_run import CheckedRun, checked_run
@@ -21,10 +21,12 @@ from llamafactory_adaptive.bridge.resuming import (
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import refuse
 from llamafactory_adaptive.launcher import accelerate_starts, is_worker, launched_number, local_rank
-from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.training.current_run import current_run
 from llamafactory_adaptive.training.previous_run import set_previous_run_aside
 
+
+if TYPE_CHECKING:
+    from llamafactory_adaptive.planning.sources import PlanSource
 
 logger = logging.getLogger("llamafactory.adaptive")
 
@@ -85,7 +87,7 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], c
     host_args = what_the_host_resumes(args, checkpoint)
     if checkpoint is None:
         _begin_afresh(args)
-    callback = _make_callback(args, source.plan, adaptive, checkpoint, started)
+    callback = _make_callback(args, source, adaptive, checkpoint, started)
     if local_rank() == 0:
         for line in advice(source.plan, adaptive):
             callback.guard.log.warn(line)
@@ -124,7 +126,7 @@ def _begin_afresh(args: Args) -> None:
 
 
 def _make_callback(
-    args: Args, plan: RankPlan, adaptive: AdaptiveConfig, checkpoint: Path | None, started: float
+    args: Args, source: "PlanSource", adaptive: AdaptiveConfig, checkpoint: Path | None, started: float
 ) -> Any:
     from llamafactory_adaptive.bridge.host_callback import HostCallback
     from llamafactory_adaptive.methods import make_method
@@ -133,16 +135,28 @@ def _make_callback(
     from llamafactory_adaptive.training.masked_search import SearchRequest
     from llamafactory_adaptive.training.run_log import RunLog
 
-    method = make_method(adaptive.method, adaptive.options)
+    method, plan = make_method(adaptive.method, adaptive.options), source.plan
+    start = _starting_factors(source, adaptive)
     request = RunRequest(
         adaptive.max_nonfinite_steps,
         search=SearchRequest(plan, adaptive, method) if adaptive.search or adaptive.given else None,
         samples=_sample_request(args, method.sampling) if method.traits.samples else None,
         layout=layout(args),
+        start=start,
     )
     log = RunLog(plan.method, time.perf_counter() - started)
-    guard, remedy = PlanGuard(plan, log, is_final=adaptive.search is None), "llamafactory-adaptive doctor checks why"
+    guard = PlanGuard(plan, log, is_final=adaptive.search is None, start=start)
+    remedy = "llamafactory-adaptive doctor checks why"
     return HostCallback(guard, request, checkpoint, remedy)
+
+
+def _starting_factors(source: "PlanSource", adaptive: AdaptiveConfig) -> Any:
+    """Return what the factors of a fresh adapter start from; None where they start as PEFT starts them."""
+    from llamafactory_adaptive.adapter.starting_factors import StartingFactors
+
+    if source.start is None:
+        return None
+    return StartingFactors(adaptive.init, source.start.path, adaptive.init_gamma)
 
 
 def _sample_request(args: Args, sampling: Any) -> Any:

@@ -21,6 +21,7 @@ from llamafactory_adaptive.config.host_conflicts import (
     check_sampling_conflicts,
 )
 from llamafactory_adaptive.config.host_environment import check_environment
+from llamafactory_adaptive.config.init_checks import check_init
 from llamafactory_adaptive.config.key_checks import (
     check_budget,
     check_given,
@@ -95,6 +96,7 @@ def _in_training(
     made = make_method(name, options)
     problems = contradictions(cls.Options(**options))
     problems += check_kind(args, name, is_dynamic(cls), made.traits.strategy, made.traits.spectral)
+    problems += check_init(args, common, name, is_dynamic(cls))
     if made.traits.samples:
         problems += check_sampling_conflicts(args)
     if common["adaptive_plan"] is not None:

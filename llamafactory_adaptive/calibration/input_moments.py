@@ -111,7 +111,7 @@ class InputSecondMoments:
                 elif forward is not None:
                     forward(model, batch)
                 else:
-                    _forward_pass(model, modules, batch)
+                    forward_to_targets(model, modules, batch)
         return collector.means()
 
 
@@ -196,7 +196,7 @@ class _MomentCollector:
         return means
 
 
-def _forward_pass(model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch) -> None:
+def forward_to_targets(model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch) -> None:
     """Run the model on a batch; its output head is left out unless it is a target, since the logits are not used."""
     body = getattr(model, "base_model", model)
     targets = set(map(id, modules.values()))

@@ -28,6 +28,11 @@ _HALVES: dict[str, Settings] = {
     "tsq_ranks": {"adaptive_method": "tsq", "tsq_sampling": False},
     "tsq_samples": {"adaptive_method": "tsq", "tsq_reallocation": False},
 }
+# Starts computed from data, each on the ranks of its paper that are methods of ours.
+_STARTS: dict[str, Settings] = {
+    "eva": {"adaptive_method": "uniform", "adaptive_init": "eva"},
+    "gora": {"adaptive_method": "gora_ranks", "adaptive_init": "gora"},
+}
 # Keys of a variant, which an arm that does not name them is without, whatever the YAML says.
 _KEYS_OF_VARIANTS = (*dict.fromkeys(key for keys in _VARIANTS.values() for key in keys), "loraplus_lr_embedding",
                      "pissa_iter")  # fmt: skip
@@ -142,9 +147,9 @@ def without_twins(
 
 
 def built_in_arms() -> dict[str, Arm]:
-    """Return the arms that have a name: variants of LoRA, every registered method, and the two halves of TsqLoRA."""
+    """Return the arms that have a name: variants of LoRA, methods, the two halves of TsqLoRA, starts from data."""
     kinds = {name: {"finetuning_type": "lora", **settings} for name, settings in _VARIANTS.items()}
-    adaptive = {name: {"adaptive_method": name} for name in methods()} | _HALVES
+    adaptive = {name: {"adaptive_method": name} for name in methods()} | _HALVES | _STARTS
     kinds |= {name: {"finetuning_type": "adaptive", **settings} for name, settings in adaptive.items()}
     return {name: Arm(name, settings) for name, settings in kinds.items()}
 

@@ -75,6 +75,21 @@ class AdaptiveArguments:
         unit="steps",
         low=1,
     )
+    adaptive_init: str = option(
+        "default",
+        "What the factors of LoRA start from, in methods that fix ranks before training: default as PEFT starts them "
+        "(A random, B zero); eva takes for A the directions in which each module's inputs vary most (EVA); gora takes "
+        "for B the gradient of the base weights, compressed by a random A (GoRA). Both need one more pass over the "
+        "calibration rows, before training.",
+        choices=("default", "eva", "gora"),
+    )
+    adaptive_init_gamma: float = option(
+        0.05,
+        "Size of the first update with adaptive_init: gora, as the learning rate of a step of gradient descent whose "
+        "update has this norm, for gradients without preferred directions.",
+        low=0.0,
+        high=100.0,
+    )
     adaptive_plan: str | None = option(
         None, "Path of a saved adaptive_rank_plan.json whose ranks are trained; no ranks are computed then."
     )

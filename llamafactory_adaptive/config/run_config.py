@@ -44,6 +44,8 @@ class AdaptiveConfig:
             LoRA.
         granularity: modules that share one score, where scores are made before training: each ``module`` has its own,
             or all of a ``type`` or a ``layer`` have one.
+        init: what the factors start from, ``default``, ``eva`` or ``gora``.
+        init_gamma: size of the first update with ``gora``.
     """
 
     method: str
@@ -61,6 +63,8 @@ class AdaptiveConfig:
     best_model_from: str = "final"
     given: GivenRanksConfig | None = None
     granularity: str = "module"
+    init: str = "default"
+    init_gamma: float = 0.05
 
     @classmethod
     def from_checked(
@@ -106,6 +110,8 @@ class AdaptiveConfig:
             best_model_from=common["adaptive_best_model_from"],
             given=given,
             granularity=common["adaptive_granularity"],
+            init=common["adaptive_init"],
+            init_gamma=common["adaptive_init_gamma"],
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The rank allocation of GoRA (arXiv 2502.12171), without its start: ranks by gradients of the base weights.
+"""The rank allocation of GoRA (arXiv 2502.12171): ranks by gradients of the base weights.
 
     G_m = mean gradient of the loss for W_m over the calibration data
     I_m = mean |W_m * G_m|, element-wise                                   (Section 3, rank allocation)
@@ -8,9 +8,10 @@ The paper's budget is ``sum_m sqrt(d_in + d_out) r_ref``, of which a module gets
 proportions are scaled to the exact budget in parameters or ranks, within ``adaptive_min_rank`` and
 ``adaptive_max_rank``.
 
-What is left out, and why the method is not called ``gora``: GoRA also starts B from the gradient, compressed by the
-pseudo-inverse of A. Here the adapter starts as LoRA does. Gradients come from the calibration samples, not from the
-first steps of training; the loss is summed over tokens and divided by their number.
+GoRA also starts B from the gradient, compressed by the pseudo-inverse of A: with ``adaptive_init: gora`` this is the
+whole of GoRA. Without that key the adapter starts as LoRA does, which is why the method is not called ``gora``.
+Gradients come from the calibration samples, not from the first steps of training; the loss is summed over tokens and
+divided by their number.
 
 Cost: one forward and backward pass; on the host's memory 4 bytes for every target weight (28 GB for 7B), since the
 gradients of all samples are summed before their size counts.

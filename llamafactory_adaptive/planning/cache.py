@@ -39,7 +39,7 @@ def cache_folder() -> Path:
     default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "llamafactory_adaptive")
     folder = Path(os.path.expanduser(os.environ.get(CACHE_ENV) or default))
     try:
-        for part in ("plans", "statistics", "quality"):
+        for part in ("plans", "statistics", "quality", "starts"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         if not os.access(folder / "plans", os.W_OK):
             raise PermissionError("it is not writable")
@@ -76,7 +76,7 @@ class PlanRequest:
 
 
 # Settings that have no part in a computed plan: with a new one in it, no plan in a filled cache would be found.
-_NOT_ASKED = ("max_nonfinite_steps", "asked_alpha", "best_model_from", "given")
+_NOT_ASKED = ("max_nonfinite_steps", "asked_alpha", "best_model_from", "given", "init", "init_gamma")
 
 
 def statistics_path(request: PlanRequest, measurement: Measurement) -> Path:
@@ -150,6 +150,16 @@ def wait_for_plan(path: Path, seconds: float, failed: Callable[[], str | None] =
     """Wait until the planning process of the node has written plan and checksum, and read the plan.
 
     Raises:
+        OtherProcessError, CalibrationError: as in :func:`wait_for_entry`.
+    """
+    wait_for_entry(path, "plan", seconds, failed)
+    return load_plan(path)
+
+
+def wait_for_entry(path: Path, what: str, seconds: float, failed: Callable[[], str | None]) -> None:
+    """Wait until the planning process of the node has written an entry of the cache and its checksum.
+
+    Raises:
         OtherProcessError: the planning process failed, with the message that ``failed`` returns.
         CalibrationError: the time limit passed.
     """
@@ -159,7 +169,6 @@ def wait_for_plan(path: Path, seconds: float, failed: Callable[[], str | None] =
             raise OtherProcessError(message)
         if time.monotonic() > deadline:
             raise CalibrationError(
-                f"no plan appeared at {path} within {seconds:g} s: see the messages of the process that scores"
+                f"no {what} appeared at {path} within {seconds:g} s: see the messages of the process that scores"
             )
         time.sleep(0.2)
-    return load_plan(path)

@@ -8,7 +8,7 @@ from typing import Any
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import PlanError, first_of
 from llamafactory_adaptive.options import with_earlier_values
-from llamafactory_adaptive.ranks.plan import ASKED_ALPHA, GRANULARITY, ModuleShape, RankPlan, load_plan
+from llamafactory_adaptive.ranks.plan import ASKED_ALPHA, GRANULARITY, INIT, ModuleShape, RankPlan, load_plan
 
 
 def check_shapes(plan: RankPlan, shapes: list[ModuleShape], source: str) -> None:
@@ -104,7 +104,7 @@ def check_same_run(plan: RankPlan, config: AdaptiveConfig, source: str, method: 
             asked |= {"adaptive_method": config.method, **flat_options(config)}
             theirs |= sampling
         ours_too, theirs_too = _second_stages(plan, config, method)
-        asked, theirs = asked | ours_too, theirs | theirs_too
+        asked, theirs = asked | init_settings(config) | ours_too, theirs | theirs_too
     else:
         for option in method.traits.only_with_plan:
             asked.pop(f"{config.method}_{option}", None)
@@ -153,9 +153,16 @@ def _asked(config: AdaptiveConfig) -> dict[str, Any]:
         "adaptive_min_rank": config.min_rank,
         "adaptive_max_rank": config.max_rank,
         "adaptive_granularity": config.granularity,
+        **init_settings(config),
         **_search(config),
         **flat_options(config),
     }
+
+
+def init_settings(config: AdaptiveConfig) -> dict[str, Any]:
+    """Return the settings that determine what the factors start from, by YAML key."""
+    size = {"adaptive_init_gamma": config.init_gamma} if config.init == "gora" else {}
+    return {"adaptive_init": config.init, **size}
 
 
 def flat_options(config: AdaptiveConfig) -> dict[str, Any]:
@@ -212,6 +219,8 @@ def _of_plan(plan: RankPlan) -> dict[str, Any]:
         "adaptive_plan": plan.provenance.get("adaptive_plan"),
         **plan.provenance.get("bounds", {}),
         "adaptive_granularity": plan.provenance.get(GRANULARITY, "module"),
+        "adaptive_init": "default",
+        **plan.provenance.get(INIT, {}),
         **{f"adaptive_calibration_{key}": value for key, value in calibration.items()},
         **{_search_key(key): value for key, value in plan.provenance.get("course", {}).items()},
         **{f"{plan.method}_{key}": value for key, value in plan.options.items()},

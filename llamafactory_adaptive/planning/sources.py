@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from llamafactory_adaptive.config.key_checks import CALIBRATION_KEYS
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.engines.distributed import failure_of
 from llamafactory_adaptive.errors import PlanError
@@ -16,7 +17,8 @@ from llamafactory_adaptive.methods import get_method, make_method, methods
 from llamafactory_adaptive.planning import cache, compatibility, planner
 from llamafactory_adaptive.planning.earlier_plans import check_resumed_run
 from llamafactory_adaptive.planning.host import HostRun
-from llamafactory_adaptive.ranks.plan import RankPlan, load_plan
+from llamafactory_adaptive.planning.starts import StartFile, obtain_start
+from llamafactory_adaptive.ranks.plan import INIT, RankPlan, load_plan
 
 
 logger = logging.getLogger("llamafactory.adaptive")
@@ -30,10 +32,12 @@ class PlanSource:
         plan: what the run trains; the over-ranked start of a search.
         origin: ``resumed`` from a checkpoint, ``continued`` from an adapter, ``given`` as a file, ``started`` for a
             search, ``re-used`` from the cache, ``scored``.
+        start: what the factors start from; None where they start as PEFT starts them, or are trained already.
     """
 
     plan: RankPlan
     origin: Literal["resumed", "continued", "given", "started", "re-used", "scored"]
+    start: StartFile | None = None
 
 
 def obtain_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:
@@ -46,7 +50,10 @@ def obtain_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:
         return _plan_of_checkpoint(config, host, host.checkpoint)
     if host.adapter is not None:
         return _plan_of_adapter(config, host, host.adapter)
-    return fresh_plan(config, host)
+    fresh = fresh_plan(config, host)
+    if (start := obtain_start(config, host, fresh.plan)) is None:
+        return fresh
+    return replace(fresh, plan=start.recorded_in(fresh.plan), start=start)
 
 
 def _plan_of_checkpoint(config: AdaptiveConfig, host: HostRun, checkpoint: Path) -> PlanSource:
@@ -69,7 +76,8 @@ def _plan_of_adapter(config: AdaptiveConfig, host: HostRun, adapter: Path) -> Pl
     plan = _plan_beside(adapter)
     compatibility.check_same_scale(plan, config, str(adapter))
     checked = compatibility.check_trained_plan(plan, host.shapes, config, str(adapter / PLAN_FILE))
-    return PlanSource(checked, "continued")
+    ours = {key: value for key, value in checked.provenance.items() if key != INIT}  # this run starts from the adapter
+    return PlanSource(replace(checked, provenance=ours), "continued")
 
 
 def fresh_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:
@@ -91,6 +99,8 @@ def _given_plan(config: AdaptiveConfig, host: HostRun, path: str) -> RankPlan:
     used = {"adaptive_plan", "adaptive_budget_unit", "adaptive_max_nonfinite_steps"}
     if traits.read_with_plan:
         used |= {"adaptive_method", *(f"{config.method}_{option}" for option in traits.read_with_plan)}
+    if config.init != "default":
+        used |= {"adaptive_init", "adaptive_init_gamma", *CALIBRATION_KEYS}
     idle = [key for key in host.given_keys if key not in used]
     if idle and local_rank() == 0:
         logger.warning(f"adaptive_plan is given, so these keys are not used: {', '.join(idle)}")
@@ -100,7 +110,7 @@ def _given_plan(config: AdaptiveConfig, host: HostRun, path: str) -> RankPlan:
         facts["sampling"] = {"adaptive_method": config.method, **compatibility.flat_options(config)}
     if config.given is not None:
         facts["second_stage"] = compatibility.second_stage(config, method)
-    theirs = {key: value for key, value in plan.provenance.items() if key not in ("sampling", "second_stage")}
+    theirs = {key: value for key, value in plan.provenance.items() if key not in ("sampling", "second_stage", INIT)}
     return replace(plan, provenance={**theirs, **facts})
 
 

@@ -7,7 +7,22 @@ from llamafactory_adaptive.ranks.search_config import PruningConfig
 
 
 def start_message(config: AdaptiveConfig) -> str:
-    """Describe where the ranks will come from, and about how long that takes."""
+    """Describe where ranks and the start of the factors will come from, and about how long that takes."""
+    return _of_the_ranks(config) + _of_the_start(config)
+
+
+def _of_the_start(config: AdaptiveConfig) -> str:
+    """Describe what the factors start from; empty where they start as PEFT starts them."""
+    if config.init == "default":
+        return ""
+    passes = "forward passes" if config.init == "eva" else "a backward pass"
+    return (
+        f"; what the factors start from (adaptive_init: {config.init}) is computed before training, by loading the "
+        f"model and {passes} over {config.calibration.samples} rows, unless it was for the same request"
+    )
+
+
+def _of_the_ranks(config: AdaptiveConfig) -> str:
     if config.plan_path:
         form = "" if config.given is None else f" and train as P diag(lambda) Q, the second stage of {config.method}"
         return f"the ranks are those of {config.plan_path}{form}; nothing is scored"

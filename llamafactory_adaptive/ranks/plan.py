@@ -21,6 +21,7 @@ SCHEMA_VERSION = 1
 ASKED_ALPHA = "asked_lora_alpha"  # in the provenance, where a run divides lora_alpha by another rank than lora_rank
 
 GRANULARITY = "granularity"  # in the provenance, where scores were pooled before ranks were chosen
+INIT = "init"  # in the provenance, where the factors start from what was computed from data
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ def _provenance(values: Values) -> dict[str, Any]:
     """Read the provenance of a plan, and check that the parts a resumed run is compared with are mappings."""
     provenance = values.mapping("provenance")
     parts = Values(provenance, f"{values.where}: provenance")
-    for key in ("bounds", "calibration", "course", "sampling", "second_stage"):
+    for key in ("bounds", "calibration", "course", "sampling", "second_stage", INIT):
         if provenance.get(key) is not None:
             parts.mapping(key)
     if ASKED_ALPHA in provenance:

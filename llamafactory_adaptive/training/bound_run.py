@@ -1,11 +1,13 @@
 """Assembly of a run: its parts, and the order in which they are built and receive events."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llamafactory_adaptive.adapter.starting_factors import StartingFactors
 from llamafactory_adaptive.engines.distributed import agree_across_ranks
 from llamafactory_adaptive.engines.engine import find_engine
 from llamafactory_adaptive.engines.step_hooks import before_clipping, before_deepspeed_step
@@ -32,6 +34,9 @@ from llamafactory_adaptive.training.sample_selection import QUALITIES_DIFFER, Sa
 from llamafactory_adaptive.training.search_checkpoint import SearchCheckpoint
 
 
+logger = logging.getLogger("llamafactory.adaptive")
+
+
 @dataclass(frozen=True)
 class RunRequest:
     """Settings of a run beyond its plan.
@@ -42,12 +47,14 @@ class RunRequest:
             on fixed ranks.
         samples: how training samples are chosen; None for all of them.
         layout: how weights are spread over processes, for checkpoints.
+        start: what the factors of a fresh adapter start from; None where they start as PEFT starts them.
     """
 
     max_nonfinite_steps: int
     search: SearchRequest | None = None
     samples: SampleRequest | None = None
     layout: Mapping[str, Any] | None = None
+    start: StartingFactors | None = None
 
 
 class BoundRun:
@@ -64,6 +71,9 @@ class BoundRun:
     def __init__(self, request: RunRequest, guard: PlanGuard, trainer: Any, see_gradients: Callable[[], None]) -> None:
         self.request, self.guard, self.log, self.trainer = request, guard, guard.log, trainer
         self.see_gradients, self.deepspeed = see_gradients, uses_deepspeed(trainer.args)
+        if request.start is not None:  # whole and on their device, and no optimizer holds a copy of them yet
+            started = request.start.copy_into(trainer.model, guard.plan.scale)
+            logger.info(f"adaptive: the factors of {started} modules start from the data ({request.start.kind})")
         self.samples = None if request.samples is None else TrainingSamples(request.samples, trainer)
         self.search = None if request.search is None else MaskedSearch(request.search, trainer)
         self.best_model: BestModel | None = None

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.trainer_utils import has_length
 
 from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS, keep_4bit_unpacked_on_cpu, name_targets_in_full
+from llamafactory_adaptive.adapter.starting_factors import StartingFactors
 from llamafactory_adaptive.adapter.verify import check_live, check_saved
 from llamafactory_adaptive.engines.distributed import agree_across_ranks, gather, refuse_differences
 from llamafactory_adaptive.errors import GuardError
@@ -52,6 +53,7 @@ class PlanGuard(RunPart):
         plan: plan of the live adapter; over-ranked while ranks are searched for.
         log: log with the counters that messages quote.
         is_final: whether these are the ranks that the run will end with.
+        start: what the factors of this run start from; None where B starts at zero, or was trained before.
 
     Attributes:
         plan: plan that is trained; after a search, the plan that was found.
@@ -59,8 +61,10 @@ class PlanGuard(RunPart):
         deepspeed: whether the run trains under DeepSpeed; None until :meth:`verify_live` is told.
     """
 
-    def __init__(self, plan: RankPlan, log: RunLog, is_final: bool = True) -> None:
-        self.plan, self.log, self.is_final = plan, log, is_final
+    def __init__(
+        self, plan: RankPlan, log: RunLog, is_final: bool = True, start: StartingFactors | None = None
+    ) -> None:
+        self.plan, self.log, self.is_final, self.start = plan, log, is_final, start
         self.counters = log.counters
         self.deepspeed: bool | None = None
 
@@ -122,15 +126,15 @@ class PlanGuard(RunPart):
             GuardError: no allocation reached the model, or the saved adapter does not match the plan.
         """
         self.verify_run()
-        untrained, moved = check_saved(output, self.plan), self.counters.largest_learning_rate > 0
-        modules = len(self.plan.active)
+        untrained, moved = check_saved(output, self.plan, self.start), self.counters.largest_learning_rate > 0
+        modules, state = len(self.plan.active), "B is still " + ("zero" if self.start is None else "as it started")
         # Under DeepSpeed no gradient was checked at the first step: a factor that never changed is the only sign.
         if moved and untrained and (untrained == modules or self.deepspeed):
             raise GuardError(
-                f"{untrained} modules were saved untrained (B is zero), no gradient arrived: {self.counters}"
+                f"{untrained} modules were saved untrained ({state}), no gradient arrived: {self.counters}"
             )
         if untrained:
-            self.log.warn(f"{untrained} of {modules} modules were saved untrained: B is still zero")
+            self.log.warn(f"{untrained} of {modules} modules were saved untrained: {state}")
         update_card(output / "README.md", self.plan)
         logger.info(
             f"adaptive: adapter in {output} checked: {modules} modules, r={self.plan.largest_rank}, "

@@ -54,6 +54,13 @@ def test_the_arm_of_the_yamls_own_method_keeps_its_options(name):
     assert {key: kept[key] for key in OURS} == {key: YAML[key] for key in OURS}
 
 
+@pytest.mark.parametrize(("name", "method"), [("eva", "uniform"), ("gora", "gora_ranks")])
+def test_a_start_from_data_is_an_arm_on_the_ranks_of_its_paper(name, method):
+    arms = {arm.name: arm for arm in choose_arms([name], [], YAML)}
+    made = run_settings(YAML, arms[name], GridPoint(2e-3), 3, None, OURS)
+    assert (made["adaptive_method"], made["adaptive_init"], made["lora_rank"]) == (method, name, 8)
+
+
 def test_variants_are_set_by_arms_alone():
     assert not {"use_dora", "loraplus_lr_ratio"} & set(settings(PLAIN))
     assert settings("dora")["use_dora"] is True

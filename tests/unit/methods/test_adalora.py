@@ -24,7 +24,8 @@ from tests.helpers.tiny import tiny_model
 SHAPES = [ModuleShape(f"model.layers.{i}.mlp.up_proj", 16, 16) for i in range(2)]
 SEARCH = PruningConfig(6, 0.1, 0.3, 2, None, 0)
 COMMON = {"adaptive_budget_unit": "params", "adaptive_min_rank": 1, "adaptive_plan": None,
-          "adaptive_granularity": "module", "adaptive_max_nonfinite_steps": 3,
+          "adaptive_granularity": "module", "adaptive_max_nonfinite_steps": 3, "adaptive_init": "default",
+          "adaptive_init_gamma": 0.05,
           "adaptive_best_model_from": "final"}  # fmt: skip
 
 

@@ -1,0 +1,75 @@
+"""The factors that a fresh adapter starts from, where they were computed from data before training."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from llamafactory_adaptive.adapter.lora import live_factors
+
+
+@dataclass(frozen=True)
+class StartingFactors:
+    """A file with a tensor of each module, whose first r rows are those of rank r.
+
+    Attributes:
+        kind: ``eva``, rows of A; ``gora``, rows ``[A, A G^T]``.
+        path: safetensors file, one tensor by module name.
+        gamma: size of the first update with ``gora``.
+    """
+
+    kind: str
+    path: Path
+    gamma: float
+
+    @torch.no_grad()
+    def copy_into(self, model: nn.Module, scale: float) -> int:
+        """Copy the start into a live adapter that has not been trained, and return the number of modules.
+
+        Args:
+            model: model with whole, unwrapped factors.
+            scale: alpha/r, the same for all modules.
+        """
+        factors = live_factors(model)
+        with safe_open(self.path, framework="pt") as file:
+            for name, (a, b) in factors.items():
+                r, d_in = a.weight.shape  # type: ignore[misc]
+                rows = file.get_tensor(name)[:r]
+                a.weight.copy_(rows[:, :d_in])  # type: ignore[operator]
+                if self.kind == "gora":
+                    b.weight.copy_(compressed_gradient(rows, int(d_in), scale, self.gamma))  # type: ignore[operator]
+        return len(factors)
+
+    def is_start(self, name: str, a: Tensor, b: Tensor, scale: float) -> bool:
+        """Tell whether B (d_out, r) of a module is still what it started from; A (r, d_in) gives the sizes."""
+        if self.kind != "gora":
+            return not bool(b.any())
+        with safe_open(self.path, framework="pt") as file:
+            rows = file.get_tensor(name)[: len(a)]
+        return torch.equal(compressed_gradient(rows, a.shape[1], scale, self.gamma).to(b.dtype), b)
+
+
+def compressed_gradient(rows: Tensor, d_in: int, scale: float, gamma: float) -> Tensor:
+    """Compute GoRA's B (d_out, r) from A and ``A G^T``.
+
+    ``G A^T (A A^T)^-1`` is the B whose product with A comes closest to G. For a gradient without preferred directions
+    that product has ``sqrt(r / d_in)`` of the norm of G, so that with
+
+        B = - xi G A^T (A A^T)^-1,    xi = gamma sqrt(d_in / r) / scale
+
+    the first update, ``scale * B A``, is as large as that of a step of gradient descent at the rate gamma. With the
+    paper's scale, alpha / sqrt(r), this is its ``xi = gamma sqrt(d_in) / alpha``.
+
+    Args:
+        rows: ``[A, A G^T]``, (r, d_in + d_out).
+        d_in: number of inputs.
+        scale: alpha/r.
+        gamma: the rate of that step.
+    """
+    a, projected = rows[:, :d_in].double(), rows[:, d_in:].double()
+    xi = gamma * math.sqrt(d_in / len(rows)) / scale
+    best: Tensor = torch.linalg.solve(a @ a.T, projected).T
+    return -xi * best
