@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 from llamafactory_adaptive.methods import InitialAdapter, MethodTraits, Orthogonality
-from llamafactory_adaptive.methods._running_stats import SmoothedMethod
+from llamafactory_adaptive.methods._running_stats import SmoothedImportance, SmoothedMethod
 from llamafactory_adaptive.options import option
 from llamafactory_adaptive.ranks.allocation import Bounds
 
@@ -97,9 +97,10 @@ class Elalora(SmoothedMethod):
     traits: ClassVar[MethodTraits] = MethodTraits("exchange")
     concentration_advice: ClassVar[str] = ""
     initial_adapter: ClassVar[InitialAdapter] = InitialAdapter(0.0, "gaussian")
+    importance: SmoothedImportance
 
     def __init__(self, options: ElaloraOptions) -> None:
-        super().__init__(options)
+        super().__init__(SmoothedImportance(options.beta1, options.beta2))
         self.options = options
 
     @property
