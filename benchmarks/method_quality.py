@@ -67,9 +67,9 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "corrected, ranks from 0": ("igu", {"min_rank": 0}),
     # over-ranked and cut like it, but every module to the same rank: what allocation adds
     "corrected, uniform ranks": ("igu", {"min_rank": 4}),
-    # corrected with another score: of the last 7 steps, and combinations of their mean and deviation
-    "corrected, mean of few steps": ("igu", {"beta1": 0.85}),
-    "corrected, product": ("igu", {"uncertainty": "product"}),
+    # corrected with another score; mean is that of nearly all steps, the others are of the last seven
+    "corrected, mean": ("igu", {"uncertainty": "mean"}),
+    "corrected, mean, ranks from 0": ("igu", {"uncertainty": "mean", "min_rank": 0}),
     "corrected, snr": ("igu", {"uncertainty": "snr"}),
     "corrected, discounted": ("igu", {"uncertainty": "discounted"}),
     # corrected without another of its parts
@@ -84,7 +84,13 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "corrected, shrink, not mended": ("igu", {**SHRINK, "mend_strength": False}),
     "corrected, integrated": ("igu", {"importance": "integrated", "probe_interval": 5}),
 }
-FEWER = ("lora", "corrected", "corrected, ranks from 0")  # the arms of every budget but the first
+FEWER = (
+    "lora",
+    "corrected",
+    "corrected, ranks from 0",
+    "corrected, mean",
+    "corrected, mean, ranks from 0",
+)  # the arms of every budget but the first
 ON_SMOLLM2 = ("lora", "corrected", "published", "published, off, product")  # unless others are asked for
 
 

@@ -25,6 +25,7 @@ from scipy import stats
 PRUNING = {"adaptive_interval": 4, "adaptive_warmup_ratio": 0.5, "adaptive_final_ratio": 0.2}
 METHODS: dict[str, dict[str, Any]] = {
     "corrected": {"adaptive_method": "igu", **PRUNING},
+    "corrected, mean": {"adaptive_method": "igu", "igu_uncertainty": "mean", **PRUNING},
     "published": {"adaptive_method": "igu", "igu_variant": "published", **PRUNING},
     "adalora": {"adaptive_method": "adalora", **PRUNING},
     "tsq, ranks alone": {"adaptive_method": "tsq", "tsq_sampling": False},
@@ -32,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "random": {"adaptive_method": "random"},
 }
 ENGINES = {"DDP": None, "ZeRO-2": engines.ZERO2, "ZeRO-3": engines.ZERO3}
-DEFAULT = "corrected"  # runs on all engines; others on the first alone, since rounding is what differs between them
+ON_ALL = ("corrected", "corrected, mean")  # others run on the first alone: rounding is what differs between them
 FIXED = ("sensitivity", "random")  # scored in one process, whatever engine trains
 
 
@@ -96,7 +97,7 @@ def compare(method: str, scratch: Path, options: argparse.Namespace) -> dict[str
         return allocation
 
     first = run("first")
-    engines_asked = options.engines.split(",") if method == DEFAULT else options.engines.split(",")[:1]
+    engines_asked = options.engines.split(",") if method in ON_ALL else options.engines.split(",")[:1]
     for engine in engines_asked if method not in FIXED else ():
         run(engine, 2, **({"deepspeed": str(ENGINES[engine])} if ENGINES[engine] else {}))
     run("seed", seed=43)

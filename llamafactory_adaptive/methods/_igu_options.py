@@ -14,7 +14,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "importance": "off",
         "descale": True,
         "mend_strength": True,
-        "uncertainty": "mean",
+        "uncertainty": "product",
         "epsilon": 1.0,
         "epsilon_scale": "relative",
         "init": "lora",

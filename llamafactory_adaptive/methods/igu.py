@@ -29,10 +29,10 @@ and U, regulariser of weight 1. ``corrected`` mends what was measured to be at f
     mend_strength     trained under ``shrink``, the adapter minimises E L(a^3 theta): on a quadratic it ends up
                       E a^3 / E a^6 = 1.63 times too strong. What is evaluated and saved is weakened by E a^6 / E a^3,
                       and once the ranks are final lambda is, the optimizer's states with it.
-    uncertainty       S alone, the mean of the importances (beta1: mostly of the last 1000): which components stay
-                      is then decided least by rounding and order of the data, and trains as well as any. S * U
-                      (AdaLoRA) and S * S / (S + U) do not depend on the scale of gradients, either; nor does
-    epsilon_scale     S / U with an epsilon in units of the geometric mean of S over all elements of a kind.
+    uncertainty       S * U (AdaLoRA), S * S / (S + U) or S alone do not depend on the scale of gradients; nor does
+    epsilon_scale     S / U with an epsilon in units of the geometric mean of S over all elements of a kind. S alone
+                      is a mean of nearly all steps (beta1): which components stay is then decided least by rounding
+                      and the order of the data, but little ranks are placed less well.
     returns           what was removed stays off, but for what it takes to fill the budget: components that come back
                       at their former strength, and others that go for them, are most of the changes otherwise. With
                       zero they grow anew; a bonus for those in use (hysteresis) helps less.
