@@ -84,7 +84,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "corrected, shrink, not mended": ("igu", {**SHRINK, "mend_strength": False}),
     "corrected, integrated": ("igu", {"importance": "integrated", "probe_interval": 5}),
 }
-FEWER = (
+# the arms of every budget but the first
+FEWER = ("lora", "corrected", "corrected, ranks from 0", "corrected, mean", "corrected, mean, ranks from 0")
     "lora",
     "corrected",
     "corrected, ranks from 0",

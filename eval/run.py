@@ -72,7 +72,7 @@ def run(request: Request, command: Command, words: str) -> list[str]:
     Raises:
         EvalError: the run failed; every server that it started has ended, and the answers so far are kept.
     """
-    versions = _versions()
+    versions = installed_versions()
     with OutputFolder(request.out) as folder:
         goes_on = folder.claim(settings_of(request, versions))
         with AnswerCache(request.out / ANSWERS_FILE) as cache:
@@ -91,14 +91,7 @@ def evaluate(
     Raises:
         EvalError: the run failed; every server that it started has ended.
     """
-    if request.server.port is not None:
-        check_port(request.server.port)
-    servings = plan_servings(
-        request.models, request.tasks, on_cpu() and request.url is None, request.base_tokenizer, request.base_row
-    )
-    if request.server.offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # all is local; the libraries read this when they are imported
-    loaded, said = _load(request, servings)
+    servings, loaded, said = prepare(request)
     record = Record(versions=dict(versions), data=_data(request, loaded), warnings=said.texts)
     for warning in base_warnings(request.models) if request.url is None else ():
         print(f"warning: {warning}", flush=True)
@@ -107,6 +100,28 @@ def evaluate(
     for number, serving in enumerate(servings, 1):
         asking.ask(serving, f"[{number}/{len(servings)}] {', '.join(job.model for job in serving.jobs)}:")
     return record
+
+
+def prepare(request: Request) -> "tuple[Sequence[Serving], dict[str, Any], Warnings]":
+    """Check the port, divide models among servers and load the tasks by name, before any server starts.
+
+    Raises:
+        EvalError: the port is taken, rows or tokenizers cannot be loaded, or a model cannot be served for a task.
+    """
+    if request.server.port is not None:
+        check_port(request.server.port)
+    servings = plan_servings(
+        request.models, request.tasks, on_cpu() and request.url is None, request.base_tokenizer, request.base_row
+    )
+    go_offline(request)
+    loaded, said = _load(request, servings)
+    return servings, loaded, said
+
+
+def go_offline(request: Request) -> None:
+    """Keep the libraries off the hub where models and rows are all local; they read this when they are imported."""
+    if request.server.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def _load(request: Request, servings: Sequence[Serving]) -> tuple[dict[str, Any], "Warnings"]:
@@ -130,7 +145,8 @@ def _guard(request: Request, questions: Sequence[Sequence[str]]) -> None:
     print(f"none of {sum(map(len, questions))} rows stands in {', '.join(map(str, request.seen_files))}", flush=True)
 
 
-def _versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
+    """Look up the versions of Python and of the packages that figures may depend on."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -83,6 +83,10 @@ class CalibrationError(AdaptiveError, RuntimeError):
     """Calibration could not produce trustworthy statistics."""
 
 
+class EvaluationError(AdaptiveError, RuntimeError):
+    """The evaluation harness cannot be run, or could not evaluate an adapter."""
+
+
 class SeamError(AdaptiveError, RuntimeError):
     """The plugin cannot attach to LLaMA-Factory: it is switched off, or the host is missing or looks different."""
 

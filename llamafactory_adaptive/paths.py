@@ -1,4 +1,4 @@
-"""Checks of paths that users write: what cannot be the path of a file is refused before anything opens it."""
+"""Paths: checks of those that users write, and the folders that come with the package."""
 
 import argparse
 import errno
@@ -26,3 +26,19 @@ def path_argument(text: str) -> Path:
     if why := impossible_path(text):
         raise argparse.ArgumentTypeError(f"{text[:80]!r}: {why}")
     return Path(text)
+
+
+def shipped_folder(name: str) -> Path:
+    """Find a folder that comes with the package: beside it in a checkout, else where the wheel's data was put.
+
+    Raises:
+        StopIteration: the installation lacks it.
+    """
+    checkout = Path(__file__).resolve().parents[1]
+    if (checkout / "pyproject.toml").is_file():
+        return checkout / name
+    from importlib.metadata import files  # takes a while
+
+    readme = f"share/llamafactory-adaptive/{name}/README.md"
+    readme_file = next(file for file in files("llamafactory-adaptive") or [] if str(file).endswith(readme))
+    return Path(str(readme_file.locate())).resolve().parent

@@ -60,33 +60,43 @@ class Children:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._running: set[subprocess.Popen[bytes]] = set()
+        self._running: dict[subprocess.Popen[bytes], float] = {}
         self._ended = False
 
     @contextmanager
-    def holding(self, process: "subprocess.Popen[bytes]") -> Iterator[None]:
-        """Count a process among the children within the context; end it at once if the others have been ended."""
+    def holding(self, process: "subprocess.Popen[bytes]", patience: float = 0.0) -> Iterator[None]:
+        """Count a process among the children within the context; end it at once if the others have been ended.
+
+        Args:
+            process: the child.
+            patience: as for :func:`run_child`.
+        """
         with self._lock:
-            self._running.add(process)
+            self._running[process] = patience
             ended = self._ended
         if ended:
-            _end(process)
+            _end(process, patience)
         try:
             yield
         finally:
             with self._lock:
-                self._running.discard(process)
+                del self._running[process]
 
     def end(self) -> None:
         """End all children, and those that start later."""
         with self._lock:
-            self._ended, running = True, list(self._running)
-        for process in running:
-            _end(process)
+            self._ended, running = True, list(self._running.items())
+        for process, patience in running:
+            _end(process, patience)
 
 
 def run_child(
-    command: Sequence[str], environment: Mapping[str, str], log: Path, job: str, children: Children | None = None
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path,
+    job: str,
+    children: Children | None = None,
+    patience: float = 0.0,
 ) -> tuple[int, str]:
     """Run a command to its end: its output goes to ``log``, its progress and warnings to the terminal, too.
 
@@ -99,6 +109,7 @@ def run_child(
         log: file for its output; where it cannot be written, the last lines are kept in memory alone.
         job: one line, sent to the child's standard input.
         children: through which another thread may end the child.
+        patience: seconds that the child has to end by itself once its pipe is closed, before it is killed.
 
     Returns:
         The exit code (negative for a signal), and the last lines it printed. A child that prints nothing for six hours
@@ -114,12 +125,12 @@ def run_child(
     )
     lines: deque[str] = deque(maxlen=_KEPT_LINES)
     try:
-        with (children or Children()).holding(process):
+        with (children or Children()).holding(process, patience):
             return _wait_for(process, log, job, lines)
     except subprocess.TimeoutExpired:  # it closed its output and does not end
         return -9, "\n".join(lines)
     finally:
-        _end(process)
+        _end(process, patience)
 
 
 def _wait_for(process: "subprocess.Popen[bytes]", log: Path, job: str, lines: "deque[str]") -> tuple[int, str]:
@@ -131,8 +142,13 @@ def _wait_for(process: "subprocess.Popen[bytes]", log: Path, job: str, lines: "d
     return process.wait(_END_SECONDS), "\n".join(lines)
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def _end(process: "subprocess.Popen[bytes]", patience: float) -> None:
     """Kill what is left of the child's session: the child, and the workers of a child that was killed."""
+    if patience and process.poll() is None:
+        assert process.stdin is not None
+        with suppress(OSError, subprocess.TimeoutExpired):
+            process.stdin.close()
+            process.wait(patience)
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):  # stuck inside the kernel, where no signal reaches it

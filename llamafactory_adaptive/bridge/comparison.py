@@ -165,13 +165,20 @@ class Comparison:
 
     def train(self, run: Run, device: str | None) -> Mapping[str, Any]:
         """Make one run in a process of its own: training, then the losses of held-out rows."""
-        name = f"{run.arm}-{digest_of(self.key(run))[:12]}".replace(" ", "_")
-        output = self.folder / RUNS / name
-        outcome = self._run(run, output, device, self.folder / LOGS / f"{name}.log")
+        output = self._output_of(run)
+        outcome = self._run(run, output, device, self.folder / LOGS / f"{output.name}.log")
         if outcome["status"] == "done" and (self.keep_adapters or self.design.judges(run)):
             return outcome
         shutil.rmtree(output, ignore_errors=True)
         return {key: value for key, value in outcome.items() if key != "adapter"}
+
+    def _output_of(self, run: Run) -> Path:
+        return self.folder / RUNS / f"{run.arm}-{digest_of(self.key(run))[:12]}".replace(" ", "_")
+
+    def adapter_of(self, run: Run, outcome: Mapping[str, Any]) -> Path:
+        """Return the folder of the adapter that a run saved, also where the comparison's folder was moved."""
+        output, saved = self._output_of(run), Path(outcome["adapter"])
+        return output if saved.name == output.name else output / saved.name
 
     def _run(self, run: Run, output: Path, device: str | None, log: Path) -> dict[str, Any]:
         shutil.rmtree(output, ignore_errors=True)  # of a run that was killed

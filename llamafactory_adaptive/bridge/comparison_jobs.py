@@ -1,4 +1,4 @@
-"""Jobs of a comparison in processes of their own: the split of the rows; one run, with the losses of held-out rows.
+"""Jobs of a comparison in processes of their own: the split of the rows; one run, with held-out losses; a merge.
 
 A job is sent through a pipe, as its settings may hold a token of a hub, with which model and rows are loaded.
 """
@@ -25,6 +25,7 @@ from llamafactory_adaptive.bridge.child import Children, alone, last_words, run_
 from llamafactory_adaptive.bridge.comparison_rows import Rows, SplitJob, base_settings
 from llamafactory_adaptive.bridge.divergence_callback import divergence_callback
 from llamafactory_adaptive.bridge.host_loading import open_host
+from llamafactory_adaptive.bridge.merge_job import MergeJob
 from llamafactory_adaptive.calibration.batches import length_sorted, make_batches
 from llamafactory_adaptive.calibration.row_losses import row_losses
 from llamafactory_adaptive.errors import AdaptiveError, CalibrationError, DivergedError, OtherProcessError, OutputError
@@ -98,8 +99,8 @@ class RunJob:
         return losses if finite else {"status": "diverged", "why": "the loss of held-out rows is not finite"}
 
 
-Job = SplitJob | RunJob
-_JOBS: dict[str, Callable[..., Job]] = {"split": SplitJob, "run": RunJob}
+Job = SplitJob | RunJob | MergeJob
+_JOBS: dict[str, Callable[..., Job]] = {"split": SplitJob, "run": RunJob, "merge": MergeJob}
 
 
 def encode_job(job: Job) -> str:

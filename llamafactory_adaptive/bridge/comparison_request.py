@@ -7,8 +7,10 @@ from typing import Any
 from llamafactory_adaptive.bridge.arguments import check_config_file, command_line_settings, our_keys
 from llamafactory_adaptive.bridge.comparison import Comparison
 from llamafactory_adaptive.bridge.comparison_checks import visible_devices
+from llamafactory_adaptive.bridge.comparison_tasks import TaskEvaluations
 from llamafactory_adaptive.comparison.arms import choose_arms, keys_without_effect, without_twins
 from llamafactory_adaptive.comparison.request import design_of, devices_of
+from llamafactory_adaptive.comparison.task_request import TaskRequest
 from llamafactory_adaptive.config.arguments import AdaptiveArguments
 
 
@@ -39,6 +41,25 @@ def comparison_of(
     return comparison, devices
 
 
+def evaluations_of(
+    comparison: Comparison,
+    request: TaskRequest | None,
+    devices: Sequence[str | None],
+    say: Callable[[str], None],
+) -> TaskEvaluations | None:
+    """Build the evaluations of a comparison, checked in the harness's environment; None where no task is asked.
+
+    Raises:
+        EvaluationError: the harness could not make them.
+    """
+    if request is None:
+        return None
+    say(f"checking tasks, rows and vLLM in {request.python}, which takes a minute")
+    evaluations = TaskEvaluations(comparison, request, devices[0])
+    say(evaluations.words_before())
+    return evaluations
+
+
 def _runs(comparison: Comparison) -> str:
     """Describe the number of runs, and their steps where these do not depend on the number of rows."""
     design, asked = comparison.design, comparison.asked_steps()
@@ -53,5 +74,7 @@ def _runs(comparison: Comparison) -> str:
 
 def fixed_before(arguments: argparse.Namespace, comparison: Comparison) -> dict[str, Any]:
     """Collect the arguments that a user should not change once results were seen."""
-    return {"effect": arguments.effect, "seeds": arguments.seeds, "held-out": arguments.held_out,
+    effect = None if arguments.tasks is None else arguments.task_effect or "1"
+    tasks = {"tasks": arguments.tasks, "task-effect": effect, "eval-limit": arguments.eval_limit}
+    return {**tasks, "effect": arguments.effect, "seeds": arguments.seeds, "held-out": arguments.held_out,
             "arms": list(comparison.arms), "rates": sorted(comparison.design.rates)}  # fmt: skip

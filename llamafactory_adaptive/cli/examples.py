@@ -4,11 +4,10 @@ import argparse
 import os
 import shutil
 import uuid
-from importlib.metadata import files
-from pathlib import Path
 
 from llamafactory_adaptive.errors import refuse
 from llamafactory_adaptive.files import cannot_write
+from llamafactory_adaptive.paths import shipped_folder
 
 
 def init(arguments: argparse.Namespace) -> int:
@@ -24,7 +23,9 @@ def init(arguments: argparse.Namespace) -> int:
     # Half a copy of that name would be in the way of the next try.
     unnamed = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        shutil.copytree(examples_folder(), unnamed, ignore=shutil.ignore_patterns("__pycache__", "*_train.jsonl"))
+        shutil.copytree(
+            shipped_folder("examples"), unnamed, ignore=shutil.ignore_patterns("__pycache__", "*_train.jsonl")
+        )
         unnamed.rename(target)
     except OSError as error:
         raise cannot_write(target, error) from error
@@ -32,13 +33,3 @@ def init(arguments: argparse.Namespace) -> int:
         shutil.rmtree(unnamed, ignore_errors=True)
     print(f"examples copied to {target}; run the commands of its README.md from {arguments.folder.resolve()}")
     return 0
-
-
-def examples_folder() -> Path:
-    """Find the examples: beside the package in a checkout, else where the installer put the wheel's data."""
-    checkout = Path(__file__).resolve().parents[2] / "examples"
-    if checkout.is_dir():
-        return checkout
-    readme = "share/llamafactory-adaptive/examples/README.md"
-    readme_file = next(file for file in files("llamafactory-adaptive") or [] if str(file).endswith(readme))
-    return Path(str(readme_file.locate())).resolve().parent

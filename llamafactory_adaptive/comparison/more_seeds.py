@@ -8,7 +8,7 @@ from llamafactory_adaptive.comparison.differences import Difference
 
 
 LEVEL = 0.05
-_CHANCE = 0.8  # that so many seeds decide
+CHANCE = 0.8  # that so many seeds decide
 MOST_SEEDS = 100
 _COUNTS = (*range(2, 21), 25, 30, 40, 50, 75, MOST_SEEDS)  # of many seeds the number is rough anyway
 
@@ -31,7 +31,7 @@ def seeds_to_decide(difference: Difference, effect: float, tests: int) -> int | 
         Number of seeds in all; None where ``MOST_SEEDS`` are too few.
     """
     counts = (seeds for seeds in _COUNTS if seeds > difference.seeds)
-    return next((seeds for seeds in counts if chance_to_decide(difference, effect, tests, seeds) >= _CHANCE), None)
+    return next((seeds for seeds in counts if chance_to_decide(difference, effect, tests, seeds) >= CHANCE), None)
 
 
 def rows_too_few(difference: Difference, effect: float, tests: int) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from llamafactory_adaptive.comparison.arms import CONTROL, PLAIN, GridPoint
 from llamafactory_adaptive.comparison.results import budget_words
+from llamafactory_adaptive.comparison.task_pages import task_markdown, task_page
 from llamafactory_adaptive.files import write_atomically
 from llamafactory_adaptive.reports.plaintext import markdown
 
@@ -96,7 +97,8 @@ def markdown_page(document: Mapping[str, Any]) -> str:
     rows = [HEAD, tuple("---" for _ in HEAD), *(tuple(map(markdown, row)) for row in table(document))]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     words = [f"* {markdown_sentence(sentence)}" for sentence in sentences(document)]
-    return "\n".join(["# Comparison", "", _protocol(document), "", *lines, "", *words, ""])
+    tasks = task_markdown(document, markdown_sentence)
+    return "\n".join(["# Comparison", "", _protocol(document), "", *lines, "", *words, "", *tasks])
 
 
 def markdown_sentence(sentence: str) -> str:
@@ -120,7 +122,7 @@ def html_page(document: Mapping[str, Any], plots: Mapping[str, str]) -> str:
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_PAGE)
     return page.render(
         protocol=_protocol(document), head=HEAD, rows=table(document), sentences=sentences(document), plots=plots,
-        command=document.get("command", ""),
+        command=document.get("command", ""), tasks=task_page(document),
     )  # fmt: skip
 
 
@@ -157,6 +159,7 @@ code { font-size: 0.85rem; overflow-wrap: anywhere; }
 <li>{{ sentence }}</li>
 {% endfor %}
 </ul>
+{{ tasks | safe }}
 {% for title, svg in plots.items() %}
 <figure><figcaption>{{ title }}</figcaption>{{ svg | safe }}</figure>
 {% endfor %}

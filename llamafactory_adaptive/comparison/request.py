@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from llamafactory_adaptive.comparison.task_request import add_task_arguments
 from llamafactory_adaptive.errors import refuse
 from llamafactory_adaptive.options import parse_share
 from llamafactory_adaptive.paths import path_argument
@@ -57,6 +58,7 @@ def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep the adapters of runs that choose a rate, too, e.g. where the disk is large")  # fmt: skip
     add("--dry-run", action="store_true",
         help="check everything and count the runs without starting any, e.g. before a night's work")  # fmt: skip
+    add_task_arguments(parser)
 
 
 def design_of(arguments: argparse.Namespace, given_rate: Any) -> "Design":

@@ -42,4 +42,6 @@ def changes(starts: list[dict[str, Any]]) -> list[str]:
 
 
 def _words(value: Any) -> str:
+    if value is None:
+        return "none"
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)

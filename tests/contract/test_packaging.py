@@ -21,7 +21,7 @@ from llamafactory_adaptive.cli import app as cli
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_wheel_brings_the_start_up_file_and_the_examples(tmp_path):
+def test_a_wheel_brings_the_start_up_file_the_examples_and_the_harness(tmp_path):
     """Built without isolation, so that no network is needed."""
     source = tmp_path / "source"
     ignore = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "demo_output", ".*_cache", ".hypothesis")
@@ -32,7 +32,8 @@ def test_a_wheel_brings_the_start_up_file_and_the_examples(tmp_path):
         names = archive.namelist()
         assert archive.read("llamafactory_adaptive_hook.pth").startswith(b"import sys; exec(")
     assert {"llamafactory_adaptive/methods/sensitivity.py", "llamafactory_adaptive/py.typed"} <= set(names)
-    assert any(name.endswith("share/llamafactory-adaptive/examples/README.md") for name in names)
+    for shared in ("examples/README.md", "eval/README.md", "eval/run.py", "eval/tasks/lm_eval/boolq.yaml"):
+        assert any(name.endswith(f"share/llamafactory-adaptive/{shared}") for name in names), shared
 
 
 def test_one_version_stands_in_the_package_the_citation_and_the_changes():

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from eval import compare, results
+from eval import compare, results, rows
 from eval.errors import EvalError
 from tests.helpers.jsonl import write_jsonl
 
@@ -232,3 +232,13 @@ def test_samples_of_another_run(first, tmp_path):
     (tmp_path / "second" / results.SAMPLES_FILE).unlink()
     with pytest.raises(EvalError, match="run the evaluation with --log-samples"):
         compare.read_runs([first, tmp_path / "second"])
+
+
+def test_values_by_question_are_those_of_the_samples(tmp_path, capsys):
+    write(tmp_path / "run", ["base", "mine"])
+    assert rows.main([str(tmp_path / "run")]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["answers"]["mine"]["gsm8k"] == {"metric": "acc", "values": VALUES["mine"]["gsm8k"], "n_cut": 0}
+    assert (list(made["answers"]), made["versions"]) == (["base", "mine"], {"vllm": "0.32.0"})
+    assert rows.main([str(tmp_path / "none")]) == 2
+    assert "eval_results.json: cannot be read" in capsys.readouterr().err

@@ -1,0 +1,250 @@
+"""Tasks of a comparison: the adapters of the runs that judge answer questions in vLLM, through the harness."""
+
+import os
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamafactory_adaptive.bridge.comparison import LOGS, Comparison
+from llamafactory_adaptive.bridge.comparison_jobs import run_in_own_process
+from llamafactory_adaptive.bridge.harness import Harness
+from llamafactory_adaptive.bridge.merge_job import MergeJob
+from llamafactory_adaptive.comparison.arms import PLAIN
+from llamafactory_adaptive.comparison.experiment import Progress
+from llamafactory_adaptive.comparison.runner import hours
+from llamafactory_adaptive.comparison.task_request import TaskRequest
+from llamafactory_adaptive.comparison.task_results import task_document
+from llamafactory_adaptive.comparison.task_scores import Answers
+from llamafactory_adaptive.errors import AdaptiveError, EvaluationError, OtherProcessError, OutputError
+from llamafactory_adaptive.files import digest_of
+
+
+EVALUATIONS = "evaluations"
+_TOKENIZER_FILE = "tokenizer_config.json"
+# Settings whose adapters vLLM cannot serve beside a base.
+_MERGED_ONLY = ("use_dora", "additional_target")
+# The base is not asked; what was answered is kept row by row.
+_FIXED = ("--no-base-row", "--log-samples")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One adapter that is to answer: its arm and seed, its folder, and what its answers depend on."""
+
+    arm: str
+    seed: int
+    adapter: Path
+    key: Mapping[str, Any]
+
+    @property
+    def tokenizer(self) -> Path:
+        """Return the folder of its tokenizer: that of the run where it was converted from what the run saved."""
+        above = self.adapter.parent
+        return above if (above / _TOKENIZER_FILE).is_file() else self.adapter
+
+
+class TaskEvaluations:
+    """The evaluations of a comparison: checked before its first run, made after its last one.
+
+    Args:
+        comparison: the comparison; its ledger holds what was answered, too.
+        request: what is asked.
+        device: the device of the first server, as ``CUDA_VISIBLE_DEVICES`` names it.
+
+    Raises:
+        EvaluationError: the harness could not make these evaluations.
+    """
+
+    def __init__(self, comparison: Comparison, request: TaskRequest, device: str | None) -> None:
+        self.comparison, self.request = comparison, request
+        token = comparison.given.get("hf_hub_token")
+        secrets = {"HF_TOKEN": str(token)} if token else {}
+        self.harness = Harness(request.python, comparison.children, secrets)
+        named = str(comparison.given["model_name_or_path"])
+        self.words = ("--base", os.path.abspath(named) if os.path.isdir(named) else named, *request.words)
+        unused = comparison.folder / EVALUATIONS / "check"
+        self.facts = self.harness.check([*self.words, "--out", str(unused)], device)
+        self.failed: dict[str, str] = {}
+
+    @property
+    def form(self) -> str:
+        """Return how adapters are served, all alike: beside their base, or merged where that is not possible."""
+        settings = (self.comparison.given, *(arm.settings for arm in self.comparison.arms.values()))
+        merged = self.facts["on_cpu"] or any(each.get(key) for each in settings for key in _MERGED_ONLY)
+        return "merged" if merged else "adapter"
+
+    def words_before(self) -> str:
+        """Describe what will be asked, for a user who is about to start."""
+        asked = ", ".join(f"{name} ({facts['questions']} questions)" for name, facts in self.facts["tasks"].items())
+        count = len(self.comparison.arms) * self.comparison.design.seeds
+        how = {"adapter": "served beside their base", "merged": "each merged into its base, which takes longer"}
+        return f"then {count} adapters, {how[self.form]}, answer {asked}"
+
+    def due(self, progress: Progress) -> list[Evaluation]:
+        """List the adapters that have not answered yet, arm by arm."""
+        return [each for each in self._all(progress) if self.comparison.ledger.get(each.key) is None]
+
+    def _all(self, progress: Progress) -> Iterator[Evaluation]:
+        facts = self.facts["settings"] | {
+            "models": [model.get("content") for model in self.facts["settings"]["models"]]
+        }
+        for arm in progress.arms:
+            choice, finals = progress.choice_if_known(arm.name), progress.finals(arm.name)
+            best = None if choice is None else choice.best
+            for run in [] if best is None else progress.design.final(arm.name, best):
+                if run.seed in finals:
+                    key = {"run": digest_of(self.comparison.key(run)), "form": self.form, "questions": facts}
+                    adapter = self.comparison.adapter_of(run, finals[run.seed])
+                    yield Evaluation(arm.name, run.seed, adapter, key)
+
+    def run(self, progress: Progress, devices: Sequence[str | None], say: Say) -> dict[str, Any]:
+        """Make all evaluations that are due, and return what ``compare.json`` holds of tasks.
+
+        Raises:
+            EvaluationError: the adapters of plain LoRA cannot be evaluated.
+        """
+        due = self.due(progress)
+        if due:
+            logs = self.comparison.folder / LOGS
+            say(f"{len(due)} adapters are left to answer {', '.join(self.request.tasks)}; logs in {logs}")
+        batches = self._batches(due)
+        self._run(batches, devices, say)
+        return self._document(progress)
+
+    def _batches(self, due: Sequence[Evaluation]) -> list[list[Evaluation]]:
+        """Group adapters that share a server: those of an arm, or each alone where they are merged."""
+        by_server: dict[tuple[str, int], list[Evaluation]] = {}
+        for each in due:
+            by_server.setdefault((each.arm, each.seed if self.form == "merged" else 0), []).append(each)
+        return list(by_server.values())
+
+    def _run(self, batches: Sequence[Sequence[Evaluation]], devices: Sequence[str | None], say: Say) -> None:
+        """Ask all batches, one per device at a time; whatever ends this ends the servers that run."""
+        free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        for device in devices:
+            free.put(device)
+        left, seconds, lock = sum(map(len, batches)), list[float](), threading.Lock()
+
+        def evaluate(batch: Sequence[Evaluation]) -> str:
+            device, began = free.get(), time.perf_counter()
+            say(f"{batch[0].arm} answers, {_seeds_of(batch)}")
+            try:
+                return self._evaluate(batch, device)
+            finally:
+                free.put(device)
+                with lock:
+                    seconds.append((time.perf_counter() - began) / len(batch))
+
+        pool = ThreadPoolExecutor(len(devices))
+        try:
+            under_way = {pool.submit(evaluate, batch): batch for batch in batches}
+            for future in as_completed(under_way):
+                left -= len(under_way[future])
+                mean = sum(seconds) / len(seconds)
+                time_left = f", about {hours(left * mean / len(devices))}" if left else ""
+                say(f"{future.result()}; {left} adapters to go{time_left}")
+        except BaseException:  # Ctrl-C among them: the threads would otherwise wait for hours
+            self.comparison.children.end()
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _evaluate(self, batch: Sequence[Evaluation], device: str | None) -> str:
+        """Ask adapters on one server and keep what they answer; an arm whose adapters cannot be asked is given up."""
+        arm = batch[0].arm
+        if arm in self.failed:
+            return f"{arm}: no more of its adapters are asked"
+        try:
+            return self._answered(batch, device)
+        except (OutputError, OtherProcessError):  # the disk or the device: no other would fare better
+            raise
+        except AdaptiveError as error:
+            if arm == PLAIN:
+                raise
+            self.failed[arm] = str(error)
+            return f"{arm} cannot be evaluated: {error}"
+
+    def _answered(self, batch: Sequence[Evaluation], device: str | None) -> str:
+        name = f"{batch[0].arm}-{digest_of([each.key for each in batch])[:12]}".replace(" ", "_")
+        log = self.comparison.folder / LOGS / f"eval-{name}.log"
+        out = self.comparison.folder / EVALUATIONS / name
+        merged = out.with_name(f"{name}-merged")
+        models = [word for each in batch for word in self._model(each, merged, device, log)]
+        self.harness.run([*self.words, *models, *self._tokenizer(batch[0]), *_FIXED], out, device, log)
+        held = self.harness.values(out)
+        for each in batch:
+            answers = held["answers"][_served_as(each)]
+            self.comparison.ledger.add(each.key, {"answers": answers, "notes": held["warnings"] or []})
+        shutil.rmtree(merged, ignore_errors=True)
+        return f"{batch[0].arm}: {self._means(batch)}"
+
+    def _model(self, each: Evaluation, merged: Path, device: str | None, log: Path) -> tuple[str, str]:
+        """Return the words that name an adapter to the harness, after a merge where it is to be merged."""
+        if not (each.adapter / "adapter_config.json").is_file():
+            raise EvaluationError(f"the adapter of seed {each.seed} is no longer in {each.adapter}")
+        if self.form == "adapter":
+            return "--adapter", f"{_served_as(each)}={os.path.abspath(each.adapter)}"
+        job = MergeJob(self.comparison.given, str(each.adapter), str(each.tokenizer), str(merged))
+        run_in_own_process(job, device, log.with_suffix(".merge.log"), self.comparison.children)
+        return "--merged", f"{_served_as(each)}={os.path.abspath(merged)}"
+
+    def _tokenizer(self, each: Evaluation) -> list[str]:
+        """Return the words that name the tokenizer of adapters that have none beside them."""
+        if self.form == "merged" or each.tokenizer == each.adapter:
+            return []
+        return ["--base-tokenizer", os.path.abspath(each.tokenizer)]
+
+    def _means(self, batch: Sequence[Evaluation]) -> str:
+        """Describe how the adapters of a batch did, task by task."""
+        held = [self.comparison.ledger.get(each.key)["answers"] for each in batch]
+        means = {task: np.mean([answers[task]["values"] for answers in held]) for task in self.request.tasks}
+        said = ", ".join(f"{task} {100 * mean:.1f} %" for task, mean in means.items())
+        return f"{said} ({_seeds_of(batch)})"
+
+    def _document(self, progress: Progress) -> dict[str, Any]:
+        answers: dict[str, dict[int, Any]] = {}
+        notes: dict[str, None] = {}
+        for each in self._all(progress):
+            if (held := self.comparison.ledger.get(each.key)) is not None:
+                answers.setdefault(each.arm, {})[each.seed] = held["answers"]
+                notes |= dict.fromkeys(f"{each.arm}: {note}" for note in held["notes"])
+        tasks, asked = self.facts["tasks"], self.facts["settings"]
+        facts = {
+            "protocol": asked["protocol"],
+            "limit": asked["limit"],
+            "form": self.form,
+            "questions": {name: tasks[name]["questions"] for name in self.request.tasks},
+            "metrics": {name: tasks[name]["metric"] for name in self.request.tasks},
+            "task_versions": {name: tasks[name]["version"] for name in self.request.tasks},
+            "versions": self.facts["versions"],
+            "notes": [*self._reservations(), *notes],
+        }
+        by_arm = {arm: self._of_seeds(held) for arm, held in answers.items()}
+        return task_document(by_arm, self.failed, self.request.effect, self.harness.sign_flip(), facts)
+
+    def _of_seeds(self, held: Mapping[int, Any]) -> Answers:
+        return Answers(
+            tuple(held),
+            {task: np.array([each[task]["values"] for each in held.values()], float) for task in self.request.tasks},
+        )
+
+    def _reservations(self) -> Iterator[str]:
+        if self.comparison.given.get("quantization_bit"):
+            yield "adapters were trained on a quantised base and answered on the base as it is, in every arm alike"
+
+
+def _seeds_of(batch: Sequence[Evaluation]) -> str:
+    return f"seed{'s' if len(batch) > 1 else ''} {', '.join(str(each.seed) for each in batch)}"
+
+
+def _served_as(each: Evaluation) -> str:
+    return f"seed{each.seed}"

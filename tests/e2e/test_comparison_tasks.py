@@ -1,0 +1,137 @@
+"""``compare --tasks``: adapters of the runs that judge answer, in an environment of the harness without vLLM."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from llamafactory_adaptive import cli
+from llamafactory_adaptive.bridge import comparison, comparison_tasks
+from tests.helpers.harness import FAKE_HARNESS, fake_environment, lines_of, task_rows
+from tests.helpers.pretended_runs import pretend
+from tests.helpers.processes import ROOT, processes_naming, wait_until_ended
+
+
+pytestmark = pytest.mark.slow
+PRETENDED = ROOT / "tests" / "helpers" / "pretended_runs.py"
+QUESTIONS, ADAPTERS = 70, 6  # of both tasks; three arms with two seeds
+
+
+@pytest.fixture
+def environment(tmp_path):
+    return fake_environment(tmp_path)
+
+
+@pytest.fixture
+def words(yaml_settings, environment, tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text(yaml.safe_dump({**yaml_settings, "hf_hub_token": "hf_secret_1"}))
+    rows = task_rows(tmp_path / "rows")
+    return ["compare", str(path), "--out", str(tmp_path / "compared"), "--arms", "uniform", "--rates", "0.01",
+            "--seeds", "2", "--extensions", "0", "--held-out", "40", "--tasks", "boolq,arc_easy",
+            "--eval-python", str(environment[0]), "--eval-data", str(rows)]  # fmt: skip
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Stand-ins for the runs of the comparison; what was run."""
+    made = []
+
+    def run(job, *more):
+        made.append(job)
+        return pretend(job, *more)
+
+    for module in (comparison, comparison_tasks):
+        monkeypatch.setattr(module, "run_in_own_process", run)
+    return made
+
+
+def document(tmp_path):
+    return json.loads((tmp_path / "compared" / "compare.json").read_text())
+
+
+def test_adapters_answer_and_verdicts_are_on_every_page_and_nothing_is_asked_again(
+    words, environment, runs, tmp_path, capsys
+):
+    _, state = environment
+    (state / "right.json").write_text('{"uniform": 1.0, "lora": 0.2}')
+    assert cli.main([*words, "--dry-run"]) == 0
+    said = capsys.readouterr().err
+    assert "then 6 adapters, served beside their base, answer boolq (40 questions), arc_easy (30 questions)" in said
+    assert (runs, lines_of(state / "asked")) == ([], [])
+    assert cli.main(words) == 0
+    out, err = capsys.readouterr()
+    assert "6 adapters are left to answer boolq, arc_easy" in err
+    assert "uniform: boolq 100.0 %, arc_easy 100.0 % (seeds 1, 2); 0 adapters to go" in err
+    assert "uniform in boolq: better than lora: +" in out
+    arms = {arm["name"]: arm for arm in document(tmp_path)["tasks"]["arms"]}
+    assert arms["uniform"]["accuracy"]["boolq"]["value"] == 1.0
+    assert arms["uniform"]["verdicts"]["mean"]["lora"]["verdict"] == "better"
+    assert (arms["lora"]["seeds"], arms["lora"]["verdicts"]) == ([1, 2], {})
+    assert len(lines_of(state / "asked")) == ADAPTERS * QUESTIONS
+    starts = [json.loads(line) for line in lines_of(state / "calls")]
+    assert sum(words[1] == "eval.run" for words in starts) == 3, "the adapters of an arm share a server"
+    for name in ("compare.md", "compare.html"):
+        assert "Mean over 2 tasks" in (tmp_path / "compared" / name).read_text()
+    assert cli.main([*words, "--task-effect", "2"]) == 0
+    assert len(lines_of(state / "asked")) == ADAPTERS * QUESTIONS
+    assert "--task-effect was changed after the comparison had begun: 1, then 2" in capsys.readouterr().out
+    for path in (tmp_path / "compared").rglob("*"):
+        assert not path.is_file() or b"hf_secret" not in path.read_bytes(), path
+
+
+def test_an_arm_that_cannot_be_served_is_named_and_on_a_cpu_adapters_are_merged(
+    words, environment, runs, tmp_path, capsys
+):
+    _, state = environment
+    (state / "cpu").touch()
+    (state / "broken").write_text("uniform")
+    assert cli.main(words) == 1
+    assert "could not be evaluated: --merged seed1: the fake server does not take it" in capsys.readouterr().out
+    made = document(tmp_path)["tasks"]
+    assert made["form"] == "merged"
+    assert [("failed" in arm, "accuracy" in arm) for arm in made["arms"]] == [
+        (False, True), (False, True), (True, False),
+    ]  # fmt: skip
+    assert sum(hasattr(job, "tokenizer") for job in runs) == 5, "after the first of uniform no other is merged"
+    left = [path.name for path in (tmp_path / "compared" / "evaluations").glob("*-merged")]
+    assert all(name.startswith("uniform") for name in left), "what was answered is no longer merged"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--tasks", "boolk,copa"], "'boolk' is no task of lm_eval"),
+        (["--eval-python", "/nowhere/python"], "--eval-python: '/nowhere/python' is invalid"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_anything_runs(more, said, words, runs, capsys):
+    assert cli.main([*words, *more]) == 2
+    assert said in capsys.readouterr().err
+    assert runs == []
+
+
+@pytest.mark.repeats
+def test_evaluations_that_are_killed_go_on_and_leave_no_process(words, environment, tmp_path):
+    _, state = environment
+    (state / "delay").write_text("0.05")
+    command = [sys.executable, str(PRETENDED), *words]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=ROOT, env=environ) as first:
+        while len(lines_of(state / "asked")) < 2 * QUESTIONS + 10:
+            assert first.poll() is None
+            time.sleep(0.05)
+        first.send_signal(signal.SIGKILL)
+    wait_until_ended(processes_naming(str(FAKE_HARNESS)))
+    ledger = (tmp_path / "compared" / "ledger.jsonl").read_text()
+    assert ledger.count('"answers"') == 2, "both seeds of lora"
+    (state / "delay").write_text("0")
+    subprocess.run(command, cwd=ROOT, env=environ, check=True)
+    assert (tmp_path / "compared" / "ledger.jsonl").read_text().startswith(ledger)
+    assert ADAPTERS * QUESTIONS <= len(lines_of(state / "asked")) <= ADAPTERS * QUESTIONS + 1
+    assert len(document(tmp_path)["tasks"]["arms"]) == 3
