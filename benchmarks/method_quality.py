@@ -86,12 +86,6 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # the arms of every budget but the first
 FEWER = ("lora", "corrected", "corrected, ranks from 0", "corrected, mean", "corrected, mean, ranks from 0")
-    "lora",
-    "corrected",
-    "corrected, ranks from 0",
-    "corrected, mean",
-    "corrected, mean, ranks from 0",
-)  # the arms of every budget but the first
 ON_SMOLLM2 = ("lora", "corrected", "published", "published, off, product")  # unless others are asked for
 
 
