@@ -149,7 +149,7 @@ class ImportanceStatistics(Protocol):
         """Return all tensors by name."""
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Replace all tensors."""
+        """Replace all tensors by what :meth:`state` returned."""
 
 
 class SmoothedMethod:

@@ -33,8 +33,6 @@ WRONG = [
      "while it trains; try leaving it out, or adaptive_method: sensitivity"),
     ({"adaptive_init": "eva", **IGU}, "adaptive_init: 'eva' is invalid: adaptive_method: igu starts the factors that "
      "it trains by itself; try adaptive_init: default, or adaptive_method: sensitivity"),
-    ({"adaptive_init_gamma": 0.1, "adaptive_init": "eva"}, "adaptive_init_gamma: 0.1 is invalid: it is read with "
-     "adaptive_init: gora alone; try leaving it out, or adaptive_init: gora"),
     ({**IGU, "adaptive_method": "svd", "adaptive_interval": 5}, "adaptive_interval: 5 is invalid: adaptive_method: svd "
      "cuts the ranks once, where adaptive_final_ratio says; try leaving it out, or adaptive_method: igu"),
     ({**IGU, "adaptive_method": "svd", "optim": "adafactor"}, "optim: 'adafactor' is invalid: the rotation of the "

@@ -11,6 +11,7 @@ from llamafactory_adaptive.bridge import launch
 from llamafactory_adaptive.bridge.launch import checked_launch, exit_with, prepare_launch, with_clean_exit
 from llamafactory_adaptive.errors import AdaptiveConfigError, GuardError, PlanError, Problem, SeamError
 from llamafactory_adaptive.files import LOCK_FILE
+from llamafactory_adaptive.planning.sources import PlanSource
 from tests.helpers.tiny import unmeasured_settings
 
 
@@ -169,7 +170,7 @@ def test_before_torchrun_the_plan_is_made_by_one_process_that_holds_the_folder(
     monkeypatch.setenv("NODE_RANK", node)
     monkeypatch.setattr(
         "llamafactory_adaptive.planning.sources.fresh_plan",
-        lambda config, run: held.append((tmp_path / "out" / LOCK_FILE).exists()),
+        lambda config, run: held.append((tmp_path / "out" / LOCK_FILE).exists()) or PlanSource(None, "scored"),
     )
     assert prepare_launch([write()], nothing)
     assert held == ([] if holds is None else [holds])

@@ -49,6 +49,7 @@ METHODS = {
     "`igu` with `igu_variant: published`": ("igu", {"variant": "published"}, 1.0),
     "`adalora`": ("adalora", {}, 2.0),  # alpha over twice lora_rank
     "`adalora` with `adalora_scale: lora_rank`": ("adalora", {"scale": "lora_rank"}, 1.0),
+    "`elalora`": ("elalora", {}, 1.0),
     "`tsq`": ("tsq", {}, 1.0),
 }
 
