@@ -38,6 +38,8 @@ def checked(name: str) -> shipped.Held:
 def main() -> None:
     maker = page_maker()
     fresh = {name: checked(name) for name in maker.results()}
+    if not fresh:
+        raise SystemExit("no comparison is recorded in benchmarks/results; make worth-it makes one")
     for name, made in fresh.items():
         drawn = figures(made)
         for plot, title in maker.PLOTS.items():

@@ -7,6 +7,7 @@ comparison's own code, never copied.
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -49,7 +50,16 @@ def from_folder(folder: Path, model: str) -> tuple[Held, list[Held]]:
     fresh = recomputed(held, {_key(line["settings"]): line["result"] for line in lines})
     if differences := different(*([_reached(arm) for arm in each["arms"]] for each in (fresh, made)), 10.0**-DECIMALS):
         raise SystemExit(f"what would be shipped tells otherwise than {JSON_FILE}: {'; '.join(differences[:5])}")
-    return {**held, "comparison": without_ranks(fresh)}, lines
+    return _without_paths({**held, "comparison": without_ranks(fresh)}), _without_paths(lines)
+
+
+def _without_paths(value: Any) -> Any:
+    """Replace every absolute path in the texts of a document, such as that of the log of an arm that failed."""
+    if isinstance(value, dict):
+        return {key: _without_paths(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(each) for each in value]
+    return re.sub(r"(?<![\w./:<])(?:/[^\s/'\",;)]+){2,}", "<path>", value) if isinstance(value, str) else value
 
 
 def without_ranks(made: Mapping[str, Any]) -> Held:
@@ -78,8 +88,7 @@ def recomputed(held: Mapping[str, Any], lines: Mapping[str, Held]) -> Held:
     progress.give_up_larger_arms()
     progress.failed |= {entry["name"]: entry["failed"] for entry in made["arms"] if "failed" in entry}
     fresh = document(arm_results(progress), held["answer_tokens"], made["smallest_effect"], {})
-    arms = [{**old, **new} for old, new in zip(made["arms"], fresh["arms"], strict=True)]
-    return json.loads(json.dumps({**made, "arms": arms}))
+    return json.loads(json.dumps({**made, "arms": fresh["arms"]}))
 
 
 def _reached(arm: Mapping[str, Any]) -> Held:

@@ -138,6 +138,6 @@ def _tensor_faults(path: Path, plan: RankPlan, start: StartingFactors | None) ->
                 faults.append(f"{module.name} holds A {tuple(a.shape)} and B {tuple(b.shape)}, planned {module.rank}")
             if not (bool(a.isfinite().all()) and bool(b.isfinite().all())):
                 faults.append(f"{module.name} holds NaN or infinity")
-            at_start = not bool(b.any()) if start is None else start.is_start(module.name, a, b, plan.scale)
+            at_start = not bool(b.any()) if start is None else start.is_start(module.name, b)
             untrained += int(at_start)
     return faults, untrained

@@ -135,7 +135,7 @@ def run_child(
 
 def _wait_for(process: "subprocess.Popen[bytes]", log: Path, job: str, lines: "deque[str]") -> tuple[int, str]:
     assert process.stdin is not None
-    with suppress(BrokenPipeError):  # it has ended already, and its output says why
+    with suppress(BrokenPipeError, ValueError):  # it has ended already, and its output says why, or was ended by us
         process.stdin.write(job.encode() + b"\n")
         process.stdin.flush()
     _fold(process, log, lines)

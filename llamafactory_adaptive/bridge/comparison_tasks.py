@@ -178,13 +178,15 @@ class TaskEvaluations:
         log = self.comparison.folder / LOGS / f"eval-{name}.log"
         out = self.comparison.folder / EVALUATIONS / name
         merged = out.with_name(f"{name}-merged")
-        models = [word for each in batch for word in self._model(each, merged, device, log)]
-        self.harness.run([*self.words, *models, *self._tokenizer(batch[0]), *_FIXED], out, device, log)
+        try:
+            models = [word for each in batch for word in self._model(each, merged, device, log)]
+            self.harness.run([*self.words, *models, *self._tokenizer(batch[0]), *_FIXED], out, device, log)
+        finally:  # as large as the base model
+            shutil.rmtree(merged, ignore_errors=True)
         held = self.harness.values(out)
         for each in batch:
             answers = held["answers"][_served_as(each)]
             self.comparison.ledger.add(each.key, {"answers": answers, "notes": held["warnings"] or []})
-        shutil.rmtree(merged, ignore_errors=True)
         return f"{batch[0].arm}: {self._means(batch)}"
 
     def _model(self, each: Evaluation, merged: Path, device: str | None, log: Path) -> tuple[str, str]:

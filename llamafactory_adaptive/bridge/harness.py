@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Harness:
         """
         try:
             return shipped_folder("eval")
-        except StopIteration as error:
+        except (StopIteration, PackageNotFoundError) as error:
             raise EvaluationError(
                 "the evaluation harness is not in this installation; install llamafactory-adaptive again, or run the "
                 "command in a checkout"

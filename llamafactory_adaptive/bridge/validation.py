@@ -96,12 +96,13 @@ def _in_training(
     made = make_method(name, options)
     problems = contradictions(cls.Options(**options))
     problems += check_kind(args, name, is_dynamic(cls), made.traits.strategy, made.traits.spectral)
-    problems += check_init(args, common, name, is_dynamic(cls))
+    given = common["adaptive_plan"] is not None
+    problems += check_init(args, common, name, made.traits.triplets_with_plan if given else is_dynamic(cls))
     if made.traits.samples:
         problems += check_sampling_conflicts(args)
-    if common["adaptive_plan"] is not None:
-        given, faults = check_given(args, made, run_seed(args))
-        return None, given, problems + faults
+    if given:
+        stage, faults = check_given(args, made, run_seed(args))
+        return None, stage, problems + faults
     problems += check_without_plan(args, name, made)
     if not made.traits.dynamic:
         return None, None, problems

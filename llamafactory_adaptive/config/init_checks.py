@@ -10,14 +10,14 @@ from llamafactory_adaptive.errors import Problem
 _INIT, _GAMMA = "adaptive_init", "adaptive_init_gamma"
 
 
-def check_init(flat: Mapping[str, Any], common: Mapping[str, Any], method: str, dynamic: bool) -> list[Problem]:
+def check_init(flat: Mapping[str, Any], common: Mapping[str, Any], method: str, own_start: bool) -> list[Problem]:
     """Find what speaks against the start that a run asks for.
 
     Args:
         flat: the run's settings.
         common: the keys that hold for every method, defaults filled in.
         method: the method's name.
-        dynamic: whether the method finds ranks during training.
+        own_start: whether the method starts its factors by itself, in a search or as triplets on given ranks.
     """
     problems = []
     if flat.get(_GAMMA) is not None and common[_INIT] != "gora":
@@ -25,7 +25,7 @@ def check_init(flat: Mapping[str, Any], common: Mapping[str, Any], method: str, 
         problems.append(Problem(_GAMMA, flat[_GAMMA], reason, f"leaving it out, or {_INIT}: gora"))
     if common[_INIT] == "default":
         return problems
-    if dynamic:
+    if own_start:
         reason = f"adaptive_method: {method} starts the factors that it trains by itself"
         problems.append(Problem(_INIT, common[_INIT], reason, f"{_INIT}: default, or adaptive_method: sensitivity"))
     return problems + find_clashes(_CONFLICTS, flat)

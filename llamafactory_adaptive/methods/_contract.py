@@ -16,6 +16,9 @@ from llamafactory_adaptive.ranks.first_update import median_slowdown
 from llamafactory_adaptive.ranks.plan import ModuleShape
 
 
+Masks = Sequence[Sequence[bool]]  # of components, by module
+
+
 @dataclass(frozen=True)
 class ScoringContext:
     """Inputs of a static method besides its statistics.
@@ -264,13 +267,14 @@ class ExchangingMethod(DynamicMethod, Protocol):
     """
 
     def exchange(
-        self, scores: Sequence[Sequence[float]], used: Sequence[Sequence[bool]], bounds: Bounds, progress: float
+        self, scores: Sequence[Sequence[float]], used: Masks, fresh: Masks, bounds: Bounds, progress: float
     ) -> list[list[bool]]:
         """Choose the components to use from now on, which may not cost more than the budget.
 
         Args:
             scores: per module, one finite score per component; those of components that are not used say nothing.
             used: per module, which components are in use.
+            fresh: per module, which of them came into use at the last exchange, and have had little time to grow.
             bounds: budget, and the fewest and most components of a module.
             progress: how much of the time of exchanges is over, from 0 to 1; at 1 ranks are final.
         """

@@ -111,6 +111,11 @@ class RunningMean(_Blockwise):
             step.mul_(observed)
         self.mean[block].add_(step, alpha=max(1.0 / self.count[block].item(), 1.0 - self.beta))
 
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Replace means and counts by what :meth:`state` returned; counts are read at every step, on the CPU."""
+        super().load(state)
+        self.count = {block: count.cpu() for block, count in self.count.items()}
+
 
 class IntervalMean(_Blockwise):
     """Mean of the observations of one interval. Elements come in named blocks, flat, in fp32: a number per element."""

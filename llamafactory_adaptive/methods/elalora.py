@@ -27,6 +27,8 @@ What differs:
 * A module with one component puts it up too, though it cannot be pruned: as published it could never grow again.
 * No rank exceeds ``adaptive_max_rank``, the rank of the tensors that train; as published there is no limit, and
   tensors change their shapes. Components that are not in use are masked; the regulariser sees them as well.
+* A component that came into use at the last exchange is not put up at the next: its lambda starts at 0, and it would
+  go before it had grown. As published it can.
 * lambda of a new component is 0, not 1e-13; directions are orthogonal to each other, and exactly so to those in use,
   whatever these are (as published only if they are orthonormal); the optimizer's momenta start from 0, its squared
   gradients from their mean over the factor.
@@ -116,10 +118,16 @@ class Elalora(SmoothedMethod):
         return self.importance.product(block)
 
     def exchange(
-        self, scores: Sequence[Sequence[float]], used: Sequence[Sequence[bool]], bounds: Bounds, progress: float
+        self,
+        scores: Sequence[Sequence[float]],
+        used: Sequence[Sequence[bool]],
+        fresh: Sequence[Sequence[bool]],
+        bounds: Bounds,
+        progress: float,
     ) -> list[list[bool]]:
         """Remove the least important components put up, and expand the modules of the most important ones."""
-        candidates = put_up(scores, used, self.options.candidates)
+        judged = [[on and not new for on, new in zip(*rows, strict=True)] for rows in zip(used, fresh, strict=True)]
+        candidates = put_up(scores, judged, self.options.candidates)
         masks = prune(candidates, used, bounds, self._count(len(used), progress))
         return expand(candidates, scores, used, masks, bounds)
 
@@ -142,10 +150,10 @@ class Elalora(SmoothedMethod):
         self.importance.forget(block, fresh)
 
 
-def put_up(scores: Sequence[Sequence[float]], used: Sequence[Sequence[bool]], count: int) -> list[Candidate]:
-    """List the ``count`` least important components in use of every module, the most important ones first."""
+def put_up(scores: Sequence[Sequence[float]], judged: Sequence[Sequence[bool]], count: int) -> list[Candidate]:
+    """List the ``count`` least important components of every module among those judged, the most important first."""
     candidates = []
-    for module, (row, flags) in enumerate(zip(scores, used, strict=True)):
+    for module, (row, flags) in enumerate(zip(scores, judged, strict=True)):
         own = sorted((score, index) for index, (score, on) in enumerate(zip(row, flags, strict=True)) if on)
         candidates += [(score, module, index) for score, index in own[:count]]
     return sorted(candidates, key=lambda one: (-one[0], *one[1:]))
@@ -173,7 +181,7 @@ def expand(
     """Add a component to the module of each candidate in turn, again and again, as long as one fits.
 
     Args:
-        candidates: the most important ones first; every module has one.
+        candidates: the most important ones first.
         scores: score of every component, by module.
         used: components in use before any were pruned.
         masks: components that are still in use; it is changed.

@@ -169,12 +169,14 @@ def short_run_warning(schedule: AnySchedule, total_steps: int) -> str | None:
     if isinstance(schedule, SingleCut):
         return None
     count = sum(schedule.due(step) for step in range(1, min(schedule.end, total_steps) + 1))
+    if isinstance(schedule, Exchanges):
+        count -= schedule.due(schedule.end)  # which ends the search and exchanges nothing
     spaced = isinstance(schedule, _Spaced)
     if count >= _FEWEST["spaced" if spaced else "shares"]:
         return None
     begin = schedule.begin if isinstance(schedule, _Spaced) else 0
     remedy = "train more steps (max_steps, num_train_epochs)"
-    if isinstance(schedule, _Spaced) and (steps := (schedule.end - begin) // (2 * _FEWEST["spaced"])):
+    if isinstance(schedule, Schedule) and (steps := (schedule.end - begin) // (2 * _FEWEST["spaced"])):
         remedy += f", or set {_interval_setting(schedule, steps)}"
     return (
         f"ranks are chosen {'only once' if count == 1 else f'only {count} times'} between steps {begin} and "
@@ -182,7 +184,7 @@ def short_run_warning(schedule: AnySchedule, total_steps: int) -> str | None:
     )
 
 
-def _interval_setting(schedule: Schedule | Exchanges, steps: int) -> str:
+def _interval_setting(schedule: Schedule, steps: int) -> str:
     """Write the setting that would space allocations by ``steps``, with the key that the run uses."""
     if schedule.interval_epochs is None:
         return f"adaptive_interval: {steps}"

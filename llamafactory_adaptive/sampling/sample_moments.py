@@ -54,9 +54,11 @@ class SampleMoments:
             mask_r = getattr(factor, "mask_r", None)
             # The wider side is not converted, which would take longer than the product.
             kind = x.dtype if x.shape[-1] > gradient.shape[-1] else gradient.dtype
+            if kind == torch.float16:  # the loss scale could carry products out of its range
+                kind = torch.float32
             left_btk = gradient.to(kind) if mask_r is None else gradient.to(kind) * mask_r.to(kind)
             g_bkj = left_btk.mT @ x.to(kind)
-            moment_kj = (g_bkj.abs_() if self.order == 1 else g_bkj.square_()).sum(0, dtype=torch.float32)
+            moment_kj = (g_bkj.abs_() if self.order == 1 else g_bkj.float().square_()).sum(0, dtype=torch.float32)
             self.sums[key] = self.sums[key].add_(moment_kj) if key in self.sums else moment_kj
             self.samples += len(x) if counts else 0
 

@@ -17,7 +17,7 @@ from llamafactory_adaptive.ranks.search_config import ExchangeConfig, Reallocati
 
 
 Masks = list[list[bool]]
-Exchange = Callable[[Sequence[Sequence[float]], Masks, Bounds], Masks]  # scores, components in use, bounds
+Exchange = Callable[[Sequence[Sequence[float]], Masks, Masks, Bounds], Masks]  # scores, in use, of those new, bounds
 _STORED = ("final", "history", "module_scores", "metrics", "sensitivities", "fresh")  # in a checkpoint
 
 
@@ -100,7 +100,8 @@ class RankSearchState:
         bounds = replace(self.bounds, budget=budget)
         try:
             if exchange is not None:
-                after = _exchanged(exchange, scores, before, bounds)
+                _check_finite(scores)
+                after = before
             elif self.reallocates:
                 self._learn(scores, before)
                 after = reallocate_components(self.sensitivities, scores, before, bounds)
@@ -108,6 +109,8 @@ class RankSearchState:
                 after = self._keep(favour_used(scores, before, hysteresis, used_first), bounds)
         except ValueError as error:
             raise DivergedError(f"step {step}: {error}; training has diverged, lower learning_rate") from error
+        if exchange is not None:
+            after = _checked(exchange(scores, before, self.fresh, bounds), before, bounds)
         self.fresh = [
             [new and not old for old, new in zip(*rows, strict=True)] for rows in zip(before, after, strict=True)
         ]
@@ -185,12 +188,16 @@ class RankSearchState:
             setattr(self, key, state[key])
 
 
-def _exchanged(exchange: Exchange, scores: Sequence[Sequence[float]], before: Masks, bounds: Bounds) -> Masks:
-    """Return a method's own choice, after a check of what goes into it and what comes out."""
+def _check_finite(scores: Sequence[Sequence[float]]) -> None:
     for module, row in enumerate(scores):
         if not all(map(math.isfinite, row)):
             raise ValueError(f"module {module} has a component whose score is not finite")
-    after = exchange(scores, before, bounds)
+
+
+def _checked(after: Masks, before: Masks, bounds: Bounds) -> Masks:
+    """Return a method's own choice if it has the form of the masks before, and keeps budget and bounds."""
+    if [len(row) for row in after] != [len(row) for row in before]:
+        raise GuardError(f"the method chose among {len(after)} modules or other components than there are")
     ranks = counts(after)
     if bounds.cost(ranks) > bounds.budget or not all(
         low <= rank <= high for low, rank, high in zip(bounds.lower, ranks, bounds.upper, strict=True)

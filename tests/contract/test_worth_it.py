@@ -98,6 +98,19 @@ def test_a_figure_that_the_ledger_does_not_give_is_found(benchmarks, compared, t
     held["comparison"]["arms"][2]["loss"] += 0.001
     (said,) = shipped.different(shipped.without_ranks(fresh), held["comparison"])
     assert said.startswith("/arms/2/loss: ")
+    # What is no longer in the ledger is missed, not taken from the record.
+    choosing = next(key for key, entry in entries.items() if "random" in key)
+    for kept in ({key: entry for key, entry in entries.items() if key != choosing}, {}):
+        assert shipped.different(shipped.without_ranks(shipped.recomputed(held, kept)), held["comparison"])
+
+
+def test_a_path_in_the_words_of_a_failed_arm_is_not_shipped(benchmarks, compared):
+    folder, made = compared
+    made["command"] = "x"
+    made["notes"] = ["it failed (its log: /home/me/runs/logs/a.log), see https://a.b/c/d and 1/2"]
+    (folder / "compare.json").write_text(json.dumps(made))
+    held, _ = benchmarks["shipped"].from_folder(folder, "model")
+    assert held["comparison"]["notes"] == ["it failed (its log: <path>), see https://a.b/c/d and 1/2"]
 
 
 def test_rows_are_asked_as_the_harness_asks_them(benchmarks, tmp_path):

@@ -8,9 +8,9 @@ from llamafactory_adaptive.errors import AdaptiveConfigError
 from llamafactory_adaptive.options import check_fields
 
 
-def problems(dynamic=False, **flat):
+def problems(own_start=False, **flat):
     common, faults = check_fields(AdaptiveArguments, "", flat)
-    return [str(AdaptiveConfigError([problem])) for problem in faults + check_init(flat, common, "igu", dynamic)]
+    return [str(AdaptiveConfigError([problem])) for problem in faults + check_init(flat, common, "igu", own_start)]
 
 
 def zero(stage):
@@ -39,7 +39,7 @@ def test_one_wrong_setting_is_one_clear_message(given, said):
     "given",
     [
         {"deepspeed": zero(3)},
-        {"adaptive_init": "default", "deepspeed": zero(3), "dynamic": True},
+        {"adaptive_init": "default", "deepspeed": zero(3), "own_start": True},
         {"adaptive_init": "eva", "deepspeed": zero(2)},
         {"adaptive_init": "eva", "adapter_name_or_path": "x", "create_new_adapter": True},
         {"adaptive_init": "gora", "adaptive_init_gamma": 0.0, "quantization_bit": 4},

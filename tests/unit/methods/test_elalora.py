@@ -36,6 +36,11 @@ def ranks_of(masks):
     return [sum(row) for row in masks]
 
 
+def none_of(used):
+    """No component that is new."""
+    return [[False] * len(row) for row in used]
+
+
 # -- what is chosen --------------------------------------------------------------------------------------------------
 def of_every_choice(candidates, places, count, best):
     """The choice of ``count`` candidates, at most ``places`` of each module, whose scores have the best sum."""
@@ -69,7 +74,7 @@ def test_what_is_pruned_and_expanded_is_the_best_of_all_choices(seed):
     expected = after_pruning + [sum(m == module for _, m, _ in grown) for module in range(5)]
 
     bounds = Bounds([1] * 5, int(ranks.sum()), lower.tolist(), upper.tolist())
-    masks = method(exchanged_ranks=b, candidates=k).exchange(scores, used, bounds, 0.0)
+    masks = method(exchanged_ranks=b, candidates=k).exchange(scores, used, none_of(used), bounds, 0.0)
     assert ranks_of(masks) == expected.tolist()
     for module, (row, before) in enumerate(zip(masks, used, strict=True)):
         lost = {i for i, (new, old) in enumerate(zip(row, before, strict=True)) if old and not new}
@@ -83,13 +88,15 @@ def test_an_exchange_by_hand():
     bounds = Bounds([1, 1, 1], 7, [1, 1, 1], [4, 4, 4])
     # Put up: 1 and 5, 2 and 3, and 8 of the module with one component, which can grow but not shrink.
     for b, expected in ((1, [2, 3, 2]), (2, [3, 2, 2])):
-        assert ranks_of(method(exchanged_ranks=b).exchange(scores, used, bounds, 0.0)) == expected
-    both = method(exchanged_ranks=2).exchange(scores, used, bounds, 0.0)
+        assert ranks_of(method(exchanged_ranks=b).exchange(scores, used, none_of(used), bounds, 0.0)) == expected
+    both = method(exchanged_ranks=2).exchange(scores, used, none_of(used), bounds, 0.0)
     assert both[0] == used[0], "1 was pruned, then its module was the second to be expanded, for its 5"
     assert both[1:] == [[True, True, False, False], [True, True, False, False]]
     full = Bounds([1, 1, 1], 7, [1, 1, 1], [3, 3, 1])
-    assert ranks_of(method().exchange(scores, used, full, 0.0)) == [3, 3, 1], "no module can take what would be freed"
-    assert method().exchange(scores, used, bounds, 1.0) == used, "ranks are final"
+    assert ranks_of(method().exchange(scores, used, none_of(used), full, 0.0)) == [3, 3, 1], (
+        "no module can take what would be freed"
+    )
+    assert method().exchange(scores, used, none_of(used), bounds, 1.0) == used, "ranks are final"
 
 
 def test_the_number_of_ranks_falls_as_the_authors_schedule_does():
@@ -205,6 +212,15 @@ def test_a_new_component_has_no_effect_no_past_and_no_score():
         components.update(elalora, None)
     parts = (np.prod(reference.smoothed(seen[kind]), axis=0) for kind in ("lambda", "P", "Q"))
     assert components.scores(elalora)[4][3] == pytest.approx(reference.component_scores(*parts)[3], rel=1e-4)
+
+
+def test_what_came_at_the_last_exchange_is_not_put_up_at_the_next():
+    scores, used = [[5.0, 2.0, 0.0], [4.0, 3.0, 0.1]], [[True, True, False], [True, True, True]]
+    bounds, fresh = Bounds([1, 1], 5, [1, 1], [3, 3]), [[False] * 3, [False, False, True]]
+    elalora = method(exchanged_ranks=1, candidates=1)
+    assert elalora.exchange(scores, used, none_of(used), bounds, 0.0) == [[True, True, True], [True, True, False]]
+    # of the others the one of module 0 is the least, and module 1, whose least is still much needed, is full
+    assert elalora.exchange(scores, used, fresh, bounds, 0.0) == used
 
 
 # -- a run -----------------------------------------------------------------------------------------------------------

@@ -101,3 +101,26 @@ def test_inputs_that_are_no_sequences_of_samples_are_named():
     moments.begin()
     with pytest.raises(GuardError, match=r"experts\.0\.up_proj reads \(5, 4\), no .* tsq_sensitivity_over: step"):
         a(torch.ones(5, 4))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "loss_scale", "error"), [(torch.bfloat16, 1.0, 0.05), (torch.float16, 4096.0, 0.01)]
+)
+def test_moments_in_half_precision_are_those_in_full_whatever_the_loss_scale(dtype, loss_scale, error, order):
+    """The square of a scaled gradient is out of the range of fp16."""
+    generator = torch.Generator().manual_seed(0)
+    x, pull = (torch.randn(3, 5, width, generator=generator) for width in (16, 12))
+
+    def moments_of(kind, scale):
+        torch.manual_seed(1)
+        factors = torch.nn.Linear(16, 4, bias=False), torch.nn.Linear(4, 12, bias=False)
+        a, b = (factor.to(kind) for factor in factors)
+        moments = SampleMoments({"m": (a, b)}, order)
+        moments.begin()
+        (b(a(x.to(kind))) * pull.to(kind) * scale).float().sum().backward()
+        return [moments.take(factor.weight) / scale**order for factor in (a, b)]
+
+    for half, full in zip(moments_of(dtype, loss_scale), moments_of(torch.float32, 1.0), strict=True):
+        assert half.dtype == torch.float32
+        assert float((half - full).norm() / full.norm()) < error
