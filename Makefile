@@ -16,7 +16,7 @@ EVAL_KIND  := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 PROTOCOL   ?= $(if $(DATA),llm_adapters,lm_eval)
 # The comparison of make worth-it, which goes on there.
 REGIME     ?= data_limited
-KEEP       ?= demo_output/worth_it_$(REGIME)
+KEEP       ?= demo_output/worth_it_$(REGIME)$(if $(DATA),_data)
 
 .PHONY: help install demo test test-all mutants faults lint bench methods worth-it bench-report eval-install eval-test eval-bench eval-demo clean
 
@@ -31,8 +31,9 @@ help:
 	@echo "              eval_throughput (make eval-bench); DATA=<folder> for GSM8K rows"
 	@echo "make methods  the parts of IGU-LoRA against plain LoRA on a small Llama (CPU: about two hours)"
 	@echo "make worth-it arms against plain LoRA of the same budget on SmolLM2-135M, each at its best rate (CPU: 4 hours and"
-	@echo "              more; the same command goes on after an end); REGIME=capacity_limited, boolq or arc; DATA=<folder>"
-	@echo "make bench-report  what make worth-it found: figures made anew from the ledgers, and the pages that quote them"
+	@echo "              more; the same command goes on after an end); REGIME=capacity_limited, boolq or arc; DATA=<folder>;"
+	@echo "              RECORD=1 puts the result into benchmarks/results"
+	@echo "make bench-report  what recorded runs of make worth-it found: figures made anew from the ledgers, and the pages that quote them"
 	@echo "make install  the environment in $(VENV), with the start-up hook"
 	@echo "make eval-install  the evaluation environment in $(EVAL): vLLM and lm-evaluation-harness"
 	@echo "make eval-test     the harness's tests, those that need its environment too (5 to 9 minutes)"
@@ -124,7 +125,7 @@ methods: $(STAMP)
 	$(BIN)/python benchmarks/method_quality.py
 
 worth-it: $(DEMO)
-	$(BIN)/python benchmarks/worth_it.py $(REGIME) --keep $(KEEP) $(if $(DATA),--data $(DATA))
+	$(BIN)/python benchmarks/worth_it.py $(REGIME) --keep $(KEEP) $(if $(DATA),--data $(DATA)) $(if $(RECORD),--record)
 
 bench-report: $(STAMP)
 	$(BIN)/python benchmarks/report.py

@@ -1,7 +1,7 @@
 """Does it pay? ``llamafactory-adaptive compare`` on SmolLM2-135M, in a regime that has a name.
 
 Run: ``python benchmarks/worth_it.py [REGIME] [--data FOLDER] [--arms ...] [--rates ...] [--seeds 3] [--steps N]
-[--rank N] [--keep FOLDER] [-- arguments of compare]``.
+[--rank N] [--keep FOLDER] [--record] [-- arguments of compare]``.
 
   data_limited      short rows of GSM8K, rank 8: about one epoch of the few hundred rows that there are
   capacity_limited  rank 1 (``--rank 2``), no module must have an adapter, many more rows of GSM8K, none of them twice
@@ -10,7 +10,8 @@ Run: ``python benchmarks/worth_it.py [REGIME] [--data FOLDER] [--arms ...] [--ra
 This script writes rows and YAML, and calls the command, which does all else (docs/comparing.md): one budget, the best
 rate of each arm chosen on one half of the held-out rows, other seeds and the other half for the verdict. What follows
 ``--`` is handed on to it, e.g. ``-- --devices 0,1``. With ``--keep`` the same command goes on after an end. Rows come
-from ``--data``, or are generated. ``benchmarks/report.py`` makes pages of the result, from its ledger.
+from ``--data``, or are generated. ``--record`` puts the result and its ledger into ``benchmarks/results``, in place of
+what is recorded there; ``benchmarks/report.py`` makes pages of it.
 """
 
 import argparse
@@ -112,6 +113,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     for key in ("steps", "rank", "batch-size", "tokens", "held-out"):
         parser.add_argument(f"--{key}", type=int, help="in place of the regime's")
     parser.add_argument("--keep", type=Path, help="folder of the comparison; what lies there is not run again")
+    parser.add_argument("--record", action="store_true", help="put result and ledger into benchmarks/results")
     words = [*sys.argv[1:], "--"]
     end = words.index("--")
     return parser.parse_args(words[:end]), words[end + 1 : -1]
@@ -147,7 +149,7 @@ def main() -> None:
         folder = (options.keep or Path(scratch)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         data = compare(regime, options, more, folder)
-        if not (folder / JSON_FILE).is_file():  # --dry-run
+        if not options.record or not (folder / JSON_FILE).is_file():  # a trial, or --dry-run
             return
         held, lines = shipped.from_folder(folder, record.smollm2().name)
     rank = "" if regime.rank == REGIMES[options.regime].rank else f"_rank{regime.rank}"
