@@ -59,13 +59,17 @@ def setting(name, default=None):
 
 
 def answer(folder, task, row):
-    """Answer one question: right in a share of cases that depends on the arm, by a hash of model, task and row."""
+    """Answer one question: right in a share of cases that depends on the arm, by a hash of arm, task and row.
+
+    The rest of a folder's name is a digest of settings, paths among them: with it seeds would differ from run to run.
+    """
     time.sleep(float(setting("delay", "0")))
     shares = json.loads(setting("right.json", "{}"))
     share = next((share for name, share in shares.items() if folder.name.startswith(name)), 0.5)
     with (STATE / "asked").open("a") as file:
         file.write(f"{folder.name} {task} {row}\n")
-    drawn = hashlib.sha256(f"{folder.name} {task} {row}".encode()).digest()
+    arm = folder.name.partition("-")[0]
+    drawn = hashlib.sha256(f"{arm} {task} {row}".encode()).digest()
     return float(int.from_bytes(drawn[:4], "big") / 2**32 < share)
 
 
