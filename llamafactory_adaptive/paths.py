@@ -37,8 +37,12 @@ def shipped_folder(name: str) -> Path:
     checkout = Path(__file__).resolve().parents[1]
     if (checkout / "pyproject.toml").is_file():
         return checkout / name
-    from importlib.metadata import files  # takes a while
+    from importlib.metadata import PackageNotFoundError, files  # takes a while
 
+    try:
+        installed = files("llamafactory-adaptive") or []
+    except PackageNotFoundError:  # on the path, but not installed
+        installed = []
     readme = f"share/llamafactory-adaptive/{name}/README.md"
-    readme_file = next(file for file in files("llamafactory-adaptive") or [] if str(file).endswith(readme))
+    readme_file = next(file for file in installed if str(file).endswith(readme))
     return Path(str(readme_file.locate())).resolve().parent

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ class Harness:
         """
         try:
             return shipped_folder("eval")
-        except (StopIteration, PackageNotFoundError) as error:
+        except StopIteration as error:
             raise EvaluationError(
                 "the evaluation harness is not in this installation; install llamafactory-adaptive again, or run the "
                 "command in a checkout"

@@ -17,10 +17,8 @@ Cost: two fp32 numbers per adapter weight and a few element-wise passes over the
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from llamafactory_adaptive.methods import InitialAdapter, MethodTraits, Orthogonality
-from llamafactory_adaptive.methods._running_stats import SmoothedImportance, SmoothedMethod
+from llamafactory_adaptive.methods import MethodTraits
+from llamafactory_adaptive.methods._adalora_form import AdaloraForm
 from llamafactory_adaptive.options import option
 
 
@@ -46,30 +44,15 @@ class AdaloraOptions:
     )
 
 
-class Adalora(SmoothedMethod):
+class Adalora(AdaloraForm):
     """The method registered as ``adalora``."""
 
     Options: ClassVar[type[AdaloraOptions]] = AdaloraOptions
-    concentration_advice: ClassVar[str] = ""
-    initial_adapter: ClassVar[InitialAdapter] = InitialAdapter(0.0, "gaussian")
-    importance: SmoothedImportance
 
     def __init__(self, options: AdaloraOptions) -> None:
-        super().__init__(SmoothedImportance(options.beta1, options.beta2))
+        super().__init__(options)
         self.options = options
 
     @property
     def traits(self) -> MethodTraits:
         return MethodTraits("prune", scales_by_start=self.options.scale == "init_rank")
-
-    @property
-    def orthogonality(self) -> Orthogonality | None:
-        """Return the regulariser |Gram - I|; None at weight 0."""
-        weight = self.options.orthogonality_weight
-        return Orthogonality(weight, "identity") if weight else None
-
-    def position(self, seed: int, step: int, micro_batch: int) -> float:
-        return 1.0
-
-    def element_scores(self, block: str, weights: Tensor) -> Tensor:
-        return self.importance.product(block)

@@ -48,8 +48,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llamafactory_adaptive.methods import InitialAdapter, MethodTraits, Orthogonality
-from llamafactory_adaptive.methods._running_stats import SmoothedImportance, SmoothedMethod
+from llamafactory_adaptive.methods import MethodTraits
+from llamafactory_adaptive.methods._adalora_form import AdaloraForm
 from llamafactory_adaptive.options import option
 from llamafactory_adaptive.ranks.allocation import Bounds
 
@@ -92,30 +92,15 @@ class ElaloraOptions:
     )
 
 
-class Elalora(SmoothedMethod):
+class Elalora(AdaloraForm):
     """The method registered as ``elalora``."""
 
     Options: ClassVar[type[ElaloraOptions]] = ElaloraOptions
     traits: ClassVar[MethodTraits] = MethodTraits("exchange")
-    concentration_advice: ClassVar[str] = ""
-    initial_adapter: ClassVar[InitialAdapter] = InitialAdapter(0.0, "gaussian")
-    importance: SmoothedImportance
 
     def __init__(self, options: ElaloraOptions) -> None:
-        super().__init__(SmoothedImportance(options.beta1, options.beta2))
+        super().__init__(options)
         self.options = options
-
-    @property
-    def orthogonality(self) -> Orthogonality | None:
-        """Return the regulariser |Gram - I|; None at weight 0."""
-        weight = self.options.orthogonality_weight
-        return Orthogonality(weight, "identity") if weight else None
-
-    def position(self, seed: int, step: int, micro_batch: int) -> float:
-        return 1.0
-
-    def element_scores(self, block: str, weights: Tensor) -> Tensor:
-        return self.importance.product(block)
 
     def exchange(
         self,

@@ -4,7 +4,8 @@ Pure Python without torch and without a Trainer; ``RankSearchDriver`` drives it.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -98,23 +99,26 @@ class RankSearchState:
             GuardError: the method's own choice does not keep the bounds.
         """
         bounds = replace(self.bounds, budget=budget)
-        try:
-            if exchange is not None:
+        if exchange is None:
+            with _told_as_divergence(step):
+                after = self._allocated(scores, before, bounds, hysteresis, used_first)
+        else:
+            with _told_as_divergence(step):
                 _check_finite(scores)
-                after = before
-            elif self.reallocates:
-                self._learn(scores, before)
-                after = reallocate_components(self.sensitivities, scores, before, bounds)
-            else:
-                after = self._keep(favour_used(scores, before, hysteresis, used_first), bounds)
-        except ValueError as error:
-            raise DivergedError(f"step {step}: {error}; training has diverged, lower learning_rate") from error
-        if exchange is not None:
             after = _checked(exchange(scores, before, self.fresh, bounds), before, bounds)
         self.fresh = [
             [new and not old for old, new in zip(*rows, strict=True)] for rows in zip(before, after, strict=True)
         ]
         return after
+
+    def _allocated(
+        self, scores: Sequence[Sequence[float]], before: Masks, bounds: Bounds, hysteresis: float, used_first: bool
+    ) -> Masks:
+        """Choose components by the scores alone: by those of their modules, or one by one."""
+        if self.reallocates:
+            self._learn(scores, before)
+            return reallocate_components(self.sensitivities, scores, before, bounds)
+        return self._keep(favour_used(scores, before, hysteresis, used_first), bounds)
 
     def _keep(self, scores: Sequence[Sequence[float]], bounds: Bounds) -> Masks:
         """Keep the best components; packed modules lose all of theirs together or not at all."""
@@ -186,6 +190,15 @@ class RankSearchState:
         """Restore what :meth:`state` returned."""
         for key in _STORED:
             setattr(self, key, state[key])
+
+
+@contextmanager
+def _told_as_divergence(step: int) -> Iterator[None]:
+    """Convert what is said of scores that are not finite to the error of a diverged run."""
+    try:
+        yield
+    except ValueError as error:
+        raise DivergedError(f"step {step}: {error}; training has diverged, lower learning_rate") from error
 
 
 def _check_finite(scores: Sequence[Sequence[float]]) -> None:
