@@ -3,8 +3,8 @@
 Run: ``python benchmarks/worth_it.py [REGIME] [--data FOLDER] [--arms ...] [--rates ...] [--seeds 3] [--steps N]
 [--rank N] [--keep FOLDER] [--record] [-- arguments of compare]``.
 
-  data_limited      short rows of GSM8K, rank 8: about one epoch of the few hundred rows that there are
-  capacity_limited  rank 1 (``--rank 2``), no module must have an adapter, many more rows of GSM8K, none of them twice
+  data_limited      a few hundred short rows of GSM8K, each seen once at most, rank 8
+  capacity_limited  rank 1 (``--rank 2``), no module must have an adapter, more, longer rows of GSM8K, each seen once
   boolq, arc        BoolQ; ARC-Easy and ARC-Challenge together; rank 8. Answers are those that the harness parses
 
 This script writes rows and YAML, and calls the command, which does all else (docs/comparing.md): one budget, the best
@@ -60,12 +60,12 @@ class Regime:
 # With ranks of at least 1, a budget of rank 1 leaves nothing to be placed.
 FROM_ZERO = (("adaptive_min_rank", 0),)
 REGIMES = {
-    "data_limited": Regime(("gsm8k",), 136, 8, 100, 4, 200),
-    "capacity_limited": Regime(("gsm8k",), 180, 1, 300, 8, 200, once=True, more=FROM_ZERO),
-    "boolq": Regime(("boolq",), 96, 8, 200, 8, 400),
-    "arc": Regime(("arc_easy", "arc_challenge"), 160, 8, 150, 8, 400),
+    "data_limited": Regime(("gsm8k",), 136, 8, 80, 4, 120, once=True),
+    "capacity_limited": Regime(("gsm8k",), 160, 1, 100, 8, 120, once=True, more=FROM_ZERO),
+    "boolq": Regime(("boolq",), 96, 8, 100, 8, 400),
+    "arc": Regime(("arc_easy", "arc_challenge"), 160, 8, 100, 8, 400),
 }
-ARMS = ("lora", "random", "sensitivity", "igu", "adalora", "tsq_ranks", "svd", "by_type", "elalora", "gora_ranks")
+ARMS = ("lora", "random", "sensitivity", "igu", "adalora", "tsq_ranks", "svd", "by_type", "elalora")
 # ``by_type`` itself takes ranks by hand; from scores, it is another method's scores, pooled.
 POOLED = "by_type:adaptive_method=sensitivity,adaptive_granularity=type"
 
