@@ -129,6 +129,7 @@ def test_ranks_are_exchanged_alike_on_every_engine(stage, exchanged_alone, tiny_
     check_same(tmp_path / "out", exchanged_alone, tolerance=1e-4)
 
 
+@REPEATS
 def test_ddp_started_by_torchrun_finds_the_same_ranks_as_one_process(make, alone, tmp_path):
     import llamafactory.launcher as launcher
 

@@ -41,11 +41,18 @@ def test_llamafactory_cli_trains_and_the_rest_needs_no_plugin(write, tmp_path, t
     assert plan.lora_rank == 6
     assert ranks(tmp_path / "cli")
 
-    merge = tmp_path / "merge.yaml"
     common = {"model_name_or_path": str(tiny_llama), "adapter_name_or_path": str(tmp_path / "cli"),
               "template": "default", "finetuning_type": "lora"}  # fmt: skip
-    merge.write_text(yaml.safe_dump({**common, "export_dir": str(tmp_path / "merged"), "infer_dtype": "float32"}))
-    run(BIN / "llamafactory-cli", "export", merge, LLAMAFACTORY_ADAPTIVE="0")
+    without_plugin = (
+        "import sys, json\nfrom llamafactory.chat import ChatModel\n"
+        "from llamafactory.train.tuner import export_model\n"
+        "chat, export = map(json.loads, sys.argv[1:])\nexport_model(export)\n"
+        "print('ANSWERED', len(ChatModel(chat).chat([{'role': 'user', 'content': 'red'}], max_new_tokens=4)))\n"
+    )
+    chat = {**common, "infer_backend": "huggingface"}
+    export = {**common, "export_dir": str(tmp_path / "merged"), "infer_dtype": "float32"}
+    done = run(sys.executable, "-c", without_plugin, json.dumps(chat), json.dumps(export), LLAMAFACTORY_ADAPTIVE="0")
+    assert "ANSWERED 1" in done.stdout
     base, merged = (load_file(folder / "model.safetensors") for folder in (tiny_llama, tmp_path / "merged"))
     saved = load_file(tmp_path / "cli" / "adapter_model.safetensors")
     name = "model.layers.1.mlp.down_proj"
@@ -58,15 +65,6 @@ def test_llamafactory_cli_trains_and_the_rest_needs_no_plugin(write, tmp_path, t
     ours = load_file(tmp_path / "ours" / "model.safetensors")
     assert ours.keys() == merged.keys()
     assert all(torch.equal(ours[key], merged[key]) for key in ours)  # bit for bit what LLaMA-Factory's export writes
-
-    chat = (
-        "import sys, json\nfrom llamafactory.chat import ChatModel\n"
-        "m = ChatModel(json.loads(sys.argv[1]))\n"
-        "print('ANSWERED', len(m.chat([{'role': 'user', 'content': 'red'}], max_new_tokens=4)))\n"
-    )
-    done = run(sys.executable, "-c", chat, json.dumps({**common, "infer_backend": "huggingface"}),
-               LLAMAFACTORY_ADAPTIVE="0")  # fmt: skip
-    assert "ANSWERED 1" in done.stdout
 
 
 @pytest.mark.repeats
@@ -87,8 +85,9 @@ def test_launchers_agree(write, tmp_path):
 
 @pytest.mark.parametrize(
     ("stage", "more"),
-    [pytest.param(2, {"quantization_bit": 4}, marks=pytest.mark.repeats), (3, {"adaptive_min_rank": 0})],
+    [(2, {"quantization_bit": 4}), (3, {"adaptive_min_rank": 0})],
 )
+@pytest.mark.repeats  # of tests/e2e/test_engines.py, on fixed ranks
 def test_deepspeed_trains_the_plan_on_two_processes(stage, more, tiny_llama, data_dir, tmp_path):
     config = EXAMPLES / "deepspeed" / f"ds_z{stage}_config.json"
     more |= {"deepspeed": str(config), "bf16": True, "save_strategy": "steps", "save_steps": 1}
@@ -100,6 +99,7 @@ def test_deepspeed_trains_the_plan_on_two_processes(stage, more, tiny_llama, dat
     assert (out / "checkpoint-1" / "adaptive_rank_plan.json").is_file()
 
 
+@pytest.mark.repeats  # in this process: tests/unit/cli/test_commands.py
 def test_plan_prints_a_table_and_trains_nothing(write, tmp_path):
     done = run(BIN / "llamafactory-adaptive", "plan", write(), "--out", tmp_path / "planned")
     assert "layer  q_proj  k_proj" in done.stdout
@@ -120,6 +120,7 @@ def test_plan_keeps_its_hands_off_a_trained_adapter(write, tmp_path):
     assert "it holds a trained adapter with its plan; try --out <another folder>" in done.stderr
 
 
+@pytest.mark.repeats  # in this process: tests/contract/test_wrong_yaml.py
 def test_what_the_host_refuses_is_one_message_before_scoring(write):
     done = run(BIN / "llamafactory-adaptive", "plan", write(val_size=0.1, eval_dataset="tiny_eval"), expect=2)
     assert "val_size: 0.1 is invalid: LLaMA-Factory refuses it (Cannot specify `val_size`" in done.stderr

@@ -34,7 +34,11 @@ def scene(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "more"), [("static_sft.py", ["--steps", "4"]), ("igu_trainer.py", ["--steps", "12", "--interval", "2"])]
+    ("script", "more"),
+    [
+        pytest.param("static_sft.py", ["--steps", "4"], marks=pytest.mark.repeats),
+        ("igu_trainer.py", ["--steps", "12", "--interval", "2"]),
+    ],
 )
 def test_examples_train_what_they_print(script, more, scene, tmp_path):
     if script == "static_sft.py":

@@ -15,7 +15,7 @@ from tests.helpers.training import logits, peft_logits, train
 
 
 pytestmark = pytest.mark.slow
-EACH_ARCHITECTURE = ["llama", pytest.param("qwen2", marks=pytest.mark.repeats), "qwen3"]
+EACH_ARCHITECTURE = ["llama", *(pytest.param(name, marks=pytest.mark.repeats) for name in ("qwen2", "qwen3"))]
 
 
 @pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
@@ -71,7 +71,8 @@ STAGES = {
 }  # fmt: skip
 
 
-REPEATED_STAGES = ("kto", "bf16", "no_checkpointing")  # as dpo, and as in the cases of igu and tsq
+# As dpo, as in the cases of igu and tsq, and as in tests of methods and of calibration.
+REPEATED_STAGES = ("kto", "bf16", "no_checkpointing", "accumulation", "streaming", "gradient_weighting")
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ def test_a_fresh_run_moves_the_older_one_aside_and_a_second_one_is_refused(full_
     assert (aside / "checkpoint-6" / "optimizer.pt").is_file()
 
 
+@pytest.mark.repeats  # without a model: tests/unit/planning/test_cache.py
 def test_a_damaged_plan_or_statistics_in_the_cache_are_made_anew(tiny_llama, data_dir, tmp_path, monkeypatch, caplog):
     cache = tmp_path / "cache"
     monkeypatch.setenv("LLAMAFACTORY_ADAPTIVE_CACHE", str(cache))
