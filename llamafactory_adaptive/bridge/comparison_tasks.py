@@ -15,7 +15,7 @@ import numpy as np
 
 from llamafactory_adaptive.bridge.comparison import LOGS, Comparison
 from llamafactory_adaptive.bridge.comparison_jobs import run_in_own_process
-from llamafactory_adaptive.bridge.harness import Harness
+from llamafactory_adaptive.bridge.harness import Harness, is_complete
 from llamafactory_adaptive.bridge.merge_job import MergeJob
 from llamafactory_adaptive.comparison.arms import PLAIN
 from llamafactory_adaptive.comparison.experiment import Progress
@@ -91,7 +91,7 @@ class TaskEvaluations:
 
     def due(self, progress: Progress) -> list[Evaluation]:
         """List the adapters that have not answered yet, arm by arm."""
-        return [each for each in self._all(progress) if self.comparison.ledger.get(each.key) is None]
+        return [each for each in self._all(progress) if each.key not in self.comparison.ledger]
 
     def _all(self, progress: Progress) -> Iterator[Evaluation]:
         facts = self.facts["settings"] | {
@@ -112,20 +112,32 @@ class TaskEvaluations:
         Raises:
             EvaluationError: the adapters of plain LoRA cannot be evaluated.
         """
-        due = self.due(progress)
-        if due:
+        if due := self.due(progress):
             logs = self.comparison.folder / LOGS
             say(f"{len(due)} adapters are left to answer {', '.join(self.request.tasks)}; logs in {logs}")
-        batches = self._batches(due)
-        self._run(batches, devices, say)
-        return self._document(progress)
+        self._run(self._batches(progress), devices, say)
+        return self.document(progress)
 
-    def _batches(self, due: Sequence[Evaluation]) -> list[list[Evaluation]]:
+    def _batches(self, progress: Progress) -> list[list[Evaluation]]:
         """Group adapters that share a server: those of an arm, or each alone where they are merged."""
         by_server: dict[tuple[str, int], list[Evaluation]] = {}
-        for each in due:
+        for each in self._all(progress):
             by_server.setdefault((each.arm, each.seed if self.form == "merged" else 0), []).append(each)
-        return list(by_server.values())
+        return [batch for group in by_server.values() if (batch := self._open(group))]
+
+    def _open(self, group: Sequence[Evaluation]) -> list[Evaluation]:
+        """List the adapters of a group that have not answered; or all of a finished run that they are the last of.
+
+        A kill between two lines of the ledger leaves such a run: its first adapters are there, and its last are not.
+        """
+        due = [each for each in group if each.key not in self.comparison.ledger]
+        finished = (list(group[start:]) for start in range(len(group)) if is_complete(self._out(group[start:])))
+        return next((batch for batch in finished if due and all(each in batch for each in due)), due)
+
+    def _out(self, batch: Sequence[Evaluation]) -> Path:
+        """Return the folder in which the adapters of a batch answer."""
+        name = f"{batch[0].arm}-{digest_of([each.key for each in batch])[:12]}".replace(" ", "_")
+        return self.comparison.folder / EVALUATIONS / name
 
     def _run(self, batches: Sequence[Sequence[Evaluation]], devices: Sequence[str | None], say: Say) -> None:
         """Ask all batches, one per device at a time; whatever ends this ends the servers that run."""
@@ -174,20 +186,22 @@ class TaskEvaluations:
             return f"{arm} cannot be evaluated: {error}"
 
     def _answered(self, batch: Sequence[Evaluation], device: str | None) -> str:
-        name = f"{batch[0].arm}-{digest_of([each.key for each in batch])[:12]}".replace(" ", "_")
-        log = self.comparison.folder / LOGS / f"eval-{name}.log"
-        out = self.comparison.folder / EVALUATIONS / name
-        merged = out.with_name(f"{name}-merged")
+        out = self._out(batch)
+        if not is_complete(out):
+            self._ask(batch, out, device)
+        held, ledger = self.harness.values(out), self.comparison.ledger
+        for each in (each for each in batch if each.key not in ledger):
+            answers = held["answers"][_served_as(each)]
+            ledger.add(each.key, {"answers": answers, "notes": held["warnings"] or []})
+        return f"{batch[0].arm}: {self._means(batch)}"
+
+    def _ask(self, batch: Sequence[Evaluation], out: Path, device: str | None) -> None:
+        log, merged = self.comparison.folder / LOGS / f"eval-{out.name}.log", out.with_name(f"{out.name}-merged")
         try:
             models = [word for each in batch for word in self._model(each, merged, device, log)]
             self.harness.run([*self.words, *models, *self._tokenizer(batch[0]), *_FIXED], out, device, log)
         finally:  # as large as the base model
             shutil.rmtree(merged, ignore_errors=True)
-        held = self.harness.values(out)
-        for each in batch:
-            answers = held["answers"][_served_as(each)]
-            self.comparison.ledger.add(each.key, {"answers": answers, "notes": held["warnings"] or []})
-        return f"{batch[0].arm}: {self._means(batch)}"
 
     def _model(self, each: Evaluation, merged: Path, device: str | None, log: Path) -> tuple[str, str]:
         """Return the words that name an adapter to the harness, after a merge where it is to be merged."""
@@ -212,7 +226,8 @@ class TaskEvaluations:
         said = ", ".join(f"{task} {100 * mean:.1f} %" for task, mean in means.items())
         return f"{said} ({_seeds_of(batch)})"
 
-    def _document(self, progress: Progress) -> dict[str, Any]:
+    def document(self, progress: Progress) -> dict[str, Any]:
+        """Build what ``compare.json`` holds of tasks, from the answers in the ledger."""
         answers: dict[str, dict[int, Any]] = {}
         notes: dict[str, None] = {}
         for each in self._all(progress):
@@ -228,7 +243,7 @@ class TaskEvaluations:
             "metrics": {name: tasks[name]["metric"] for name in self.request.tasks},
             "task_versions": {name: tasks[name]["version"] for name in self.request.tasks},
             "versions": self.facts["versions"],
-            "notes": [*self._reservations(), *notes],
+            "notes": [*self._reservations(progress), *notes],
         }
         by_arm = {arm: self._of_seeds(held) for arm, held in answers.items()}
         return task_document(by_arm, self.failed, self.request.effect, self.harness.sign_flip(), facts)
@@ -239,7 +254,10 @@ class TaskEvaluations:
             {task: np.array([each[task]["values"] for each in held.values()], float) for task in self.request.tasks},
         )
 
-    def _reservations(self) -> Iterator[str]:
+    def _reservations(self, progress: Progress) -> Iterator[str]:
+        if left := sum(each.arm not in self.failed for each in self.due(progress)):
+            have = "adapters have" if left > 1 else "adapter has"
+            yield f"{left} {have} not answered yet, so that figures and verdicts of tasks may change"
         if self.comparison.given.get("quantization_bit"):
             yield "adapters were trained on a quantised base and answered on the base as it is, in every arm alike"
 

@@ -100,15 +100,13 @@ class Harness:
         return answer
 
     def run(self, words: Sequence[str], out: Path, device: str | None, log: Path) -> None:
-        """Run an evaluation into its folder, or go on there, unless it is finished; its output goes to ``log``.
+        """Run an evaluation into its folder, or go on there; its output goes to ``log``.
 
         Whatever ends this process ends the harness and its server, too.
 
         Raises:
             EvaluationError: the evaluation failed; what was answered is kept.
         """
-        if _is_complete(out):
-            return
         evaluation = [str(self.python), "-m", "eval.run", *words, "--out", str(out)]
         keeper = [sys.executable, str(self.folder / "keeper.py"), str(_GRACE_SECONDS), *evaluation]
         until = time.monotonic() + _IN_USE_SECONDS
@@ -145,6 +143,11 @@ def _complaint(said: str, code: int, python: Path) -> str:
     return f"the harness in {python} ended with exit code {code}{last_words(said)}"
 
 
-def _is_complete(out: Path) -> bool:
+def is_complete(out: Path) -> bool:
+    """Tell whether the evaluation in a folder is finished.
+
+    Raises:
+        EvaluationError: its state cannot be read.
+    """
     path = out / _STATE_FILE
     return path.is_file() and bool(read_mapping(path, str(path), error=EvaluationError).get("complete"))

@@ -35,6 +35,8 @@ def compare(arguments: argparse.Namespace) -> int:
         progress = comparison.run(devices, tell)
         command = redacted(["llamafactory-adaptive", *arguments.words])
         document = comparison.document(progress, effect, command, changes(starts))
+        if evaluations is not None and (tasks := evaluations.document(progress))["arms"]:
+            document["tasks"] = tasks  # what was answered before this start
         files = write_pages(document, arguments.out)
         if evaluations is not None:
             document["tasks"] = evaluations.run(progress, devices, tell)

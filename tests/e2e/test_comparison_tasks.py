@@ -103,6 +103,36 @@ def test_an_arm_that_cannot_be_served_is_named_and_on_a_cpu_adapters_are_merged(
     assert all(name.startswith("uniform") for name in left), "what was answered is no longer merged"
 
 
+def drop_last_line(path):
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+@pytest.mark.parametrize("cpu", [False, True])
+def test_what_a_kill_left_out_of_the_ledger_is_read_again_not_asked_and_pages_hold_the_rest_meanwhile(
+    cpu, words, environment, runs, tmp_path, monkeypatch, capsys
+):
+    _, state = environment
+    if cpu:
+        (state / "cpu").touch()
+    assert cli.main(words) == 0
+    whole, ledger, asked = document(tmp_path), tmp_path / "compared" / "ledger.jsonl", lines_of(state / "asked")
+    drop_last_line(ledger)
+    with monkeypatch.context() as patched:
+        patched.setattr(comparison_tasks.TaskEvaluations, "run", lambda self, *_: sys.exit("killed"))
+        with pytest.raises(SystemExit, match="killed"):
+            cli.main(words)
+    kept = document(tmp_path)["tasks"]
+    assert [arm["seeds"] for arm in kept["arms"]] == [[1, 2], [1, 2], [1]]
+    assert kept["notes"] == ["1 adapter has not answered yet, so that figures and verdicts of tasks may change"]
+    runs.clear()
+    assert cli.main(words) == 0
+    assert document(tmp_path)["tasks"] == whole["tasks"]
+    assert runs == [], "nothing is trained or merged"
+    assert lines_of(state / "asked") == asked
+    calls = [json.loads(line)[1] for line in lines_of(state / "calls")]
+    assert calls.count("eval.run") == (6 if cpu else 3)
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
