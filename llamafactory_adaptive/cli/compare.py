@@ -39,7 +39,7 @@ def compare(arguments: argparse.Namespace) -> int:
             document["tasks"] = tasks  # what was answered before this start
         files = write_pages(document, arguments.out)
         if evaluations is not None:
-            document["tasks"] = evaluations.run(progress, devices, tell)
+            document["tasks"] = evaluations.run(progress, devices)
             files = write_pages(document, arguments.out)
     said = [*text_table(document), "", *sentences(document), *task_text(document)]
     print("\n".join([*said, "", *(f"written: {path}" for path in files)]))
