@@ -31,7 +31,7 @@ def compare(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return 0
     with locked(arguments.out):
-        starts = note_start(arguments.out, fixed_before(arguments, comparison))
+        starts = note_start(arguments.out, fixed_before(arguments, comparison, effect, request))
         progress = comparison.run(devices, tell)
         command = redacted(["llamafactory-adaptive", *arguments.words])
         document = comparison.document(progress, effect, command, changes(starts))

@@ -80,7 +80,14 @@ def test_adapters_answer_and_verdicts_are_on_every_page_and_nothing_is_asked_aga
         assert "Mean over 2 tasks" in (tmp_path / "compared" / name).read_text()
     assert cli.main([*words, "--task-effect", "2"]) == 0
     assert len(lines_of(state / "asked")) == ADAPTERS * QUESTIONS
-    assert "--task-effect was changed after the comparison had begun: 1, then 2" in capsys.readouterr().out
+    assert (
+        "--task-effect was changed after the comparison had begun: 1 point, then 2 points" in capsys.readouterr().out
+    )
+    (fixed, *_) = json.loads((tmp_path / "compared" / "starts.json").read_text())
+    assert {"eval-protocol", "eval-data", "eval-args", "steps", "steps-for-rates", "rate-seeds", "alphas"} <= set(
+        fixed
+    )
+    assert (fixed["effect"], fixed["eval-protocol"]) == (0.005, "lm_eval")
     for path in (tmp_path / "compared").rglob("*"):
         assert not path.is_file() or b"hf_secret" not in path.read_bytes(), path
 
