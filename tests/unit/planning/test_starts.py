@@ -122,6 +122,11 @@ def test_runs_on_a_given_plan_are_compared_by_their_start_too(tmp_path):
     assert obtain_plan(given, host).origin == "resumed"
     with pytest.raises(PlanError, match=r"adaptive_init_gamma is 0\.05 there and 0\.1 here"):
         obtain_plan(dataclasses.replace(given, init_gamma=0.1), host)
+    obtain_plan(
+        dataclasses.replace(given, calibration=CalibrationConfig(None, 8, 4, 5)), host
+    )  # a batch size may change
+    with pytest.raises(PlanError, match="adaptive_calibration_samples is 8 there and 16 here"):
+        obtain_plan(dataclasses.replace(given, calibration=CalibrationConfig(None, 16, 2, 5)), host)
 
 
 def test_a_plan_of_before_starts_as_peft_does(tmp_path):
