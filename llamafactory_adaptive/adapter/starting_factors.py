@@ -50,7 +50,7 @@ class StartingFactors:
                 if self.kind == "gora":
                     b.weight.copy_(compressed_gradient(rows, int(d_in), scale, self.gamma))  # type: ignore[operator]
                     self.copied[name] = _digest(b.weight)  # type: ignore[arg-type]
-                p, q = (float(f.weight.float().norm()) / math.sqrt(r) for f in (b, a))  # type: ignore[operator,union-attr]
+                p, q = (float(f.weight.float().norm()) / math.sqrt(r) for f in (b, a))  # type: ignore[operator]
                 slowdowns.append(slowdown_of_norms(p, q, ModuleShape(name, int(d_in), len(b.weight))))  # type: ignore[arg-type]
         return slowdowns
 

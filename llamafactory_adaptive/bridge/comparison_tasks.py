@@ -61,7 +61,7 @@ class Batch:
 
     @property
     def seeds(self) -> str:
-        """Describe their seeds."""
+        """Describe the seeds of its adapters."""
         return f"seed{'s' if len(self.adapters) > 1 else ''} {', '.join(str(each.seed) for each in self.adapters)}"
 
 

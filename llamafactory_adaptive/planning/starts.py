@@ -85,7 +85,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for name in sorted(tensors):
         sha.update(name.encode())
-        sha.update(tensors[name].contiguous().numpy())
+        sha.update(tensors[name].numpy().tobytes())
     return sha.hexdigest()
 
 
