@@ -114,7 +114,7 @@ def drop_last_line(path):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
 
 
-@pytest.mark.parametrize("cpu", [False, True])
+@pytest.mark.parametrize("cpu", [False, pytest.param(True, marks=pytest.mark.repeats)])
 def test_what_a_kill_left_out_of_the_ledger_is_read_again_not_asked_and_pages_hold_the_rest_meanwhile(
     cpu, words, environment, runs, tmp_path, monkeypatch, capsys
 ):
