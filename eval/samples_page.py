@@ -3,6 +3,8 @@
 The page is one file that loads nothing else. Texts of models are data in it, never markup: they are in a JSON block
 that none of their characters can end, and are shown as text by one script, the only one that the page's policy lets
 run.
+
+Exit codes: 0 done, 2 user error (one message on stderr), 130 interrupted.
 """
 
 import argparse
@@ -17,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.errors import EvalError
+from eval.exits import exit_code
 from eval.reading import MAX_SAMPLE, field, numbered_rows, read_object
-from eval.redaction import guarded, without_control
 from eval.results import RESULTS_FILE, SAMPLES_FILE, write_atomically
 
 
@@ -70,13 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.samples_page", description="Make a page to browse samples.")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help=f"a run's --out, with {SAMPLES_FILE}")
     folder = parser.parse_args(argv).folder
-    with guarded(()):
-        try:
-            print(f"written: {write_page(folder)}")
-        except EvalError as error:
-            print(f"eval: error: {without_control(str(error))}", file=sys.stderr)
-            return 2
-    return 0
+    return exit_code((), lambda: print(f"written: {write_page(folder)}"))
 
 
 def write_page(folder: Path) -> Path:

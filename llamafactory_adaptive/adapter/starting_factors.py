@@ -10,6 +10,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from llamafactory_adaptive.adapter.lora import live_factors
+from llamafactory_adaptive.ranks.first_update import slowdown_of_norms
+from llamafactory_adaptive.ranks.plan import ModuleShape
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,17 @@ class StartingFactors:
     copied: dict[str, str] = field(default_factory=dict, compare=False)
 
     @torch.no_grad()
-    def copy_into(self, model: nn.Module, scale: float) -> int:
-        """Copy the start into a live adapter that has not been trained, and return the number of modules.
+    def copy_into(self, model: nn.Module, scale: float) -> list[float]:
+        """Copy the start into a live adapter that has not been trained.
 
         Args:
             model: model with whole, unwrapped factors.
             scale: alpha/r, the same for all modules.
+
+        Returns:
+            For each module how many times smaller its first AdamW update is than plain LoRA's.
         """
-        factors = live_factors(model)
+        factors, slowdowns = live_factors(model), []
         with safe_open(self.path, framework="pt") as file:
             for name, (a, b) in factors.items():
                 r, d_in = a.weight.shape  # type: ignore[misc]
@@ -45,7 +50,9 @@ class StartingFactors:
                 if self.kind == "gora":
                     b.weight.copy_(compressed_gradient(rows, int(d_in), scale, self.gamma))  # type: ignore[operator]
                     self.copied[name] = _digest(b.weight)  # type: ignore[arg-type]
-        return len(factors)
+                p, q = (float(f.weight.float().norm()) / math.sqrt(r) for f in (b, a))  # type: ignore[operator]
+                slowdowns.append(slowdown_of_norms(p, q, ModuleShape(name, int(d_in), len(b.weight))))  # type: ignore[arg-type]
+        return slowdowns
 
     def is_start(self, name: str, b: Tensor) -> bool:
         """Tell whether B (d_out, r) of a module is still what it started from; the file is not needed for it."""

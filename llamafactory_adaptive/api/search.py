@@ -87,7 +87,8 @@ def rank_search(
         budget_unit: ``"params"`` counts trainable parameters, ``"ranks"`` the sum of ranks.
         min_rank: lowest rank of a module; 0 lets a module go without an adapter.
         max_rank: highest rank of a module (default: 4 x ``lora_rank``).
-        init_rank: rank that every module starts with (default: 2 x ``lora_rank``).
+        init_rank: rank that every module starts with, in methods that prune (default: 2 x ``lora_rank``, and
+            ``max_rank`` at most).
         warmup_ratio: share of the optimizer steps before ranks first change (default: 0.1).
         final_ratio: share of the optimizer steps, at the end, that train the final ranks (default: 0.3).
         interval: optimizer steps between two allocations (default: 10).
@@ -99,8 +100,8 @@ def rank_search(
         lora_settings: further arguments of ``peft.LoraConfig``, as in :func:`lora_config`.
         seed: seed of the factors and of every draw.
         **options: of the method, the YAML keys without ``igu_``: ``importance="integrated"``. ``init_rank`` to
-            ``max_overhead`` hold for methods that prune (``igu``, ``adalora``); ``svd`` reads ``init_rank`` and
-            ``final_ratio``, where it cuts, and ``elalora`` those from ``warmup_ratio`` to ``interval_epochs``.
+            ``interval_epochs`` hold for methods that prune (``igu``, ``adalora``); ``svd`` reads ``init_rank`` and
+            ``final_ratio``, where it cuts, and ``elalora`` those from ``warmup_ratio`` on.
 
     Returns:
         The search: its ``model``, its ``callback``, ``trainer(cls)`` and ``finalize(folder)``.

@@ -75,7 +75,7 @@ class Children:
             self._running[process] = patience
             ended = self._ended
         if ended:
-            _end(process, patience)
+            _end([(process, patience)])
         try:
             yield
         finally:
@@ -86,8 +86,7 @@ class Children:
         """End all children, and those that start later."""
         with self._lock:
             self._ended, running = True, list(self._running.items())
-        for process, patience in running:
-            _end(process, patience)
+        _end(running)
 
 
 def run_child(
@@ -130,7 +129,38 @@ def run_child(
     except subprocess.TimeoutExpired:  # it closed its output and does not end
         return -9, "\n".join(lines)
     finally:
-        _end(process, patience)
+        _end([(process, patience)])
+
+
+def answer_of_child(
+    command: Sequence[str], environment: Mapping[str, str], seconds: float, children: Children
+) -> tuple[int, str, str]:
+    """Run a command to its end, and return its exit code and what it printed to standard output and to standard error.
+
+    Args:
+        command: the command; its standard input is empty.
+        environment: all environment variables of the child.
+        seconds: how long it may take.
+        children: through which another thread may end the child.
+
+    Raises:
+        OSError: the command cannot be started.
+        TimeoutExpired: it takes longer; it was killed.
+    """
+    process = subprocess.Popen(
+        command,
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        with children.holding(process):
+            said, complained = process.communicate(timeout=seconds)
+    finally:
+        _end([(process, 0.0)])
+    return process.returncode, said.decode(errors="replace"), complained.decode(errors="replace")
 
 
 def _wait_for(process: "subprocess.Popen[bytes]", log: Path, job: str, lines: "deque[str]") -> tuple[int, str]:
@@ -142,17 +172,26 @@ def _wait_for(process: "subprocess.Popen[bytes]", log: Path, job: str, lines: "d
     return process.wait(_END_SECONDS), "\n".join(lines)
 
 
-def _end(process: "subprocess.Popen[bytes]", patience: float) -> None:
-    """Kill what is left of the child's session: the child, and the workers of a child that was killed."""
-    if patience and process.poll() is None:
+def _end(children: Sequence[tuple["subprocess.Popen[bytes]", float]]) -> None:
+    """Close the pipes of all children at once, wait for those that have the patience, and kill what is left.
+
+    Killed is a child's whole session: the child, and the workers of a child that was killed.
+    """
+    patient = [(process, patience) for process, patience in children if patience and process.poll() is None]
+    for process, _ in patient:
         assert process.stdin is not None
-        with suppress(OSError, subprocess.TimeoutExpired):
+        with suppress(OSError):
             process.stdin.close()
-            process.wait(patience)
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    with suppress(subprocess.TimeoutExpired):  # stuck inside the kernel, where no signal reaches it
-        process.wait(_END_SECONDS)
+    closed = time.monotonic()
+    for process, patience in patient:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, closed + patience - time.monotonic()))
+    for process, _ in children:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    for process, _ in children:
+        with suppress(subprocess.TimeoutExpired):  # stuck inside the kernel, where no signal reaches it
+            process.wait(_END_SECONDS)
 
 
 def _chunks(process: "subprocess.Popen[bytes]", log: Path) -> Iterator[bytes]:

@@ -29,7 +29,7 @@ from llamafactory_adaptive.bridge.comparison_rows import (
     rows_folder,
     rows_identity,
 )
-from llamafactory_adaptive.bridge.comparison_time import estimate
+from llamafactory_adaptive.bridge.comparison_time import RunTime, estimate
 from llamafactory_adaptive.comparison.arms import PLAIN, Arm, run_settings
 from llamafactory_adaptive.comparison.experiment import Design, Progress, Run
 from llamafactory_adaptive.comparison.ledger import Ledger
@@ -123,10 +123,16 @@ class Comparison:
         """
         self.prepare(say, devices[0])
         progress = Progress(self.design, list(self.arms.values()), self.known, self.figure)
-        if left := progress.runs_left():
-            time_left = estimate(self, progress, devices)
-            say(f"{left} runs of about {self.steps()} steps{time_left}; logs in {self.folder / LOGS}")
-        Runner(progress, self.ledger, self.train, self.key, devices, self.children.end).run()
+        left, plain = progress.left(), None
+        if left:
+            plain = self.run_time(devices[0])
+            time_left = estimate(self, plain, progress, devices)
+            say(f"{len(left)} runs of about {self._steps_words()}{time_left}; logs in {self.folder / LOGS}")
+
+        def length(run: Run) -> float:
+            return 1.0 if plain is None else plain.seconds(self.steps(run))
+
+        Runner(progress, self.ledger, self.train, self.key, devices, self.children.end, length).run()
         return progress
 
     def document(self, progress: Progress, effect: float, command: str, changed: Sequence[str]) -> dict[str, Any]:
@@ -190,8 +196,8 @@ class Comparison:
         sizes = (self.given.get(f"per_device_{kind}_batch_size") for kind in ("eval", "train"))
         return next((int(size) for size in sizes if size), 8)
 
-    def seconds_of_a_run(self, device: str | None, arm: str = PLAIN) -> float | None:
-        """Estimate the seconds of one whole run, by one of a few steps; None where that diverged.
+    def run_time(self, device: str | None, arm: str = PLAIN) -> RunTime | None:
+        """Measure a run of a few steps, for estimates of longer ones; None where it diverged.
 
         Raises:
             AdaptiveError: the run cannot be made.
@@ -211,16 +217,21 @@ class Comparison:
             }
             self.ledger.add(key, held)
         each = held["training_seconds"] / max(1, held["steps"])
-        return float(held["seconds"] + (self.steps() - held["steps"]) * each)
+        return RunTime(held["seconds"] - held["steps"] * each, each)
 
     def asked_steps(self) -> int | None:
         """Return the optimizer steps of a final run, where they do not depend on the number of rows."""
         steps = self.design.steps or int(self.given.get("max_steps") or -1)
         return steps if steps > 0 else None
 
-    def steps(self) -> int:
-        """Estimate the optimizer steps of a final run."""
-        if asked := self.asked_steps():
+    def _steps_words(self) -> str:
+        shorter = self.design.steps_for_rates
+        return f"{self.steps()} steps" + (f" ({shorter} where a rate is chosen)" if shorter else "")
+
+    def steps(self, run: Run | None = None) -> int:
+        """Estimate the optimizer steps of a run; of a final one without."""
+        asked = None if run is None else run.steps
+        if asked := asked or self.asked_steps():
             return asked
         batch = int(self.given.get("per_device_train_batch_size") or 8)
         batch *= int(self.given.get("gradient_accumulation_steps") or 1)

@@ -1,6 +1,7 @@
 """From the arguments of ``compare`` to a comparison whose settings are checked, and words on what it will do."""
 
 import argparse
+import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from llamafactory_adaptive.bridge.comparison_checks import visible_devices
 from llamafactory_adaptive.bridge.comparison_tasks import TaskEvaluations
 from llamafactory_adaptive.comparison.arms import choose_arms, keys_without_effect, without_twins
 from llamafactory_adaptive.comparison.request import design_of, devices_of
+from llamafactory_adaptive.comparison.secrets import redacted
 from llamafactory_adaptive.comparison.task_request import TaskRequest
 from llamafactory_adaptive.config.arguments import AdaptiveArguments
 
@@ -72,9 +74,29 @@ def _runs(comparison: Comparison) -> str:
     )
 
 
-def fixed_before(arguments: argparse.Namespace, comparison: Comparison) -> dict[str, Any]:
-    """Collect the arguments that a user should not change once results were seen."""
-    effect = None if arguments.tasks is None else arguments.task_effect or "1"
-    tasks = {"tasks": arguments.tasks, "task-effect": effect, "eval-limit": arguments.eval_limit}
-    return {**tasks, "effect": arguments.effect, "seeds": arguments.seeds, "held-out": arguments.held_out,
-            "arms": list(comparison.arms), "rates": sorted(comparison.design.rates)}  # fmt: skip
+def fixed_before(
+    arguments: argparse.Namespace, comparison: Comparison, effect: float, request: TaskRequest | None
+) -> dict[str, Any]:
+    """Collect the arguments that a user should not change once results were seen.
+
+    Args:
+        arguments: parsed arguments.
+        comparison: the comparison that they ask for.
+        effect: smallest difference in loss that matters.
+        request: what tasks are asked; None without ``--tasks``.
+    """
+    design = comparison.design
+    by_design = {"seeds": design.seeds, "rate-seeds": design.rate_seeds, "steps": design.steps,
+                 "steps-for-rates": design.steps_for_rates, "extensions": design.extensions}  # fmt: skip
+    grid = {"rates": sorted(design.rates), "alphas": None if design.alphas == (None,) else list(design.alphas)}
+    asked = {"tasks": arguments.tasks, "task-effect": request and request.effect, "eval-limit": arguments.eval_limit,
+             "eval-protocol": request and request.protocol, "eval-data": request and request.data,
+             "eval-args": arguments.eval_args and redacted(shlex.split(arguments.eval_args))}  # fmt: skip
+    return {
+        **asked,
+        "effect": effect,
+        **by_design,
+        "held-out": arguments.held_out,
+        "arms": list(comparison.arms),
+        **grid,
+    }

@@ -1,12 +1,8 @@
 """Tasks of a comparison: the adapters of the runs that judge answer questions in vLLM, through the harness."""
 
 import os
-import queue
 import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +11,16 @@ import numpy as np
 
 from llamafactory_adaptive.bridge.comparison import LOGS, Comparison
 from llamafactory_adaptive.bridge.comparison_jobs import run_in_own_process
-from llamafactory_adaptive.bridge.harness import Harness
+from llamafactory_adaptive.bridge.harness import Harness, is_complete
 from llamafactory_adaptive.bridge.merge_job import MergeJob
-from llamafactory_adaptive.comparison.arms import PLAIN
+from llamafactory_adaptive.comparison.device_loop import DeviceLoop
 from llamafactory_adaptive.comparison.experiment import Progress
-from llamafactory_adaptive.comparison.runner import hours
 from llamafactory_adaptive.comparison.task_request import TaskRequest
 from llamafactory_adaptive.comparison.task_results import task_document
 from llamafactory_adaptive.comparison.task_scores import Answers
-from llamafactory_adaptive.errors import AdaptiveError, EvaluationError, OtherProcessError, OutputError
+from llamafactory_adaptive.errors import EvaluationError
 from llamafactory_adaptive.files import digest_of
+from llamafactory_adaptive.reports.plaintext import tell
 
 
 EVALUATIONS = "evaluations"
@@ -33,7 +29,6 @@ _TOKENIZER_FILE = "tokenizer_config.json"
 _MERGED_ONLY = ("use_dora", "additional_target")
 # The base is not asked; what was answered is kept row by row.
 _FIXED = ("--no-base-row", "--log-samples")
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -50,6 +45,24 @@ class Evaluation:
         """Return the folder of its tokenizer: that of the run where it was converted from what the run saved."""
         above = self.adapter.parent
         return above if (above / _TOKENIZER_FILE).is_file() else self.adapter
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Adapters of one arm that answer on one server, and how many of them have not answered yet."""
+
+    adapters: Sequence[Evaluation]
+    open: int
+
+    @property
+    def arm(self) -> str:
+        """Return the name of their arm."""
+        return self.adapters[0].arm
+
+    @property
+    def seeds(self) -> str:
+        """Describe the seeds of its adapters."""
+        return f"seed{'s' if len(self.adapters) > 1 else ''} {', '.join(str(each.seed) for each in self.adapters)}"
 
 
 class TaskEvaluations:
@@ -70,10 +83,11 @@ class TaskEvaluations:
         secrets = {"HF_TOKEN": str(token)} if token else {}
         self.harness = Harness(request.python, comparison.children, secrets)
         named = str(comparison.given["model_name_or_path"])
-        self.words = ("--base", os.path.abspath(named) if os.path.isdir(named) else named, *request.words)
+        self.options = ("--base", os.path.abspath(named) if os.path.isdir(named) else named, *request.words)
         unused = comparison.folder / EVALUATIONS / "check"
-        self.facts = self.harness.check([*self.words, "--out", str(unused)], device)
+        self.facts = self.harness.check([*self.options, "--out", str(unused)], device)
         self.failed: dict[str, str] = {}
+        self.batches: list[Batch] = []
 
     @property
     def form(self) -> str:
@@ -87,11 +101,10 @@ class TaskEvaluations:
         asked = ", ".join(f"{name} ({facts['questions']} questions)" for name, facts in self.facts["tasks"].items())
         count = len(self.comparison.arms) * self.comparison.design.seeds
         how = {"adapter": "served beside their base", "merged": "each merged into its base, which takes longer"}
-        return f"then {count} adapters, {how[self.form]}, answer {asked}"
-
-    def due(self, progress: Progress) -> list[Evaluation]:
-        """List the adapters that have not answered yet, arm by arm."""
-        return [each for each in self._all(progress) if self.comparison.ledger.get(each.key) is None]
+        return (
+            f"then {count} adapters, {how[self.form]}, answer {asked}; how long that takes is told once the first of "
+            "them have answered, and comes on top of the time of the runs"
+        )
 
     def _all(self, progress: Progress) -> Iterator[Evaluation]:
         facts = self.facts["settings"] | {
@@ -106,88 +119,85 @@ class TaskEvaluations:
                     adapter = self.comparison.adapter_of(run, finals[run.seed])
                     yield Evaluation(arm.name, run.seed, adapter, key)
 
-    def run(self, progress: Progress, devices: Sequence[str | None], say: Say) -> dict[str, Any]:
+    def run(self, progress: Progress, devices: Sequence[str | None]) -> dict[str, Any]:
         """Make all evaluations that are due, and return what ``compare.json`` holds of tasks.
 
         Raises:
             EvaluationError: the adapters of plain LoRA cannot be evaluated.
         """
-        due = self.due(progress)
-        if due:
+        self.batches = self._batches(progress)
+        if self.batches:
             logs = self.comparison.folder / LOGS
-            say(f"{len(due)} adapters are left to answer {', '.join(self.request.tasks)}; logs in {logs}")
-        batches = self._batches(due)
-        self._run(batches, devices, say)
-        return self._document(progress)
+            tell(f"{self._count()} adapters are left to answer {', '.join(self.request.tasks)}; logs in {logs}")
+        DeviceLoop(self, devices, self.comparison.children.end).run()
+        return self.document(progress)
 
-    def _batches(self, due: Sequence[Evaluation]) -> list[list[Evaluation]]:
+    def _batches(self, progress: Progress) -> list[Batch]:
         """Group adapters that share a server: those of an arm, or each alone where they are merged."""
         by_server: dict[tuple[str, int], list[Evaluation]] = {}
-        for each in due:
+        for each in self._all(progress):
             by_server.setdefault((each.arm, each.seed if self.form == "merged" else 0), []).append(each)
-        return list(by_server.values())
+        return [batch for group in by_server.values() if (batch := self._batch(group)).open]
 
-    def _run(self, batches: Sequence[Sequence[Evaluation]], devices: Sequence[str | None], say: Say) -> None:
-        """Ask all batches, one per device at a time; whatever ends this ends the servers that run."""
-        free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        for device in devices:
-            free.put(device)
-        left, seconds, lock = sum(map(len, batches)), list[float](), threading.Lock()
+    def _batch(self, group: Sequence[Evaluation]) -> Batch:
+        """Build a batch of the adapters that have not answered; or of a finished run that they are the last of.
 
-        def evaluate(batch: Sequence[Evaluation]) -> str:
-            device, began = free.get(), time.perf_counter()
-            say(f"{batch[0].arm} answers, {_seeds_of(batch)}")
-            try:
-                return self._evaluate(batch, device)
-            finally:
-                free.put(device)
-                with lock:
-                    seconds.append((time.perf_counter() - began) / len(batch))
+        A kill between two lines of the ledger leaves such a run: its first adapters are there, and its last are not.
+        """
+        due = [each for each in group if each.key not in self.comparison.ledger]
+        finished = (list(group[start:]) for start in range(len(group)) if is_complete(self._out(group[start:])))
+        return Batch(next((batch for batch in finished if all(each in batch for each in due)), due), len(due))
 
-        pool = ThreadPoolExecutor(len(devices))
+    def _out(self, adapters: Sequence[Evaluation]) -> Path:
+        """Return the folder in which these adapters answer."""
+        name = f"{adapters[0].arm}-{digest_of([each.key for each in adapters])[:12]}".replace(" ", "_")
+        return self.comparison.folder / EVALUATIONS / name
+
+    def due(self) -> list[Batch]:
+        """List the batches of which an adapter has not answered, without those of arms that are given up."""
+        ledger = self.comparison.ledger
+        return [
+            batch
+            for batch in self.batches
+            if batch.arm not in self.failed and any(each.key not in ledger for each in batch.adapters)
+        ]
+
+    left = due
+
+    def length(self, batch: Batch) -> float:
+        """Return the number of adapters that were to answer."""
+        return batch.open
+
+    def words(self, batch: Batch, said: str) -> str:
+        """Return what was said of a batch that has answered."""
+        return said
+
+    def words_left(self) -> str:
+        """Tell the number of adapters that are left."""
+        return f"{self._count()} adapters to go"
+
+    def _count(self) -> int:
+        return sum(batch.open for batch in self.due())
+
+    def do(self, batch: Batch, device: str | None) -> str:
+        """Ask the adapters of a batch on one server, keep what they answer, and describe it."""
+        tell(f"{batch.arm} answers, {batch.seeds}")
+        out = self._out(batch.adapters)
+        if not is_complete(out):
+            self._ask(batch.adapters, out, device)
+        held, ledger = self.harness.values(out), self.comparison.ledger
+        for each in (each for each in batch.adapters if each.key not in ledger):
+            answers = held["answers"][_served_as(each)]
+            ledger.add(each.key, {"answers": answers, "notes": held["warnings"] or []})
+        return f"{batch.arm}: {self._means(batch.adapters)} ({batch.seeds})"
+
+    def _ask(self, adapters: Sequence[Evaluation], out: Path, device: str | None) -> None:
+        log, merged = self.comparison.folder / LOGS / f"eval-{out.name}.log", out.with_name(f"{out.name}-merged")
         try:
-            under_way = {pool.submit(evaluate, batch): batch for batch in batches}
-            for future in as_completed(under_way):
-                left -= len(under_way[future])
-                mean = sum(seconds) / len(seconds)
-                time_left = f", about {hours(left * mean / len(devices))}" if left else ""
-                say(f"{future.result()}; {left} adapters to go{time_left}")
-        except BaseException:  # Ctrl-C among them: the threads would otherwise wait for hours
-            self.comparison.children.end()
-            raise
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def _evaluate(self, batch: Sequence[Evaluation], device: str | None) -> str:
-        """Ask adapters on one server and keep what they answer; an arm whose adapters cannot be asked is given up."""
-        arm = batch[0].arm
-        if arm in self.failed:
-            return f"{arm}: no more of its adapters are asked"
-        try:
-            return self._answered(batch, device)
-        except (OutputError, OtherProcessError):  # the disk or the device: no other would fare better
-            raise
-        except AdaptiveError as error:
-            if arm == PLAIN:
-                raise
-            self.failed[arm] = str(error)
-            return f"{arm} cannot be evaluated: {error}"
-
-    def _answered(self, batch: Sequence[Evaluation], device: str | None) -> str:
-        name = f"{batch[0].arm}-{digest_of([each.key for each in batch])[:12]}".replace(" ", "_")
-        log = self.comparison.folder / LOGS / f"eval-{name}.log"
-        out = self.comparison.folder / EVALUATIONS / name
-        merged = out.with_name(f"{name}-merged")
-        try:
-            models = [word for each in batch for word in self._model(each, merged, device, log)]
-            self.harness.run([*self.words, *models, *self._tokenizer(batch[0]), *_FIXED], out, device, log)
+            models = [word for each in adapters for word in self._model(each, merged, device, log)]
+            self.harness.run([*self.options, *models, *self._tokenizer(adapters[0]), *_FIXED], out, device, log)
         finally:  # as large as the base model
             shutil.rmtree(merged, ignore_errors=True)
-        held = self.harness.values(out)
-        for each in batch:
-            answers = held["answers"][_served_as(each)]
-            self.comparison.ledger.add(each.key, {"answers": answers, "notes": held["warnings"] or []})
-        return f"{batch[0].arm}: {self._means(batch)}"
 
     def _model(self, each: Evaluation, merged: Path, device: str | None, log: Path) -> tuple[str, str]:
         """Return the words that name an adapter to the harness, after a merge where it is to be merged."""
@@ -205,14 +215,14 @@ class TaskEvaluations:
             return []
         return ["--base-tokenizer", os.path.abspath(each.tokenizer)]
 
-    def _means(self, batch: Sequence[Evaluation]) -> str:
-        """Describe how the adapters of a batch did, task by task."""
-        held = [self.comparison.ledger.get(each.key)["answers"] for each in batch]
+    def _means(self, adapters: Sequence[Evaluation]) -> str:
+        """Describe how adapters did, task by task."""
+        held = [self.comparison.ledger.get(each.key)["answers"] for each in adapters]
         means = {task: np.mean([answers[task]["values"] for answers in held]) for task in self.request.tasks}
-        said = ", ".join(f"{task} {100 * mean:.1f} %" for task, mean in means.items())
-        return f"{said} ({_seeds_of(batch)})"
+        return ", ".join(f"{task} {100 * mean:.1f} %" for task, mean in means.items())
 
-    def _document(self, progress: Progress) -> dict[str, Any]:
+    def document(self, progress: Progress) -> dict[str, Any]:
+        """Build what ``compare.json`` holds of tasks, from the answers in the ledger."""
         answers: dict[str, dict[int, Any]] = {}
         notes: dict[str, None] = {}
         for each in self._all(progress):
@@ -228,7 +238,7 @@ class TaskEvaluations:
             "metrics": {name: tasks[name]["metric"] for name in self.request.tasks},
             "task_versions": {name: tasks[name]["version"] for name in self.request.tasks},
             "versions": self.facts["versions"],
-            "notes": [*self._reservations(), *notes],
+            "notes": [*self._reservations(progress), *notes],
         }
         by_arm = {arm: self._of_seeds(held) for arm, held in answers.items()}
         return task_document(by_arm, self.failed, self.request.effect, self.harness.sign_flip(), facts)
@@ -239,13 +249,13 @@ class TaskEvaluations:
             {task: np.array([each[task]["values"] for each in held.values()], float) for task in self.request.tasks},
         )
 
-    def _reservations(self) -> Iterator[str]:
+    def _reservations(self, progress: Progress) -> Iterator[str]:
+        asked = (each for each in self._all(progress) if each.arm not in self.failed)
+        if left := sum(each.key not in self.comparison.ledger for each in asked):
+            have = "adapters have" if left > 1 else "adapter has"
+            yield f"{left} {have} not answered yet, so that figures and verdicts of tasks may change"
         if self.comparison.given.get("quantization_bit"):
             yield "adapters were trained on a quantised base and answered on the base as it is, in every arm alike"
-
-
-def _seeds_of(batch: Sequence[Evaluation]) -> str:
-    return f"seed{'s' if len(batch) > 1 else ''} {', '.join(str(each.seed) for each in batch)}"
 
 
 def _served_as(each: Evaluation) -> str:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llamafactory_adaptive.bridge.child import Children, alone, last_words, run_child
+from llamafactory_adaptive.bridge.child import Children, alone, answer_of_child, last_words, run_child
 from llamafactory_adaptive.comparison.task_request import in_our_words
 from llamafactory_adaptive.comparison.task_scores import SignFlip
 from llamafactory_adaptive.errors import EvaluationError
@@ -81,16 +81,13 @@ class Harness:
         """Run a command whose answer is the last line that it prints."""
         command = [str(self.python), "-m", module, *words]
         try:
-            done = subprocess.run(
-                command, env=self.environment(device), stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                errors="replace", timeout=_ANSWER_SECONDS, check=False,
-            )  # fmt: skip
+            code, said, complained = answer_of_child(command, self.environment(device), _ANSWER_SECONDS, self.children)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise EvaluationError(f"{self.python} cannot be run ({error})") from error
-        if done.returncode != 0:
-            raise EvaluationError(_complaint(done.stderr, done.returncode, self.python))
+        if code != 0:
+            raise EvaluationError(_complaint(complained, code, self.python))
         try:
-            answer = json.loads(done.stdout.strip().splitlines()[-1])
+            answer = json.loads(said.strip().splitlines()[-1])
         except (ValueError, IndexError):
             answer = None
         if not isinstance(answer, dict):
@@ -100,15 +97,13 @@ class Harness:
         return answer
 
     def run(self, words: Sequence[str], out: Path, device: str | None, log: Path) -> None:
-        """Run an evaluation into its folder, or go on there, unless it is finished; its output goes to ``log``.
+        """Run an evaluation into its folder, or go on there; its output goes to ``log``.
 
         Whatever ends this process ends the harness and its server, too.
 
         Raises:
             EvaluationError: the evaluation failed; what was answered is kept.
         """
-        if _is_complete(out):
-            return
         evaluation = [str(self.python), "-m", "eval.run", *words, "--out", str(out)]
         keeper = [sys.executable, str(self.folder / "keeper.py"), str(_GRACE_SECONDS), *evaluation]
         until = time.monotonic() + _IN_USE_SECONDS
@@ -145,6 +140,11 @@ def _complaint(said: str, code: int, python: Path) -> str:
     return f"the harness in {python} ended with exit code {code}{last_words(said)}"
 
 
-def _is_complete(out: Path) -> bool:
+def is_complete(out: Path) -> bool:
+    """Tell whether the evaluation in a folder is finished.
+
+    Raises:
+        EvaluationError: its state cannot be read.
+    """
     path = out / _STATE_FILE
     return path.is_file() and bool(read_mapping(path, str(path), error=EvaluationError).get("complete"))

@@ -42,7 +42,7 @@ def agreed_plan(run: CheckedRun, checkpoint: Path | None) -> PlanSource:
     source, everyone = gather_facts(
         "the start of training with its rank plan",
         lambda: obtain_plan(run.config, LlamaFactoryRun(run, checkpoint)),
-        lambda obtained: (obtained.plan.digest(), digest_of(asked), obtained.start and obtained.start.digest()),
+        lambda obtained: (obtained.plan.digest(), digest_of(asked), obtained.start and obtained.start.digest),
         longest_scoring(run),
     )
     refuse_differences([plan for plan, _, _ in everyone], PLANS_DIFFER)

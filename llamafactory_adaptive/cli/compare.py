@@ -31,13 +31,15 @@ def compare(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return 0
     with locked(arguments.out):
-        starts = note_start(arguments.out, fixed_before(arguments, comparison))
+        starts = note_start(arguments.out, fixed_before(arguments, comparison, effect, request))
         progress = comparison.run(devices, tell)
         command = redacted(["llamafactory-adaptive", *arguments.words])
         document = comparison.document(progress, effect, command, changes(starts))
+        if evaluations is not None and (tasks := evaluations.document(progress))["arms"]:
+            document["tasks"] = tasks  # what was answered before this start
         files = write_pages(document, arguments.out)
         if evaluations is not None:
-            document["tasks"] = evaluations.run(progress, devices, tell)
+            document["tasks"] = evaluations.run(progress, devices)
             files = write_pages(document, arguments.out)
     said = [*text_table(document), "", *sentences(document), *task_text(document)]
     print("\n".join([*said, "", *(f"written: {path}" for path in files)]))

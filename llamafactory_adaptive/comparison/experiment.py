@@ -197,15 +197,19 @@ class Progress:
         outcomes = {run.seed: self.known(run) for run in self.design.final(arm, choice.best)}
         return {seed: outcome for seed, outcome in outcomes.items() if outcome is not None}
 
-    def runs_left(self) -> int:
-        """Estimate how many runs are left, those under way among them, if no grid is extended and no rate diverges."""
-        return sum(self.runs_left_of(arm.name) for arm in self.arms)
+    def left(self) -> list[Run]:
+        """List the runs that are left, those under way among them, if no grid is extended and no rate diverges."""
+        return [run for arm in self.arms for run in self.left_of(arm.name)]
 
-    def runs_left_of(self, arm: str) -> int:
-        """Estimate how many runs of an arm are left, as :meth:`runs_left` does for all; none if it is given up."""
+    def left_of(self, arm: str) -> list[Run]:
+        """List the runs of an arm that are left, as :meth:`left` does for all; none if it is given up.
+
+        Where its best point is not known yet, those that judge are at the first point of the grid.
+        """
         if arm in self.failed:
-            return 0
-        return len(self._due(arm)) + (self.design.seeds if self.choice_if_known(arm) is None else 0)
+            return []
+        finals = self.design.final(arm, self.design.grid[0]) if self.choice_if_known(arm) is None else []
+        return [*self._due(arm), *finals]
 
     def give_up_larger_arms(self) -> dict[str, str]:
         """Give up adaptive arms whose saved adapters have more parameters than plain LoRA's; return why, by name."""

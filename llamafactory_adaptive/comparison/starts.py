@@ -5,10 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llamafactory_adaptive.comparison.request import effect_of
+from llamafactory_adaptive.comparison.task_request import points, points_of
 from llamafactory_adaptive.files import read_json, write_atomically
 
 
 STARTS_FILE = "starts.json"
+_EFFECTS = {"effect": effect_of, "task-effect": points_of}
 
 
 def note_start(folder: Path, fixed: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -30,18 +33,34 @@ def note_start(folder: Path, fixed: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def changes(starts: list[dict[str, Any]]) -> list[str]:
-    """Describe what was changed between the starts of a comparison, one sentence each; empty where nothing was."""
+    """Describe what was changed between the starts of a comparison, one sentence each; empty where nothing was.
+
+    What an earlier version did not note at a start counts as unchanged there.
+    """
     said = []
     for key in starts[-1]:
-        values = [start.get(key) for start in starts]
+        values = [_number(key, start[key]) for start in starts if key in start]
         different = [value for number, value in enumerate(values) if number == 0 or value != values[number - 1]]
         if len(different) > 1:
-            words = ", then ".join(map(_words, different))
+            words = ", then ".join(_words(key, value) for value in different)
             said.append(f"--{key} was changed after the comparison had begun: {words}")
     return said
 
 
-def _words(value: Any) -> str:
+def _number(key: str, value: Any) -> Any:
+    """Convert an effect to its number, however it was written: 0.5% and 0.005 are one; earlier versions kept text."""
+    if key in _EFFECTS and isinstance(value, str):
+        return _EFFECTS[key](value)
+    return value
+
+
+def _words(key: str, value: Any) -> str:
     if value is None:
         return "none"
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    if key in _EFFECTS:
+        return points(value) if key == "task-effect" else f"{100 * value:g} %"
+    return ",".join(map(_plain, value)) if isinstance(value, list) else _plain(value)
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llamafactory_adaptive.comparison.arms import CONTROL, PLAIN
-from llamafactory_adaptive.comparison.task_results import digits_of, points
+from llamafactory_adaptive.comparison.task_request import points
+from llamafactory_adaptive.comparison.task_results import digits_of
 from llamafactory_adaptive.comparison.task_scores import MEAN
 from llamafactory_adaptive.reports.plaintext import markdown
 

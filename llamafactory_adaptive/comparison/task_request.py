@@ -33,12 +33,16 @@ class TaskRequest:
     Attributes:
         tasks: names of tasks of the harness.
         effect: smallest difference in accuracy that matters, as a share of 1.
+        protocol: how questions are put and answers read.
+        data: absolute path of the folder of the rows; None for the hub.
         python: interpreter of the harness's environment.
         words: options of the harness, without its models and its output folder.
     """
 
     tasks: tuple[str, ...]
     effect: float
+    protocol: str
+    data: str | None
     python: Path
     words: tuple[str, ...]
 
@@ -75,7 +79,13 @@ def task_request_of(arguments: argparse.Namespace) -> TaskRequest | None:
         return None
     tasks = tuple(name.strip() for name in arguments.tasks.split(",") if name.strip())
     refuse_all(*_problems(arguments, tasks))
-    return TaskRequest(tasks, points_of(arguments.task_effect), _python_of(arguments), _words(arguments, tasks))
+    protocol, data = arguments.eval_protocol or "lm_eval", arguments.eval_data
+    rows = None if data is None else os.path.abspath(data.expanduser())
+    words = ["--tasks", ",".join(tasks), "--protocol", protocol]
+    words += [] if arguments.eval_limit is None else ["--limit", str(arguments.eval_limit)]
+    words += [] if rows is None else ["--data-dir", rows]
+    words += _split(arguments.eval_args)
+    return TaskRequest(tasks, points_of(arguments.task_effect), protocol, rows, _python_of(arguments), tuple(words))
 
 
 def _problems(arguments: argparse.Namespace, tasks: tuple[str, ...]) -> list[Problem]:
@@ -92,15 +102,6 @@ def _problems(arguments: argparse.Namespace, tasks: tuple[str, ...]) -> list[Pro
             instead = f"{_OURS[name]} in its place" if name in _OURS else "leaving it out"
             problems.append(Problem("--eval-args", arguments.eval_args, f"{name} is set by this command", instead))
     return problems
-
-
-def _words(arguments: argparse.Namespace, tasks: tuple[str, ...]) -> tuple[str, ...]:
-    words = ["--tasks", ",".join(tasks), "--protocol", arguments.eval_protocol or "lm_eval"]
-    if arguments.eval_limit is not None:
-        words += ["--limit", str(arguments.eval_limit)]
-    if arguments.eval_data is not None:
-        words += ["--data-dir", os.path.abspath(arguments.eval_data.expanduser())]
-    return (*words, *_split(arguments.eval_args))
 
 
 def _split(text: str | None) -> list[str]:
@@ -138,6 +139,11 @@ def points_of(text: str | None) -> float:
     if not 0.0 < points <= 50.0:
         refuse("--task-effect", text, "must be percentage points above 0, and 50 at most", "--task-effect 1")
     return points / 100.0
+
+
+def points(share: float) -> str:
+    """Write a share of 1 as percentage points: ``1 point``, ``0.5 points``."""
+    return f"{100 * share:g} point{'' if abs(100 * share - 1.0) < 1e-9 else 's'}"
 
 
 def in_our_words(said: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llamafactory_adaptive.comparison.arms import CONTROL, PLAIN
+from llamafactory_adaptive.comparison.task_request import points
 from llamafactory_adaptive.comparison.task_scores import (
     Accuracy,
     Answers,
@@ -120,8 +121,3 @@ def _power(judgement: TaskJudgement) -> str:
         f"{difference.questions} questions and {difference.seeds} seeds show {shown:.{digits}f} points four times in "
         f"five ({at_best:.{digits}f} were seeds all alike): more {lacking} are needed"
     )
-
-
-def points(share: float) -> str:
-    """Write a share of 1 as percentage points: ``1 point``, ``0.5 points``."""
-    return f"{100 * share:g} point{'' if abs(100 * share - 1.0) < 1e-9 else 's'}"

@@ -5,7 +5,7 @@ effects. The mean over tasks weighs every task alike, however many questions it 
 
 Answers are right or wrong, so a difference is -1, 0 or 1, and few questions may differ at all. A bootstrap of so few
 tells little, and a variance of 0 would make a hundred questions on which two arms agree a proof that they always do.
-So the variance over questions is that of two questions more in each task, half of one won and half of one lost twice:
+So its variance over questions is that of two questions more in each task, half of one won and half of one lost twice:
 1 / n^2 is added for n questions, which is the adjusted interval for paired proportions (Agresti and Min 2005, Simple
 improved confidence intervals for comparing matched proportions). Intervals reach as far as their two parts squared and
 added, ``sqrt(t^2 var(seeds) / S + z^2 var(questions) / Q)`` (Banerjee 1960, Sankhya 22). A p value is the largest
@@ -17,7 +17,7 @@ Shapes: S seeds, Q questions.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -139,21 +139,31 @@ class TaskJudgement:
 
 
 def accuracy(answers: Answers) -> Accuracy:
-    """Compute the accuracy in a task, or the unweighted mean over tasks, with its standard errors."""
+    """Compute the accuracy in a task, or the unweighted mean over tasks, with its own standard errors.
+
+    Answers of several seeds to one question are a cluster (Miller 2024, Adding Error Bars to Evals): they do not count
+    as so many questions. With one seed the error is that of the harness's table.
+    """
     tasks, S = answers.tasks, len(answers.seeds)
     value = float(np.mean([values_SQ.mean() for values_SQ in tasks.values()]))
     by_seed_S = np.mean([values_SQ.mean(axis=1) for values_SQ in tasks.values()], axis=0)
-    rows = sum(_variance_over_questions(values_SQ) for values_SQ in tasks.values()) / len(tasks) ** 2
+    rows = sum(_variance_over_questions(values_SQ) for values_SQ in tasks.values())
     over_seeds = float(by_seed_S.std(ddof=1)) / math.sqrt(S) if S > 1 else 0.0
     questions = sum(values_SQ.shape[1] for values_SQ in tasks.values())
-    return Accuracy(value, over_seeds, math.sqrt(rows), S, questions)
+    return Accuracy(value, over_seeds, math.sqrt(rows) / len(tasks), S, questions)
 
 
 def _variance_over_questions(values_SQ: FloatArray) -> float:
-    """Estimate the variance that a task's mean has over questions, as that of two questions more."""
+    """Estimate the variance that a task's mean has over questions; 0 for a lone one."""
     Q: int = values_SQ.shape[1]
-    between = variance_components(values_SQ)[1] if Q > 1 else 0.0
-    return between / Q + 1.0 / Q**2
+    return variance_components(values_SQ)[1] / Q if Q > 1 else 0.0
+
+
+def mean_difference(gaps: Answers) -> Accuracy:
+    """Compute the mean of paired differences, with standard errors as of two questions more in each task."""
+    found, tasks = accuracy(gaps), gaps.tasks.values()
+    more = math.hypot(*(1.0 / values_SQ.shape[1] for values_SQ in tasks)) / len(tasks)
+    return replace(found, over_questions=math.hypot(found.over_questions, more))
 
 
 def judge_tasks(answers: Mapping[str, Answers], rival: str, effect: float, sign_flip: SignFlip) -> list[TaskJudgement]:
@@ -194,7 +204,7 @@ def _compared(arm: Answers, rival: Answers, sign_flip: SignFlip) -> tuple[Accura
     common = sorted(set(arm.seeds) & set(rival.seeds))
     ours, theirs = arm.of_seeds(common), rival.of_seeds(common)
     gaps = {task: values_SQ - theirs.tasks[task] for task, values_SQ in ours.tasks.items()}
-    difference = accuracy(Answers(tuple(common), gaps))
+    difference = mean_difference(Answers(tuple(common), gaps))
     differ = sum(int(np.count_nonzero(gap_SQ.any(axis=0))) for gap_SQ in gaps.values())
     flipped = sign_flip([gap_SQ.mean(axis=0) for gap_SQ in gaps.values()])
     return difference, differ, max(difference.p_value(), flipped)

@@ -36,7 +36,8 @@ class AdaptiveArguments:
     )
     adaptive_init_rank: int | None = option(
         None,
-        "Rank that every module starts with, for methods that prune (default: 2 x lora_rank).",
+        "Rank that every module starts with, in methods that prune: igu, adalora and svd (default: 2 x lora_rank, and "
+        "adaptive_max_rank at most). elalora starts at the ranks of the budget.",
         unit="rank",
         low=2,
     )
@@ -57,8 +58,8 @@ class AdaptiveArguments:
     )
     adaptive_max_overhead: float | None = option(
         None,
-        "Largest share of training time that extra passes of a pruning method may add; they are thinned out to fit "
-        "(default: no limit, which keeps runs reproducible).",
+        "Largest share of training time that the extra passes of igu_importance: integrated may add; they are thinned "
+        "out to fit (default: no limit, which keeps runs reproducible). No other method makes extra passes.",
         low=0.001,
         high=10.0,
     )

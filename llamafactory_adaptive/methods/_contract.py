@@ -87,15 +87,16 @@ class Orthogonality:
 
     Attributes:
         weight: factor of the mean.
-        form: what of the Gram matrix (``P^T P``, ``Q Q^T``) counts: its ``off_diagonal`` part, or its difference from
-            the ``identity`` (AdaLoRA, Eq. 4).
-        relative: whether ``weight`` is the norm of the regulariser's gradient as a share of that of the training
-            gradient, over all factors of one kind and shape, rather than the factor of the mean.
+        form: of ``P^T P``, ``Q Q^T``, the ``off_diagonal`` part or the difference from the ``identity`` (AdaLoRA).
+        relative: whether ``weight`` is the norm of its gradient as a share of that of the training gradient, over all
+            factors of one kind and shape.
+        in_use: whether masked components are left out.
     """
 
     weight: float
     form: str
     relative: bool = False
+    in_use: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,7 @@ class ReturnRule:
 
     Attributes:
         hysteresis: share by which scores of components in use are raised before they are compared with the others.
-        used_first: whether components in use are all kept before any that was removed, which then only fill what is
-            left of the budget.
+        used_first: whether components in use are all kept, and those that were removed fill what the budget leaves.
         resets_lambda: whether the lambda of a component that comes back starts at zero, rather than where it was.
     """
 

@@ -26,7 +26,7 @@ What differs:
   and b grow, as published. A module that was pruned and is reached gets its own component back, for no other.
 * A module with one component puts it up too, though it cannot be pruned: as published it could never grow again.
 * No rank exceeds ``adaptive_max_rank``, the rank of the tensors that train; as published there is no limit, and
-  tensors change their shapes. Components that are not in use are masked; the regulariser sees them as well.
+  tensors change their shapes. Components that are not in use are masked; the regulariser leaves them out.
 * A component that came into use at the last exchange is not put up at the next: its lambda starts at 0, and it would
   go before it had grown. As published it can.
 * lambda of a new component is 0, not 1e-13; directions are orthogonal to each other, and exactly so to those in use,
@@ -42,13 +42,13 @@ whole, in fp32, and orthogonalises their new rows on its CPU.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from llamafactory_adaptive.methods import MethodTraits
+from llamafactory_adaptive.methods import MethodTraits, Orthogonality
 from llamafactory_adaptive.methods._adalora_form import AdaloraForm
 from llamafactory_adaptive.options import option
 from llamafactory_adaptive.ranks.allocation import Bounds
@@ -101,6 +101,12 @@ class Elalora(AdaloraForm):
     def __init__(self, options: ElaloraOptions) -> None:
         super().__init__(options)
         self.options = options
+
+    @property
+    def orthogonality(self) -> Orthogonality | None:
+        """Return the regulariser over the components in use; None at weight 0."""
+        over_all = super().orthogonality
+        return None if over_all is None else replace(over_all, in_use=True)
 
     def exchange(
         self,

@@ -105,6 +105,9 @@ def check_same_run(plan: RankPlan, config: AdaptiveConfig, source: str, method: 
             theirs |= sampling
         ours_too, theirs_too = _second_stages(plan, config, method)
         asked, theirs = asked | init_settings(config) | ours_too, theirs | theirs_too
+        measured = plan.provenance.get(INIT, {}).get("calibration")
+        if config.init != "default" and measured is not None:  # calibration is then about the factors alone
+            asked, theirs = asked | _calibration(asdict(config.calibration)), theirs | _calibration(measured)
     else:
         for option in method.traits.only_with_plan:
             asked.pop(f"{config.method}_{option}", None)
@@ -196,9 +199,12 @@ def _search(config: AdaptiveConfig) -> dict[str, Any]:
     Settings of costs alone (batch size, a limit on extra passes) are left out: they may change when a run resumes.
     """
     if config.search is None:
-        facts = asdict(config.calibration)
-        return {f"adaptive_calibration_{key}": value for key, value in facts.items() if key != "batch_size"}
+        return _calibration(asdict(config.calibration))
     return {_search_key(key): value for key, value in asdict(config.search).items() if key not in _SAID_ELSEWHERE}
+
+
+def _calibration(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"adaptive_calibration_{key}": value for key, value in facts.items() if key != "batch_size"}
 
 
 _SAID_ELSEWHERE = ("max_overhead", "live_rank", "refresh_ratio", "beta")

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from safetensors import safe_open
+from torch import Tensor
 
 from llamafactory_adaptive.adapter.eva import InputDirections
 from llamafactory_adaptive.calibration.gradient_projections import GradientProjections
@@ -36,23 +36,16 @@ class StartFile:
     Attributes:
         path: safetensors file.
         facts: what the plan records of it.
+        digest: SHA-256 over the tensors alone: nodes that measured at different speeds may agree.
     """
 
     path: Path
     facts: Mapping[str, Any]
+    digest: str
 
     def recorded_in(self, plan: RankPlan) -> RankPlan:
         """Return the plan with these facts in its provenance."""
         return replace(plan, provenance={**plan.provenance, INIT: dict(self.facts)})
-
-    def digest(self) -> str:
-        """Compute a SHA-256 over the tensors alone: nodes that measured at different speeds may agree."""
-        sha = hashlib.sha256()
-        with safe_open(self.path, framework="np") as file:
-            for name in sorted(file.keys()):
-                sha.update(name.encode())
-                sha.update(file.get_tensor(name).tobytes())
-        return sha.hexdigest()
 
 
 def start_measurement(config: AdaptiveConfig, rank: int) -> InputDirections | GradientProjections:
@@ -81,9 +74,19 @@ def obtain_start(config: AdaptiveConfig, host: HostRun, plan: RankPlan) -> Start
         wait_for_entry(path, "start of the factors", host.longest_scoring, lambda: failure_of(measuring))
     elif not usable_entry(path):
         _measure(config, host, measurement, path)
-    _, facts = read_statistics(path, host.shapes)
+    # They are read again once the model is there: until then nothing of their size stays in memory.
+    tensors, facts = read_statistics(path, host.shapes)
     ours = {**init_settings(config), "rank": plan.largest_rank, "calibration": asdict(config.calibration)}
-    return StartFile(path, {**ours, **facts})
+    return StartFile(path, {**ours, **facts}, tensors_digest(tensors))
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Compute a SHA-256 over names and values of tensors."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(name.encode())
+        sha.update(tensors[name].numpy().tobytes())
+    return sha.hexdigest()
 
 
 def _measure(

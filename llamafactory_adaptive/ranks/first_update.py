@@ -13,6 +13,10 @@ plain LoRA   lambda = 1 (it has none), p = 0, q uniform in +-1/sqrt(d_in), so |q
              gradient: s lr 0.577 sqrt(d_out).
 gaussian     p and q from N(0, 0.02), so |p| = 0.02 sqrt(d_out), |q| = 0.02 sqrt(d_in):
              s lr 0.02 sqrt(d_in d_out) sqrt(2 lambda^2 + 0.02^2). With lambda = 0 only lambda has a gradient.
+eva          lambda = 1, p = 0, q orthonormal, so |q| = 1: s lr sqrt(d_out), 1.7 times plain LoRA's. As q lies
+             where inputs vary most, outputs move by more than that.
+gora         lambda = 1, q as plain LoRA draws it, p from the gradient: s lr sqrt(0.577^2 d_out + |p|^2 d_in), at least
+             plain LoRA's. How much more depends on the gradient; for |p| far below |q| it is little.
 
 Their ratio does not depend on d_out. It holds for the first step alone: where lambda starts at zero, it grows by about
 lr a step, and the updates of P and Q with it.
@@ -41,6 +45,18 @@ def slowdown(lambda_value: float | None, factors: str, shape: ModuleShape) -> fl
     if factors == "lora":
         return 1.0 / size if size else math.inf
     return _LORA_ROW / (FACTOR_STD * math.sqrt(shape.in_features) * math.hypot(size, size, FACTOR_STD))
+
+
+def slowdown_of_norms(p: float, q: float, shape: ModuleShape) -> float:
+    """Compute :func:`slowdown` of an adapter without lambda from norms that its components have at the start.
+
+    Args:
+        p: norm of a column of P; the root of their mean square where they differ.
+        q: norm of a row of Q, likewise.
+        shape: the module.
+    """
+    both = math.hypot(q * math.sqrt(shape.out_features), p * math.sqrt(shape.in_features))
+    return _LORA_ROW * math.sqrt(shape.out_features) / both
 
 
 def median_slowdown(lambda_value: float | None, factors: str, shapes: Sequence[ModuleShape]) -> float:

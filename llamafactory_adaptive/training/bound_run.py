@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from llamafactory_adaptive.adapter.starting_factors import StartingFactors
@@ -71,9 +72,13 @@ class BoundRun:
     def __init__(self, request: RunRequest, guard: PlanGuard, trainer: Any, see_gradients: Callable[[], None]) -> None:
         self.request, self.guard, self.log, self.trainer = request, guard, guard.log, trainer
         self.see_gradients, self.deepspeed = see_gradients, uses_deepspeed(trainer.args)
+        self.slowdown = 1.0
         if request.start is not None:  # whole and on their device, and no optimizer holds a copy of them yet
-            started = request.start.copy_into(trainer.model, guard.plan.scale)
-            logger.info(f"adaptive: the factors of {started} modules start from the data ({request.start.kind})")
+            slowdowns = request.start.copy_into(trainer.model, guard.plan.scale)
+            self.slowdown = median(slowdowns)
+            logger.info(
+                f"adaptive: the factors of {len(slowdowns)} modules start from the data ({request.start.kind})"
+            )
         self.samples = None if request.samples is None else TrainingSamples(request.samples, trainer)
         self.search = None if request.search is None else MaskedSearch(request.search, trainer)
         self.best_model: BestModel | None = None
@@ -111,7 +116,8 @@ class BoundRun:
     def _fixed_ranks(self, state: Any, dataloader: Any, resumed: Path | None) -> tuple[RunPart | None, ...]:
         gradient_check = None if self.deepspeed else GradientCheck(self.log.counters)
         selection = self._prepare_samples(state, dataloader, resumed)
-        return gradient_check, selection, FixedRanks(self.guard, self.log, selection)
+        advice = RateAdvice(self.trainer, self.guard.plan.method, self.slowdown, self.log)
+        return gradient_check, selection, FixedRanks(self.guard, self.log, selection), advice
 
     def _searched_ranks(self, state: Any, dataloader: Any, resumed: Path | None) -> tuple[RunPart | None, ...]:
         """Build what trains triplets; what is resumed is restored before samples are scored on its adapter."""
@@ -125,7 +131,8 @@ class BoundRun:
         if resumed is not None:
             kept.resume(resumed, state.max_steps)
         selection = self._prepare_samples(state, dataloader, resumed)
-        advice = RateAdvice(search, self.log)
+        request = search.request
+        advice = RateAdvice(self.trainer, request.config.method, request.slowdown, self.log)
         if schedule is None:
             return selection, GivenRanks(self.guard, self.log, selection, kept), advice
         self.best_model = BestModel(search.state, schedule, self.log, self.trainer.callback_handler.callbacks)

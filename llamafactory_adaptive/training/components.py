@@ -203,7 +203,7 @@ class Components:
     ) -> None:
         """Add the regulariser's gradient to ``own``: of a share of ``task_norm``, or a mean over ``count`` factors."""
         factor = 1.0 if orthogonality.relative else orthogonality.weight / count * self.engine.loss_scale()
-        added_MX = self._penalty_gradient(block, known, orthogonality.form, factor)
+        added_MX = self._penalty_gradient(block, known, orthogonality, factor)
         if task_norm is not None:
             added_MX.mul_(orthogonality.weight * task_norm / added_MX.norm().clamp(min=1e-30))
         self._add(block, own, added_MX)
@@ -245,14 +245,17 @@ class Components:
             all_reduce_sum(squares)
         return {block.name: square.sqrt() for block, square in zip(self.blocks, squares, strict=True)}
 
-    def _penalty_gradient(self, block: Block, known: Tensor | None, form: str, scale: float) -> Tensor:
+    def _penalty_gradient(
+        self, block: Block, known: Tensor | None, orthogonality: Orthogonality, scale: float
+    ) -> Tensor:
         """Compute the gradient of ``scale`` times the regulariser's sum over the modules of a block, (M, numel).
 
         In closed form: for E the counted part of a Gram matrix, ``d|E|_F/dQ = 2 E Q / |E|_F``; likewise for P.
         ``known`` are the block's whole weights, flat, if they have been read already.
         """
         x_M = torch.stack([p.detach() for p in block.parameters]).float() if known is None else known
-        gradient_M = gram_penalty_gradient(x_M.view(-1, *block.shape), block.kind, form, scale)
+        used = self.masks(block) if orthogonality.in_use and self._is_masked(block) else None
+        gradient_M = gram_penalty_gradient(x_M.view(-1, *block.shape), block.kind, orthogonality.form, scale, used)
         return gradient_M.view(len(block.modules), -1)
 
     def _add(self, block: Block, own: list[Tensor], added_MX: Tensor) -> None:

@@ -126,9 +126,10 @@ def test_a_trial_that_diverges_gives_no_estimate_and_is_not_kept(yaml_settings, 
     monkeypatch.setattr(comparison, "run_in_own_process", lambda *arguments: outcomes.pop(0))
     given = {**yaml_settings, "max_steps": 104}
     made = comparison.Comparison(given, choose_arms([], [], given), Design((0.01,)), tmp_path, 40)
-    assert made.seconds_of_a_run(None) is None
-    assert made.seconds_of_a_run(None) == pytest.approx(100.0, abs=2.0), "a hundred more steps of a second"
-    assert made.seconds_of_a_run(None) == pytest.approx(100.0, abs=2.0), "from the ledger"
+    assert made.run_time(None) is None
+    for where in ("from a trial", "from the ledger"):
+        time = made.run_time(None)
+        assert time.seconds(made.steps()) == pytest.approx(100.0, abs=2.0), f"a hundred steps of a second, {where}"
 
 
 def test_an_arm_that_cannot_run_makes_the_command_fail_with_the_results_of_the_others(

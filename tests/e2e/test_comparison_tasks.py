@@ -80,7 +80,14 @@ def test_adapters_answer_and_verdicts_are_on_every_page_and_nothing_is_asked_aga
         assert "Mean over 2 tasks" in (tmp_path / "compared" / name).read_text()
     assert cli.main([*words, "--task-effect", "2"]) == 0
     assert len(lines_of(state / "asked")) == ADAPTERS * QUESTIONS
-    assert "--task-effect was changed after the comparison had begun: 1, then 2" in capsys.readouterr().out
+    assert (
+        "--task-effect was changed after the comparison had begun: 1 point, then 2 points" in capsys.readouterr().out
+    )
+    (fixed, *_) = json.loads((tmp_path / "compared" / "starts.json").read_text())
+    assert {"eval-protocol", "eval-data", "eval-args", "steps", "steps-for-rates", "rate-seeds", "alphas"} <= set(
+        fixed
+    )
+    assert (fixed["effect"], fixed["eval-protocol"]) == (0.005, "lm_eval")
     for path in (tmp_path / "compared").rglob("*"):
         assert not path.is_file() or b"hf_secret" not in path.read_bytes(), path
 
@@ -101,6 +108,36 @@ def test_an_arm_that_cannot_be_served_is_named_and_on_a_cpu_adapters_are_merged(
     assert sum(hasattr(job, "tokenizer") for job in runs) == 5, "after the first of uniform no other is merged"
     left = [path.name for path in (tmp_path / "compared" / "evaluations").glob("*-merged")]
     assert all(name.startswith("uniform") for name in left), "what was answered is no longer merged"
+
+
+def drop_last_line(path):
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+@pytest.mark.parametrize("cpu", [False, pytest.param(True, marks=pytest.mark.repeats)])
+def test_what_a_kill_left_out_of_the_ledger_is_read_again_not_asked_and_pages_hold_the_rest_meanwhile(
+    cpu, words, environment, runs, tmp_path, monkeypatch, capsys
+):
+    _, state = environment
+    if cpu:
+        (state / "cpu").touch()
+    assert cli.main(words) == 0
+    whole, ledger, asked = document(tmp_path), tmp_path / "compared" / "ledger.jsonl", lines_of(state / "asked")
+    drop_last_line(ledger)
+    with monkeypatch.context() as patched:
+        patched.setattr(comparison_tasks.TaskEvaluations, "run", lambda self, *_: sys.exit("killed"))
+        with pytest.raises(SystemExit, match="killed"):
+            cli.main(words)
+    kept = document(tmp_path)["tasks"]
+    assert [arm["seeds"] for arm in kept["arms"]] == [[1, 2], [1, 2], [1]]
+    assert kept["notes"] == ["1 adapter has not answered yet, so that figures and verdicts of tasks may change"]
+    runs.clear()
+    assert cli.main(words) == 0
+    assert document(tmp_path)["tasks"] == whole["tasks"]
+    assert runs == [], "nothing is trained or merged"
+    assert lines_of(state / "asked") == asked
+    calls = [json.loads(line)[1] for line in lines_of(state / "calls")]
+    assert calls.count("eval.run") == (6 if cpu else 3)
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,14 @@ def test_damaged_samples_are_one_message(line, message, folder, capsys):
     assert "run the evaluation with --log-samples" in capsys.readouterr().err
 
 
+def test_an_interrupt_ends_it_without_a_traceback(tmp_path, monkeypatch):
+    def interrupted(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(samples_page, "write_page", interrupted)
+    assert samples_page.main([str(tmp_path)]) == 130
+
+
 @pytest.fixture
 def drawn(tmp_path):
     """What a browser makes of a page."""

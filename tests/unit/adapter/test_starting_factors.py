@@ -66,10 +66,13 @@ def held(kind, plan):
 def test_each_module_takes_as_many_rows_as_its_rank(kind, planned, tmp_path):
     adapted, plan = planned
     save_file(tensors := held(kind, plan), path := tmp_path / "start.safetensors")
-    assert StartingFactors(kind, path, 0.05).copy_into(adapted, plan.scale) == len(plan.modules)
+    slowdowns = StartingFactors(kind, path, 0.05).copy_into(adapted, plan.scale)
     live = live_factors(adapted)
-    for module in plan.modules:
+    for module, slowdown in zip(plan.modules, slowdowns, strict=True):
         (a, b), rows = live[module.name], tensors[module.name][: module.rank]
+        p, q = (float(f.weight.square().sum() / module.rank) for f in (b, a))
+        of_lora = module.out_features / 3.0
+        assert slowdown == pytest.approx((of_lora / (q * module.out_features + p * module.in_features)) ** 0.5)
         assert torch.equal(a.weight, rows[:, : module.in_features])
         compressed = compressed_gradient(rows, module.in_features, 2.0, 0.05).float() if kind == "gora" else None
         assert torch.equal(b.weight, torch.zeros_like(b.weight) if compressed is None else compressed)

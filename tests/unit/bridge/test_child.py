@@ -10,7 +10,7 @@ import time
 import pytest
 
 from llamafactory_adaptive.bridge import child
-from llamafactory_adaptive.bridge.child import Children, run_child
+from llamafactory_adaptive.bridge.child import Children, answer_of_child, run_child
 from tests.helpers.processes import alive, wait_until_ended
 
 
@@ -100,6 +100,22 @@ def test_silence_is_told_of_and_ends_in_the_limit(tmp_path, monkeypatch, capsys)
     assert f"its log is {tmp_path / 'log'}" in capsys.readouterr().err
 
 
+def in_threads(number, run):
+    """Call ``run`` with each number in a thread of its own; the threads and what they return."""
+    made = {}
+    threads = [threading.Thread(target=lambda i=i: made.update({i: run(i)})) for i in range(number)]
+    for thread in threads:
+        thread.start()
+    return threads, made
+
+
+def wait_for_words(*logs):
+    deadline = time.monotonic() + 60
+    while not all(log.is_file() and log.read_text() for log in logs):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_children_are_ended_from_another_thread_and_none_starts_afterwards(tmp_path):
     children, ended = Children(), []
     command = [sys.executable, "-c", "import time; print('so far', flush=True); time.sleep(600)"]
@@ -107,17 +123,53 @@ def test_children_are_ended_from_another_thread_and_none_starts_afterwards(tmp_p
     def run(number):
         ended.append(run_child(command, os.environ, tmp_path / f"log{number}", "", children))
 
-    threads = [threading.Thread(target=run, args=[number]) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    deadline = time.monotonic() + 60
-    while not all(
-        (tmp_path / f"log{number}").is_file() and (tmp_path / f"log{number}").read_text() for number in (0, 1)
-    ):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    threads, _ = in_threads(2, run)
+    wait_for_words(tmp_path / "log0", tmp_path / "log1")
     children.end()
     for thread in threads:
         thread.join(60)
     run(2)
     assert [code for code, _ in ended] == [-signal.SIGKILL] * 3
+
+
+# Ends once its pipe is closed and so is that of the other child: where one is waited for first, both are killed.
+PATIENT = """
+import os, sys, time
+from pathlib import Path
+own, other = map(Path, sys.argv[1:])
+print("so far", flush=True)
+os.read(0, 4096)
+while os.read(0, 4096):
+    pass
+own.touch()
+while not other.exists():
+    time.sleep(0.01)
+"""
+
+
+def test_all_children_are_told_to_end_before_any_is_waited_for(tmp_path):
+    children, names = Children(), [tmp_path / "first", tmp_path / "second"]
+    commands = [[sys.executable, "-c", PATIENT, *map(str, order)] for order in (names, names[::-1])]
+    logs = [tmp_path / "log0", tmp_path / "log1"]
+    threads, made = in_threads(2, lambda i: run_child(commands[i], os.environ, logs[i], "", children, patience=60.0))
+    wait_for_words(*logs)
+    children.end()
+    for thread in threads:
+        thread.join(60)
+    assert [made[i][0] for i in range(2)] == [0, 0]
+
+
+def test_a_child_that_is_asked_for_an_answer_gives_it_and_is_ended_with_the_others(tmp_path):
+    children, log = Children(), tmp_path / "log"
+    speak = "import sys; print('the answer'); print('a word', file=sys.stderr); raise SystemExit(3)"
+    assert answer_of_child([sys.executable, "-c", speak], os.environ, 60.0, children) == (
+        3,
+        "the answer\n",
+        "a word\n",
+    )
+    hang = f"import pathlib, time; pathlib.Path({str(log)!r}).write_text('so far'); time.sleep(600)"
+    threads, made = in_threads(1, lambda _: answer_of_child([sys.executable, "-c", hang], os.environ, 600.0, children))
+    wait_for_words(log)
+    children.end()
+    threads[0].join(60)
+    assert made[0][0] == -signal.SIGKILL

@@ -10,7 +10,7 @@ import pytest
 
 from llamafactory_adaptive.bridge import harness as harness_module
 from llamafactory_adaptive.bridge.child import Children
-from llamafactory_adaptive.bridge.harness import Harness
+from llamafactory_adaptive.bridge.harness import Harness, is_complete
 from llamafactory_adaptive.errors import EvaluationError
 from tests.helpers.harness import FAKE_HARNESS, TASKS, fake_environment, lines_of, save_adapter, task_rows
 from tests.helpers.processes import ROOT, processes_naming, wait_until_ended
@@ -79,18 +79,17 @@ def test_an_installation_without_the_harness_is_told(tmp_path, monkeypatch, word
         check(Harness("/bin/true", Children(), {}), words, tmp_path)
 
 
-def test_values_are_by_question_and_a_finished_run_is_not_run_again(harness, environment, words, tmp_path):
+def test_values_are_by_question_and_a_finished_run_is_told(harness, environment, words, tmp_path):
     _, state = environment
     (state / "right.json").write_text('{"good": 1.0, "bad": 0.0}')
     models = [f"--adapter={name}={save_adapter(tmp_path / name)}" for name in ("good", "bad")]
     evaluation = [*words, *models, "--no-base-row", "--log-samples"], tmp_path / "out", None, tmp_path / "log"
+    assert not is_complete(tmp_path / "out")
     harness.run(*evaluation)
+    assert is_complete(tmp_path / "out")
     values = harness.values(tmp_path / "out")
     assert values["answers"]["good"]["boolq"] == {"metric": "acc", "values": [1.0] * 40, "n_cut": 0}
     assert values["answers"]["bad"]["arc_easy"]["values"] == [0.0] * 30
-    calls = len(lines_of(state / "calls"))
-    harness.run(*evaluation)
-    assert len(lines_of(state / "calls")) == calls
     assert "[1/1] good, bad" not in (tmp_path / "log").read_text(), "the server is a stand-in"
 
 

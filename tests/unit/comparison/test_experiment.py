@@ -104,12 +104,13 @@ def test_shorter_runs_choose_and_whole_ones_judge():
         (100, 2.0)
     }
     assert len(world.made) == world.progress.design.fewest_runs(2) == 2 * (3 + 2)
+    assert [run.steps for run in World(world.progress.design).progress.left()] == 2 * [20, 20, 20, 100, 100]
 
 
 def test_runs_left_count_down_to_none():
     world = World(Design(RATES, seeds=3))
-    left = [world.progress.runs_left()]
+    left = [len(world.progress.left())]
     while due := world.progress.due():
         world.results[due[0]] = world.make(due[0])
-        left.append(world.progress.runs_left())
+        left.append(len(world.progress.left()))
     assert left == list(range(12, -1, -1))

@@ -2,13 +2,15 @@
 
 import threading
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 
-from llamafactory_adaptive.comparison import runner as runner_module
+from llamafactory_adaptive.comparison import device_loop
+from llamafactory_adaptive.comparison.device_loop import hours, makespan
 from llamafactory_adaptive.comparison.experiment import Design
 from llamafactory_adaptive.comparison.ledger import Ledger
-from llamafactory_adaptive.comparison.runner import Runner, hours
+from llamafactory_adaptive.comparison.runner import Runner
 from llamafactory_adaptive.errors import CalibrationError, DivergedError, OtherProcessError, OutputError
 from tests.unit.comparison.world import RATES, World
 
@@ -127,10 +129,35 @@ def test_an_interrupt_ends_the_runs_under_way_and_waits_for_none(tmp_path, monke
         raise KeyboardInterrupt
 
     world.make = train
-    monkeypatch.setattr(runner_module, "wait", interrupted)
+    monkeypatch.setattr(device_loop, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         runner(tmp_path / "ledger.jsonl", world, ("0", "1"), end_runs=ended.set).run()
     assert ended.is_set()
+
+
+def test_the_time_that_is_left_counts_short_runs_as_short_ones(tmp_path, monkeypatch, capsys):
+    """A step takes a second: whole runs have 500 steps, those that choose 100."""
+    clock = [0.0]
+    monkeypatch.setattr(device_loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    world = World(Design((2.0,), seeds=2, steps=500, steps_for_rates=100, extensions=0))
+    make = world.make
+
+    def train(run, device):
+        clock[0] += run.steps
+        return make(run, device)
+
+    world.make = train
+    runner(tmp_path / "ledger.jsonl", world, length=lambda run: run.steps).run()
+    said = [line.split("; ")[1] for line in capsys.readouterr().err.splitlines()]
+    minutes = [2 * 500 + 100 + 2 * 500, 500 + 100 + 2 * 500, 100 + 2 * 500, 2 * 500]
+    assert [line.split("about ")[1] for line in said[:4]] == [f"{seconds / 60:.0f} minutes" for seconds in minutes]
+    assert said[-1] == "0 to go"
+
+
+def test_the_last_of_some_jobs_ends_when_the_devices_that_are_free_are_through():
+    assert makespan([1.0] * 5, 4) == 2.0
+    assert makespan([3.0, 1.0, 1.0, 1.0], 2) == 3.0
+    assert makespan([], 2) == 0.0
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(40, "40 seconds"), (720, "12 minutes"), (12600, "3.5 hours")])

@@ -15,7 +15,8 @@ from llamafactory_adaptive.comparison.task_pages import (
     task_tables,
     task_text,
 )
-from llamafactory_adaptive.comparison.task_results import digits_of, points, task_document
+from llamafactory_adaptive.comparison.task_request import points
+from llamafactory_adaptive.comparison.task_results import digits_of, task_document
 from llamafactory_adaptive.comparison.task_scores import Answers
 
 

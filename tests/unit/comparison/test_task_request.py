@@ -31,6 +31,7 @@ def test_arguments_become_options_of_the_harness(tmp_path):
                    "--eval-args=--template training --system-prompt 'Be brief.'")  # fmt: skip
     assert made.tasks == ("gsm8k", "boolq")
     assert made.effect == pytest.approx(0.025)
+    assert (made.protocol, made.data) == ("llm_adapters", str(tmp_path))
     assert str(made.python) == sys.executable, "a link stays: an environment is found by it"
     assert made.words == ("--tasks", "gsm8k,boolq", "--protocol", "llm_adapters", "--limit", "50", "--data-dir",
                           str(tmp_path), "--template", "training", "--system-prompt", "Be brief.")  # fmt: skip

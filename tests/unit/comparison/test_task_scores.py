@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from eval.stats import sign_flip_p
-from llamafactory_adaptive.comparison.task_scores import MEAN, Accuracy, Answers, accuracy, judge_tasks
+from eval.stats import sign_flip_p, standard_error
+from llamafactory_adaptive.comparison.task_scores import (
+    MEAN,
+    Accuracy,
+    Answers,
+    accuracy,
+    judge_tasks,
+    mean_difference,
+)
 
 
 def never(gaps):
@@ -33,12 +40,24 @@ def planted(share, gain=0, seeds=4, questions=1000, task=0, seed=0, noise=10):
 
 def test_standard_errors_are_those_of_a_table_worked_out_by_hand():
     """Mean squares of [[1, 0, 0, -1], [1, 0, 1, 0]]: seeds 0.125, questions 5/12, both 1/6."""
-    found = accuracy(answers(boolq=[[1, 0, 0, -1], [1, 0, 1, 0]]))
-    assert found.value == 0.25
-    assert found.over_seeds == pytest.approx(math.sqrt(0.125 / 2))
+    gaps = answers(boolq=[[1, 0, 0, -1], [1, 0, 1, 0]])
+    own, found = accuracy(gaps), mean_difference(gaps)
+    assert own.value == found.value == 0.25
+    assert own.over_seeds == found.over_seeds == pytest.approx(math.sqrt(0.125 / 2))
+    assert own.over_questions == pytest.approx(math.sqrt((5 / 12 - 1 / 6 / 2) / 4))
     assert found.over_questions == pytest.approx(math.sqrt((5 / 12 - 1 / 6 / 2) / 4 + 1 / 16))
     assert found.standard_error == pytest.approx(math.sqrt(0.0625 + 1 / 12 + 1 / 16))
     assert (found.seeds, found.questions) == (2, 4)
+
+
+def test_the_error_of_one_arm_is_the_harnesss_with_one_seed_and_millers_clustered_one_with_many():
+    """His sum over pairs within a question, here with the same answers in every seed; no adjustment for pairs."""
+    right = np.random.default_rng(0).integers(2, size=50).astype(float)
+    alone, thrice = accuracy(answers(boolq=[right])), accuracy(answers(boolq=[right] * 3))
+    assert alone.standard_error == pytest.approx(standard_error(right.tolist()))
+    residual_SQ = np.tile(right - right.mean(), (3, 1))
+    clustered = math.sqrt((residual_SQ.sum(axis=0) ** 2).sum()) / residual_SQ.size
+    assert thrice.standard_error == pytest.approx(clustered * math.sqrt(50 / 49))
 
 
 def test_the_mean_over_tasks_weighs_each_task_alike():
@@ -53,7 +72,7 @@ def test_the_mean_over_tasks_weighs_each_task_alike():
 
 def test_one_seed_has_the_interval_of_agresti_and_min():
     """12 questions won and 4 lost of 100; their interval adds half a question to each of four cells."""
-    found = accuracy(answers(boolq=[[1] * 12 + [-1] * 4 + [0] * 84]))
+    found = mean_difference(answers(boolq=[[1] * 12 + [-1] * 4 + [0] * 84]))
     b, c, n = 12.5, 4.5, 102
     assert found.standard_error == pytest.approx(math.sqrt(b + c - (b - c) ** 2 / n) / n, rel=0.03)
     assert found.value - found.reach(0.025) == pytest.approx(0.08 - scipy_stats.norm.isf(0.025) * found.standard_error)

@@ -122,6 +122,11 @@ def test_runs_on_a_given_plan_are_compared_by_their_start_too(tmp_path):
     assert obtain_plan(given, host).origin == "resumed"
     with pytest.raises(PlanError, match=r"adaptive_init_gamma is 0\.05 there and 0\.1 here"):
         obtain_plan(dataclasses.replace(given, init_gamma=0.1), host)
+    obtain_plan(
+        dataclasses.replace(given, calibration=CalibrationConfig(None, 8, 4, 5)), host
+    )  # a batch size may change
+    with pytest.raises(PlanError, match="adaptive_calibration_samples is 8 there and 16 here"):
+        obtain_plan(dataclasses.replace(given, calibration=CalibrationConfig(None, 16, 2, 5)), host)
 
 
 def test_a_plan_of_before_starts_as_peft_does(tmp_path):
@@ -177,11 +182,14 @@ def test_the_message_says_what_the_start_takes():
     assert "a backward pass over 8 rows" in said
 
 
-def test_equal_tensors_have_one_digest_however_long_they_took(tmp_path):
+def test_equal_tensors_have_one_digest_however_long_they_took_and_are_read_once_for_it(monkeypatch):
     def digest(value, seconds):
-        path = tmp_path / "x.safetensors"
-        save_file({"m": torch.full((2, 2), value)}, path, metadata={"seconds": seconds})
-        return starts.StartFile(path, {}).digest()
+        """Digest of a start that is measured for calibration rows of their own."""
+        monkeypatch.setitem(FACTS, "seconds", seconds)
+        host = Host(value=value, identity={"model": f"{value} {seconds}"})
+        start = obtain_plan(configured("eva"), host).start
+        start.path.unlink()
+        return start.digest
 
     assert digest(1.0, "0.1") == digest(1.0, "0.2")
     assert digest(1.0, "0.1") != digest(1.5, "0.1")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llamafactory_adaptive.methods import InitialAdapter
-from llamafactory_adaptive.ranks.first_update import median_slowdown, slowdown
+from llamafactory_adaptive.ranks.first_update import median_slowdown, slowdown, slowdown_of_norms
 from llamafactory_adaptive.ranks.plan import ModuleShape
 
 
@@ -24,6 +24,13 @@ def moved(lambda_value, factors, d_in, d_out, rank=16, rate=1e-5):
     torch.manual_seed(0)
     if factors == "gaussian":
         p, q = torch.randn(d_out, rank) * 0.02, torch.randn(rank, d_in) * 0.02
+    elif factors == "eva":
+        p, q = torch.zeros(d_out, rank), torch.linalg.qr(torch.randn(d_in, rank)).Q.T
+    elif factors == "gora":
+        p, q = (
+            torch.randn(d_out, rank) * 0.7 * d_out**-0.5,
+            torch.empty(rank, d_in).uniform_(-(d_in**-0.5), d_in**-0.5),
+        )
     else:
         p, q = torch.zeros(d_out, rank), torch.empty(rank, d_in).uniform_(-(d_in**-0.5), d_in**-0.5)
     size = torch.full((rank,), 1.0 if lambda_value is None else lambda_value)
@@ -47,6 +54,14 @@ def test_a_real_first_step_of_adamw_is_that_much_smaller_than_loras(start, d_in,
     expected = slowdown(*STARTS[start], ModuleShape("m", d_in, d_out))
     measured = moved(None, "lora", d_in, d_out) / moved(*STARTS[start], d_in, d_out)
     assert measured == pytest.approx(expected, rel=0.12)
+
+
+@pytest.mark.parametrize(("start", "p", "q"), [("eva", 0.0, 1.0), ("gora", 0.7, 3**-0.5)])
+@pytest.mark.parametrize(("d_in", "d_out"), [(64, 160), (256, 96)])
+def test_starts_from_data_move_more_than_lora(start, p, q, d_in, d_out):
+    expected = slowdown_of_norms(p, q, ModuleShape("m", d_in, d_out))
+    assert moved(None, "lora", d_in, d_out) / moved(None, start, d_in, d_out) == pytest.approx(expected, rel=0.12)
+    assert expected < 1.0
 
 
 def test_the_start_of_a_method_gives_the_median_over_modules():

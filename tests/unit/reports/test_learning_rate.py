@@ -5,6 +5,7 @@ import re
 import pytest
 
 from llamafactory_adaptive.methods import make_method
+from llamafactory_adaptive.ranks.first_update import slowdown_of_norms
 from llamafactory_adaptive.ranks.plan import ModuleShape
 from llamafactory_adaptive.reports.learning_rate import rate_warning, rate_words
 from tests.helpers.processes import ROOT
@@ -44,6 +45,7 @@ def test_no_warning_comes_where_the_start_is_about_loras_or_the_rate_is_high(rat
     assert rate_warning(rate, slowdown) is None
 
 
+SHAPE = ModuleShape("m", 576, 8)
 METHODS = {
     "`igu`": ("igu", {}, 1.0),
     "`igu` with `igu_variant: published`": ("igu", {"variant": "published"}, 1.0),
@@ -61,12 +63,17 @@ def test_the_table_of_first_updates_in_the_documents_is_right():
         for line in re.search(r"^\| method \| 576 .*?\n\n", page, re.MULTILINE | re.DOTALL)[0].strip().splitlines()
         if "---" not in line
     ]
-    assert len(rows) == len(METHODS) + 1
+    assert len(rows) == len(METHODS) + 3
     for name, *shown in rows:
         if name in METHODS:
             method, options, weakening = METHODS[name]
             start = make_method(method, options).initial_adapter
             figures = [start.slowdown([ModuleShape("m", int(width), 8)]) * weakening for width in head[1:]]
             assert [float(cell) for cell in shown] == [pytest.approx(figure, rel=0.03) for figure in figures], name
+        elif "`adaptive_init: eva`" in name:
+            figure = pytest.approx(slowdown_of_norms(0.0, 1.0, SHAPE), abs=0.005)
+            assert [float(cell) for cell in shown] == [figure] * 4
+        elif "`adaptive_init: gora`" in name:
+            assert set(shown) == {"1 at most"}
         else:
             assert set(shown) == {"1"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llamafactory_adaptive.engines.engine import UnpartitionedEngine
-from llamafactory_adaptive.methods import Orthogonality
+from llamafactory_adaptive.methods import Orthogonality, make_method
 from llamafactory_adaptive.training.components import Components
 from llamafactory_adaptive.training.regulariser import gram_penalty_gradient
 from tests.helpers.dynamic import stream, triplet_model
@@ -21,6 +21,33 @@ def test_the_regularisers_gradient_is_autograds(form):
     assert torch.allclose(gram_penalty_gradient(x.detach().mT, "P", form), x.grad.mT, rtol=1e-9)
     orthonormal = eye[None]
     assert (gram_penalty_gradient(orthonormal, "Q", form) == 0).all()
+
+
+@pytest.mark.parametrize("form", ["off_diagonal", "identity"])
+@pytest.mark.parametrize("kind", ["P", "Q"])
+def test_what_is_not_in_use_can_be_left_out_as_if_it_were_not_there(form, kind):
+    x = torch.randn(1, 4, 9, dtype=torch.float64)
+    used = torch.tensor([[1.0, 0.0, 1.0, 0.0]], dtype=torch.float64)
+    turned = (lambda x: x.mT) if kind == "P" else (lambda x: x)
+    found = turned(gram_penalty_gradient(turned(x), kind, form, used_Mr=used))
+    kept = turned(gram_penalty_gradient(turned(x[:, [0, 2]]), kind, form))
+    assert torch.allclose(found[:, [0, 2]], kept, rtol=1e-9)
+    assert (found[:, [1, 3]] == 0).all()
+
+
+def test_elalora_regularises_the_components_in_use_and_adalora_all():
+    for method, held_back in ((make_method("elalora", {}), True), (make_method("adalora", {}), False)):
+        _, triplets, components = triplet_model()
+        triplets.mask([[True, *[False] * (len(row) - 1)] for row in triplets.masks])
+        for module in triplets.modules:
+            for parameter in module.parameters().values():
+                parameter.grad = torch.zeros_like(parameter)
+        components.arrived = True
+        components.update(None, method.orthogonality)
+        for module in triplets.modules:
+            assert bool(module.q.grad[0].any())
+            assert bool(module.p.grad[:, 0].any())
+            assert (bool(module.q.grad[1:].any()), bool(module.p.grad[:, 1:].any())) == (not held_back, not held_back)
 
 
 @pytest.mark.parametrize("form", ["off_diagonal", "identity"])
