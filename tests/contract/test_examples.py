@@ -73,7 +73,7 @@ def test_training_examples_are_valid_and_complete(path, prepared_data):
 )
 def test_merge_and_inference_examples_parse_and_follow_a_training_example(path):
     args = yaml.safe_load(path.read_text())
-    model_args, _, finetuning_args, _ = HfArgumentParser(host._INFER_ARGS).parse_dict(args)
+    model_args, _, finetuning_args, *_ = HfArgumentParser(host._INFER_ARGS).parse_dict(args)
     assert finetuning_args.finetuning_type == "lora"
     assert model_args.quantization_bit is None
     trained = {yaml.safe_load(p.read_text())["output_dir"]: yaml.safe_load(p.read_text())
