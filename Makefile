@@ -18,12 +18,14 @@ PROTOCOL   ?= $(if $(DATA),llm_adapters,lm_eval)
 REGIME     ?= data_limited
 KEEP       ?= demo_output/worth_it_$(REGIME)$(if $(DATA),_data)
 
-.PHONY: help install demo test test-all mutants faults lint bench methods worth-it bench-report eval-install eval-test eval-bench eval-demo clean
+.PHONY: help install demo test test-all test-next mutants faults lint bench methods worth-it bench-report eval-install eval-test eval-bench eval-demo clean
 
 help:
 	@echo "make demo     train, merge and ask SmolLM2-135M on generated data (CPU, about 5 minutes after downloads)"
 	@echo "make test     the test suite (no network, no GPU), and what of the code its fast part reaches"
 	@echo "make test-all the same and its slow repeats: further engines, launchers and models (about 20 minutes)"
+	@echo "make test-next    seams, settings and runs on LLaMA-Factory's main branch (LLAMAFACTORY_SOURCE=<checkout>, or a"
+	@echo "              published fork), in an environment of its own (about 10 minutes)"
 	@echo "make mutants  changes ranks/allocation.py in hundreds of ways and lists what its tests let pass (about 10 minutes)"
 	@echo "make faults   kills, damaged files, full disks, hostile servers; a table of what came of each (about 40 minutes)"
 	@echo "make lint     ruff, mypy --strict, import-linter"
@@ -46,14 +48,14 @@ install: $(STAMP)
 # uv resolves and installs the pinned set several times faster than pip; it is bootstrapped inside the environment.
 # Debian and Ubuntu ship python3 without ensurepip: there the environment is made without pip, which then works from
 # outside.
-$(BIN)/uv $(EVAL_BIN)/uv: %/bin/uv:
+$(BIN)/uv $(EVAL_BIN)/uv .venv-next/bin/uv: %/bin/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python 3.11 or newer is needed, this is " \
 		+ sys.version.split()[0] + "; set PYTHON=python3.11")'
 	$(PYTHON) -m venv $* || $(PYTHON) -m venv --clear --without-pip $*
 	$*/bin/python -m pip install --quiet uv 2>/dev/null || $(PYTHON) -m pip --python $*/bin/python install --quiet uv
 
-$(STAMP): $(BIN)/uv pyproject.toml constraints/llamafactory.txt llamafactory_adaptive_hook.pth
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints/llamafactory.txt -e ".[demo,test,lint]"
+$(STAMP): $(BIN)/uv pyproject.toml constraints/llamafactory-0.9.5.txt llamafactory_adaptive_hook.pth
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints/llamafactory-0.9.5.txt -e ".[demo,test,lint]"
 	LLAMAFACTORY_ADAPTIVE=1 $(BIN)/llamafactory-adaptive doctor
 	@touch $@
 
@@ -83,6 +85,23 @@ test: $(STAMP)
 # What ``make test`` leaves out are repeats of its own tests under a further engine, launcher or model.
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(TOGETHER) -m "not eval_env and not faults"
+
+# The next LLaMA-Factory: a checkout of its main branch (LLAMAFACTORY_SOURCE=<folder>), or else llamafactory-kt, a fork of
+# it that is published; the host's own pins hold in both, so that an environment of its own is needed.
+NEXT       := .venv-next
+NEXT_HOST  := $(if $(LLAMAFACTORY_SOURCE),$(LLAMAFACTORY_SOURCE),llamafactory-kt==0.9.6.dev0)
+NEXT_TESTS := tests/contract/test_hosts.py tests/contract/test_seams.py tests/contract/test_wrong_yaml.py \
+	tests/contract/test_host_values.py tests/contract/test_examples.py tests/contract/test_adapter.py \
+	tests/e2e/test_training.py tests/e2e/test_launch.py tests/e2e/test_pruning.py
+$(NEXT)/.installed: $(NEXT)/bin/uv pyproject.toml constraints/llamafactory-main.txt
+	$(NEXT)/bin/uv pip install --quiet --python $(NEXT)/bin/python -c constraints/llamafactory-main.txt \
+		"$(NEXT_HOST)" torchvision torchaudio bitsandbytes
+	$(NEXT)/bin/uv pip install --quiet --python $(NEXT)/bin/python -c constraints/llamafactory-main.txt \
+		-e ".[deepspeed]" pytest pytest-cov pytest-timeout pytest-xdist hatchling hypothesis scipy
+	@touch $@
+
+test-next: $(NEXT)/.installed
+	$(NEXT)/bin/python -m pytest $(NEXT_TESTS) $(TOGETHER)
 
 # An environment without the package, whose start-up hook would import what is not changed; ranks/ needs no torch. mutmut
 # is pinned since another version makes and numbers other changes.

@@ -69,7 +69,7 @@ model. A search takes part in training, and what it cannot work with is refused 
   `SFTTrainer` with its default loss is not. The other kinds of `importance` follow the gradients of whatever loss
   is trained.
 * **Several processes.** Run the same script under `torchrun` or `accelerate launch`; every process calls
-  `trainer.save_model` and `search.finalize`. FSDP, and several GPUs in one process, are refused.
+  `trainer.save_model` and `search.finalize`. FSDP 1, and several GPUs in one process, are refused.
 * **DeepSpeed**, by `deepspeed=...` or by `accelerate launch --use_deepspeed`: the same rules hold for both ways.
   `importance="integrated"` needs ZeRO-2 or less; searches that change the optimizer's states, see above, need
   ZeRO.

@@ -100,11 +100,12 @@ class MaskedLinear(nn.Linear):
     def effective_weight(self) -> Tensor:
         """Compute ``diag(lambda * mask) Q`` at the current position, (r, d_in), bit for bit as ``lora_A`` is saved."""
         factor = self.position.factor
+        mask_r = self.mask_r.to(self.weight.dtype)  # FSDP computes with copies of another type than the optimizer's
         if self.lambda_r is None:
-            return self.weight * _column(self.mask_r, factor)
+            return self.weight * _column(mask_r, factor)
         if not torch.is_grad_enabled():  # the first pass of gradient checkpointing, and evaluation
-            return self.weight * _column(self.lambda_r * self.mask_r, factor)
-        masked: Tensor = _MaskedScale.apply(self.weight, self.lambda_r, self.mask_r, factor)  # type: ignore[no-untyped-call]
+            return self.weight * _column(self.lambda_r * mask_r, factor)
+        masked: Tensor = _MaskedScale.apply(self.weight, self.lambda_r, mask_r, factor)  # type: ignore[no-untyped-call]
         return masked
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,7 +119,12 @@ class Triplet:
 
     name: str
     a: MaskedLinear
-    p: nn.Parameter
+    b: nn.Linear
+
+    @property
+    def p(self) -> nn.Parameter:
+        """Return P, the weight of the second factor, (d_out, r): read anew, since FSDP puts another in its place."""
+        return cast(nn.Parameter, self.b.weight)
 
     @property
     def q(self) -> nn.Parameter:
@@ -158,7 +164,7 @@ class Triplets:
                 for factor in (a.weight, b.weight):
                     factor.data.copy_(torch.empty(factor.shape).normal_(0.0, FACTOR_STD, generator=generator))
             layer.lora_A[adapter] = MaskedLinear(a, initial_lambda, self.position)
-            self.modules.append(Triplet(planned.name, layer.lora_A[adapter], b.weight))
+            self.modules.append(Triplet(planned.name, layer.lora_A[adapter], b))
         self.masks = [[True] * planned.rank for planned in plan.active]
         self.compact: RankPlan | None = None
         self._save_plain(model)
@@ -235,4 +241,4 @@ def _accept_plain_weight(module: nn.Module, state: dict[str, Tensor], prefix: st
     """Load a plain ``lora_A.weight`` as Q with lambda 1, the same function; exact factors follow from our state."""
     weight = state.get(prefix + "weight")
     if weight is not None and prefix + _LAMBDA not in state:
-        state[prefix + _LAMBDA] = torch.ones(weight.shape[0], dtype=weight.dtype)
+        state[prefix + _LAMBDA] = torch.ones_like(weight[:, 0])

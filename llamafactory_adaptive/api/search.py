@@ -224,7 +224,7 @@ class RankSearch:
             refuse("model", given, "it is not the model of this search", "model=search.model")
         flat = {**trainer.args.to_dict(), "fsdp": trainer.args.fsdp or None}
         rules = check_search_conflicts(flat, self._request.method)
-        faults = [*check_conflicts({"fsdp": flat["fsdp"]}), *rules]
+        faults = [*check_conflicts({key: flat[key] for key in ("fsdp", "fsdp_config")}), *rules]
         if self._request.method.traits.probes and (fault := _own_loss(trainer)):
             faults.append(fault)
         if trainer.args.n_gpu > 1:

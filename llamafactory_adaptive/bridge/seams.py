@@ -8,14 +8,12 @@ plugin.
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
+from llamafactory_adaptive.bridge.upstream_names import name_states
 from llamafactory_adaptive.errors import SeamError
-
-
-TESTED_VERSIONS = ("0.9.5",)
+from llamafactory_adaptive.versions import host_version, verified_versions
 
 
 @dataclass(frozen=True)
@@ -26,12 +24,14 @@ class Seam:
         module, attribute: what is replaced.
         fits: whether the given attribute looks as expected.
         patch: returns the replacement of the given attribute.
+        optional: whether runs go on without it.
     """
 
     module: str
     attribute: str
     fits: Callable[[Any], bool]
     patch: Callable[[Any], Any]
+    optional: bool = False
 
     @property
     def target(self) -> str:
@@ -79,6 +79,18 @@ def _launch(original: Any) -> Any:
     return checked_launch(original, require_seams)
 
 
+def _v1_launch(original: Any) -> Any:
+    from llamafactory_adaptive.bridge.v1 import refusing_launch
+
+    return refusing_launch(original)
+
+
+def _v1_plugin(plugin: Any) -> Any:
+    from llamafactory_adaptive.bridge.v1 import register
+
+    return register(plugin)
+
+
 # Each stage's trainer, replaced where it is defined: before its workflow looks the name up.
 _TRAINERS = {
     "pt": "CustomTrainer",
@@ -100,6 +112,15 @@ SEAMS = (
     Seam("llamafactory.train.tuner", "_training_function", callable, _training_function),
     Seam("llamafactory.train.tuner", "run_exp", callable, _run_exp),
     Seam("llamafactory.launcher", "launch", callable, _launch),
+    # Experimental in the host itself, which moves it about.
+    Seam("llamafactory.v1.launcher", "launch", callable, _v1_launch, optional=True),
+    Seam(
+        "llamafactory.v1.plugins.model_plugins.peft",
+        "PeftPlugin",
+        lambda cls: hasattr(cls, "register"),
+        _v1_plugin,
+        optional=True,
+    ),
 )
 
 _applied: set[str] = set()
@@ -132,32 +153,36 @@ def apply_seams(module: ModuleType) -> None:
             _applied.add(seam.target)
 
 
-def seam_states() -> dict[str, str]:
-    """Import every seam module, and return for each seam ``fits`` or what is wrong."""
+def seam_states(optional: bool = False) -> dict[str, str]:
+    """Import every seam module, and return for each seam ``fits`` or what is wrong.
+
+    Args:
+        optional: whether to look at the seams that runs go on without, in place of all others.
+    """
     broken: dict[str, str] = {}
-    for name in sorted(seam_modules()):
+    chosen = [seam for seam in SEAMS if seam.optional is optional]
+    for name in sorted({seam.module for seam in chosen}):
         try:
             module = importlib.import_module(name)
         except Exception as error:  # whatever an installation that is not whole raises
             why = f"cannot be imported ({type(error).__name__}: {error})"
-            broken |= {seam.target: why for seam in SEAMS if seam.target.startswith(f"{name}.")}
+            broken |= {seam.target: why for seam in chosen if seam.module == name}
             continue
         apply_seams(module)  # a no-op where the hook was faster
-    return {seam.target: broken.get(seam.target) or _misfits.get(seam.target, "fits") for seam in SEAMS}
+    return {seam.target: broken.get(seam.target) or _misfits.get(seam.target, "fits") for seam in chosen}
 
 
 def require_seams() -> None:
-    """Refuse to go on unless every seam is in place.
+    """Refuse to go on unless every seam is in place, and every name is there that this plugin imports from the host.
 
     Raises:
-        SeamError: seams do not fit; the message names the attributes and the versions this release was tested with.
+        SeamError: seams do not fit, or names are missing; the message names them and the versions that are tested.
     """
-    bad = {target: state for target, state in seam_states().items() if state != "fits"}
+    bad = {target: state for target, state in {**seam_states(), **name_states()}.items() if state != "fits"}
     if bad:
         details = "; ".join(f"{target} {state}" for target, state in bad.items())
         raise SeamError(
-            f"LLaMA-Factory {version('llamafactory')} does not fit this plugin: {details}; "
-            f"tested with {', '.join(TESTED_VERSIONS)}"
+            f"LLaMA-Factory {host_version()} does not fit this plugin: {details}; tested with {verified_versions()}"
         )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from llamafactory_adaptive import __version__, _bootstrap
 from llamafactory_adaptive.cli.host import INSTALL_HOST, host_is_installed
 from llamafactory_adaptive.errors import first_of
-from llamafactory_adaptive.versions import installed_versions
+from llamafactory_adaptive.versions import installed_versions, verified_versions
 
 
 PACKAGES = ("llamafactory", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
@@ -39,10 +39,14 @@ def doctor(arguments: argparse.Namespace) -> int:
     versions = installed_versions(PACKAGES)
     for name in PACKAGES:
         print(f"{name:<15} {versions.get(name, 'not installed')}")
-    states = _seam_states()
+    states, names = _seam_states(), _name_states()
     for target, state in states.items():
         print(f"seam            {state:<15} {target}")
-    ready, words = _verdict(hooked, states)
+    print(f"names           {_names_line(names)}")
+    for target, state in _optional_states().items():
+        print(f"optional seam   {state:<15} {target}")
+    print(f"tested with     LLaMA-Factory {verified_versions()}")
+    ready, words = _verdict(hooked, {**states, **names})
     print(f"verdict         {words}")
     return 0 if ready else 2
 
@@ -53,9 +57,7 @@ def _verdict(hooked: bool, states: Mapping[str, str]) -> tuple[bool, str]:
     if not _bootstrap.enabled():
         return False, f"switched off: `finetuning_type: adaptive` does not exist; unset {_bootstrap.ENV_SWITCH}"
     if bad:
-        from llamafactory_adaptive.bridge.seams import TESTED_VERSIONS
-
-        tested = ", ".join(TESTED_VERSIONS)
+        tested = verified_versions()
         return False, f"adaptive runs are refused: {first_of(bad)} does not fit; tested with LLaMA-Factory {tested}"
     if not hooked:
         return False, "llamafactory-cli lacks the hook: use `llamafactory-adaptive train`, or reinstall as a wheel"
@@ -69,3 +71,27 @@ def _seam_states() -> dict[str, str]:
     from llamafactory_adaptive.bridge.seams import seam_states
 
     return seam_states()
+
+
+def _name_states() -> dict[str, str]:
+    if not _bootstrap.enabled():
+        return {}
+    from llamafactory_adaptive.bridge.upstream_names import name_states
+
+    return name_states()
+
+
+def _optional_states() -> dict[str, str]:
+    if not _bootstrap.enabled():
+        return {}
+    from llamafactory_adaptive.bridge.seams import seam_states
+
+    return seam_states(optional=True)
+
+
+def _names_line(states: Mapping[str, str]) -> str:
+    """Tell in one line whether every name is there that this plugin imports from LLaMA-Factory."""
+    missing = [f"{name} {state}" for name, state in states.items() if state != "fits"]
+    count = len(states) - len(missing)
+    found = f"{count} of {len(states)} that this plugin imports from LLaMA-Factory are there"
+    return f"{found}; {first_of(missing)}" if missing else found

@@ -6,7 +6,7 @@ from llamafactory_adaptive import _bootstrap
 from llamafactory_adaptive.errors import SeamError
 
 
-INSTALL_HOST = "pip install -c constraints/llamafactory.txt '.[llamafactory]' in a checkout of this plugin"
+INSTALL_HOST = "pip install -c constraints/llamafactory-0.9.5.txt '.[llamafactory]' in a checkout of this plugin"
 
 
 def host_is_installed() -> bool:

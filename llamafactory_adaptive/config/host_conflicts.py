@@ -12,8 +12,8 @@ from llamafactory_adaptive.config.deepspeed_settings import (
     settings_of_accelerate,
     zero_optimization,
 )
+from llamafactory_adaptive.config.fsdp_settings import fsdp_version, loads_on_one_process, saves_whole_adapters
 from llamafactory_adaptive.errors import Problem
-from llamafactory_adaptive.launcher import accelerate_starts
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,18 @@ CONFLICTS = (
         "load_best_model_at_end: false",
     ),
     Conflict(
-        "fsdp",
-        lambda flat: bool(flat.get("fsdp")) or accelerate_starts("FSDP"),
-        "FSDP flattens the factors whose ranks are checked",
-        "deepspeed: examples/deepspeed/ds_z3_config.json",
+        "fsdp_state_dict_type",
+        lambda flat: fsdp_version(flat) > 0 and not saves_whole_adapters(flat),
+        "sharded checkpoints hold no adapter that could be served",
+        "fsdp_state_dict_type: FULL_STATE_DICT in accelerate's configuration",
+    ),
+    Conflict(
+        "fsdp_cpu_ram_efficient_loading",
+        lambda flat: (
+            fsdp_version(flat) == 2 and flat.get("quantization_bit") is not None and loads_on_one_process(flat)
+        ),
+        "accelerate cannot spread a quantised base that one process loads",
+        "fsdp_cpu_ram_efficient_loading: false in accelerate's configuration",
     ),
     Conflict(
         "create_new_adapter",
@@ -198,5 +206,11 @@ SAMPLING_CONFLICTS = (
         lambda flat: deepspeed_stage(flat) == 3,
         "samples are scored with whole weights on every process, which ZeRO-3 does not hold",
         "ZeRO-2 (or tsq_sampling: false)",
+    ),
+    Conflict(
+        "fsdp",
+        lambda flat: fsdp_version(flat) > 0,
+        "samples are scored with whole weights on every process, which FSDP does not hold",
+        "deepspeed: examples/deepspeed/ds_z2_config.json (or tsq_sampling: false)",
     ),
 )

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from llamafactory_adaptive.config.deepspeed_settings import read_section
+from llamafactory_adaptive.config.fsdp_settings import fsdp_version
 from llamafactory_adaptive.config.host_conflicts import Conflict, deepspeed_stage, find_clashes, is_on
 from llamafactory_adaptive.errors import Problem
 
@@ -69,6 +70,12 @@ MASKING_CONFLICTS = (
         "ZeRO-2, or leaving data_types out",
     ),
     Conflict(
+        "fsdp_version",
+        lambda flat: fsdp_version(flat) == 1,
+        "FSDP 1 packs factors into flat tensors, in which components cannot be told apart",
+        "fsdp_version: 2 in accelerate's configuration (version: 2 in fsdp_config)",
+    ),
+    Conflict(
         "adapter_name_or_path",
         lambda flat: bool(flat.get("adapter_name_or_path")) and not flat.get("create_new_adapter"),
         "ranks are found on a new adapter, whose live tensors are larger than the old one's",
@@ -89,6 +96,7 @@ MASKING_CONFLICTS = (
 )
 _GIVEN_REASONS = {
     "deepspeed": "this optimizer of DeepSpeed keeps gradients where those of a regulariser cannot be added",
+    "fsdp_version": "FSDP 1 packs factors into flat tensors, to which a regulariser cannot be added",
     "adapter_name_or_path": "P diag(lambda) Q begins as a new adapter",
     "torch_compile": "the backward pass of P diag(lambda) Q is not compiled",
 }
@@ -140,6 +148,12 @@ PROBING_CONFLICTS = (
         "deepspeed",
         lambda flat: deepspeed_stage(flat) == 3,
         "extra passes need whole weights on every process, which ZeRO-3 does not hold",
+        "igu_importance: shrink",
+    ),
+    Conflict(
+        "fsdp",
+        lambda flat: fsdp_version(flat) > 0,
+        "extra passes need whole weights on every process, which FSDP does not hold",
         "igu_importance: shrink",
     ),
     *(

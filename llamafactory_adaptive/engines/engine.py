@@ -1,8 +1,9 @@
 """Access to parameters and their gradients, whatever engine trains them.
 
 Plain and DDP processes hold whole parameters. Under ZeRO each process owns a piece of every flattened parameter (maybe
-an empty one), in fp32 beside the working copy, and after the backward pass the averaged gradient of that piece. Code
-that needs either takes it from an :class:`Engine` and works on pieces; nothing is gathered for it.
+an empty one), in fp32 beside the working copy, and after the backward pass the averaged gradient of that piece; under
+FSDP2 it owns rows, and there is no other copy. Code that needs either takes it from an :class:`Engine` and works on
+pieces; nothing is gathered for it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from llamafactory_adaptive.engines.fsdp import Fsdp2Engine, is_sharded
 from llamafactory_adaptive.engines.optimizer_state import put, restart, scale_states, square_sums
 from llamafactory_adaptive.engines.zero import Zero3Engine, Zero12Engine
 
@@ -67,8 +69,8 @@ class Engine(Protocol):
     def loss_scale(self) -> float:
         """Return the factor by which all gradients are scaled; 1 except in fp16."""
 
-    def gathered(self, parameters: Sequence[nn.Parameter]) -> Any:
-        """Return a context manager in which the parameters are whole on this process."""
+    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[list[Tensor]]:
+        """Return a context manager of the whole parameters, in their order; they must not be changed."""
 
 
 class UnpartitionedEngine:
@@ -116,8 +118,8 @@ class UnpartitionedEngine:
         parameter.data.mul_(factor)
         scale_states(self._state(parameter), parameter.numel(), gradient_factor)
 
-    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-        return nullcontext()
+    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[list[Tensor]]:
+        return nullcontext([parameter.detach() for parameter in parameters])
 
 
 def find_engine(parameter: nn.Parameter, trainer: Any) -> Engine:
@@ -131,4 +133,5 @@ def find_engine(parameter: nn.Parameter, trainer: Any) -> Engine:
         return UnpartitionedEngine(lambda: float(optimizer.cur_scale))
     scaler, optimizer = getattr(trainer.accelerator, "scaler", None), trainer.optimizer
     scale = (lambda: 1.0) if scaler is None else (lambda: float(scaler.get_scale()))
-    return UnpartitionedEngine(scale, getattr(optimizer, "optimizer", optimizer))
+    kind = Fsdp2Engine if is_sharded(parameter) else UnpartitionedEngine
+    return kind(scale, getattr(optimizer, "optimizer", optimizer))

@@ -145,8 +145,8 @@ class Zero12Engine(_ZeroEngine):
             piece.mul_(factor)
             scale_states(self._state(parameter), piece.numel(), gradient_factor)
 
-    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-        return nullcontext()
+    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[list[Tensor]]:
+        return nullcontext([parameter.detach() for parameter in parameters])
 
 
 class Zero3Engine(_ZeroEngine):
@@ -224,9 +224,9 @@ class Zero3Engine(_ZeroEngine):
             self.optimizer.set_local_hp_param(nn.functional.pad(piece, (0, padding)), parameter, kind)
 
     @contextmanager
-    def gathered(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
         """Gather whole parameters in one collective for the time of the context; they must not be changed."""
         import deepspeed
 
         with deepspeed.zero.GatheredParameters(list(parameters)):
-            yield
+            yield [parameter.detach() for parameter in parameters]

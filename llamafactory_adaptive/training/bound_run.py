@@ -22,7 +22,7 @@ from llamafactory_adaptive.training.divergence import DivergenceWatch
 from llamafactory_adaptive.training.fixed_ranks import FixedRanks
 from llamafactory_adaptive.training.given_ranks import GivenRanks
 from llamafactory_adaptive.training.gradient_check import GradientCheck
-from llamafactory_adaptive.training.guard import PlanGuard, agree_on_steps, epoch_steps, uses_deepspeed
+from llamafactory_adaptive.training.guard import PlanGuard, agree_on_steps, epoch_steps, flattens, uses_deepspeed
 from llamafactory_adaptive.training.masked_search import MaskedSearch, SearchRequest
 from llamafactory_adaptive.training.observer import Observer
 from llamafactory_adaptive.training.optimizer_check import check_optimizer
@@ -114,7 +114,8 @@ class BoundRun:
         return tuple(part for part in parts if part is not None)
 
     def _fixed_ranks(self, state: Any, dataloader: Any, resumed: Path | None) -> tuple[RunPart | None, ...]:
-        gradient_check = None if self.deepspeed else GradientCheck(self.log.counters)
+        hidden = self.deepspeed or flattens(self.trainer)
+        gradient_check = None if hidden else GradientCheck(self.log.counters)
         selection = self._prepare_samples(state, dataloader, resumed)
         advice = RateAdvice(self.trainer, self.guard.plan.method, self.slowdown, self.log)
         return gradient_check, selection, FixedRanks(self.guard, self.log, selection), advice

@@ -11,7 +11,7 @@ from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.sampling.sampler import SubsetSampler
 from llamafactory_adaptive.training.bound_run import BoundRun, RunRequest
 from llamafactory_adaptive.training.checkpoint_record import seal
-from llamafactory_adaptive.training.guard import PlanGuard, uses_deepspeed
+from llamafactory_adaptive.training.guard import PlanGuard, flattens, uses_deepspeed
 from llamafactory_adaptive.training.run_part import RunPart
 
 
@@ -35,11 +35,19 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
         self.guard, self.request, self.checkpoint, self.remedy = guard, request, checkpoint, remedy
         self.bound: BoundRun | None = None
         self.parts: tuple[RunPart, ...] = ()
+        self.flattened = False
 
     # -- events that callbacks do not get, forwarded by the Trainer of trainer.py -------------------------------------
 
     def bind_trainer(self, trainer: Any) -> None:
-        """Bind the run to its Trainer, which has not made its data loader and its optimizer yet."""
+        """Bind the run to its Trainer, which has not made its data loader and its optimizer yet.
+
+        Raises:
+            GuardError: the model, which FSDP 1 is about to flatten, does not match the plan.
+        """
+        self.flattened = flattens(trainer)
+        if self.flattened:
+            self.guard.verify_live(trainer.model, watches_gradients=False)
         self.bound = BoundRun(self.request, self.guard, trainer, self.see_gradients)
         if self.request.search is not None:  # loggers must find our figures in what they log
             callbacks = trainer.callback_handler.callbacks
@@ -86,7 +94,8 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
         Raises:
             GuardError: the model does not match the plan, or its Trainer is not made by :func:`adaptive_trainer`.
         """
-        self.guard.verify_live(model, uses_deepspeed(args))
+        if not self.flattened:
+            self.guard.verify_live(model, watches_gradients=not uses_deepspeed(args))
         if self.bound is None:
             fault = "the run asked for adaptive ranks but its Trainer did not pass itself to the run"
             raise GuardError(f"{fault}; {self.remedy}" if self.remedy else fault)

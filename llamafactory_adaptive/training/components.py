@@ -171,13 +171,15 @@ class Components:
         relative = orthogonality is not None and orthogonality.relative
         task_norms = self._norms(gradients) if relative else {}
         count = sum(len(block.modules) for block in factors)
-        with self.engine.gathered([parameter for block in factors for parameter in block.parameters]):
+        with self.engine.whole([parameter for block in factors for parameter in block.parameters]) as whole:
+            rest = iter(whole)
             for block, own in zip(self.blocks, self._by_block(gradients), strict=True):
                 weights = None if method is None else self._observe(block, own, method, overflow_is_possible)
                 if block.kind == "lambda":
                     self._hold_masked(block, own)
                 elif orthogonality is not None:
-                    known = None if self.engine.partitioned else weights
+                    read = list(islice(rest, len(block.parameters)))
+                    known = torch.stack(read).float() if weights is None or self.engine.partitioned else weights
                     self._regularise(block, own, known, orthogonality, task_norms.get(block.name), count)
         self.engine.set_gradients(self.parameters, gradients)
 
@@ -196,14 +198,14 @@ class Components:
         self,
         block: Block,
         own: list[Tensor],
-        known: Tensor | None,
+        weights: Tensor,
         orthogonality: Orthogonality,
         task_norm: Tensor | None,
         count: int,
     ) -> None:
         """Add the regulariser's gradient to ``own``: of a share of ``task_norm``, or a mean over ``count`` factors."""
         factor = 1.0 if orthogonality.relative else orthogonality.weight / count * self.engine.loss_scale()
-        added_MX = self._penalty_gradient(block, known, orthogonality, factor)
+        added_MX = self._penalty_gradient(block, weights, orthogonality, factor)
         if task_norm is not None:
             added_MX.mul_(orthogonality.weight * task_norm / added_MX.norm().clamp(min=1e-30))
         self._add(block, own, added_MX)
@@ -245,17 +247,15 @@ class Components:
             all_reduce_sum(squares)
         return {block.name: square.sqrt() for block, square in zip(self.blocks, squares, strict=True)}
 
-    def _penalty_gradient(
-        self, block: Block, known: Tensor | None, orthogonality: Orthogonality, scale: float
-    ) -> Tensor:
+    def _penalty_gradient(self, block: Block, weights: Tensor, orthogonality: Orthogonality, scale: float) -> Tensor:
         """Compute the gradient of ``scale`` times the regulariser's sum over the modules of a block, (M, numel).
 
         In closed form: for E the counted part of a Gram matrix, ``d|E|_F/dQ = 2 E Q / |E|_F``; likewise for P.
-        ``known`` are the block's whole weights, flat, if they have been read already.
+        ``weights`` are the block's whole weights.
         """
-        x_M = torch.stack([p.detach() for p in block.parameters]).float() if known is None else known
+        x_M = weights.view(-1, *block.shape)
         used = self.masks(block) if orthogonality.in_use and self._is_masked(block) else None
-        gradient_M = gram_penalty_gradient(x_M.view(-1, *block.shape), block.kind, orthogonality.form, scale, used)
+        gradient_M = gram_penalty_gradient(x_M, block.kind, orthogonality.form, scale, used)
         return gradient_M.view(len(block.modules), -1)
 
     def _add(self, block: Block, own: list[Tensor], added_MX: Tensor) -> None:

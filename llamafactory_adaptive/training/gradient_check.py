@@ -9,9 +9,10 @@ from llamafactory_adaptive.training.run_part import RunPart
 
 
 class GradientCheck(RunPart):
-    """Check of the first step's gradients, for runs that neither search for ranks nor train under DeepSpeed.
+    """Check of the first step's gradients, for runs that neither search for ranks nor train under such an engine.
 
-    DeepSpeed keeps gradients in its own buffers; there ``PlanGuard.verify_saved`` looks at the saved factors instead.
+    DeepSpeed keeps gradients in its own buffers, and FSDP 1 in flat tensors; there ``PlanGuard.verify_saved`` looks at
+    the saved factors instead.
     In a search ``Components`` checks the gradients of each module, whose masked components have a gradient of zero.
 
     Args:

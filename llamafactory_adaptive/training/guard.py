@@ -31,6 +31,12 @@ def uses_deepspeed(args: Any) -> bool:
     return bool(args.deepspeed) or accelerate_starts("DEEPSPEED")
 
 
+def flattens(trainer: Any) -> bool:
+    """Tell whether a Trainer trains under FSDP 1, which packs parameters into flat tensors."""
+    sharded = getattr(trainer, "is_fsdp_enabled", False)
+    return sharded and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1
+
+
 def epoch_steps(dataloader: Any, args: Any) -> int | None:
     """Return the optimizer steps of an epoch, as the Trainer counts them; None where the data has no length."""
     if dataloader is None or not has_length(dataloader):
@@ -58,7 +64,7 @@ class PlanGuard(RunPart):
     Attributes:
         plan: plan that is trained; after a search, the plan that was found.
         is_final: as above; true once a search has ended.
-        deepspeed: whether the run trains under DeepSpeed; None until :meth:`verify_live` is told.
+        watches_gradients: whether the first step's gradients are looked at; they are not where an engine hides them.
     """
 
     def __init__(
@@ -66,19 +72,19 @@ class PlanGuard(RunPart):
     ) -> None:
         self.plan, self.log, self.is_final, self.start = plan, log, is_final, start
         self.counters = log.counters
-        self.deepspeed: bool | None = None
+        self.watches_gradients = True
 
-    def verify_live(self, model: nn.Module, deepspeed: bool) -> None:
+    def verify_live(self, model: nn.Module, watches_gradients: bool = True) -> None:
         """Check that the plan is the same on all processes, and that the live adapter matches it.
 
         Args:
             model: model of the Trainer.
-            deepspeed: whether it trains under DeepSpeed, on which later checks depend.
+            watches_gradients: whether the first step's gradients will be looked at, on which the last check depends.
 
         Raises:
             GuardError: plans differ between processes, or the live adapter does not match the plan.
         """
-        self.deepspeed = deepspeed
+        self.watches_gradients = watches_gradients
         agree_across_ranks(self.plan.digest(), PLANS_DIFFER)
         keep_4bit_unpacked_on_cpu(model)
         name_targets_in_full(model, self.plan)
@@ -128,8 +134,8 @@ class PlanGuard(RunPart):
         self.verify_run()
         untrained, moved = check_saved(output, self.plan, self.start), self.counters.largest_learning_rate > 0
         modules, state = len(self.plan.active), "B is still " + ("zero" if self.start is None else "as it started")
-        # Under DeepSpeed no gradient was checked at the first step: a factor that never changed is the only sign.
-        if moved and untrained and (untrained == modules or self.deepspeed):
+        # Where no gradient was looked at in the first step, a factor that never changed is the only sign.
+        if moved and untrained and (untrained == modules or not self.watches_gradients):
             raise GuardError(
                 f"{untrained} modules were saved untrained ({state}), no gradient arrived: {self.counters}"
             )

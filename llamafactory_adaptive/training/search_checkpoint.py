@@ -5,6 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from llamafactory_adaptive.engines.distributed import wait_for_all
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.training.checkpoint import read_state, write_state
@@ -52,13 +54,21 @@ class SearchCheckpoint:
         }
         tensors = {f"method.{key}": value for key, value in self.method.state().items()}
         if self.holds_factors:
-            tensors |= {
-                f"{kind}.{module.name}": parameter.detach()
-                for module in self.triplets.modules
-                for kind, parameter in module.parameters().items()
-            }
+            tensors |= self._factors()
         write_state(folder, tensors, document, self.partitioned, args.should_save)
         wait_for_all(f"the adaptive state of {folder.name}")
+
+    def _factors(self) -> dict[str, Tensor]:
+        """Return views of the exact factors; flat pieces of them where a process owns no more."""
+        parameters = {
+            f"{kind}.{module.name}": parameter
+            for module in self.triplets.modules
+            for kind, parameter in module.parameters().items()
+        }
+        if not self.partitioned:
+            return {key: parameter.detach() for key, parameter in parameters.items()}
+        pieces = self.observer.components.engine.weights(list(parameters.values()))
+        return dict(zip(parameters, pieces, strict=True))
 
     def resume(self, folder: Path, total_steps: int) -> None:
         """Restore a run from a checkpoint: its adapter, the decisions of its search, counters and seconds.
@@ -93,9 +103,8 @@ class SearchCheckpoint:
         method = {k.removeprefix("method."): v.to(device) for k, v in tensors.items() if k.startswith("method.")}
         self.method.load(method)
         if self.holds_factors:
-            for module in self.triplets.modules:
-                for kind, parameter in module.parameters().items():
-                    parameter.data.copy_(tensors[f"{kind}.{module.name}"])
+            for key, factor in self._factors().items():
+                factor.copy_(tensors[key])
         self.triplets.mask(masks)
         self.search.state.load(document)
         self.search.set_strength()

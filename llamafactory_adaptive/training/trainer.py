@@ -5,6 +5,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from llamafactory_adaptive.adapter.sharded import restore_sharded
 from llamafactory_adaptive.files import cannot_write, could_not_write
 from llamafactory_adaptive.training.checkpoint_record import begin_checkpoint, check_best, seal
 from llamafactory_adaptive.training.current_run import current_run
@@ -78,10 +79,17 @@ def adaptive_trainer(trainer_class: type, fixed_callback: Any = None) -> type:
             self.state.best_metric, self.state.best_global_step = kept
             return False
 
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self.adaptive_callback is not None:
+                restore_sharded(self.model, Path(resume_from_checkpoint))
+
         def _load_best_model(self) -> None:
             if self.adaptive_callback is not None:
                 check_best(Path(self.state.best_model_checkpoint))
             super()._load_best_model()
+            if self.adaptive_callback is not None:
+                restore_sharded(self.model, Path(self.state.best_model_checkpoint))
 
         def _save_rng_state(self, output_dir: str) -> None:
             # Before the Trainer writes its own state, pushes the checkpoint and deletes older ones.

@@ -181,5 +181,5 @@ def test_without_the_host_the_hook_is_silent_and_the_commands_say_so_in_one_line
     assert "LLaMA-Factory is not installed" in out
     code, out, error = run("-m", "llamafactory_adaptive.cli", "train", "any.yaml")
     assert (code, out, len(error.splitlines())) == (2, "", 1)
-    assert "needs LLaMA-Factory, which is not installed: pip install -c constraints/llamafactory.txt" in error
+    assert "needs LLaMA-Factory, which is not installed: pip install -c constraints/llamafactory-0.9.5.txt" in error
     assert run("-m", "llamafactory_adaptive.cli", "export", "--help")[0] == 0

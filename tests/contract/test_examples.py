@@ -73,7 +73,7 @@ def test_training_examples_are_valid_and_complete(path, prepared_data):
 )
 def test_merge_and_inference_examples_parse_and_follow_a_training_example(path):
     args = yaml.safe_load(path.read_text())
-    model_args, _, finetuning_args, _ = HfArgumentParser(host._INFER_ARGS).parse_dict(args)
+    model_args, _, finetuning_args, *_ = HfArgumentParser(host._INFER_ARGS).parse_dict(args)
     assert finetuning_args.finetuning_type == "lora"
     assert model_args.quantization_bit is None
     trained = {yaml.safe_load(p.read_text())["output_dir"]: yaml.safe_load(p.read_text())
@@ -83,10 +83,25 @@ def test_merge_and_inference_examples_parse_and_follow_a_training_example(path):
     assert source["template"] == args["template"]
 
 
+@pytest.mark.parametrize("path", names("accelerate"), ids=lambda p: p.stem)
+def test_fsdp_examples_are_read_by_accelerate_and_save_whole_adapters(path, monkeypatch):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    from llamafactory_adaptive.config.host_conflicts import check_conflicts
+
+    config = load_config_from_file(str(path))
+    assert (config.distributed_type.value, config.fsdp_config["fsdp_version"]) == ("FSDP", 2)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for name, value in config.fsdp_config.items():
+        monkeypatch.setenv(name.upper(), str(value).lower() if isinstance(value, bool) else str(value))
+    bits = 4 if "qlora" in path.stem else None
+    assert check_conflicts({"quantization_bit": bits}) == []
+
+
 def test_every_yaml_is_in_the_readme_and_every_command_names_a_file():
     named = set(re.findall(r"examples/[\w/.]+\.(?:yaml|py)", README))
     assert all((ROOT / name).is_file() for name in named), named
-    folders = ("train_adaptive", "merge_adaptive", "inference", "papers")
+    folders = ("train_adaptive", "merge_adaptive", "inference", "papers", "accelerate")
     listed = {f"examples/{path.relative_to(EXAMPLES)}" for folder in folders for path in names(folder)}
     assert listed <= named
 

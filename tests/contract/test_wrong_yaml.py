@@ -83,7 +83,7 @@ WRONG = [
     ({"template": "lama3"}, "template: 'lama3' is invalid: LLaMA-Factory has no such template; try template: llama3"),
     ({"deepspeed": "/no/such.json"}, "deepspeed: '/no/such.json' is invalid: there is no such file"),
     ({"stage": "sftt"}, "stage: 'sftt' is invalid: must be one of pt, sft, rm, ppo, dpo, kto; try stage: pt"),
-    ({"fsdp": "full_shard"}, "fsdp: 'full_shard' is invalid: FSDP flattens the factors whose ranks are checked"),
+    ({"fsdp": "full_shard", "fsdp_config": {"version": 2}}, "fsdp_state_dict_type: None is invalid: sharded checkpoints"),
     ({"adapter_name_or_path": "x", "create_new_adapter": True, "quantization_bit": 4}, "create_new_adapter: True is "
      "invalid: the old adapter cannot be merged into a quantised base or under ZeRO-3"),
     ({"adaptive_interval": 5}, "adaptive_interval: 5 is invalid: adaptive_method: sensitivity fixes ranks before "

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from llamafactory_adaptive.ranks.plan import load_plan
 from llamafactory_adaptive.reports.data_report import SAMPLES_FILE
 from tests.helpers.commands import BIN, EXAMPLES, run
+from tests.helpers.fsdp import FSDP2
 from tests.helpers.second_stage import given_plan
 from tests.helpers.tiny import pruning_settings, svd_settings, tsq_settings
 from tests.helpers.training import train
@@ -33,6 +34,13 @@ IGU = {**HARD, "igu_importance": "shrink", "igu_init": "gaussian", "igu_uncertai
 # Where B starts at zero some gradients are near zero, and Adam makes their rounding visible: a larger epsilon helps.
 TSQ = {**HARD, "adam_epsilon": 1e-4}
 SAMPLES = {"tsq_alignment_weight": 0.5, "tsq_projection": 0}
+
+
+def engine_of(engine, folder: Path):
+    """Settings and environment of an engine: a stage of ZeRO, 0 for DDP, or FSDP 2."""
+    if engine == "fsdp2":
+        return {}, FSDP2
+    return ({"deepspeed": str(deepspeed_config(folder, engine))} if engine else {}), {}
 
 
 def deepspeed_config(folder: Path, stage: int, **zero) -> Path:
@@ -96,11 +104,11 @@ def products(out):
 
 
 @REPEATS
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_cut_by_singular_values_is_the_same_on_every_engine(stage, cut_alone, tiny_llama, data_dir, tmp_path):
-    more = {"deepspeed": str(deepspeed_config(tmp_path, stage))} if stage else {}
+@pytest.mark.parametrize("engine", [0, 2, 3, "fsdp2"])
+def test_a_cut_by_singular_values_is_the_same_on_every_engine(engine, cut_alone, tiny_llama, data_dir, tmp_path):
+    more, environment = engine_of(engine, tmp_path)
     out = tmp_path / "out"
-    train_on_two(svd_settings(tiny_llama, data_dir, out, **CUT, **more), tmp_path / "logs")
+    train_on_two(svd_settings(tiny_llama, data_dir, out, **CUT, **more), tmp_path / "logs", **environment)
     assert (
         load_plan(out / "adaptive_rank_plan.json").ranks() == load_plan(cut_alone / "adaptive_rank_plan.json").ranks()
     )
@@ -122,10 +130,11 @@ def exchanged_alone(tiny_llama, data_dir, tmp_path_factory):
 
 
 @REPEATS
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_ranks_are_exchanged_alike_on_every_engine(stage, exchanged_alone, tiny_llama, data_dir, tmp_path):
-    more = {"deepspeed": str(deepspeed_config(tmp_path, stage))} if stage else {}
-    train_on_two(pruning_settings(tiny_llama, data_dir, tmp_path / "out", **EXCHANGE, **more), tmp_path / "logs")
+@pytest.mark.parametrize("engine", [0, 2, 3, "fsdp2"])
+def test_ranks_are_exchanged_alike_on_every_engine(engine, exchanged_alone, tiny_llama, data_dir, tmp_path):
+    more, environment = engine_of(engine, tmp_path)
+    given = pruning_settings(tiny_llama, data_dir, tmp_path / "out", **EXCHANGE, **more)
+    train_on_two(given, tmp_path / "logs", **environment)
     check_same(tmp_path / "out", exchanged_alone, tolerance=1e-4)
 
 
@@ -151,18 +160,17 @@ def test_zero_1_and_2_find_the_same_ranks_as_one_process(stage, zero, make, alon
     check_same(tmp_path / "out", alone)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=REPEATS), pytest.param(2, marks=REPEATS), 3])
-def test_two_processes_resume_bitwise_and_find_the_same_ranks(stage, make, alone, tmp_path):
-    """The whole run first; then again from its checkpoint of step 5, alone in another folder. Stage 0 is DDP."""
-    more = {"save_strategy": "steps", "save_steps": 5, "overwrite_output_dir": False}
-    if stage:
-        more["deepspeed"] = str(deepspeed_config(tmp_path, stage))
-    train_on_two(make(**more), tmp_path / "logs")
+@pytest.mark.parametrize("engine", [pytest.param(0, marks=REPEATS), pytest.param(2, marks=REPEATS), 3, "fsdp2"])
+def test_two_processes_resume_bitwise_and_find_the_same_ranks(engine, make, alone, tmp_path):
+    """The whole run first; then again from its checkpoint of step 5, alone in another folder. 0 is DDP."""
+    settings_of_engine, environment = engine_of(engine, tmp_path)
+    more = {"save_strategy": "steps", "save_steps": 5, "overwrite_output_dir": False, **settings_of_engine}
+    train_on_two(make(**more), tmp_path / "logs", **environment)
     out, again = tmp_path / "out", tmp_path / "again"
     check_same(out, alone)
     shutil.copytree(out / "checkpoint-5", again / "checkpoint-5")
     (again / "adaptive_log.jsonl").write_text((out / "adaptive_log.jsonl").read_text().splitlines()[0] + "\n")
-    train_on_two(make(**more, output_dir=str(again)), tmp_path / "logs")
+    train_on_two(make(**more, output_dir=str(again)), tmp_path / "logs", **environment)
     tensors, expected = (load_file(folder / "adapter_model.safetensors") for folder in (again, out))
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[key], expected[key]) for key in tensors)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.errors import AdaptiveError
+from tests.helpers.fsdp import shard_on_cpu
 
 
 _context = multiprocessing.get_context("forkserver")
@@ -19,10 +20,13 @@ _context.set_forkserver_preload(
 )
 
 
-def train_on_two(args: dict[str, Any], logs: Path) -> None:
-    """Run the host's training function in two processes; raises with their last words if one fails."""
+def train_on_two(args: dict[str, Any], logs: Path, **more: str) -> None:
+    """Run the host's training function in two processes, with more in their environment.
+
+    Raises with their last words if one fails.
+    """
     logs.mkdir(parents=True, exist_ok=True)
-    environment = _environment()
+    environment = {**_environment(), **more}
     processes = [
         _context.Process(target=_work, args=(args, rank, environment, str(logs / f"{rank}.log"))) for rank in range(2)
     ]
@@ -102,6 +106,8 @@ def _work(args: dict[str, Any], rank: int, environment: dict[str, str], log: str
         from llamafactory_adaptive import _bootstrap
 
         _bootstrap.install()
+        if "FSDP_VERSION" in environment:
+            shard_on_cpu()
         from llamafactory.train.tuner import run_exp
 
         run_exp(args)

@@ -194,7 +194,11 @@ def test_the_loss_of_trls_sft_trainer_is_the_models():
 
 @pytest.mark.parametrize(
     ("variables", "keys"),
-    [({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ["deepspeed"]), ({}, []), ({"ACCELERATE_USE_FSDP": "True"}, ["fsdp"])],
+    [
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ["deepspeed"]),
+        ({}, []),
+        ({"ACCELERATE_USE_FSDP": "True"}, ["fsdp_version", "fsdp"]),
+    ],
 )
 def test_what_accelerate_launch_asks_for_counts_as_the_arguments_do(variables, keys, tmp_path, monkeypatch):
     search = searching(importance="integrated")

@@ -31,7 +31,7 @@ class Ready:
 
 @pytest.fixture(autouse=True)
 def _live_adapter_as_planned(monkeypatch):
-    monkeypatch.setattr(PlanGuard, "verify_live", lambda self, model, deepspeed: None)
+    monkeypatch.setattr(PlanGuard, "verify_live", lambda self, model, watches_gradients: None)
 
 
 def recorder(name, told):
@@ -124,7 +124,7 @@ def trainer(callbacks=(), deepspeed=None):
 def test_a_fixed_run_verifies_first_and_has_its_parts_in_order(monkeypatch):
     happened = []
     forwarding = made(layout={"processes": 1})
-    monkeypatch.setattr(PlanGuard, "verify_live", lambda self, model, deepspeed: happened.append("live"))
+    monkeypatch.setattr(PlanGuard, "verify_live", lambda self, model, watches_gradients: happened.append("live"))
     monkeypatch.setattr(bound_run, "agree_on_steps", lambda *facts: happened.append("steps"))
     monkeypatch.setattr(FixedRanks, "announce", lambda self, args, state: happened.append("announced"))
     given = trainer()

@@ -70,14 +70,14 @@ def test_a_stream_has_no_steps_of_an_epoch():
 def test_the_planned_adapter_passes_and_its_modules_are_counted(adapted):
     model, plan = adapted
     guard = guard_of(plan)
-    guard.verify_live(model, deepspeed=False)
-    assert (guard.counters.modules_checked, guard.deepspeed) == (MODULES, False)
+    guard.verify_live(model, watches_gradients=False)
+    assert (guard.counters.modules_checked, guard.watches_gradients) == (MODULES, False)
 
 
 def test_an_adapter_of_other_ranks_does_not(adapted):
     model, plan = adapted
     with pytest.raises(GuardError, match=r"q_proj has A \(4, 32\) and B \(32, 4\) for rank 3"):
-        guard_of(other_ranks(plan)).verify_live(model, deepspeed=False)
+        guard_of(other_ranks(plan)).verify_live(model)
 
 
 @pytest.mark.parametrize(
@@ -133,10 +133,10 @@ def saved(model, folder, moved):
     (folder / "README.md").write_text("---\nlibrary_name: peft\n---\n")
 
 
-def ended(plan, rate=1e-3, deepspeed=False):
+def ended(plan, rate=1e-3, watches_gradients=True):
     guard = guard_of(plan)
     guard.counters.modules_checked, guard.counters.largest_learning_rate = MODULES, rate
-    guard.deepspeed = deepspeed
+    guard.watches_gradients = watches_gradients
     return guard
 
 
@@ -150,14 +150,14 @@ def test_a_trained_adapter_passes_and_completes_the_card(adapted, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("moved", "rate", "deepspeed", "refused"),
-    [(0, 1e-3, False, True), (0, 0.0, False, False), (13, 1e-3, False, False), (13, 1e-3, True, True),
-     (13, 0.0, True, False)],
+    ("moved", "rate", "watched", "refused"),
+    [(0, 1e-3, True, True), (0, 0.0, True, False), (13, 1e-3, True, False), (13, 1e-3, False, True),
+     (13, 0.0, False, False)],
 )  # fmt: skip
-def test_untrained_modules_are_refused_or_warned_of(adapted, tmp_path, moved, rate, deepspeed, refused):
+def test_untrained_modules_are_refused_or_warned_of(adapted, tmp_path, moved, rate, watched, refused):
     model, plan = adapted
     saved(model, tmp_path, moved)
-    guard, untrained = ended(plan, rate, deepspeed), MODULES - moved
+    guard, untrained = ended(plan, rate, watched), MODULES - moved
     if refused:
         with pytest.raises(GuardError, match=f"{untrained} modules were saved untrained"):
             guard.verify_saved(tmp_path)

@@ -35,6 +35,9 @@ def said(monkeypatch):
     lines = []
     for name in ("begin_checkpoint", "seal", "check_best"):
         monkeypatch.setattr(trainer, name, lambda folder, *_, name=name: lines.append(f"{name} {folder.name}"))
+    monkeypatch.setattr(
+        trainer, "restore_sharded", lambda model, folder: lines.append(f"restore_sharded {folder.name}")
+    )
     return lines
 
 
@@ -46,6 +49,7 @@ def plain(said, tmp_path):
         failure = None
 
         def __init__(self, save_only_model=False):
+            self.model = None
             self.args = SimpleNamespace(output_dir=str(tmp_path), save_only_model=save_only_model)
             self.state = SimpleNamespace(global_step=6, max_steps=9, best_model_checkpoint=str(tmp_path / "best"),
                                          best_metric=None, best_global_step=None)  # fmt: skip
@@ -75,6 +79,9 @@ def plain(said, tmp_path):
 
         def _load_best_model(self):
             said.append("loads the best")
+
+        def _load_from_checkpoint(self, folder, model):
+            said.append(f"loads {folder.rpartition('/')[2]}")
 
         def _save_rng_state(self, folder):
             said.append("saves random states")
@@ -162,9 +169,14 @@ def test_a_checkpoint_without_optimizer_is_not_sealed(plain, said):
     assert said == ["begin_checkpoint checkpoint-6", "saves", "pushes"]
 
 
-def test_the_best_checkpoint_is_checked_before_it_is_loaded(made, said):
+def test_the_best_checkpoint_is_checked_before_it_is_loaded_and_put_right_after(made, said):
     made._load_best_model()
-    assert said == ["check_best best", "loads the best"]
+    assert said == ["check_best best", "loads the best", "restore_sharded best"]
+
+
+def test_a_checkpoint_that_is_resumed_from_is_put_right_after_it_was_loaded(made, said):
+    made._load_from_checkpoint("out/checkpoint-6")
+    assert said == ["loads checkpoint-6", "restore_sharded checkpoint-6"]
 
 
 @pytest.mark.parametrize("counts", [True, False])

@@ -1,0 +1,63 @@
+"""Ranks that are fixed before training, under FSDP on two processes: trained, saved whole, gone on with."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llamafactory_adaptive.ranks.plan import load_plan
+from tests.helpers.fsdp import FSDP1, FSDP2
+from tests.helpers.tiny import pruning_settings, unmeasured_settings
+from tests.helpers.workers import train_on_two
+
+
+pytestmark = pytest.mark.slow
+WITHOUT_LOADING_ALONE = {**FSDP2, "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
+
+
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("best", [False, pytest.param(True, marks=pytest.mark.repeats)], ids=["resumed", "best"])
+def test_what_the_trainer_loads_under_fsdp2_is_the_whole_adapter(best, tiny_llama, data_dir, tmp_path):
+    """Its own checkpoint holds the rows of the first process alone, which every process would go on with."""
+    more = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "overwrite_output_dir": False}
+    if best:
+        more |= {"load_best_model_at_end": True, "eval_dataset": "tiny_eval", "eval_strategy": "steps",
+                 "eval_steps": 1, "metric_for_best_model": "eval_loss", "greater_is_better": True}  # fmt: skip
+    out, again = tmp_path / "out", tmp_path / "again"
+    train_on_two(unmeasured_settings(tiny_llama, data_dir, out, **more), tmp_path / "logs", **FSDP2)
+    if best:  # the worst by its loss, so that it is not the last
+        assert any(
+            all(
+                torch.equal(tensor, weights(out / f"checkpoint-{step}")[name]) for name, tensor in weights(out).items()
+            )
+            for step in (1, 2)
+        )
+        return
+    assert all(bool(tensor.any()) for name, tensor in weights(out).items() if "lora_B" in name)
+    shutil.copytree(out / "checkpoint-2", again / "checkpoint-2")
+    train_on_two(unmeasured_settings(tiny_llama, data_dir, again, **more), tmp_path / "logs", **FSDP2)
+    assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in weights(out).items())
+
+
+@pytest.mark.repeats
+@pytest.mark.parametrize("bits", [None, 4])
+def test_bf16_and_4bit_bases_are_searched_under_fsdp2(bits, tiny_llama, data_dir, tmp_path):
+    out = tmp_path / "out"
+    more = {"bf16": True, "quantization_bit": bits} if bits else {"bf16": True}
+    train_on_two(pruning_settings(tiny_llama, data_dir, out, **more), tmp_path / "logs", **WITHOUT_LOADING_ALONE)
+    plan = load_plan(out / "adaptive_rank_plan.json")
+    assert len(set(plan.ranks().values())) > 1
+    assert all(bool(tensor.isfinite().all()) for tensor in weights(out).values())
+
+
+@pytest.mark.repeats
+def test_fsdp1_trains_fixed_ranks_and_saves_them_whole(tiny_llama, data_dir, tmp_path):
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    more = {"save_strategy": "steps", "save_steps": 1}
+    train_on_two(unmeasured_settings(tiny_llama, data_dir, out, **more), tmp_path / "logs", **FSDP1)
+    train_on_two(unmeasured_settings(tiny_llama, data_dir, alone, **more), tmp_path / "logs")
+    assert max(float((tensor - weights(alone)[name]).abs().max()) for name, tensor in weights(out).items()) < 1e-4
