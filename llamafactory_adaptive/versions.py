@@ -22,7 +22,7 @@ def verified_hosts() -> list[dict[str, str]]:
 
 
 def verified_versions() -> str:
-    """Name the versions of LLaMA-Factory on which the tests pass, in one line."""
+    """List the versions of LLaMA-Factory on which the tests pass, in one line."""
     return ", ".join(f"{host['version']} ({host['source']})" for host in verified_hosts())
 
 

@@ -50,7 +50,8 @@ def attach_planned(model: nn.Module, peft_config: Mapping[str, Any], is_train: b
         problems.append(Problem("plan", plan, "must be the file of a plan", remedy))
     refuse_all(*problems)
     if trained:
-        return load_adapter(model, trained, is_train)  # type: ignore[no-any-return]
+        loaded: nn.Module = load_adapter(model, trained, is_train)
+        return loaded
     return attach_adapter(model, str(plan), lora_dropout=float(peft_config.get("lora_dropout", 0.05)))
 
 

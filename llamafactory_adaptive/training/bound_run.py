@@ -117,8 +117,10 @@ class BoundRun:
         hidden = self.deepspeed or flattens(self.trainer)
         gradient_check = None if hidden else GradientCheck(self.log.counters)
         selection = self._prepare_samples(state, dataloader, resumed)
-        advice = RateAdvice(self.trainer, self.guard.plan.method, self.slowdown, self.log)
-        return gradient_check, selection, FixedRanks(self.guard, self.log, selection), advice
+        ranks, advice = FixedRanks(self.guard, self.log, selection), None
+        if self.request.start is not None:  # elsewhere the first update is plain LoRA's
+            advice = RateAdvice(self.trainer, self.guard.plan.method, self.slowdown, self.log)
+        return gradient_check, selection, ranks, advice
 
     def _searched_ranks(self, state: Any, dataloader: Any, resumed: Path | None) -> tuple[RunPart | None, ...]:
         """Build what trains triplets; what is resumed is restored before samples are scored on its adapter."""
