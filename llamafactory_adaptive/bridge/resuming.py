@@ -5,10 +5,11 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS
 from llamafactory_adaptive.bridge.arguments import Args, split_names
 from llamafactory_adaptive.config.deepspeed_settings import settings_of_accelerate, zero_optimization
 from llamafactory_adaptive.errors import PlanError, refuse
-from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, STATE_JSON
+from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, STATE_JSON, file_digest
 from llamafactory_adaptive.launcher import launched_number, launched_processes, local_rank
 from llamafactory_adaptive.training.checkpoint_files import check_layout, damage, is_sealed
 
@@ -20,14 +21,44 @@ def checkpoint_to_resume(args: Args) -> Path | None:
     """Choose the checkpoint that all processes resume from: rank 0 finds it, the others check that they have it.
 
     Raises:
-        AdaptiveError: the checkpoint is missing or damaged, here or elsewhere; every process raises it, with one text.
+        AdaptiveError: the checkpoint is missing, damaged or another one, here or elsewhere; every process raises it,
+            with one text.
     """
     from llamafactory_adaptive.engines.distributed import from_main, gather
 
     name = from_main("the choice of a checkpoint", lambda: _name(_choose(args)))
     chosen = Path(name) if name else None
     gather("the check of the checkpoint", lambda: _confirm(args, chosen))
+    confirm_weights(chosen)
     return chosen
+
+
+def confirm_weights(folder: Path | None) -> None:
+    """Check that every node has rank 0's adapter in a folder, which the host loads on each of them.
+
+    Raises:
+        AdaptiveError: a node has other weights there, or none; every process raises it, with one text.
+    """
+    from llamafactory_adaptive.engines.distributed import from_main, gather
+
+    if folder is None or launched_processes() == 1:
+        return
+    expected = from_main(f"the digest of {folder}", lambda: _weights_digest(folder))
+    gather(f"the check of {folder}", lambda: _confirm_digest(folder, expected))
+
+
+def _confirm_digest(folder: Path, expected: str | None) -> None:
+    """Compare this node's copy once, in its first process."""
+    if local_rank() == 0 and _weights_digest(folder) != expected:
+        raise PlanError(
+            f"{folder} holds another adapter on {socket.gethostname()} than for rank 0; copy that of rank 0 there, or "
+            "use a folder all nodes share"
+        )
+
+
+def _weights_digest(folder: Path) -> str | None:
+    path = folder / ADAPTER_WEIGHTS
+    return file_digest(path) if path.is_file() else None
 
 
 def _name(path: Path | None) -> str | None:

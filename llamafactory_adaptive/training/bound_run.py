@@ -71,8 +71,8 @@ class BoundRun:
     def __init__(self, request: RunRequest, guard: PlanGuard, trainer: Any, see_gradients: Callable[[], None]) -> None:
         self.request, self.guard, self.log, self.trainer = request, guard, guard.log, trainer
         self.see_gradients, self.deepspeed = see_gradients, uses_deepspeed(trainer.args)
-        if request.start is not None:  # whole and on their device, and no optimizer holds a copy of them yet
-            started = request.start.copy_into(trainer.model, guard.plan.scale)
+        if request.start is not None:  # the factors are whole, and no optimizer holds a copy of them yet
+            started = request.start.copy_into(trainer.model, guard.plan.scale, trainer.args.device)
             logger.info(f"adaptive: the factors of {started} modules start from the data ({request.start.kind})")
         self.samples = None if request.samples is None else TrainingSamples(request.samples, trainer)
         self.search = None if request.search is None else MaskedSearch(request.search, trainer)

@@ -13,7 +13,20 @@ EXAMPLES = ROOT / "examples"
 
 
 def run(*words, expect=0, **environment):
+    return ended(begin(*words, **environment), expect)
+
+
+def begin(*words, **environment):
     env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run([str(w) for w in words], env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-6000:]
-    return done
+    return subprocess.Popen(
+        [str(word) for word in words], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def ended(process, expect=0, seconds=300):
+    try:
+        out, err = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+    assert process.returncode == expect, out[-3000:] + err[-6000:]
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
