@@ -5,12 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llamafactory_adaptive.engines.distributed import wait_for_all
+from llamafactory_adaptive.engines.distributed import from_main, gather, gather_facts
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.training.checkpoint import read_state, write_state
 from llamafactory_adaptive.training.masked_search import MaskedSearch
 from llamafactory_adaptive.training.observer import Observer
 from llamafactory_adaptive.training.run_log import RunLog
+from llamafactory_adaptive.training.whole_state import owned_state, whole_state
 
 
 _RESUMED_COUNTERS = ("observations", "probes", "allocations", "steps")
@@ -36,7 +37,7 @@ class SearchCheckpoint:
         self.partitioned = observer.components.engine.partitioned
 
     def write(self, folder: Path, args: Any, state: Any) -> None:
-        """Write the state, and wait until every process has written its part."""
+        """Write the state, whole, and wait until it is written; every process must call this."""
         document = {
             "step": state.global_step,
             "total_steps": state.max_steps,
@@ -50,15 +51,18 @@ class SearchCheckpoint:
             "thinner": self.observer.probe_budget.state(),
             "overhead_seconds": self.log.overhead_seconds,
         }
-        tensors = {f"method.{key}": value for key, value in self.method.state().items()}
+        whole = whole_state(self.observer.components, self.method.state(), args.should_save)
+        tensors = {f"method.{key}": value for key, value in whole.items()}
         if self.holds_factors:
             tensors |= {
                 f"{kind}.{module.name}": parameter.detach()
                 for module in self.triplets.modules
                 for kind, parameter in module.parameters().items()
             }
-        write_state(folder, tensors, document, self.partitioned, args.should_save)
-        wait_for_all(f"the adaptive state of {folder.name}")
+        gather(
+            f"the adaptive state of {folder.name}",
+            lambda: write_state(folder, tensors, document) if args.should_save else None,
+        )
 
     def resume(self, folder: Path, total_steps: int) -> None:
         """Restore a run from a checkpoint: its adapter, the decisions of its search, counters and seconds.
@@ -78,7 +82,10 @@ class SearchCheckpoint:
         Raises:
             PlanError: the state is missing, of other modules, or of a run of another length or other epochs.
         """
-        tensors, document = read_state(folder, self.partitioned)
+        (tensors, mine), _ = gather_facts(
+            f"the state in {folder}", lambda: read_state(folder, self.partitioned), lambda _: None
+        )
+        document = from_main(f"the decisions in {folder}", lambda: mine)
         names = [module.name for module in self.triplets.modules]
         if list(document["masks"]) != names:
             raise PlanError(f"{folder} holds the state of other modules; use another output_dir")
@@ -89,9 +96,11 @@ class SearchCheckpoint:
             )
         self._check_interval(folder, document)
         masks = [[flag == "1" for flag in document["masks"][name]] for name in names]
+        method = {k.removeprefix("method."): value for k, value in tensors.items() if k.startswith("method.")}
+        if not document["partitioned"]:
+            method = owned_state(self.observer.components, method)
         device = self.triplets.modules[0].q.device
-        method = {k.removeprefix("method."): v.to(device) for k, v in tensors.items() if k.startswith("method.")}
-        self.method.load(method)
+        self.method.load({key: value.to(device) for key, value in method.items()})
         if self.holds_factors:
             for module in self.triplets.modules:
                 for kind, parameter in module.parameters().items():

@@ -106,6 +106,6 @@ def test_the_scores_of_samples_are_those_of_rank_0s_node(resumed, other, tmp_pat
         (path := tmp_path / f"node{rank}" / name).parent.mkdir()
         if first is not None:
             values = torch.arange(20.0, dtype=torch.float64).view(5, 4) + first
-            write_terms(path, [SampleTerms(*values)] * scorings, "rows")
+            write_terms(path, [SampleTerms(*values.clone()) for _ in range(scorings)], "rows")
             files.note_checksum(path)
     assert said_by_two(take_scores, tmp_path, resumed) == [str([[1.0, 2.0, 3.0, 4.0]] * scorings)] * 2
