@@ -85,7 +85,7 @@ class SearchCheckpoint:
         (tensors, mine), _ = gather_facts(
             f"the state in {folder}", lambda: read_state(folder, self.partitioned), lambda _: None
         )
-        document = from_main(f"the decisions in {folder}", lambda: mine)
+        document: Mapping[str, Any] = from_main(f"the decisions in {folder}", lambda: mine)
         names = [module.name for module in self.triplets.modules]
         if list(document["masks"]) != names:
             raise PlanError(f"{folder} holds the state of other modules; use another output_dir")

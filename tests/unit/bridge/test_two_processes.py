@@ -18,11 +18,10 @@ from safetensors.torch import save_file
 
 from llamafactory_adaptive import files
 from llamafactory_adaptive.errors import CalibrationError, PlanError
-from llamafactory_adaptive.planning.cache import CACHE_ENV
 from llamafactory_adaptive.ranks.plan import RankPlan, load_plan
 from llamafactory_adaptive.training.checkpoint_files import write_layout
 from tests.helpers.tiny import settings
-from tests.helpers.workers import said_by_two
+from tests.helpers.workers import of_node, said_by_two
 
 
 HOST = socket.gethostname()
@@ -32,7 +31,7 @@ REMEDY = "copy the checkpoints of rank 0 there, or use a folder all nodes share"
 def stand_on_node(rank: int, root: Path) -> None:
     """Be the only process of a node: its folder is home and working directory, and holds its cache."""
     node = root / f"node{rank}"
-    os.environ |= {"LOCAL_RANK": "0", "NODE_RANK": str(rank), "HOME": str(node), CACHE_ENV: str(node / "cache")}
+    os.environ.update(of_node(node))
     os.chdir(node)
 
 
