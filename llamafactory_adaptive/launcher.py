@@ -20,6 +20,11 @@ def launched_number() -> int:
     return int(os.environ.get("RANK", "0")) if is_worker() else 0
 
 
+def decides() -> bool:
+    """Tell whether this process decides for its job: rank 0, or the first node's launcher before it starts any."""
+    return launched_number() == 0 and os.environ.get("NODE_RANK", "0") == "0"
+
+
 def launched_processes() -> int:
     """Return the number of processes that the launcher starts for this job; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1")) if is_worker() else 1

@@ -2,14 +2,17 @@
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from llamafactory_adaptive.adapter.lora import live_factors
+from llamafactory_adaptive.engines.distributed import broadcast_from_first, from_main
 from llamafactory_adaptive.ranks.first_update import slowdown_of_norms
 from llamafactory_adaptive.ranks.plan import ModuleShape
 
@@ -20,7 +23,7 @@ class StartingFactors:
 
     Attributes:
         kind: ``eva``, rows of A; ``gora``, rows ``[A, A G^T]``.
-        path: safetensors file, one tensor by module name.
+        path: safetensors file, one tensor by module name; rank 0 alone reads it.
         gamma: size of the first update with ``gora``.
         copied: digests of the B factors that were copied and are not zero, by module.
     """
@@ -31,32 +34,46 @@ class StartingFactors:
     copied: dict[str, str] = field(default_factory=dict, compare=False)
 
     @torch.no_grad()
-    def copy_into(self, model: nn.Module, scale: float) -> list[float]:
+    def copy_into(self, model: nn.Module, scale: float, device: torch.device | str = "cpu") -> list[float]:
         """Copy the start into a live adapter that has not been trained.
+
+        Rank 0 reads the file, and the other processes get the factors from its model: nodes may share no folder.
 
         Args:
             model: model with whole, unwrapped factors.
             scale: alpha/r, the same for all modules.
+            device: where the training's process group sends tensors from; the model may not be there yet.
 
         Returns:
             For each module how many times smaller its first AdamW update is than plain LoRA's.
         """
-        factors, slowdowns = live_factors(model), []
+        factors, slowdowns = {name: (_weight(a), _weight(b)) for name, (a, b) in live_factors(model).items()}, []
+        from_main("the start of the factors", lambda: self._read_into(factors, scale))
+        for name, (a, b) in factors.items():
+            a.copy_(broadcast_from_first(a.to(device)))
+            if self.kind == "gora":
+                b.copy_(broadcast_from_first(b.to(device)))
+                self.copied[name] = _digest(b)
+            p, q = (float(factor.float().norm()) / math.sqrt(len(a)) for factor in (b, a))
+            slowdowns.append(slowdown_of_norms(p, q, ModuleShape(name, a.shape[1], len(b))))
+        return slowdowns
+
+    def _read_into(self, factors: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> None:
         with safe_open(self.path, framework="pt") as file:
             for name, (a, b) in factors.items():
-                r, d_in = a.weight.shape  # type: ignore[misc]
+                r, d_in = a.shape
                 rows = file.get_tensor(name)[:r]
-                a.weight.copy_(rows[:, :d_in])  # type: ignore[operator]
+                a.copy_(rows[:, :d_in])
                 if self.kind == "gora":
-                    b.weight.copy_(compressed_gradient(rows, int(d_in), scale, self.gamma))  # type: ignore[operator]
-                    self.copied[name] = _digest(b.weight)  # type: ignore[arg-type]
-                p, q = (float(f.weight.float().norm()) / math.sqrt(r) for f in (b, a))  # type: ignore[operator]
-                slowdowns.append(slowdown_of_norms(p, q, ModuleShape(name, int(d_in), len(b.weight))))  # type: ignore[arg-type]
-        return slowdowns
+                    b.copy_(compressed_gradient(rows, d_in, scale, self.gamma))
 
     def is_start(self, name: str, b: Tensor) -> bool:
         """Tell whether B (d_out, r) of a module is still what it started from; the file is not needed for it."""
         return self.copied[name] == _digest(b) if self.kind == "gora" else not bool(b.any())
+
+
+def _weight(factor: nn.Module) -> Tensor:
+    return cast(Tensor, factor.weight).detach()
 
 
 def _digest(b: Tensor) -> str:

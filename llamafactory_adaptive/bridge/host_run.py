@@ -19,7 +19,7 @@ _LONGEST_SCORING = 6 * 3600.0  # ddp_timeout is often set to years
 
 
 def longest_scoring(run: CheckedRun) -> float:
-    """Return for how many seconds processes of a job wait for one another's plan: ``ddp_timeout``, at most 6 hours."""
+    """Return for how many seconds processes of a job wait for rank 0's plan: ``ddp_timeout``, at most 6 hours."""
     return min(float(run.args.get("ddp_timeout") or 1800), _LONGEST_SCORING)
 
 
@@ -69,11 +69,6 @@ class LlamaFactoryRun:
     def given_keys(self) -> Collection[str]:
         """List the adaptive settings that the user wrote."""
         return our_keys(self.run.args)
-
-    @property
-    def longest_scoring(self) -> float:
-        """Return for how many seconds processes of the job wait for one another's plan."""
-        return longest_scoring(self.run)
 
     def measure(self, measurement: Measurement, path: Path) -> None:
         """Run a measurement in a process of its own, which writes the statistics to ``path``."""

@@ -4,10 +4,11 @@ import atexit
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings
@@ -22,7 +23,7 @@ from llamafactory_adaptive.errors import (
     OutputError,
     PlanError,
 )
-from llamafactory_adaptive.launcher import is_worker, local_rank
+from llamafactory_adaptive.launcher import decides, is_worker, local_rank
 from llamafactory_adaptive.planning.start_message import start_message
 from llamafactory_adaptive.reports.plaintext import tell
 
@@ -71,7 +72,31 @@ def exit_with(error: AdaptiveError) -> NoReturn:
                                    OtherProcessError))  # fmt: skip
     if not everywhere or local_rank() == 0:
         tell(f"error: {error}")
+    if is_worker() and (folder := os.environ.get(_LAUNCH_ENV)) and os.path.isdir(folder):
+        (Path(folder) / _USER_ERROR).touch()
     raise SystemExit(2) from error
+
+
+# The launcher's empty folder in which its workers note a user error: torchrun ends with 1 whatever they end with.
+_LAUNCH_ENV = "LLAMAFACTORY_ADAPTIVE_LAUNCH"
+_USER_ERROR = "user_error"
+
+
+@contextmanager
+def _exit_code_of_workers() -> Iterator[None]:
+    """End this process as the workers ended that torchrun starts in the context: 2 for a user error, which they told.
+
+    Raises:
+        SystemExit: torchrun failed.
+    """
+    with TemporaryDirectory(prefix="adaptive-") as folder:
+        os.environ[_LAUNCH_ENV] = folder
+        try:
+            yield
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(2 if (Path(folder) / _USER_ERROR).exists() else error.returncode) from error
+        finally:
+            del os.environ[_LAUNCH_ENV]
 
 
 def checked_launch(original: Callable[[], None], require_seams: Callable[[], None]) -> Callable[[], None]:
@@ -90,11 +115,8 @@ def checked_launch(original: Callable[[], None], require_seams: Callable[[], Non
             raise SystemExit(130) from None
         token = launched_run.set(checked)
         try:
-            return original()
-        except subprocess.CalledProcessError as error:
-            if checked is None:
-                raise
-            raise SystemExit(error.returncode) from error  # the workers have said why
+            with nullcontext() if checked is None else _exit_code_of_workers():
+                return original()
         finally:
             launched_run.reset(token)
 
@@ -104,8 +126,9 @@ def checked_launch(original: Callable[[], None], require_seams: Callable[[], Non
 def prepare_launch(words: list[str], require_seams: Callable[[], None]) -> CheckedRun | None:
     """Validate ``X.yaml key=value ...`` of an adaptive run; return None for a plain run, which the host reads.
 
-    Where torchrun is about to start, the plan is made here, alone on the machine: what a user can mend ends in one
-    message and exit code 2, and the workers find the plan in the cache. They are processes of their own, to which
+    Where torchrun is about to start on this node alone, the plan is made here, in one process: what a user can mend
+    ends in one message and exit code 2, and rank 0 finds the plan in its cache. Of several nodes none plans here: the
+    others' torchrun would give up waiting for one that scores for long. Workers are processes of their own, to which
     torchrun gives nothing but the command line: each of them reads the settings once.
     """
     saved, sys.argv = sys.argv, [sys.argv[0], *words]
@@ -122,13 +145,12 @@ def prepare_launch(words: list[str], require_seams: Callable[[], None]) -> Check
     checked = checked_run(given, host_too=True)
     args = checked.args
     tell(start_message(checked.config))
-    if args.get("do_train") and _starts_torchrun():
+    if args.get("do_train") and _starts_torchrun() and _is_only_node():
         from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun
         from llamafactory_adaptive.bridge.plans import lock_output_folder
         from llamafactory_adaptive.planning.sources import obtain_plan
 
-        folder, is_first_node = Path(str(args["output_dir"])), os.environ.get("NODE_RANK", "0") == "0"
-        with lock_output_folder(folder) if is_first_node else nullcontext():
+        with lock_output_folder(Path(str(args["output_dir"]))):
             checkpoint = checkpoint_to_resume(args)
             refuse_finished_run(args, checkpoint)
             obtain_plan(checked.config, LlamaFactoryRun(checked, checkpoint))
@@ -139,6 +161,11 @@ def _starts_torchrun() -> bool:
     from llamafactory.extras.misc import get_device_count, is_env_enabled, use_kt, use_ray
 
     return is_env_enabled("FORCE_TORCHRUN") or (get_device_count() > 1 and not use_ray() and not use_kt())
+
+
+def _is_only_node() -> bool:
+    """Tell whether torchrun starts no processes on other nodes, by the variables that the host gives to it."""
+    return decides() and all(os.environ.get(name, "1") == "1" for name in ("NNODES", "MAX_NNODES"))
 
 
 def _mentions_adaptive(words: list[str]) -> bool:

@@ -1,23 +1,19 @@
-"""One plan and one lock for all processes of a job."""
+"""One plan, one lock and the same settings for all processes of a job: rank 0 decides, the others are told."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from llamafactory_adaptive.bridge.checked_run import CheckedRun
-from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun, longest_scoring
+from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun, adapter_to_go_on_with, longest_scoring
+from llamafactory_adaptive.bridge.resuming import confirm_weights
 from llamafactory_adaptive.engines.distributed import from_main, gather_facts, refuse_differences
 from llamafactory_adaptive.files import digest_of
 from llamafactory_adaptive.folder_lock import locked
+from llamafactory_adaptive.launcher import launched_number, local_rank
 from llamafactory_adaptive.planning.sources import PlanSource, obtain_plan
-from llamafactory_adaptive.training.guard import PLANS_DIFFER
-
-
-_STARTS_DIFFER = (
-    "would start from other factors than rank 0 (nodes that compute for themselves can differ in the last bit): use a "
-    "cache folder that all nodes share, or set adaptive_init: default"
-)
+from llamafactory_adaptive.reports.plaintext import tell
 
 
 @contextmanager
@@ -32,20 +28,35 @@ def lock_output_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def agreed_plan(run: CheckedRun, checkpoint: Path | None) -> PlanSource:
-    """Build or find the plan of a run, and verify that every process of the job has the same.
+def agreed_settings(check: Callable[[], CheckedRun]) -> CheckedRun:
+    """Check the settings of this process, and that every process of the job has the same adaptive ones.
 
     Raises:
-        AdaptiveError: there is no plan, or the processes differ; every process raises it before the model is loaded.
+        AdaptiveError: settings of some process are invalid or differ; every process raises it.
     """
-    asked = {key: value for key, value in asdict(run.config).items() if key != "plan_path"}
-    source, everyone = gather_facts(
+    run, everyone = gather_facts("the check of the settings", check, _compared)
+    refuse_differences(everyone, "were given other adaptive settings than rank 0")
+    return run
+
+
+def _compared(run: CheckedRun) -> str:
+    """Compute a digest of what must be equal; rank 0 alone reads the plan that is named, by a path on its node."""
+    return digest_of({key: value for key, value in asdict(run.config).items() if key != "plan_path"})
+
+
+def agreed_plan(run: CheckedRun, checkpoint: Path | None) -> PlanSource:
+    """Find or build the plan of a run on rank 0 and send it to the others, which neither plan nor read a cache.
+
+    Raises:
+        AdaptiveError: there is no plan, or a node has other weights of the adapter that training goes on with; every
+            process raises it before the model is loaded.
+    """
+    confirm_weights(adapter_to_go_on_with(run.args))
+    if launched_number() != 0 and local_rank() == 0:
+        tell("rank 0 of the job finds or computes the rank plan, and this node waits for it")
+    sent = from_main(
         "the start of training with its rank plan",
-        lambda: obtain_plan(run.config, LlamaFactoryRun(run, checkpoint)),
-        lambda obtained: (obtained.plan.digest(), digest_of(asked), obtained.start and obtained.start.digest),
+        lambda: obtain_plan(run.config, LlamaFactoryRun(run, checkpoint)).to_json(),
         longest_scoring(run),
     )
-    refuse_differences([plan for plan, _, _ in everyone], PLANS_DIFFER)
-    refuse_differences([asked for _, asked, _ in everyone], "were given other adaptive settings than rank 0")
-    refuse_differences([start for _, _, start in everyone], _STARTS_DIFFER)
-    return source
+    return PlanSource.from_json(sent)

@@ -5,10 +5,11 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS
 from llamafactory_adaptive.bridge.arguments import Args, split_names
 from llamafactory_adaptive.config.deepspeed_settings import settings_of_accelerate, zero_optimization
 from llamafactory_adaptive.errors import PlanError, refuse
-from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, STATE_JSON
+from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, STATE_JSON, STATE_TENSORS, file_digest
 from llamafactory_adaptive.launcher import launched_number, launched_processes, local_rank
 from llamafactory_adaptive.training.checkpoint_files import check_layout, damage, is_sealed
 
@@ -20,14 +21,44 @@ def checkpoint_to_resume(args: Args) -> Path | None:
     """Choose the checkpoint that all processes resume from: rank 0 finds it, the others check that they have it.
 
     Raises:
-        AdaptiveError: the checkpoint is missing or damaged, here or elsewhere; every process raises it, with one text.
+        AdaptiveError: the checkpoint is missing, damaged or another one, here or elsewhere; every process raises it,
+            with one text.
     """
     from llamafactory_adaptive.engines.distributed import from_main, gather
 
     name = from_main("the choice of a checkpoint", lambda: _name(_choose(args)))
     chosen = Path(name) if name else None
     gather("the check of the checkpoint", lambda: _confirm(args, chosen))
+    confirm_weights(chosen)
     return chosen
+
+
+def confirm_weights(folder: Path | None) -> None:
+    """Check that every node has rank 0's adapter in a folder, which the host loads on each of them.
+
+    Raises:
+        AdaptiveError: a node has other weights there, or none; every process raises it, with one text.
+    """
+    from llamafactory_adaptive.engines.distributed import from_main, gather
+
+    if folder is None or launched_processes() == 1:
+        return
+    expected = from_main(f"the digests in {folder}", lambda: _weight_digests(folder))
+    gather(f"the check of {folder}", lambda: _confirm_digests(folder, expected))
+
+
+def _confirm_digests(folder: Path, expected: dict[str, str]) -> None:
+    """Compare this node's copy once, in its first process."""
+    if local_rank() == 0 and _weight_digests(folder) != expected:
+        raise PlanError(
+            f"{folder} holds another adapter on {socket.gethostname()} than for rank 0; copy that of rank 0 there, or "
+            "use a folder all nodes share"
+        )
+
+
+def _weight_digests(folder: Path) -> dict[str, str]:
+    """Return the digests of the adapter and of a search's state, by file name."""
+    return {n: file_digest(folder / n) for n in (ADAPTER_WEIGHTS, STATE_TENSORS) if (folder / n).is_file()}
 
 
 def _name(path: Path | None) -> str | None:
@@ -158,7 +189,7 @@ def named_paths(args: Args) -> list[Path]:
 
 
 def layout(args: Args) -> dict[str, Any]:
-    """Describe how this run spreads weights and optimizer states over processes, by its settings."""
+    """Describe how this run spreads weights, optimizer states and batches over processes, by its settings."""
     config = args.get("deepspeed") or settings_of_accelerate()
     zero = zero_optimization(config) if config else {}
     stage = zero.get("stage")
@@ -167,4 +198,7 @@ def layout(args: Args) -> dict[str, Any]:
         # Stage 3 partitions in a way of its own, whatever is set.
         "round_robin_gradients": stage in (1, 2) and bool(zero.get("round_robin_gradients", False)),
         "processes": launched_processes(),
+        "global_batch": launched_processes()
+        * int(args.get("per_device_train_batch_size") or 8)
+        * int(args.get("gradient_accumulation_steps") or 1),
     }

@@ -57,11 +57,11 @@ def adaptive_training_function(
             if isinstance(raw, Mapping):
                 refuse_ranks_in_plain_run(dict(raw))
             return original(config)
-        from llamafactory_adaptive.bridge.plans import lock_output_folder
+        from llamafactory_adaptive.bridge.plans import agreed_settings, lock_output_folder
 
         require_seams()
         # The launcher has checked the host's settings; its workers must not touch devices yet.
-        checked = checked_run(raw, host_too=not is_worker())
+        checked = agreed_settings(lambda: checked_run(raw, host_too=not is_worker()))
         if not checked.args.get("do_train"):
             if local_rank() == 0:
                 logger.warning("do_train is not set, so no ranks are planned and nothing is trained")
@@ -75,6 +75,7 @@ def adaptive_training_function(
 def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], checked: CheckedRun) -> None:
     from llamafactory_adaptive.bridge.host_run import adapter_to_go_on_with
     from llamafactory_adaptive.bridge.plans import agreed_plan
+    from llamafactory_adaptive.engines.distributed import gather
     from llamafactory_adaptive.engines.operator_locks import bounded_waits
     from llamafactory_adaptive.engines.zero import init_deepspeed_on_cpu
     from llamafactory_adaptive.planning.sources import advice
@@ -82,13 +83,13 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], c
     args, adaptive, started = checked.args, checked.config, time.perf_counter()
     _refuse_deepspeed_alone(args)
     checkpoint = checkpoint_to_resume(args)
-    refuse_finished_run(args, checkpoint)
+    gather("the look into output_dir", lambda: refuse_finished_run(args, checkpoint))
     source = agreed_plan(checked, checkpoint)
     host_args = what_the_host_resumes(args, checkpoint)
     if checkpoint is None:
         _begin_afresh(args)
     callback = _make_callback(args, source, adaptive, checkpoint, started)
-    if local_rank() == 0:
+    if launched_number() == 0:
         for line in advice(source.plan, adaptive):
             callback.guard.log.warn(line)
     if args.get("deepspeed") and no_accelerator():
@@ -165,6 +166,8 @@ def _sample_request(args: Args, sampling: Any) -> Any:
     from llamafactory_adaptive.planning.cache import cache_folder
     from llamafactory_adaptive.training.sample_scoring import SampleRequest
 
+    if launched_number() != 0:  # the scores are rank 0's, measured together or from its cache
+        return SampleRequest(sampling, run_seed(args))
     return SampleRequest(sampling, run_seed(args), identity(args), cache_folder() / "quality")
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -50,8 +50,7 @@ def attach_planned(model: nn.Module, peft_config: Mapping[str, Any], is_train: b
         problems.append(Problem("plan", plan, "must be the file of a plan", remedy))
     refuse_all(*problems)
     if trained:
-        loaded: nn.Module = load_adapter(model, trained, is_train)
-        return loaded
+        return cast(nn.Module, load_adapter(model, trained, is_train))
     return attach_adapter(model, str(plan), lora_dropout=float(peft_config.get("lora_dropout", 0.05)))
 
 

@@ -33,6 +33,7 @@ from llamafactory_adaptive.config.key_checks import (
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.errors import PlanError, Problem, refuse_all
 from llamafactory_adaptive.files import read_mapping
+from llamafactory_adaptive.launcher import decides
 from llamafactory_adaptive.methods import get_method, is_dynamic, make_method, methods, nearest
 from llamafactory_adaptive.options import check_fields, contradictions
 from llamafactory_adaptive.ranks.search_config import GivenRanksConfig, SearchConfig
@@ -168,6 +169,8 @@ def _missing_files(args: Mapping[str, Any], common: Mapping[str, Any]) -> list[P
         ("adaptive_plan", common["adaptive_plan"], "writing one with `llamafactory-adaptive plan`"),
         ("deepspeed", args.get("deepspeed"), "deepspeed: examples/deepspeed/ds_z2_config.json"),
     ):
+        if key == "adaptive_plan" and not decides():
+            continue  # rank 0 reads it and sends it to the other nodes
         if isinstance(path, str) and not is_inline(path) and not Path(path).is_file():
             problems.append(Problem(key, path, "there is no such file", remedy))
     if args.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:

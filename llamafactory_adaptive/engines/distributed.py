@@ -8,6 +8,7 @@ no accelerator, and every wait on it has a time limit of its own and an error th
 import json
 import os
 import time
+import zlib
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
@@ -24,7 +25,9 @@ from llamafactory_adaptive.launcher import launched_number, launched_processes
 Result = TypeVar("Result")
 LIMIT_SECONDS = 1800.0  # the longest that processes wait for another one of their job
 _LINGER_SECONDS = 30.0
+_PIECE_BYTES = 4 * 2**20  # torch's store resets the connection on a value of more than 8 MiB
 _last_round = -1
+_last_keys: list[str] = []
 
 
 def world_size() -> int:
@@ -112,18 +115,12 @@ def gather_facts(
     return results[0], everyone
 
 
-def failure_of(rank: int) -> str | None:
-    """Return, without waiting, the message of a process that failed before the next exchange; None if it has not."""
-    if launched_processes() == 1:
-        return None
-    store, key = _store(), f"{_last_round + 1}/{rank}"
-    message = json.loads(store.get(key)).get("error") if store.check([key]) else None
-    return f"rank {rank}: {message}" if message else None
+def from_main(what: str, work: Callable[[], Any], seconds: float = LIMIT_SECONDS) -> Any:
+    """Call ``work`` on rank 0 alone and return its result on every process; its error stops every process.
 
-
-def from_main(what: str, work: Callable[[], Any]) -> Any:
-    """Call ``work`` on rank 0 alone and return its result on every process; its error stops every process."""
-    return gather(what, lambda: work() if launched_number() == 0 else None)[0]
+    Arguments and errors are those of :func:`gather`; the result may have any size, as the plan of many modules has.
+    """
+    return gather(what, lambda: work() if launched_number() == 0 else None, seconds)[0]
 
 
 def gather_digests(digest: str) -> list[str]:
@@ -169,26 +166,44 @@ def _store() -> Any:
 
 def _exchange(what: str, mine: Any, seconds: float) -> list[Any]:
     """Send a document to all processes and return those of all, by rank."""
-    global _last_round
+    global _last_round, _last_keys
     store, rank, deadline = _store(), launched_number(), time.monotonic() + seconds
     _last_round += 1
-    store.set(f"{_last_round}/{rank}", json.dumps(mine))
+    old_keys, _last_keys = _last_keys, _send(store, f"{_last_round}/{rank}", mine)
     documents = []
     for other in range(launched_processes()):
         key = f"{_last_round}/{other}"
         try:
             store.wait([key], timedelta(seconds=max(0.1, deadline - time.monotonic())))
-            documents.append(json.loads(store.get(key)))
+            documents.append(_receive(store, key))
         except RuntimeError as error:  # the store's own errors: a timeout, or its host has ended
             raise GuardError(
                 f"rank {other} did not come to {what} within {seconds:g} s, or it has ended: see its own messages"
             ) from error
-    for old in (f"{_last_round - 1}/{rank}", f"{_last_round - 1}/{rank}/read"):  # all processes are past them
+    for old in old_keys:  # all processes are past them
         store.delete_key(old)
-    store.set(f"{_last_round}/{rank}/read", "")  # last: from now on rank 0, and with it the store, may end
+    _last_keys.append(f"{_last_round}/{rank}/read")
+    store.set(_last_keys[-1], "")  # last: from now on rank 0, and with it the store, may end
     if rank == 0:
         _wait_until_read(store)
     return documents
+
+
+def _send(store: Any, key: str, document: Any) -> list[str]:
+    """Store a document in pieces that the store takes, and return their keys; the one waited for comes last."""
+    packed = zlib.compress(json.dumps(document).encode())
+    starts = range(0, len(packed), _PIECE_BYTES)
+    pieces = [f"{key}/{number}" for number in range(len(starts))]
+    for piece, start in zip(pieces, starts, strict=True):
+        store.set(piece, packed[start : start + _PIECE_BYTES])
+    store.set(key, str(len(pieces)))
+    return [*pieces, key]
+
+
+def _receive(store: Any, key: str) -> Any:
+    """Read a document that :func:`_send` has stored."""
+    packed = b"".join(store.get(f"{key}/{number}") for number in range(int(store.get(key))))
+    return json.loads(zlib.decompress(packed))
 
 
 def _wait_until_read(store: Any) -> None:

@@ -182,7 +182,7 @@ class SearchingMethod(Method, Protocol):
         """Return the factor in (0, 1] on every adapter weight in this micro-batch's forward; 1 is plain training."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return the tensors that an exact resume needs."""
+        """Return the tensors that an exact resume needs; one with a number per element is named ``<kind>.<block>``."""
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Restore what ``state`` returned."""

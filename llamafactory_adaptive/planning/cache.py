@@ -3,8 +3,7 @@
 import logging
 import os
 import shutil
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from llamafactory_adaptive.calibration.measurement import Measurement
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
-from llamafactory_adaptive.errors import CalibrationError, OtherProcessError, OutputError, first_of, refuse
-from llamafactory_adaptive.files import digest_of, is_intact, note_checksum, replacing, usable_entry
+from llamafactory_adaptive.errors import CalibrationError, OutputError, first_of, refuse
+from llamafactory_adaptive.files import digest_of, note_checksum, replacing, usable_entry
 from llamafactory_adaptive.ranks.plan import (
     SCHEMA_VERSION,
     ModuleShape,
@@ -127,48 +126,10 @@ def cached_plan(path: Path) -> RankPlan | None:
     return load_plan(path) if usable_entry(path) else None
 
 
-def keep_plan(plan: RankPlan, path: Path, others_wait: bool = False) -> RankPlan:
-    """Write a plan into the cache, and return it as other processes will read it.
-
-    Where the cache cannot be written, the plan is returned with a warning, unless others wait for the file.
-
-    Raises:
-        OutputError: the cache cannot be written, and ``others_wait``.
-    """
+def keep_plan(plan: RankPlan, path: Path) -> None:
+    """Write a plan into the cache; warn where it cannot be written there."""
     try:
         plan.write(path)
         note_checksum(path)
     except OutputError as error:
-        if others_wait:
-            raise
         logger.warning(f"the plan is not kept for later runs: {error}")
-        return plan
-    return load_plan(path)
-
-
-def wait_for_plan(path: Path, seconds: float, failed: Callable[[], str | None] = lambda: None) -> RankPlan:
-    """Wait until the planning process of the node has written plan and checksum, and read the plan.
-
-    Raises:
-        OtherProcessError, CalibrationError: as in :func:`wait_for_entry`.
-    """
-    wait_for_entry(path, "plan", seconds, failed)
-    return load_plan(path)
-
-
-def wait_for_entry(path: Path, what: str, seconds: float, failed: Callable[[], str | None]) -> None:
-    """Wait until the planning process of the node has written an entry of the cache and its checksum.
-
-    Raises:
-        OtherProcessError: the planning process failed, with the message that ``failed`` returns.
-        CalibrationError: the time limit passed.
-    """
-    deadline = time.monotonic() + seconds
-    while not is_intact(path):
-        if message := failed():
-            raise OtherProcessError(message)
-        if time.monotonic() > deadline:
-            raise CalibrationError(
-                f"no {what} appeared at {path} within {seconds:g} s: see the messages of the process that scores"
-            )
-        time.sleep(0.2)

@@ -18,7 +18,6 @@ class HostRun(Protocol):
         checkpoint: the checkpoint that the run resumes from, if any.
         adapter: the trained adapter that the host loads and goes on with, if any.
         given_keys: names of the adaptive settings that the user wrote.
-        longest_scoring: seconds after which processes that wait for a plan give up.
     """
 
     @property
@@ -38,9 +37,6 @@ class HostRun(Protocol):
 
     @property
     def given_keys(self) -> Collection[str]: ...  # noqa: D102
-
-    @property
-    def longest_scoring(self) -> float: ...  # noqa: D102
 
     def measure(self, measurement: Measurement, path: Path) -> None:
         """Run a measurement on the host's model and data, and write the statistics to ``path``, in an empty folder."""

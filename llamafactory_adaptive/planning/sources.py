@@ -9,16 +9,14 @@ from typing import Any, Literal
 
 from llamafactory_adaptive.config.key_checks import CALIBRATION_KEYS
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
-from llamafactory_adaptive.engines.distributed import failure_of
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import PLAN_FILE, STATE_JSON
-from llamafactory_adaptive.launcher import launched_number, launched_processes, local_rank
 from llamafactory_adaptive.methods import get_method, make_method, methods
 from llamafactory_adaptive.planning import cache, compatibility, planner
 from llamafactory_adaptive.planning.earlier_plans import check_resumed_run
 from llamafactory_adaptive.planning.host import HostRun
 from llamafactory_adaptive.planning.starts import StartFile, obtain_start
-from llamafactory_adaptive.ranks.plan import INIT, RankPlan, load_plan
+from llamafactory_adaptive.ranks.plan import INIT, RankPlan, load_plan, parse_plan
 
 
 logger = logging.getLogger("llamafactory.adaptive")
@@ -39,9 +37,22 @@ class PlanSource:
     origin: Literal["resumed", "continued", "given", "started", "re-used", "scored"]
     start: StartFile | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """Encode the source for the other processes of the job, which get all they know of it from this one."""
+        start = None if self.start is None else {"path": str(self.start.path), "facts": dict(self.start.facts)}
+        return {"plan": self.plan.to_json(), "origin": self.origin, "start": start}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "PlanSource":
+        """Build the source from what :meth:`to_json` returned."""
+        start = values["start"] and StartFile(Path(values["start"]["path"]), values["start"]["facts"])
+        return cls(parse_plan(values["plan"], "the plan of rank 0"), values["origin"], start)
+
 
 def obtain_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:
     """Find or build the plan that a run trains: of its checkpoint, of the adapter it goes on with, or a fresh one.
+
+    One process of a job calls it and sends the others what it found.
 
     Raises:
         AdaptiveError: no plan can be had; this process has not loaded the model yet.
@@ -102,7 +113,7 @@ def _given_plan(config: AdaptiveConfig, host: HostRun, path: str) -> RankPlan:
     if config.init != "default":
         used |= {"adaptive_init", "adaptive_init_gamma", *CALIBRATION_KEYS}
     idle = [key for key in host.given_keys if key not in used]
-    if idle and local_rank() == 0:
+    if idle:
         logger.warning(f"adaptive_plan is given, so these keys are not used: {', '.join(idle)}")
     plan = compatibility.check_plan(load_plan(Path(path)), host.shapes, config, path)
     facts: dict[str, Any] = {"adaptive_plan": path, **_this_run(plan, host.provenance)}
@@ -121,7 +132,7 @@ def _this_run(plan: RankPlan, here: Mapping[str, Any]) -> dict[str, Any]:
     """Return model, seed and versions of a run on a given plan, and apart those that the plan was made for."""
     there = {key: plan.provenance.get(key) for key in _OF_THE_RUN if key in plan.provenance}
     for_one, for_other = there.get("architecture"), here.get("architecture")
-    if for_one and for_other and for_one != for_other and local_rank() == 0:
+    if for_one and for_other and for_one != for_other:
         logger.warning(
             f"the plan was made for {there.get('base_model')} ({for_one}), this run trains {here['base_model']} "
             f"({for_other}): the shapes fit, but its ranks were found on another architecture"
@@ -130,12 +141,9 @@ def _this_run(plan: RankPlan, here: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _computed_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:
-    """Build the plan in one process per node, or re-use a cached one; the node's other processes wait for the file."""
+    """Score the modules and build the plan, or re-use a cached one."""
     request = cache.PlanRequest(config, host.identity, host.provenance)
     path = request.plan_path()
-    if local_rank() != 0:
-        planner_rank = launched_number() - local_rank()  # the node's first
-        return PlanSource(cache.wait_for_plan(path, host.longest_scoring, lambda: failure_of(planner_rank)), "re-used")
     cached = cache.cached_plan(path)
     if cached is not None:
         logger.info(f"adaptive: ranks re-used, planned before for the same request ({path})")
@@ -144,7 +152,8 @@ def _computed_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:
     plan = planner.build_plan(request, host.shapes, host.measure)
     scores = "with scores measured before" if plan.provenance.get("statistics_reused") else "scores included"
     logger.info(f"adaptive: ranks planned in {time.perf_counter() - started:.1f} s, {scores}")
-    return PlanSource(cache.keep_plan(plan, path, others_wait=launched_processes() > 1), "scored")
+    cache.keep_plan(plan, path)
+    return PlanSource(plan, "scored")
 
 
 def advice(plan: RankPlan, config: AdaptiveConfig) -> list[str]:
@@ -163,11 +172,10 @@ def _check_same_base(plan: RankPlan, here: Mapping[str, Any], checkpoint: Path) 
     if compatibility.is_same_base(ours, theirs):
         return
     if compatibility.trained_base(plan.provenance) is None:
-        if local_rank() == 0:
-            logger.warning(
-                f"{checkpoint} was written by an older version, which noted {theirs}, the model its plan was made "
-                f"for, and not the one it trained; make sure that this was {ours}"
-            )
+        logger.warning(
+            f"{checkpoint} was written by an older version, which noted {theirs}, the model its plan was made for, "
+            f"and not the one it trained; make sure that this was {ours}"
+        )
         return
     raise PlanError(
         f"{checkpoint} belongs to another run: model_name_or_path is {theirs} there and {ours} here; change it back "

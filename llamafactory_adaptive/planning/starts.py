@@ -1,6 +1,5 @@
 """What the factors of a fresh adapter start from: measured once per request before training, and kept in the cache."""
 
-import hashlib
 import logging
 import shutil
 import time
@@ -10,16 +9,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from torch import Tensor
-
 from llamafactory_adaptive.adapter.eva import InputDirections
 from llamafactory_adaptive.calibration.gradient_projections import GradientProjections
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
-from llamafactory_adaptive.engines.distributed import failure_of
 from llamafactory_adaptive.errors import first_of, refuse
 from llamafactory_adaptive.files import digest_of, note_checksum, replacing, usable_entry
-from llamafactory_adaptive.launcher import launched_number, local_rank
-from llamafactory_adaptive.planning.cache import cache_folder, read_statistics, wait_for_entry
+from llamafactory_adaptive.planning.cache import cache_folder, read_statistics
 from llamafactory_adaptive.planning.compatibility import init_settings
 from llamafactory_adaptive.planning.host import HostRun
 from llamafactory_adaptive.ranks.module_names import is_routed_expert
@@ -34,14 +29,12 @@ class StartFile:
     """A file in the cache with the tensors that factors start from, by module.
 
     Attributes:
-        path: safetensors file.
+        path: safetensors file, on the node of the process that planned.
         facts: what the plan records of it.
-        digest: SHA-256 over the tensors alone: nodes that measured at different speeds may agree.
     """
 
     path: Path
     facts: Mapping[str, Any]
-    digest: str
 
     def recorded_in(self, plan: RankPlan) -> RankPlan:
         """Return the plan with these facts in its provenance."""
@@ -58,8 +51,6 @@ def start_measurement(config: AdaptiveConfig, rank: int) -> InputDirections | Gr
 def obtain_start(config: AdaptiveConfig, host: HostRun, plan: RankPlan) -> StartFile | None:
     """Measure or re-use what the factors of a fresh adapter start from; None where they start as PEFT starts them.
 
-    One process per node measures; the node's other processes wait for the file.
-
     Raises:
         AdaptiveError: the modules have no such start, the measurement failed, or the cache cannot be written.
     """
@@ -69,24 +60,11 @@ def obtain_start(config: AdaptiveConfig, host: HostRun, plan: RankPlan) -> Start
         _refuse_routed_experts(host.shapes)
     measurement = start_measurement(config, plan.largest_rank)
     path = _start_path(config, host.identity, measurement.key)
-    if local_rank() != 0:
-        measuring = launched_number() - local_rank()  # the node's first
-        wait_for_entry(path, "start of the factors", host.longest_scoring, lambda: failure_of(measuring))
-    elif not usable_entry(path):
+    if not usable_entry(path):
         _measure(config, host, measurement, path)
-    # They are read again once the model is there: until then nothing of their size stays in memory.
-    tensors, facts = read_statistics(path, host.shapes)
+    _, facts = read_statistics(path, host.shapes)
     ours = {**init_settings(config), "rank": plan.largest_rank, "calibration": asdict(config.calibration)}
-    return StartFile(path, {**ours, **facts}, tensors_digest(tensors))
-
-
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Compute a SHA-256 over names and values of tensors."""
-    sha = hashlib.sha256()
-    for name in sorted(tensors):
-        sha.update(name.encode())
-        sha.update(tensors[name].numpy().tobytes())
-    return sha.hexdigest()
+    return StartFile(path, {**ours, **facts})
 
 
 def _measure(

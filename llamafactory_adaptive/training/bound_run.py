@@ -73,8 +73,8 @@ class BoundRun:
         self.request, self.guard, self.log, self.trainer = request, guard, guard.log, trainer
         self.see_gradients, self.deepspeed = see_gradients, uses_deepspeed(trainer.args)
         self.slowdown = 1.0
-        if request.start is not None:  # whole and on their device, and no optimizer holds a copy of them yet
-            slowdowns = request.start.copy_into(trainer.model, guard.plan.scale)
+        if request.start is not None:  # the factors are whole, and no optimizer holds a copy of them yet
+            slowdowns = request.start.copy_into(trainer.model, guard.plan.scale, trainer.args.device)
             self.slowdown = median(slowdowns)
             logger.info(
                 f"adaptive: the factors of {len(slowdowns)} modules start from the data ({request.start.kind})"

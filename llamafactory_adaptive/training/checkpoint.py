@@ -1,6 +1,7 @@
 """The state of a dynamic run inside a checkpoint: tensors as safetensors, the rest as JSON. Never pickle.
 
-Processes that own pieces (ZeRO) each write their own file; the JSON says how many there are.
+Tensors are whole, under every engine. In checkpoints of earlier versions each process that owned pieces (ZeRO) wrote a
+file of its own, and the JSON says how many there are.
 """
 
 import json
@@ -15,37 +16,30 @@ from torch import distributed as dist
 
 from llamafactory_adaptive.engines.distributed import world_size
 from llamafactory_adaptive.errors import PlanError
-from llamafactory_adaptive.files import STATE_JSON, replacing, write_atomically
+from llamafactory_adaptive.files import STATE_JSON, STATE_TENSORS, replacing, write_atomically
 
 
 STATE_SCHEMA = 2
 
 
-def tensor_file(folder: Path, partitioned: bool) -> Path:
-    """Return the path of this process's tensor file."""
-    if not partitioned:
-        return folder / "adaptive_state.safetensors"
-    return folder / f"adaptive_state-{dist.get_rank() + 1:05d}-of-{world_size():05d}.safetensors"
-
-
-def write_state(
-    folder: Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any], partitioned: bool, main: bool
-) -> None:
-    """Write this process's tensors if it owns pieces or is ``main``; a ``main`` process writes the JSON, too."""
+def write_state(folder: Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
+    """Write whole tensors, and beside them the JSON document."""
     folder.mkdir(parents=True, exist_ok=True)
-    if partitioned or main:
-        with replacing(tensor_file(folder, partitioned)) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    if main:
-        facts = {"schema_version": STATE_SCHEMA, "partitioned": partitioned, "processes": world_size()}
-        write_atomically(folder / STATE_JSON, json.dumps({**facts, **document}) + "\n")
+    with replacing(folder / STATE_TENSORS) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    facts = {"schema_version": STATE_SCHEMA, "partitioned": False, "processes": world_size()}
+    write_atomically(folder / STATE_JSON, json.dumps({**facts, **document}) + "\n")
 
 
 def read_state(folder: Path, partitioned: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read this process's tensors, and the JSON document.
+    """Read the tensors and the JSON document, whose ``partitioned`` tells whether these are this process's pieces.
+
+    Args:
+        folder: folder of the checkpoint.
+        partitioned: whether this process owns pieces of the adapter.
 
     Raises:
-        PlanError: files are missing, damaged, or were written by another number of processes that own pieces.
+        PlanError: files are missing or damaged, or an earlier version wrote pieces for other processes.
     """
     try:
         document = json.loads((folder / STATE_JSON).read_text(encoding="utf-8"))
@@ -53,13 +47,12 @@ def read_state(folder: Path, partitioned: bool) -> tuple[dict[str, Tensor], dict
             raise PlanError(
                 f"{folder} has state schema {document['schema_version']}; this version reads {STATE_SCHEMA}"
             )
-        if document["partitioned"] != partitioned or (partitioned and document["processes"] != world_size()):
-            kind = "pieces of the adapter" if document["partitioned"] else "the full adapter"
+        if document["partitioned"] and not (partitioned and document["processes"] == world_size()):
             raise PlanError(
-                f"{folder} was written by {document['processes']} processes that each held {kind}; resume with "
-                "the same DeepSpeed stage and number of processes"
+                f"{folder} was written by an earlier version, by {document['processes']} processes that each held "
+                "pieces of the adapter; resume with the same DeepSpeed stage and number of processes"
             )
-        return load_file(tensor_file(folder, partitioned)), document
+        return load_file(folder / (_piece_file() if document["partitioned"] else STATE_TENSORS)), document
     except PlanError:
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -67,3 +60,7 @@ def read_state(folder: Path, partitioned: bool) -> tuple[dict[str, Tensor], dict
             f"{folder} has no complete adaptive state ({type(error).__name__}: {error}); resume from an earlier "
             "checkpoint"
         ) from error
+
+
+def _piece_file() -> str:
+    return f"adaptive_state-{dist.get_rank() + 1:05d}-of-{world_size():05d}.safetensors"

@@ -20,6 +20,7 @@ from llamafactory_adaptive.files import (
     DIGESTS_FILE,
     PLAN_FILE,
     STATE_JSON,
+    STATE_TENSORS,
     damaged_files,
     read_mapping,
     write_atomically,
@@ -97,7 +98,7 @@ def _state_files(checkpoint: Path) -> list[str]:
         return [STATE_JSON]
     state = read_mapping(checkpoint / STATE_JSON, STATE_JSON)
     if not state.get("partitioned"):
-        return [STATE_JSON, "adaptive_state.safetensors"]
+        return [STATE_JSON, STATE_TENSORS]
     count = int(state.get("processes", 0))
     return [STATE_JSON, *(f"adaptive_state-{rank + 1:05d}-of-{count:05d}.safetensors" for rank in range(count))]
 
@@ -128,30 +129,56 @@ def write_layout(checkpoint: Path, layout: Mapping[str, Any]) -> None:
 
 
 def check_layout(checkpoint: Path, here: Mapping[str, Any]) -> str:
-    """Raise an error if a checkpoint was sharded in another way than this run would read it.
+    """Raise an error if the host could not read a checkpoint's optimizer state under the layout of this run.
 
     DeepSpeed does not always detect this: shards of one stage, read as those of another, give silently wrong training.
+    Without DeepSpeed everything is whole, and any number of processes reads it.
 
     Args:
         checkpoint: folder of the checkpoint; one of an older version holds no layout, and passes.
-        here: ``deepspeed_stage`` (None without DeepSpeed), ``round_robin_gradients``, ``processes``.
+        here: ``deepspeed_stage`` (None without DeepSpeed), ``round_robin_gradients``, ``processes``, ``global_batch``
+            (rows of an optimizer step; older versions did not record it).
 
     Returns:
         A warning about a difference that is allowed; empty if there is none.
 
     Raises:
-        PlanError: the layouts differ; the message names each difference.
+        PlanError: the layouts differ; the message names each difference, and why it cannot be.
     """
     if not (checkpoint / LAYOUT_FILE).exists():
         return ""
     there = read_mapping(checkpoint / LAYOUT_FILE, str(checkpoint / LAYOUT_FILE))
     faults = {key: f"{key} is {there.get(key)} there and {value} here" for key, value in here.items()
-              if there.get(key) != value}  # fmt: skip
-    if set(faults) == {"processes"} and not here["deepspeed_stage"]:
-        return f"{checkpoint.name} was written by {there.get('processes')} processes: the run goes on, but not exactly"
-    if faults:
+              if key != "global_batch" and there.get(key) != value}  # fmt: skip
+    if faults and (here["deepspeed_stage"] or set(faults) != {"processes"}):
         raise PlanError(
-            f"{checkpoint} was written under another layout: {'; '.join(faults.values())}; set deepspeed and the "
-            "number of processes back, or use another output_dir"
+            f"{checkpoint} was written under another layout: {'; '.join(faults.values())}; "
+            f"{_why_refused(there, here)}; set deepspeed and the number of processes back, or use another output_dir"
         )
-    return ""
+    return _advice(checkpoint.name, there, here)
+
+
+def _why_refused(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    if there.get("deepspeed_stage") is None:
+        return "DeepSpeed cannot read the optimizer state that the Trainer writes without it"
+    if here["deepspeed_stage"] is None:
+        return "without DeepSpeed the Trainer cannot read the optimizer state that DeepSpeed wrote"
+    return "DeepSpeed reads its optimizer state only under the ZeRO stage and the number of processes that wrote it"
+
+
+def _advice(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Describe what another number of processes or another global batch means; empty where both are the same."""
+    before, now = there.get("global_batch"), here.get("global_batch")
+    if None not in (before, now) and before != now:
+        return (
+            f"{name} was written with a global batch of {before}, and this run has one of {now}: it goes on, but its "
+            "steps and ranks will not be those that it would have had; set gradient_accumulation_steps or "
+            f"per_device_train_batch_size so that all processes together take {before} rows a step"
+        )
+    if there.get("processes") == here["processes"]:
+        return ""
+    batch = "if the global batch is the same" if before is None else f"as the global batch is still {before}"
+    return (
+        f"{name} was written by {there.get('processes')} processes and goes on with {here['processes']}: ranks stay "
+        f"the same, and weights up to rounding, {batch}"
+    )

@@ -55,10 +55,12 @@ class Components:
 
     def whole_weights(self, block: Block) -> Tensor:
         """Copy the whole weights of a block, fp32: (M, *shape). Under ZeRO all processes must call it."""
-        whole_MX = self._scatter_to_full(block, self.weights(block))
-        if self.engine.partitioned:
-            all_reduce_sum(whole_MX)
-        return whole_MX.view(-1, *block.shape)
+        return self.whole(block, self.weights(block)).view(-1, *block.shape)
+
+    def whole(self, block: Block, flat: Tensor) -> Tensor:
+        """Join this process's numbers of a block, flat, with those of all others, (M, numel); all must call it."""
+        whole_MX = self._scatter_to_full(block, flat)
+        return all_reduce_sum(whole_MX) if self.engine.partitioned else whole_MX
 
     def _to_device(self, flat: Tensor) -> Tensor:
         """Convert a tensor to fp32 on the device of the masks; engines with offload keep pieces elsewhere."""
@@ -72,18 +74,18 @@ class Components:
         """Return 1.0 per owned element in use, 0.0 for masked elements of P and Q; None if all are in use."""
         if block.kind == "lambda" or not self._is_masked(block):
             return None
-        return self._owned(block, block.spread(self.masks(block)))
+        return self.owned(block, block.spread(self.masks(block)))
 
     def marked(self, block: Block, flags: Sequence[Sequence[bool]]) -> Tensor:
         """Return 1.0 per owned element of the components that ``flags`` marks, by module, and 0.0 for all others."""
         flags_Mr = torch.tensor([flags[index] for index in block.modules], dtype=torch.float32)
-        return self._to_device(self._owned(block, block.spread(flags_Mr)))
+        return self._to_device(self.owned(block, block.spread(flags_Mr)))
 
     def _is_masked(self, block: Block) -> bool:
         """Tell whether any component of the block is masked."""
         return any(not all(self.triplets.masks[index]) for index in block.modules)
 
-    def _owned(self, block: Block, x_MX: Tensor) -> Tensor:
+    def owned(self, block: Block, x_MX: Tensor) -> Tensor:
         """Select this process's pieces of whole parameters, (M, numel), as a flat tensor."""
         if not self.engine.partitioned:
             return x_MX.reshape(-1)
@@ -260,13 +262,13 @@ class Components:
 
     def _add(self, block: Block, own: list[Tensor], added_MX: Tensor) -> None:
         """Add to ``own``, this process's gradients of a block, its pieces of ``added_MX``."""
-        pieces = block.split(self._owned(block, added_MX))
+        pieces = block.split(self.owned(block, added_MX))
         torch._foreach_add_(own, [piece.to(own[0]) for piece in pieces])
 
     def _hold_masked(self, block: Block, own: list[Tensor]) -> None:
         """Set the gradients of masked components' lambdas to zero: they are observed, but not trained."""
         if self._is_masked(block):
-            torch._foreach_mul_(own, block.split(self._owned(block, self.masks(block)).to(own[0])))
+            torch._foreach_mul_(own, block.split(self.owned(block, self.masks(block)).to(own[0])))
 
     def observe_given(
         self,
@@ -294,4 +296,4 @@ class Components:
         """Average whole gradients of a block over processes, and select this process's pieces, flat."""
         full_MX = torch.stack([gradient.reshape(-1) for gradient in given]).float()
         all_reduce_sum(full_MX).div_(world_size())
-        return self._owned(block, full_MX if order == 1 else full_MX.pow_(1.0 / order))
+        return self.owned(block, full_MX if order == 1 else full_MX.pow_(1.0 / order))

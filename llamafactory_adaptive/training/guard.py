@@ -20,8 +20,8 @@ from llamafactory_adaptive.training.run_part import RunPart
 
 
 PLANS_DIFFER = (
-    "hold another plan than rank 0 (nodes that score for themselves can differ in the last bit): write one with "
-    "`llamafactory-adaptive plan`, copy it to every node and set adaptive_plan"
+    "hold another plan than rank 0 (processes that score for themselves can differ in the last bit): compute it on "
+    "one of them, save it, and load it on all"
 )
 logger = logging.getLogger("llamafactory.adaptive")
 

@@ -1,8 +1,9 @@
 """Scores of all training samples of a run: measured, taken from a cache or a checkpoint, equal on every process."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 
 from llamafactory_adaptive.adapter.lora import factors, live_factors, live_layers
 from llamafactory_adaptive.calibration.batches import length_sorted
-from llamafactory_adaptive.engines.distributed import all_reduce_sum, process_number, world_size
-from llamafactory_adaptive.errors import PlanError
+from llamafactory_adaptive.engines.distributed import all_reduce_sum, from_main, process_number, world_size
+from llamafactory_adaptive.errors import OutputError, PlanError
 from llamafactory_adaptive.files import QUALITY_FILE, digest_of, note_checksum, usable_entry
 from llamafactory_adaptive.methods import Sampling
 from llamafactory_adaptive.sampling.pool import Pool, quality_of
@@ -21,6 +22,7 @@ from llamafactory_adaptive.training.sample_scores import ScoringBatches, read_te
 
 
 _CLUSTER_DIMENSIONS = 128  # of the gradients' projection, where alignments ask for none
+logger = logging.getLogger("llamafactory.adaptive")
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,13 @@ class SampleRequest:
         sampling: settings of the method.
         seed: seed of every draw.
         identity: values that identify model and data, part of the cache key.
-        cache: folder of scores that later runs re-use.
+        cache: folder of scores that later runs re-use; None on all processes but rank 0, whose cache decides.
     """
 
     sampling: Sampling
     seed: int
-    identity: Mapping[str, Any]
-    cache: Path
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    cache: Path | None = None
 
 
 class SampleScorer:
@@ -62,18 +64,13 @@ class SampleScorer:
 
     def first(self) -> SampleTerms:
         """Score every sample before the first step, or take its scores from the cache."""
-        spec, args = self._term_spec(), self.trainer.args
-        # The main process's cache decides: other nodes may have none.
-        path = self.request.cache / f"{self._cache_key(spec)}.safetensors" if process_number() == 0 else None
-        cached = read_terms(path, self.rows) if path is not None and usable_entry(path) else []
-        if int(all_reduce_sum(torch.tensor(len(cached), device=args.device))):
-            return self._shared(cached[0] if cached else None)
+        spec = self._term_spec()
+        if cached := self._of_rank_0("the look for scores of samples", lambda: self._cached(spec)):
+            return cached[0]
         terms = self._measured(spec, "Scoring samples")
         if spec.clusters:  # processors of another kind may have rounded to other clusters
             terms = self._shared(terms if process_number() == 0 else None)
-        if path is not None:
-            write_terms(path, [terms], self.rows)
-            note_checksum(path)
+        self._keep(terms, spec)
         return terms
 
     def again(self, first: SampleTerms, refresh: int) -> SampleTerms:
@@ -87,6 +84,9 @@ class SampleScorer:
         Raises:
             PlanError: the checkpoint has none of these rows, or lacks what the settings need.
         """
+        return self._of_rank_0(f"the scores in {checkpoint}", lambda: self._read_checkpoint(checkpoint))
+
+    def _read_checkpoint(self, checkpoint: Path) -> list[SampleTerms]:
         scored = read_terms(checkpoint / QUALITY_FILE, self.rows)
         if not scored:
             raise PlanError(
@@ -99,6 +99,25 @@ class SampleScorer:
                 f"{self.sampling.min_cluster_share:g} needs; leave it out or use another output_dir"
             )
         return scored
+
+    def _cached(self, spec: TermSpec) -> list[SampleTerms]:
+        path = self._cache_path(spec)
+        return read_terms(path, self.rows)[:1] if path is not None and usable_entry(path) else []
+
+    def _keep(self, terms: SampleTerms, spec: TermSpec) -> None:
+        """Write fresh terms into the cache of rank 0; warn where they cannot be written there."""
+        path = self._cache_path(spec)
+        if path is None:
+            return
+        try:
+            write_terms(path, [terms], self.rows)
+            note_checksum(path)
+        except OutputError as error:
+            logger.warning(f"the scores of samples are not kept for later runs: {error}")
+
+    def _cache_path(self, spec: TermSpec) -> Path | None:
+        cache = self.request.cache
+        return None if cache is None or process_number() != 0 else cache / f"{self._cache_key(spec)}.safetensors"
 
     def _measured(self, spec: TermSpec, title: str) -> SampleTerms:
         """Measure the terms of every sample, each process a share of them."""
@@ -118,10 +137,20 @@ class SampleScorer:
                 title=title,
             )
 
-    def _shared(self, cached: SampleTerms | None) -> SampleTerms:
+    def _of_rank_0(self, what: str, read: Callable[[], list[SampleTerms]]) -> list[SampleTerms]:
+        """Read terms on rank 0 alone, since nodes may share no folder, and send them to every process."""
+        mine: list[SampleTerms] = []
+
+        def count() -> int:
+            mine.extend(read())
+            return len(mine)
+
+        return [self._shared(mine[number] if mine else None) for number in range(from_main(what, count))]
+
+    def _shared(self, terms: SampleTerms | None) -> SampleTerms:
         """Send the terms of the main process to every process; None on the others."""
         shape, device = (len(fields(SampleTerms)), len(self.dataset)), self.trainer.args.device
-        mine = torch.zeros(shape, dtype=torch.float64) if cached is None else torch.stack(term_vectors(cached))
+        mine = torch.zeros(shape, dtype=torch.float64) if terms is None else torch.stack(term_vectors(terms))
         return SampleTerms(*all_reduce_sum(mine.to(device)).cpu())
 
     def _term_spec(self) -> TermSpec:

@@ -26,7 +26,8 @@ _LEAST_EFFECTIVE = 0.1  # of the subset; below it the user is warned
 _FEWEST_EXPECTED = 5  # samples of a cluster in a subset; below it a small share may be chance
 _CLUSTER_FIGURES = ("cluster_pool_shares", "cluster_draw_shares")
 QUALITIES_DIFFER = (
-    "hold other sample qualities than rank 0, so they would draw other subsets; delete the cache folder and run again"
+    "hold other sample qualities than rank 0, so they would draw other subsets; this is a hardware fault or a bug, "
+    "and the run stops here"
 )
 _SCORED_OTHERWISE = (
     "scored samples again with other results than rank 0, so they would draw other subsets; this is a hardware fault "

@@ -5,14 +5,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from llamafactory_adaptive.engines.distributed import wait_for_all
+from llamafactory_adaptive.engines.distributed import from_main, gather, gather_facts
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.training.checkpoint import read_state, write_state
 from llamafactory_adaptive.training.masked_search import MaskedSearch
 from llamafactory_adaptive.training.observer import Observer
 from llamafactory_adaptive.training.run_log import RunLog
+from llamafactory_adaptive.training.whole_state import owned_state, whole_state
 
 
 _RESUMED_COUNTERS = ("observations", "probes", "allocations", "steps")
@@ -38,7 +39,7 @@ class SearchCheckpoint:
         self.partitioned = observer.components.engine.partitioned
 
     def write(self, folder: Path, args: Any, state: Any) -> None:
-        """Write the state, and wait until every process has written its part."""
+        """Write the state, whole, and wait until it is written; every process must call this."""
         document = {
             "step": state.global_step,
             "total_steps": state.max_steps,
@@ -52,23 +53,35 @@ class SearchCheckpoint:
             "thinner": self.observer.probe_budget.state(),
             "overhead_seconds": self.log.overhead_seconds,
         }
-        tensors = {f"method.{key}": value for key, value in self.method.state().items()}
+        whole = whole_state(self.observer.components, self.method.state(), args.should_save)
+        tensors = {f"method.{key}": value for key, value in whole.items()}
         if self.holds_factors:
-            tensors |= self._factors()
-        write_state(folder, tensors, document, self.partitioned, args.should_save)
-        wait_for_all(f"the adaptive state of {folder.name}")
+            tensors |= self._whole_factors()
+        gather(
+            f"the adaptive state of {folder.name}",
+            lambda: write_state(folder, tensors, document) if args.should_save else None,
+        )
 
-    def _factors(self) -> dict[str, Tensor]:
-        """Return views of the exact factors; flat pieces of them where a process owns no more."""
-        parameters = {
+    def _factors(self) -> dict[str, nn.Parameter]:
+        """Return the exact factors by ``<kind>.<module>``."""
+        return {
             f"{kind}.{module.name}": parameter
             for module in self.triplets.modules
             for kind, parameter in module.parameters().items()
         }
-        if not self.partitioned:
-            return {key: parameter.detach() for key, parameter in parameters.items()}
-        pieces = self.observer.components.engine.weights(list(parameters.values()))
-        return dict(zip(parameters, pieces, strict=True))
+
+    def _whole_factors(self) -> dict[str, Tensor]:
+        """Copy the exact factors, joined over all processes, which all must call this."""
+        factors = self._factors()
+        with self.observer.components.engine.whole(list(factors.values())) as whole:
+            return {key: tensor.cpu() for key, tensor in zip(factors, whole, strict=True)}
+
+    def _load_factors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy what this process owns of whole factors into the adapter."""
+        factors, engine = self._factors(), self.observer.components.engine
+        for key, piece in zip(factors, engine.weights(list(factors.values())), strict=True):
+            start, length = engine.piece(factors[key])
+            piece.copy_(tensors[key].view(-1)[start:][:length])
 
     def resume(self, folder: Path, total_steps: int) -> None:
         """Restore a run from a checkpoint: its adapter, the decisions of its search, counters and seconds.
@@ -88,7 +101,10 @@ class SearchCheckpoint:
         Raises:
             PlanError: the state is missing, of other modules, or of a run of another length or other epochs.
         """
-        tensors, document = read_state(folder, self.partitioned)
+        (tensors, mine), _ = gather_facts(
+            f"the state in {folder}", lambda: read_state(folder, self.partitioned), lambda _: None
+        )
+        document: Mapping[str, Any] = from_main(f"the decisions in {folder}", lambda: mine)
         names = [module.name for module in self.triplets.modules]
         if list(document["masks"]) != names:
             raise PlanError(f"{folder} holds the state of other modules; use another output_dir")
@@ -99,12 +115,13 @@ class SearchCheckpoint:
             )
         self._check_interval(folder, document)
         masks = [[flag == "1" for flag in document["masks"][name]] for name in names]
+        method = {k.removeprefix("method."): value for k, value in tensors.items() if k.startswith("method.")}
+        if not document["partitioned"]:
+            method = owned_state(self.observer.components, method)
         device = self.triplets.modules[0].q.device
-        method = {k.removeprefix("method."): v.to(device) for k, v in tensors.items() if k.startswith("method.")}
-        self.method.load(method)
+        self.method.load({key: value.to(device) for key, value in method.items()})
         if self.holds_factors:
-            for key, factor in self._factors().items():
-                factor.copy_(tensors[key])
+            self._load_factors(tensors)
         self.triplets.mask(masks)
         self.search.state.load(document)
         self.search.set_strength()

@@ -72,11 +72,24 @@ def make(tiny_llama, data_dir, tmp_path):
     return lambda **more: pruning_settings(tiny_llama, data_dir, tmp_path / "out", **{**IGU, **more})
 
 
-def check_same(out, alone, tolerance=1e-5):
+SAVING = {"save_strategy": "steps", "save_steps": 5, "overwrite_output_dir": False}
+
+
+def checkpoint_of_step_5(out, again):
+    """As much of a run as another one goes on from."""
+    shutil.copytree(out / "checkpoint-5", again / "checkpoint-5")
+    return {**SAVING, "output_dir": str(again)}
+
+
+def check_same_end(out, alone, tolerance=1e-5):
     assert load_plan(out / "adaptive_rank_plan.json").ranks() == load_plan(alone / "adaptive_rank_plan.json").ranks()
     tensors, expected = (load_file(folder / "adapter_model.safetensors") for folder in (out, alone))
     assert tensors.keys() == expected.keys()
     assert max(float((tensors[key] - expected[key]).abs().max()) for key in tensors) < tolerance
+
+
+def check_same(out, alone, tolerance=1e-5):
+    check_same_end(out, alone, tolerance)
     histories = [
         [line["ranks"] for line in map(json.loads, (folder / "adaptive_log.jsonl").read_text().splitlines())
          if line["event"] == "allocation"]
@@ -139,13 +152,24 @@ def test_ranks_are_exchanged_alike_on_every_engine(engine, exchanged_alone, tiny
 
 
 @REPEATS
-def test_ddp_started_by_torchrun_finds_the_same_ranks_as_one_process(make, alone, tmp_path):
+def test_ddp_started_by_torchrun_finds_the_same_ranks_as_one_process_which_can_go_on_from_it(make, alone, tmp_path):
     import llamafactory.launcher as launcher
 
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(make()))
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(make(**SAVING)))
     original = Path(launcher.__file__).parent / "launcher.py"
     run(BIN / "torchrun", "--nproc-per-node", "2", "--master-port", "29541", original, tmp_path / "two.yaml")
     check_same(tmp_path / "out", alone)
+    resumed = checkpoint_of_step_5(tmp_path / "out", tmp_path / "again")
+    train(make(**resumed, per_device_train_batch_size=4))
+    check_same_end(tmp_path / "again", alone)
+
+
+@REPEATS
+def test_two_processes_go_on_from_one_that_had_the_same_global_batch_by_accumulation(make, tmp_path):
+    alone, batches = tmp_path / "alone", {"igu_importance": "off"}
+    train(make(**SAVING, **batches, output_dir=str(alone), gradient_accumulation_steps=4))
+    train_on_two(make(**checkpoint_of_step_5(alone, tmp_path / "again"), **batches), tmp_path / "logs")
+    check_same_end(tmp_path / "again", alone, tolerance=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ import yaml
 from safetensors.torch import load_file
 
 from llamafactory_adaptive import cli
+from llamafactory_adaptive.planning.cache import CACHE_ENV
 from llamafactory_adaptive.ranks.plan import load_plan
-from tests.helpers.commands import BIN, EXAMPLES, run
-from tests.helpers.tiny import settings
-from tests.helpers.workers import train_on_two
+from tests.helpers.commands import BIN, EXAMPLES, begin, ended, run
+from tests.helpers.tiny import settings, unmeasured_settings
+from tests.helpers.training import adapters_equal
+from tests.helpers.workers import train_on_two, train_on_two_nodes
 
 
 pytestmark = pytest.mark.slow
@@ -81,6 +83,37 @@ def test_launchers_agree(write, tmp_path):
     assert ranks(tmp_path / "a") == ranks(tmp_path / "b") == ranks(tmp_path / "c")
     a, b, c = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "abc")
     assert all(torch.equal(a[k], b[k]) and torch.equal(a[k], c[k]) for k in a)
+
+
+def cached_plans(nodes):
+    return [len(list(node.rglob("plans/*.json"))) for node in nodes]
+
+
+def test_two_nodes_without_a_shared_folder_train_rank_0s_plan(tiny_llama, data_dir, tmp_path):
+    """Each has a home, a cache and an output folder of its own."""
+    args = unmeasured_settings(tiny_llama, data_dir, Path("out"), save_on_each_node=True)
+    nodes = train_on_two_nodes(args, tmp_path)
+    assert cached_plans(nodes) == [1, 0]
+    assert len(set(ranks(nodes[0] / "out").values())) > 1
+    assert adapters_equal(*(node / "out" for node in nodes))
+
+
+@pytest.mark.repeats
+def test_two_launchers_of_two_nodes_score_once(write, tmp_path):
+    config, nodes = write(save_on_each_node=True), [tmp_path / f"node{rank}" for rank in range(2)]
+    started = []
+    for rank, node in enumerate(nodes):
+        node.mkdir()
+        environment = {"FORCE_TORCHRUN": "1", "NNODES": "2", "NODE_RANK": str(rank), "NPROC_PER_NODE": "1",
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29551", "HOME": str(node),
+                       CACHE_ENV: str(node / "cache")}  # fmt: skip
+        words = [BIN / "llamafactory-cli", "train", config, f"output_dir={node / 'out'}"]
+        started.append(begin(*words, **environment))
+    said = [ended(process).stderr for process in started]
+    assert ["scoring" in text for text in said] == [True, False]
+    assert ["this node waits for it" in text for text in said] == [False, True]
+    assert cached_plans(nodes) == [1, 0]
+    assert adapters_equal(*(node / "out" for node in nodes))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.errors import AdaptiveError
+from llamafactory_adaptive.planning.cache import CACHE_ENV
 from tests.helpers.fsdp import shard_on_cpu
 
 
@@ -25,10 +26,27 @@ def train_on_two(args: dict[str, Any], logs: Path, **more: str) -> None:
 
     Raises with their last words if one fails.
     """
+    _train([{"LOCAL_RANK": str(rank), **more} for rank in range(2)], args, logs)
+
+
+def train_on_two_nodes(args: dict[str, Any], folder: Path) -> list[Path]:
+    """The same, each process the only one of a node with a home, a cache and a working directory of its own."""
+    nodes = [folder / f"node{rank}" for rank in range(2)]
+    _train([of_node(node) | {"LOCAL_WORLD_SIZE": "1"} for node in nodes], args, folder / "logs")
+    return nodes
+
+
+def of_node(node: Path) -> dict[str, str]:
+    """The environment of the first process of a node that shares no folder with others."""
+    return {"LOCAL_RANK": "0", "NODE_RANK": node.name[-1], "HOME": str(node), CACHE_ENV: str(node / "cache")}
+
+
+def _train(by_rank: list[dict[str, str]], args: dict[str, Any], logs: Path) -> None:
     logs.mkdir(parents=True, exist_ok=True)
-    environment = {**_environment(), **more}
+    common = _environment()
     processes = [
-        _context.Process(target=_work, args=(args, rank, environment, str(logs / f"{rank}.log"))) for rank in range(2)
+        _context.Process(target=_work, args=(args, rank, {**common, **own}, str(logs / f"{rank}.log")))
+        for rank, own in enumerate(by_rank)
     ]
     for process in processes:
         process.start()
@@ -93,9 +111,12 @@ def _work(args: dict[str, Any], rank: int, environment: dict[str, str], log: str
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    os.environ.update({**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+    os.environ.update({**environment, "RANK": str(rank)})
     code = 1
     try:
+        if "NODE_RANK" in environment:
+            os.makedirs(environment["HOME"], exist_ok=True)
+            os.chdir(environment["HOME"])
         import torch
 
         torch.set_num_threads(1)

@@ -11,6 +11,7 @@ from llamafactory_adaptive.adapter.verify import check_saved
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
 from tests.helpers.lora import mixed_ranks
 from tests.helpers.tiny import tiny_model
+from tests.helpers.workers import said_by_two
 
 
 def drawn(*shape, seed=0):
@@ -44,14 +45,18 @@ def test_the_first_update_is_as_large_as_a_step_at_the_rate_gamma(rank, scale):
     assert float((update * gradient).sum()) < 0, "downhill"
 
 
-@pytest.fixture
-def planned():
+def planned_adapter():
     """A model with the adapter of a plan of mixed ranks, and that plan."""
     model = tiny_model()
     sizes = {name: model.get_submodule(name).weight.shape for name in mixed_ranks(model)}
     modules = tuple(ModulePlan(name, *sizes[name][::-1], rank=rank) for name, rank in mixed_ranks(model).items())
     plan = RankPlan("random", {}, "params", 4, 8.0, modules)
     return get_peft_model(model, PlannedLoraConfig(**lora_config_arguments(plan))), plan
+
+
+@pytest.fixture
+def planned():
+    return planned_adapter()
 
 
 def held(kind, plan):
@@ -91,3 +96,28 @@ def test_a_module_saved_as_it_started_counts_as_untrained(kind, planned, tmp_pat
     b.weight.data[0, 0] += 1e-3
     adapted.save_pretrained(tmp_path / "out")
     assert check_saved(tmp_path / "out", plan, start) == len(plan.modules) - 1
+
+
+def size_of_factors(model):
+    return [float(f.weight.detach().double().square().sum()) for pair in live_factors(model).values() for f in pair]
+
+
+def start_without_the_file(rank, kind, path):
+    """Rank 0's node alone has the file; what each model starts from, and whether it is seen to be a start."""
+    from torch import distributed as dist
+
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    adapted, plan = planned_adapter()
+    start = StartingFactors(kind, path if rank == 0 else path / "of another node", 0.05)
+    start.copy_into(adapted, plan.scale)
+    pairs = live_factors(adapted).items()
+    dist.destroy_process_group()
+    return size_of_factors(adapted), all(start.is_start(name, b.weight) for name, (_, b) in pairs)
+
+
+@pytest.mark.parametrize("kind", ["eva", "gora"])
+def test_the_other_processes_get_the_start_from_rank_0s_model(kind, planned, tmp_path):
+    adapted, plan = planned
+    save_file(held(kind, plan), path := tmp_path / "start.safetensors")
+    StartingFactors(kind, path, 0.05).copy_into(adapted, plan.scale)
+    assert said_by_two(start_without_the_file, kind, path) == [str((size_of_factors(adapted), True))] * 2

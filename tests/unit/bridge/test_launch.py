@@ -1,5 +1,6 @@
 """Where a process enters and leaves: what is checked before anything starts, and how errors end."""
 
+import os
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from tests.helpers.tiny import unmeasured_settings
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch):
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "FORCE_TORCHRUN", "NODE_RANK"):
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "FORCE_TORCHRUN", "NODE_RANK", "NNODES", "MAX_NNODES"):
         monkeypatch.delenv(name, raising=False)
     yield
     PartialState._reset_state()
@@ -155,23 +156,47 @@ def test_workers_that_failed_have_said_why(kind, error, launched, write, tmp_pat
     assert kind == "lora" or caught.value.code == 7
 
 
+def test_a_user_error_of_a_worker_is_the_launchers_exit_code_too(launched, write, monkeypatch):
+    def torchrun():
+        with monkeypatch.context() as worker:
+            worker.setenv("LOCAL_RANK", "1")
+            with pytest.raises(SystemExit):
+                exit_with(PlanError("no plan"))
+        raise subprocess.CalledProcessError(1, "torchrun")
+
+    with pytest.raises(SystemExit) as caught:
+        launched("train", write(), host=torchrun)
+    assert caught.value.code == 2
+    assert not [name for name in os.environ if name == "LLAMAFACTORY_ADAPTIVE_LAUNCH"]
+
+
 def test_words_of_this_process_are_as_they_were(write, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["program", "its own word"])
     assert prepare_launch([write()], nothing)
     assert sys.argv == ["program", "its own word"]
 
 
-@pytest.mark.parametrize(("force", "node", "holds"), [("1", "0", True), ("1", "1", False), ("0", "0", None)])
-def test_before_torchrun_the_plan_is_made_by_one_process_that_holds_the_folder(
-    force, node, holds, write, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("environment", "held_while_planning"),
+    [
+        ({"FORCE_TORCHRUN": "1"}, [True]),
+        ({"FORCE_TORCHRUN": "1", "NNODES": "1", "NODE_RANK": "0"}, [True]),
+        ({"FORCE_TORCHRUN": "1", "NNODES": "2"}, []),  # rank 0 will plan
+        ({"FORCE_TORCHRUN": "1", "NNODES": "2", "NODE_RANK": "1"}, []),
+        ({"FORCE_TORCHRUN": "1", "MAX_NNODES": "4"}, []),
+        ({}, []),
+    ],
+)
+def test_before_torchrun_on_one_node_the_plan_is_made_by_one_process_that_holds_the_folder(
+    environment, held_while_planning, write, tmp_path, monkeypatch
 ):
     held = []
-    monkeypatch.setenv("FORCE_TORCHRUN", force)
-    monkeypatch.setenv("NODE_RANK", node)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(
         "llamafactory_adaptive.planning.sources.fresh_plan",
         lambda config, run: held.append((tmp_path / "out" / LOCK_FILE).exists()) or PlanSource(None, "scored"),
     )
     assert prepare_launch([write()], nothing)
-    assert held == ([] if holds is None else [holds])
+    assert held == held_while_planning
     assert not (tmp_path / "out" / LOCK_FILE).exists()

@@ -24,9 +24,11 @@ def test_the_layout_of_a_run_is_read_from_its_settings(tmp_path: Path, monkeypat
     monkeypatch.setenv("LOCAL_RANK", "0")
     path = tmp_path / "z.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}))
-    expected = {"deepspeed_stage": 2, "round_robin_gradients": True, "processes": 2}
+    expected = {"deepspeed_stage": 2, "round_robin_gradients": True, "processes": 2, "global_batch": 16}
     assert layout({"deepspeed": str(path)}) == expected
-    assert layout({}) == {"deepspeed_stage": None, "round_robin_gradients": False, "processes": 2}
+    batches = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
+    without = {"deepspeed_stage": None, "round_robin_gradients": False, "processes": 2, "global_batch": 24}
+    assert layout(batches) == without
 
 
 def test_a_zero_byte_in_the_settings_names_no_path():

@@ -1,18 +1,18 @@
 """Two processes agree or stop together, before any process group exists."""
 
+import random
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llamafactory_adaptive.errors import AdaptiveError, GuardError, OtherProcessError, PlanError
+from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan, parse_plan
 from tests.helpers.workers import said_by_two
 
 
 def meet(rank: int, case: str) -> Any:
     from llamafactory_adaptive.engines import distributed
-    from llamafactory_adaptive.planning.cache import wait_for_plan
 
     def refuse() -> None:
         raise PlanError("no plan here")
@@ -24,10 +24,6 @@ def meet(rank: int, case: str) -> Any:
         return distributed.from_main("a place", refuse)
     if case == "refused by rank 1":
         return distributed.gather("a place", refuse if rank == 1 else lambda: None)
-    if case == "one waits for the other's plan":
-        never = Path("/nowhere/plan.json")
-        work = refuse if rank == 0 else lambda: wait_for_plan(never, 600.0, lambda: distributed.failure_of(0))
-        return distributed.gather("the start", work)
     if case == "different":
         everyone = distributed.gather("a place", lambda: rank)
         return distributed.refuse_differences(everyone, "have another number")
@@ -43,7 +39,6 @@ def meet(rank: int, case: str) -> Any:
         ("agree", ["[0, 1]", "[0, 1]"]),
         ("refused by rank 0", ["PlanError: no plan here", "OtherProcessError: rank 0: no plan here"]),
         ("refused by rank 1", ["OtherProcessError: rank 1: no plan here", "PlanError: no plan here"]),
-        ("one waits for the other's plan", ["PlanError: no plan here", "OtherProcessError: rank 0: no plan here"]),
         ("different", ["GuardError: ranks [1] have another number"] * 2),
         ("late", ["GuardError: rank 1 did not come to the last place within 1 s, or it has ended: see its own "
                   "messages", "late"]),
@@ -78,6 +73,30 @@ def end_after_an_answer(rank: int) -> None:
         distributed._store = lambda: store
     checkpoint = distributed.from_main("the search for a good checkpoint", lambda: "checkpoint-3")
     raise GuardError(f"training diverged, resume from {checkpoint}")
+
+
+def send_a_large_plan(rank: int) -> str:
+    """More than torch's store takes as one value; packed it is less, and pieces are made smaller still."""
+    from llamafactory_adaptive.engines import distributed
+
+    distributed._PIECE_BYTES = 2**20
+    draw = random.Random(5).random
+    modules = tuple(
+        ModulePlan(f"model.layers.{i}.mlp.up_proj", 64, 64, 4, draw(), draw(), {f"m{n}": draw() for n in range(4)})
+        for i in range(50_000)
+    )
+    plan = RankPlan("random", {}, "params", 4, 8.0, modules)
+    sent = distributed.from_main("the plan", plan.to_json)
+    pieces = len([key for key in distributed._last_keys if key.startswith("0/0/") and not key.endswith("read")])
+    distributed.wait_for_all("a place that all reach once the plan was read")
+    if rank == 1:
+        return str(parse_plan(sent, "what came").modules == modules)
+    left = [distributed._store().check([f"0/0/{number}"]) for number in range(pieces)]
+    return f"in pieces: {pieces > 1}, some left: {any(left)}"
+
+
+def test_a_plan_of_50_000_modules_reaches_the_others():
+    assert said_by_two(send_a_large_plan) == ["in pieces: True, some left: False", "True"]
 
 
 def test_what_all_processes_end_with_reaches_the_slowest():

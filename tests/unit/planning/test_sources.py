@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
-from llamafactory_adaptive.errors import OtherProcessError, PlanError
+from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import PLAN_FILE, STATE_JSON
 from llamafactory_adaptive.methods import get_method
 from llamafactory_adaptive.planning.cache import CACHE_ENV
-from llamafactory_adaptive.planning.sources import advice, fresh_plan, obtain_plan
+from llamafactory_adaptive.planning.sources import PlanSource, advice, fresh_plan, obtain_plan
 from llamafactory_adaptive.ranks.plan import ModuleShape
 from llamafactory_adaptive.ranks.search_config import GivenRanksConfig, PruningConfig
 
@@ -32,7 +32,7 @@ IGU = configured("igu", search=PruningConfig(8, 0.1, 0.7, 2, None, 0))
 class Host:
     """All that planning asks of a program that trains."""
 
-    shapes, given_keys, longest_scoring = SHAPES, (), 0.3
+    shapes, given_keys = SHAPES, ()
     checkpoint = adapter = None
 
     def __init__(self, base="models/a", **more):
@@ -135,17 +135,12 @@ def test_going_on_with_an_adapter_takes_its_ranks(tmp_path):
         obtain_plan(configured(), Host(adapter=adapter))
 
 
-def test_other_processes_of_a_node_wait_for_the_first_and_hear_of_its_failure(monkeypatch):
-    for key, value in {"LOCAL_RANK": "1", "RANK": "3", "WORLD_SIZE": "4"}.items():
-        monkeypatch.setenv(key, value)
-    asked = []
-    monkeypatch.setattr(
-        "llamafactory_adaptive.planning.sources.failure_of", lambda rank: asked.append(rank) or "broken"
-    )
-    host = Host()
-    with pytest.raises(OtherProcessError, match="broken"):
-        fresh_plan(configured(), host)
-    assert (asked, host.measured) == ([2], 0)
+@pytest.mark.parametrize("init", ["default", "eva"])
+def test_what_one_process_found_reaches_another_whole(init):
+    source = obtain_plan(configured("uniform", init=init), Host())
+    sent = PlanSource.from_json(json.loads(json.dumps(source.to_json())))
+    assert (sent.plan.to_json(), sent.origin, sent.start) == (source.plan.to_json(), source.origin, source.start)
+    assert (sent.start is None) == (init == "default")
 
 
 # -- a given plan ----------------------------------------------------------------------------------------------------

@@ -10,9 +10,8 @@ from safetensors.torch import save_file
 from llamafactory_adaptive.adapter.eva import InputDirections
 from llamafactory_adaptive.calibration.gradient_projections import GradientProjections
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
-from llamafactory_adaptive.errors import AdaptiveConfigError, CalibrationError, OtherProcessError, PlanError
+from llamafactory_adaptive.errors import AdaptiveConfigError, CalibrationError, PlanError
 from llamafactory_adaptive.files import PLAN_FILE
-from llamafactory_adaptive.planning import starts
 from llamafactory_adaptive.planning.cache import CACHE_ENV, PlanRequest
 from llamafactory_adaptive.planning.sources import obtain_plan
 from llamafactory_adaptive.planning.start_message import start_message
@@ -31,7 +30,7 @@ def configured(init="eva", method="uniform", **more):
 class Host:
     """All that planning asks of a program that trains."""
 
-    longest_scoring, checkpoint, adapter, given_keys = 0.3, None, None, ()
+    checkpoint, adapter, given_keys = None, None, ()
 
     def __init__(self, **more):
         self.shapes, self.identity = SHAPES, {"model": "a"}
@@ -163,33 +162,8 @@ def test_what_is_not_finite_is_not_kept():
     assert obtain_plan(configured("eva"), host).start is not None
 
 
-def test_the_other_processes_of_a_node_wait_and_hear_of_a_failure(monkeypatch):
-    monkeypatch.setattr("llamafactory_adaptive.planning.sources.local_rank", lambda: 0)  # its plan is there
-    monkeypatch.setattr(starts, "local_rank", lambda: 1)
-    monkeypatch.setattr(starts, "launched_number", lambda: 1)
-    with pytest.raises(CalibrationError, match="no start of the factors appeared at"):
-        obtain_plan(configured("eva"), host := Host())
-    monkeypatch.setattr(starts, "failure_of", lambda rank: f"rank {rank}: it broke")
-    with pytest.raises(OtherProcessError, match="rank 0: it broke"):
-        obtain_plan(configured("eva"), host)
-    assert host.measured == []
-
-
 def test_the_message_says_what_the_start_takes():
     said = start_message(configured("gora"))
     assert said.startswith("uniform gives out the ranks at once; nothing is scored; what the factors start from "
                            "(adaptive_init: gora) is computed before training")  # fmt: skip
     assert "a backward pass over 8 rows" in said
-
-
-def test_equal_tensors_have_one_digest_however_long_they_took_and_are_read_once_for_it(monkeypatch):
-    def digest(value, seconds):
-        """Digest of a start that is measured for calibration rows of their own."""
-        monkeypatch.setitem(FACTS, "seconds", seconds)
-        host = Host(value=value, identity={"model": f"{value} {seconds}"})
-        start = obtain_plan(configured("eva"), host).start
-        start.path.unlink()
-        return start.digest
-
-    assert digest(1.0, "0.1") == digest(1.0, "0.2")
-    assert digest(1.0, "0.1") != digest(1.5, "0.1")

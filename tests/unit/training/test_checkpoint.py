@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import STATE_JSON
-from llamafactory_adaptive.training.checkpoint import read_state, tensor_file, write_state
+from llamafactory_adaptive.training.checkpoint import read_state, write_state
 
 
 TENSORS = {"mean.P/8x4": torch.arange(8.0).view(2, 4).T, "mean.Q/4x8": torch.tensor([0.1, float("nan")])}
@@ -16,7 +17,7 @@ DOCUMENT = {"step": 7, "history": [{"step": 2, "ranks": [3, 1]}]}
 
 @pytest.fixture
 def written(tmp_path):
-    write_state(tmp_path / "checkpoint-7", TENSORS, DOCUMENT, partitioned=False, main=True)
+    write_state(tmp_path / "checkpoint-7", TENSORS, DOCUMENT)
     return tmp_path / "checkpoint-7"
 
 
@@ -33,27 +34,28 @@ def test_tensors_and_document_come_back_as_they_were(written):
     assert document["processes"] == 1
 
 
-def test_other_processes_that_hold_the_whole_adapter_write_nothing(tmp_path):
-    write_state(tmp_path, TENSORS, DOCUMENT, partitioned=False, main=False)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("partitioned", [False, True], ids=["whole", "pieces"])
+def test_every_engine_reads_the_whole_state(partitioned, written):
+    tensors, document = read_state(written, partitioned)
+    assert tensors.keys() == TENSORS.keys()
+    assert not document["partitioned"]
 
 
-def test_every_process_that_owns_pieces_writes_its_own_file(tmp_path, monkeypatch):
+def test_pieces_that_an_earlier_version_wrote_are_read_by_as_many_processes(written, monkeypatch):
+    change(written, partitioned=True, processes=3)
+    for rank in range(3):
+        save_file({"x": torch.tensor([float(rank)])}, written / f"adaptive_state-0000{rank + 1}-of-00003.safetensors")
     monkeypatch.setattr("llamafactory_adaptive.training.checkpoint.world_size", lambda: 3)
     for rank in range(3):
         monkeypatch.setattr("llamafactory_adaptive.training.checkpoint.dist.get_rank", lambda rank=rank: rank)
-        write_state(tmp_path, {"x": torch.tensor([float(rank)])}, DOCUMENT, partitioned=True, main=rank == 0)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 3
-    for rank in range(3):
-        monkeypatch.setattr("llamafactory_adaptive.training.checkpoint.dist.get_rank", lambda rank=rank: rank)
-        assert read_state(tmp_path, partitioned=True)[0]["x"].tolist() == [rank]
+        assert read_state(written, partitioned=True)[0]["x"].tolist() == [rank]
+    said = (
+        "written by an earlier version, by 3 processes that each held pieces of the adapter; resume with the same Deep"
+    )
+    with pytest.raises(PlanError, match=said):
+        read_state(written, partitioned=False)
     monkeypatch.setattr("llamafactory_adaptive.training.checkpoint.world_size", lambda: 2)
-    with pytest.raises(PlanError, match="written by 3 processes that each held pieces of the adapter; resume with"):
-        read_state(tmp_path, partitioned=True)
-
-
-def test_a_whole_state_is_not_read_in_pieces(written):
-    with pytest.raises(PlanError, match="written by 1 processes that each held the full adapter"):
+    with pytest.raises(PlanError, match=said):
         read_state(written, partitioned=True)
 
 
@@ -83,7 +85,6 @@ def test_a_failed_write_leaves_the_older_state(written, monkeypatch):
 
     monkeypatch.setattr("llamafactory_adaptive.training.checkpoint.save_file", full)
     with pytest.raises(Exception, match="No space left"):
-        write_state(written, {"x": torch.ones(1)}, {"step": 8}, partitioned=False, main=True)
+        write_state(written, {"x": torch.ones(1)}, {"step": 8})
     tensors, document = read_state(written, partitioned=False)
     assert (set(tensors), document["step"]) == (set(TENSORS), 7)
-    assert tensor_file(written, partitioned=False).is_file()

@@ -94,13 +94,36 @@ def test_another_layout_is_refused_by_key_and_value(tmp_path: Path) -> None:
     checkpoint_files.write_layout(tmp_path, there)
     assert checkpoint_files.check_layout(tmp_path, there) == ""
     for change, words in (
-        ({"deepspeed_stage": 1}, "deepspeed_stage is 2 there and 1 here"),
-        ({"round_robin_gradients": False}, "round_robin_gradients is True there and False here"),
-        ({"processes": 1}, "processes is 2 there and 1 here"),
-        ({"deepspeed_stage": None}, "deepspeed_stage is 2 there and None here"),
+        (
+            {"deepspeed_stage": 1},
+            "deepspeed_stage is 2 there and 1 here; DeepSpeed reads its optimizer state only und",
+        ),
+        ({"round_robin_gradients": False}, "round_robin_gradients is True there and False here; DeepSpeed reads"),
+        ({"processes": 1}, "processes is 2 there and 1 here; DeepSpeed reads its optimizer state only under the ZeRO"),
+        ({"deepspeed_stage": None}, "deepspeed_stage is 2 there and None here; without DeepSpeed the Trainer cannot"),
     ):
         with pytest.raises(PlanError, match=words):
             checkpoint_files.check_layout(tmp_path, {**there, **change})
     plain = {"deepspeed_stage": None, "round_robin_gradients": False, "processes": 2}
     checkpoint_files.write_layout(tmp_path, plain)
-    assert "written by 2 processes" in checkpoint_files.check_layout(tmp_path, {**plain, "processes": 1})
+    with pytest.raises(PlanError, match="stage is None there and 3 here; DeepSpeed cannot read the optimizer state"):
+        checkpoint_files.check_layout(tmp_path, {**plain, "deepspeed_stage": 3})
+
+
+def test_without_deepspeed_any_number_of_processes_goes_on_and_is_told_of_the_global_batch(tmp_path: Path) -> None:
+    def advice(**change: int) -> str:
+        plain = {"deepspeed_stage": None, "round_robin_gradients": False, "processes": 2}
+        return checkpoint_files.check_layout(tmp_path, {**plain, **change})
+
+    written = {"deepspeed_stage": None, "round_robin_gradients": False, "processes": 2}
+    checkpoint_files.write_layout(tmp_path, written)
+    assert advice(global_batch=8) == "", "an earlier version recorded no batch"
+    assert advice(processes=1, global_batch=8).endswith("weights up to rounding, if the global batch is the same")
+    checkpoint_files.write_layout(tmp_path, {**written, "global_batch": 8})
+    assert advice(global_batch=8) == ""
+    assert advice(processes=1, global_batch=8) == (
+        f"{tmp_path.name} was written by 2 processes and goes on with 1: ranks stay the same, and weights up to "
+        "rounding, as the global batch is still 8"
+    )
+    for processes in (1, 2):
+        assert "take 8 rows a step" in advice(processes=processes, global_batch=4)

@@ -7,17 +7,20 @@ import pytest
 import torch
 
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
+from llamafactory_adaptive.engines.engine import UnpartitionedEngine
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import STATE_JSON
 from llamafactory_adaptive.methods import make_method
 from llamafactory_adaptive.ranks.search_config import PruningConfig
 from llamafactory_adaptive.training.checkpoint import read_state
+from llamafactory_adaptive.training.components import Components
 from llamafactory_adaptive.training.probe_budget import ProbeBudget
 from llamafactory_adaptive.training.rank_search import RankSearchState
 from llamafactory_adaptive.training.run_log import RunLog
 from llamafactory_adaptive.training.search_checkpoint import SearchCheckpoint
 from tests.helpers.dynamic import scatter, start_plan, stream, triplet_model
 from tests.helpers.tiny import tiny_model
+from tests.helpers.workers import said_by_two
 
 
 ARGS = SimpleNamespace(should_save=True)
@@ -30,8 +33,10 @@ CONFIG = AdaptiveConfig("igu", {"importance": "off"}, "params", 2, 4.0, 1, 8, No
 class Search:
     """A search that has run for some steps: factors, masks, running statistics and a decision of its own."""
 
-    def __init__(self, seed, holds_factors=True, interval=2, **sizes):
+    def __init__(self, seed, holds_factors=True, interval=2, engine=None, **sizes):
         _, self.triplets, components = triplet_model(**sizes)
+        if engine is not None:
+            components = Components(self.triplets, engine)
         method, self.log, self.budget = make_method("igu", CONFIG.options), RunLog("igu", 2.5), ProbeBudget(None)
         state = RankSearchState(start_plan(tiny_model(**sizes)), CONFIG)
         for _ in stream(self.triplets, 3, seed):
@@ -53,8 +58,8 @@ class Search:
         return {f"{kind}.{module.name}": parameter.detach().clone()
                 for module in self.triplets.modules for kind, parameter in module.parameters().items()}  # fmt: skip
 
-    def write(self, folder):
-        self.checkpoint.write(folder, ARGS, SimpleNamespace(global_step=6, max_steps=STEPS))
+    def write(self, folder, args=ARGS):
+        self.checkpoint.write(folder, args, SimpleNamespace(global_step=6, max_steps=STEPS))
         return folder
 
 
@@ -132,6 +137,66 @@ def test_epochs_of_another_length_are_refused_until_ranks_are_final(tmp_path):
     written.state.final = True
     resumed.checkpoint.resume(written.write(folder), STEPS)
     assert resumed.state.final
+
+
+class Pieces(UnpartitionedEngine):
+    """An engine like ZeRO's: every process owns an equal part of each flattened parameter, the last what is left."""
+
+    partitioned = True
+
+    def __init__(self, rank, processes):
+        super().__init__()
+        self.rank, self.processes = rank, processes
+
+    def piece(self, parameter):
+        share = -(-parameter.numel() // self.processes)
+        start = min(self.rank * share, parameter.numel())
+        return start, min(share, parameter.numel() - start)
+
+    def _cut(self, tensors, parameters):
+        pieces = map(self.piece, parameters)
+        return [tensor[start : start + length] for tensor, (start, length) in zip(tensors, pieces, strict=True)]
+
+    def weights(self, parameters):
+        return self._cut(super().weights(parameters), parameters)
+
+    def gradients(self, parameters):
+        return self._cut(super().gradients(parameters), parameters)
+
+
+def keep_pieces(rank, folder, whole):
+    """What two processes that own pieces of one search write together, and what each reads of a whole state."""
+    from torch import distributed as dist
+
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    written = Search(0, holds_factors=False, engine=Pieces(rank, 2))
+    written.write(folder, SimpleNamespace(should_save=rank == 0))
+    same = []
+    for place in (folder, whole):
+        resumed = Search(1, holds_factors=False, engine=Pieces(rank, 2))
+        resumed.checkpoint.resume(place, STEPS)
+        same.append(equal(resumed.method.state(), written.method.state()) and resumed.triplets.masks == written.masks)
+    held = sum(value.numel() for value in written.method.state().values())
+    dist.destroy_process_group()
+    return [same, held]
+
+
+def test_a_state_in_pieces_is_written_whole_and_read_under_any_engine(tmp_path):
+    """ZeRO to one process or DDP, and back: the state is bit for bit that of one process that owns everything."""
+    alone = Search(0, holds_factors=False)
+    whole = alone.write(tmp_path / "alone")
+    state = alone.method.state()
+    elements = sum(value.numel() for value in state.values() if value.dim())
+    said = said_by_two(keep_pieces, tmp_path / "pieces", whole)
+    assert [text.startswith("[[True, True], ") for text in said] == [True, True], said
+    assert [0 < int(text.rstrip("]").rpartition(" ")[2]) < elements for text in said] == [True, True], said
+    assert [path.name for path in (tmp_path / "pieces").glob("*.safetensors")] == ["adaptive_state.safetensors"]
+    tensors, document = read_state(tmp_path / "pieces", partitioned=False)
+    assert equal(tensors, {f"method.{name}": value for name, value in state.items()})
+    assert (document["partitioned"], document["processes"]) == (False, 2)
+    resumed = Search(1, holds_factors=False)
+    resumed.checkpoint.resume(tmp_path / "pieces", STEPS)
+    assert equal(resumed.method.state(), state)
 
 
 def test_a_checkpoint_that_does_not_tell_its_interval_is_taken_as_it_is(tmp_path):
