@@ -37,7 +37,7 @@ def attach_planned(model: nn.Module, peft_config: Mapping[str, Any], is_train: b
         AdaptiveConfigError: a key is unknown, or ``plan`` is missing.
         AdaptiveError: the plan cannot be read, or does not fit the model.
     """
-    from llamafactory.v1.plugins.model_plugins.peft import load_adapter
+    from llamafactory.v1.plugins.model_plugins import peft as host
 
     from llamafactory_adaptive.api.adapters import attach_adapter
 
@@ -50,8 +50,9 @@ def attach_planned(model: nn.Module, peft_config: Mapping[str, Any], is_train: b
         problems.append(Problem("plan", plan, "must be the file of a plan", remedy))
     refuse_all(*problems)
     if trained:
-        return cast(nn.Module, load_adapter(model, trained, is_train))
-    return attach_adapter(model, str(plan), lora_dropout=float(peft_config.get("lora_dropout", 0.05)))
+        return cast(nn.Module, host.load_adapter(model, trained, is_train))
+    dropout = float(peft_config.get("lora_dropout", 0.05))
+    return cast(nn.Module, attach_adapter(model, str(plan), lora_dropout=dropout))
 
 
 def refusing_launch(original: Callable[[], None]) -> Callable[[], None]:

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from llamafactory_adaptive.ranks.plan import load_plan
 from llamafactory_adaptive.reports.data_report import SAMPLES_FILE
 from tests.helpers.commands import BIN, EXAMPLES, run
-from tests.helpers.fsdp import FSDP2
+from tests.helpers.engines import HARD, check_same, check_same_end, deepspeed_config, engine_of
 from tests.helpers.second_stage import given_plan
-from tests.helpers.tiny import pruning_settings, svd_settings, tsq_settings
+from tests.helpers.tiny import pruning_settings, tsq_settings
 from tests.helpers.training import train
 from tests.helpers.workers import train_on_two
 
@@ -26,7 +26,6 @@ pytestmark = pytest.mark.slow
 REPEATS = pytest.mark.repeats
 # DeepSpeed builds its CPU optimizer when it is first asked for.
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
-HARD = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.01}
 # Whatever of IGU-LoRA an engine could do in another way: typical importances and norms of gradients are summed over
 # processes, lambda and the optimizer's states are reset and scaled.
 IGU = {**HARD, "igu_importance": "shrink", "igu_init": "gaussian", "igu_uncertainty": "snr",
@@ -34,22 +33,6 @@ IGU = {**HARD, "igu_importance": "shrink", "igu_init": "gaussian", "igu_uncertai
 # Where B starts at zero some gradients are near zero, and Adam makes their rounding visible: a larger epsilon helps.
 TSQ = {**HARD, "adam_epsilon": 1e-4}
 SAMPLES = {"tsq_alignment_weight": 0.5, "tsq_projection": 0}
-
-
-def engine_of(engine, folder: Path):
-    """Settings and environment of an engine: a stage of ZeRO, 0 for DDP, or FSDP 2."""
-    if engine == "fsdp2":
-        return {}, FSDP2
-    return ({"deepspeed": str(deepspeed_config(folder, engine))} if engine else {}), {}
-
-
-def deepspeed_config(folder: Path, stage: int, **zero) -> Path:
-    """An example configuration at another stage."""
-    document = json.loads((EXAMPLES / "deepspeed" / f"ds_z{max(stage, 2)}_config.json").read_text())
-    document["zero_optimization"] |= {"stage": stage, **zero}
-    path = folder / f"z{stage}.json"
-    path.write_text(json.dumps(document))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -79,76 +62,6 @@ def checkpoint_of_step_5(out, again):
     """As much of a run as another one goes on from."""
     shutil.copytree(out / "checkpoint-5", again / "checkpoint-5")
     return {**SAVING, "output_dir": str(again)}
-
-
-def check_same_end(out, alone, tolerance=1e-5):
-    assert load_plan(out / "adaptive_rank_plan.json").ranks() == load_plan(alone / "adaptive_rank_plan.json").ranks()
-    tensors, expected = (load_file(folder / "adapter_model.safetensors") for folder in (out, alone))
-    assert tensors.keys() == expected.keys()
-    assert max(float((tensors[key] - expected[key]).abs().max()) for key in tensors) < tolerance
-
-
-def check_same(out, alone, tolerance=1e-5):
-    check_same_end(out, alone, tolerance)
-    histories = [
-        [line["ranks"] for line in map(json.loads, (folder / "adaptive_log.jsonl").read_text().splitlines())
-         if line["event"] == "allocation"]
-        for folder in (out, alone)
-    ]  # fmt: skip
-    assert histories[0] == histories[1], "the same at every allocation, not only in the end"
-
-
-# With two processes a mean is summed in another order, which the first steps of Adam make visible where gradients are
-# near zero; a larger epsilon helps, as for TsqLoRA.
-CUT = {"gradient_accumulation_steps": 2, "adam_epsilon": 1e-4, "save_strategy": "steps", "save_steps": 9}
-
-
-@pytest.fixture(scope="module")
-def cut_alone(tiny_llama, data_dir, tmp_path_factory):
-    out = tmp_path_factory.mktemp("cut") / "out"
-    train(svd_settings(tiny_llama, data_dir, out, per_device_train_batch_size=4, **CUT))
-    return out
-
-
-def products(out):
-    """The update of every module: components of nearly equal singular values may come in another mixture."""
-    tensors = load_file(out / "adapter_model.safetensors")
-    return {name: tensors[name.replace("lora_A", "lora_B")] @ a for name, a in tensors.items() if "lora_A" in name}
-
-
-@REPEATS
-@pytest.mark.parametrize("engine", [0, 2, 3, "fsdp2"])
-def test_a_cut_by_singular_values_is_the_same_on_every_engine(engine, cut_alone, tiny_llama, data_dir, tmp_path):
-    more, environment = engine_of(engine, tmp_path)
-    out = tmp_path / "out"
-    train_on_two(svd_settings(tiny_llama, data_dir, out, **CUT, **more), tmp_path / "logs", **environment)
-    assert (
-        load_plan(out / "adaptive_rank_plan.json").ranks() == load_plan(cut_alone / "adaptive_rank_plan.json").ranks()
-    )
-    found, expected = products(out), products(cut_alone)
-    for name, update in expected.items():
-        assert (found[name] - update).norm() < 1e-3 * update.norm(), name
-
-
-# Lambda of a new component starts at zero, and so do gradients of its factors.
-EXCHANGE = {**HARD, "adaptive_method": "elalora", "elalora_exchanged_ranks": 4, "adam_epsilon": 1e-4}
-
-
-@pytest.fixture(scope="module")
-def exchanged_alone(tiny_llama, data_dir, tmp_path_factory):
-    out = tmp_path_factory.mktemp("exchanged") / "out"
-    train(pruning_settings(tiny_llama, data_dir, out, per_device_train_batch_size=4, **EXCHANGE))
-    assert len(set(load_plan(out / "adaptive_rank_plan.json").ranks().values())) > 1
-    return out
-
-
-@REPEATS
-@pytest.mark.parametrize("engine", [0, 2, 3, "fsdp2"])
-def test_ranks_are_exchanged_alike_on_every_engine(engine, exchanged_alone, tiny_llama, data_dir, tmp_path):
-    more, environment = engine_of(engine, tmp_path)
-    given = pruning_settings(tiny_llama, data_dir, tmp_path / "out", **EXCHANGE, **more)
-    train_on_two(given, tmp_path / "logs", **environment)
-    check_same(tmp_path / "out", exchanged_alone, tolerance=1e-4)
 
 
 @REPEATS

@@ -12,7 +12,7 @@ def advice_of(start):
     """The part of a run on fixed ranks that tells of its rate."""
     log, plan = RunLog("uniform", 0.0), SimpleNamespace(scale=2.0, method="uniform")
     arguments = SimpleNamespace(
-        deepspeed=None, output_dir="unused", learning_rate=1e-4, optim="adamw_torch", should_save=True
+        deepspeed=None, output_dir="unused", learning_rate=1e-4, optim="adamw_torch", should_save=True, device="cpu"
     )
     trainer = SimpleNamespace(model=None, args=arguments, optimizer=SimpleNamespace(param_groups=[{"lr": 1e-4}]))
     run = BoundRun(RunRequest(3, start=start), SimpleNamespace(plan=plan, log=log), trainer, lambda: None)
@@ -23,7 +23,7 @@ def advice_of(start):
 
 
 def test_a_start_that_moves_more_than_lora_is_told_and_loras_own_is_not(caplog):
-    start = SimpleNamespace(kind="eva", copy_into=lambda model, scale: [0.5, 0.58, 0.6])
+    start = SimpleNamespace(kind="eva", copy_into=lambda model, scale, device: [0.5, 0.58, 0.6])
     with caplog.at_level(logging.INFO, "llamafactory.adaptive"):
         assert advice_of(start) == []
         assert (
