@@ -9,7 +9,7 @@ from llamafactory_adaptive.training.run_log import RunLog
 
 
 def advice_of(start):
-    """The part of a run on fixed ranks that tells of its rate."""
+    """What a run on fixed ranks tells of its rate."""
     log, plan = RunLog("uniform", 0.0), SimpleNamespace(scale=2.0, method="uniform")
     arguments = SimpleNamespace(
         deepspeed=None, output_dir="unused", learning_rate=1e-4, optim="adamw_torch", should_save=True, device="cpu"
@@ -17,8 +17,8 @@ def advice_of(start):
     trainer = SimpleNamespace(model=None, args=arguments, optimizer=SimpleNamespace(param_groups=[{"lr": 1e-4}]))
     run = BoundRun(RunRequest(3, start=start), SimpleNamespace(plan=plan, log=log), trainer, lambda: None)
     state = SimpleNamespace(global_step=0, max_steps=10)
-    (advice,) = (part for part in run._fixed_ranks(state, None, None) if isinstance(part, RateAdvice))
-    advice.announce(arguments, state)
+    for advice in (part for part in run._fixed_ranks(state, None, None) if isinstance(part, RateAdvice)):
+        advice.announce(arguments, state)
     return log.warnings
 
 
