@@ -142,16 +142,13 @@ def test_ranks_are_exchanged_alike_on_every_engine(stage, exchanged_alone, tiny_
     check_same(tmp_path / "out", exchanged_alone, tolerance=1e-4)
 
 
-def test_ddp_started_by_torchrun_finds_the_same_ranks_as_one_process_which_can_go_on_from_it(make, alone, tmp_path):
+def test_ddp_started_by_torchrun_finds_the_same_ranks_as_one_process(make, alone, tmp_path):
     import llamafactory.launcher as launcher
 
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(make(**SAVING)))
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(make()))
     original = Path(launcher.__file__).parent / "launcher.py"
     run(BIN / "torchrun", "--nproc-per-node", "2", "--master-port", "29541", original, tmp_path / "two.yaml")
     check_same(tmp_path / "out", alone)
-    resumed = checkpoint_of_step_5(tmp_path / "out", tmp_path / "again")
-    train(make(**resumed, per_device_train_batch_size=4))
-    check_same_end(tmp_path / "again", alone)
 
 
 @REPEATS
@@ -271,12 +268,14 @@ def alone_tsq(tiny_llama, data_dir, tmp_path_factory):
     return outs
 
 
-def test_two_processes_probe_what_one_does(make, tmp_path):
+def test_two_processes_probe_what_one_does_which_can_go_on_from_them(make, tmp_path):
     more = {"igu_importance": "integrated", "igu_probe_interval": 2, "gradient_accumulation_steps": 1}
-    alone = tmp_path / "alone"
-    train(make(**more, per_device_train_batch_size=4, output_dir=str(alone)))
-    train_on_two(make(**more), tmp_path / "logs")
+    alone, again, whole_batch = tmp_path / "alone", tmp_path / "again", {"per_device_train_batch_size": 4}
+    train(make(**more, **whole_batch, output_dir=str(alone)))
+    train_on_two(make(**more, **SAVING), tmp_path / "logs")
     check_same(tmp_path / "out", alone)
+    train(make(**more, **whole_batch, **checkpoint_of_step_5(tmp_path / "out", again)))
+    check_same_end(again, alone)
 
 
 @pytest.mark.repeats
