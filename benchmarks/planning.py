@@ -8,7 +8,7 @@ plan re-used, and the command ``plan``. CPU seconds are those of all processes: 
 
 Large models: by the shapes of their modules alone. The measurement's own hooks and sums run on one token a batch, with
 real tensors for all statistics; the weights are on the meta device. Bytes, host synchronisations per batch and Python
-time per module are measured so; what a forward pass of the real model takes is arithmetic.
+time per module (of the CPU) are measured so; what a forward pass of the real model takes is arithmetic.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import record
 
@@ -126,19 +126,27 @@ def summary(rounds: list[dict]) -> dict[str, Any]:
 # -- statistics of large models ---------------------------------------------------------------------------------------
 
 
-def modules_of(layers: int, hidden: int, kv: int, q: int, wide: int, experts: int) -> Iterator[tuple[str, int, int]]:
-    """Names and sizes of the target modules, in the order in which a forward pass runs them."""
+class Target(NamedTuple):
+    """A target module: its size, and the input that it shares with others."""
+
+    name: str
+    columns: int
+    rows: int
+    reads: str
+
+
+def targets_of(layers: int, hidden: int, kv: int, q: int, wide: int, experts: int) -> Iterator[Target]:
+    """Yield the target modules in the order in which a forward pass runs them."""
     for layer in range(layers):
+        attention = f"model.layers.{layer}.self_attn."
         for name, rows in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
-            yield f"model.layers.{layer}.self_attn.{name}", hidden, rows
-        yield f"model.layers.{layer}.self_attn.o_proj", q, hidden
+            yield Target(f"{attention}{name}", hidden, rows, attention)
+        yield Target(f"{attention}o_proj", q, hidden, f"{attention}o_proj")
         for part in [f"experts.{number}." for number in range(experts)] or [""]:
-            for name, columns, rows in (
-                ("gate_proj", hidden, wide),
-                ("up_proj", hidden, wide),
-                ("down_proj", wide, hidden),
-            ):
-                yield f"model.layers.{layer}.mlp.{part}{name}", columns, rows
+            mlp = f"model.layers.{layer}.mlp.{part}"
+            yield Target(f"{mlp}gate_proj", hidden, wide, mlp)
+            yield Target(f"{mlp}up_proj", hidden, wide, mlp)
+            yield Target(f"{mlp}down_proj", wide, hidden, f"{mlp}down_proj")
 
 
 class Passed:
@@ -159,7 +167,7 @@ class Passed:
         self.syncs, self.mode = 0, Mode()
 
 
-def scored(sizes: list[tuple[str, int, int]], batches: int = 3) -> dict[str, float]:
+def scored(targets: list[Target], batches: int = 3) -> dict[str, float]:
     """Run the measurement over modules that have shapes alone, one token a batch."""
     import torch
     from torch import nn
@@ -174,38 +182,38 @@ def scored(sizes: list[tuple[str, int, int]], batches: int = 3) -> dict[str, flo
             return x
 
     with torch.device("meta"):
-        modules = {name: Shape(columns, rows, bias=False) for name, columns, rows in sizes}
+        modules = {target.name: Shape(target.columns, target.rows, bias=False) for target in targets}
     model = nn.ModuleList(modules.values())
-    inputs = {columns: torch.ones(1, 1, columns) for _, columns, _ in sizes}
+    ones = {target.columns: torch.ones(1, 1, target.columns) for target in targets}
     seconds: list[float] = []
     rows = make_batches([{"input_ids": [1], "labels": [1]}] * batches, 1, 0)
 
     def forward(_, batch):
-        began = time.perf_counter()
-        for module in modules.values():
-            module(inputs[module.in_features])
-        seconds.append(time.perf_counter() - began)
+        began, reads, x = time.thread_time(), "", ones[targets[0].columns]
+        for target in targets:
+            if target.reads != reads:  # modules with one input share its reduction
+                reads, x = target.reads, ones[target.columns].view(1, 1, -1)
+            modules[target.name](x)
+        seconds.append(time.thread_time() - began)
 
-    bare = time.perf_counter()
+    bare = time.thread_time()
     forward(model, None)
-    bare = time.perf_counter() - bare
+    bare = time.thread_time() - bare
     seconds.clear()
     statistics_of_modules = InputSecondMoments()(model, modules, rows, forward)
     return {
-        "modules": len(sizes),
         "bytes": sum(tensor.nbytes for tensor in statistics_of_modules.values()),
         "seconds_per_batch": statistics.median(seconds[1:]) - bare,
     }
 
 
-def syncs_per_batch(sizes: list[tuple[str, int, int]]) -> float:
+def syncs_per_batch(targets: list[Target]) -> float:
     """Host synchronisations that one more batch brings."""
-    few = sizes[:200]
     counts = []
     for batches in (1, 3):
         counter = Passed()
         with counter.mode:
-            scored(few, batches + 1)
+            scored(targets[:200], batches + 1)
         counts.append(counter.syncs)
     return (counts[1] - counts[0]) / 2
 
@@ -213,18 +221,21 @@ def syncs_per_batch(sizes: list[tuple[str, int, int]]) -> float:
 def large_models() -> dict[str, Any]:
     result = {}
     for name, (*shape, billions, active) in MODELS.items():
-        sizes = list(modules_of(*shape))
-        found = scored(sizes)
-        weights = sum(columns * rows for _, columns, rows in sizes)
+        targets = list(targets_of(*shape))
+        found = scored(targets)
+        weights = sum(target.columns * target.rows for target in targets)
+        inputs = sum({target.reads: target.columns for target in targets}.values()) * active / billions
         result[name] = {
-            "modules": found["modules"],
+            "modules": len(targets),
             "statistics_megabytes": round(found["bytes"] / 1e6, 1),
-            "syncs_per_batch": syncs_per_batch(sizes),
-            "python_microseconds_per_module_and_batch": round(found["seconds_per_batch"] / len(sizes) * 1e6, 1),
+            "syncs_per_batch": syncs_per_batch(targets),
+            "python_microseconds_per_module_and_batch": round(found["seconds_per_batch"] / len(targets) * 1e6, 1),
             "arithmetic": {
                 "base_gigabytes_bf16": round(2 * billions, 1),
                 "base_gigabytes_4bit": round(0.56 * billions, 1),  # 4 bits and scales; embeddings are not quantised
                 "gora_ranks_gigabytes_of_host_memory": round(4 * weights / 1e9, 1),
+                # 8 rows of 512 tokens in bf16; of the experts, those that a token goes to
+                "gigabytes_of_inputs_held_by_a_backward_pass": round(inputs * 8 * 512 * 2 / 1e9, 1),
                 "forward_petaflop_of_128_samples_of_512": round(2 * active * TOKENS / 1e6, 2),
                 "seconds_at_400_teraflop": round(2 * active * TOKENS / 1e6 / 0.4, 1),
             },
@@ -237,8 +248,8 @@ def linearity() -> dict[str, float]:
     """Python time per module and batch as modules grow in number."""
     figures = {}
     for count in MODULES_OF_LINEARITY:
-        sizes = [(f"m{number}", 1024, 1024) for number in range(count)]
-        figures[str(count)] = round(scored(sizes)["seconds_per_batch"] / count * 1e6, 1)
+        targets = [Target(f"m{number}", 1024, 1024, f"m{number}") for number in range(count)]
+        figures[str(count)] = round(scored(targets)["seconds_per_batch"] / count * 1e6, 1)
     print("microseconds per module and batch", figures, flush=True)
     return figures
 

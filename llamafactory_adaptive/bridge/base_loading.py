@@ -22,7 +22,7 @@ _steer: ContextVar[Steer | None] = ContextVar("adaptive_base_loading", default=N
 
 
 def steerable(auto_class: Any) -> Any:
-    """Derive an auto class whose ``from_pretrained`` goes through what :func:`steered` has set, if anything."""
+    """Build an auto class whose ``from_pretrained`` goes through what :func:`steered` has set, if anything."""
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         def load(**arguments: Any) -> Any:
@@ -38,7 +38,7 @@ def steerable(auto_class: Any) -> Any:
 
 @contextmanager
 def steered(steer: Steer) -> Iterator[None]:
-    """Have every base that the host loads within the context go through ``steer``."""
+    """Pass the load of every base that the host loads within the context to ``steer``."""
     token = _steer.set(steer)
     try:
         yield

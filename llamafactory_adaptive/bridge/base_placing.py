@@ -10,7 +10,7 @@ from typing import Any
 from llamafactory_adaptive.bridge.base_loading import with_arguments
 from llamafactory_adaptive.bridge.host_loading import Host
 from llamafactory_adaptive.config.placement import ONE_DEVICE, Placement, parse_max_memory
-from llamafactory_adaptive.errors import refuse
+from llamafactory_adaptive.errors import CalibrationError, refuse
 
 
 def visible_devices(placement: Placement) -> str | None:
@@ -36,6 +36,7 @@ def placed_base(placement: Placement, host: Host) -> Iterator[Any]:
     with _scratch(placement.offload_folder) as folder:
         with with_arguments(_arguments(placement, folder)):
             model = host.load_base()
+        _refuse_model_without_device(model, placement)
         yield model
 
 
@@ -43,6 +44,20 @@ def _arguments(placement: Placement, folder: str) -> dict[str, Any]:
     """Return the arguments of ``from_pretrained`` that have accelerate spread a model."""
     most = {} if placement.max_memory is None else {"max_memory": parse_max_memory(placement.max_memory)}
     return {"device_map": placement.device_map, "offload_folder": folder, **most}
+
+
+def _refuse_model_without_device(model: Any, placement: Placement) -> None:
+    """Refuse a base all of which lies on disk: no device has room for its largest layer, and nothing can compute.
+
+    Raises:
+        CalibrationError: that is so; the message says what to raise.
+    """
+    if getattr(model, "_hf_hook", None) is None and any(p.device.type == "meta" for p in model.parameters()):
+        most = placement.max_memory or "all that is free"
+        raise CalibrationError(
+            f"no device has room for a layer of the base within {most}: raise adaptive_calibration_max_memory, or use "
+            "a machine with more memory"
+        )
 
 
 @contextmanager

@@ -99,7 +99,7 @@ def open_host(settings: Args, purpose: str, less_memory: str = LESS_MEMORY) -> I
 
 @contextmanager
 def seeing_one_device() -> Iterator[None]:
-    """Have the host's parser count one GPU at most: without a launcher it refuses a machine with several.
+    """Restrict the host's parser to one GPU: without a launcher it refuses a machine with several.
 
     What it parses within the context trains nothing.
     """

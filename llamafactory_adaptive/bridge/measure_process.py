@@ -107,7 +107,7 @@ def _log() -> Path:
 
 @contextmanager
 def _printing_to(log: Path) -> Iterator[None]:
-    """Hold back what the host prints within the context; where something goes wrong, it is written to a log."""
+    """Keep what the host prints within the context; where something goes wrong, it is written to a log."""
     said, level = io.StringIO(), logging.root.manager.disable
     logging.disable(logging.INFO)
     try:

@@ -23,7 +23,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def weights_present(module: nn.Module) -> AbstractContextManager[None]:
-    """Hold the weights of a module on the device that it computes on within the context, also of one kept on disk."""
+    """Keep the weights of a module on the device that it computes on within the context, also of one kept on disk."""
     from accelerate.utils import align_module_device
 
     present: AbstractContextManager[None] = align_module_device(module)

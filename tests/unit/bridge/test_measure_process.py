@@ -1,6 +1,5 @@
 """The measuring process: what it is told and not told, what it loads, and what is said when it ends badly."""
 
-import dataclasses
 import json
 import os
 import sys
@@ -23,7 +22,6 @@ from llamafactory_adaptive.bridge.scoring_job import ScoringJob, scoring_setting
 from llamafactory_adaptive.bridge.target_shapes import target_shapes
 from llamafactory_adaptive.bridge.validation import parse_config
 from llamafactory_adaptive.calibration.input_moments import InputSecondMoments
-from llamafactory_adaptive.config.placement import Placement
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.files import digest_of
 from llamafactory_adaptive.methods.srlora import StableRanks
@@ -277,36 +275,3 @@ def test_memory_that_runs_out_while_scoring_names_the_key(job, monkeypatch):
     with pytest.raises(CalibrationError, match=r"lower adaptive_calibration_batch_size \(now 3\) or score in 4-bit"):
         run_measurement_job(job)
     assert not job.path.exists()
-
-
-def test_a_base_that_is_spread_over_memory_and_disk_gives_the_same_statistics(
-    job, checked, names, tiny_llama, data_dir, tmp_path, monkeypatch
-):
-    run_measurement_job(job)
-    PartialState._reset_state()
-    loaded, real = [], measure_process.input_device
-    monkeypatch.setattr(measure_process, "input_device", lambda model: loaded.append(model) or real(model))
-    where = {
-        "adaptive_calibration_max_memory": "cpu=60KiB",
-        "adaptive_calibration_offload_folder": str(tmp_path / "w"),
-    }
-    args = settings(tiny_llama, data_dir, tmp_path / "out", **where)
-    spread = ScoringJob.from_run(
-        CheckedRun(args, args, parse_config(args)), names, InputSecondMoments(), tmp_path / "spread"
-    )
-    run_measurement_job(spread)
-    assert set(map(str, loaded[0].hf_device_map.values())) == {"cpu", "disk"}
-    plain, found = load_file(job.path), load_file(spread.path)
-    assert plain.keys() == found.keys()
-    assert all(torch.equal(plain[name], found[name]) for name in plain)
-    assert os.listdir(tmp_path / "w") == []
-
-
-def test_it_sees_all_devices_unless_the_base_is_to_stay_on_one(checked, child, names, monkeypatch, tmp_path):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
-    for device_map, seen in (("auto", "3,1"), ("single", "3")):
-        config = dataclasses.replace(checked.config, placement=Placement(device_map=device_map))
-        run = dataclasses.replace(checked, config=config)
-        (folder := tmp_path / device_map).mkdir()
-        measure_process.measure_in_own_process(ScoringJob.from_run(run, names, InputSecondMoments(), folder / "x"))
-        assert child.environment["CUDA_VISIBLE_DEVICES"] == seen
