@@ -36,7 +36,8 @@ MODELS = {
     "Llama-3-405B": (126, 16384, 1024, 16384, 53248, 0, 405.9, 405.9),
     "128 experts x 48 layers": (48, 2048, 512, 4096, 768, 128, 30.5, 3.3),
 }
-MODULES_OF_LINEARITY = (5_000, 10_000, 25_000, 50_000)
+MODULES_OF_LINEARITY = (5_000, 20_000, 50_000)
+EXPERTS_OF_A_TOKEN = 8
 TOKENS = 128 * 512  # of the default calibration, at most
 
 
@@ -224,7 +225,8 @@ def large_models() -> dict[str, Any]:
         targets = list(targets_of(*shape))
         found = scored(targets)
         weights = sum(target.columns * target.rows for target in targets)
-        inputs = sum({target.reads: target.columns for target in targets}.values()) * active / billions
+        shares = {target.reads: target.columns * (EXPERTS_OF_A_TOKEN / 128 if ".experts." in target.name else 1)
+                  for target in targets}  # fmt: skip
         result[name] = {
             "modules": len(targets),
             "statistics_megabytes": round(found["bytes"] / 1e6, 1),
@@ -234,8 +236,8 @@ def large_models() -> dict[str, Any]:
                 "base_gigabytes_bf16": round(2 * billions, 1),
                 "base_gigabytes_4bit": round(0.56 * billions, 1),  # 4 bits and scales; embeddings are not quantised
                 "gora_ranks_gigabytes_of_host_memory": round(4 * weights / 1e9, 1),
-                # 8 rows of 512 tokens in bf16; of the experts, those that a token goes to
-                "gigabytes_of_inputs_held_by_a_backward_pass": round(inputs * 8 * 512 * 2 / 1e9, 1),
+                # 8 rows of 512 tokens in bf16
+                "gigabytes_of_inputs_held_by_a_backward_pass": round(sum(shares.values()) * 8 * 512 * 2 / 1e9, 1),
                 "forward_petaflop_of_128_samples_of_512": round(2 * active * TOKENS / 1e6, 2),
                 "seconds_at_400_teraflop": round(2 * active * TOKENS / 1e6 / 0.4, 1),
             },

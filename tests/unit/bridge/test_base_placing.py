@@ -7,10 +7,12 @@ import pytest
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from llamafactory_adaptive.bridge import measure_process
 from llamafactory_adaptive.bridge.base_placing import visible_devices
 from llamafactory_adaptive.bridge.checked_run import CheckedRun
+from llamafactory_adaptive.bridge.host_loading import seeing_one_device
 from llamafactory_adaptive.bridge.measure_process import run_measurement_job
 from llamafactory_adaptive.bridge.scoring_job import ScoringJob
 from llamafactory_adaptive.bridge.target_shapes import target_shapes
@@ -58,6 +60,15 @@ def test_a_folder_that_cannot_be_written_is_refused_with_its_key(job, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(AdaptiveConfigError, match="adaptive_calibration_offload_folder"):
         run_measurement_job(job(offload_folder=str(tmp_path / "file")))
+
+
+def test_the_hosts_parser_counts_one_gpu_where_there_are_more(tmp_path):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    arguments._n_gpu = 4
+    with seeing_one_device():
+        assert arguments.n_gpu == 1
+    assert arguments.n_gpu == 4
+    PartialState._reset_state()
 
 
 @pytest.mark.parametrize(
