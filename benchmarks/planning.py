@@ -1,6 +1,6 @@
 """What planning before training costs: the start of a run over the host's own, and statistics of large models.
 
-Run: ``python benchmarks/planning.py [--data FOLDER] [--samples 32] [--repeats 2] [--model FOLDER]``.
+Run: ``python benchmarks/planning.py [--data FOLDER] [--samples 32] [--repeats 2] [--model FOLDER] [--only PART]``.
 
 Start: seconds from the command to the beginning of training, SmolLM2-135M by default, each in a process of its own, in
 turns, as ratios over plain LoRA of the same round: planned in the training process, in a process of its own, with the
@@ -38,6 +38,7 @@ MODELS = {
 }
 MODULES_OF_LINEARITY = (5_000, 20_000, 50_000)
 EXPERTS_OF_A_TOKEN = 8
+PER_MODULE = "python_microseconds_per_module_and_batch"
 TOKENS = 128 * 512  # of the default calibration, at most
 
 
@@ -99,7 +100,7 @@ def one_round(number: int, arguments: argparse.Namespace, model: Path, folder: P
         args = settings(kind, model, folder, name, arguments.samples, output)
         config = output.with_suffix(".yaml")
         config.write_text(json.dumps(args))
-        command = [sys.executable, __file__, "--start", str(config)]
+        command = [sys.executable, __file__, "--begin", str(config)]
         if kind == "plan":
             command = [sys.executable, "-m", "llamafactory_adaptive.cli", "plan", str(config), "--out", str(output)]
         figures[kind] = timed(command, cache)
@@ -231,7 +232,7 @@ def large_models() -> dict[str, Any]:
             "modules": len(targets),
             "statistics_megabytes": round(found["bytes"] / 1e6, 1),
             "syncs_per_batch": syncs_per_batch(targets),
-            "python_microseconds_per_module_and_batch": round(found["seconds_per_batch"] / len(targets) * 1e6, 1),
+            PER_MODULE: round(found["seconds_per_batch"] / len(targets) * 1e6, 1),
             "arithmetic": {
                 "base_gigabytes_bf16": round(2 * billions, 1),
                 "base_gigabytes_4bit": round(0.56 * billions, 1),  # 4 bits and scales; embeddings are not quantised
@@ -256,32 +257,39 @@ def linearity() -> dict[str, float]:
     return figures
 
 
+def begun(arguments: argparse.Namespace) -> dict[str, Any]:
+    model = arguments.model or record.smollm2()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, name = record.dataset_folder(arguments.data, Path(scratch) / "data")
+        rounds = [one_round(n, arguments, model, folder, name, Path(scratch)) for n in range(arguments.repeats)]
+    result = summary(rounds)
+    added = result["here"]["seconds_beyond_calibration"]
+    print(
+        f"beyond the calibration pass {added} s, goal {GOAL_SECONDS}: {'met' if added <= GOAL_SECONDS else 'MISSED'}"
+    )
+    return {"model": model.name, "data": name, "samples": arguments.samples, "repeats": arguments.repeats,
+            "goal_seconds_beyond_calibration": GOAL_SECONDS, **result, "rounds": rounds}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="folder with gsm8k/train.jsonl (default: generated word problems)")
     parser.add_argument("--model", type=Path, help="a folder with a model (default: SmolLM2-135M)")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=("start", "large"), help="one part; the other stays as it is recorded")
+    parser.add_argument("--begin", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.start:
-        return start(json.loads(arguments.start.read_text()))
-    sizes, per_module = large_models(), linearity()
-    model = arguments.model or record.smollm2()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder, name = record.dataset_folder(arguments.data, Path(scratch) / "data")
-        rounds = [one_round(n, arguments, model, folder, name, Path(scratch)) for n in range(arguments.repeats)]
-    begun = summary(rounds)
-    added = begun["here"]["seconds_beyond_calibration"]
-    print(
-        f"beyond the calibration pass {added} s, goal {GOAL_SECONDS}: {'met' if added <= GOAL_SECONDS else 'MISSED'}"
-    )
-    path = record.write_result("planning", {
-        "model": model.name, "data": name, "samples": arguments.samples, "repeats": arguments.repeats,
-        "start": begun, "goal_seconds_beyond_calibration": GOAL_SECONDS, "rounds": rounds,
-        "large_models": sizes, "python_microseconds_per_module_and_batch": per_module,
-    })  # fmt: skip
-    print(f"written to {path}")
+    if arguments.begin:
+        return start(json.loads(arguments.begin.read_text()))
+    recorded = record.RESULTS / "planning.json"
+    parts = json.loads(recorded.read_text()) if arguments.only and recorded.exists() else {}
+    parts = {name: parts[name] for name in ("start", "large_models", PER_MODULE) if name in parts}
+    if arguments.only != "start":
+        parts |= {"large_models": large_models(), PER_MODULE: linearity()}
+    if arguments.only != "large":
+        parts["start"] = begun(arguments)
+    print(f"written to {record.write_result('planning', parts)}")
 
 
 if __name__ == "__main__":
