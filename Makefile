@@ -132,6 +132,7 @@ lint: $(STAMP)
 
 bench: $(DEMO)
 	$(BIN)/python benchmarks/calibration.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python benchmarks/planning.py $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/recomputation.py $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/overhead.py $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/engines.py $(if $(DATA),--data $(DATA))

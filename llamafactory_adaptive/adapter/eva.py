@@ -74,7 +74,7 @@ class InputDirections:
                 _config(ranks, self.rank),
                 forward_fn=_limited(run, max(_MOST_PASSES * len(used), _MOST_BATCHES)),
                 prepare_model_inputs_fn=lambda batch, _: _counted_tokens(batch),
-                prepare_layer_inputs_fn=lambda inputs, counted, _: inputs[0][counted],
+                prepare_layer_inputs_fn=lambda inputs, counted, _: inputs[0][counted.to(inputs[0].device)],
                 gather_distributed_inputs=False,
             )
         # Modules with the same input share one tensor in what PEFT returns.

@@ -13,6 +13,7 @@ from llamafactory_adaptive.adapter.lora import keep_4bit_unpacked_on_cpu
 from llamafactory_adaptive.api.settings import chosen_method, provenance, python_errors
 from llamafactory_adaptive.api.targets import find_targets
 from llamafactory_adaptive.calibration.batches import Batch, count_tokens, make_batches
+from llamafactory_adaptive.calibration.devices import input_device
 from llamafactory_adaptive.calibration.measurement import Forward, needs_rows
 from llamafactory_adaptive.errors import CalibrationError, refuse
 from llamafactory_adaptive.files import digest_of
@@ -143,7 +144,7 @@ def score_modules(
     _check_batches(batches, needed=needs_rows(measurement))
     if measurement is not None:
         keep_4bit_unpacked_on_cpu(model)
-        device = next(model.parameters()).device
+        device = input_device(model)
         there = [batch.to(device) for batch in batches]
         try:
             with python_errors(method):

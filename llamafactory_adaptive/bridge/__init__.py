@@ -5,7 +5,9 @@
 * ``validation``, ``host_texts``, ``host_check``: the validated configuration from that mapping, every problem at once.
 * ``checked_run``: the settings of a run, read and validated once per process.
 * ``target_shapes``, ``fingerprint``: the target modules, and what identifies model and data; no weights are read.
-* ``scoring_job``, ``measure_process``, ``child``: the process of its own in which a model is scored.
+* ``scoring_job``, ``measure_process``, ``child``: a model scored in a process of its own, or where it trains.
+* ``base_loading``, ``loaded_base``, ``random_state``: the base that was scored, handed to the host's load as it was.
+* ``base_placing``: the base spread over devices in a process of its own.
 * ``host_run``, ``plans``, ``resuming``: a run as planning reads it, its one plan, the checkpoint it resumes from.
 * ``training_run``: one training run: plan its ranks before it, verify the result after it.
 * ``launch``: launcher, exit codes, the end of a process.

@@ -22,6 +22,7 @@ from llamafactory_adaptive.bridge.arguments import (
 from llamafactory_adaptive.bridge.scoring_job import scoring_settings
 from llamafactory_adaptive.bridge.validation import names_not_in_info
 from llamafactory_adaptive.calibration.batches import make_batches
+from llamafactory_adaptive.calibration.devices import input_device
 from llamafactory_adaptive.config.run_config import CalibrationConfig
 from llamafactory_adaptive.errors import CalibrationError, Problem, refuse, refuse_all
 from llamafactory_adaptive.files import replacing
@@ -186,7 +187,7 @@ def run_held_out_job(job: HeldOutJob) -> None:
 
     model, rows, pad_id = measure_process.load(job.settings, job, job.part)
     keep_4bit_unpacked_on_cpu(model)
-    device = next(model.parameters()).device
+    device = input_device(model)
     batches = [batch.to(device) for batch in make_batches(rows, job.calibration.batch_size, pad_id)]
     layers, factors = _placed(job, model)
     by_cut = []
@@ -231,6 +232,6 @@ def _placed(job: HeldOutJob, model: Any) -> tuple[dict[str, Any], dict[str, tupl
                     f"{'missing' if layer is None else 'x'.join(map(str, sizes))} in "
                     f"{job.settings['model_name_or_path']}"
                 )
-            device = next(layer.parameters()).device
+            device = input_device(layer)
             layers[name], factors[name] = layer, (a.to(device), b.to(device))
     return layers, factors

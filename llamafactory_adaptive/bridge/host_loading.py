@@ -1,5 +1,6 @@
 """What the host loads for a run's settings: tokenizer, rows and base model, outside of its training function."""
 
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ from llamafactory_adaptive.errors import CalibrationError
 
 T = TypeVar("T")
 LESS_MEMORY = (
-    "score the base in 4-bit (docs/how-to.md), lower adaptive_calibration_batch_size or cutoff_len, or use a machine "
+    "score the base in 4-bit (docs/how-to.md), lower adaptive_calibration_batch_size or cutoff_len, leave "
+    "adaptive_calibration_device_map at auto, which spreads it over all GPUs, CPU memory and disk, or use a machine "
     "with more memory"
 )
 
@@ -66,14 +68,14 @@ class Host:
             template = get_template_and_fix_tokenizer(self.tokenizer, data)
             return pick(get_dataset(template, model, data, training, stage=stage, **self.modules))
 
-    def load_base(self) -> Any:
-        """Load the base model for inference, without an adapter."""
+    def load_base(self, is_trainable: bool = False) -> Any:
+        """Load the base model for inference, without an adapter; as for training where ``is_trainable``."""
         from llamafactory.model import load_model
 
         model, _, _, finetuning = self.arguments
         named = self.settings["model_name_or_path"]
         with as_calibration_error(f"the model {named} cannot be loaded for {self.purpose}", self.less_memory):
-            return load_model(self.tokenizer, model, finetuning, is_trainable=False)
+            return load_model(self.tokenizer, model, finetuning, is_trainable=is_trainable)
 
 
 @contextmanager
@@ -96,8 +98,24 @@ def open_host(settings: Args, purpose: str, less_memory: str = LESS_MEMORY) -> I
 
 
 @contextmanager
+def seeing_one_device() -> Iterator[None]:
+    """Restrict the host's parser to one GPU: without a launcher it refuses a machine with several.
+
+    What it parses within the context trains nothing.
+    """
+    from transformers import TrainingArguments
+
+    original = TrainingArguments.__dict__["n_gpu"]
+    TrainingArguments.n_gpu = property(lambda arguments: min(1, original.fget(arguments)))
+    try:
+        yield
+    finally:
+        TrainingArguments.n_gpu = original
+
+
+@contextmanager
 def as_calibration_error(what: str, less_memory: str = LESS_MEMORY) -> Iterator[None]:
-    """Convert whatever the host raises within the context to one line; print its traceback, which goes to the log.
+    """Convert whatever the host raises within the context to one line; print its traceback to where the log is made.
 
     Raises:
         CalibrationError: the host raised an error; the message gives ``what`` and the cause.
@@ -107,7 +125,7 @@ def as_calibration_error(what: str, less_memory: str = LESS_MEMORY) -> Iterator[
     except CalibrationError:
         raise
     except Exception as error:
-        traceback.print_exc()
+        traceback.print_exc(file=sys.stdout)
         memory = isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
         why = str(error).strip().splitlines()
         cause = f"memory ran out: {less_memory}" if memory else f"{type(error).__name__}: {why[0] if why else what}"

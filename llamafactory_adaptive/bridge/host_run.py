@@ -7,10 +7,12 @@ from typing import Any
 
 from llamafactory_adaptive.bridge import fingerprint, measure_process, target_shapes
 from llamafactory_adaptive.bridge.arguments import Args, our_keys, split_names
+from llamafactory_adaptive.bridge.base_loading import handover
 from llamafactory_adaptive.bridge.checked_run import CheckedRun
 from llamafactory_adaptive.bridge.scoring_job import ScoringJob
 from llamafactory_adaptive.calibration.measurement import Measurement
 from llamafactory_adaptive.errors import PlanError, refuse
+from llamafactory_adaptive.launcher import accelerate_starts, is_worker
 from llamafactory_adaptive.ranks.plan import ModuleShape
 from llamafactory_adaptive.training.checkpoint_files import damage, is_sealed
 
@@ -71,6 +73,29 @@ class LlamaFactoryRun:
         return our_keys(self.run.args)
 
     def measure(self, measurement: Measurement, path: Path) -> None:
-        """Run a measurement in a process of its own, which writes the statistics to ``path``."""
+        """Run a measurement, which writes the statistics to ``path``: where this process trains in it, if it can."""
         job = ScoringJob.from_run(self.run, [shape.name for shape in self.shapes], measurement, path)
-        measure_process.measure_in_own_process(job)
+        base = handover.get()
+        if base is not None and measures_here(self.run, str(self.provenance.get("architecture"))):
+            measure_process.measure_in_training_process(job, base)
+        else:
+            measure_process.measure_in_own_process(job)
+
+
+# Settings that change modules or weights of the base as it is loaded, or have it loaded by other code.
+_LOADED_OTHERWISE = ("use_unsloth", "use_kt", "use_hyper_parallel", "mixture_of_depths", "train_from_scratch",
+                     "enable_liger_kernel", "shift_attn", "moe_aux_loss_coef", "resize_vocab", "add_tokens",
+                     "add_special_tokens", "new_special_tokens_config", "create_new_adapter",
+                     "infer_dtype")  # fmt: skip
+
+
+def measures_here(run: CheckedRun, architecture: str) -> bool:
+    """Tell whether a training process may measure its base: it trains alone, a text model that it loads unchanged."""
+    from llamafactory.extras.misc import use_ray
+
+    args = run.args
+    alone = not (is_worker() or use_ray() or accelerate_starts("FSDP") or accelerate_starts("DEEPSPEED"))
+    unchanged = not any(args.get(key) for key in _LOADED_OTHERWISE)
+    quantised = str(args.get("quantization_bit")) in ("None", "4") and args.get("quantization_method", "bnb") == "bnb"
+    text = architecture.endswith("ForCausalLM")
+    return alone and unchanged and quantised and text and not run.config.placement.asks_for_own_process

@@ -1,21 +1,34 @@
-"""Measurements in a process of their own: only there are the host's model and training rows loaded for scoring."""
+"""Measurements in a process of their own, or in the one that trains: the host's model and rows loaded for scoring."""
 
+import io
 import json
+import logging
 import os
 import random
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from llamafactory_adaptive.bridge.arguments import Args
+from llamafactory_adaptive.bridge.base_loading import BaseHandover
+from llamafactory_adaptive.bridge.base_placing import placed_base, visible_devices
 from llamafactory_adaptive.bridge.child import alone, last_words, run_child
-from llamafactory_adaptive.bridge.host_loading import LESS_MEMORY, open_host, rows_of
+from llamafactory_adaptive.bridge.host_loading import (
+    LESS_MEMORY,
+    Host,
+    as_calibration_error,
+    open_host,
+    rows_of,
+    seeing_one_device,
+)
 from llamafactory_adaptive.bridge.scoring_job import ScoringJob
 from llamafactory_adaptive.calibration.batches import count_tokens, holds_media, make_batches
+from llamafactory_adaptive.calibration.devices import input_device
 from llamafactory_adaptive.calibration.measurement import Measurement, needs_rows
 from llamafactory_adaptive.config.run_config import CalibrationConfig
 from llamafactory_adaptive.errors import CalibrationError
@@ -55,21 +68,58 @@ def measure_in_own_process(job: ScoringJob) -> None:
     Raises:
         CalibrationError: the measurement failed; the message is the child's own, or the last line that it printed.
     """
-    model = job.settings["model_name_or_path"]
+    tell(_announcement(job, "in a process of its own", "it loads the model once, then"))
+    run_job(job, visible_devices(job.config.placement))
+
+
+def measure_in_training_process(job: ScoringJob, handover: BaseHandover) -> None:
+    """Run a measurement on the base that this process trains afterwards, and leave no other trace of it.
+
+    Raises:
+        CalibrationError: the measurement failed.
+    """
+    tell(_announcement(job, "in this process, which trains it next", "it"))
+    with _random_state_kept(), _printing_to(_log()):
+        run_measurement_job(job, handover.opened)
+
+
+def _announcement(job: ScoringJob, where: str, it: str) -> str:
+    """Describe in one sentence what is about to be measured, and what that takes."""
+    model, rows = job.settings["model_name_or_path"], rows_of(job.settings)
     if job.start_rank is not None:
-        passes = "takes forward passes over them" if job.config.init == "eva" else "takes a backward pass over them"
-        tell(
-            f"computing what the factors start from (adaptive_init: {job.config.init}) on rows of "
-            f"{rows_of(job.settings)} in a process of its own; it loads {model} once, then {passes}"
-        )
-    elif needs_rows(_measurement(job)):
-        tell(
-            f"scoring {model} on rows of {rows_of(job.settings)} in a process of its own; it loads the model once, "
-            "then takes about as long as a forward pass over them"
-        )
-    else:
-        tell(f"scoring the weights of {model} in a process of its own, which loads the model once and reads no rows")
-    run_job(job)
+        passes = "forward passes over them" if job.config.init == "eva" else "a backward pass over them"
+        start = f"computing what the factors start from (adaptive_init: {job.config.init})"
+        return f"{start} on rows of {rows} {where}; {it} takes {passes}"
+    if needs_rows(_measurement(job)):
+        return f"scoring {model} on rows of {rows} {where}; {it} takes about as long as a forward pass over them"
+    return f"scoring the weights of {model} {where}; no rows are read"
+
+
+def _random_state_kept() -> AbstractContextManager[None]:
+    from llamafactory_adaptive.bridge.random_state import random_state_kept
+
+    return random_state_kept()
+
+
+def _log() -> Path:
+    return cache_folder() / "logs" / f"scoring-{os.getpid()}.log"
+
+
+@contextmanager
+def _printing_to(log: Path) -> Iterator[None]:
+    """Keep what the host prints within the context; where something goes wrong, it is written to a log."""
+    said, level = io.StringIO(), logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        with redirect_stdout(said):
+            yield
+    except CalibrationError as error:
+        with suppress(OSError):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text(said.getvalue(), encoding="utf-8")
+        raise CalibrationError(f"{error} (the whole log: {log})") from error
+    finally:
+        logging.disable(level)
 
 
 def _measurement(job: ScoringJob) -> Measurement:
@@ -83,8 +133,12 @@ def _measurement(job: ScoringJob) -> Measurement:
     return measurement
 
 
-def run_job(job: Job) -> None:
+def run_job(job: Job, devices: str | None = None) -> None:
     """Run a job in a fresh single process, which writes its result to the job's path.
+
+    Args:
+        job: what is to be done.
+        devices: the devices that it sees, as ``CUDA_VISIBLE_DEVICES`` names them; None for the first of this process.
 
     Raises:
         CalibrationError: as :func:`measure_in_own_process`.
@@ -92,8 +146,8 @@ def run_job(job: Job) -> None:
     assert not any(job.path.parent.iterdir())
     answer = job.path.with_name("answer.json")
     command = [sys.executable, "-m", "llamafactory_adaptive.cli", "measure", str(answer)]
-    log = cache_folder() / "logs" / f"scoring-{os.getpid()}.log"
-    code, said = run_child(command, alone(), log, json.dumps(job.to_json(), default=str))
+    log = _log()
+    code, said = run_child(command, alone(devices), log, json.dumps(job.to_json(), default=str))
     message = read_mapping(answer, "the scoring process's answer")["error"] if answer.exists() else None
     if code == 0:
         log.unlink(missing_ok=True)
@@ -112,29 +166,58 @@ def _last_words(code: int, said: str) -> str:
     return f"the scoring process {how}{words}"
 
 
-def run_measurement_job(job: ScoringJob) -> None:
+# Opens the base that a host's settings name, for a measurement.
+Opened = Callable[[Host], AbstractContextManager[Any]]
+
+
+def run_measurement_job(job: ScoringJob, opened: Opened | None = None) -> None:
     """Load the model, and rows where they are needed, measure, and write the statistics atomically.
 
-    This is the work of the scoring process.
+    Args:
+        job: what is measured.
+        opened: opens the base in a process that goes on after it; None in the scoring process, whose work this is.
     """
+    less_memory = LESS_MEMORY if opened is None else _LESS_MEMORY_HERE
+    devices = seeing_one_device() if opened is None else nullcontext()
+    with devices, open_host(job.settings, "scoring", less_memory) as host:
+        rows = _rows_of_job(job, host)
+        what = f"{job.settings['model_name_or_path']} cannot be scored"
+        base = opened(host) if opened else placed_base(job.config.placement, host)
+        with base as model, as_calibration_error(what, less_memory):
+            _measure(job, model, rows, host.tokenizer.pad_token_id or 0)
+
+
+_LESS_MEMORY_HERE = (
+    "lower adaptive_calibration_batch_size or cutoff_len, train in 4-bit (quantization_bit: 4), or set "
+    "adaptive_calibration_process: own, which spreads the base over all GPUs, CPU memory and disk"
+)
+
+
+def _rows_of_job(job: ScoringJob, host: Host) -> list[dict[str, list[int]]]:
+    if not needs_rows(_measurement(job)):
+        return []
+    return host.read_rows(lambda data: _draw_rows(data["train_dataset"], job.config, host.streaming))
+
+
+def _measure(job: ScoringJob, model: Any, rows: list[dict[str, list[int]]], pad_id: int) -> None:
     import torch
     from safetensors.torch import save_file
 
     from llamafactory_adaptive.adapter.lora import keep_4bit_unpacked_on_cpu
 
-    config, measurement = job.config, _measurement(job)
-    model, rows, pad_id = load(job.settings, config) if needs_rows(measurement) else (_load_base(job.settings), [], 0)
     keep_4bit_unpacked_on_cpu(model)
-    device = next(model.parameters()).device
-    batches = [batch.to(device) for batch in make_batches(rows, config.calibration.batch_size, pad_id)]
+    device = input_device(model)
+    batches = [batch.to(device) for batch in make_batches(rows, job.config.calibration.batch_size, pad_id)]
     started = time.perf_counter()
     modules = {name: model.get_submodule(name) for name in job.modules}
     try:
-        tensors = measurement(model, modules, batches)
+        tensors = _measurement(job)(model, modules, batches)
     except torch.OutOfMemoryError as error:
         raise CalibrationError(
             "out of memory while scoring: lower adaptive_calibration_batch_size (now "
-            f"{config.calibration.batch_size}) or score in 4-bit (docs/how-to.md)"
+            f"{job.config.calibration.batch_size}) or score in 4-bit, or set adaptive_calibration_process: own with "
+            "adaptive_calibration_device_map: auto, to spread the base over all GPUs, CPU memory and disk "
+            "(docs/how-to.md)"
         ) from error
     facts = {
         "seconds": f"{time.perf_counter() - started:.3f}",
@@ -151,11 +234,6 @@ def load(settings: Args, config: RowDraw, part: str = "train_dataset") -> tuple[
     with open_host(settings, "scoring") as host:
         rows = host.read_rows(lambda data: _draw_rows(data[part], config, host.streaming))
         return host.load_base(), rows, host.tokenizer.pad_token_id or 0
-
-
-def _load_base(settings: Args) -> Any:
-    with open_host(settings, "scoring") as host:
-        return host.load_base()
 
 
 def _draw_rows(dataset: Any, config: RowDraw, streaming: bool) -> list[dict[str, list[int]]]:

@@ -55,6 +55,12 @@ def _lora_config(original: Any) -> Any:
     return inject_ranks(original)
 
 
+def _auto_model(original: Any) -> Any:
+    from llamafactory_adaptive.bridge.base_loading import steerable
+
+    return steerable(original)
+
+
 def _trainer(original: Any) -> Any:
     from llamafactory_adaptive.training.trainer import adaptive_trainer
 
@@ -105,6 +111,10 @@ SEAMS = (
     Seam("llamafactory.hparams.parser", "_INFER_ARGS", _argument_list_fits, _with_adaptive_arguments),
     Seam("llamafactory.hparams.parser", "_EVAL_ARGS", _argument_list_fits, _with_adaptive_arguments),
     Seam("llamafactory.model.adapter", "LoraConfig", lambda cls: cls.__name__ == "LoraConfig", _lora_config),
+    *(
+        Seam("llamafactory.model.loader", name, lambda cls: hasattr(cls, "from_pretrained"), _auto_model)
+        for name in ("AutoModelForCausalLM", "AutoModelForImageTextToText")
+    ),
     *(
         Seam(f"llamafactory.train.{stage}.trainer", name, lambda cls: isinstance(cls, type), _trainer)
         for stage, name in _TRAINERS.items()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamafactory_adaptive.bridge.arguments import Args, asks_for_adaptive, our_keys, run_seed
+from llamafactory_adaptive.bridge.base_loading import BaseHandover
 from llamafactory_adaptive.bridge.checked_run import CheckedRun, checked_run
 from llamafactory_adaptive.bridge.resuming import (
     checkpoint_to_resume,
@@ -66,7 +67,7 @@ def adaptive_training_function(
             if local_rank() == 0:
                 logger.warning("do_train is not set, so no ranks are planned and nothing is trained")
             return original(config)  # evaluation of an existing adapter: nothing to allocate
-        with lock_output_folder(Path(str(checked.args["output_dir"]))):
+        with lock_output_folder(Path(str(checked.args["output_dir"]))), BaseHandover().offered():
             return _train(original, config, checked)
 
     return run

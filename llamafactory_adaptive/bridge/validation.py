@@ -30,6 +30,7 @@ from llamafactory_adaptive.config.key_checks import (
     check_without_plan,
     unknown_key_problems,
 )
+from llamafactory_adaptive.config.placement import check_placement
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.errors import PlanError, Problem, refuse_all
 from llamafactory_adaptive.files import read_mapping
@@ -66,7 +67,7 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
         options, faults = check_fields(get_method(method).Options, f"{method}_", args)
         problems += faults + _foreign_options(args, method)
     lora_rank, lora_alpha, max_rank, faults = check_budget(args, common)
-    problems += faults
+    problems += faults + check_placement(common)
     search: SearchConfig | None = None
     given: GivenRanksConfig | None = None
     if common["adaptive_method"] in methods():

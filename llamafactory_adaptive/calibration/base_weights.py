@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llamafactory_adaptive.calibration.devices import weights_present
+
 
 _ROWS = 1024  # unit vectors that pass through a quantised module at once
 _BLOCK, _MOST_ROUNDS, _PRECISION = 8, 200, 1e-7
@@ -17,13 +19,14 @@ def dense_weight(module: nn.Module) -> Tensor:
     A quantised weight is read off the outputs for unit vectors: whatever its format, that is what the module computes.
     """
     linear: Any = module
-    weight: Tensor = linear.weight
-    shape = (linear.out_features, linear.in_features)
-    if weight.is_floating_point() and tuple(weight.shape) == shape:
-        return weight.detach()
-    unit = torch.eye(linear.in_features, device=weight.device)
-    columns = torch.cat([linear(rows) for rows in torch.split(unit, _ROWS)])
-    return (columns if linear.bias is None else columns - linear.bias).T
+    with weights_present(module):
+        weight: Tensor = linear.weight
+        shape = (linear.out_features, linear.in_features)
+        if weight.is_floating_point() and tuple(weight.shape) == shape:
+            return weight.detach()
+        unit = torch.eye(linear.in_features, device=weight.device)
+        columns = torch.cat([linear(rows) for rows in torch.split(unit, _ROWS)])
+        return (columns if linear.bias is None else columns - linear.bias).T
 
 
 @torch.no_grad()

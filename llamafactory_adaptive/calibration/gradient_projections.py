@@ -55,11 +55,10 @@ class GradientProjections:
         tokens = sum(int((batch.labels[:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
         if tokens == 0:
             raise CalibrationError("no calibration token takes a loss, so adaptive_init: gora has no gradient to use")
-        device = batches[0].input_ids.device
-        rows = {name: drawn.to(device) for name, drawn in self._draw(modules).items()}
-        sums: dict[str, Tensor] = {}
+        rows, sums = self._draw(modules), dict[str, Tensor]()
 
         def take(name: str, x: Tensor, gradient: Tensor) -> None:
+            rows[name] = rows[name].to(x.device)  # modules may lie on several devices
             added = (x.flatten(0, -2) @ rows[name].T).T @ gradient.flatten(0, -2)
             sums[name] = sums[name].add_(added) if name in sums else added
 

@@ -216,7 +216,7 @@ def back_propagate(model: nn.Module, batch: Batch, forward: Forward) -> None:
     logits: Any = getattr(output, "logits", output)
     loss = functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(),
-        batch.labels[:, 1:].flatten(),
+        batch.labels[:, 1:].flatten().to(logits.device),
         ignore_index=IGNORE_INDEX,
         reduction="sum",
     )

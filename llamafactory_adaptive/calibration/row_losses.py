@@ -20,9 +20,10 @@ def row_losses(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
     pairs = []
     with evaluating(model), torch.no_grad():
         for batch in batches:
-            logits = decoder_forward(model, batch).logits
+            logits = decoder_forward(model, batch).logits[:, :-1]
+            labels_BT = batch.labels[:, 1:].to(logits.device)
             # Row by row: logits of a whole batch in fp32 would take as much memory again as the model's own.
-            pairs += [_loss(row, labels) for row, labels in zip(logits[:, :-1], batch.labels[:, 1:], strict=True)]
+            pairs += [_loss(row, labels) for row, labels in zip(logits, labels_BT, strict=True)]
     return torch.tensor(pairs, dtype=torch.float64)
 
 

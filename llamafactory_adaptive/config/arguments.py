@@ -108,6 +108,28 @@ class AdaptiveArguments:
     adaptive_calibration_seed: int | None = option(
         None, "Seed of the calibration draw and of the random method (default: the run's seed).", low=0
     )
+    adaptive_calibration_process: str = option(
+        "auto",
+        "Process that measures the base: auto takes the training process where it trains alone on one device, so that "
+        "the base is loaded once, and otherwise a process of its own; own always takes that, which loads the base a "
+        "second time and leaves nothing behind. The ranks are the same.",
+        choices=("auto", "own"),
+    )
+    adaptive_calibration_device_map: str = option(
+        "auto",
+        "How a process of its own spreads the base, as accelerate's device_map: auto and balanced over all visible "
+        "GPUs, then CPU memory, then disk; balanced_low_0 leaves room on the first GPU; sequential fills one after "
+        "the other; single loads it onto one device, as the host does.",
+        choices=("auto", "balanced", "balanced_low_0", "sequential", "single"),
+    )
+    adaptive_calibration_max_memory: str | None = option(
+        None,
+        "Most memory that the spread base takes of each device, as in 0=20GiB,1=20GiB,cpu=60GiB; what is left out "
+        "gets none (default: what is free).",
+    )
+    adaptive_calibration_offload_folder: str | None = option(
+        None, "Folder for weights of the spread base that fit into no memory (default: a scratch folder)."
+    )
 
 
 # Keys that only methods which score before training read.

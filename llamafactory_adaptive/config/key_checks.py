@@ -38,6 +38,10 @@ CALIBRATION_KEYS = (
     "adaptive_calibration_samples",
     "adaptive_calibration_batch_size",
     "adaptive_calibration_seed",
+    "adaptive_calibration_process",
+    "adaptive_calibration_device_map",
+    "adaptive_calibration_max_memory",
+    "adaptive_calibration_offload_folder",
 )
 
 

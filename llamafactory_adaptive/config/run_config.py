@@ -1,9 +1,10 @@
 """The validated configuration of a run. Standard library only."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from llamafactory_adaptive.config.placement import Placement
 from llamafactory_adaptive.ranks.search_config import (
     ExchangeConfig,
     GivenRanksConfig,
@@ -46,6 +47,7 @@ class AdaptiveConfig:
             or all of a ``type`` or a ``layer`` have one.
         init: what the factors start from, ``default``, ``eva`` or ``gora``.
         init_gamma: size of the first update with ``gora``.
+        placement: the process and the devices that the base is measured on.
     """
 
     method: str
@@ -65,6 +67,7 @@ class AdaptiveConfig:
     granularity: str = "module"
     init: str = "default"
     init_gamma: float = 0.05
+    placement: Placement = field(default_factory=Placement)
 
     @classmethod
     def from_checked(
@@ -112,6 +115,7 @@ class AdaptiveConfig:
             granularity=common["adaptive_granularity"],
             init=common["adaptive_init"],
             init_gamma=common["adaptive_init_gamma"],
+            placement=Placement.from_checked(common),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -125,6 +129,7 @@ class AdaptiveConfig:
         parts = dict(values)
         strategy = parts.pop("strategy")
         parts["calibration"] = CalibrationConfig(**parts["calibration"])
+        parts["placement"] = Placement(**parts["placement"])
         parts["search"] = _SEARCHES[strategy](**parts["search"]) if strategy else None
         parts["given"] = GivenRanksConfig(**parts["given"]) if parts["given"] else None
         return cls(**parts)

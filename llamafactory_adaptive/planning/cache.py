@@ -75,7 +75,7 @@ class PlanRequest:
 
 
 # Settings that have no part in a computed plan: with a new one in it, no plan in a filled cache would be found.
-_NOT_ASKED = ("max_nonfinite_steps", "asked_alpha", "best_model_from", "given", "init", "init_gamma")
+_NOT_ASKED = ("max_nonfinite_steps", "asked_alpha", "best_model_from", "given", "init", "init_gamma", "placement")
 
 
 def statistics_path(request: PlanRequest, measurement: Measurement) -> Path:

@@ -179,6 +179,26 @@ def test_how_to_quotes_what_the_transforms_spend_and_how_they_agree():
                         f"{100 * chosen:.0f} % with the default")  # fmt: skip
 
 
+def test_how_to_quotes_what_scoring_takes_of_large_models():
+    page, planning = (ROOT / "docs" / "how-to.md").read_text(), RESULTS["planning"]
+    for model, figures in planning["large_models"].items():
+        counted, milliseconds = figures["arithmetic"], figures["python_microseconds_per_module_and_batch"] / 1000
+        cells = [
+            f"{figures['modules']:,}",
+            f"{figures['statistics_megabytes']:.0f} MB",
+            f"{figures['modules'] * milliseconds:.0f} ms",
+            f"{counted['forward_petaflop_of_128_samples_of_512']:.1f}",
+            f"{counted['base_gigabytes_bf16']:.0f} GB, {counted['base_gigabytes_4bit']:.0f} GB",
+            f"{counted['gigabytes_of_inputs_held_by_a_backward_pass']:.0f} GB",
+            f"{counted['gora_ranks_gigabytes_of_host_memory']:,.0f} GB",
+        ]
+        assert f"| {model} | {' | '.join(cells)} |" in page
+        assert figures["syncs_per_batch"] == 2
+    few, many = (planning["python_microseconds_per_module_and_batch"][count] for count in ("5000", "50000"))
+    assert says(page, f"{few:.0f} microseconds with 5,000 of them and {many:.0f} with 50,000")
+    assert many < 1.5 * few
+
+
 def test_footguns_quotes_what_floors_keep_of_the_kind_that_quality_starves():
     guard, page = RESULTS["diversity_guard"], (ROOT / "docs" / "footguns.md").read_text()
     rows = {floor: guard["results"][f"subset_ratio 0.3, min_cluster_share {floor}"] for floor in ("0", "0.5", "1")}

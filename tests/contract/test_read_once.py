@@ -63,9 +63,16 @@ def run(tiny_llama, data_dir, tmp_path, monkeypatch):
     logging.disable(logging.NOTSET)
 
 
-@pytest.mark.parametrize("command", ["plan", "train"])
-def test_a_command_reads_and_validates_its_settings_once(command, run, tmp_path):
-    assert run(command) == {"read": 1, "validated": 1, "scored": 1}
+OWN = {"adaptive_calibration_process": "own"}
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "scored"),
+    [("plan", {}, 1), ("train", OWN, 1), ("train", {}, 0)],
+    ids=["plan", "train", "train, scored in the same process"],
+)
+def test_a_command_reads_and_validates_its_settings_once(command, more, scored, run, tmp_path):
+    assert run(command, **more) == {"read": 1, "validated": 1, "scored": scored}
     assert json.loads((tmp_path / "out" / "adaptive_rank_plan.json").read_text())["lora_rank"] == 6
     texts = [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
     assert not texts, "tokens of a hub reach no file"
@@ -73,7 +80,7 @@ def test_a_command_reads_and_validates_its_settings_once(command, run, tmp_path)
 
 def test_a_second_run_in_the_same_process_reads_its_own_settings(run):
     run("plan")
-    assert run("train", seed=5) == {"read": 2, "validated": 2, "scored": 2}
+    assert run("train", seed=5, **OWN) == {"read": 2, "validated": 2, "scored": 2}
 
 
 REQUIRED = {"by_type": {"by_type_ranks": "q_proj:4"}}  # options without which a method cannot run

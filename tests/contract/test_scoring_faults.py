@@ -87,7 +87,7 @@ def test_a_data_set_that_cannot_be_read(text, entry, cause, tiny_llama, tmp_path
     (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "rows.json", **entry}}))
     said = refusal(tiny_llama, tmp_path, tmp_path / "out", dataset="mine")
     assert said.startswith(f"the data set mine cannot be read for scoring ({cause}")
-    assert "Traceback" in capsys.readouterr().err, "the whole story goes to the log"
+    assert "Traceback" in capsys.readouterr().out, "the whole story goes to the log"
 
 
 # -- the process itself -----------------------------------------------------------------------------------------------

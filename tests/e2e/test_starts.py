@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 def measured_here(monkeypatch, tmp_path):
     """Measure in this process, which has imported everything: only how long a run takes differs."""
 
-    def run_job(job):
+    def run_job(job, devices):
         measure_process.run_measurement_job(ScoringJob.from_json(json.loads(json.dumps(job.to_json()))))
         PartialState._reset_state()
 

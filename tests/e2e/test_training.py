@@ -180,10 +180,10 @@ def test_a_plan_edited_by_hand_is_trained_and_one_over_budget_is_not(tiny_llama,
 
 
 def test_statistics_are_measured_once_for_every_budget(tiny_llama, data_dir, tmp_path, monkeypatch):
-    from llamafactory_adaptive.bridge import measure_process
+    from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun
 
     train(settings(tiny_llama, data_dir, tmp_path / "a", seed=77))
-    monkeypatch.setattr(measure_process, "measure_in_own_process", lambda *a: pytest.fail("measured again"))
+    monkeypatch.setattr(LlamaFactoryRun, "measure", lambda *a: pytest.fail("measured again"))
     train(settings(tiny_llama, data_dir, tmp_path / "b", seed=77, lora_rank=6, sensitivity_energy=0.5))
     train(settings(tiny_llama, data_dir, tmp_path / "c", seed=77, adaptive_calibration_batch_size=1))
     plans = [load_plan(tmp_path / name / "adaptive_rank_plan.json") for name in "abc"]

@@ -75,18 +75,18 @@ def measure(checked, tmp_path):
     return lambda: run.measure(InputSecondMoments(), path)
 
 
-def test_it_is_no_worker_of_a_launcher_and_sees_one_device(child, measure, monkeypatch):
+def test_it_is_no_worker_of_a_launcher_and_sees_the_same_devices(child, measure, monkeypatch):
     told = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x",
             "FORCE_TORCHRUN": "1", "ACCELERATE_USE_DEEPSPEED": "true", "HF_HOME": "/models"}  # fmt: skip
     for key, value in told.items():
         monkeypatch.setenv(key, value)
-    for visible, first in (("3,1", "3"), ("", ""), (None, "0")):
+    for visible, seen in (("3,1", "3,1"), ("", ""), (None, "")):
         if visible is None:
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
         else:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         measure()
-        assert child.environment["CUDA_VISIBLE_DEVICES"] == first
+        assert child.environment["CUDA_VISIBLE_DEVICES"] == seen
     assert set(told) & set(child.environment) == {"HF_HOME"}
 
 
@@ -239,7 +239,7 @@ def test_a_measurement_of_weights_alone_draws_and_names_no_rows(child, tiny_llam
     run.measure(StableRanks(), path)
     [said] = told
     assert said.startswith(f"scoring the weights of {tiny_llama} in a process of its own")
-    assert said.endswith("and reads no rows")
+    assert said.endswith("; no rows are read")
     run_measurement_job(child.job)
     PartialState._reset_state()
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)

@@ -9,6 +9,7 @@ from peft.tuners.adalora.layer import SVDLinear
 from torch import nn
 
 from llamafactory_adaptive import rank_search
+from llamafactory_adaptive.config.placement import Placement
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.planning.compatibility import check_plan, check_same_scale, check_trained_plan
@@ -25,7 +26,8 @@ SHAPES = [ModuleShape(f"model.layers.{i}.mlp.up_proj", 16, 16) for i in range(2)
 SEARCH = PruningConfig(6, 0.1, 0.3, 2, None, 0)
 COMMON = {"adaptive_budget_unit": "params", "adaptive_min_rank": 1, "adaptive_plan": None,
           "adaptive_granularity": "module", "adaptive_max_nonfinite_steps": 3, "adaptive_init": "default",
-          "adaptive_init_gamma": 0.05,
+          "adaptive_init_gamma": 0.05, **{f"adaptive_calibration_{name}": value
+                                          for name, value in dataclasses.asdict(Placement()).items()},
           "adaptive_best_model_from": "final"}  # fmt: skip
 
 

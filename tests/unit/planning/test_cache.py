@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from llamafactory_adaptive.calibration.input_moments import InputSecondMoments
+from llamafactory_adaptive.config.placement import Placement
 from llamafactory_adaptive.config.run_config import AdaptiveConfig, CalibrationConfig
 from llamafactory_adaptive.errors import CalibrationError, OutputError
 from llamafactory_adaptive.files import usable_entry
@@ -75,7 +76,8 @@ def test_requests_that_measure_the_same_share_statistics_and_those_that_ask_the_
         return request.plan_path(), statistics_path(request, InputSecondMoments())
 
     plan, statistics = paths()
-    assert paths(max_nonfinite_steps=9) == (plan, statistics), "it changes no rank"
+    for change in ({"max_nonfinite_steps": 9}, {"placement": Placement("own", "sequential", "cpu=1GB", "x")}):
+        assert paths(**change) == (plan, statistics), "it changes no rank"
     for change in ({"lora_rank": 8}, {"calibration": dataclasses.replace(calibration, batch_size=4)}):
         other_plan, same_statistics = paths(**change)
         assert other_plan != plan
