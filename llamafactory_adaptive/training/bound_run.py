@@ -109,7 +109,7 @@ class BoundRun:
         return tuple(part for part in parts if part is not None)
 
     def _fixed_ranks(self, state: Any, dataloader: Any, resumed: Path | None) -> tuple[RunPart | None, ...]:
-        gradient_check = None if self.deepspeed else GradientCheck(self.log.counters)
+        gradient_check = None if self.deepspeed else GradientCheck(self.log.counters, self.trainer.model)
         selection = self._prepare_samples(state, dataloader, resumed)
         return gradient_check, selection, FixedRanks(self.guard, self.log, selection)
 

@@ -1,0 +1,92 @@
+"""Weights that are computed for all modules at once, against modules that compute their own."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.helpers.dynamic import batch, scatter, triplet_model
+
+
+MASKS = [[(index + module) % 3 != 0 for index in range(4)] for module in range(14)]
+
+
+def twins(**more):
+    """The same model twice; modules of the first compute their own weights, with autograd through their gates."""
+    pair = []
+    for shared in (False, True):
+        model, triplets, _ = triplet_model(**more)
+        scatter(triplets)
+        triplets.mask(MASKS)
+        if shared:
+            triplets.share_weights(model)
+        pair.append((model, triplets))
+    return pair
+
+
+def gradients(triplets):
+    return [p.grad for module in triplets.modules for p in module.parameters().values()]
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["whole graph", "reentrant", "not reentrant"])
+@pytest.mark.parametrize("initial_lambda", [0.1, None], ids=["lambda", "plain"])
+def test_gradients_are_those_of_autograd_over_micro_batches_at_several_positions(initial_lambda, checkpointing):
+    found = []
+    for model, triplets in twins(initial_lambda=initial_lambda):
+        model.train()
+        if checkpointing is not None:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        for micro_batch, position in enumerate((0.5, 1.0, 0.8)):
+            triplets.position.take(position)
+            model(**batch(micro_batch)).loss.backward()
+        triplets.settle_gradients()
+        found.append(gradients(triplets))
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*found, strict=True))
+    assert all(bool((value != 0).any()) for value in found[0])
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("initial_lambda", [0.1, None], ids=["lambda", "plain"])
+def test_outputs_are_bit_for_bit_those_of_modules_that_compute_their_own(initial_lambda, strength):
+    outputs = []
+    for model, triplets in twins(initial_lambda=initial_lambda):
+        triplets.position.strength = strength
+        triplets.position.leave()
+        with torch.no_grad():
+            outputs.append(model(**batch()).logits)
+    assert torch.equal(*outputs)
+
+
+def test_a_pass_sees_what_the_factors_are_now_however_it_begins():
+    _, (model, triplets) = twins()
+    inputs = batch()
+    entries = (model, model.base_model, model.get_base_model())
+    with torch.no_grad():
+        for number, entry in enumerate(entries):
+            triplets.modules[number].a.lambda_r.data.mul_(3.0)  # an edit that leaves no trace in the version of lambda
+            seen = entry(**inputs).logits
+            triplets.effective.forget()
+            assert torch.equal(seen, model(**inputs).logits)
+        layer = triplets.modules[0].a
+        layer.weight.data.mul_(2.0)
+        triplets.position.leave()
+        own = layer.weight * (layer.lambda_r * layer.mask_r)[:, None]
+        assert torch.equal(layer.effective_weight(), own), "by itself"
+
+
+def test_without_gates_the_layers_read_their_own_weights():
+    model, triplets, _ = triplet_model(initial_lambda=None)
+    triplets.share_weights(model)
+    model(**batch()).loss.backward()
+    assert all(module.a.effective_weight() is module.a.weight for module in triplets.modules)
+    before = copy.deepcopy(gradients(triplets))
+    triplets.settle_gradients()
+    assert all(torch.equal(a, b) for a, b in zip(before, gradients(triplets), strict=True))
+
+
+def test_ddp_leaves_lambda_to_the_search():
+    _, (model, triplets) = twins()
+    ignored = model._ddp_params_and_buffers_to_ignore
+    assert len(ignored) == len(triplets.modules)
+    assert ignored <= {name for name, _ in model.named_parameters()}
