@@ -62,7 +62,7 @@ class EffectiveWeights:
         _leave_to_us(model)
 
     def remask(self, masks: Sequence[Sequence[bool]]) -> None:
-        """Take over new masks, which the layers have already, and which ``masks`` holds as flags."""
+        """Read the layers' new masks, which ``masks`` holds as flags, too."""
         self.forget()
         for group in self.groups:
             everything = all(all(masks[place]) for place in group.places)

@@ -5,6 +5,9 @@ import copy
 import pytest
 import torch
 
+from llamafactory_adaptive.engines.engine import UnpartitionedEngine
+from llamafactory_adaptive.training.components import Components
+from llamafactory_adaptive.training.path_probe import Prober
 from tests.helpers.dynamic import batch, scatter, triplet_model
 
 
@@ -73,6 +76,16 @@ def test_a_pass_sees_what_the_factors_are_now_however_it_begins():
         triplets.position.leave()
         own = layer.weight * (layer.lambda_r * layer.mask_r)[:, None]
         assert torch.equal(layer.effective_weight(), own), "by itself"
+
+
+def test_extra_passes_find_the_same_gradients():
+    found = []
+    for model, triplets in twins():
+        prober = Prober(model, Components(triplets, UnpartitionedEngine()), seed=0)
+        prober.inputs = batch()
+        found.append([value for row in prober.gradients([(0.5, 1.0), (1.0, 0.5)]) for value in row])
+        assert all(module.q.grad is None for module in triplets.modules)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*found, strict=True))
 
 
 def test_without_gates_the_layers_read_their_own_weights():
