@@ -80,7 +80,7 @@ def measured(targets: int) -> dict[str, float]:
     model, again = base(targets), base(targets)
     plan = plan_of(model)
     look_names_up_once()
-    adapted = timed(seconds, "build", lambda: attach_adapter(model, plan))
+    adapted = timed(seconds, "build", lambda: attach_adapter(model, plan, "FEATURE_EXTRACTION"))
     timed(seconds, "check", lambda: check_live(adapted, plan))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

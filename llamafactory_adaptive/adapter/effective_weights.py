@@ -121,7 +121,7 @@ class EffectiveWeights:
         self.forget()  # the optimizer is about to change what they were computed from
 
 
-def _lambdas(group: _Group) -> list[nn.Parameter]:
+def _lambdas(group: _Group) -> list[Tensor]:
     return [layer.lambda_r for layer in group.layers if layer.lambda_r is not None]
 
 
@@ -136,4 +136,5 @@ def _leave_to_us(model: nn.Module) -> None:
     """Make DDP leave lambda alone: it has no gradient in a backward pass, and later an equal one on all processes."""
     ignored = {name for name, _ in model.named_parameters() if name.endswith(LAMBDA)}
     ignored |= set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
-    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    setter = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    setter(model, ignored)  # type: ignore[no-untyped-call]

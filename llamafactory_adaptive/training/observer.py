@@ -44,7 +44,7 @@ class Observer:
         self.seed, self.probe_budget = seed, ProbeBudget(max_overhead)
         self.position = components.triplets.position
         self.step = self.micro_batch = 0
-        self.stopwatch = Stopwatch(trainer.args.device)
+        self.stopwatch = Stopwatch(components.triplets.modules[0].a.mask_r.device)
         self.prober = Prober(trainer.model, components, seed) if method.traits.probes else None
         moment = method.traits.sample_moment
         self.moments = SampleMoments(live_factors(trainer.model), moment) if moment else None

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from llamafactory_adaptive.accelerator import Stopwatch
 from llamafactory_adaptive.adapter.lora import lora_config_arguments
 from llamafactory_adaptive.adapter.masked_lora import Triplets
 from llamafactory_adaptive.calibration import input_moments
@@ -78,6 +79,7 @@ class Run:
         trainer = SimpleNamespace(model=self.model, args=arguments, current_gradient_accumulation_steps=1)
         self.components, self.step = components, 0
         self.observer = Observer(self.method, components, trainer, Counters(), 0, None)
+        self.observer.stopwatch = Stopwatch(torch.device("cpu"))  # events need the device itself
 
     def forward(self):
         self.observer.begin(self.step, final=False)
