@@ -18,7 +18,7 @@ PROTOCOL   ?= $(if $(DATA),llm_adapters,lm_eval)
 REGIME     ?= data_limited
 KEEP       ?= demo_output/worth_it_$(REGIME)$(if $(DATA),_data)
 
-.PHONY: help install demo test test-all test-next mutants faults lint bench methods worth-it bench-report eval-install eval-test eval-bench eval-demo clean
+.PHONY: help install demo test test-all test-next mutants faults lint bench methods worth-it bench-report gpu-check eval-install eval-test eval-bench eval-demo clean
 
 help:
 	@echo "make demo     train, merge and ask SmolLM2-135M on generated data (CPU, about 5 minutes after downloads)"
@@ -36,6 +36,7 @@ help:
 	@echo "              more; the same command goes on after an end); REGIME=capacity_limited, boolq or arc; DATA=<folder>;"
 	@echo "              RECORD=1 puts the result into benchmarks/results"
 	@echo "make bench-report  what recorded runs of make worth-it found: figures made anew from the ledgers, and the pages that quote them"
+	@echo "make gpu-check  what only a GPU can prove: its tests, overhead, calibration, vLLM (10 minutes; one CUDA device)"
 	@echo "make install  the environment in $(VENV), with the start-up hook"
 	@echo "make eval-install  the evaluation environment in $(EVAL): vLLM and lm-evaluation-harness"
 	@echo "make eval-test     the harness's tests, those that need its environment too (5 to 9 minutes)"
@@ -149,6 +150,9 @@ worth-it: $(DEMO)
 
 bench-report: $(STAMP)
 	$(BIN)/python benchmarks/report.py
+
+gpu-check: $(DEMO)
+	$(BIN)/python benchmarks/gpu_check.py
 
 eval-install: $(EVAL_STAMP)
 

@@ -29,11 +29,12 @@ from llamafactory_adaptive.methods.sensitivity import Sensitivity, SensitivityOp
 from llamafactory_adaptive.ranks.plan import ModuleShape
 
 
+DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 TARGETS = {"time_ratio": 1.10, "memory_ratio": 1.05, "tau": 0.98}
 
 
 def load(model: Path) -> tuple[torch.nn.Module, dict[str, torch.nn.Module]]:
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval().to(DEVICE)
     named = dict(loaded.named_modules())
     return loaded, {n: m for n, m in named.items() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
 
@@ -45,9 +46,15 @@ def forward(model: torch.nn.Module, batches: list[Batch], head: bool) -> None:
             body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 
 
+def batches_of(rows, batch_size: int) -> list[Batch]:
+    return [batch.to(DEVICE) for batch in make_batches(rows, batch_size, 0)]
+
+
 def timed(action) -> float:
     started = time.perf_counter()
     action()
+    if DEVICE.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter() - started
 
 
@@ -77,13 +84,13 @@ def time_ratios(model, modules, batches, repeats: int) -> dict[str, float]:
 
 def theta(model, modules, rows, batch_size: int) -> list[float]:
     method = Sensitivity(SensitivityOptions(transform="none"))  # the formula whose tau the paper gives
-    moments = method.measurement()(model, modules, make_batches(rows, batch_size, 0))
+    moments = method.measurement()(model, modules, batches_of(rows, batch_size))
     shapes = tuple(ModuleShape(n, m.in_features, m.out_features) for n, m in modules.items())
     return list(method.score(moments, ScoringContext(shapes, 8, 0)).values.values())
 
 
 def peak_megabytes(kind: str, arguments: argparse.Namespace) -> float:
-    """Peak resident memory of a fresh process that loads the model and does one kind of pass."""
+    """Peak memory of a fresh process that loads the model and does one kind of pass: resident, or of the GPU."""
     command = [sys.executable, __file__, "--peak", kind, "--samples", str(arguments.samples)]
     if arguments.data:
         command += ["--data", arguments.data]
@@ -94,11 +101,13 @@ def peak_megabytes(kind: str, arguments: argparse.Namespace) -> float:
 def one_pass(kind: str, arguments: argparse.Namespace, folder: Path, name: str, model_path: Path) -> None:
     rows = record.read_rows(folder, name, model_path, arguments.samples)
     model, modules = load(model_path)
-    batches = make_batches(rows, arguments.batch_size, 0)
+    batches = batches_of(rows, arguments.batch_size)
     if kind == "scoring":
         InputSecondMoments()(model, modules, batches)
     else:
         forward(model, batches, head=kind == "forward")
+    if DEVICE.type == "cuda":
+        return print(torch.cuda.max_memory_allocated() / 2**20)
     # Not ru_maxrss: a child inherits its parent's peak there. VmHWM belongs to this program alone.
     status = Path("/proc/self/status").read_text().splitlines()
     print(next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM")))
@@ -120,7 +129,7 @@ def main() -> None:
         rows = record.read_rows(folder, name, model_path, arguments.samples)
     peaks = {kind: peak_megabytes(kind, arguments) for kind in ("forward", "forward_without_head", "scoring")}
     model, modules = load(model_path)
-    batches = make_batches(rows, arguments.batch_size, 0)
+    batches = batches_of(rows, arguments.batch_size)
     figures = time_ratios(model, modules, batches, arguments.repeats)
     whole = theta(model, modules, rows, arguments.batch_size)
     tenth = theta(model, modules, rows[: max(1, len(rows) // 10)], arguments.batch_size)
@@ -137,8 +146,8 @@ def main() -> None:
     for key, value in figures.items():
         print(f"  {key:<34} {value}")
     path = record.write_result("calibration", {
-        "data": name, "samples": len(rows), "tokens": count_tokens(batches), "modules": len(modules),
-        "results": results, "targets": TARGETS, "details": figures, "peak_megabytes": peaks,
+        "device": DEVICE.type, "data": name, "samples": len(rows), "tokens": count_tokens(batches),
+        "modules": len(modules), "results": results, "targets": TARGETS, "details": figures, "peak_megabytes": peaks,
     })  # fmt: skip
     print(f"written to {path}")
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS_ENV = "ADAPTIVE_BENCH_RESULTS"
+RESULTS = Path(os.environ.get(RESULTS_ENV) or Path(__file__).parent / "results")
 DEMO = Path(__file__).parents[1] / "examples" / "demo"
 DATA_ENV = "ADAPTIVE_BENCH_DATA"
 PACKAGES = ("llamafactory-adaptive", "llamafactory", "torch", "transformers", "peft", "bitsandbytes")

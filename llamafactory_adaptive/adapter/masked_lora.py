@@ -14,103 +14,12 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn import functional
 
+from llamafactory_adaptive.adapter.effective_weights import EffectiveWeights
 from llamafactory_adaptive.adapter.lora import live_layers, lora_config_arguments, name_targets_in_full, peft_models
+from llamafactory_adaptive.adapter.masked_linear import LAMBDA, MaskedLinear, PathPosition, column
 from llamafactory_adaptive.ranks.first_update import FACTOR_STD
 from llamafactory_adaptive.ranks.plan import RankPlan
-
-
-_LAMBDA = "lambda_r"
-
-
-class PathPosition:
-    """Position of the forward pass on the path from no adapter (0) to the current one (1), shared by the whole model.
-
-    Scaling each of the three factors by the position scales their product by its cube.
-
-    Attributes:
-        strength: factor on the adapter outside of training steps: in evaluation, and in what is saved.
-        factor: factor on the adapter in the next forward pass.
-    """
-
-    def __init__(self) -> None:
-        self.strength = self.factor = 1.0
-
-    def take(self, value: float) -> None:
-        """Set the position of the next forward passes of training."""
-        self.factor = value**3
-
-    def leave(self) -> None:
-        """End a training step: the next forward passes see the adapter as it would be saved."""
-        self.factor = self.strength
-
-
-class _MaskedScale(torch.autograd.Function):
-    """Autograd function ``diag(lambda * mask) Q * factor`` whose gradient for lambda ignores the mask.
-
-    A masked component adds exactly zero to the output, yet its lambda still gets the gradient that it would have
-    unmasked, so that it can be switched on again.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, lambda_r: Tensor, mask_r: Tensor, factor: float) -> Tensor:
-        gate_r1 = _column(lambda_r * mask_r, factor)
-        ctx.save_for_backward(q, gate_r1)
-        ctx.factor = factor
-        return q * gate_r1
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (grad,) = grads
-        q, gate_r1 = ctx.saved_tensors
-        # A dot product per row: no (r, d_in) tensor is made for lambda.
-        grad_lambda = torch.linalg.vecdot(grad, q)
-        return grad * gate_r1, grad_lambda if ctx.factor == 1.0 else grad_lambda * ctx.factor, None, None
-
-
-def _column(gate_r: Tensor, factor: float) -> Tensor:
-    """Compute the factors that the rows of Q are multiplied by, (r, 1)."""
-    return (gate_r if factor == 1.0 else gate_r * factor).unsqueeze(1)
-
-
-class MaskedLinear(nn.Linear):
-    """Replacement of a layer's ``lora_A``: ``weight`` is Q, and the layer applies ``diag(lambda * mask) Q``.
-
-    A parametrisation of ``weight`` would do the same at more cost: PEFT reads ``weight`` twice in each forward. Code
-    that reads ``weight`` directly (PEFT's merge) gets Q alone; it should work on a saved adapter instead.
-
-    Args:
-        plain: the ``lora_A`` to replace; its parameter is reused.
-        initial_lambda: initial value of lambda; None for a layer without lambda.
-        position: the position that the whole model shares.
-    """
-
-    def __init__(self, plain: nn.Linear, initial_lambda: float | None, position: PathPosition) -> None:
-        super().__init__(plain.in_features, plain.out_features, bias=False, device="meta")
-        self.weight = plain.weight
-        self.position = position
-        # No buffer: engines that cast or move buffers would cut the view into the one tensor that holds all masks.
-        self.mask_r = torch.ones_like(plain.weight.data[:, 0])
-        self.lambda_r: nn.Parameter | None = None
-        if initial_lambda is not None:
-            self.lambda_r = nn.Parameter(torch.full_like(self.mask_r, initial_lambda))
-            self.register_load_state_dict_pre_hook(_accept_plain_weight)  # type: ignore[no-untyped-call]
-
-    def effective_weight(self) -> Tensor:
-        """Compute ``diag(lambda * mask) Q`` at the current position, (r, d_in), bit for bit as ``lora_A`` is saved."""
-        factor = self.position.factor
-        mask_r = self.mask_r.to(self.weight.dtype)  # FSDP computes with copies of another type than the optimizer's
-        if self.lambda_r is None:
-            return self.weight * _column(mask_r, factor)
-        if not torch.is_grad_enabled():  # the first pass of gradient checkpointing, and evaluation
-            return self.weight * _column(self.lambda_r * mask_r, factor)
-        masked: Tensor = _MaskedScale.apply(self.weight, self.lambda_r, mask_r, factor)  # type: ignore[no-untyped-call]
-        return masked
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the masked factor to ``x``: (..., d_in) becomes (..., r)."""
-        return functional.linear(x, self.effective_weight())
 
 
 @dataclass(frozen=True)
@@ -164,10 +73,22 @@ class Triplets:
                 for factor in (a.weight, b.weight):
                     factor.data.copy_(torch.empty(factor.shape).normal_(0.0, FACTOR_STD, generator=generator))
             layer.lora_A[adapter] = MaskedLinear(a, initial_lambda, self.position)
+            self.position.join(layer, adapter)
             self.modules.append(Triplet(planned.name, layer.lora_A[adapter], b))
         self.masks = [[True] * planned.rank for planned in plan.active]
         self.compact: RankPlan | None = None
+        self.effective: EffectiveWeights | None = None
         self._save_plain(model)
+
+    def share_weights(self, model: nn.Module) -> None:
+        """Compute the effective weights of all modules together from now on, before DDP wraps the model."""
+        self.effective = EffectiveWeights(model, [module.a for module in self.modules], self.position)
+        self.effective.remask(self.masks)
+
+    def settle_gradients(self) -> None:
+        """Make the gradients at hand those of P, Q and lambda, when those of a step are complete."""
+        if self.effective is not None:
+            self.effective.settle()
 
     def mask(self, masks: list[list[bool]]) -> None:
         """Apply new masks, on the device where the weights now are: one copy to it for all modules."""
@@ -176,6 +97,8 @@ class Triplets:
         flat = torch.tensor([flag for row in masks for flag in row], dtype=like.dtype).to(like.device)
         for module, view in zip(self.modules, torch.split(flat, [len(row) for row in masks]), strict=True):
             module.a.mask_r = view
+        if self.effective is not None:
+            self.effective.remask(self.masks)
 
     def finalize(self, model: nn.Module, plan: RankPlan) -> None:
         """Cut all adapters saved from now on to ``plan``, the ranks that were found."""
@@ -217,13 +140,13 @@ class Triplets:
             if mask_r is None or not factor.startswith(("A.", "B.")):
                 result[key] = tensor
                 continue
-            if factor.endswith(_LAMBDA):
+            if factor.endswith(LAMBDA):
                 continue
             mask_r = mask_r.to(tensor.device)
             if factor.startswith("A."):
-                lambda_r = state.get(key.removesuffix("weight") + _LAMBDA)
+                lambda_r = state.get(key.removesuffix("weight") + LAMBDA)
                 gate_r = mask_r if lambda_r is None else lambda_r.to(tensor.device) * mask_r
-                tensor = tensor * _column(gate_r, self.position.strength)
+                tensor = tensor * column(gate_r, self.position.strength)
             if self.compact is None:
                 result[key] = tensor
             elif mask_r.any():
@@ -235,10 +158,3 @@ def fresh_rows(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Draw rows of Q as PEFT initialises ``lora_A`` (Kaiming uniform with a = sqrt(5)): uniform in +-1/sqrt(d_in)."""
     bound = float(shape[-1]) ** -0.5
     return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=generator)
-
-
-def _accept_plain_weight(module: nn.Module, state: dict[str, Tensor], prefix: str, *unused: Any) -> None:
-    """Load a plain ``lora_A.weight`` as Q with lambda 1, the same function; exact factors follow from our state."""
-    weight = state.get(prefix + "weight")
-    if weight is not None and prefix + _LAMBDA not in state:
-        state[prefix + _LAMBDA] = torch.ones_like(weight[:, 0])

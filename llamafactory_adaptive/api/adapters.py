@@ -14,6 +14,7 @@ from llamafactory_adaptive.adapter.lora import (
     lora_config_arguments,
     name_targets_in_full,
 )
+from llamafactory_adaptive.adapter.name_lookup import look_names_up_once
 from llamafactory_adaptive.adapter.verify import check_live, check_saved
 from llamafactory_adaptive.errors import Problem, refuse, refuse_all
 from llamafactory_adaptive.ranks.plan import RankPlan, load_plan
@@ -37,6 +38,7 @@ def lora_config(plan: RankPlan | str | Path, task_type: str = "CAUSAL_LM", **set
         AdaptiveConfigError: PEFT has no such setting, or the plan decides it.
         PlanError: there is no valid plan at the path.
     """
+    look_names_up_once()
     decided = lora_config_arguments(_read(plan))
     known = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
     refuse_all(*(_wrong_setting(key, value, decided, known) for key, value in settings.items()

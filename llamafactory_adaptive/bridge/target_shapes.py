@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llamafactory_adaptive.api.targets import tell_of_fused_experts
 from llamafactory_adaptive.bridge.arguments import Args, split_names
 from llamafactory_adaptive.errors import PlanError, refuse
 from llamafactory_adaptive.files import read_json, read_mapping
-from llamafactory_adaptive.launcher import local_rank
 from llamafactory_adaptive.ranks.module_names import module_type
 from llamafactory_adaptive.ranks.plan import ModuleShape
 
@@ -44,7 +44,7 @@ def target_shapes(args: Args) -> list[ModuleShape]:
                 "lora_target: all (and additional_target for embeddings)",
             )
         shapes.append(ModuleShape(name, module.in_features, module.out_features))
-    _tell_of_fused_experts(model)
+    tell_of_fused_experts(model)
     if not shapes:
         _refuse_conv1d(model)
         names = sorted({module_type(n) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
@@ -55,20 +55,6 @@ def target_shapes(args: Args) -> list[ModuleShape]:
             "lora_target: all, or some of " + ",".join(names),
         )
     return shapes
-
-
-_warned_of: set[str] = set()
-
-
-def _tell_of_fused_experts(model: Any) -> None:
-    """Warn once that experts kept in one tensor get no adapter, as plain LoRA gives them none."""
-    fused = [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "expert" in name]
-    if fused and local_rank() == 0 and "fused" not in _warned_of:
-        _warned_of.add("fused")
-        logger.warning(
-            f"{len(fused)} weights hold the experts of a layer in one tensor ({fused[0]}, ...) and get no adapter: "
-            "ranks are shared among the other modules"
-        )
 
 
 def _refuse_conv1d(model: Any) -> None:

@@ -8,6 +8,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llamafactory_adaptive.adapter.name_lookup import look_names_up_once
 from llamafactory_adaptive.bridge.arguments import Args, asks_for_adaptive, our_keys, run_seed
 from llamafactory_adaptive.bridge.base_loading import BaseHandover
 from llamafactory_adaptive.bridge.checked_run import CheckedRun, checked_run
@@ -34,6 +35,7 @@ logger = logging.getLogger("llamafactory.adaptive")
 
 def inject_ranks(lora_config: Any) -> Callable[..., Any]:
     """Wrap ``LoraConfig`` in the host, so that in an adaptive run its rank arguments come from the plan."""
+    look_names_up_once()  # for adapters that are loaded, too
 
     @wraps(lora_config, updated=())
     def make(*args: Any, **kwargs: Any) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from llamafactory_adaptive.accelerator import widest_float
 from llamafactory_adaptive.calibration.batches import IGNORE_INDEX, Batch
 from llamafactory_adaptive.calibration.measurement import Forward, evaluating
 from llamafactory_adaptive.errors import CalibrationError
@@ -29,7 +30,7 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 18, "other": 1 << 24}
 def second_moment_sum(
     x_TN: Tensor, spans: Sequence[tuple[int, int]] | None = None, weights_T: Tensor | None = None
 ) -> Tensor:
-    """Compute ``sum_t w_t * x_tj^2``, in fp32 chunks of rows that are accumulated in fp64.
+    """Compute ``sum_t w_t * x_tj^2``, in fp32 chunks of rows that are accumulated in the widest float of the device.
 
     Args:
         x_TN: activations, any float dtype.
@@ -38,11 +39,11 @@ def second_moment_sum(
         weights_T: non-negative weight per row of ``x_TN``; 1 when None.
 
     Returns:
-        fp64 vector of length N on the device of ``x_TN``.
+        fp64 vector of length N on the device of ``x_TN``; fp32 where that has no fp64 (MPS).
     """
     tokens, features = x_TN.shape
     chunk = max(1, _CHUNK_ELEMENTS.get(x_TN.device.type, _CHUNK_ELEMENTS["other"]) // features)
-    total_N = torch.zeros(features, dtype=torch.float64, device=x_TN.device)
+    total_N = torch.zeros(features, dtype=widest_float(x_TN.device), device=x_TN.device)
     for begin, end in spans if spans is not None else [(0, tokens)]:
         for start in range(begin, end, chunk):
             picked = slice(start, min(start + chunk, end))
@@ -186,7 +187,7 @@ class _MomentCollector:
                 f"{len(unseen)} of {len(self.modules)} target modules saw no calibration token, for example "
                 f"{unseen[0]}; raise adaptive_calibration_samples or take the module out of lora_target"
             )
-        means = {name: (self.sums[name] / self.tokens).cpu() for name in self.modules}
+        means = {name: (self.sums[name] / self.tokens).cpu().double() for name in self.modules}
         for name, value in means.items():
             if not bool(torch.isfinite(value).all()):
                 raise CalibrationError(

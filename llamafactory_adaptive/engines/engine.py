@@ -36,10 +36,13 @@ class Engine(Protocol):
         """Return start and length of the piece of the flattened parameter that this process owns."""
 
     def weights(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """Return the owned pieces of the parameters, flat; under ZeRO the fp32 copies that the optimizer updates."""
+        """Return the owned pieces of the parameters; under ZeRO flat, the fp32 copies that the optimizer updates.
+
+        Whole parameters keep their shape: a view of each would cost as much as some of what is done with all at once.
+        """
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """Return the gradients of the owned pieces, flat and averaged over processes; zeros where there is none."""
+        """Return the gradients of what :meth:`weights` returns, averaged over processes; zeros where there is none."""
 
     def set_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
         """Store gradients that :meth:`gradients` returned and that were then edited in place."""
@@ -91,17 +94,17 @@ class UnpartitionedEngine:
         return 0, parameter.numel()
 
     def weights(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        return [parameter.detach().view(-1) for parameter in parameters]
+        return list(parameters)
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """Return flat views of ``.grad``; a missing ``.grad`` is created as zeros."""
+        """Return every ``.grad``; a missing one is created as zeros."""
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return [parameter.grad.view(-1) for parameter in parameters if parameter.grad is not None]
+        return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
     def set_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-        """Do nothing: the gradients are views, so edits in place are already stored."""
+        """Do nothing: the gradients were edited in place, where they are stored."""
 
     def square_sums(self, parameter: nn.Parameter, others: Tensor) -> Tensor:
         return square_sums(self._state(parameter), others)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamafactory_adaptive.accelerator import widest_float
 from llamafactory_adaptive.errors import GuardError
 
 
@@ -75,8 +76,8 @@ def square_sums(state: Mapping[str, Any], others: Tensor) -> Tensor:
     for key, held in _per_weight(state, others.numel()).items():
         if key in _SQUARES:
             values = state[f"qmap{key[-1]}"][held.long()] if held.dtype == torch.uint8 else held
-            chosen = values.view(-1)[others.to(held.device)].double()
-            return torch.stack([chosen.sum().cpu(), torch.tensor(float(chosen.numel()), dtype=torch.float64)])
+            chosen = values.view(-1)[others.to(held.device)].to(widest_float(held.device))
+            return torch.stack([chosen.sum().cpu().double(), torch.tensor(float(chosen.numel()), dtype=torch.float64)])
     return torch.zeros(2, dtype=torch.float64)
 
 

@@ -16,7 +16,7 @@ from llamafactory_adaptive.errors import Problem, refuse, refuse_all
 from llamafactory_adaptive.export.adapter_config import ELSEWHERE, NARROWED, read_config
 from llamafactory_adaptive.export.faults import first_line
 from llamafactory_adaptive.export.safetensors_stream import TensorSpec, read_spec
-from llamafactory_adaptive.ranks.module_names import NamePattern, is_module_name, too_many_keys
+from llamafactory_adaptive.ranks.module_names import PatternValues, is_module_name, too_many_keys
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,11 @@ def _modules(file: Any, names: list[str], config: Mapping[str, Any]) -> tuple[tu
     ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
     if any(too_many_keys(pattern, len(names)) for pattern in (ranks, alphas)):
         return (), [f"{ADAPTER_CONFIG} has many more patterns than the {len(names)} modules it is for"]
-    rank_keys, alpha_keys = NamePattern(ranks), NamePattern(alphas)
+    declared_ranks, declared_alphas = PatternValues(ranks), PatternValues(alphas)
     modules, faults = [], []
     for name in names:
-        rank = ranks.get(rank_keys.key_of(name), config["r"])
-        alpha = alphas.get(alpha_keys.key_of(name), config["lora_alpha"])
+        rank = declared_ranks.value_of(name, config["r"])
+        alpha = declared_alphas.value_of(name, config["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         sides = (read_spec(file, factor_key(name, side)) for side in "AB")
         (in_features, out_features), fault = _sizes(file, name, rank, *sides)

@@ -22,6 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from llamafactory_adaptive.accelerator import widest_float
 from llamafactory_adaptive.calibration.batches import Batch
 from llamafactory_adaptive.calibration.measurement import Forward
 from llamafactory_adaptive.calibration.weight_gradients import pass_gradients, squared_norms
@@ -79,7 +80,7 @@ class SampleFisher:
                     f"{name} reads tokens of several samples mixed (a routed expert?), which have no gradients of "
                     "their own; take it out of lora_target, or use adaptive_method: sensitivity"
                 )
-            sums[name] += float(squared_norms(x, gradient).sum(dtype=torch.float64))
+            sums[name] += float(squared_norms(x, gradient).sum(dtype=widest_float(x.device)))
 
         pass_gradients(model, modules, batches, forward, take)
         samples = sum(len(batch.input_ids) for batch in batches)

@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from llamafactory_adaptive.accelerator import widest_float
 from llamafactory_adaptive.calibration.base_weights import dense_weight, largest_singular_value
 from llamafactory_adaptive.calibration.batches import Batch
 from llamafactory_adaptive.calibration.measurement import Forward
@@ -62,10 +63,10 @@ class StableRanks:
 
 
 def _stable_rank(name: str, weight: Tensor) -> Tensor:
-    total = weight.float().square().sum(dtype=torch.float64)
+    total = weight.float().square().sum(dtype=widest_float(weight.device)).cpu().double()
     if not (bool(torch.isfinite(total)) and total > 0):
         raise CalibrationError(f"the weight of {name} is zero or not finite, so it has no stable rank: check the base")
-    return (total / largest_singular_value(weight).double().square()).reshape(1).cpu()
+    return (total / largest_singular_value(weight).cpu().double().square()).reshape(1)
 
 
 class Srlora:

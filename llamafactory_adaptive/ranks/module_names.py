@@ -7,6 +7,7 @@ in PEFT, the first key that is the module's name, or ends it after a dot, applie
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 LONGEST = 512
@@ -72,6 +73,13 @@ class NamePattern:
         return min(matches)[1] if matches else None
 
 
-def key_of(pattern: Mapping[str, object], name: str) -> str | None:
-    """Find the key of ``pattern`` that applies to module ``name``; None if there is none."""
-    return NamePattern(pattern).key_of(name)
+class PatternValues:
+    """Values of a pattern, which are looked up by the full names of modules."""
+
+    def __init__(self, pattern: Mapping[str, Any]) -> None:
+        self.pattern, self.keys = pattern, NamePattern(pattern)
+
+    def value_of(self, name: str, default: Any) -> Any:
+        """Return the value of the first key that applies to a module, or ``default``."""
+        key = self.keys.key_of(name)
+        return default if key is None else self.pattern[key]

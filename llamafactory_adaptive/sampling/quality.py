@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from llamafactory_adaptive.accelerator import widest_float
 from llamafactory_adaptive.calibration.measurement import evaluating
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.sampling.clusters import cluster_directions
@@ -95,7 +96,7 @@ def measure(
                 found_4N[3, indices] = _checked(recorder.align(model, inputs), indices)
     if spec.alignment == "projected":
         found_4N[3, passes.order] = recorder.projected_alignment(samples, all_reduce_sum, device)
-    found_4N = all_reduce_sum(found_4N.to(device)).cpu()
+    found_4N = all_reduce_sum(found_4N.to(device, widest_float(device))).cpu()
     cluster_N = torch.full((samples,), -1.0, dtype=torch.float64)
     if spec.clusters:
         x_ND = torch.zeros(samples, recorder.slots * recorder.per_factor)

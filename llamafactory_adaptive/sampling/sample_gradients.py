@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from llamafactory_adaptive.accelerator import widest_float
 from llamafactory_adaptive.calibration.batches import IGNORE_INDEX
 from llamafactory_adaptive.calibration.weight_gradients import squared_norms
 from llamafactory_adaptive.errors import CalibrationError
@@ -236,7 +237,8 @@ class SampleGradientRecorder:
     ) -> Tensor:
         """Compute the alignment of this process's samples in scoring order; the mean is over all ``samples``."""
         p_nD = self.projected()
-        mean_D = all_reduce_sum(p_nD.sum(0, dtype=torch.float64).to(device)).cpu() / samples
+        sum_D = p_nD.sum(0, dtype=torch.float64).to(device, widest_float(device))
+        mean_D = all_reduce_sum(sum_D).cpu() / samples
         unit_D = (mean_D / mean_D.norm().clamp(min=1e-30)).float()
         alignment_n: Tensor = (p_nD @ unit_D).double()
         return alignment_n

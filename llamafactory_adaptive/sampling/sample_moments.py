@@ -45,7 +45,7 @@ class SampleMoments:
         """End the step, and return the mean over this process's samples for a factor's weight; None if it saw none."""
         self.active = False
         moment = self.sums.pop(id(parameter), None)
-        return None if moment is None else moment.mul_(float(self.samples) ** (self.order - 1))
+        return moment if moment is None or self.order == 1 else moment.mul_(float(self.samples))
 
     def _hook(self, name: str, factor: nn.Module, counts: bool) -> Callable[..., Tensor | None]:
         key = id(factor.weight)

@@ -115,7 +115,7 @@ class BoundRun:
 
     def _fixed_ranks(self, state: Any, dataloader: Any, resumed: Path | None) -> tuple[RunPart | None, ...]:
         hidden = self.deepspeed or flattens(self.trainer)
-        gradient_check = None if hidden else GradientCheck(self.log.counters)
+        gradient_check = None if hidden else GradientCheck(self.log.counters, self.trainer.model)
         selection = self._prepare_samples(state, dataloader, resumed)
         ranks, advice = FixedRanks(self.guard, self.log, selection), None
         if self.request.start is not None:  # elsewhere the first update is plain LoRA's

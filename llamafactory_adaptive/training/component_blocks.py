@@ -3,12 +3,16 @@
 Shapes: M modules of one block, r rank, X all elements of a parameter.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 
 import torch
 from torch import Tensor, nn
+
+from llamafactory_adaptive.adapter.masked_lora import Triplets
+from llamafactory_adaptive.engines.engine import full_shape
 
 
 @dataclass(frozen=True)
@@ -62,3 +66,13 @@ class Block:
         elif self.kind == "P":
             x = x.unsqueeze(1)
         return x.expand(-1, *self.shape).reshape(len(self.modules), -1)
+
+
+def share_of_component(block: Block, triplets: Triplets) -> Tensor:
+    """Compute the share of a component's elements that a block holds, per module (M,)."""
+    held = math.prod(block.shape) // block.rank
+    every = [
+        sum(math.prod(full_shape(p)) for p in triplets.modules[index].parameters().values()) // block.rank
+        for index in block.modules
+    ]
+    return torch.tensor([held / count for count in every])

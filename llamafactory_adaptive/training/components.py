@@ -17,7 +17,8 @@ from llamafactory_adaptive.engines.distributed import all_reduce_sum, world_size
 from llamafactory_adaptive.engines.engine import Engine, full_shape
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.methods import DynamicMethod, Orthogonality, RelativeMethod
-from llamafactory_adaptive.training.component_blocks import Block
+from llamafactory_adaptive.training.component_blocks import Block, share_of_component
+from llamafactory_adaptive.training.ran_modules import RanModules
 from llamafactory_adaptive.training.regulariser import gram_penalty_gradient
 
 
@@ -47,11 +48,11 @@ class Components:
             for (kind, shape), members in groups.items()
         ]
         self.parameters = [parameter for block in self.blocks for parameter in block.parameters]
-        self.arrived = False
+        self.arrived, self.ran = False, RanModules({module.name: module.a for module in triplets.modules})
 
     def weights(self, block: Block) -> Tensor:
         """Copy this process's weights of a block into a flat fp32 tensor."""
-        return self._to_device(torch.cat(self.engine.weights(block.parameters)))
+        return self._flat(self.engine.weights(block.parameters))
 
     def whole_weights(self, block: Block) -> Tensor:
         """Copy the whole weights of a block, fp32: (M, *shape). Under ZeRO all processes must call it."""
@@ -61,6 +62,11 @@ class Components:
         """Join this process's numbers of a block, flat, with those of all others, (M, numel); all must call it."""
         whole_MX = self._scatter_to_full(block, flat)
         return all_reduce_sum(whole_MX) if self.engine.partitioned else whole_MX
+
+    @torch.no_grad()
+    def _flat(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Copy the pieces of a block into one flat fp32 tensor on the device of the masks."""
+        return self._to_device(torch.cat(list(pieces)).view(-1))
 
     def _to_device(self, flat: Tensor) -> Tensor:
         """Convert a tensor to fp32 on the device of the masks; engines with offload keep pieces elsewhere."""
@@ -120,7 +126,7 @@ class Components:
             flat = method.element_scores(block.name, self.weights(block))
             per_component_Mr = block.by_component(self._scatter_to_full(block, flat))
             if mean:
-                per_component_Mr = per_component_Mr * self._share_of_component(block)[:, None]
+                per_component_Mr = per_component_Mr * share_of_component(block, self.triplets).to(like.device)[:, None]
             totals[list(block.modules), : block.rank] += per_component_Mr
         if self.engine.partitioned:
             all_reduce_sum(totals)
@@ -137,15 +143,6 @@ class Components:
         means = (sums_K2[:, 0] / sums_K2[:, 1].clamp(min=1.0)).exp().tolist()
         method.set_typical(dict(zip(kinds, means, strict=True)))
 
-    def _share_of_component(self, block: Block) -> Tensor:
-        """Compute the share of a component's elements that a block holds, per module (M,)."""
-        held = math.prod(block.shape) // block.rank
-        every = [
-            sum(math.prod(full_shape(p)) for p in self.triplets.modules[index].parameters().values()) // block.rank
-            for index in block.modules
-        ]
-        return torch.tensor([held / count for count in every], device=self.triplets.modules[0].a.mask_r.device)
-
     def update(
         self, method: DynamicMethod | None, orthogonality: Orthogonality | None, overflow_is_possible: bool = False
     ) -> None:
@@ -160,13 +157,14 @@ class Components:
         Raises:
             GuardError: at the first step that is observed, or that trains all components, a module has no gradient.
         """
+        self.triplets.settle_gradients()
         masked = not all(all(row) for row in self.triplets.masks)
         idle = method is None and orthogonality is None and not masked
         if idle and self.arrived:
             return
         gradients = self.engine.gradients(self.parameters)
         if method is not None or not masked:
-            self._check_arrival(self._to_device(torch.cat(own)) for own in self._by_block(gradients))
+            self._check_arrival(self._flat(own) for own in self._by_block(gradients))
         if idle:
             return
         factors = [block for block in self.blocks if block.kind != "lambda"] if orthogonality is not None else []
@@ -187,7 +185,7 @@ class Components:
 
     def _observe(self, block: Block, own: list[Tensor], method: DynamicMethod, overflow_is_possible: bool) -> Tensor:
         """Pass a block's weights and unscaled gradients to the method, and return the weights."""
-        flat, scale = self._to_device(torch.cat(own)), self.engine.loss_scale()  # a copy
+        flat, scale = self._flat(own), self.engine.loss_scale()
         if scale != 1.0:
             flat.div_(scale)
         if overflow_is_possible:
@@ -219,7 +217,8 @@ class Components:
     def _check_arrival(self, gradients: Iterable[Tensor]) -> None:
         """Raise an error if neither P nor lambda of a module has a gradient when gradients are first looked at.
 
-        One of them may be zero: that of lambda as long as P is, that of P where lambda is.
+        One of them may be zero: that of lambda as long as P is, that of P where lambda is. A module that the first
+        batch did not reach, an expert or an image tower, is passed over.
 
         Args:
             gradients: this process's gradients of each block, flat.
@@ -233,17 +232,17 @@ class Components:
                 strengths[list(block.modules)] += self._scatter_to_full(block, flat).abs().sum(1)
         if self.engine.partitioned:
             all_reduce_sum(strengths)
-        lost = [m.name for m, value in zip(self.triplets.modules, strengths.tolist(), strict=True) if value == 0.0]
+        names = [module.name for module in self.triplets.modules]
+        lost = [name for name, value in zip(names, strengths.tolist(), strict=True)
+                if value == 0.0 and not self.ran.excuse(name)]  # fmt: skip
         if lost:
             raise GuardError(f"no gradient arrived at {len(lost)} modules at the first step, for example at {lost[0]}")
 
     def _norms(self, gradients: list[Tensor]) -> dict[str, Tensor]:
         """Compute the norm of every block's gradients over all processes."""
+        by_block = self._by_block(gradients)
         squares = torch.stack(
-            [
-                torch.stack([self._to_device(piece).square().sum() for piece in own]).sum()
-                for own in self._by_block(gradients)
-            ]
+            [torch.stack([self._to_device(g).square().sum() for g in own]).sum() for own in by_block]
         )
         if self.engine.partitioned:
             all_reduce_sum(squares)
@@ -262,7 +261,10 @@ class Components:
 
     def _add(self, block: Block, own: list[Tensor], added_MX: Tensor) -> None:
         """Add to ``own``, this process's gradients of a block, its pieces of ``added_MX``."""
-        pieces = block.split(self.owned(block, added_MX))
+        if self.engine.partitioned:
+            pieces = block.split(self.owned(block, added_MX))
+        else:
+            pieces = list(added_MX.view(-1, *block.shape).unbind())
         torch._foreach_add_(own, [piece.to(own[0]) for piece in pieces])
 
     def _hold_masked(self, block: Block, own: list[Tensor]) -> None:

@@ -11,6 +11,7 @@ from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.methods import DynamicMethod
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.ranks.search_config import GivenRanksConfig, SearchConfig
+from llamafactory_adaptive.training.guard import uses_deepspeed
 from llamafactory_adaptive.training.rank_search import RankSearchState
 
 
@@ -60,6 +61,9 @@ class MaskedSearch:
         self.state = RankSearchState(adapted, request.config)
         start, seed = request.method.initial_adapter, request.schedule.seed
         self.triplets = Triplets(trainer.model, request.start, start.lambda_value, start.factors, seed)
+        sharded = uses_deepspeed(trainer.args) or getattr(trainer, "is_fsdp_enabled", False)
+        if not sharded:  # which may hold the factors in pieces
+            self.triplets.share_weights(trainer.model)
         self.triplets.mask(self.state.first_masks())
         self.set_strength()
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from llamafactory_adaptive.accelerator import Stopwatch
 from llamafactory_adaptive.adapter.lora import live_factors
 from llamafactory_adaptive.engines.distributed import synchronize, world_size
 from llamafactory_adaptive.engines.engine import full_shape
@@ -43,7 +44,7 @@ class Observer:
         self.seed, self.probe_budget = seed, ProbeBudget(max_overhead)
         self.position = components.triplets.position
         self.step = self.micro_batch = 0
-        self.seconds = 0.0  # since they were last asked for
+        self.stopwatch = Stopwatch(components.triplets.modules[0].a.mask_r.device)
         self.prober = Prober(trainer.model, components, seed) if method.traits.probes else None
         moment = method.traits.sample_moment
         self.moments = SampleMoments(live_factors(trainer.model), moment) if moment else None
@@ -78,7 +79,11 @@ class Observer:
     def before_step(self, final: bool) -> None:
         """Observe the unclipped gradients or extra passes, then adjust the gradients that the optimizer uses."""
         self.probe_budget.trained()
-        started, path = time.perf_counter(), self._path(final)
+        with self.stopwatch.running():
+            self._observe(final)
+
+    def _observe(self, final: bool) -> None:
+        path = self._path(final)
         if path:
             self._probe(path)
         if by_sample := self.moments is not None and self.moments.active:
@@ -90,7 +95,6 @@ class Observer:
             overflow_is_possible=self.trainer.args.fp16,
         )
         self.counters.observations += path is None
-        self.seconds += time.perf_counter() - started
 
     def _observe_samples(self) -> None:
         """Pass the moments of the step's samples to the method, loss scale taken out."""
@@ -105,7 +109,8 @@ class Observer:
         moment = self.moments.take(parameter)
         if moment is None:
             return torch.zeros(full_shape(parameter), device=parameter.device)
-        return moment.div_(self.components.engine.loss_scale() ** self.moments.order)
+        scale = self.components.engine.loss_scale()
+        return moment if scale == 1.0 else moment.div_(scale**self.moments.order)
 
     def _probe(self, path: Sequence[tuple[float, float]]) -> None:
         assert self.prober is not None
@@ -121,6 +126,5 @@ class Observer:
         self.counters.probes += 1
 
     def take_seconds(self) -> float:
-        """Return the seconds that observing took since the last call."""
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
+        """Return the seconds that observing took since the last call, as far as the device has done it by now."""
+        return self.stopwatch.take()

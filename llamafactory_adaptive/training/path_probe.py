@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llamafactory_adaptive.accelerator import random_state_kept
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.training.components import Components
 
@@ -20,7 +21,7 @@ class _Passes(nn.Module):
     def __init__(self, model: nn.Module, components: Components, seed: int) -> None:
         super().__init__()
         self.model = model
-        self.position = components.triplets.position
+        self.components, self.position = components, components.triplets.position
         self.seed = seed
 
     def forward(self, inputs: Mapping[str, Any], path: Sequence[tuple[float, float]]) -> None:
@@ -33,6 +34,7 @@ class _Passes(nn.Module):
                 raise GuardError("the model returns no loss for a training batch, so the path cannot be probed")
             # The forward sees every weight times a, so its gradient is a times the one at a * theta.
             (loss * (weight / factor)).backward()
+        self.components.triplets.settle_gradients()  # of the copies, which are in the model's place here
 
 
 class Prober:
@@ -80,13 +82,9 @@ class Prober:
             for parameter, copy in zip(block.parameters, row, strict=True)
         }
         passes = _Passes(self.model, self.components, self.seed)
-        position = self.components.triplets.position
-        before = position.factor
         try:
-            device = blocks[0].parameters[0].device
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            with self.components.triplets.position.kept(), random_state_kept(blocks[0].parameters[0].device):
                 torch.func.functional_call(passes, swapped, (self.inputs, path), strict=False)
         finally:
-            position.factor = before
             self.inputs = None
         return [[torch.zeros_like(copy) if copy.grad is None else copy.grad for copy in row] for row in copies]

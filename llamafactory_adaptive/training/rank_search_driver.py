@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from llamafactory_adaptive.engines.distributed import agree_across_ranks
+from llamafactory_adaptive.engines.distributed import agree_across_ranks, synchronize
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.files import PLAN_FILE, digest_of
 from llamafactory_adaptive.methods import ExchangingMethod, ReallocatingMethod, SpectralMethod
@@ -108,6 +108,7 @@ class RankSearchDriver(RunPart):
 
     def _allocate(self, args: Any, budget: int, final: bool) -> None:
         """Keep the best components under ``budget``, and check that every process kept the same."""
+        synchronize()  # what follows waits for the device anyway, and its work until here is training
         started = time.perf_counter()
         self.watch.refuse(self.step, "choosing ranks")
         if self.log.counters.observations == 0:
@@ -123,6 +124,7 @@ class RankSearchDriver(RunPart):
         agree_across_ranks(digest_of(masks), DECISIONS_DIFFER)
         self._restart_returned(masks)
         self.triplets.mask(masks)
+        synchronize()
         self.log.counters.allocations += 1
         self.log.overhead_seconds += time.perf_counter() - started
         line = self.state.record(self.step, budget, final, scores, before, masks)

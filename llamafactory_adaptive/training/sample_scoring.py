@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llamafactory_adaptive.accelerator import random_state_kept, widest_float
 from llamafactory_adaptive.adapter.lora import factors, live_factors, live_layers
 from llamafactory_adaptive.calibration.batches import length_sorted
 from llamafactory_adaptive.engines.distributed import all_reduce_sum, from_main, process_number, world_size
@@ -125,7 +126,7 @@ class SampleScorer:
         size = self.sampling.batch_size or args.train_batch_size
         groups = length_sorted(self.lengths, size)[process_number() :: world_size()]
         # A run whose scores came from the cache must train the same: random states stay as they were.
-        with torch.random.fork_rng(devices=[args.device] if args.device.type == "cuda" else []):
+        with random_state_kept(args.device):
             return measure(
                 self.trainer.model,
                 live_factors(self.trainer.model),
@@ -151,7 +152,7 @@ class SampleScorer:
         """Send the terms of the main process to every process; None on the others."""
         shape, device = (len(fields(SampleTerms)), len(self.dataset)), self.trainer.args.device
         mine = torch.zeros(shape, dtype=torch.float64) if terms is None else torch.stack(term_vectors(terms))
-        return SampleTerms(*all_reduce_sum(mine.to(device)).cpu())
+        return SampleTerms(*all_reduce_sum(mine.to(device, widest_float(device))).cpu())
 
     def _term_spec(self) -> TermSpec:
         """Build the specification of what to measure; settings without effect are left out, so that caches match."""

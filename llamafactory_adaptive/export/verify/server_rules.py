@@ -27,22 +27,18 @@ from llamafactory_adaptive.export.serve_command import max_lora_rank
 from llamafactory_adaptive.export.verify.module_updates import Update
 from llamafactory_adaptive.files import read_mapping
 from llamafactory_adaptive.ranks.module_groups import STACKED
-from llamafactory_adaptive.ranks.module_names import is_plain_key, key_of
+from llamafactory_adaptive.ranks.module_names import PatternValues, is_plain_key
 
 
 Config = Mapping[str, Any]
 
 
 def _by_patterns(config: Config, name: str, rank: int) -> float:
-    declared = _first_match(config["rank_pattern"], name, config["r"])
+    declared = config["ranks"].value_of(name, config["r"])
     if declared != rank:
         raise ExportError(f"vLLM expects rank {declared} for {name} and finds {rank}")
-    max_lora_rank(max(config["r"], *config["rank_pattern"].values(), rank))
-    return float(_first_match(config["alpha_pattern"], name, config["lora_alpha"]) / declared)
-
-
-def _first_match(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    return pattern.get(key_of(pattern, name) or "", default)
+    max_lora_rank(max(config["largest_rank"], rank))
+    return float(config["alphas"].value_of(name, config["lora_alpha"]) / declared)
 
 
 def _one_global(config: Config, name: str, rank: int) -> float:
@@ -97,7 +93,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     numbers = [config.get("r"), config.get("lora_alpha"), *(value for part in patterns for value in part.values())]
     if not all(isinstance(value, (int, float)) and value > 0 for value in numbers):
         raise ExportError(f"{ADAPTER_CONFIG} has a rank or an alpha that is no positive number")
-    return {**config, "rank_pattern": patterns[0], "alpha_pattern": patterns[1]}
+    return {
+        **config,
+        "ranks": PatternValues(patterns[0]),
+        "alphas": PatternValues(patterns[1]),
+        "largest_rank": max(config["r"], *patterns[0].values()) if patterns[0] else config["r"],
+    }
 
 
 def _pairs(server: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -12,17 +12,23 @@ def test_position_masks_and_gradients_of_the_triplet_form():
     model, triplets, _ = triplet_model()
     module = triplets.modules[0]
     triplets.mask([[True, False, True, True], *triplets.masks[1:]])
-    triplets.position.take(0.5)
     layer = model.get_submodule(f"base_model.model.{module.name}")
+    scale = layer.scaling["default"]
+    triplets.position.take(0.5)
+    assert layer.scaling["default"] == scale / 8, "the layer's own scale carries the cube"
     effective = layer.lora_A["default"].effective_weight()
     q, lam = module.q.detach(), module.a.lambda_r.detach()
     on = torch.tensor([1.0, 0.0, 1.0, 1.0])
-    assert torch.allclose(effective, q * (lam * on)[:, None] / 8)
+    assert torch.allclose(effective, q * (lam * on)[:, None])
     seen = torch.randn_like(effective)
     effective.backward(seen)
-    assert torch.allclose(module.q.grad, seen * (lam * on)[:, None] / 8)
+    assert torch.allclose(module.q.grad, seen * (lam * on)[:, None])
     # Lambda's gradient is the one of the unmasked form: the masked component learns what it would add.
-    assert torch.allclose(module.a.lambda_r.grad, (seen * q).sum(1) / 8)
+    assert torch.allclose(module.a.lambda_r.grad, (seen * q).sum(1))
+    triplets.position.strength = 0.5
+    triplets.position.leave()
+    assert layer.scaling["default"] == scale
+    assert torch.allclose(layer.lora_A["default"].effective_weight(), q * (lam * on)[:, None] / 2)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])

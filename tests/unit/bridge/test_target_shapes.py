@@ -4,10 +4,9 @@ import json
 
 import pytest
 
+from llamafactory_adaptive.api import targets
 from llamafactory_adaptive.bridge.target_shapes import (
     _refuse_conv1d,
-    _tell_of_fused_experts,
-    _warned_of,
     estimated_steps,
 )
 from llamafactory_adaptive.errors import AdaptiveConfigError
@@ -44,9 +43,9 @@ def test_layers_that_cannot_be_adapted_are_named(caplog):
     with pytest.raises(AdaptiveConfigError, match=r"'GPT2LMHeadModel' is invalid: .*of type Conv1D"):
         _refuse_conv1d(small)
     _refuse_conv1d(experts)
-    _warned_of.clear()
-    _tell_of_fused_experts(experts)
-    _tell_of_fused_experts(experts)
+    targets._warned_of.clear()
+    targets.tell_of_fused_experts(experts)
+    targets.tell_of_fused_experts(experts)
     told = [record.getMessage() for record in caplog.records if "experts" in record.getMessage()]
     assert len(told) == 1
     assert told[0].startswith("4 weights hold the experts of a layer in one tensor")

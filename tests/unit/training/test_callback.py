@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.training import bound_run, callback
@@ -118,7 +119,8 @@ def test_the_save_event_counts_where_the_trainer_passes_over_its_own(monkeypatch
 
 def trainer(callbacks=(), deepspeed=None):
     args = SimpleNamespace(output_dir="out", deepspeed=deepspeed, should_save=False)
-    return SimpleNamespace(args=args, callback_handler=SimpleNamespace(callbacks=list(callbacks)))
+    handler = SimpleNamespace(callbacks=list(callbacks))
+    return SimpleNamespace(args=args, model=torch.nn.Module(), callback_handler=handler)
 
 
 def test_a_fixed_run_verifies_first_and_has_its_parts_in_order(monkeypatch):

@@ -96,18 +96,34 @@ def test_deepspeed_is_known_by_setting_and_by_launcher(monkeypatch, setting, var
 
 def test_the_first_step_needs_a_gradient_at_every_factor(adapted):
     model, _ = adapted
-    check = GradientCheck(Counters())
     every = list(factors_of(model).values())
     for factor in every:
         factor.grad = torch.zeros_like(factor)
+    check = GradientCheck(Counters(), model)
     check.before_step(model)
     assert check.counters.gradients_missing == 0
     for factor in every[:3]:
         factor.grad = None
+    check.before_step(model)  # a later step
+    check = GradientCheck(Counters(), model)
     with pytest.raises(GuardError, match=r"without a gradient at the first step: .*gradients_missing=3"):
         check.before_step(model)
-    check.counters.steps = 1
-    check.before_step(model)  # a later step
+
+
+def test_a_module_that_the_first_batch_does_not_reach_is_checked_when_one_does(adapted):
+    model, _ = adapted
+    for factor in factors_of(model).values():
+        factor.grad = torch.zeros_like(factor)
+    check = GradientCheck(Counters(), model)
+    name = next(iter(check.waiting))
+    for factor in check.waiting[name]:
+        factor.grad = None
+    check.ran.names.update(set(check.waiting) - {name})
+    check.before_step(model)
+    assert list(check.waiting) == [name]
+    check.ran.names.add(name)
+    with pytest.raises(GuardError, match=rf"gradients_missing=2.*; of {name}"):
+        check.before_step(model)
 
 
 def test_steps_are_counted_and_the_largest_learning_rate_kept(adapted):

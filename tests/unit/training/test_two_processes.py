@@ -17,13 +17,15 @@ from tests.helpers.workers import said_by_two
 
 
 def begin_steps(rank: int, states: list[dict[str, int]]) -> str:
+    from torch import nn
+
     from llamafactory_adaptive.training.bound_run import BoundRun, RunRequest
     from llamafactory_adaptive.training.guard import PlanGuard
     from llamafactory_adaptive.training.run_log import RunLog
 
     guard: Any = PlanGuard(None, RunLog("igu", 0.0))  # type: ignore[arg-type]
     arguments: Any = SimpleNamespace(should_save=False, output_dir="out", deepspeed=None)
-    run = BoundRun(RunRequest(3), guard, SimpleNamespace(args=arguments), lambda: None)
+    run = BoundRun(RunRequest(3), guard, SimpleNamespace(args=arguments, model=nn.Module()), lambda: None)
     run.build_parts(SimpleNamespace(**states[rank]), None, None)
     return "it trains"
 

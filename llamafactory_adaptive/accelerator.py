@@ -1,0 +1,73 @@
+"""What depends on the kind of device: its widest float, its random states, and how its time is measured."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+# Their events tell times without a wait; other accelerators are waited for.
+_TIMED = ("cuda", "xpu")
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return the float type for long sums on a device: fp64, or fp32 where it has no wider one (MPS)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Restore the random states of the host, and of all accelerators if ``device`` is one, at the end of the context.
+
+    ``torch.manual_seed`` seeds all of them, whatever their kind.
+    """
+    devices = [] if device.type == "cpu" else list(range(torch.accelerator.device_count()))
+    with torch.random.fork_rng(devices=devices, device_type="cuda" if device.type == "cpu" else device.type):
+        yield
+
+
+class Stopwatch:
+    """Clock of work on a device, which is given out while the device still does it: its seconds, not the host's.
+
+    Args:
+        device: device that does the work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._spans: list[tuple[float, float] | tuple[torch.Event, torch.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Measure the work that is given out within the context."""
+        if self.device.type in _TIMED:
+            begin, end = (torch.Event(device=self.device, enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._spans.append((begin, end))
+            return
+        self._wait()
+        started = time.perf_counter()
+        yield
+        self._wait()
+        self._spans.append((started, time.perf_counter()))
+
+    def _wait(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def take(self) -> float:
+        """Return the seconds of work that has ended and was not returned before; nothing is waited for."""
+        ended = [span for span in self._spans if isinstance(span[1], float) or span[1].query()]
+        self._spans = [span for span in self._spans if span not in ended]
+        return sum(_seconds(*span) for span in ended)
+
+
+def _seconds(begin: float | torch.Event, end: float | torch.Event) -> float:
+    if isinstance(begin, float):
+        assert isinstance(end, float)
+        return end - begin
+    assert not isinstance(end, float)
+    return begin.elapsed_time(end) / 1000.0
