@@ -240,10 +240,8 @@ class Components:
 
     def _norms(self, gradients: list[Tensor]) -> dict[str, Tensor]:
         """Compute the norm of every block's gradients over all processes."""
-        by_block = self._by_block(gradients)
-        squares = torch.stack(
-            [torch.stack([self._to_device(g).square().sum() for g in own]).sum() for own in by_block]
-        )
+        rows = self._by_block(gradients)
+        squares = torch.stack([torch.stack([self._to_device(g).square().sum() for g in own]).sum() for own in rows])
         if self.engine.partitioned:
             all_reduce_sum(squares)
         return {block.name: square.sqrt() for block, square in zip(self.blocks, squares, strict=True)}
