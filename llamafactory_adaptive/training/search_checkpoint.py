@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llamafactory_adaptive.engines.distributed import from_main, gather, gather_facts
@@ -76,12 +77,13 @@ class SearchCheckpoint:
         with self.observer.components.engine.whole(list(factors.values())) as whole:
             return {key: tensor.cpu() for key, tensor in zip(factors, whole, strict=True)}
 
+    @torch.no_grad()
     def _load_factors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy what this process owns of whole factors into the adapter."""
         factors, engine = self._factors(), self.observer.components.engine
         for key, piece in zip(factors, engine.weights(list(factors.values())), strict=True):
             start, length = engine.piece(factors[key])
-            piece.copy_(tensors[key].view(-1)[start:][:length])
+            piece.view(-1).copy_(tensors[key].view(-1)[start:][:length])
 
     def resume(self, folder: Path, total_steps: int) -> None:
         """Restore a run from a checkpoint: its adapter, the decisions of its search, counters and seconds.

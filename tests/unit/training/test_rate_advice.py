@@ -3,6 +3,8 @@
 import logging
 from types import SimpleNamespace
 
+from torch import nn
+
 from llamafactory_adaptive.training.bound_run import BoundRun, RunRequest
 from llamafactory_adaptive.training.rate_advice import RateAdvice
 from llamafactory_adaptive.training.run_log import RunLog
@@ -14,7 +16,9 @@ def advice_of(start):
     arguments = SimpleNamespace(
         deepspeed=None, output_dir="unused", learning_rate=1e-4, optim="adamw_torch", should_save=True, device="cpu"
     )
-    trainer = SimpleNamespace(model=None, args=arguments, optimizer=SimpleNamespace(param_groups=[{"lr": 1e-4}]))
+    trainer = SimpleNamespace(
+        model=nn.Module(), args=arguments, optimizer=SimpleNamespace(param_groups=[{"lr": 1e-4}])
+    )
     run = BoundRun(RunRequest(3, start=start), SimpleNamespace(plan=plan, log=log), trainer, lambda: None)
     state = SimpleNamespace(global_step=0, max_steps=10)
     for advice in (part for part in run._fixed_ranks(state, None, None) if isinstance(part, RateAdvice)):

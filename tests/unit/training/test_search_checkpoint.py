@@ -155,7 +155,8 @@ class Pieces(UnpartitionedEngine):
 
     def _cut(self, tensors, parameters):
         pieces = map(self.piece, parameters)
-        return [tensor[start : start + length] for tensor, (start, length) in zip(tensors, pieces, strict=True)]
+        flat = [tensor.detach().view(-1) for tensor in tensors]
+        return [tensor[start : start + length] for tensor, (start, length) in zip(flat, pieces, strict=True)]
 
     def weights(self, parameters):
         return self._cut(super().weights(parameters), parameters)

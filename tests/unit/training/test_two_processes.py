@@ -92,7 +92,8 @@ def take_scores(rank: int, root: Path, resumed: bool) -> str:
     dist.init_process_group("gloo", rank=rank, world_size=2)
     node = root / f"node{rank}"
     request = SampleRequest(Tsq(TsqOptions()).sampling, 0, {}, node)
-    scorer: Any = SampleScorer(request, SimpleNamespace(args=SimpleNamespace(device="cpu")), range(4), [3] * 4, "rows")
+    trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")))
+    scorer: Any = SampleScorer(request, trainer, range(4), [3] * 4, "rows")
     scorer._term_spec, scorer._cache_key = lambda: None, lambda spec: "scores"
     scored = scorer.restored(node) if resumed else [scorer.first()]
     dist.destroy_process_group()
