@@ -1,4 +1,4 @@
-"""Nodes that share no folder: each has a home, a cache and a working directory of its own."""
+"""Nodes of one job that share no folder, each of one process: a home, a cache and an ``output_dir`` of their own."""
 
 import json
 import os
@@ -12,6 +12,12 @@ from tests.helpers.workers import of_node
 
 
 CHOSEN = "out/checkpoint-3"
+
+
+def make_nodes(folder: Path) -> Path:
+    for rank in range(2):
+        (folder / f"node{rank}" / "out").mkdir(parents=True)
+    return folder
 
 
 def stand_on_node(rank: int, root: Path) -> None:
