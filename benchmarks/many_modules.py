@@ -136,10 +136,10 @@ def main() -> None:
     for count in options.targets:
         rows[count] = measured(count)
         print(count, {part: round(value, 2) for part, value in rows[count].items()}, flush=True)
-    path = record.write_result("many_modules", {
-        "seconds": {str(count): row for count, row in rows.items()}, "growth_per_doubling": growth(rows),
-        "build_by_peft_alone": {str(count): value for count, value in alone.items()}, "most_growth": MOST_GROWTH,
-    })  # fmt: skip
+        path = record.write_result("many_modules", {
+            "seconds": {str(count): row for count, row in rows.items()}, "growth_per_doubling": growth(rows),
+            "build_by_peft_alone": {str(count): value for count, value in alone.items()}, "most_growth": MOST_GROWTH,
+        })  # fmt: skip
     print(f"written to {path}")
 
 
