@@ -68,12 +68,14 @@ def names_resolved(config: Any, model: nn.Module) -> Iterator[None]:
     PEFT would condense a long list of targets to ends of names; here the config keeps the names that it was given.
     """
     before = {key: getattr(config, key) for key in ("rank_pattern", "alpha_pattern", "target_modules")}
-    names = [name for name, _ in model.named_modules()] if max(map(_count, before.values())) >= MANY else []
+    if max(map(_count, before.values())) < MANY:
+        yield
+        return
+    names = [name for name, _ in model.named_modules()]
     try:
-        if names:
-            config.rank_pattern = _matches(config.rank_pattern, names)
-            config.alpha_pattern = _matches(config.alpha_pattern, names)
-            config.target_modules = _targets(config, names)
+        config.rank_pattern = _matches(config.rank_pattern, names)
+        config.alpha_pattern = _matches(config.alpha_pattern, names)
+        config.target_modules = _targets(config, names)
         yield
     finally:
         for key, value in before.items():

@@ -80,7 +80,7 @@ def test_the_command_compares_and_leaves_pages_and_the_same_command_runs_nothing
     assert len(kept) == len(list((tmp_path / "compared" / "runs").iterdir())) == 8, "two seeds that judge, four arms"
     assert cli.main([*words, "--effect", "2%"]) == 0
     assert len(in_this_process) == 14
-    assert "--effect was changed after the comparison had begun: 0.5%, then 2%" in capsys.readouterr().out
+    assert "--effect was changed after the comparison had begun: 0.5 %, then 2 %" in capsys.readouterr().out
     for path in (tmp_path / "compared").rglob("*"):
         assert not path.is_file() or b"hf_secret" not in path.read_bytes(), path
 
