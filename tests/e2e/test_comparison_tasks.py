@@ -92,6 +92,7 @@ def test_adapters_answer_and_verdicts_are_on_every_page_and_nothing_is_asked_aga
         assert not path.is_file() or b"hf_secret" not in path.read_bytes(), path
 
 
+@pytest.mark.repeats  # without a run: tests/unit/comparison
 def test_an_arm_that_cannot_be_served_is_named_and_on_a_cpu_adapters_are_merged(
     words, environment, runs, tmp_path, capsys
 ):

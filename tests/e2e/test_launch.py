@@ -161,9 +161,8 @@ def test_what_the_host_refuses_is_one_message_before_scoring(write):
     assert "Scoring modules" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    "launcher", ["llamafactory-cli", pytest.param("llamafactory-adaptive", marks=pytest.mark.repeats)]
-)
+@pytest.mark.repeats  # what stops before torchrun starts, without it
+@pytest.mark.parametrize("launcher", ["llamafactory-cli", "llamafactory-adaptive"])
 def test_wrong_yaml_is_one_message_and_exit_code_2(launcher, write):
     done = run(BIN / launcher, "train", write(adaptive_min_rank=9, adaptve_method="x"), expect=2)
     assert "2 problems in the configuration" in done.stderr
