@@ -55,7 +55,7 @@ def live_form(path: Path, rank: int) -> torch.nn.Module:
         ModulePlan(name, layer.in_features, layer.out_features, rank=LIVE * rank)
         for name, (layer, _) in live_layers(model).items()
     )
-    triplets = Triplets(model, RankPlan("tsq", {}, "params", rank, 2.0 * rank, modules), None, 0)
+    triplets = Triplets(model, RankPlan("tsq", {}, "params", rank, 2.0 * rank, modules), None, "lora", 0)
     triplets.mask([[index < rank for index in range(LIVE * rank)] for _ in modules])
     return model
 
