@@ -114,14 +114,7 @@ def run_child(
         The exit code (negative for a signal), and the last lines it printed. A child that prints nothing for six hours
         is killed.
     """
-    process = subprocess.Popen(
-        command,
-        env=dict(environment),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the child
-    )
+    process = _start(command, environment, stdin=subprocess.PIPE, stderr=subprocess.STDOUT)
     lines: deque[str] = deque(maxlen=_KEPT_LINES)
     try:
         with (children or Children()).holding(process, patience):
@@ -147,20 +140,27 @@ def answer_of_child(
         OSError: the command cannot be started.
         TimeoutExpired: it takes longer; it was killed.
     """
-    process = subprocess.Popen(
-        command,
-        env=dict(environment),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+    process = _start(command, environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         with children.holding(process):
             said, complained = process.communicate(timeout=seconds)
     finally:
         _end([(process, 0.0)])
     return process.returncode, said.decode(errors="replace"), complained.decode(errors="replace")
+
+
+def _start(
+    command: Sequence[str], environment: Mapping[str, str], stdin: int, stderr: int
+) -> "subprocess.Popen[bytes]":
+    """Start a child in a session of its own: Ctrl-C reaches this process alone, which then ends the child."""
+    return subprocess.Popen(
+        command,
+        env=dict(environment),
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        start_new_session=True,
+    )
 
 
 def _wait_for(process: "subprocess.Popen[bytes]", log: Path, job: str, lines: "deque[str]") -> tuple[int, str]:
