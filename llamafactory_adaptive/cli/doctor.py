@@ -39,11 +39,11 @@ def doctor(arguments: argparse.Namespace) -> int:
     versions = installed_versions(PACKAGES)
     for name in PACKAGES:
         print(f"{name:<15} {versions.get(name, 'not installed')}")
-    states, names = _seam_states(), _name_states()
+    states, names, optional = _host_states()
     for target, state in states.items():
         print(f"seam            {state:<15} {target}")
     print(f"names           {_names_line(names)}")
-    for target, state in _optional_states().items():
+    for target, state in optional.items():
         print(f"optional seam   {state:<15} {target}")
     print(f"tested with     LLaMA-Factory {verified_versions()}")
     ready, words = _verdict(hooked, {**states, **names})
@@ -64,29 +64,15 @@ def _verdict(hooked: bool, states: Mapping[str, str]) -> tuple[bool, str]:
     return True, "ready: adaptive runs work through llamafactory-cli and llamafactory-adaptive"
 
 
-def _seam_states() -> dict[str, str]:
+def _host_states() -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """Check the seams, the names that are imported and the optional seams; nothing where the plugin is off."""
     if not _bootstrap.enabled():
-        return {}
+        return {}, {}, {}
     _bootstrap.install()
     from llamafactory_adaptive.bridge.seams import seam_states
-
-    return seam_states()
-
-
-def _name_states() -> dict[str, str]:
-    if not _bootstrap.enabled():
-        return {}
     from llamafactory_adaptive.bridge.upstream_names import name_states
 
-    return name_states()
-
-
-def _optional_states() -> dict[str, str]:
-    if not _bootstrap.enabled():
-        return {}
-    from llamafactory_adaptive.bridge.seams import seam_states
-
-    return seam_states(optional=True)
+    return seam_states(), name_states(), seam_states(optional=True)
 
 
 def _names_line(states: Mapping[str, str]) -> str:

@@ -241,7 +241,7 @@ def test_an_export_that_is_told_to_end_cleans_up_before_it_does(tmp_path, monkey
 )
 def test_doctor_is_content_where_the_hook_is_active_and_every_seam_fits(hooked, states, code, monkeypatch, capsys):
     monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=f"{hooked}\n"))
-    monkeypatch.setattr(doctor, "_seam_states", lambda: states)
+    monkeypatch.setattr(doctor, "_host_states", lambda: (states, {}, {}))
     assert cli.main(["doctor"]) == code
     said = capsys.readouterr().out
     assert [line.split()[-1] for line in said.splitlines() if line.startswith("seam")] == list(states)
