@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from llamafactory_adaptive.adapter.lora import peft_models
 from llamafactory_adaptive.adapter.masked_linear import LAMBDA, MaskedLinear, PathPosition, Slot
+from llamafactory_adaptive.engines.optimizer_state import gradient_of
 
 
 @dataclass
@@ -109,7 +110,7 @@ class EffectiveWeights:
             gate_Mr = self._gate(group)
             if gate_Mr is None:
                 continue
-            gradients = [_gradient(layer.weight) for layer in group.layers]
+            gradients = [gradient_of(layer.weight) for layer in group.layers]
             given_Mrd = torch.stack(gradients)
             if lambdas := _lambdas(group):
                 whole_Mrd = torch.stack([layer.weight for layer in group.layers])
@@ -123,13 +124,6 @@ class EffectiveWeights:
 
 def _lambdas(group: _Group) -> list[Tensor]:
     return [layer.lambda_r for layer in group.layers if layer.lambda_r is not None]
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    """Return a parameter's gradient; where there is none, zeros that become it."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
 
 
 def _leave_to_us(model: nn.Module) -> None:

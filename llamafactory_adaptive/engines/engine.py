@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from llamafactory_adaptive.engines.fsdp import Fsdp2Engine, is_sharded
-from llamafactory_adaptive.engines.optimizer_state import put, restart, scale_states, square_sums
+from llamafactory_adaptive.engines.optimizer_state import gradient_of, put, restart, scale_states, square_sums
 from llamafactory_adaptive.engines.zero import Zero3Engine, Zero12Engine
 
 
@@ -98,10 +97,7 @@ class UnpartitionedEngine:
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Return every ``.grad``; a missing one is created as zeros."""
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        return [parameter.grad for parameter in parameters if parameter.grad is not None]
+        return [gradient_of(parameter) for parameter in parameters]
 
     def set_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
         """Do nothing: the gradients were edited in place, where they are stored."""

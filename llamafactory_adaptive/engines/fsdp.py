@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from llamafactory_adaptive.engines.optimizer_state import put, restart, scale_states, square_sums
+from llamafactory_adaptive.engines.optimizer_state import gradient_of, put, restart, scale_states, square_sums
 from llamafactory_adaptive.errors import GuardError
 
 
@@ -45,10 +45,7 @@ class Fsdp2Engine:
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Return flat views of ``.grad``, which FSDP has averaged; a missing ``.grad`` is created as zeros."""
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        return [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        return [_local(gradient_of(parameter)) for parameter in parameters]
 
     def set_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
         """Do nothing: the gradients are views, so edits in place are already stored."""

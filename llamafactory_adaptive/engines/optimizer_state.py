@@ -1,4 +1,4 @@
-"""Changes to weights and optimizer states from outside the optimizer, whatever states it keeps per weight."""
+"""Changes to weights, gradients and optimizer states from outside the optimizer, whatever it keeps per weight."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +8,13 @@ from torch import Tensor
 
 from llamafactory_adaptive.accelerator import widest_float
 from llamafactory_adaptive.errors import GuardError
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """Return a parameter's gradient; where there is none, zeros that become it."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def put(target: Tensor, where: Tensor, values: Tensor) -> None:
