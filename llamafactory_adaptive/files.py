@@ -21,6 +21,7 @@ from llamafactory_adaptive.errors import AdaptiveError, OutputError, PlanError
 PLAN_FILE = "adaptive_rank_plan.json"
 STATE_JSON = "adaptive_state.json"  # in checkpoints of runs that find their ranks
 STATE_TENSORS = "adaptive_state.safetensors"  # beside it
+STATE_PIECE = "adaptive_state-{number:05d}-of-{count:05d}.safetensors"  # of one process, from an earlier version
 # A checkpoint that can be resumed has both; the Trainer writes its state last.
 COMPLETE = (PLAN_FILE, "trainer_state.json")
 QUALITY_FILE = "adaptive_quality.safetensors"  # what was measured of each training sample, in checkpoints

@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS, peft_models
 
 
-def restore_sharded(model: nn.Module, folder: Path) -> int:
-    """Copy a saved adapter into the rows that each process owns, and return the number of its tensors.
+def restore_sharded(model: nn.Module, folder: Path) -> None:
+    """Copy a saved adapter into the rows that each process owns.
 
     The Trainer has loaded the checkpoint before, but wrongly: of an adapter under FSDP2 its checkpoint holds the rows
     of the first process alone, which every process then loads (transformers 5.5.4 with accelerate 1.11.0).
@@ -22,10 +22,9 @@ def restore_sharded(model: nn.Module, folder: Path) -> int:
     """
     spread = next((p for p in model.parameters() if p.requires_grad and isinstance(p, DTensor)), None)
     if not isinstance(spread, DTensor):
-        return 0
+        return
     whole = load_file(folder / ADAPTER_WEIGHTS)
     rows = {name: distribute_tensor(tensor.to(spread.device_mesh.device_type), spread.device_mesh, spread.placements,
                                     src_data_rank=None) for name, tensor in whole.items()}  # fmt: skip
     for peft_model in peft_models(model):
         set_peft_model_state_dict(peft_model, rows)
-    return len(rows)

@@ -12,11 +12,10 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch import distributed as dist
 
-from llamafactory_adaptive.engines.distributed import world_size
+from llamafactory_adaptive.engines.distributed import process_number, world_size
 from llamafactory_adaptive.errors import PlanError
-from llamafactory_adaptive.files import STATE_JSON, STATE_TENSORS, replacing, write_atomically
+from llamafactory_adaptive.files import STATE_JSON, STATE_PIECE, STATE_TENSORS, replacing, write_atomically
 
 
 STATE_SCHEMA = 2
@@ -52,7 +51,8 @@ def read_state(folder: Path, partitioned: bool) -> tuple[dict[str, Tensor], dict
                 f"{folder} was written by an earlier version, by {document['processes']} processes that each held "
                 "pieces of the adapter; resume with the same DeepSpeed stage and number of processes"
             )
-        return load_file(folder / (_piece_file() if document["partitioned"] else STATE_TENSORS)), document
+        mine = STATE_PIECE.format(number=process_number() + 1, count=world_size())
+        return load_file(folder / (mine if document["partitioned"] else STATE_TENSORS)), document
     except PlanError:
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -60,7 +60,3 @@ def read_state(folder: Path, partitioned: bool) -> tuple[dict[str, Tensor], dict
             f"{folder} has no complete adaptive state ({type(error).__name__}: {error}); resume from an earlier "
             "checkpoint"
         ) from error
-
-
-def _piece_file() -> str:
-    return f"adaptive_state-{dist.get_rank() + 1:05d}-of-{world_size():05d}.safetensors"

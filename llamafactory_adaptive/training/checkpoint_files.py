@@ -20,6 +20,7 @@ from llamafactory_adaptive.files import (
     DIGESTS_FILE,
     PLAN_FILE,
     STATE_JSON,
+    STATE_PIECE,
     STATE_TENSORS,
     damaged_files,
     read_mapping,
@@ -100,7 +101,7 @@ def _state_files(checkpoint: Path) -> list[str]:
     if not state.get("partitioned"):
         return [STATE_JSON, STATE_TENSORS]
     count = int(state.get("processes", 0))
-    return [STATE_JSON, *(f"adaptive_state-{rank + 1:05d}-of-{count:05d}.safetensors" for rank in range(count))]
+    return [STATE_JSON, *(STATE_PIECE.format(number=rank + 1, count=count) for rank in range(count))]
 
 
 def _fault_of(path: Path) -> str:

@@ -57,7 +57,7 @@ class SearchCheckpoint:
         whole = whole_state(self.observer.components, self.method.state(), args.should_save)
         tensors = {f"method.{key}": value for key, value in whole.items()}
         if self.holds_factors:
-            tensors |= self._whole_factors()
+            tensors |= self._whole_factors(args.should_save)
         gather(
             f"the adaptive state of {folder.name}",
             lambda: write_state(folder, tensors, document) if args.should_save else None,
@@ -71,11 +71,11 @@ class SearchCheckpoint:
             for kind, parameter in module.parameters().items()
         }
 
-    def _whole_factors(self) -> dict[str, Tensor]:
-        """Copy the exact factors, joined over all processes, which all must call this."""
+    def _whole_factors(self, keep: bool) -> dict[str, Tensor]:
+        """Join the exact factors over all processes, which all must call this; on the CPU where they are kept."""
         factors = self._factors()
         with self.observer.components.engine.whole(list(factors.values())) as whole:
-            return {key: tensor.cpu() for key, tensor in zip(factors, whole, strict=True)}
+            return {key: tensor.cpu() for key, tensor in zip(factors, whole, strict=True)} if keep else {}
 
     @torch.no_grad()
     def _load_factors(self, tensors: Mapping[str, Tensor]) -> None:

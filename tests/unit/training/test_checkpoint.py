@@ -47,7 +47,7 @@ def test_pieces_that_an_earlier_version_wrote_are_read_by_as_many_processes(writ
         save_file({"x": torch.tensor([float(rank)])}, written / f"adaptive_state-0000{rank + 1}-of-00003.safetensors")
     monkeypatch.setattr("llamafactory_adaptive.training.checkpoint.world_size", lambda: 3)
     for rank in range(3):
-        monkeypatch.setattr("llamafactory_adaptive.training.checkpoint.dist.get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("llamafactory_adaptive.training.checkpoint.process_number", lambda rank=rank: rank)
         assert read_state(written, partitioned=True)[0]["x"].tolist() == [rank]
     said = (
         "written by an earlier version, by 3 processes that each held pieces of the adapter; resume with the same Deep"
