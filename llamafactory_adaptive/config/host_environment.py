@@ -8,7 +8,6 @@ from llamafactory_adaptive.errors import Problem
 
 
 _SWITCHES = {
-    "USE_RAY": "every Ray worker takes itself for the first one, so each would score and plan for itself",
     "USE_MCA": "Megatron trains full parameters only",
     "USE_MEGATRON_BRIDGE": "Megatron-Bridge has a training loop of its own",
     "USE_V1": "v1 of LLaMA-Factory reads other settings and has a training loop of its own",

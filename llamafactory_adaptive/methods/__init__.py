@@ -6,6 +6,7 @@ YAML keys ``<method>_<field>``; there is nothing to inherit. Its ``traits`` say 
 """
 
 from llamafactory_adaptive.methods._contract import (
+    ComponentwiseMethod,
     DynamicMethod,
     ExchangingMethod,
     InitialAdapter,
@@ -29,6 +30,7 @@ from llamafactory_adaptive.ranks.search_config import Strategy
 
 
 __all__ = [
+    "ComponentwiseMethod",
     "DynamicMethod",
     "ExchangingMethod",
     "InitialAdapter",

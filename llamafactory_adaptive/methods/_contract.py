@@ -210,6 +210,30 @@ class DynamicMethod(SearchingMethod, Protocol):
         """Score each element; a component's score is its lambda's plus the means over its column of P and row of Q."""
 
 
+class ComponentwiseMethod(SearchingMethod, Protocol):
+    """A method whose traits set ``componentwise``: it observes the mean importance of each component's elements.
+
+    What it keeps is a few numbers per component, where a :class:`DynamicMethod` keeps as many per element. Every
+    process observes the same. Shapes: M modules of one block, r rank.
+    """
+
+    def importance_of(self, weights: Tensor, gradients: Tensor) -> Tensor:
+        """Compute the importance of single elements, flat, fp32; ``gradients`` may be overwritten."""
+
+    def observe_components(self, block: str, importance_Mr: Tensor, live_Mr: Tensor | None) -> None:
+        """Observe the mean importance over a component's lambda, column of P or row of Q.
+
+        Args:
+            block: name of the block, ``<kind>/<shape>``.
+            importance_Mr: fp32, (M, r); the method may keep or overwrite it.
+            live_Mr: 1.0 for components that took part, 0.0 for those that are masked, where the block is of P or Q;
+                None when all did.
+        """
+
+    def component_scores(self, block: str) -> Tensor:
+        """Score what each component has in a block, (M, r); a component's score is the sum over its three blocks."""
+
+
 class SpectralMethod(SearchingMethod, Protocol):
     """A method whose traits set ``spectral``: it observes nothing, and scores components by singular values."""
 

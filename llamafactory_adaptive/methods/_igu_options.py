@@ -14,7 +14,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "importance": "off",
         "descale": True,
         "mend_strength": True,
-        "uncertainty": "product",
+        "uncertainty": "mean",
         "epsilon": 1.0,
         "epsilon_scale": "relative",
         "init": "lora",
@@ -97,7 +97,8 @@ class IguOptions:
     )
     uncertainty: str | None = part(
         "How the mean S and the deviation U of the importance are combined: snr takes S / U, product takes S * U as "
-        "AdaLoRA does, discounted takes S * S / (S + U), mean takes S alone, as a mean from the first step on.",
+        "AdaLoRA does, discounted takes S * S / (S + U), mean takes S alone, as a mean from the first step on, and "
+        "keeps numbers of components in place of elements.",
         name="uncertainty",
         choices=("snr", "product", "mean", "discounted"),
     )

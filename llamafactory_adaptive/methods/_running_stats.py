@@ -91,7 +91,7 @@ class RunningMean(_Blockwise):
     """Running mean S of element importances: of all observations, or mostly of the last ``1 / (1 - beta)``.
 
     ``S <- S + max(1/n, 1 - beta) (s - S)`` at the n-th observation of a block, so that S is a mean from the first on.
-    Elements come in named blocks, flat, in fp32. Memory: one number per element.
+    Observations come in named blocks, of elements or of means over components, in fp32. Memory: one number for each.
     """
 
     kinds = ("mean", "count")
@@ -118,7 +118,7 @@ class RunningMean(_Blockwise):
 
 
 class IntervalMean(_Blockwise):
-    """Mean of the observations of one interval. Elements come in named blocks, flat, in fp32: a number per element."""
+    """Mean of the observations of one interval, in named blocks, fp32."""
 
     kinds = ("total", "count")
 
@@ -135,7 +135,7 @@ class IntervalMean(_Blockwise):
             self.count[block] += 1
 
     def mean(self, block: str) -> Tensor:
-        """Compute the mean of this interval's observations, one value per element."""
+        """Compute the mean of this interval's observations, in their shape."""
         return self.total[block] / self.count[block].item()
 
     def clear(self) -> None:
@@ -173,9 +173,17 @@ class SmoothedMethod:
         """Return None: training is at the full position."""
         return None
 
+    def importance_of(self, weights: Tensor, gradients: Tensor) -> Tensor:
+        """Compute ``s = |w g|``."""
+        return gradients.mul_(weights).abs_()
+
     def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
-        """Update the statistics with ``s = |w g|``."""
-        self.importance.update(block, gradients.mul_(weights).abs_(), live)
+        """Update the statistics of elements with their importances."""
+        self.importance.update(block, self.importance_of(weights, gradients), live)
+
+    def observe_components(self, block: str, importance_Mr: Tensor, live_Mr: Tensor | None) -> None:
+        """Update the statistics of components with their mean importances."""
+        self.importance.update(block, importance_Mr, live_Mr)
 
     def state(self) -> dict[str, Tensor]:
         """Return the running statistics."""

@@ -20,6 +20,7 @@ _DYNAMIC = (
     "load",
 )
 _OBSERVING = ("observe", "element_scores")
+_COMPONENTWISE = ("importance_of", "observe_components", "component_scores")
 _REALLOCATING = ("refresh_ratio", "beta", "allocated")
 _EXCHANGING = ("exchange", "new_directions", "forget")
 _RELATIVE = ("log_importance", "set_typical")
@@ -41,6 +42,8 @@ class MethodTraits:
         samples: whether training data is chosen by quality; a :class:`SamplingMethod`.
         sample_moment: what a method without lambda observes in place of the step's gradient g: 0 for g itself, 1 or 2
             for the mean of this order over samples, ``(E|g_i|^order)^(1/order)`` per element.
+        componentwise: whether only means over the elements of a component are observed, so that nothing is kept per
+            element; a :class:`ComponentwiseMethod`.
         spectral: whether the factors are rotated to the form of their singular values, and components scored by
             these, rather than by what is observed; ranks are then chosen once. With ``prune``, without lambda; a
             :class:`SpectralMethod`.
@@ -58,6 +61,7 @@ class MethodTraits:
     relative: bool = False
     samples: bool = False
     sample_moment: int = 0
+    componentwise: bool = False
     spectral: bool = False
     scales_by_start: bool = False
     read_with_plan: tuple[str, ...] = ()
@@ -73,7 +77,8 @@ class MethodTraits:
         """List the members that a method with these traits must have."""
         return (
             *_EVERY,
-            *(name for name in self._of_the_adapter() if not (self.spectral and name in _OBSERVING)),
+            *(name for name in self._of_the_adapter() if not (self._sees_no_elements and name in _OBSERVING)),
+            *(_COMPONENTWISE if self.componentwise else ()),
             *(() if self.dynamic else _STATIC),
             *(_REALLOCATING if self.strategy == "reallocate" else ()),
             *(_EXCHANGING if self.strategy == "exchange" else ()),
@@ -82,6 +87,10 @@ class MethodTraits:
             *(_RELATIVE if self.relative else ()),
             *(("sampling",) if self.samples else ()),
         )
+
+    @property
+    def _sees_no_elements(self) -> bool:
+        return self.spectral or self.componentwise
 
     def _of_the_adapter(self) -> tuple[str, ...]:
         return _DYNAMIC if self.dynamic or self.triplets_with_plan else ()
@@ -103,5 +112,5 @@ def trait_faults(method: Any) -> list[str]:
 
 
 def _words(traits: MethodTraits) -> str:
-    flags = [name for name in ("probes", "relative", "samples", "spectral") if getattr(traits, name)]
+    flags = [name for name in ("probes", "relative", "samples", "componentwise", "spectral") if getattr(traits, name)]
     return ", ".join([f"strategy {traits.strategy!r}", *flags])

@@ -31,8 +31,9 @@ and U, regulariser of weight 1. ``corrected`` mends what was measured to be at f
                       and once the ranks are final lambda is, the optimizer's states with it.
     uncertainty       S * U (AdaLoRA), S * S / (S + U) or S alone do not depend on the scale of gradients; nor does
     epsilon_scale     S / U with an epsilon in units of the geometric mean of S over all elements of a kind. S alone
-                      is a mean of nearly all steps (beta1): which components stay is then decided least by rounding
-                      and the order of the data, but little ranks are placed less well.
+                      is a mean of nearly all steps (beta1): which components stay is then decided least by rounding,
+                      and as a mean it can be kept per component. Where capacity is shortest (rank 1 with ``min_rank``
+                      0) S * U was measured to place ranks better.
     returns           what was removed stays off, but for what it takes to fill the budget: components that come back
                       at their former strength, and others that go for them, are most of the changes otherwise. With
                       zero they grow anew; a bonus for those in use (hysteresis) helps less.
@@ -49,8 +50,9 @@ short of Eq. 5 by most of the path. With our weight the expectation over k is Eq
 with uniform draws, and a loss that is linear in the adapter, its score has a standard deviation of 0.80 of its
 expectation (from 0.08 to 2.6 times, N = 20), S after some steps one of 0.23, and U measures that, too.
 
-Cost: shrink and off, two fp32 numbers per adapter weight (one with S alone) and a few element-wise passes over the
-adapter per step; integrated, two more forward-backward passes per probed step.
+Cost: shrink and off, an element-wise pass over the adapter per step, and a number per component with S alone; two fp32
+numbers per adapter weight and a few more passes otherwise, and where ``lambda_term`` is ``magnitude``. integrated, two
+more forward-backward passes per probed step.
 """
 
 from bisect import bisect_right
@@ -97,6 +99,7 @@ class Igu(SmoothedMethod):
             read_with_plan=("second_stage", *(_OF_THE_ADAPTER if triplets else ())),
             only_with_plan=("second_stage",),
             triplets_with_plan=triplets,
+            componentwise=o.uncertainty == "mean" and o.lambda_term == "snr",
         )
 
     @property
@@ -146,9 +149,14 @@ class Igu(SmoothedMethod):
         drawn = bisect_right(list(accumulate(odds)), seeded_index(seed, step, 0, sum(odds)))
         return sampled_path(o.intervals, 1 + drawn, odds[drawn] / sum(odds))
 
-    def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
-        """Update S and U with ``s = |w g|``, g at the full position where scores are descaled."""
-        super().observe(block, weights, gradients if self._cube == 1.0 else gradients.div_(self._cube), live)
+    def importance_of(self, weights: Tensor, gradients: Tensor) -> Tensor:
+        """Compute ``s = |w g|``, g at the full position where scores are descaled."""
+        return super().importance_of(weights, gradients if self._cube == 1.0 else gradients.div_(self._cube))
+
+    def component_scores(self, block: str) -> Tensor:
+        """Return the mean S of each component's elements, as it is where only S counts."""
+        assert isinstance(self.importance, RunningMean)
+        return self.importance.mean[block].clone()
 
     def element_scores(self, block: str, weights: Tensor) -> Tensor:
         """Combine S and U of each element; for lambda return its magnitude if so set."""

@@ -36,9 +36,9 @@ fresh row of A, no momentum, and the mean of the factor's squared gradients.
 
 Cost: one scoring pass (about one forward and backward pass over the data without weight gradients; two for the exact
 alignment, a forward pass more for the exact loss drop), with ``refresh_quality`` one more before every refresh;
-optimizer states for ``adaptive_max_rank``, one more fp32 number per factor element and an element-wise pass over the
-adapter per step. ``sensitivity_over: samples`` computes the factors' weight gradients a second time in each backward
-pass, sample by sample, holds one more fp32 number per factor element and exchanges them once a step.
+optimizer states for ``adaptive_max_rank``, and an element-wise pass over the adapter per step. ``sensitivity_over:
+samples`` computes the factors' weight gradients a second time in each backward pass, sample by sample, holds one more
+fp32 number per factor element and exchanges them once a step.
 """
 
 from collections.abc import Mapping
@@ -71,6 +71,7 @@ class Tsq:
         return MethodTraits(
             "reallocate" if self.options.reallocation else "fixed",
             samples=self.options.sampling,
+            componentwise=self.options.reallocation,
             sample_moment=self._order if self.options.sensitivity_over == "samples" else 0,
             read_with_plan=OF_THE_SAMPLES if self.options.sampling else (),
         )
@@ -121,11 +122,15 @@ class Tsq:
     def position(self, seed: int, step: int, micro_batch: int) -> float:
         return 1.0
 
-    def observe(self, block: str, weights: Tensor, gradients: Tensor, live: Tensor | None) -> None:
-        """Add ``|w g|`` or ``g^2`` to the interval's mean; both are zero for masked elements."""
-        self.importance.update(block, gradients.square_() if self._order == 2 else gradients.mul_(weights).abs_())
+    def importance_of(self, weights: Tensor, gradients: Tensor) -> Tensor:
+        """Compute ``|w g|`` or ``g^2``; both are zero for masked elements."""
+        return gradients.square_() if self._order == 2 else gradients.mul_(weights).abs_()
 
-    def element_scores(self, block: str, weights: Tensor) -> Tensor:
+    def observe_components(self, block: str, importance_Mr: Tensor, live_Mr: Tensor | None) -> None:
+        """Add what components have to the interval's mean."""
+        self.importance.update(block, importance_Mr)
+
+    def component_scores(self, block: str) -> Tensor:
         """Return the mean importance since the last allocation."""
         return self.importance.mean(block)
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from llamafactory_adaptive.adapter.masked_lora import Triplets
 from llamafactory_adaptive.engines.distributed import all_reduce_sum, world_size
 from llamafactory_adaptive.engines.engine import Engine, full_shape
-from llamafactory_adaptive.errors import GuardError
-from llamafactory_adaptive.methods import DynamicMethod, Orthogonality, RelativeMethod
+from llamafactory_adaptive.methods import ComponentwiseMethod, DynamicMethod, Orthogonality, RelativeMethod
+from llamafactory_adaptive.training.arrival import Arrival
 from llamafactory_adaptive.training.component_blocks import Block, share_of_component
-from llamafactory_adaptive.training.ran_modules import RanModules
+from llamafactory_adaptive.training.observation import Observation
 from llamafactory_adaptive.training.regulariser import gram_penalty_gradient
 
 
@@ -48,7 +48,7 @@ class Components:
             for (kind, shape), members in groups.items()
         ]
         self.parameters = [parameter for block in self.blocks for parameter in block.parameters]
-        self.arrived, self.ran = False, RanModules({module.name: module.a for module in triplets.modules})
+        self.arrival = Arrival(triplets, engine.partitioned)
 
     def weights(self, block: Block) -> Tensor:
         """Copy this process's weights of a block into a flat fp32 tensor."""
@@ -78,9 +78,12 @@ class Components:
 
     def live(self, block: Block) -> Tensor | None:
         """Return 1.0 per owned element in use, 0.0 for masked elements of P and Q; None if all are in use."""
-        if block.kind == "lambda" or not self._is_masked(block):
-            return None
-        return self.owned(block, block.spread(self.masks(block)))
+        live_Mr = self.live_components(block)
+        return None if live_Mr is None else self.owned(block, block.spread(live_Mr))
+
+    def live_components(self, block: Block) -> Tensor | None:
+        """Return 1.0 per component in use, 0.0 per masked one of P and Q, (M, r); None if all are in use."""
+        return None if block.kind == "lambda" or not self._is_masked(block) else self.masks(block)
 
     def marked(self, block: Block, flags: Sequence[Sequence[bool]]) -> Tensor:
         """Return 1.0 per owned element of the components that ``flags`` marks, by module, and 0.0 for all others."""
@@ -108,6 +111,10 @@ class Components:
             row[start : start + length] = piece
         return full_MX
 
+    def by_component(self, block: Block, flat: Tensor) -> Tensor:
+        """Average this process's numbers of a block, flat, over each component, (M, r); others hold the rest of it."""
+        return block.by_component(self._scatter_to_full(block, flat))
+
     def scores(self, method: DynamicMethod, mean: bool = False) -> list[list[float]]:
         """Score every component by module: lambda's score, plus the means over its column of P and its row of Q.
 
@@ -120,15 +127,18 @@ class Components:
         ranks = [len(row) for row in self.triplets.masks]
         like = self.triplets.modules[0].a.mask_r
         totals = torch.zeros(len(ranks), max(ranks), dtype=torch.float32, device=like.device)
+        componentwise = cast(ComponentwiseMethod, method) if method.traits.componentwise else None
         if method.traits.relative:
             self._set_typical(cast(RelativeMethod, method))
         for block in self.blocks:
-            flat = method.element_scores(block.name, self.weights(block))
-            per_component_Mr = block.by_component(self._scatter_to_full(block, flat))
+            if componentwise is None:
+                per_component_Mr = self.by_component(block, method.element_scores(block.name, self.weights(block)))
+            else:
+                per_component_Mr = componentwise.component_scores(block.name)
             if mean:
                 per_component_Mr = per_component_Mr * share_of_component(block, self.triplets).to(like.device)[:, None]
             totals[list(block.modules), : block.rank] += per_component_Mr
-        if self.engine.partitioned:
+        if self.engine.partitioned and componentwise is None:
             all_reduce_sum(totals)
         return [row[:rank] for row, rank in zip(totals.tolist(), ranks, strict=True)]
 
@@ -160,7 +170,7 @@ class Components:
         self.triplets.settle_gradients()
         masked = not all(all(row) for row in self.triplets.masks)
         idle = method is None and orthogonality is None and not masked
-        if idle and self.arrived:
+        if idle and self.arrival.done:
             return
         gradients = self.engine.gradients(self.parameters)
         if method is not None or not masked:
@@ -171,19 +181,24 @@ class Components:
         relative = orthogonality is not None and orthogonality.relative
         task_norms = self._norms(gradients) if relative else {}
         count = sum(len(block.modules) for block in factors)
+        observation = None if method is None else Observation(self, method)
         with self.engine.whole([parameter for block in factors for parameter in block.parameters]) as whole:
             rest = iter(whole)
             for block, own in zip(self.blocks, self._by_block(gradients), strict=True):
-                weights = None if method is None else self._observe(block, own, method, overflow_is_possible)
+                weights = None if observation is None else self._observe(block, own, observation, overflow_is_possible)
                 if block.kind == "lambda":
                     self._hold_masked(block, own)
                 elif orthogonality is not None:
                     read = list(islice(rest, len(block.parameters)))
                     known = torch.stack(read).float() if weights is None or self.engine.partitioned else weights
                     self._regularise(block, own, known, orthogonality, task_norms.get(block.name), count)
+        if observation is not None:
+            observation.end()
         self.engine.set_gradients(self.parameters, gradients)
 
-    def _observe(self, block: Block, own: list[Tensor], method: DynamicMethod, overflow_is_possible: bool) -> Tensor:
+    def _observe(
+        self, block: Block, own: list[Tensor], observation: Observation, overflow_is_possible: bool
+    ) -> Tensor:
         """Pass a block's weights and unscaled gradients to the method, and return the weights."""
         flat, scale = self._flat(own), self.engine.loss_scale()
         if scale != 1.0:
@@ -191,7 +206,7 @@ class Components:
         if overflow_is_possible:
             flat.nan_to_num_(0.0, 0.0, 0.0)
         weights = self.weights(block)
-        method.observe(block.name, weights, flat, self.live(block))
+        observation.add(block, weights, flat)
         return weights
 
     def _regularise(
@@ -215,28 +230,9 @@ class Components:
         return [list(islice(rest, len(block.parameters))) for block in self.blocks]
 
     def _check_arrival(self, gradients: Iterable[Tensor]) -> None:
-        """Raise an error if neither P nor lambda of a module has a gradient when gradients are first looked at.
-
-        One of them may be zero: that of lambda as long as P is, that of P where lambda is. A module that the first
-        batch did not reach, an expert or an image tower, is passed over.
-
-        Args:
-            gradients: this process's gradients of each block, flat.
-        """
-        if self.arrived:
-            return
-        self.arrived = True
-        strengths = torch.zeros(len(self.triplets.modules), device=self.triplets.modules[0].a.mask_r.device)
-        for block, flat in zip(self.blocks, gradients, strict=True):
-            if block.kind != "Q":
-                strengths[list(block.modules)] += self._scatter_to_full(block, flat).abs().sum(1)
-        if self.engine.partitioned:
-            all_reduce_sum(strengths)
-        names = [module.name for module in self.triplets.modules]
-        lost = [name for name, value in zip(names, strengths.tolist(), strict=True)
-                if value == 0.0 and not self.ran.excuse(name)]  # fmt: skip
-        if lost:
-            raise GuardError(f"no gradient arrived at {len(lost)} modules at the first step, for example at {lost[0]}")
+        """Check at the first call that gradients arrive; ``gradients`` are this process's of each block, flat."""
+        blocks = zip(self.blocks, gradients, strict=True)
+        self.arrival.check((block, self._scatter_to_full(block, flat)) for block, flat in blocks)
 
     def _norms(self, gradients: list[Tensor]) -> dict[str, Tensor]:
         """Compute the norm of every block's gradients over all processes."""
@@ -287,10 +283,12 @@ class Components:
         """
         averaged = [self._averaged(block, given, order) for block, given in zip(self.blocks, gradients, strict=True)]
         self._check_arrival(averaged)
+        observation = Observation(self, method)
         for block, flat in zip(self.blocks, averaged, strict=True):
             if overflow_is_possible:
                 flat.nan_to_num_(0.0, 0.0, 0.0)
-            method.observe(block.name, self.weights(block), flat, self.live(block))
+            observation.add(block, self.weights(block), flat)
+        observation.end()
 
     def _averaged(self, block: Block, given: Sequence[Tensor], order: int) -> Tensor:
         """Average whole gradients of a block over processes, and select this process's pieces, flat."""

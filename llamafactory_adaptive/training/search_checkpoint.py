@@ -14,7 +14,7 @@ from llamafactory_adaptive.training.checkpoint import read_state, write_state
 from llamafactory_adaptive.training.masked_search import MaskedSearch
 from llamafactory_adaptive.training.observer import Observer
 from llamafactory_adaptive.training.run_log import RunLog
-from llamafactory_adaptive.training.whole_state import owned_state, whole_state
+from llamafactory_adaptive.training.whole_state import component_state, owned_state, whole_state
 
 
 _RESUMED_COUNTERS = ("observations", "probes", "allocations", "steps")
@@ -118,10 +118,14 @@ class SearchCheckpoint:
         self._check_interval(folder, document)
         masks = [[flag == "1" for flag in document["masks"][name]] for name in names]
         method = {k.removeprefix("method."): value for k, value in tensors.items() if k.startswith("method.")}
-        if not document["partitioned"]:
-            method = owned_state(self.observer.components, method)
+        components, whole = self.observer.components, not document["partitioned"]
         device = self.triplets.modules[0].q.device
-        self.method.load({key: value.to(device) for key, value in method.items()})
+        method = {key: value.to(device) for key, value in method.items()}
+        if self.method.traits.componentwise:
+            method = component_state(components, method, whole)
+        elif whole:
+            method = owned_state(components, method)
+        self.method.load(method)
         if self.holds_factors:
             self._load_factors(tensors)
         self.triplets.mask(masks)

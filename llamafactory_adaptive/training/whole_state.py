@@ -1,4 +1,7 @@
-"""A method's state, whole in a checkpoint whatever engine trains: joined to be written, cut to pieces when read."""
+"""A method's state, whole in a checkpoint whatever engine trains: joined to be written, cut to pieces when read.
+
+Shapes: M modules of one block, r rank.
+"""
 
 from collections.abc import Mapping
 
@@ -33,6 +36,24 @@ def owned_state(components: Components, whole: Mapping[str, Tensor]) -> dict[str
         block = _block_of(components, name, values)
         owned[name] = values if block is None else components.owned(block, values.view(len(block.modules), -1))
     return owned
+
+
+def component_state(components: Components, state: Mapping[str, Tensor], whole: bool) -> dict[str, Tensor]:
+    """Average over components what earlier versions kept per element, for a method that observes components.
+
+    Args:
+        components: adapter that the method observes.
+        state: the method's state as it was stored; what is kept per component has two dimensions.
+        whole: whether tensors of elements are whole; otherwise they are the pieces that this process owns, and all
+            processes must call this.
+    """
+    averaged = dict(state)
+    for name in sorted(state):  # in one order on every process
+        block = next((block for block in components.blocks if block.name == name.partition(".")[2]), None)
+        if block is not None and state[name].dim() == 1:
+            flat_MX = state[name].view(len(block.modules), -1) if whole else components.whole(block, state[name])
+            averaged[name] = block.by_component(flat_MX)
+    return averaged
 
 
 def _block_of(components: Components, name: str, values: Tensor) -> Block | None:

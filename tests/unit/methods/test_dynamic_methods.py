@@ -176,6 +176,11 @@ class TestContract:
         generator = torch.Generator().manual_seed(0)
         draws = [(torch.randn(10, generator=generator), torch.randn(10, generator=generator)) for _ in range(4)]
         unsplit, parts = self.make(name), [self.make(name), self.make(name)]
+        if unsplit.traits.componentwise:
+            w, g = draws[0]
+            pieces = [unsplit.importance_of(w[piece], g[piece].clone()) for piece in (slice(0, 3), slice(3, 10))]
+            assert torch.equal(unsplit.importance_of(w, g.clone()), torch.cat(pieces))
+            return
         for w, g in draws:
             unsplit.observe("P/5x2", w.clone(), g.clone(), None)
             for part, piece in zip(parts, (slice(0, 3), slice(3, 10)), strict=True):

@@ -17,9 +17,10 @@ from llamafactory_adaptive.training.components import Components
 from tests.helpers.dynamic import batch, scatter, stream, triplet_model
 
 
-def test_factors_of_masked_components_are_not_scored_on_gradients_the_mask_made_zero():
+@pytest.mark.parametrize("uncertainty", ["product", "mean"])
+def test_factors_of_masked_components_are_not_scored_on_gradients_the_mask_made_zero(uncertainty):
     _, triplets, components = triplet_model()
-    method = Igu(IguOptions(importance="off"))
+    method = Igu(IguOptions(importance="off", uncertainty=uncertainty))
     steps = stream(triplets, 4)
     for _ in range(3):
         next(steps)
@@ -32,7 +33,12 @@ def test_factors_of_masked_components_are_not_scored_on_gradients_the_mask_made_
     components.update(method, None)
     for block in components.blocks:
         old, new = before[f"mean.{block.name}"], method.state()[f"mean.{block.name}"]
-        held = (old == new).view(len(block.modules), *block.shape)
+        held = old == new
+        whole = len(block.modules) * math.prod(block.shape)
+        assert held.numel() == (whole if uncertainty == "product" else len(block.modules) * block.rank)
+        if uncertainty == "mean":
+            held = block.spread(held)
+        held = held.view(len(block.modules), *block.shape)
         for position, index in enumerate(block.modules):
             for component, on in enumerate(masks[index]):
                 part = (
@@ -51,7 +57,7 @@ def test_a_nan_gradient_stops_the_choice():
     assert math.isnan(scores[2][0])
     for parameter in components.parameters:  # fp16: the scaler skips this step, and it does not count as missing
         parameter.grad.fill_(float("inf"))
-    components.arrived = False
+    components.arrival.done = False
     components.update(method := Igu(IguOptions()), None, overflow_is_possible=True)
     assert all(math.isfinite(s) for row in components.scores(method) for s in row)
 
@@ -242,7 +248,7 @@ def test_a_search_that_goes_on_with_masks_does_not_look_at_what_it_does_not_obse
     for parameter in triplets.modules[0].parameters().values():
         parameter.grad = None
     components.update(None, None)
-    assert not components.arrived
+    assert not components.arrival.done
 
 
 def test_gradients_are_read_once_where_nothing_is_to_be_done_with_them(monkeypatch):

@@ -186,7 +186,8 @@ def test_a_sensitivity_is_the_mean_of_its_samples(sensitivity, scale):
             w, g = (torch.cat([t.flatten() for t in part]) for part in
                     (block.parameters, [p.grad for p in block.parameters]))  # fmt: skip
             term = 3 * g.square() if sensitivity == "fisher" else (w * g).abs()
-            expected[f"total.{block.name}"] = expected.get(f"total.{block.name}", 0.0) + term.detach()
+            means_Mr = observer.components.by_component(block, term.detach())
+            expected[f"total.{block.name}"] = expected.get(f"total.{block.name}", 0.0) + means_Mr
     observer.trainer.model.zero_grad()
     observer.begin(0, final=False)
     (observer.trainer.model(**whole).loss * scale).backward()

@@ -42,7 +42,7 @@ def test_elalora_regularises_the_components_in_use_and_adalora_all():
         for module in triplets.modules:
             for parameter in module.parameters().values():
                 parameter.grad = torch.zeros_like(parameter)
-        components.arrived = True
+        components.arrival.done = True
         components.update(None, method.orthogonality)
         for module in triplets.modules:
             assert bool(module.q.grad[0].any())
@@ -56,7 +56,7 @@ def test_the_regulariser_is_added_to_the_training_gradient_as_its_definition_say
     for module in triplets.modules:
         for parameter in module.parameters().values():
             parameter.grad = torch.zeros_like(parameter)
-    components.arrived = True  # the gradient of training is zero here
+    components.arrival.done = True  # the gradient of training is zero here
     components.update(None, Orthogonality(3.0, form))
     norms = []
     for module in triplets.modules:

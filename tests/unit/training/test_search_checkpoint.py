@@ -1,5 +1,6 @@
 """The state of a search comes back from its checkpoint bit for bit, into a search that had gone elsewhere."""
 
+import ast
 import json
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from llamafactory_adaptive.training.probe_budget import ProbeBudget
 from llamafactory_adaptive.training.rank_search import RankSearchState
 from llamafactory_adaptive.training.run_log import RunLog
 from llamafactory_adaptive.training.search_checkpoint import SearchCheckpoint
+from llamafactory_adaptive.training.whole_state import component_state, owned_state
 from tests.helpers.dynamic import scatter, start_plan, stream, triplet_model
 from tests.helpers.tiny import tiny_model
 from tests.helpers.workers import said_by_two
@@ -26,18 +28,19 @@ from tests.helpers.workers import said_by_two
 ARGS = SimpleNamespace(should_save=True)
 STEPS = 8
 SCHEDULE = PruningConfig(4, warmup_ratio=0.0, final_ratio=0.5, interval=2, max_overhead=None, seed=0)
-CONFIG = AdaptiveConfig("igu", {"importance": "off"}, "params", 2, 4.0, 1, 8, None,
+CONFIG = AdaptiveConfig("igu", {"importance": "off", "uncertainty": "product"}, "params", 2, 4.0, 1, 8, None,
                         CalibrationConfig(None, 0, 0, 0), SCHEDULE)  # fmt: skip
+OF_COMPONENTS = {"importance": "off", "uncertainty": "mean"}
 
 
 class Search:
     """A search that has run for some steps: factors, masks, running statistics and a decision of its own."""
 
-    def __init__(self, seed, holds_factors=True, interval=2, engine=None, **sizes):
+    def __init__(self, seed, holds_factors=True, interval=2, engine=None, options=CONFIG.options, **sizes):
         _, self.triplets, components = triplet_model(**sizes)
         if engine is not None:
             components = Components(self.triplets, engine)
-        method, self.log, self.budget = make_method("igu", CONFIG.options), RunLog("igu", 2.5), ProbeBudget(None)
+        method, self.log, self.budget = make_method("igu", options), RunLog("igu", 2.5), ProbeBudget(None)
         state = RankSearchState(start_plan(tiny_model(**sizes)), CONFIG)
         for _ in stream(self.triplets, 3, seed):
             components.update(method, None)
@@ -180,6 +183,74 @@ def keep_pieces(rank, folder, whole):
     held = sum(value.numel() for value in written.method.state().values())
     dist.destroy_process_group()
     return [same, held]
+
+
+def keep_component_means(rank, folder, whole):
+    """What two processes that own pieces of one search keep of components, and what each reads back."""
+    from torch import distributed as dist
+
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    written = Search(0, holds_factors=False, engine=Pieces(rank, 2), options=OF_COMPONENTS)
+    written.write(folder, SimpleNamespace(should_save=rank == 0))
+    same = []
+    for place in (folder, whole):
+        resumed = Search(1, holds_factors=False, engine=Pieces(rank, 2), options=OF_COMPONENTS)
+        resumed.checkpoint.resume(place, STEPS)
+        close = equal if place == folder else nearly_equal
+        same.append(close(resumed.method.state(), written.method.state()) and resumed.triplets.masks == written.masks)
+    scores = written.checkpoint.observer.components.scores(written.method)
+    dist.destroy_process_group()
+    return [same, [round(sum(row), 6) for row in scores]]
+
+
+def nearly_equal(first, second):
+    return first.keys() == second.keys() and all(torch.allclose(first[key], second[key]) for key in first)
+
+
+def test_means_over_components_are_whole_on_every_process(tmp_path):
+    """They are added up at each step: no process holds a part, and scores need no sum."""
+    alone = Search(0, holds_factors=False, options=OF_COMPONENTS)
+    whole, state = alone.write(tmp_path / "alone"), alone.method.state()
+    scores = alone.checkpoint.observer.components.scores(alone.method)
+    said = said_by_two(keep_component_means, tmp_path / "pieces", whole)
+    assert said == [str([[True, True], [round(sum(row), 6) for row in scores]])] * 2
+    tensors, _ = read_state(tmp_path / "pieces", partitioned=False)
+    assert nearly_equal(tensors, {f"method.{name}": value for name, value in state.items()})
+    kept = sum(value.numel() for value in state.values() if value.dim())
+    assert kept == sum(3 * 4 for _ in alone.triplets.modules)
+
+
+def average_old_pieces(rank, whole):
+    """Means over components, from pieces of elements as earlier versions stored them."""
+    from torch import distributed as dist
+
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    components = Search(0, engine=Pieces(rank, 2), options=OF_COMPONENTS).checkpoint.observer.components
+    found = component_state(components, owned_state(components, whole), whole=False)
+    dist.destroy_process_group()
+    return {name: value.tolist() for name, value in sorted(found.items())}
+
+
+def test_what_earlier_versions_kept_of_elements_is_averaged():
+    """The state of S alone held a number per element; an equal run that keeps one per component holds their means."""
+    search = Search(0, options=OF_COMPONENTS)
+    components, new = search.checkpoint.observer.components, search.method.state()
+    old = dict(new)
+    generator = torch.Generator().manual_seed(4)
+    for block in components.blocks:
+        noise = torch.rand(len(block.modules), *block.shape, generator=generator)
+        noise -= block.spread(block.by_component(noise)).view(noise.shape)
+        spread = block.spread(new[f"mean.{block.name}"]).view(noise.shape)
+        old[f"mean.{block.name}"] = (spread + noise).reshape(-1)
+    found = component_state(components, old, whole=True)
+    assert found.keys() == new.keys()
+    assert all(torch.allclose(found[name], new[name], atol=1e-6) for name in new)
+    expected = {name: value.tolist() for name, value in sorted(found.items())}
+    for text in said_by_two(average_old_pieces, old):
+        told = ast.literal_eval(text)
+        assert told.keys() == expected.keys()
+        for name, values in told.items():
+            assert torch.allclose(torch.tensor(values), torch.tensor(expected[name]), atol=1e-6)
 
 
 def test_a_state_in_pieces_is_written_whole_and_read_under_any_engine(tmp_path):
