@@ -18,7 +18,7 @@ PROTOCOL   ?= $(if $(DATA),llm_adapters,lm_eval)
 REGIME     ?= data_limited
 KEEP       ?= demo_output/worth_it_$(REGIME)$(if $(DATA),_data)
 
-.PHONY: help install demo test test-all test-next mutants faults lint bench methods worth-it bench-report gpu-check eval-install eval-test eval-bench eval-demo clean
+.PHONY: help install demo test test-all test-next test-ray mutants faults lint bench methods worth-it bench-report gpu-check eval-install eval-test eval-bench eval-demo clean
 
 help:
 	@echo "make demo     train, merge and ask SmolLM2-135M on generated data (CPU, about 5 minutes after downloads)"
@@ -26,6 +26,7 @@ help:
 	@echo "make test-all the same and its slow repeats: further engines, launchers and models (about 20 minutes)"
 	@echo "make test-next    seams, settings and runs on LLaMA-Factory's main branch (LLAMAFACTORY_SOURCE=<checkout>, or a"
 	@echo "              published fork), in an environment of its own (about 10 minutes)"
+	@echo "make test-ray     runs under Ray (USE_RAY=1), one worker and two, in an environment of its own (about 6 minutes)"
 	@echo "make mutants  changes ranks/allocation.py in hundreds of ways and lists what its tests let pass (about 10 minutes)"
 	@echo "make faults   kills, damaged files, full disks, hostile servers; a table of what came of each (about 40 minutes)"
 	@echo "make lint     ruff, mypy --strict, import-linter"
@@ -49,7 +50,7 @@ install: $(STAMP)
 # uv resolves and installs the pinned set several times faster than pip; it is bootstrapped inside the environment.
 # Debian and Ubuntu ship python3 without ensurepip: there the environment is made without pip, which then works from
 # outside.
-$(BIN)/uv $(EVAL_BIN)/uv .venv-next/bin/uv: %/bin/uv:
+$(BIN)/uv $(EVAL_BIN)/uv .venv-next/bin/uv .venv-ray/bin/uv: %/bin/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python 3.11 or newer is needed, this is " \
 		+ sys.version.split()[0] + "; set PYTHON=python3.11")'
 	$(PYTHON) -m venv $* || $(PYTHON) -m venv --clear --without-pip $*
@@ -103,6 +104,16 @@ $(NEXT)/.installed: $(NEXT)/bin/uv pyproject.toml constraints/llamafactory-main.
 
 test-next: $(NEXT)/.installed
 	$(NEXT)/bin/python -m pytest $(NEXT_TESTS) $(TOGETHER)
+
+# Workers of Ray, for which a machine of its own is simulated; pinned, since what a worker inherits changes between versions.
+RAY := .venv-ray
+$(RAY)/.installed: $(RAY)/bin/uv pyproject.toml constraints/llamafactory-0.9.5.txt
+	$(RAY)/bin/uv pip install --quiet --python $(RAY)/bin/python -c constraints/llamafactory-0.9.5.txt \
+		-e ".[test]" "ray[default]==2.51.0"
+	@touch $@
+
+test-ray: $(RAY)/.installed
+	$(RAY)/bin/python -m pytest tests/e2e/test_ray.py
 
 # An environment without the package, whose start-up hook would import what is not changed; ranks/ needs no torch. mutmut
 # is pinned since another version makes and numbers other changes.

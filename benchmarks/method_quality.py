@@ -36,8 +36,9 @@ from short_runs import Ledger
 
 PUBLISHED_OFF = {"variant": "published", "importance": "off"}
 SHRINK = {"importance": "shrink"}
+PRODUCT = {"uncertainty": "product"}
 # Arm: its method, and its options; those of igu are of the corrected variant where none is named. The letters are the
-# hypotheses that an arm tests.
+# hypotheses that an arm tests. Parts of corrected are tried with the product of S and U, the score that it had first.
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {}),
     "corrected": ("igu", {}),
@@ -65,27 +66,27 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "published, off, relative epsilon": ("igu", {**PUBLISHED_OFF, "epsilon_scale": "relative", "epsilon": 1.0}),
     # a module may lose its adapter: at a budget of rank 1 nothing can move otherwise
     "corrected, ranks from 0": ("igu", {"min_rank": 0}),
+    "product, ranks from 0": ("igu", {**PRODUCT, "min_rank": 0}),
     # over-ranked and cut like it, but every module to the same rank: what allocation adds
-    "corrected, uniform ranks": ("igu", {"min_rank": 4}),
-    # corrected with another score; mean is that of nearly all steps, the others are of the last seven
-    "corrected, mean": ("igu", {"uncertainty": "mean"}),
-    "corrected, mean, ranks from 0": ("igu", {"uncertainty": "mean", "min_rank": 0}),
-    "corrected, snr": ("igu", {"uncertainty": "snr"}),
-    "corrected, discounted": ("igu", {"uncertainty": "discounted"}),
+    "product, uniform ranks": ("igu", {**PRODUCT, "min_rank": 4}),
+    # corrected with another score; its own is a mean of nearly all steps, these are of the last seven
+    "product": ("igu", PRODUCT),
+    "snr": ("igu", {"uncertainty": "snr"}),
+    "discounted": ("igu", {"uncertainty": "discounted"}),
     # corrected without another of its parts
-    "corrected, gaussian start": ("igu", {"init": "gaussian"}),
-    "corrected, returns": ("igu", {"returns": "former"}),
-    "corrected, returns with hysteresis 0.1": ("igu", {"returns": "former", "hysteresis": 0.1}),
-    "corrected, returns with hysteresis 1": ("igu", {"returns": "former", "hysteresis": 1.0}),
-    "corrected, returns from lambda zero, hysteresis 0.1": ("igu", {"returns": "zero", "hysteresis": 0.1}),
-    "corrected, regulariser 0.1": ("igu", {"orthogonality_weight": 0.1}),
-    "corrected, shrink": ("igu", SHRINK),
-    "corrected, shrink, not descaled": ("igu", {**SHRINK, "descale": False}),
-    "corrected, shrink, not mended": ("igu", {**SHRINK, "mend_strength": False}),
-    "corrected, integrated": ("igu", {"importance": "integrated", "probe_interval": 5}),
+    "product, gaussian start": ("igu", {**PRODUCT, "init": "gaussian"}),
+    "product, returns": ("igu", {**PRODUCT, "returns": "former"}),
+    "product, returns with hysteresis 0.1": ("igu", {**PRODUCT, "returns": "former", "hysteresis": 0.1}),
+    "product, returns with hysteresis 1": ("igu", {**PRODUCT, "returns": "former", "hysteresis": 1.0}),
+    "product, returns from lambda zero, hysteresis 0.1": ("igu", {**PRODUCT, "returns": "zero", "hysteresis": 0.1}),
+    "product, regulariser 0.1": ("igu", {**PRODUCT, "orthogonality_weight": 0.1}),
+    "product, shrink": ("igu", {**PRODUCT, **SHRINK}),
+    "product, shrink, not descaled": ("igu", {**PRODUCT, **SHRINK, "descale": False}),
+    "product, shrink, not mended": ("igu", {**PRODUCT, **SHRINK, "mend_strength": False}),
+    "product, integrated": ("igu", {**PRODUCT, "importance": "integrated", "probe_interval": 5}),
 }
 # the arms of every budget but the first
-FEWER = ("lora", "corrected", "corrected, ranks from 0", "corrected, mean", "corrected, mean, ranks from 0")
+FEWER = ("lora", "corrected", "corrected, ranks from 0", "product", "product, ranks from 0")
 ON_SMOLLM2 = ("lora", "corrected", "published", "published, off, product")  # unless others are asked for
 
 

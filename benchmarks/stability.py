@@ -25,7 +25,7 @@ from scipy import stats
 PRUNING = {"adaptive_interval": 4, "adaptive_warmup_ratio": 0.5, "adaptive_final_ratio": 0.2}
 METHODS: dict[str, dict[str, Any]] = {
     "corrected": {"adaptive_method": "igu", **PRUNING},
-    "corrected, mean": {"adaptive_method": "igu", "igu_uncertainty": "mean", **PRUNING},
+    "product": {"adaptive_method": "igu", "igu_uncertainty": "product", **PRUNING},
     "published": {"adaptive_method": "igu", "igu_variant": "published", **PRUNING},
     "adalora": {"adaptive_method": "adalora", **PRUNING},
     "tsq, ranks alone": {"adaptive_method": "tsq", "tsq_sampling": False},
@@ -33,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "random": {"adaptive_method": "random"},
 }
 ENGINES = {"DDP": None, "ZeRO-2": engines.ZERO2, "ZeRO-3": engines.ZERO3}
-ON_ALL = ("corrected", "corrected, mean")  # others run on the first alone: rounding is what differs between them
+ON_ALL = ("corrected", "product")  # others run on the first alone: rounding is what differs between them
 FIXED = ("sensitivity", "random")  # scored in one process, whatever engine trains
 
 

@@ -66,12 +66,24 @@ def _agreement(row: dict[str, Any]) -> str:
     return f"{row['same_rank']:.0%} / {row['within_one']:.0%}{correlation}"
 
 
+def _memory() -> Iterator[str]:
+    """Tabulate what a search holds beside the adapter, in bytes per trainable element."""
+    columns = ("weights", "gradients", "AdamW", "statistics", "sums over samples", "weights of a pass")
+    yield f"| method | {' | '.join(columns)} | the last three over AdamW |"
+    yield "| --- |" + " --- |" * (len(columns) + 1)
+    for method, row in _read("memory")["bytes_per_element"].items():
+        parts = ("weights", "gradients", "adam", "statistics", "sums_over_samples", "weights_of_a_pass")
+        cells = [f"{row[part]:.3g}" for part in parts]
+        yield f"| {method} | {' | '.join(cells)} | {row['extra_over_adam']:.0%} |"
+
+
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "small Llama, rank 4": _quality("method_quality", "4"),
     "small Llama, rank 2": _quality("method_quality", "2"),
     "small Llama, rank 1": _quality("method_quality", "1"),
     "SmolLM2, rank 8": _quality("method_quality_smollm2", "8"),
     "stability": _stability,
+    "memory": _memory,
 }
 
 

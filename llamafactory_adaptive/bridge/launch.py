@@ -45,11 +45,17 @@ def with_clean_exit(run_exp: Callable[..., None]) -> Callable[..., None]:
         try:
             run_exp(given, callbacks)
         except AdaptiveError as error:
-            exit_with(error)
+            exit_with(_as_it_was_raised(error))
         if is_worker() and no_accelerator() and asks_for_adaptive(given):
             _leave_without_finalizing()
 
     return run
+
+
+def _as_it_was_raised(error: AdaptiveError) -> AdaptiveError:
+    """Return the error of a worker of Ray, which Ray wraps in one of the same class that quotes a traceback."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, AdaptiveError) else error
 
 
 def _leave_without_finalizing() -> NoReturn:

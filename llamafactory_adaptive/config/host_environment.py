@@ -1,5 +1,6 @@
 """Checks of environment variables: hosts that cannot train adaptive ranks, and launchers. Standard library only."""
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -48,14 +49,31 @@ def _is_number(text: str, name: str) -> bool:
         return False
 
 
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "0").lower() in ("1", "true", "y")
+
+
+def _ray_problems(flat: Mapping[str, Any]) -> list[Problem]:
+    """Find what does not go together with Ray, whose workers all take themselves for the first one of their node."""
+    if importlib.util.find_spec("ray") is None:
+        remedy = 'pip install "ray[default]", or USE_RAY=0'
+        return [Problem("USE_RAY", os.environ["USE_RAY"], "Ray is not installed in this environment", remedy)]
+    if flat.get("save_on_each_node"):
+        reason = "every worker of Ray would write the same files at once"
+        return [Problem("save_on_each_node", True, reason, "save_on_each_node: false, or torchrun")]
+    return []
+
+
 def check_environment(flat: Mapping[str, Any]) -> list[Problem]:
     """Find environment variables that ask for what this plugin cannot do, each with a way out."""
     problems = [
         Problem(name, os.environ[name], f"{reason}, so finetuning_type: adaptive does not run there", f"{name}=0")
         for name, reason in _SWITCHES.items()
-        if os.environ.get(name, "0").lower() in ("1", "true", "y")
+        if _is_on(name)
     ]
     problems += _launcher_problems()
+    if _is_on("USE_RAY"):
+        problems += _ray_problems(flat)
     # LLaMA Board passes its LoRA panel on for ``finetuning_type: lora`` alone.
     lost = [key for key in _PANEL if flat.get(key) is None]
     if os.environ.get("LLAMABOARD_ENABLED") == "1" and lost:

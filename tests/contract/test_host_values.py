@@ -95,7 +95,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything(tiny_llama, dat
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"USE_RAY": "1"}, "USE_RAY: '1' is invalid: every Ray worker"),
+        ({"USE_RAY": "1"}, "USE_RAY: '1' is invalid: Ray is not installed"),
         ({"USE_MCA": "1"}, "USE_MCA: '1' is invalid: Megatron"),
         ({"USE_MEGATRON_BRIDGE": "1"}, "USE_MEGATRON_BRIDGE: '1' is invalid: Megatron-Bridge"),
         ({"USE_V1": "1"}, "USE_V1: '1' is invalid: v1 of LLaMA-Factory"),

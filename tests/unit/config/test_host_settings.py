@@ -1,5 +1,6 @@
 """What the environment and DeepSpeed's settings say, in every form; refused by name where it cannot go along."""
 
+import importlib.util
 import json
 
 import pytest
@@ -60,7 +61,20 @@ def test_what_a_launcher_left_out_or_spoiled_is_named(environment, keys, monkeyp
 
 @pytest.mark.parametrize(("word", "on"), [("1", True), ("TRUE", True), ("y", True), ("0", False), ("no", False)])
 def test_hosts_that_cannot_train_ranks_are_switched_off_by_their_own_variable(word, on, monkeypatch):
-    assert problems(monkeypatch, {"USE_RAY": word}) == ({"USE_RAY": "USE_RAY=0"} if on else {})
+    assert problems(monkeypatch, {"USE_MCA": word}) == ({"USE_MCA": "USE_MCA=0"} if on else {})
+
+
+def test_ray_has_to_be_there_and_its_workers_share_an_output_folder(monkeypatch):
+    found = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found.append(name))
+    ray = {"USE_RAY": "1"}
+    assert problems(monkeypatch, ray) == {"USE_RAY": 'pip install "ray[default]", or USE_RAY=0'}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    assert problems(monkeypatch, ray) == {}
+    each = {"save_on_each_node": True}
+    assert problems(monkeypatch, ray, each) == {"save_on_each_node": "save_on_each_node: false, or torchrun"}
+    assert problems(monkeypatch, {}, each) == {}
+    assert found == ["ray"]
 
 
 def test_llama_board_needs_its_panel_spelled_out(monkeypatch):
