@@ -61,24 +61,34 @@ class Triplets:
         self, model: nn.Module, plan: RankPlan, initial_lambda: float | None, initial_factors: str, seed: int
     ) -> None:
         self.position = PathPosition()
-        layers, generator = live_layers(model), torch.Generator().manual_seed(seed)
+        self._start = initial_lambda, initial_factors, seed
+        layers = live_layers(model)
         self.modules: list[Triplet] = []
         for planned in plan.active:
             layer, adapter = layers[planned.name]
-            a, b = layer.lora_A[adapter], layer.lora_B[adapter]
-            if initial_factors == "lora":
-                a.weight.data.copy_(fresh_rows(a.weight.shape, generator))
-                b.weight.data.zero_()
-            else:
-                for factor in (a.weight, b.weight):
-                    factor.data.copy_(torch.empty(factor.shape).normal_(0.0, FACTOR_STD, generator=generator))
-            layer.lora_A[adapter] = MaskedLinear(a, initial_lambda, self.position)
+            layer.lora_A[adapter] = MaskedLinear(layer.lora_A[adapter], initial_lambda, self.position)
             self.position.join(layer, adapter)
-            self.modules.append(Triplet(planned.name, layer.lora_A[adapter], b))
+            self.modules.append(Triplet(planned.name, layer.lora_A[adapter], layer.lora_B[adapter]))
+        self.draw()
         self.masks = [[True] * planned.rank for planned in plan.active]
         self.compact: RankPlan | None = None
         self.effective: EffectiveWeights | None = None
         self._save_plain(model)
+
+    @torch.no_grad()
+    def draw(self) -> None:
+        """Set lambda, P and Q to their start, equal on every process."""
+        initial_lambda, initial_factors, seed = self._start
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules:
+            if initial_factors == "lora":
+                module.q.copy_(fresh_rows(module.q.shape, generator))
+                module.p.zero_()
+            else:
+                for factor in (module.q, module.p):
+                    factor.copy_(torch.empty(factor.shape).normal_(0.0, FACTOR_STD, generator=generator))
+            if initial_lambda is not None and module.a.lambda_r is not None:
+                module.a.lambda_r.fill_(initial_lambda)
 
     def share_weights(self, model: nn.Module) -> None:
         """Compute the effective weights of all modules together from now on, before DDP wraps the model."""

@@ -11,6 +11,7 @@ from llamafactory_adaptive.config.deepspeed_settings import read_section
 from llamafactory_adaptive.config.fsdp_settings import fsdp_version
 from llamafactory_adaptive.config.host_conflicts import Conflict, deepspeed_stage, find_clashes, is_on
 from llamafactory_adaptive.errors import Problem
+from llamafactory_adaptive.launcher import launched_processes
 
 
 def state_changes(method: Any) -> tuple[str, str] | None:
@@ -89,9 +90,11 @@ MASKING_CONFLICTS = (
     ),
     Conflict(
         "auto_find_batch_size",
-        is_on("auto_find_batch_size"),
-        "it restarts training in the middle with weights that were already trained",
-        "auto_find_batch_size: false",
+        lambda flat: (
+            bool(flat.get("auto_find_batch_size")) and (bool(flat.get("deepspeed")) or launched_processes() > 1)
+        ),
+        "memory runs out in one process while the others wait for it, and DeepSpeed holds states of its own",
+        "auto_find_batch_size: false, or one process without DeepSpeed",
     ),
 )
 _GIVEN_REASONS = {

@@ -82,6 +82,7 @@ class BoundRun:
         self.samples = None if request.samples is None else TrainingSamples(request.samples, trainer)
         self.search = None if request.search is None else MaskedSearch(request.search, trainer)
         self.best_model: BestModel | None = None
+        self.begun = self.ended = False
         self.watch = DivergenceWatch(request.max_nonfinite_steps, Path(trainer.args.output_dir))
         if self.search is not None and not self.deepspeed:
             before_clipping(trainer.accelerator, see_gradients)
@@ -101,6 +102,9 @@ class BoundRun:
         Raises:
             GuardError: processes differ in their steps, or the Trainer has resumed but ``checkpoint`` is None.
         """
+        if self.begun and not self.ended and self.trainer.args.auto_find_batch_size:
+            self._begin_again(state)
+        self.begun, self.ended = True, False
         agree_on_steps(state, epoch_steps(dataloader, self.trainer.args))
         if state.global_step > 0 and checkpoint is None:
             raise GuardError(
@@ -112,6 +116,21 @@ class BoundRun:
         record = CheckpointRecord(self.current_plan, self.request.layout)
         parts = (self.guard, self.watch, *ranks(state, dataloader, resumed), record)
         return tuple(part for part in parts if part is not None)
+
+    def _begin_again(self, state: Any) -> None:
+        """Set a search to its start: memory ran out, and the Trainer begins anew with smaller batches.
+
+        It would go on with the adapter, the ranks and the optimizer's states of what it broke off.
+        """
+        logger.warning(
+            f"memory ran out after {self.log.counters.steps} steps; training begins anew with batches of "
+            f"{self.trainer._train_batch_size}"
+        )
+        self.log.begin_again(Path(self.trainer.args.output_dir), keeps_lines=state.global_step > 0)
+        if self.search is None:
+            return
+        self.search.begin_again()
+        getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer).state.clear()
 
     def _fixed_ranks(self, state: Any, dataloader: Any, resumed: Path | None) -> tuple[RunPart | None, ...]:
         hidden = self.deepspeed or flattens(self.trainer)

@@ -144,6 +144,8 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Forward the end of training."""
+        if self.bound is not None:
+            self.bound.ended = True
         for part in self.parts:
             part.end(args, state, model)
 

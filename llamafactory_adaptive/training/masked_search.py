@@ -8,7 +8,7 @@ from typing import Any
 
 from llamafactory_adaptive.adapter.masked_lora import Triplets
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
-from llamafactory_adaptive.methods import DynamicMethod
+from llamafactory_adaptive.methods import DynamicMethod, make_method
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.ranks.search_config import GivenRanksConfig, SearchConfig
 from llamafactory_adaptive.training.guard import uses_deepspeed
@@ -57,13 +57,26 @@ class MaskedSearch:
 
     def __init__(self, request: SearchRequest, trainer: Any) -> None:
         self.request, self.trainer = request, trainer
-        adapted = replace(request.start, modules=request.start.active)  # a given plan may leave modules out
-        self.state = RankSearchState(adapted, request.config)
+        self.state = self._first_state()
         start, seed = request.method.initial_adapter, request.schedule.seed
         self.triplets = Triplets(trainer.model, request.start, start.lambda_value, start.factors, seed)
         sharded = uses_deepspeed(trainer.args) or getattr(trainer, "is_fsdp_enabled", False)
         if not sharded:  # which may hold the factors in pieces
             self.triplets.share_weights(trainer.model)
+        self.triplets.mask(self.state.first_masks())
+        self.set_strength()
+
+    def _first_state(self) -> RankSearchState:
+        start = self.request.start
+        adapted = replace(start, modules=start.active)  # a given plan may leave modules out
+        return RankSearchState(adapted, self.request.config)
+
+    def begin_again(self) -> None:
+        """Set adapter, masks, decisions and statistics to what they were before the first step."""
+        config = self.request.config
+        self.request = replace(self.request, method=make_method(config.method, config.options))
+        self.state = self._first_state()
+        self.triplets.draw()
         self.triplets.mask(self.state.first_masks())
         self.set_strength()
 

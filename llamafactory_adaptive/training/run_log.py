@@ -50,6 +50,13 @@ class RunLog:
         """Return the seconds since the log was created."""
         return time.perf_counter() - self._started
 
+    def begin_again(self, output: Path, keeps_lines: bool) -> None:
+        """Set the counters of steps back, and remove the log file's lines unless they belong to a resumed run."""
+        for name in ("steps", "gradients_missing", "observations", "probes", "allocations"):
+            setattr(self.counters, name, 0)
+        if not keeps_lines:
+            (output / LOG_FILE).unlink(missing_ok=True)
+
     def warn(self, text: str) -> None:
         """Write a warning to the log, and keep it for the report at the end of the run."""
         said = self.words(text)

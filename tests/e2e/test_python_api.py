@@ -231,7 +231,7 @@ def test_what_a_search_cannot_go_along_with_is_refused_before_training(tmp_path)
         return {problem.key: problem.suggestion for problem in caught.value.problems}
 
     assert refused(model=tiny_model()) == {"model": "model=search.model"}
-    assert refused(auto_find_batch_size=True) == {"auto_find_batch_size": "auto_find_batch_size=False"}
+    assert refused(torch_compile=True) == {"torch_compile": "torch_compile=False"}
 
     search = rank_search(tiny_model(), lora_rank=4)
     with pytest.raises(GuardError, match="the search has not ended"):

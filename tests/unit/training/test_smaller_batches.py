@@ -1,0 +1,56 @@
+"""A run that memory runs out on begins anew with smaller batches: it is then the run that began with these."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer
+
+from llamafactory_adaptive import rank_search
+from llamafactory_adaptive.files import LOG_FILE
+from tests.helpers.searches import trainer_of
+from tests.helpers.tiny import tiny_model
+
+
+LARGEST = 3
+
+
+class SmallDevice(Trainer):
+    """A Trainer whose device holds batches of three rows; of four only for the first ``holds`` of them."""
+
+    holds = 0
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        if len(inputs["input_ids"]) > LARGEST:
+            self.holds -= 1
+            if self.holds < 0:
+                raise RuntimeError("CUDA out of memory. Tried to allocate more than there is.")
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def run(folder, holds, method="igu", **more):
+    """What a run finds: masks by step, and the adapter."""
+    torch.manual_seed(0)
+    search = rank_search(tiny_model(), method, lora_rank=2, interval=2)
+    trainer_class = type("Device", (SmallDevice,), {"holds": holds})
+    trainer = trainer_of(search, folder, trainer_class=trainer_class, max_steps=8,
+                         train_sampling_strategy="sequential", **more)  # fmt: skip
+    trainer.train()
+    trainer.save_model(str(folder))
+    plan = search.finalize(folder)
+    lines = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
+    return plan.ranks(), load_file(folder / "adapter_model.safetensors"), lines
+
+
+@pytest.mark.parametrize(("method", "holds"), [("igu", 0), ("igu", 5), ("elalora", 5)])
+def test_a_search_begins_anew_as_if_its_batches_had_been_small_from_the_start(tmp_path, method, holds):
+    ranks, adapter, lines = run(tmp_path / "found", holds, method,
+                                per_device_train_batch_size=4, auto_find_batch_size=True)  # fmt: skip
+    expected_ranks, expected, expected_lines = run(tmp_path / "given", 0, method, per_device_train_batch_size=LARGEST)
+    assert ranks == expected_ranks
+    assert len(set(ranks.values())) > 1
+    assert all(torch.equal(adapter[name], expected[name]) for name in expected)
+    told = [[line["event"] for line in each] for each in (lines, expected_lines)]
+    assert told[0] == told[1]
+    assert lines[-1]["counters"]["steps"] == expected_lines[-1]["counters"]["steps"]
