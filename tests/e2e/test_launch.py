@@ -13,7 +13,8 @@ from llamafactory_adaptive import cli
 from llamafactory_adaptive.planning.cache import CACHE_ENV
 from llamafactory_adaptive.ranks.plan import load_plan
 from tests.helpers.commands import BIN, EXAMPLES, begin, ended, run
-from tests.helpers.tiny import settings, unmeasured_settings
+from tests.helpers.processes import ROOT
+from tests.helpers.tiny import pruning_settings, settings, unmeasured_settings
 from tests.helpers.training import adapters_equal
 from tests.helpers.workers import train_on_two, train_on_two_nodes
 
@@ -114,6 +115,23 @@ def test_two_launchers_of_two_nodes_score_once(write, tmp_path):
     assert ["this node waits for it" in text for text in said] == [False, True]
     assert cached_plans(nodes) == [1, 0]
     assert adapters_equal(*(node / "out" for node in nodes))
+
+
+def test_a_worker_that_is_killed_is_started_again_by_torchrun_and_finds_the_same_ranks(tiny_llama, data_dir, tmp_path):
+    """Elastic launching as LLaMA-Factory has it: RDZV_ID and MAX_RESTARTS."""
+    more = {"save_strategy": "steps", "save_steps": 1, "max_steps": 16, "overwrite_output_dir": False}
+    config, out = tmp_path / "x.yaml", tmp_path / "out"
+    config.write_text(yaml.safe_dump(pruning_settings(tiny_llama, data_dir, out, **more)))
+    done = run(BIN / "llamafactory-cli", "train", config, FORCE_TORCHRUN="1", NPROC_PER_NODE="2", RDZV_ID="job",
+               MAX_RESTARTS="1", MASTER_PORT="29561", PYTHONPATH=str(ROOT / "tests/helpers/killed_worker"),
+               KILL_AFTER=str(out / "checkpoint-5" / "trainer_state.json"))  # fmt: skip
+    events = [json.loads(line)["event"] for line in (out / "adaptive_log.jsonl").read_text().splitlines()]
+    assert (events.count("begin"), events.count("resumed")) == (1, 1), done.stderr[-3000:]
+    other = tmp_path / "other"
+    train_on_two(pruning_settings(tiny_llama, data_dir, other, **more), tmp_path / "logs")
+    assert ranks(out) == ranks(other)
+    assert len(set(ranks(out).values())) > 1
+    assert adapters_equal(out, other)
 
 
 @pytest.mark.parametrize(
