@@ -8,6 +8,7 @@ from typing import Any
 from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS
 from llamafactory_adaptive.bridge.arguments import Args, split_names
 from llamafactory_adaptive.config.deepspeed_settings import settings_of_accelerate, zero_optimization
+from llamafactory_adaptive.config.fsdp_settings import fsdp_version
 from llamafactory_adaptive.errors import PlanError, refuse
 from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, STATE_JSON, STATE_TENSORS, file_digest
 from llamafactory_adaptive.launcher import launched_number, launched_processes, local_rank
@@ -197,6 +198,7 @@ def layout(args: Args) -> dict[str, Any]:
         "deepspeed_stage": stage,
         # Stage 3 partitions in a way of its own, whatever is set.
         "round_robin_gradients": stage in (1, 2) and bool(zero.get("round_robin_gradients", False)),
+        "fsdp_version": fsdp_version(args),
         "processes": launched_processes(),
         "global_batch": launched_processes()
         * int(args.get("per_device_train_batch_size") or 8)

@@ -137,8 +137,9 @@ def check_layout(checkpoint: Path, here: Mapping[str, Any]) -> str:
 
     Args:
         checkpoint: folder of the checkpoint; one of an older version holds no layout, and passes.
-        here: ``deepspeed_stage`` (None without DeepSpeed), ``round_robin_gradients``, ``processes``, ``global_batch``
-            (rows of an optimizer step; older versions did not record it).
+        here: ``deepspeed_stage`` (None without DeepSpeed), ``round_robin_gradients``, ``fsdp_version`` (0
+            without FSDP), ``processes``, ``global_batch`` (rows of an optimizer step). Older versions did not record
+            the version and the rows.
 
     Returns:
         A warning about a difference that is allowed; empty if there is none.
@@ -149,17 +150,20 @@ def check_layout(checkpoint: Path, here: Mapping[str, Any]) -> str:
     if not (checkpoint / LAYOUT_FILE).exists():
         return ""
     there = read_mapping(checkpoint / LAYOUT_FILE, str(checkpoint / LAYOUT_FILE))
+    there = {"fsdp_version": here.get("fsdp_version"), **there}  # which earlier versions did not record
     faults = {key: f"{key} is {there.get(key)} there and {value} here" for key, value in here.items()
               if key != "global_batch" and there.get(key) != value}  # fmt: skip
     if faults and (here["deepspeed_stage"] or set(faults) != {"processes"}):
         raise PlanError(
             f"{checkpoint} was written under another layout: {'; '.join(faults.values())}; "
-            f"{_why_refused(there, here)}; set deepspeed and the number of processes back, or use another output_dir"
+            f"{_why_refused(there, here)}; set deepspeed, FSDP and processes back, or use another output_dir"
         )
     return _advice(checkpoint.name, there, here)
 
 
 def _why_refused(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    if there.get("fsdp_version") != here.get("fsdp_version"):
+        return "the Trainer reads the optimizer state of FSDP only under the version that wrote it"
     if there.get("deepspeed_stage") is None:
         return "DeepSpeed cannot read the optimizer state that the Trainer writes without it"
     if here["deepspeed_stage"] is None:

@@ -97,7 +97,7 @@ def test_another_zero_stage_than_the_checkpoints_stops_both(root, more, there, h
     said = f"{CHOSEN} was written under another layout: deepspeed_stage is {there} there and {here} here; "
     first, second = said_by_two(choose, root, {**more, **deepspeed})
     assert first.startswith(f"PlanError: {said}")
-    assert first.endswith("set deepspeed and the number of processes back, or use another output_dir")
+    assert first.endswith("set deepspeed, FSDP and processes back, or use another output_dir")
     assert second == f"OtherProcessError: rank 0: {first.removeprefix('PlanError: ')}"
 
 

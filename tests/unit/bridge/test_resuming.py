@@ -24,11 +24,16 @@ def test_the_layout_of_a_run_is_read_from_its_settings(tmp_path: Path, monkeypat
     monkeypatch.setenv("LOCAL_RANK", "0")
     path = tmp_path / "z.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}))
-    expected = {"deepspeed_stage": 2, "round_robin_gradients": True, "processes": 2, "global_batch": 16}
+    expected = {"deepspeed_stage": 2, "round_robin_gradients": True, "fsdp_version": 0, "processes": 2,
+                "global_batch": 16}  # fmt: skip
     assert layout({"deepspeed": str(path)}) == expected
     batches = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
-    without = {"deepspeed_stage": None, "round_robin_gradients": False, "processes": 2, "global_batch": 24}
+    without = {"deepspeed_stage": None, "round_robin_gradients": False, "fsdp_version": 0, "processes": 2,
+               "global_batch": 24}  # fmt: skip
     assert layout(batches) == without
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert layout(batches) == {**without, "fsdp_version": 2}
 
 
 def test_a_zero_byte_in_the_settings_names_no_path():

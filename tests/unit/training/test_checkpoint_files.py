@@ -108,6 +108,13 @@ def test_another_layout_is_refused_by_key_and_value(tmp_path: Path) -> None:
     checkpoint_files.write_layout(tmp_path, plain)
     with pytest.raises(PlanError, match="stage is None there and 3 here; DeepSpeed cannot read the optimizer state"):
         checkpoint_files.check_layout(tmp_path, {**plain, "deepspeed_stage": 3})
+    assert checkpoint_files.check_layout(tmp_path, {**plain, "fsdp_version": 2}) == "", "older versions noted none"
+    checkpoint_files.write_layout(tmp_path, {**plain, "fsdp_version": 2})
+    assert checkpoint_files.check_layout(tmp_path, {**plain, "fsdp_version": 2}) == ""
+    with pytest.raises(
+        PlanError, match="fsdp_version is 2 there and 0 here; the Trainer reads the optimizer state of"
+    ):
+        checkpoint_files.check_layout(tmp_path, {**plain, "fsdp_version": 0})
 
 
 def test_without_deepspeed_any_number_of_processes_goes_on_and_is_told_of_the_global_batch(tmp_path: Path) -> None:
