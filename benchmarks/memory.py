@@ -3,7 +3,7 @@
 Run: ``python benchmarks/memory.py [--rank 16]``.
 
 Adapter, statistics and the weights of a pass are those of the package's own code, on the meta device, where tensors
-have shapes and types but no values; one step is observed. AdamW's two fp32 numbers per element are arithmetic. Shares
+have shapes and types but no values; one step is observed, with half of the components masked. AdamW's two fp32 numbers per element are arithmetic. Shares
 are of AdamW's state for plain LoRA of the same live rank. What a search also does, to train more ranks at first than
 its budget, is the ``live rank``; activations are left out.
 """
@@ -36,8 +36,8 @@ ROWS: dict[str, tuple[str, dict[str, Any], float]] = {
     "adalora": ("adalora", {}, 2.0),
     "svd": ("svd", {}, 2.0),
     "elalora": ("elalora", {}, 2.0),
-    "tsq, steps": ("tsq", {"sensitivity_over": "step"}, 2.0),
-    "tsq": ("tsq", {}, 2.0),
+    "tsq, steps": ("tsq", {"sensitivity_over": "step"}, 4.0),
+    "tsq": ("tsq", {}, 4.0),
 }
 
 
@@ -65,6 +65,7 @@ def measured(method_name: str, options: dict[str, Any], rank: int, budget: int) 
     components = Components(triplets, UnpartitionedEngine())
     components.arrival.done = True  # what has no values arrives nowhere
     assert triplets.effective is not None
+    triplets.mask([[True] * budget + [False] * (rank - budget)] * len(triplets.modules))
     triplets.effective.prepare()
     copies = sum(slot.weight.nbytes for group in triplets.effective.groups
                  for slot, layer in zip(group.slots, group.layers, strict=True)
