@@ -3,9 +3,10 @@
 Run: ``python benchmarks/memory.py [--rank 16]``.
 
 Adapter, statistics and the weights of a pass are those of the package's own code, on the meta device, where tensors
-have shapes and types but no values; one step is observed, with half of the components masked. AdamW's two fp32 numbers per element are arithmetic. Shares
-are of AdamW's state for plain LoRA of the same live rank. What a search also does, to train more ranks at first than
-its budget, is the ``live rank``; activations are left out.
+have shapes and types but no values; one step is observed, with all components beyond the budget masked. AdamW's two
+fp32 numbers per element are arithmetic. Left out are activations, and what scoring holds for a moment after they are
+gone: one block of gradients and weights after the other. Shares are of AdamW's state for plain LoRA of the same live
+rank, which is larger than that of the budget.
 """
 
 import argparse

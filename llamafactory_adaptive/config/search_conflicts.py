@@ -60,6 +60,11 @@ def check_given_conflicts(flat: Mapping[str, Any]) -> list[Problem]:
     return find_clashes(GIVEN_CONFLICTS, flat)
 
 
+def _has_several_processes(flat: Mapping[str, Any]) -> bool:
+    """Tell whether a run is one of several processes, or of Ray's workers, of which none has been started yet."""
+    return launched_processes() > 1 or int(flat.get("ray_num_workers") or 1) > 1
+
+
 MASKING_CONFLICTS = (
     Conflict(
         "deepspeed",
@@ -90,11 +95,17 @@ MASKING_CONFLICTS = (
     ),
     Conflict(
         "auto_find_batch_size",
+        lambda flat: bool(flat.get("auto_find_batch_size")) and _has_several_processes(flat),
+        "memory runs out in one process while the others wait for it",
+        "auto_find_batch_size: false, or one process",
+    ),
+    Conflict(
+        "auto_find_batch_size",
         lambda flat: (
-            bool(flat.get("auto_find_batch_size")) and (bool(flat.get("deepspeed")) or launched_processes() > 1)
+            bool(flat.get("auto_find_batch_size")) and (bool(flat.get("deepspeed")) or fsdp_version(flat) > 0)
         ),
-        "memory runs out in one process while the others wait for it, and DeepSpeed holds states of its own",
-        "auto_find_batch_size: false, or one process without DeepSpeed",
+        "a search that begins anew with smaller batches would have to take DeepSpeed or FSDP off the model first",
+        "auto_find_batch_size: false",
     ),
 )
 _GIVEN_REASONS = {

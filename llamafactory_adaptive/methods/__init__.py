@@ -5,21 +5,18 @@ scores those. Either is any class with the members of its protocol and an ``Opti
 YAML keys ``<method>_<field>``; there is nothing to inherit. Its ``traits`` say which protocol it follows.
 """
 
+from llamafactory_adaptive.methods._adapter_form import InitialAdapter, Orthogonality, ReturnRule, Shrinkage
 from llamafactory_adaptive.methods._contract import (
     ComponentwiseMethod,
     DynamicMethod,
     ExchangingMethod,
-    InitialAdapter,
-    Orthogonality,
     ProbingMethod,
     ReallocatingMethod,
     RelativeMethod,
-    ReturnRule,
     SamplingMethod,
     Scores,
     ScoringContext,
     SearchingMethod,
-    Shrinkage,
     SpectralMethod,
     StaticMethod,
 )

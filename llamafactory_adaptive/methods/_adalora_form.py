@@ -4,7 +4,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from llamafactory_adaptive.methods._contract import InitialAdapter, Orthogonality
+from llamafactory_adaptive.methods._adapter_form import InitialAdapter, Orthogonality
 from llamafactory_adaptive.methods._running_stats import SmoothedImportance, SmoothedMethod
 
 

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llamafactory_adaptive.methods._contract import ReturnRule, Shrinkage
+from llamafactory_adaptive.methods._adapter_form import ReturnRule, Shrinkage
 
 
 class _Blockwise:

@@ -107,6 +107,8 @@ def trait_faults(method: Any) -> list[str]:
         return [f"it has no traits: declare traits = MethodTraits(strategy), with one of {', '.join(STRATEGIES)}"]
     if traits.strategy not in STRATEGIES:
         return [f"its strategy is {traits.strategy!r}, and must be one of {', '.join(STRATEGIES)}"]
+    if traits.componentwise and (traits.spectral or traits.strategy == "exchange"):
+        return [f"with componentwise no elements are observed, which its traits ({_words(traits)}) need"]
     missing = [name for name in traits.demanded() if not hasattr(method, name)]
     return [f"it lacks {', '.join(missing)}, which its traits ({_words(traits)}) demand"] if missing else []
 

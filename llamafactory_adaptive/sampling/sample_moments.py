@@ -21,7 +21,7 @@ class SampleMoments:
     weighted by its tokens; ``n sum s_i^2`` of n samples is that of ``g_i^2`` where samples have equally many.
 
     Args:
-        layers: A and B of every adapted module, which hooks are registered on for good.
+        layers: A and B of every adapted module, which hooks are registered on.
         order: 1 or 2.
 
     Attributes:
@@ -32,9 +32,17 @@ class SampleMoments:
         self.order, self.active = order, False
         self.samples, self.sums = 0, dict[int, Tensor]()
         first = next(iter(layers.values()))[1]
-        for name, factors in layers.items():
-            for factor in factors:
-                factor.register_forward_hook(self._hook(name, factor, counts=factor is first))
+        self._hooks = [
+            factor.register_forward_hook(self._hook(name, factor, counts=factor is first))
+            for name, factors in layers.items()
+            for factor in factors
+        ]
+
+    def close(self) -> None:
+        """Remove the hooks, and let go of the sums."""
+        for hook in self._hooks:
+            hook.remove()
+        self.sums.clear()
 
     def begin(self) -> None:
         """Begin an optimizer step."""

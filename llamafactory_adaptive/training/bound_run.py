@@ -26,6 +26,7 @@ from llamafactory_adaptive.training.guard import PlanGuard, agree_on_steps, epoc
 from llamafactory_adaptive.training.masked_search import MaskedSearch, SearchRequest
 from llamafactory_adaptive.training.observer import Observer
 from llamafactory_adaptive.training.optimizer_check import check_optimizer
+from llamafactory_adaptive.training.previous_run import set_previous_run_aside
 from llamafactory_adaptive.training.rank_search_driver import RankSearchDriver
 from llamafactory_adaptive.training.rate_advice import RateAdvice
 from llamafactory_adaptive.training.run_part import RunPart
@@ -82,8 +83,8 @@ class BoundRun:
         self.samples = None if request.samples is None else TrainingSamples(request.samples, trainer)
         self.search = None if request.search is None else MaskedSearch(request.search, trainer)
         self.best_model: BestModel | None = None
-        self.begun = self.ended = False
-        self.watch = DivergenceWatch(request.max_nonfinite_steps, Path(trainer.args.output_dir))
+        self.observer: Observer | None = None
+        self.watch = self._new_watch()
         if self.search is not None and not self.deepspeed:
             before_clipping(trainer.accelerator, see_gradients)
 
@@ -102,9 +103,6 @@ class BoundRun:
         Raises:
             GuardError: processes differ in their steps, or the Trainer has resumed but ``checkpoint`` is None.
         """
-        if self.begun and not self.ended and self.trainer.args.auto_find_batch_size:
-            self._begin_again(state)
-        self.begun, self.ended = True, False
         agree_on_steps(state, epoch_steps(dataloader, self.trainer.args))
         if state.global_step > 0 and checkpoint is None:
             raise GuardError(
@@ -117,20 +115,49 @@ class BoundRun:
         parts = (self.guard, self.watch, *ranks(state, dataloader, resumed), record)
         return tuple(part for part in parts if part is not None)
 
-    def _begin_again(self, state: Any) -> None:
-        """Set a search to its start: memory ran out, and the Trainer begins anew with smaller batches.
+    def begin_again(self, checkpoint: Any) -> None:
+        """Set a search to its start: memory ran out, and the Trainer is about to begin anew with smaller batches.
 
-        It would go on with the adapter, the ranks and the optimizer's states of what it broke off.
+        It would go on with the adapter, the ranks and the optimizer's states of what it broke off. Where ranks are
+        fixed before training it does, as it does with plain LoRA.
+
+        Args:
+            checkpoint: what the Trainer resumed from, if anything.
+
+        Raises:
+            GuardError: there is more to set back than the adapter.
         """
-        logger.warning(
-            f"memory ran out after {self.log.counters.steps} steps; training begins anew with batches of "
-            f"{self.trainer._train_batch_size}"
-        )
-        self.log.begin_again(Path(self.trainer.args.output_dir), keeps_lines=state.global_step > 0)
+        broken_off = f"memory ran out after {self.log.counters.steps} steps"
+        self.watch = self._new_watch()
         if self.search is None:
+            logger.warning(f"{broken_off}; training goes on from there with smaller batches")
             return
+        lost = self._kept_by_none(checkpoint)
+        if lost:
+            size = max(1, int(self.trainer._train_batch_size * 0.9))
+            raise GuardError(
+                f"{broken_off}, and auto_find_batch_size cannot begin anew: {lost}; set "
+                f"per_device_train_batch_size: {size} and auto_find_batch_size: false"
+            )
+        logger.warning(f"{broken_off}; the search for ranks begins anew with smaller batches")
+        if self.observer is not None:
+            self.observer.close()
         self.search.begin_again()
         getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer).state.clear()
+        self.log.begin_again()
+        set_previous_run_aside(Path(self.trainer.args.output_dir))
+
+    def _kept_by_none(self, checkpoint: Any) -> str:
+        """Tell what an attempt has changed beyond the adapter; empty if it has changed nothing else."""
+        if checkpoint is not None:
+            return "the run was resumed, and its checkpoint belongs to steps of the larger batch"
+        assert self.search is not None
+        own = {id(p) for module in self.search.triplets.modules for p in module.parameters().values()}
+        others = [name for name, p in self.trainer.model.named_parameters() if p.requires_grad and id(p) not in own]
+        return f"{others[0]} trains beside the adapter, and has changed" if others else ""
+
+    def _new_watch(self) -> DivergenceWatch:
+        return DivergenceWatch(self.request.max_nonfinite_steps, Path(self.trainer.args.output_dir))
 
     def _fixed_ranks(self, state: Any, dataloader: Any, resumed: Path | None) -> tuple[RunPart | None, ...]:
         hidden = self.deepspeed or flattens(self.trainer)
@@ -180,7 +207,8 @@ class BoundRun:
             before_deepspeed_step(self.trainer.deepspeed, self.see_gradients)
         components = Components(triplets, engine)
         triplets.mask(triplets.masks)
-        return Observer(method, components, self.trainer, self.log.counters, config.seed, config.max_overhead)
+        self.observer = Observer(method, components, self.trainer, self.log.counters, config.seed, config.max_overhead)
+        return self.observer
 
     def _prepare_samples(self, state: Any, dataloader: Any, resumed: Path | None) -> SampleSelection | None:
         """Score the samples or restore their scores, and check that all processes have the same ones."""

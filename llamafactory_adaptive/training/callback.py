@@ -27,6 +27,7 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
     Attributes:
         bound: the run, once its Trainer is known.
         parts: parts of the run; empty before training begins.
+        trains: whether training has begun and not come to its end.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
         self.guard, self.request, self.checkpoint, self.remedy = guard, request, checkpoint, remedy
         self.bound: BoundRun | None = None
         self.parts: tuple[RunPart, ...] = ()
-        self.flattened = False
+        self.flattened = self.trains = False
 
     # -- events that callbacks do not get, forwarded by the Trainer of trainer.py -------------------------------------
 
@@ -56,6 +57,15 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
     def resume_from(self, checkpoint: Path | None) -> None:
         """Set the checkpoint that training, which has not begun, resumes from; None for a fresh run."""
         self.checkpoint = checkpoint
+
+    def begin_attempt(self, checkpoint: Any) -> None:
+        """Forward that training begins, or begins anew with smaller batches where parts of an attempt are left.
+
+        Args:
+            checkpoint: what the Trainer resumes from, if anything.
+        """
+        if self.trains and self.bound is not None:  # memory ran out
+            self.bound.begin_again(checkpoint)
 
     @property
     def train_sampler(self) -> SubsetSampler | None:
@@ -100,6 +110,7 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
             fault = "the run asked for adaptive ranks but its Trainer did not pass itself to the run"
             raise GuardError(f"{fault}; {self.remedy}" if self.remedy else fault)
         self.parts = self.bound.build_parts(state, kwargs.get("train_dataloader"), self.checkpoint)
+        self.trains = True
         for part in self.parts:
             part.announce(args, state)
 
@@ -144,8 +155,7 @@ class AdaptiveCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Forward the end of training."""
-        if self.bound is not None:
-            self.bound.ended = True
+        self.trains = False
         for part in self.parts:
             part.end(args, state, model)
 

@@ -163,7 +163,7 @@ def check_layout(checkpoint: Path, here: Mapping[str, Any]) -> str:
 
 def _why_refused(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     if there.get("fsdp_version") != here.get("fsdp_version"):
-        return "the Trainer reads the optimizer state of FSDP only under the version that wrote it"
+        return "the Trainer reads the optimizer state of one version of FSDP, or of none, under that alone"
     if there.get("deepspeed_stage") is None:
         return "DeepSpeed cannot read the optimizer state that the Trainer writes without it"
     if here["deepspeed_stage"] is None:

@@ -49,6 +49,12 @@ class Observer:
         moment = method.traits.sample_moment
         self.moments = SampleMoments(live_factors(trainer.model), moment) if moment else None
 
+    def close(self) -> None:
+        """Remove what was hooked into the model; another observer takes this one's place."""
+        for hooked in (self.prober, self.moments):
+            if hooked is not None:
+                hooked.close()
+
     def begin(self, step: int, final: bool) -> None:
         """Set the path position of a step's first micro-batch, and whether its batch is kept for extra passes."""
         self.step, self.micro_batch = step, 0

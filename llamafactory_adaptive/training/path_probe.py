@@ -51,7 +51,12 @@ class Prober:
         self.trained = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
         self.inputs: dict[str, Any] | None = None
         self.armed = False
-        model.register_forward_pre_hook(self._keep, with_kwargs=True)
+        self._hook = model.register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def close(self) -> None:
+        """Remove the hook, and let go of the batch."""
+        self._hook.remove()
+        self.inputs = None
 
     def _keep(self, module: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
         if self.armed:

@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +50,17 @@ class RunLog:
         """Return the seconds since the log was created."""
         return time.perf_counter() - self._started
 
-    def begin_again(self, output: Path, keeps_lines: bool) -> None:
-        """Set the counters of steps back, and remove the log file's lines unless they belong to a resumed run."""
-        for name in ("steps", "gradients_missing", "observations", "probes", "allocations"):
-            setattr(self.counters, name, 0)
-        if not keeps_lines:
-            (output / LOG_FILE).unlink(missing_ok=True)
+    def begin_again(self) -> None:
+        """Set all counters back, of a run that begins anew."""
+        for counter in fields(self.counters):
+            setattr(self.counters, counter.name, counter.default)
 
     def warn(self, text: str) -> None:
         """Write a warning to the log, and keep it for the report at the end of the run."""
         said = self.words(text)
         logger.warning(said)
-        self.warnings.append(said)
+        if said not in self.warnings:  # a run that begins anew says it again
+            self.warnings.append(said)
 
     def write(self, output: Path, line: Mapping[str, Any]) -> None:
         """Append a line to the log file in ``output``, with method, counters, overhead and time added."""

@@ -120,12 +120,13 @@ class SearchCheckpoint:
         method = {k.removeprefix("method."): value for k, value in tensors.items() if k.startswith("method.")}
         components, whole = self.observer.components, not document["partitioned"]
         device = self.triplets.modules[0].q.device
-        method = {key: value.to(device) for key, value in method.items()}
+        if not whole:  # pieces of earlier versions, which may have to be joined on the device
+            method = {key: value.to(device) for key, value in method.items()}
         if self.method.traits.componentwise:
             method = component_state(components, method, whole)
         elif whole:
             method = owned_state(components, method)
-        self.method.load(method)
+        self.method.load({key: value.to(device) for key, value in method.items()})
         if self.holds_factors:
             self._load_factors(tensors)
         self.triplets.mask(masks)

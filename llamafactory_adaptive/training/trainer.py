@@ -35,6 +35,12 @@ def adaptive_trainer(trainer_class: type, fixed_callback: Any = None) -> type:
                 self.adaptive_callback.see_loss(loss)
             return loss
 
+        def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+            # Called once more, with smaller batches, when memory runs out and auto_find_batch_size is set.
+            if self.adaptive_callback is not None:
+                self.adaptive_callback.begin_attempt(kwargs.get("resume_from_checkpoint"))
+            return super()._inner_training_loop(*args, **kwargs)
+
         def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
             # The Trainer looks at max_steps after a step alone: resumed from the last checkpoint, as after a kill
             # between it and the final save, or by running a finished command again, it would train one step too many.

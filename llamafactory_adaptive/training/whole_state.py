@@ -49,8 +49,8 @@ def component_state(components: Components, state: Mapping[str, Tensor], whole: 
     """
     averaged = dict(state)
     for name in sorted(state):  # in one order on every process
-        block = next((block for block in components.blocks if block.name == name.partition(".")[2]), None)
-        if block is not None and state[name].dim() == 1:
+        block = _named(components, name) if state[name].dim() == 1 else None
+        if block is not None:
             flat_MX = state[name].view(len(block.modules), -1) if whole else components.whole(block, state[name])
             averaged[name] = block.by_component(flat_MX)
     return averaged
@@ -60,4 +60,9 @@ def _block_of(components: Components, name: str, values: Tensor) -> Block | None
     """Return the block that a tensor has one number per element of; None where elements are not in pieces."""
     if not components.engine.partitioned or values.dim() != 1:
         return None
+    return _named(components, name)
+
+
+def _named(components: Components, name: str) -> Block | None:
+    """Return the block of a tensor that is named ``<kind>.<block>``; None for others."""
     return next((block for block in components.blocks if block.name == name.partition(".")[2]), None)

@@ -45,7 +45,8 @@ def wait_for(condition, process=None):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.repeats), signal.SIGKILL])
+@pytest.mark.repeats  # make faults kills exports at drawn moments
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_an_ended_export_takes_no_name_and_cleans_up_where_it_can(number, tmp_path):
     base = save_tiny(tmp_path / "base", num_hidden_layers=8)
     adapter = save_adapter(base, tmp_path / "adapter")

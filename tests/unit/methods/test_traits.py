@@ -178,6 +178,11 @@ def test_a_whole_method_is_taken(register):
             ("initial_adapter", "return_rule", "shrinkage", "orthogonality", "position", "observe", "element_scores",
              "state", "load", "beta"))),
          "it lacks refresh_ratio, allocated, path, which its traits (strategy 'reallocate', probes) demand"),
+        (without(traits=MethodTraits("prune", componentwise=True)),
+         "it lacks initial_adapter, return_rule, shrinkage, orthogonality, position, state, load, importance_of, "
+         "observe_components, component_scores, which its traits (strategy 'prune', componentwise) demand"),
+        (without(traits=MethodTraits("exchange", componentwise=True)),
+         "with componentwise no elements are observed, which its traits (strategy 'exchange', componentwise) need"),
     ],
 )  # fmt: skip
 def test_what_a_class_lacks_is_named_when_it_is_loaded(register, cls, said):
