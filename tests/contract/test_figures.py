@@ -174,6 +174,25 @@ def test_how_to_quotes_what_the_transforms_spend_and_how_they_agree():
         f"{models[model]['no_first_token']['top_three']:.1%} on {model}" for model in ("SmolLM2-135M", "gemma-3-270m")
     ]
     assert says(page, f"still hold {first[0]} and {first[1]}.")
+    trained = RESULTS["sensitivity_transforms"]["quality"]["SmolLM2-135M"]["arms"]
+    names = {
+        "uniform": "uniform ranks",
+        "random": "random",
+        "per_type": "`per_type`",
+        "log": "`log`",
+        "none": "`none`",
+    }
+    assert says(page, ", ".join(f"{name} {trained[arm]['loss']:.4f}" for arm, name in names.items()))
+    over = trained["log"]["over_uniform"]
+    assert says(page, f"({over['mean']:+.4f}, {over['low']:+.4f} to {over['high']:+.4f})")
+    better = [
+        arm
+        for rows in RESULTS["sensitivity_transforms"]["quality"].values()
+        for arm, row in rows["arms"].items()
+        if arm not in ("uniform", "random")
+        and "better" in row["over_uniform"]["verdict"] + row["over_random"]["verdict"]
+    ]
+    assert better == [], "how-to says that none was"
     raw, chosen = (models["SmolLM2-135M"][reading]["top_three"] for reading in ("none", "log"))
     assert says(README, f"hold {100 * raw:.0f} % of the paper's raw score (`sensitivity_transform: none`) and "
                         f"{100 * chosen:.0f} % with the default")  # fmt: skip

@@ -116,15 +116,12 @@ WRONG = [
      "ranks before training and prunes nothing; try leaving it out, or adaptive_method: igu"),
     ({**IGU, "adaptive_max_overhead": 0.2}, "adaptive_max_overhead: 0.2 is invalid: only igu_importance: integrated "
      "makes extra passes that could be thinned out; try leaving it out"),
-    ({**IGU, "igu_importance": "shrnk"}, "igu_importance: 'shrnk' is invalid: must be one of shrink, integrated, "
-     "off; try igu_importance: shrink"),
+    ({**IGU, "igu_importance": "shrnk"}, "must be one of shrink, integrated, off; try igu_importance: shrink"),
     ({**IGU, "adapter_name_or_path": "x"}, "adapter_name_or_path: 'x' is invalid: ranks are found on a new "
      "adapter, whose live tensors are larger than the old one's; try create_new_adapter: true"),
     ({**IGU, "torch_compile": True}, "torch_compile: True is invalid: masks and path positions change"),
-    ({**IGU, "auto_find_batch_size": True, "deepspeed": ZERO3}, "auto_find_batch_size: True is invalid: a search that "
-     "begins anew with smaller batches would have to take DeepSpeed or FSDP off the model first"),
-    ({**IGU, "auto_find_batch_size": True, "ray_num_workers": 2}, "auto_find_batch_size: True is invalid: memory runs "
-     "out in one process while the others wait for it; try auto_find_batch_size: false, or one process"),
+    ({**IGU, "auto_find_batch_size": True, "deepspeed": ZERO3}, "is invalid: a search that begins anew with smaller"),
+    ({**IGU, "auto_find_batch_size": True, "ray_num_workers": 2}, "auto_find_batch_size: false, or one process"),
     ({**IGU, "igu_importance": "integrated", "stage": "dpo"}, "stage: 'dpo' is invalid: extra passes need the loss "
      "that the model itself returns; try igu_importance: shrink"),
     ({**IGU, "igu_importance": "integrated", "use_dft_loss": True}, "use_dft_loss: True is invalid: extra passes use "
