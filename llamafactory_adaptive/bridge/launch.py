@@ -97,6 +97,10 @@ def _exit_code_of_workers() -> Iterator[None]:
     """
     with TemporaryDirectory(prefix="adaptive-") as folder:
         os.environ[_LAUNCH_ENV] = folder
+        if "RDZV_ID" in os.environ:
+            # Workers that are started again would find the addresses of those before them in the store that torchrun
+            # shares with them by default (torch 2.11), and now and then connect to processes that are gone.
+            os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         try:
             yield
         except subprocess.CalledProcessError as error:

@@ -161,7 +161,9 @@ def _store() -> Any:
             f"the {launched_processes()} processes of the job did not all meet within {LIMIT_SECONDS:g} s at "
             f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {error}"
         ) from error
-    return dist.PrefixStore("llamafactory_adaptive", store)  # type: ignore[attr-defined]
+    # Where torchrun starts workers again, its store may still hold what those before them have sent.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"llamafactory_adaptive/{attempt}", store)  # type: ignore[attr-defined]
 
 
 def _exchange(what: str, mine: Any, seconds: float) -> list[Any]:
