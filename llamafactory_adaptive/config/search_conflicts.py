@@ -62,7 +62,7 @@ def check_given_conflicts(flat: Mapping[str, Any]) -> list[Problem]:
 
 def _has_several_processes(flat: Mapping[str, Any]) -> bool:
     """Tell whether a run is one of several processes, or of Ray's workers, of which none has been started yet."""
-    return launched_processes() > 1 or int(flat.get("ray_num_workers") or 1) > 1
+    return launched_processes() > 1 or str(flat.get("ray_num_workers") or 1) != "1"
 
 
 MASKING_CONFLICTS = (

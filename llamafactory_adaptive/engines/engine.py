@@ -13,7 +13,14 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from llamafactory_adaptive.engines.fsdp import Fsdp2Engine, is_sharded
-from llamafactory_adaptive.engines.optimizer_state import gradient_of, put, restart, scale_states, square_sums
+from llamafactory_adaptive.engines.optimizer_state import (
+    gradient_of,
+    put,
+    restart,
+    scale_states,
+    square_sums,
+    unwrapped,
+)
 from llamafactory_adaptive.engines.zero import Zero3Engine, Zero12Engine
 
 
@@ -133,4 +140,4 @@ def find_engine(parameter: nn.Parameter, trainer: Any) -> Engine:
     scaler, optimizer = getattr(trainer.accelerator, "scaler", None), trainer.optimizer
     scale = (lambda: 1.0) if scaler is None else (lambda: float(scaler.get_scale()))
     kind = Fsdp2Engine if is_sharded(parameter) else UnpartitionedEngine
-    return kind(scale, getattr(optimizer, "optimizer", optimizer))
+    return kind(scale, unwrapped(optimizer))

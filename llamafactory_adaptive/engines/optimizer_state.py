@@ -17,6 +17,11 @@ def gradient_of(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """Return the optimizer that accelerate has wrapped, or that it has not."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 def put(target: Tensor, where: Tensor, values: Tensor) -> None:
     """Copy the values that ``where`` marks into a contiguous tensor; both may be on another device."""
     flat = target.view(-1)

@@ -11,6 +11,7 @@ from typing import Any
 from llamafactory_adaptive.adapter.starting_factors import StartingFactors
 from llamafactory_adaptive.engines.distributed import agree_across_ranks
 from llamafactory_adaptive.engines.engine import find_engine
+from llamafactory_adaptive.engines.optimizer_state import unwrapped
 from llamafactory_adaptive.engines.step_hooks import before_clipping, before_deepspeed_step
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.ranks.plan import RankPlan
@@ -132,7 +133,7 @@ class BoundRun:
         if self.search is None:
             logger.warning(f"{broken_off}; training goes on from there with smaller batches")
             return
-        lost = self._kept_by_none(checkpoint)
+        lost = self._changed_besides(checkpoint)
         if lost:
             size = max(1, int(self.trainer._train_batch_size * 0.9))
             raise GuardError(
@@ -143,11 +144,11 @@ class BoundRun:
         if self.observer is not None:
             self.observer.close()
         self.search.begin_again()
-        getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer).state.clear()
+        unwrapped(self.trainer.optimizer).state.clear()
         self.log.begin_again()
         set_previous_run_aside(Path(self.trainer.args.output_dir))
 
-    def _kept_by_none(self, checkpoint: Any) -> str:
+    def _changed_besides(self, checkpoint: Any) -> str:
         """Tell what an attempt has changed beyond the adapter; empty if it has changed nothing else."""
         if checkpoint is not None:
             return "the run was resumed, and its checkpoint belongs to steps of the larger batch"

@@ -49,4 +49,3 @@ class Observation:
             means = [part.view(mean_Mr.shape) for part, mean_Mr in zip(parts, means, strict=True)]
         for (block, _), mean_Mr in zip(self.means, means, strict=True):
             method.observe_components(block.name, mean_Mr, self.components.live_components(block))
-        self.means = []

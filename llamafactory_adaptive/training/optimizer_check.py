@@ -3,7 +3,7 @@
 from typing import Any
 
 from llamafactory_adaptive.config.search_conflicts import state_changes
-from llamafactory_adaptive.engines.optimizer_state import keeps_known_states
+from llamafactory_adaptive.engines.optimizer_state import keeps_known_states, unwrapped
 from llamafactory_adaptive.errors import refuse
 from llamafactory_adaptive.training.masked_search import MaskedSearch
 
@@ -20,7 +20,7 @@ def check_optimizer(optimizer: Any, search: MaskedSearch) -> None:
     Raises:
         AdaptiveConfigError: parameters of the adapter are missing, or states that the search changes are not known.
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    optimizer = unwrapped(optimizer)
     name = type(optimizer).__name__
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     needed = [parameter for module in search.triplets.modules for parameter in module.parameters().values()]

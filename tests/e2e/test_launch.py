@@ -123,7 +123,7 @@ def test_a_worker_that_is_killed_is_started_again_by_torchrun_and_finds_the_same
     config, out = tmp_path / "x.yaml", tmp_path / "out"
     config.write_text(yaml.safe_dump(pruning_settings(tiny_llama, data_dir, out, **more)))
     done = run(BIN / "llamafactory-cli", "train", config, FORCE_TORCHRUN="1", NPROC_PER_NODE="2", RDZV_ID="job",
-               MAX_RESTARTS="1", MASTER_PORT="29561", PYTHONPATH=str(ROOT / "tests/helpers/killed_worker"),
+               MAX_RESTARTS="1", MASTER_PORT="29561", PYTHONPATH=f"{ROOT / 'tests/helpers/killed_worker'}:{ROOT}",
                KILL_AFTER=str(out / "checkpoint-5" / "trainer_state.json"))  # fmt: skip
     events = [json.loads(line)["event"] for line in (out / "adaptive_log.jsonl").read_text().splitlines()]
     assert (events.count("begin"), events.count("resumed")) == (1, 1), done.stderr[-3000:]

@@ -12,6 +12,7 @@ from typing import Any
 
 from llamafactory_adaptive.errors import AdaptiveError
 from llamafactory_adaptive.planning.cache import CACHE_ENV
+from tests.helpers.cpu_devices import read_numbered_cpus
 from tests.helpers.fsdp import shard_on_cpu
 
 
@@ -120,10 +121,7 @@ def _work(args: dict[str, Any], rank: int, environment: dict[str, str], log: str
         import torch
 
         torch.set_num_threads(1)
-        # The Trainer resumes DDP onto the device "cpu:0", which torch.load does not know (transformers 5.5.4).
-        torch.serialization.register_package(
-            5, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
-        )
+        read_numbered_cpus()
         from llamafactory_adaptive import _bootstrap
 
         _bootstrap.install()

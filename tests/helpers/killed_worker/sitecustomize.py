@@ -17,11 +17,8 @@ def _kill_after(marker: Path) -> None:
 
 
 if "LOCAL_RANK" in os.environ and "KILL_AFTER" in os.environ:
-    import torch
+    from tests.helpers.cpu_devices import read_numbered_cpus
 
-    # The Trainer resumes DDP onto the device "cpu:0", which torch.load does not know (transformers 5.5.4).
-    torch.serialization.register_package(
-        5, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
-    )
+    read_numbered_cpus()
     if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         threading.Thread(target=_kill_after, args=(Path(os.environ["KILL_AFTER"]),), daemon=True).start()
