@@ -11,6 +11,7 @@ import argparse
 import gc
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -130,6 +131,8 @@ def main() -> None:
     parser.add_argument("--targets", type=numbers, default=[500, 1000, 2000, 5000, 20000])
     parser.add_argument("--plain", type=numbers, default=[500, 1000], help="numbers of targets for PEFT alone")
     options = parser.parse_args()
+    # What is loaded into shapes alone is not kept, which torch tells of at every tensor.
+    warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
     alone = {count: plain(count) for count in options.plain}
     rows: dict[int, dict[str, float]] = {}
     measured(64)  # what is done once in a process

@@ -7,7 +7,7 @@ Without ``--model``, a Llama of 3 layers is pretrained on sequences from a rando
 two before it), then adapted to a source that shares most of its rules. A seed gives the rows, their order and the
 adapter's start; with SmolLM2-135M, which learns rows of GSM8K of at most 136 tokens, order and start alone. Every arm
 runs over one grid of learning rates, with the first ``--rate-seeds`` seeds; the rate that is best on one half of the
-held-out rows is then run with all seeds. The other half, which chose nothing, judges. Differences to plain LoRA and
+held-out rows is then run with all seeds; whether the default is equivalent to plain LoRA takes more of them. The other half, which chose nothing, judges. Differences to plain LoRA and
 to ``published`` are taken seed by seed, with 95 % intervals and p values of Student's t (Holm over arms). All curves
 over the rate are kept. An arm is equivalent to plain LoRA if two one-sided tests at 5 % put the difference within half
 a per cent of its loss.
@@ -156,15 +156,16 @@ def compare(task: Task, ledger: Ledger, arms: Sequence[str], rank: int, options:
 
         curve = {rate: run(rate, range(options.rate_seeds)) for rate in task.rates}
         best = min(task.rates, key=lambda rate: statistics.fmean(each["dev"] for each in curve[rate]))
-        at_best = run(best, range(options.seeds))
+        at_best = run(best, range(options.seeds_of_default if arm in ("lora", "corrected") else options.seeds))
         rows[arm] = row_of(at_best, best, {rate: [each["test"] for each in curve[rate]] for rate in task.rates})
     for rival in ("lora", "published"):
         others = [arm for arm in arms if arm not in ("lora", rival)]
         if rival not in rows:
             continue
         for arm in others:
-            difference = paired(rows[rival]["losses"], rows[arm]["losses"])
-            within = within_half_a_per_cent(rows[rival]["losses"], rows[arm]["losses"])
+            both = list(zip(rows[rival]["losses"], rows[arm]["losses"], strict=False))  # the seeds that both have
+            of_rival, of_arm = ([pair[side] for pair in both] for side in (0, 1))
+            difference, within = paired(of_rival, of_arm), within_half_a_per_cent(of_rival, of_arm)
             rows[arm][f"over_{rival}"] = {**difference, "equivalent": within}
         holm([rows[arm][f"over_{rival}"] for arm in others])
     return rows
@@ -228,6 +229,7 @@ def main() -> None:
     parser.add_argument("--arms", help=f"semicolon separated, of: {'; '.join(ARMS)} (default: all, for smollm2 a few)")
     parser.add_argument("--ranks", help="budgets; a few arms run at those after the first (default: 4,1,2, or 8)")
     parser.add_argument("--seeds", type=int, help="default: 5, or 3 for smollm2")
+    parser.add_argument("--seeds-of-default", type=int, help="of plain LoRA and corrected alone (smollm2: 10)")
     parser.add_argument("--rate-seeds", type=int, help="seeds that choose the rate (default: 2, or 1 for smollm2)")
     parser.add_argument("--steps", type=int, help="default: 300, or 100 for smollm2")
     parser.add_argument("--threads", type=int, default=1)
@@ -235,9 +237,10 @@ def main() -> None:
     options = parser.parse_args()
     small = options.model == "small"
     defaults = {"ranks": "4,1,2", "seeds": 5, "rate_seeds": 2, "steps": 300} if small else {
-        "ranks": "8", "seeds": 3, "rate_seeds": 1, "steps": 100}  # fmt: skip
+        "ranks": "8", "seeds": 3, "seeds_of_default": 10, "rate_seeds": 1, "steps": 100}  # fmt: skip
     for key, value in defaults.items():
         setattr(options, key, getattr(options, key) or value)
+    options.seeds_of_default = max(options.seeds, options.seeds_of_default or 0)
     arms = options.arms.split("; ") if options.arms else list(ARMS if small else ON_SMOLLM2)
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise SystemExit(f"--arms: {', '.join(unknown)} is none of {'; '.join(ARMS)}")
@@ -255,7 +258,8 @@ def main() -> None:
             print(f"rank {rank}  {arm:<40} {told(row)}")
     written = record.write_result("method_quality" if small else "method_quality_smollm2", {
         "task": task.description, "steps": options.steps, "batch_size": task.batch_size, "rates": task.rates,
-        "seeds": options.seeds, "rate_seeds": options.rate_seeds, "device": "cpu",
+        "seeds": options.seeds, "seeds_of_default": options.seeds_of_default, "rate_seeds": options.rate_seeds,
+        "device": "cpu",
         "arms": {arm: {"method": ARMS[arm][0], "options": ARMS[arm][1]} for arm in arms},
         "results_by_rank": results,
     })  # fmt: skip
