@@ -3,14 +3,14 @@
 Run: ``python benchmarks/method_quality.py [--seeds 5] [--arms ...] [--ranks 4,1,2] [--ledger FILE]``, and on a real
 model: ``python benchmarks/method_quality.py --model smollm2 [--data FOLDER] [--ledger FILE]``.
 
-Without ``--model``, a Llama of 3 layers is pretrained on sequences from a random source (each token depends on the
-two before it), then adapted to a source that shares most of its rules. A seed gives the rows, their order and the
+Without ``--model``, a Llama of 3 layers is pretrained on sequences from a random source (each token depends on the two
+before it), then adapted to a source that shares most of its rules. A seed gives the rows, their order and the
 adapter's start; with SmolLM2-135M, which learns rows of GSM8K of at most 136 tokens, order and start alone. Every arm
 runs over one grid of learning rates, with the first ``--rate-seeds`` seeds; the rate that is best on one half of the
-held-out rows is then run with all seeds; whether the default is equivalent to plain LoRA takes more of them. The other half, which chose nothing, judges. Differences to plain LoRA and
-to ``published`` are taken seed by seed, with 95 % intervals and p values of Student's t (Holm over arms). All curves
-over the rate are kept. An arm is equivalent to plain LoRA if two one-sided tests at 5 % put the difference within half
-a per cent of its loss.
+held-out rows is then run with all seeds; whether the default is equivalent to plain LoRA takes more of them. The other
+half, which chose nothing, judges. Differences to plain LoRA and to ``published`` are taken seed by seed, with 95 %
+intervals and p values of Student's t (Holm over arms). All curves over the rate are kept. An arm is equivalent to
+plain LoRA if two one-sided tests at 5 % put the difference within half a per cent of its loss.
 
 Training is the product's own: ``rank_search`` under transformers' Trainer. What is judged is the adapter as it would
 be saved, cut to its budget. Each finished run is a line of the ledger; the same command goes on where it was ended.
