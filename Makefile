@@ -91,14 +91,13 @@ test-all: $(STAMP)
 # The next LLaMA-Factory: a checkout of its main branch (LLAMAFACTORY_SOURCE=<folder>), or else llamafactory-kt, a fork of
 # it that is published; the host's own pins hold in both, so that an environment of its own is needed.
 NEXT       := .venv-next
-NEXT_HOST  := $(if $(LLAMAFACTORY_SOURCE),$(LLAMAFACTORY_SOURCE),llamafactory-kt==0.9.6.dev0)
+NEXT_HOST  := $(if $(LLAMAFACTORY_SOURCE),-c constraints/llamafactory-main.txt $(LLAMAFACTORY_SOURCE),\
+	--overrides constraints/llamafactory-kt.txt llamafactory-kt==0.9.6.dev0)
 NEXT_TESTS := tests/contract/test_hosts.py tests/contract/test_seams.py tests/contract/test_wrong_yaml.py \
 	tests/contract/test_host_values.py tests/contract/test_examples.py tests/contract/test_adapter.py \
 	tests/e2e/test_training.py tests/e2e/test_launch.py tests/e2e/test_pruning.py
-$(NEXT)/.installed: $(NEXT)/bin/uv pyproject.toml constraints/llamafactory-main.txt
-	$(NEXT)/bin/uv pip install --quiet --python $(NEXT)/bin/python -c constraints/llamafactory-main.txt \
-		"$(NEXT_HOST)" torchvision torchaudio bitsandbytes
-	$(NEXT)/bin/uv pip install --quiet --python $(NEXT)/bin/python -c constraints/llamafactory-main.txt \
+$(NEXT)/.installed: $(NEXT)/bin/uv pyproject.toml $(wildcard constraints/*.txt)
+	$(NEXT)/bin/uv pip install --quiet --python $(NEXT)/bin/python $(NEXT_HOST) torchvision torchaudio bitsandbytes \
 		-e ".[deepspeed]" pytest pytest-cov pytest-timeout pytest-xdist hatchling hypothesis scipy
 	@touch $@
 

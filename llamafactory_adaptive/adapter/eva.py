@@ -12,7 +12,6 @@ label mask, so they are picked here.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from llamafactory_adaptive.calibration.batches import IGNORE_INDEX, Batch
 from llamafactory_adaptive.calibration.input_moments import forward_to_targets
 from llamafactory_adaptive.calibration.measurement import Forward, evaluating
 from llamafactory_adaptive.errors import CalibrationError, first_of
+from llamafactory_adaptive.versions import installed_versions
 
 
 # PEFT goes over the batches again and again until the vectors have settled, which some never do.
@@ -43,7 +43,7 @@ class InputDirections:
     @property
     def key(self) -> str:
         """Return the key of this measurement, with the version of PEFT, whose numbers these are."""
-        return f"eva/rank={self.rank}/peft={version('peft')}"
+        return f"eva/rank={self.rank}/peft={installed_versions(('peft',))['peft']}"
 
     @property
     def backward(self) -> bool:
