@@ -3,6 +3,7 @@
 Exit codes: 0 done, 2 user error (one message on stderr, no traceback), 1 a bug.
 """
 
+import os
 import sys
 
 from llamafactory_adaptive.cli.compare import compare
@@ -28,10 +29,15 @@ def main(argv: list[str] | None = None) -> int:
         "doctor": doctor, "init": init, MEASURE: measure, COMPARISON_JOB: comparison_job,
     }  # fmt: skip
     try:
-        return handlers[arguments.command](arguments)
+        code = handlers[arguments.command](arguments)
+        sys.stdout.flush()
+        return code
     except AdaptiveError as error:
         tell(f"error: {error}")
         return 2
+    except BrokenPipeError:  # `head` and the like read no further; Python would flush once more as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("\nllamafactory-adaptive: interrupted", file=sys.stderr)
         return 130

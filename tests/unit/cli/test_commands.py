@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -209,6 +210,14 @@ def test_report_tells_runs_that_ended_compares_them_and_shows_the_data_of_others
     said = capsys.readouterr().out
     assert said.startswith(f"{tmp_path / 'c'} (not finished)")
     assert said.index(f"{first}\n") < said.index(f"{second}\n") < said.index("standard error")
+
+
+def test_a_reader_that_reads_no_further_is_no_error(tmp_path):
+    command = [sys.executable, "-m", "llamafactory_adaptive.cli", "report", str(save_run(tmp_path / "a"))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(120) == 0
 
 
 def test_report_of_nothing_is_one_message(tmp_path, capsys):
