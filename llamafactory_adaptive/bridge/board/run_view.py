@@ -1,0 +1,43 @@
+"""A finished run as HTML for the board: what it cost, where its ranks are, how they came about, and against another."""
+
+from html import escape
+from pathlib import Path
+
+from llamafactory_adaptive.bridge.board.labels import message
+from llamafactory_adaptive.bridge.board.plan_preview import spent
+from llamafactory_adaptive.reports.plaintext import plain, plain_lines
+from llamafactory_adaptive.reports.rank_history import read_rank_history
+from llamafactory_adaptive.reports.rank_pictures import difference_heatmap, history_picture, rank_heatmap, share_bars
+from llamafactory_adaptive.reports.run_report import Run, comparison, read_run, run_text
+
+
+def run_view(folder: Path, other: Path | None, lang: str) -> str:
+    """Build the HTML of a run, beside another if there is one; every text from a file is escaped.
+
+    Raises:
+        PlanError: one of them is no run that has ended.
+    """
+    run = read_run(folder)
+    parts = [_summary(run, lang), _section("heatmap", lang, rank_heatmap(run.plan))]
+    parts.append(_section("shares", lang, share_bars(run.plan)))
+    if (history := read_rank_history(folder, list(run.plan.ranks()))) is not None:
+        parts.append(_section("history", lang, history_picture(history, run.plan.lora_rank, run.steps)))
+    if other is not None:
+        beside = read_run(other)
+        parts.append(_section("difference", lang, difference_heatmap(run.plan, beside.plan)))
+        parts.append(_section("comparison", lang, _preformatted(comparison([run, beside]))))
+    parts.append(_section("cost", lang, _preformatted(run_text(run))))
+    return "".join(parts)
+
+
+def _summary(run: Run, lang: str) -> str:
+    used = message("used_budget", lang, **spent(run.plan, lang))
+    return f"<p><b>{escape(plain(run.folder.name))}</b> ({escape(plain(run.plan.method))}): {escape(used)}</p>"
+
+
+def _section(name: str, lang: str, content: str) -> str:
+    return f"<h4>{escape(message(name, lang))}</h4>{content}"
+
+
+def _preformatted(text: str) -> str:
+    return f'<pre style="overflow-x: auto; font-size: 0.8rem">{escape(plain_lines(text))}</pre>'
