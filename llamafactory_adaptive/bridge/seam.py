@@ -14,8 +14,8 @@ class Seam:
         fits: whether the given attribute looks as expected.
         patch: returns the replacement of the given attribute.
         optional: whether runs go on without it.
-        applied_with: module whose import the replacement waits for; empty for the attribute's own. Seams that are applied
-            with one module are applied together or not at all.
+        applied_with: module whose import the replacement waits for; empty for the attribute's own. Seams that are
+            applied with one module are applied together or not at all.
         without: what users lose where it does not fit, logged then; empty for nothing to log.
     """
 

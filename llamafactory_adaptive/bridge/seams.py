@@ -8,7 +8,6 @@ plugin.
 import importlib
 import logging
 import sys
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -161,8 +160,8 @@ def _log_loss(unfit: list[Seam]) -> None:
     """Log in one line what users have to do without, if the seams that do not fit say so."""
     if lost := unfit[0].without:
         faults = first_of([f"{seam.target} {_misfits[seam.target]}" for seam in unfit])
-        logger.warning(f"{lost}: LLaMA-Factory {host_version()} does not fit ({faults}); tested with "
-                       f"{verified_versions()}")  # fmt: skip
+        tested = verified_versions()
+        logger.warning(f"{lost}: LLaMA-Factory {host_version()} does not fit ({faults}); tested with {tested}")
 
 
 def seam_states(optional: bool = False) -> dict[str, str]:

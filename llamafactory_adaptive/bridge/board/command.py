@@ -1,4 +1,4 @@
-"""Commands of this package that the board runs as processes: one at a time, aborted on request or when they take too long."""
+"""Commands of this package that the board runs as processes: one at a time, ended on request or after a time limit."""
 
 import os
 import signal

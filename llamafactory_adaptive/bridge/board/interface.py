@@ -35,9 +35,7 @@ def with_panel(original: Callable[[Any], Elements]) -> Callable[[Any], Elements]
     return create_train_tab
 
 
-def _with_more_inputs(
-    original: Callable[[Any], Elements], engine: Any, more: set[Any]
-) -> tuple[Elements, set[Any]]:
+def _with_more_inputs(original: Callable[[Any], Elements], engine: Any, more: set[Any]) -> tuple[Elements, set[Any]]:
     """Build the host's tab with more components among its inputs; return its components and all its inputs.
 
     The host adds its own inputs to the set of those that all tabs share.
@@ -85,5 +83,3 @@ def with_ranks_tab(original: Callable[[], Elements]) -> Callable[[], Elements]:
         return original()
 
     return create_footer
-
-

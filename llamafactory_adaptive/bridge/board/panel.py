@@ -1,4 +1,4 @@
-"""The panel of the Train tab: a field per option, shown where the chosen method reads it, and the preview of a plan."""
+"""The panel of the Train tab: a field per option, shown where the method reads it, and the preview of a plan."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -100,7 +100,8 @@ def _build_preview(parts: dict[str, Any]) -> None:
         parts["stop_btn"] = gr.Button(english("stop_btn"), variant="stop", elem_id="adaptive_stop_btn")
     parts["status"] = gr.Markdown(elem_id="adaptive_status")
     parts["picture"] = gr.HTML(elem_id="adaptive_picture")
-    with gr.Accordion(english("edit_box"), open=False, visible=False, elem_id="adaptive_edit_box") as parts["edit_box"]:
+    closed = {"open": False, "visible": False}
+    with gr.Accordion(english("edit_box"), elem_id="adaptive_edit_box", **closed) as parts["edit_box"]:
         parts["rank_table"] = gr.Dataframe(
             headers=list(COLUMNS), datatype=["str", "number", "str", "str"], type="array", interactive=True,
             col_count=(len(COLUMNS), "fixed"), static_columns=[0, 2, 3], label=english("rank_table"),

@@ -70,7 +70,8 @@ def failure(progress: Progress, lang: str) -> str:
 def spent(plan: RankPlan, lang: str) -> dict[str, str]:
     """Return how much of its budget a plan spends, for a message."""
     budget, kind = plan.budget(), plan.budget_kind
-    return {"used": f"{budget[f'used_{kind}']:,}", "asked": f"{budget[f'asked_{kind}']:,}", "unit": message(kind, lang)}
+    used, asked = (f"{budget[f'{which}_{kind}']:,}" for which in ("used", "asked"))
+    return {"used": used, "asked": asked, "unit": message(kind, lang)}
 
 
 def _nothing() -> Shown:

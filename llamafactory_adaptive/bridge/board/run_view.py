@@ -1,4 +1,4 @@
-"""A finished run as HTML for the board: what it cost, where its ranks are, how they came about, and against another."""
+"""A finished run as HTML for the board: where its ranks are, how they came about, its cost, and another beside it."""
 
 from html import escape
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Files of settings that the board saves and loads: the plugin's fields are kept in a file beside the host's.
 
-The host looks every id of its own file up among its components, and fails where it has none of that name: a board without
-the plugin could not read a file with the plugin's ids in it.
+The host looks every id of its own file up among its components, and fails where it has none of that name: a board
+without the plugin could not read a file with the plugin's ids in it.
 """
 
 import json
