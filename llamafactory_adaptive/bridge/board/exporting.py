@@ -32,16 +32,17 @@ def export(command: Command, run: Path, server: str, out: str, base: str, lang: 
         for progress in command.run(words):
             if progress.code is None:
                 waiting = message("exporting", lang, seconds=progress.seconds)
-                yield {"export_status": waiting, "certificate": None, "export_text": _text(progress.complained)}
+                yield {"export_status": waiting, "export_text": _text(progress.complained), **_abortable(True)}
             else:
-                yield _outcome(progress, folder, lang)
+                yield {**_outcome(progress, folder, lang), **_abortable(False)}
     except BusyError:
         yield {"export_status": message("busy", lang)}
 
 
 def _outcome(progress: Progress, folder: Path, lang: str) -> Shown:
     if progress.code != 0 or progress.ended:
-        return {"export_status": failure(progress, lang), "export_text": _text(progress.complained)}
+        said, nothing = _text(progress.complained), gr.JSON(visible=False)
+        return {"export_status": failure(progress, lang), "export_text": said, "certificate": nothing}
     done = message("exported", lang, seconds=progress.seconds, folder=markdown(str(folder)))
     path = folder / CERTIFICATE_FILE
     try:
@@ -53,6 +54,10 @@ def _outcome(progress: Progress, folder: Path, lang: str) -> Shown:
         "export_text": _text(progress.said),
         "certificate": gr.JSON(value=document, visible=bool(document)),
     }
+
+
+def _abortable(running: bool) -> Shown:
+    return {"export_stop_btn": gr.Button(visible=running)}
 
 
 def _text(text: str) -> gr.Code:

@@ -49,7 +49,7 @@ def _with_more_inputs(original: Callable[[Any], Elements], engine: Any, more: se
 
 
 def _connect_preview(panel: Panel, engine: Any, inputs: set[Any]) -> None:
-    names = ("status", "picture", "edit_box", "rank_table", "plan_file", "plan_text")
+    names = ("status", "stop_btn", "picture", "edit_box", "rank_table", "plan_file", "plan_text")
     outputs = {**{name: panel.parts[name] for name in names}, "plan_path": panel.plan_path}
 
     def preview(data: dict[Any, Any]) -> Iterator[dict[Any, Any]]:

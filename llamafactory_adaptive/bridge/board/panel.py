@@ -16,7 +16,7 @@ from llamafactory_adaptive.methods import methods
 # Fields that every user needs; all others that hold for every method are behind "More options".
 _FIRST = (METHOD_KEY, "adaptive_budget_unit", "adaptive_min_rank", "adaptive_max_rank")
 COLUMNS = ("module", "rank", "share of score", "parameters")
-_NARROWEST = 240  # pixels of a field
+_NARROWEST = 180  # pixels of a field
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _component(field: OptionField) -> Any:
 def _build_preview(parts: dict[str, Any]) -> None:
     with gr.Row():
         parts["preview_btn"] = gr.Button(english("preview_btn"), elem_id="adaptive_preview_btn")
-        parts["stop_btn"] = gr.Button(english("stop_btn"), variant="stop", elem_id="adaptive_stop_btn")
+        parts["stop_btn"] = gr.Button(english("stop_btn"), variant="stop", visible=False, elem_id="adaptive_stop_btn")
     parts["status"] = gr.Markdown(elem_id="adaptive_status")
     parts["picture"] = gr.HTML(elem_id="adaptive_picture")
     closed = {"open": False, "visible": False}

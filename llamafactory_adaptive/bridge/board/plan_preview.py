@@ -36,14 +36,14 @@ def preview(command: Command, args: Mapping[str, Any], lang: str) -> Iterator[Sh
     shutil.rmtree(folder, ignore_errors=True)
     folder = folder / uuid.uuid4().hex[:12]
     config = save_cmd({**args, "output_dir": str(folder)})
-    yield {"status": message("planning", lang, seconds=0), **_nothing(), "plan_text": _text("")}
+    yield {"status": message("planning", lang, seconds=0), **_nothing(), "plan_text": _text(""), **_abortable(True)}
     try:
         for progress in command.run(["plan", str(Path(config).absolute())]):
             if progress.code is None:
                 said = {"plan_text": _text(progress.complained)}
                 yield {"status": message("planning", lang, seconds=progress.seconds), **said}
             else:
-                yield _outcome(progress, folder / PLAN_FILE, lang)
+                yield {**_outcome(progress, folder / PLAN_FILE, lang), **_abortable(False)}
     except BusyError:
         yield {"status": message("busy", lang)}
 
@@ -72,6 +72,10 @@ def spent(plan: RankPlan, lang: str) -> dict[str, str]:
     budget, kind = plan.budget(), plan.budget_kind
     used, asked = (f"{budget[f'{which}_{kind}']:,}" for which in ("used", "asked"))
     return {"used": used, "asked": asked, "unit": message(kind, lang)}
+
+
+def _abortable(running: bool) -> Shown:
+    return {"stop_btn": gr.Button(visible=running)}
 
 
 def _nothing() -> Shown:

@@ -46,7 +46,7 @@ def _build_export(parts: dict[str, Any]) -> None:
             parts["base"] = gr.Textbox(label=english("base"), elem_id="adaptive_base")
         with gr.Row():
             parts["export_btn"] = gr.Button(english("export_btn"), variant="primary", elem_id="adaptive_export_btn")
-            parts["export_stop_btn"] = gr.Button(english("export_stop_btn"), variant="stop")
+            parts["export_stop_btn"] = gr.Button(english("export_stop_btn"), variant="stop", visible=False)
         parts["export_status"] = gr.Markdown(elem_id="adaptive_export_status")
         parts["export_text"] = gr.Code(
             label=english("export_text"), language=None, interactive=False, visible=False, max_lines=20
@@ -97,7 +97,7 @@ def _note(text: str) -> str:
 
 
 def _connect_export(parts: dict[str, Any], engine: Any, lang: Any) -> None:
-    names = ("export_status", "export_text", "certificate")
+    names = ("export_status", "export_stop_btn", "export_text", "certificate")
     outputs = {name: parts[name] for name in names}
 
     def start(language: str, chosen: str | None, server: str, out: str, base: str) -> Iterator[dict[Any, Any]]:
