@@ -92,7 +92,9 @@ def preview_plan(page, folder):
     page.locator("#adaptive_stop_btn").wait_for()
     page.locator("#adaptive_picture .heat .cell").first.wait_for(timeout=LONG)
     assert page.locator("#adaptive_picture .heat .cell").count() == 8 * 7
-    assert page.locator("#adaptive_picture .heat .cell").first.get_attribute("title").startswith("layer 0, q_proj: rank")
+    assert (
+        page.locator("#adaptive_picture .heat .cell").first.get_attribute("title").startswith("layer 0, q_proj: rank")
+    )
     assert not (folder / RUN).exists(), "a preview leaves the run's folder alone"
     page.locator("#adaptive_stop_btn").wait_for(state="hidden")
     picture(page, "preview", "#adaptive_panel")
@@ -116,7 +118,9 @@ def train(page, folder):
     assert plan.lora_rank == 4
     settings = yaml.safe_load((folder / RUN / "training_args.yaml").read_text())
     assert settings["adaptive_plan"].startswith("llamaboard_cache")
-    assert not any(key.startswith("adaptive.") for key in yaml.safe_load((folder / RUN / "llamaboard_config.yaml").read_text()))
+    assert not any(
+        key.startswith("adaptive.") for key in yaml.safe_load((folder / RUN / "llamaboard_config.yaml").read_text())
+    )
     picture(page, "training")
 
 
