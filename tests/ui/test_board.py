@@ -1,4 +1,4 @@
-"""LLaMA Board in a real browser: a plan is previewed, a run is trained, looked at and exported, by mouse and keyboard."""
+"""LLaMA Board in a real browser: a plan is previewed, a run trained, looked at and exported."""
 
 import json
 import os

@@ -14,13 +14,13 @@ from llamafactory_adaptive.bridge.arguments import _generated_fields
 from llamafactory_adaptive.bridge.board import command as command_module
 from llamafactory_adaptive.bridge.board import labels
 from llamafactory_adaptive.bridge.board.command import BusyError, Command
-from llamafactory_adaptive.bridge.board.option_fields import changed_settings, keys_of, option_fields
+from llamafactory_adaptive.bridge.board.option_fields import _fields_of, changed_settings, keys_of, option_fields
 from llamafactory_adaptive.bridge.board.saved_settings import elem_id, file_beside, loading, saving
 from llamafactory_adaptive.config.arguments import PRUNING_KEYS
 from llamafactory_adaptive.config.key_checks import CALIBRATION_KEYS
 from llamafactory_adaptive.errors import AdaptiveConfigError
 from llamafactory_adaptive.methods import get_method, methods
-from llamafactory_adaptive.options import check_fields
+from llamafactory_adaptive.options import option
 
 
 LANGUAGES = {"en", "ru", "zh", "ko", "ja"}
@@ -86,10 +86,18 @@ def test_a_field_shows_its_default_and_nothing_that_it_could_not_send(field):
 
 
 def test_a_method_of_another_package_needs_no_code_here():
-    owner = get_method("igu").Options
-    options, problems = check_fields(owner, "igu_", {})
-    assert not problems
-    assert {f"igu_{name}" for name in options} == {f.key for f in option_fields() if f.method == "igu"}
+    @dataclasses.dataclass
+    class Options:
+        strength: float | None = option(None, "How strong.", low=0.0)
+        careful: bool = option(True, "Whether it is.")
+        style: str = option("plain", "Which.", choices=("plain", "bold"))
+
+    kinds = {field.key: (field.kind, field.blank, field.choices) for field in _fields_of(Options, "mine")}
+    assert kinds == {
+        "mine_strength": (float, None, ()),
+        "mine_careful": (bool, True, ()),
+        "mine_style": (str, "plain", ("plain", "bold")),
+    }
 
 
 # -- texts ------------------------------------------------------------------------------------------------------------
