@@ -75,16 +75,23 @@ def browser_page(address, width=1280, height=1000):
         browser.close()
 
 
+def field(page, label):
+    """The visible field under that label; the host gives its components no ids."""
+    title = page.get_by_test_id("block-info").get_by_text(label, exact=True).locator("visible=true").first
+    block = title.locator("xpath=ancestor::div[contains(concat(' ', @class, ' '), ' block ')][1]")
+    return block.locator("input, textarea").first
+
+
 def choose(page, label, text):
-    """Choose from the visible dropdown of that label, whatever is typed there."""
-    field = page.get_by_role("listbox", name=label, exact=True).locator("visible=true").first
-    field.click()
-    field.fill(text)
+    """Choose from the dropdown under that label, by what is typed there."""
+    box = field(page, label)
+    box.click()
+    box.fill(text)
     page.get_by_role("option", name=text, exact=True).locator("visible=true").first.click()
 
 
 def fill(page, label, text):
-    """Fill the visible field of that label."""
-    field = page.get_by_label(label, exact=True).locator("visible=true").first
-    field.fill(text)
-    field.press("Tab")
+    """Fill the field under that label, and leave it."""
+    box = field(page, label)
+    box.fill(text)
+    box.press("Tab")

@@ -48,7 +48,7 @@ def work_through(page, folder):
 
 
 def describe_run(page):
-    assert page.get_by_role("tab", name="Adaptive ranks").is_visible()
+    page.get_by_role("tab", name="Adaptive ranks").wait_for()
     assert not page.locator("#adaptive_panel").is_visible()
     choose(page, "Model name", "Custom")
     fill(page, "Model path", "tiny")
@@ -91,10 +91,9 @@ def preview_plan(page, folder):
     page.locator("#adaptive_preview_btn").click()
     page.locator("#adaptive_stop_btn").wait_for()
     page.locator("#adaptive_picture .heat .cell").first.wait_for(timeout=LONG)
-    assert page.locator("#adaptive_picture .heat .cell").count() == 8 * 7
-    assert (
-        page.locator("#adaptive_picture .heat .cell").first.get_attribute("title").startswith("layer 0, q_proj: rank")
-    )
+    cells = page.locator("#adaptive_picture .heat .cell")
+    assert cells.count() == 8 * 7
+    assert cells.first.get_attribute("title").startswith("layer 0, q_proj: rank")
     assert not (folder / RUN).exists(), "a preview leaves the run's folder alone"
     page.locator("#adaptive_stop_btn").wait_for(state="hidden")
     picture(page, "preview", "#adaptive_panel")
