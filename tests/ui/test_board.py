@@ -74,13 +74,13 @@ def preview_command(page):
     assert not page.locator("#igu_variant").is_visible()
     picture(page, "panel", "#adaptive_panel")
     page.locator("#sensitivity_metric").get_by_role("listbox").click()
-    page.get_by_role("option", name="trace", exact=True).click()
+    page.get_by_role("option", name="local", exact=True).click()
     page.get_by_role("button", name="Preview command").click()
     command = page.locator("code", has_text="llamafactory-cli train")
     command.wait_for()
     text = command.inner_text()
     assert "--finetuning_type adaptive" in text
-    assert "--sensitivity_metric trace" in text
+    assert "--sensitivity_metric local" in text
     assert "--lora_rank 4" in text
     assert f"--output_dir {RUN}" in text
     assert "--adaptive" not in text
@@ -152,6 +152,8 @@ def picture(page, name, part=None):
     if not SCREENSHOTS:
         return
     path = Path(SCREENSHOTS) / f"board_{name}.png"
+    for toast in page.locator(".toast-close").all():
+        toast.click()
     page.wait_for_timeout(1000)  # of motion, which would blur it
     if part:
         page.locator(part).screenshot(path=path)

@@ -39,19 +39,22 @@ class OptionField:
     choices: tuple[str, ...] = ()
 
     @property
+    def words(self) -> tuple[str, ...]:
+        """Return the words that can be chosen, where the field is a choice."""
+        return self.choices or (("true", "false") if self.kind is bool and self.default is None else ())
+
+    @property
     def blank(self) -> Any:
-        """Return what the field shows where the option is left at its default."""
-        if self.kind is bool and self.default is None:
-            return ""
-        return "" if self.default is None and (self.choices or self.kind is str) else self.default
+        """Return what the field shows of an option that is at its default: nothing, if that follows from others."""
+        return "" if self.default is None else self.default
 
     def admitted(self, value: Any) -> Any:
         """Return a value that the field can show: the one given, or the default where a file holds another kind."""
-        kinds: dict[type, Any] = {bool: (bool, str), str: str, int: (int, float), float: (int, float)}
-        choices = self.choices or (("true", "false") if self.blank == "" and self.kind is bool else ())
-        if (choices and value not in choices) or not isinstance(value, kinds[self.kind]):
-            return self.blank
-        return self.blank if isinstance(value, bool) and self.kind is not bool else value
+        if self.words:
+            return value if isinstance(value, str) and value in self.words else self.blank
+        kinds: dict[type, Any] = {bool: bool, str: str, int: (int, float), float: (int, float)}
+        fits = isinstance(value, str if self.default is None else kinds[self.kind])
+        return value if fits and isinstance(value, bool) is (self.kind is bool) else self.blank
 
 
 @cache

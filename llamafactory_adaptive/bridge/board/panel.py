@@ -16,7 +16,7 @@ from llamafactory_adaptive.methods import methods
 # Fields that every user needs; all others that hold for every method are behind "More options".
 _FIRST = (METHOD_KEY, "adaptive_budget_unit", "adaptive_min_rank", "adaptive_max_rank")
 COLUMNS = ("module", "rank", "share of score", "parameters")
-_NARROWEST = 180  # pixels of a field
+_NARROWEST = 300  # pixels of a field
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,12 @@ def _component(field: OptionField) -> Any:
         "min_width": _NARROWEST,
         "visible": bool(field.method) or field.key in keys_of(AdaptiveArguments.adaptive_method),
     }
-    if field.kind is bool and field.blank != "":
+    if field.words:
+        return gr.Dropdown(choices=[*([] if field.blank else [""]), *field.words], **common)
+    if field.kind is bool:
         return gr.Checkbox(**common)
-    if field.choices or field.kind is bool:
-        words = field.choices or ("true", "false")
-        return gr.Dropdown(choices=[*([""] if field.blank == "" else []), *words], **common)
-    return gr.Textbox(**common) if field.kind is str else gr.Number(**common)
+    # A number that is not set would be shown as 0.
+    return gr.Textbox(**common) if field.kind is str or field.default is None else gr.Number(**common)
 
 
 def _build_preview(parts: dict[str, Any]) -> None:

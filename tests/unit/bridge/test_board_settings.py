@@ -59,8 +59,8 @@ def test_defaults_stay_out_of_the_settings(method):
 
 def test_what_was_changed_is_written_with_its_type_and_what_the_method_does_not_read_is_not():
     held = {
-        **BLANK, "adaptive_method": "igu", "adaptive_min_rank": 0, "adaptive_init_rank": 12.0, "igu_descale": "false",
-        "igu_epsilon": 2, "adaptive_calibration_samples": 7, "sensitivity_metric": "trace",
+        **BLANK, "adaptive_method": "igu", "adaptive_min_rank": 0, "adaptive_init_rank": "12", "igu_descale": "false",
+        "igu_epsilon": "2", "adaptive_calibration_samples": 7, "sensitivity_metric": "trace",
     }  # fmt: skip
     written = changed_settings(held)
     assert written == {
@@ -94,7 +94,7 @@ def test_a_method_of_another_package_needs_no_code_here():
 
     kinds = {field.key: (field.kind, field.blank, field.choices) for field in _fields_of(Options, "mine")}
     assert kinds == {
-        "mine_strength": (float, None, ()),
+        "mine_strength": (float, "", ()),
         "mine_careful": (bool, True, ()),
         "mine_style": (str, "plain", ("plain", "bold")),
     }
