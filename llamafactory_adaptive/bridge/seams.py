@@ -157,7 +157,7 @@ def _owner(seam: Seam, module: ModuleType) -> ModuleType:
 
 
 def _log_loss(unfit: list[Seam]) -> None:
-    """Log in one line what users have to do without, if the seams that do not fit say so."""
+    """Write one line to the log of what users have to do without, if the seams that do not fit say so."""
     if lost := unfit[0].without:
         faults = first_of([f"{seam.target} {_misfits[seam.target]}" for seam in unfit])
         tested = verified_versions()

@@ -15,7 +15,7 @@ from llamafactory_adaptive.reports.plaintext import markdown
 
 
 def export(command: Command, run: Path, server: str, out: str, base: str, lang: str) -> Iterator[Shown]:
-    """Export a run in a process of its own, and yield what the tab shows meanwhile and in the end.
+    """Run the export of a run in a process of its own, and yield what the tab shows meanwhile and in the end.
 
     Args:
         command: runs it.

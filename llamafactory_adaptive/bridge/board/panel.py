@@ -117,7 +117,7 @@ def _build_preview(parts: dict[str, Any]) -> None:
 
 
 def connect_visibility(panel: Panel, kind: Any, rank: Any) -> None:
-    """Show the panel for adaptive runs only, and of the options those that the method reads; keep one budget.
+    """Bind what is shown to what is chosen: the panel, the options that the method reads, and one budget.
 
     Args:
         panel: the panel.

@@ -25,7 +25,7 @@ Shown = dict[str, Any]  # what components show, by their names in the panel
 
 
 def preview(command: Command, args: Mapping[str, Any], lang: str) -> Iterator[Shown]:
-    """Plan the ranks of a run in a process of its own, and yield what the panel shows meanwhile and in the end.
+    """Run the planning of ranks in a process of its own, and yield what the panel shows meanwhile and in the end.
 
     Args:
         command: runs it.

@@ -86,7 +86,7 @@ def _shown(chosen: str | None, beside: str | None, lang: str, demo: bool) -> tup
 
 
 def _plan_file(folder: Path) -> Any:
-    """Offer a plan as a file where the board may serve it: below its working folder."""
+    """Return a plan as a file where the board may serve it: below its working folder."""
     path = (folder / PLAN_FILE).resolve()
     served = path.is_relative_to(Path.cwd())
     return gr.DownloadButton(value=str(path), visible=True) if served else gr.DownloadButton(visible=False)

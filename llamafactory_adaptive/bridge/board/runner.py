@@ -53,7 +53,7 @@ def adaptive_runner(original: Any) -> Any:
             return {**lora, **own, **self._settings(data)}
 
         def preview_plan(self, data: Data) -> Iterator[Shown]:
-            """Plan the ranks of the run that the fields describe, and yield what the panel shows."""
+            """Run the planning of the run that the fields describe, and yield what the panel shows."""
             lang, error = self._lang(data), self._initialize(data, do_train=True, from_preview=True)
             if not error and self.demo_mode:
                 error = ALERTS["err_demo"][lang]

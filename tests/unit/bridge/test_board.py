@@ -212,6 +212,11 @@ def test_a_board_that_does_not_fit_stays_as_it_is_and_one_line_says_so(monkeypat
     assert "llamafactory.webui.runner.get_trainer_info looks different" in caplog.text
 
 
+def test_the_board_fits_the_installed_version():
+    states = seams.seam_states(optional=True)
+    assert {states[seam.target] for seam in BOARD_SEAMS} == {"fits"}
+
+
 def test_runs_do_without_the_board(monkeypatch):
     assert all(seam.optional for seam in BOARD_SEAMS)
     monkeypatch.setitem(seams._misfits, BOARD_SEAMS[0].target, "looks different")
