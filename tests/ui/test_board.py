@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 from llamafactory_adaptive.export.verify.certificate import CERTIFICATE_FILE
 from llamafactory_adaptive.files import PLAN_FILE
 from llamafactory_adaptive.ranks.plan import load_plan
-from tests.helpers.board import HAS_BROWSER, board, browser_page, choose, fill
+from tests.helpers.board import HAS_BROWSER, board, browser_page, choose, field, fill
 from tests.helpers.tiny import save_tiny, write_datasets
 
 
@@ -59,7 +60,8 @@ def describe_run(page):
     choose(page, "Compute type", "fp32")
     fill(page, "Learning rate", "1e-2")
     page.get_by_role("button", name="Extra configurations").click()
-    fill(page, "Extra arguments", json.dumps({"optim": "adamw_torch", "max_steps": 3, "logging_steps": 1}))
+    few = {"optim": "adamw_torch", "max_steps": 12, "logging_steps": 1, "gradient_accumulation_steps": 1}
+    fill(page, "Extra arguments", json.dumps(few))
     page.get_by_role("button", name="Extra configurations").click()
     fill(page, "Output dir", RUN.name)
     page.locator("#adaptive_budget").get_by_role("spinbutton").fill("4")
@@ -105,21 +107,27 @@ def use_edited_ranks(page, folder):
     page.locator("#adaptive_use_btn").click()
     page.locator("#adaptive_status").get_by_text("The edited ranks are used").wait_for()
     page.get_by_role("button", name="More options").click()
-    field = page.locator("#adaptive_plan").get_by_role("textbox")
-    assert load_plan(folder / field.input_value()).lora_rank == 4
-    page.get_by_role("button", name="More options").click()
+    path = field(page, "Plan file").input_value()
+    assert load_plan(folder / path).lora_rank == 4
+    page.get_by_role("button", name="Preview command").click()
+    page.locator("code", has_text=f"--adaptive_plan {path}").wait_for()
+    fill(page, "Plan file", "")
 
 
 def train(page, folder):
+    """Train with a method whose ranks change every second step."""
+    choose(page, "Method", "igu")
+    fill(page, "Interval (steps)", "2")
+    assert not page.locator("#adaptive_calibration_samples").is_visible()
+    page.get_by_role("button", name="More options").click()
     page.get_by_role("button", name="Start", exact=True).click()
-    page.get_by_text("Training completed").or_(page.get_by_text("Finished")).first.wait_for(timeout=LONG)
-    plan = load_plan(folder / RUN / PLAN_FILE)
-    assert plan.lora_rank == 4
+    page.get_by_text(re.compile(r"^(Finished|Failed)\.")).first.wait_for(timeout=LONG)
     settings = yaml.safe_load((folder / RUN / "training_args.yaml").read_text())
-    assert settings["adaptive_plan"].startswith("llamaboard_cache")
-    assert not any(
-        key.startswith("adaptive.") for key in yaml.safe_load((folder / RUN / "llamaboard_config.yaml").read_text())
-    )
+    ours = {key: value for key, value in settings.items() if key.startswith(("adaptive_", "igu_", "sensitivity_"))}
+    assert ours == {"adaptive_method": "igu", "adaptive_interval": 2}
+    saved = yaml.safe_load((folder / RUN / "llamaboard_config.yaml").read_text())
+    assert not any(key.startswith("adaptive.") for key in saved)
+    assert load_plan(folder / RUN / PLAN_FILE).method == "igu"
     picture(page, "training")
 
 
@@ -129,6 +137,7 @@ def look_at_ranks(page):
     page.locator("#adaptive_show_btn").click()
     page.locator("#adaptive_view .heat .cell").first.wait_for(timeout=LONG)
     page.locator("#adaptive_view .bars").wait_for()
+    page.locator("#adaptive_view .wide svg").wait_for()
     assert "parameters used" in page.locator("#adaptive_view").inner_text()
     picture(page, "ranks")
 

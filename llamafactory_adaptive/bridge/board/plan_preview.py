@@ -12,10 +12,10 @@ from llamafactory.webui.common import DEFAULT_CACHE_DIR, save_cmd
 
 from llamafactory_adaptive.bridge.board.command import LONGEST_HOURS, BusyError, Command, Progress
 from llamafactory_adaptive.bridge.board.labels import message
+from llamafactory_adaptive.bridge.board.run_view import plan_view, spent
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import PLAN_FILE
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan, load_plan
-from llamafactory_adaptive.reports.rank_pictures import rank_heatmap, share_bars
 
 
 _MOST_ROWS = 2000  # of a table in a browser
@@ -32,9 +32,10 @@ def preview(command: Command, args: Mapping[str, Any], lang: str) -> Iterator[Sh
         args: the settings of the run.
         lang: language of the board.
     """
-    folder = Path(DEFAULT_CACHE_DIR) / _PREVIEWS
-    shutil.rmtree(folder, ignore_errors=True)
-    folder = folder / uuid.uuid4().hex[:12]
+    if command.busy:  # before the files of the preview that runs are removed
+        yield {"status": message("busy", lang)}
+        return
+    folder = _new_folder()
     config = save_cmd({**args, "output_dir": str(folder)})
     yield {"status": message("planning", lang, seconds=0), **_nothing(), "plan_text": _text(""), **_abortable(True)}
     try:
@@ -48,6 +49,13 @@ def preview(command: Command, args: Mapping[str, Any], lang: str) -> Iterator[Sh
         yield {"status": message("busy", lang)}
 
 
+def _new_folder() -> Path:
+    """Name a folder for a preview, and remove those of earlier ones."""
+    previews = Path(DEFAULT_CACHE_DIR) / _PREVIEWS
+    shutil.rmtree(previews, ignore_errors=True)
+    return previews / uuid.uuid4().hex[:12]
+
+
 def _outcome(progress: Progress, path: Path, lang: str) -> Shown:
     """Return what the panel shows once the command has ended."""
     if progress.code != 0 or progress.ended:
@@ -57,7 +65,7 @@ def _outcome(progress: Progress, path: Path, lang: str) -> Shown:
         return {"status": message("found_later", lang), **_nothing(), "plan_text": said}
     plan = load_plan(path)
     status = message("planned", lang, seconds=progress.seconds, **spent(plan, lang))
-    return {"status": status, **_shown(plan, path), "plan_text": said, "plan_path": str(path)}
+    return {"status": status, **_shown(plan, path, lang), "plan_text": said, "plan_path": str(path)}
 
 
 def failure(progress: Progress, lang: str) -> str:
@@ -65,13 +73,6 @@ def failure(progress: Progress, lang: str) -> str:
     if progress.ended:
         return message(progress.ended, lang, hours=LONGEST_HOURS)
     return message("failed", lang, code=progress.code)
-
-
-def spent(plan: RankPlan, lang: str) -> dict[str, str]:
-    """Return how much of its budget a plan spends, for a message."""
-    budget, kind = plan.budget(), plan.budget_kind
-    used, asked = (f"{budget[f'{which}_{kind}']:,}" for which in ("used", "asked"))
-    return {"used": used, "asked": asked, "unit": message(kind, lang)}
 
 
 def _abortable(running: bool) -> Shown:
@@ -86,10 +87,10 @@ def _text(text: str) -> Any:
     return gr.Code(value=text, visible=bool(text))
 
 
-def _shown(plan: RankPlan, path: Path) -> Shown:
+def _shown(plan: RankPlan, path: Path, lang: str) -> Shown:
     rows = [[m.name, m.rank, f"{m.share:.2%}", f"{m.parameters:,}"] for m in plan.modules]
     return {
-        "picture": rank_heatmap(plan) + share_bars(plan),
+        "picture": plan_view(plan, lang),
         "edit_box": gr.Accordion(visible=len(rows) <= _MOST_ROWS),
         "rank_table": rows[:_MOST_ROWS],
         "plan_file": gr.DownloadButton(value=str(path)),
@@ -121,7 +122,7 @@ def use_edited(path: str, rows: Sequence[Sequence[Any]], lang: str) -> tuple[Sho
     new = dataclasses.replace(plan, modules=tuple(modules))
     target = Path(DEFAULT_CACHE_DIR) / _EDITED / f"plan-{new.digest()[:12]}.json"
     new.write(target)
-    return {"status": message("edited", lang, **spent(new, lang)), **_shown(new, target)}, str(target)
+    return {"status": message("edited", lang, **spent(new, lang)), **_shown(new, target, lang)}, str(target)
 
 
 def _rank(value: Any, module: ModulePlan) -> int | None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from llamafactory_adaptive.reports.rank_history import RankHistory, rank_history
 
 
 Info = tuple[str, Any, dict[str, Any]]
+_DAMAGED = (PlanError, OSError, ValueError, KeyError, TypeError, IndexError)
 
 
 def with_ranks(original: Callable[..., Info]) -> Callable[..., Info]:
@@ -28,7 +30,8 @@ def with_ranks(original: Callable[..., Info]) -> Callable[..., Info]:
         log, progress, info = original(lang, output_path, do_train)
         history = ranks_so_far(Path(output_path)) if "loss_viewer" in info else None
         if history is not None:
-            info["loss_viewer"] = gr.Plot(_figure(Path(output_path), history))
+            with suppress(*_DAMAGED):  # of a log that is being written, say; the host's figure is shown then
+                info["loss_viewer"] = gr.Plot(_figure(Path(output_path), history))
         return log, progress, info
 
     return get_trainer_info
