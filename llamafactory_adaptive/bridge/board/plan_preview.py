@@ -114,11 +114,13 @@ def use_edited(path: str, rows: Sequence[Sequence[Any]], lang: str) -> tuple[Sho
         plan = None
     if plan is None:
         return {"status": message("no_plan", lang)}, ""
-    edited: dict[str, Any] = {str(row[0]): row[1] for row in rows}
+    typed: dict[str, Any] = {str(row[0]): row[1] for row in rows}
+    modules = []
     for module in plan.modules:
-        if _rank(edited.get(module.name, module.rank), module) is None:
+        rank = _rank(typed.get(module.name, module.rank), module)
+        if rank is None:
             return {"status": message("wrong_rank", lang, module=module.name, largest=module.largest_rank)}, ""
-    modules = [dataclasses.replace(m, rank=_rank(edited.get(m.name, m.rank), m)) for m in plan.modules]
+        modules.append(dataclasses.replace(module, rank=rank))
     new = dataclasses.replace(plan, modules=tuple(modules))
     target = Path(DEFAULT_CACHE_DIR) / _EDITED / f"plan-{new.digest()[:12]}.json"
     new.write(target)
