@@ -18,7 +18,7 @@ PROTOCOL   ?= $(if $(DATA),llm_adapters,lm_eval)
 REGIME     ?= data_limited
 KEEP       ?= demo_output/worth_it_$(REGIME)$(if $(DATA),_data)
 
-.PHONY: help install demo test test-all test-next test-ray mutants faults lint bench methods worth-it bench-report gpu-check eval-install eval-test eval-bench eval-demo clean
+.PHONY: help install demo test test-all test-next test-ray mutants ui-test faults lint bench methods worth-it bench-report gpu-check eval-install eval-test eval-bench eval-demo clean
 
 help:
 	@echo "make demo     train, merge and ask SmolLM2-135M on generated data (CPU, about 5 minutes after downloads)"
@@ -27,6 +27,8 @@ help:
 	@echo "make test-next    seams, settings and runs on LLaMA-Factory's main branch (LLAMAFACTORY_SOURCE=<checkout>, or a"
 	@echo "              published fork), in an environment of its own (about 10 minutes)"
 	@echo "make test-ray     runs under Ray (USE_RAY=1), one worker and two, in an environment of its own (about 6 minutes)"
+	@echo "make ui-test  LLaMA Board in a real browser (chromium of the system), and the pictures of docs/llama-board.md"
+	@echo "              (about 3 minutes)"
 	@echo "make mutants  changes ranks/allocation.py in hundreds of ways and lists what its tests let pass (about 10 minutes)"
 	@echo "make faults   kills, damaged files, full disks, hostile servers; a table of what came of each (about 40 minutes)"
 	@echo "make lint     ruff, mypy --strict, import-linter"
@@ -129,6 +131,15 @@ mutants: $(MUTANTS)/.installed
 	@cat mutants/mutmut-cicd-stats.json
 	@echo "survivors:"
 	$(MUTANTS)/bin/mutmut results
+
+# The board in a browser; chromium is the system's, since Playwright's own would be another download.
+CHROMIUM := $(or $(LLAMAFACTORY_ADAPTIVE_CHROMIUM),$(shell command -v chromium))
+ui-test: $(STAMP)
+	@test -n "$(CHROMIUM)" || { echo "make ui-test needs chromium: apt-get install chromium, or set" \
+		"LLAMAFACTORY_ADAPTIVE_CHROMIUM to the path of a Chromium or Chrome" >&2; exit 2; }
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints/llamafactory-0.9.5.txt -e ".[ui]"
+	LLAMAFACTORY_ADAPTIVE_CHROMIUM=$(CHROMIUM) LLAMAFACTORY_ADAPTIVE_SCREENSHOTS=docs/images \
+		$(BIN)/python -m pytest tests/ui tests/unit/bridge/test_board.py --durations 3
 
 # Kills, damage, full disks, rivals, hostile servers; one at a time, since moments are drawn from measured seconds.
 faults: $(STAMP) $(EVAL_STAMP)

@@ -1,6 +1,6 @@
 """The package that attaches the plugin to LLaMA-Factory and imports its modules.
 
-* ``seams``: the table of places where the plugin attaches, checked and applied as their modules are imported.
+* ``seam``, ``seams``: a place where the plugin attaches; their table, checked and applied as modules are imported.
 * ``arguments``: the host's YAML or command line with the plugin's keys, as one flat mapping.
 * ``validation``, ``host_texts``, ``host_check``: the validated configuration from that mapping, every problem at once.
 * ``checked_run``: the settings of a run, read and validated once per process.
@@ -10,6 +10,7 @@
 * ``base_placing``: the base spread over devices in a process of its own.
 * ``host_run``, ``plans``, ``resuming``: a run as planning reads it, its one plan, the checkpoint it resumes from.
 * ``training_run``: one training run: plan its ranks before it, verify the result after it.
+* ``board``: LLaMA Board, the host's web interface, which no run needs.
 * ``launch``: launcher, exit codes, the end of a process.
 
 Importing this package is cheap: it pulls in neither torch nor llamafactory.

@@ -6,37 +6,16 @@ plugin.
 """
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+import sys
 from types import ModuleType
 from typing import Any
 
+from llamafactory_adaptive.bridge.board.seams import BOARD_SEAMS
+from llamafactory_adaptive.bridge.seam import Seam
 from llamafactory_adaptive.bridge.upstream_names import name_states
-from llamafactory_adaptive.errors import SeamError
+from llamafactory_adaptive.errors import SeamError, first_of
 from llamafactory_adaptive.versions import host_version, verified_versions
-
-
-@dataclass(frozen=True)
-class Seam:
-    """One attribute of a LLaMA-Factory module that the plugin replaces.
-
-    Attributes:
-        module, attribute: what is replaced.
-        fits: whether the given attribute looks as expected.
-        patch: returns the replacement of the given attribute.
-        optional: whether runs go on without it.
-    """
-
-    module: str
-    attribute: str
-    fits: Callable[[Any], bool]
-    patch: Callable[[Any], Any]
-    optional: bool = False
-
-    @property
-    def target(self) -> str:
-        """Return the dotted name of the attribute, as shown to users."""
-        return f"{self.module}.{self.attribute}"
 
 
 def _argument_list_fits(arguments: Any) -> bool:
@@ -97,6 +76,8 @@ def _v1_plugin(plugin: Any) -> Any:
     return register(plugin)
 
 
+logger = logging.getLogger("llamafactory.adaptive")  # a child of the host's logger: its format, its handlers
+
 # Each stage's trainer, replaced where it is defined: before its workflow looks the name up.
 _TRAINERS = {
     "pt": "CustomTrainer",
@@ -131,6 +112,7 @@ SEAMS = (
         _v1_plugin,
         optional=True,
     ),
+    *BOARD_SEAMS,
 )
 
 _applied: set[str] = set()
@@ -138,17 +120,17 @@ _misfits: dict[str, str] = {}
 
 
 def seam_modules() -> set[str]:
-    """Return the names of all modules that have a seam."""
-    return {seam.module for seam in SEAMS}
+    """Return the names of all modules whose import applies seams."""
+    return {seam.trigger for seam in SEAMS}
 
 
 def apply_seams(module: ModuleType) -> None:
-    """Check all seams of a freshly imported module, then apply all of them or none."""
-    seams = [seam for seam in SEAMS if seam.module == module.__name__ and seam.target not in _applied]
+    """Check all seams that a freshly imported module applies, then apply all of them or none."""
+    seams = [seam for seam in SEAMS if seam.trigger == module.__name__ and seam.target not in _applied]
     patched = {}
     for seam in seams:
         try:
-            attribute = getattr(module, seam.attribute)
+            attribute = getattr(_owner(seam, module), seam.attribute)
             if seam.fits(attribute):
                 patched[seam] = seam.patch(attribute)
             else:
@@ -159,8 +141,27 @@ def apply_seams(module: ModuleType) -> None:
             _misfits[seam.target] = f"cannot be replaced ({type(error).__name__}: {error})"
     if len(patched) == len(seams):
         for seam, replacement in patched.items():
-            setattr(module, seam.attribute, replacement)
+            setattr(_owner(seam, module), seam.attribute, replacement)
             _applied.add(seam.target)
+    else:
+        _log_loss([seam for seam in seams if seam not in patched])
+
+
+def _owner(seam: Seam, module: ModuleType) -> ModuleType:
+    """Return the module that has the seam's attribute, once ``module`` has been imported, which applies the seam."""
+    if seam.module == module.__name__:
+        return module
+    if seam.module not in sys.modules:
+        raise AttributeError(f"{module.__name__} does not import {seam.module}")
+    return sys.modules[seam.module]
+
+
+def _log_loss(unfit: list[Seam]) -> None:
+    """Write one line to the log of what users have to do without, if the seams that do not fit say so."""
+    if lost := unfit[0].without:
+        faults = first_of([f"{seam.target} {_misfits[seam.target]}" for seam in unfit])
+        tested = verified_versions()
+        logger.warning(f"{lost}: LLaMA-Factory {host_version()} does not fit ({faults}); tested with {tested}")
 
 
 def seam_states(optional: bool = False) -> dict[str, str]:
@@ -171,12 +172,12 @@ def seam_states(optional: bool = False) -> dict[str, str]:
     """
     broken: dict[str, str] = {}
     chosen = [seam for seam in SEAMS if seam.optional is optional]
-    for name in sorted({seam.module for seam in chosen}):
+    for name in sorted({seam.trigger for seam in chosen}):
         try:
             module = importlib.import_module(name)
         except Exception as error:  # whatever an installation that is not whole raises
             why = f"cannot be imported ({type(error).__name__}: {error})"
-            broken |= {seam.target: why for seam in chosen if seam.module == name}
+            broken |= {seam.target: why for seam in chosen if seam.trigger == name}
             continue
         apply_seams(module)  # a no-op where the hook was faster
     return {seam.target: broken.get(seam.target) or _misfits.get(seam.target, "fits") for seam in chosen}

@@ -5,9 +5,9 @@ from typing import Any
 
 from llamafactory_adaptive.comparison.arms import PLAIN
 from llamafactory_adaptive.comparison.rank_pictures import layer_pictures, rank_picture
-from llamafactory_adaptive.comparison.svg import to_svg
 from llamafactory_adaptive.reports.plaintext import plot_label
 from llamafactory_adaptive.reports.plots import new_figure
+from llamafactory_adaptive.reports.svg import to_svg
 
 
 Entry = Mapping[str, Any]

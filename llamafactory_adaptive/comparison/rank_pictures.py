@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llamafactory_adaptive.comparison.svg import to_svg
 from llamafactory_adaptive.ranks.module_names import layer_and_type
 from llamafactory_adaptive.reports.plaintext import plot_label
 from llamafactory_adaptive.reports.plots import new_figure
+from llamafactory_adaptive.reports.svg import to_svg
 
 
 if TYPE_CHECKING:

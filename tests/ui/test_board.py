@@ -1,0 +1,170 @@
+"""LLaMA Board in a real browser: a plan is previewed, a run trained, looked at and exported."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llamafactory_adaptive.export.verify.certificate import CERTIFICATE_FILE
+from llamafactory_adaptive.files import PLAN_FILE
+from llamafactory_adaptive.ranks.plan import load_plan
+from tests.helpers.board import HAS_BROWSER, board, browser_page, choose, field, fill
+from tests.helpers.tiny import save_tiny, write_datasets
+
+
+pytestmark = [
+    pytest.mark.ui,
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(not HAS_BROWSER, reason="needs chromium and the package playwright: make ui-test"),
+]
+# Where the pictures of docs/llama-board.md are written; nowhere unless this is set.
+SCREENSHOTS = os.environ.get("LLAMAFACTORY_ADAPTIVE_SCREENSHOTS")
+RUN = Path("saves/Custom/adaptive/by_board")
+LONG = 600_000  # milliseconds that a command of the board may take on a busy machine
+
+
+def test_a_run_from_its_preview_to_its_export(tmp_path):
+    save_tiny(tmp_path / "tiny", num_hidden_layers=8)
+    write_datasets(tmp_path / "data")
+    with board(tmp_path) as address, browser_page(address) as page:
+        errors = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        work_through(page, tmp_path)
+        assert not errors
+
+
+def work_through(page, folder):
+    describe_run(page)
+    preview_command(page)
+    preview_plan(page, folder)
+    use_edited_ranks(page, folder)
+    train(page, folder)
+    look_at_ranks(page)
+    export(page, folder)
+    change_language(page)
+
+
+def describe_run(page):
+    page.get_by_role("tab", name="Adaptive ranks").wait_for()
+    assert not page.locator("#adaptive_panel").is_visible()
+    choose(page, "Model name", "Custom")
+    fill(page, "Model path", "tiny")
+    choose(page, "Finetuning method", "adaptive")
+    page.locator("#adaptive_min_rank").wait_for()
+    choose(page, "Dataset", "tiny_sft")
+    page.keyboard.press("Escape")
+    choose(page, "Compute type", "fp32")
+    fill(page, "Learning rate", "1e-2")
+    page.get_by_role("button", name="Extra configurations").click()
+    few = {"optim": "adamw_torch", "max_steps": 12, "logging_steps": 1, "gradient_accumulation_steps": 1}
+    fill(page, "Extra arguments", json.dumps(few))
+    page.get_by_role("button", name="Extra configurations").click()
+    fill(page, "Output dir", RUN.name)
+    page.locator("#adaptive_budget").get_by_role("spinbutton").fill("4")
+    page.locator("#adaptive_budget").get_by_role("spinbutton").press("Tab")
+
+
+def preview_command(page):
+    """The panel's options are those of the method, and what is at its default is not in the command."""
+    assert page.locator("#sensitivity_metric").count()
+    page.get_by_role("button", name="Options of the method").click()
+    page.locator("#sensitivity_metric").wait_for()
+    assert not page.locator("#igu_variant").is_visible()
+    picture(page, "panel", "#adaptive_panel")
+    page.locator("#sensitivity_metric").get_by_role("listbox").click()
+    page.get_by_role("option", name="local", exact=True).click()
+    page.get_by_role("button", name="Preview command").click()
+    command = page.locator("code", has_text="llamafactory-cli train")
+    command.wait_for()
+    text = command.inner_text()
+    assert "--finetuning_type adaptive" in text
+    assert "--sensitivity_metric local" in text
+    assert "--lora_rank 4" in text
+    assert f"--output_dir {RUN}" in text
+    assert "--adaptive" not in text
+    page.get_by_role("button", name="Options of the method").click()
+
+
+def preview_plan(page, folder):
+    page.locator("#adaptive_preview_btn").click()
+    page.locator("#adaptive_stop_btn").wait_for()
+    page.locator("#adaptive_picture .heat .cell").first.wait_for(timeout=LONG)
+    cells = page.locator("#adaptive_picture .heat .cell")
+    assert cells.count() == 8 * 7
+    assert cells.first.get_attribute("title").startswith("layer 0, q_proj: rank")
+    assert not (folder / RUN).exists(), "a preview leaves the run's folder alone"
+    page.locator("#adaptive_stop_btn").wait_for(state="hidden")
+    picture(page, "preview", "#adaptive_panel")
+
+
+def use_edited_ranks(page, folder):
+    page.locator("#adaptive_edit_box").get_by_role("button", name="Edit ranks").click()
+    page.locator("#adaptive_rank_table").get_by_text("model.layers.0.self_attn.q_proj").first.wait_for()
+    page.locator("#adaptive_use_btn").click()
+    page.locator("#adaptive_status").get_by_text("The edited ranks are used").wait_for()
+    page.get_by_role("button", name="More options").click()
+    path = field(page, "Plan file").input_value()
+    assert load_plan(folder / path).lora_rank == 4
+    page.get_by_role("button", name="Preview command").click()
+    page.locator("code", has_text=f"--adaptive_plan {path}").wait_for()
+    fill(page, "Plan file", "")
+
+
+def train(page, folder):
+    """Train with a method whose ranks change every second step."""
+    choose(page, "Method", "igu")
+    fill(page, "Interval (steps)", "2")
+    assert not page.locator("#adaptive_calibration_samples").is_visible()
+    page.get_by_role("button", name="More options").click()
+    page.get_by_role("button", name="Start", exact=True).click()
+    page.get_by_text(re.compile(r"^(Finished|Failed)\.")).first.wait_for(timeout=LONG)
+    settings = yaml.safe_load((folder / RUN / "training_args.yaml").read_text())
+    ours = {key: value for key, value in settings.items() if key.startswith(("adaptive_", "igu_", "sensitivity_"))}
+    assert ours == {"adaptive_method": "igu", "adaptive_interval": 2}
+    saved = yaml.safe_load((folder / RUN / "llamaboard_config.yaml").read_text())
+    assert not any(key.startswith("adaptive.") for key in saved)
+    assert load_plan(folder / RUN / PLAN_FILE).method == "igu"
+    picture(page, "training")
+
+
+def look_at_ranks(page):
+    page.get_by_role("tab", name="Adaptive ranks").click()
+    choose(page, "Run", str(RUN))
+    page.locator("#adaptive_show_btn").click()
+    page.locator("#adaptive_view .heat .cell").first.wait_for(timeout=LONG)
+    page.locator("#adaptive_view .bars").wait_for()
+    page.locator("#adaptive_view .wide svg").wait_for()
+    assert "parameters used" in page.locator("#adaptive_view").inner_text()
+    picture(page, "ranks")
+
+
+def export(page, folder):
+    page.locator("#adaptive_export_box").get_by_role("button", name="Export for a server").click()
+    page.locator("#adaptive_out").get_by_role("textbox").fill("served/by_board")
+    page.locator("#adaptive_export_btn").click()
+    page.locator("#adaptive_certificate").wait_for(timeout=LONG)
+    assert json.loads((folder / "served" / "by_board" / CERTIFICATE_FILE).read_text())["passed"]
+    picture(page, "export", "#adaptive_export_box")
+
+
+def change_language(page):
+    choose(page, "Language", "zh")
+    page.get_by_role("tab", name="自适应秩").wait_for()
+
+
+def picture(page, name, part=None):
+    """Write a picture for the documentation, where they are asked for."""
+    if not SCREENSHOTS:
+        return
+    path = Path(SCREENSHOTS) / f"board_{name}.png"
+    for toast in page.locator(".toast-close").all():
+        toast.click()
+    page.wait_for_timeout(1000)  # of motion, which would blur it
+    if part:
+        page.locator(part).screenshot(path=path)
+    else:
+        page.screenshot(path=path, full_page=True)

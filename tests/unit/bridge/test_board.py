@@ -1,0 +1,317 @@
+"""The board as it is built, without a browser: components, what events get, what its runner makes of them."""
+
+import json
+import types
+
+import pytest
+import yaml
+
+
+pytest.importorskip("gradio")
+from llamafactory.webui import interface, runner
+
+from llamafactory_adaptive.bridge import seams
+from llamafactory_adaptive.bridge.board.option_fields import option_fields
+from llamafactory_adaptive.bridge.board.plan_preview import use_edited
+from llamafactory_adaptive.bridge.board.ranks_tab import _shown
+from llamafactory_adaptive.bridge.board.run_folders import finished_runs
+from llamafactory_adaptive.bridge.board.seams import BOARD_SEAMS, INTERFACE
+from llamafactory_adaptive.bridge.board.training_figure import ranks_so_far, with_ranks
+from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE
+from llamafactory_adaptive.ranks.plan import load_plan
+from tests.helpers.plans import make_plan
+from tests.helpers.runs import save_run
+
+
+KEYS = {field.key for field in option_fields()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The working folder of the board, which writes its cache there."""
+    folder = tmp_path_factory.mktemp("board")
+    patch = pytest.MonkeyPatch()
+    patch.chdir(folder)
+    yield folder
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def built(folder):
+    return interface.create_ui()
+
+
+@pytest.fixture(scope="module")
+def config(built):
+    return built.get_config_file()
+
+
+@pytest.fixture(scope="module")
+def engine(built):
+    return _engine(built)
+
+
+def _engine(built):
+    (found,) = {fn.fn.__self__ for fn in built.fns.values() if getattr(fn.fn, "__name__", "") == "change_lang"}
+    return found
+
+
+@pytest.fixture
+def held(engine):
+    """What the components of the Train tab hold for an adaptive run of a tiny model."""
+    data = {element: getattr(element, "value", None) for element in engine.manager.get_elem_list()}
+    given = {
+        "top.lang": "en", "top.model_name": "Custom", "top.model_path": "tiny", "top.finetuning_type": "adaptive",
+        "top.checkpoint_path": [], "train.dataset": ["tiny_sft"], "train.output_dir": "mine", "train.lora_rank": 4,
+        "train.config_path": "mine.yaml", "train.lora_target": "", "train.additional_target": "",
+        "train.freeze_extra_modules": "",
+    }  # fmt: skip
+    return data | {engine.manager.get_elem_by_id(name): value for name, value in given.items()}
+
+
+def change(engine, data, **values):
+    return data | {engine.manager.get_elem_by_id(f"adaptive.{key}"): value for key, value in values.items()}
+
+
+def components(config, **wanted):
+    return [c for c in config["components"] if all(c["props"].get(key) == value for key, value in wanted.items())]
+
+
+# -- components -------------------------------------------------------------------------------------------------------
+
+
+def test_adaptive_can_be_picked_and_every_option_has_a_component(config):
+    assert components(config, choices=[(kind, kind) for kind in ("full", "freeze", "lora", "oft", "adaptive")])
+    ids = [component["props"].get("elem_id") for component in config["components"]]
+    assert set(ids) >= KEYS
+    assert len(KEYS) == sum(name in KEYS for name in ids)
+
+
+def test_the_panel_is_hidden_at_first_and_stands_among_the_hosts_boxes(config, engine, built):
+    (panel,) = components(config, elem_id="adaptive_panel")
+    assert panel["props"]["visible"] is False
+    siblings = engine.manager.get_elem_by_id("adaptive.adaptive_panel").parent.children
+    after = siblings.index(engine.manager.get_elem_by_id("adaptive.adaptive_panel")) + 1
+    assert siblings[after] is engine.manager.get_elem_by_id("train.extra_tab")
+
+
+def test_the_tab_of_ranks_is_the_last(config):
+    tabs = [c["props"].get("label") for c in config["components"] if c["type"] == "tabitem"]
+    assert tabs[-1] == "Adaptive ranks"
+    assert {"Train", "Evaluate & Predict", "Chat", "Export"} <= set(tabs)
+
+
+@pytest.mark.parametrize("event", ["preview_train", "run_train", "save_args"])
+def test_the_hosts_events_are_given_every_option(event, built, engine):
+    (given,) = [fn.inputs for fn in built.fns.values() if getattr(fn.fn, "__name__", "") == event]
+    options = {engine.manager.get_elem_by_id(f"adaptive.{key}") for key in KEYS}
+    assert options <= set(given)
+
+
+def test_loading_and_resuming_can_set_every_option(built, engine):
+    options = {engine.manager.get_elem_by_id(f"adaptive.{key}") for key in KEYS}
+    for event in ("load_args", "check_output_dir", "resume", "change_lang"):
+        (shown,) = {tuple(fn.outputs) for fn in built.fns.values() if getattr(fn.fn, "__name__", "") == event}
+        assert options <= set(shown), event
+
+
+@pytest.mark.parametrize("lang", ["en", "ru", "zh", "ko", "ja"])
+def test_all_texts_follow_the_language(engine, lang):
+    updates = engine.change_lang(lang)
+    names = {engine.manager.get_id_by_elem(element) for element in updates}
+    silent = {"view", "status", "picture", "export_status", "stop_btn"}
+    ours = {name for name, _ in engine.manager._id_to_elem.items() if name.startswith("adaptive.adaptive_")}
+    assert ours - names <= {f"adaptive.adaptive_{name}" for name in silent - {"stop_btn"}}
+
+
+def test_the_demo_board_neither_plans_nor_exports(folder):
+    demo = interface.create_ui(demo_mode=True)
+    assert not components(demo.get_config_file(), elem_id="adaptive_export_box")
+    engine = _engine(demo)
+    data = {element: getattr(element, "value", None) for element in engine.manager.get_elem_list()}
+    named = {"top.lang": "en", "top.model_name": "Custom", "top.model_path": "tiny", "train.dataset": ["tiny_sft"],
+             "train.output_dir": "mine", "top.finetuning_type": "adaptive"}  # fmt: skip
+    data |= {engine.manager.get_elem_by_id(name): value for name, value in named.items()}
+    (shown,) = engine.runner.preview_plan(data)
+    assert "demo" in shown["status"].lower()
+
+
+# -- arguments --------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_loras_arguments_of_another_kind(engine, held):
+    lora = engine.runner._parse_train_args(held | {engine.manager.get_elem_by_id("top.finetuning_type"): "lora"})
+    made = engine.runner._parse_train_args(held)
+    assert {key for key in made if made[key] != lora.get(key)} == {"finetuning_type", "output_dir"}
+    assert made["finetuning_type"] == "adaptive"
+    assert made["output_dir"] == "saves/Custom/adaptive/mine"
+    assert set(lora) == set(made)
+
+
+def test_changed_options_reach_the_yaml_of_a_run(engine, held, tmp_path):
+    data = change(engine, held, adaptive_method="igu", igu_descale="false", adaptive_min_rank=0)
+    args = engine.runner._parse_train_args(data)
+    written = yaml.safe_load(open(runner.save_cmd({**args, "output_dir": str(tmp_path)})))  # noqa: SIM115
+    assert written["adaptive_method"] == "igu"
+    assert written["igu_descale"] == "false"
+    assert written["adaptive_min_rank"] == 0
+
+
+def test_an_adapter_to_go_on_with_is_that_of_an_adaptive_run(engine, held):
+    data = held | {engine.manager.get_elem_by_id("top.checkpoint_path"): ["first"]}
+    assert engine.runner._parse_train_args(data)["adapter_name_or_path"] == "saves/Custom/adaptive/first"
+
+
+def test_settings_of_other_kinds_are_the_hosts(engine, held):
+    for kind in ("lora", "full", "freeze", "oft"):
+        data = held | {engine.manager.get_elem_by_id("top.finetuning_type"): kind}
+        data = change(engine, data, adaptive_method="igu")
+        assert not KEYS & set(engine.runner._parse_train_args(data)), kind
+
+
+def test_a_wrong_value_is_told_before_anything_starts(engine, held):
+    (shown,) = engine.runner.preview_train(change(engine, held, adaptive_min_rank=-1))
+    (text,) = shown.values()
+    assert "adaptive_min_rank" in text
+    assert "at least 0" in text.replace("&#32;", " ")
+
+
+def test_saved_arguments_have_only_ids_of_a_board_without_the_plugin(engine, held, folder):
+    data = change(engine, held, adaptive_method="igu", igu_beta2=0.9)
+    engine.runner.save_args(data)
+    saved = yaml.safe_load((folder / "llamaboard_config" / "mine.yaml").read_text())
+    plain = {name for name in engine.manager._id_to_elem if not name.startswith("adaptive.")}
+    assert set(saved) <= plain
+    assert json.loads((folder / "llamaboard_config" / "mine.adaptive.json").read_text()) == {
+        "adaptive_method": "igu", "igu_beta2": 0.9,
+    }  # fmt: skip
+    loaded = {
+        engine.manager.get_id_by_elem(element): value
+        for element, value in engine.runner.load_args("en", "mine.yaml").items()
+    }
+    assert loaded["adaptive.igu_beta2"] == 0.9
+    assert loaded["adaptive.adaptive_method"] == "igu"
+    assert loaded["top.finetuning_type"] == "adaptive"
+
+
+# -- seams ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_board_that_does_not_fit_stays_as_it_is_and_one_line_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(seams, "_applied", set())
+    monkeypatch.setattr(seams, "_misfits", {})
+    monkeypatch.setattr(seams.logger, "propagate", True)
+    monkeypatch.setattr(runner, "get_trainer_info", None)
+    module = types.ModuleType(INTERFACE)
+    module.create_train_tab = module.create_footer = print
+    with caplog.at_level("WARNING"):
+        seams.apply_seams(module)
+    assert module.create_train_tab is module.create_footer is print
+    assert len(caplog.records) == 1
+    assert "LLaMA Board does not offer adaptive ranks" in caplog.text
+    assert "llamafactory.webui.runner.get_trainer_info looks different" in caplog.text
+
+
+def test_the_board_fits_the_installed_version():
+    states = seams.seam_states(optional=True)
+    assert {states[seam.target] for seam in BOARD_SEAMS} == {"fits"}
+
+
+def test_runs_do_without_the_board(monkeypatch):
+    assert all(seam.optional for seam in BOARD_SEAMS)
+    monkeypatch.setitem(seams._misfits, BOARD_SEAMS[0].target, "looks different")
+    seams.require_seams()
+    assert seams.seam_states(optional=True)[BOARD_SEAMS[0].target] == "looks different"
+
+
+# -- plans and runs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan_file(tmp_path):
+    make_plan().save(tmp_path / PLAN_FILE)
+    return tmp_path / PLAN_FILE
+
+
+def test_edited_ranks_become_a_plan(folder, plan_file):
+    names = [module.name for module in make_plan().modules]
+    shown, path = use_edited(str(plan_file), [[names[0], 7.0, "", ""], [names[1], 1, "", ""]], "en")
+    plan = load_plan(folder / path)
+    assert list(plan.ranks().values()) == [7, 1]
+    assert shown["status"] == "The edited ranks are used: 240 of 240 parameters."
+    assert load_plan(plan_file).ranks() == make_plan().ranks()
+
+
+@pytest.mark.parametrize("rank", [-1, 2.5, 11, "many", None, float("nan")])
+def test_an_impossible_rank_is_told_with_its_module(folder, plan_file, rank):
+    name = make_plan().modules[0].name
+    shown, path = use_edited(str(plan_file), [[name, rank, "", ""]], "en")
+    assert path == ""
+    assert shown["status"] == f"{name}: the rank must be a whole number from 0 to 10."
+
+
+def test_without_a_plan_nothing_is_edited(folder, tmp_path):
+    assert use_edited("", [], "en") == ({"status": "Preview a plan first."}, "")
+    assert use_edited(str(tmp_path / "gone.json"), [], "en")[1] == ""
+
+
+def test_the_demo_board_opens_saved_runs_alone(folder, tmp_path):
+    inside = save_run(folder / "saves" / "Custom" / "adaptive" / "one")
+    outside = save_run(tmp_path / "other")
+    (inside.parent / "link").symlink_to(outside)
+    assert finished_runs() == ["saves/Custom/adaptive/one"]
+    seen = "saves/Custom/adaptive/one"
+    assert 'class="heat' in _shown(seen, None, "en", True)[0]
+    for path in (str(outside), "saves/Custom/adaptive/link", "saves/../../etc"):
+        assert "Only runs in the folder saves" in _shown(path, None, "en", True)[0]
+        assert "Only runs in the folder saves" in _shown(seen, path, "en", True)[0]
+    assert 'class="heat' in _shown(str(outside), None, "en", False)[0]
+    assert "Choose a finished run" in _shown(None, None, "en", False)[0]
+
+
+def test_two_runs_are_compared_and_texts_are_escaped(folder, tmp_path):
+    one = save_run(tmp_path / "<img src=x onerror=alert(1)>")
+    other = save_run(tmp_path / "other", plan=make_plan(ranks=(5, 3)))
+    view, _ = _shown(str(one), str(other), "de", False)
+    assert "<img" not in view
+    assert "&lt;img" in view
+    assert "Difference in rank" in view
+    assert "rank 3 here, 5 there" in view
+
+
+def test_no_run_is_told_and_not_raised(folder, tmp_path):
+    assert "there is no run in" in _shown(str(tmp_path), None, "en", False)[0]
+
+
+# -- while a run trains -----------------------------------------------------------------------------------------------
+
+
+def test_the_figure_of_a_run_has_its_ranks_on_a_second_axis(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("llamafactory_adaptive.bridge.board.training_figure.gr.Plot", figures.append)
+    entries = [{"loss": 2.0 - step / 10, "current_steps": step, "total_steps": 4} for step in (1, 2, 3)]
+    (tmp_path / "trainer_log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    names = [module.name for module in make_plan().modules]
+    lines = [{"event": "begin", "step": 0, "modules": names, "ranks": [8, 8]}, {"step": 2, "ranks": [3, 5]}]
+    (tmp_path / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def info(*_):
+        return "log", "progress", {"loss_viewer": "the host's"}
+
+    with_ranks(info)("en", str(tmp_path), True)
+    loss, ranks = figures[0].axes
+    assert list(loss.lines[0].get_ydata()) == [1.9, 1.8, 1.7]
+    (line,) = ranks.lines
+    assert line.get_label() == "up_proj"
+    assert list(line.get_xdata()) == [0, 2, 3]
+    assert list(line.get_ydata()) == [8.0, 4.0, 4.0]
+
+
+def test_a_plan_that_stays_is_a_level_line_and_other_runs_have_none(tmp_path):
+    assert ranks_so_far(tmp_path) is None
+    make_plan().save(tmp_path / PLAN_FILE)
+    assert ranks_so_far(tmp_path).means == {"up_proj": (4.0,)}
+    (tmp_path / PLAN_FILE).write_text("{")
+    assert ranks_so_far(tmp_path) is None
+    plain = ("log", "progress", {"loss_viewer": "the host's"})
+    assert with_ranks(lambda *_: plain)("en", str(tmp_path), True) == plain
