@@ -40,5 +40,5 @@ class HostCallback(AdaptiveCallback):
                 f"configs_injected=0, {log.counters}"
             )
         self.guard.verify_saved(output)
-        log.write(output, {"event": "end", "seconds": round(log.seconds, 3)})
+        log.write(output, {"event": "end", "seconds": round(log.seconds, 3), "warnings": log.warnings})
         print(closing_words(plan, output, log.overhead_seconds, log.seconds, log.warnings), flush=True)

@@ -56,6 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="OUTPUT_DIR",
         help="output_dir of one run or of several, e.g. saves/igu",
     )
+    report.add_argument(
+        "--html", type=path_argument, metavar="FILE",
+        help="file that does not exist yet, to which all of it is written as one page with pictures, e.g. report.html",
+    )  # fmt: skip
     add_comparison_arguments(
         command(
             "compare",
