@@ -53,8 +53,9 @@ def cost_rows(costs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Build the rows of the ledger: the work, its seconds, and its share of the whole run."""
     whole = costs["seconds"] or costs["train_seconds"]
     rows = [(WORK[work], f"{seconds:.1f} s", _share(seconds, whole)) for work, seconds in costs["work"].items()]
-    rows.append(("all that plain LoRA has not", f"{costs['overhead_seconds']:.1f} s",
-                 _share(costs["overhead_seconds"], whole)))  # fmt: skip
+    if len(rows) != 1:
+        spent = costs["overhead_seconds"]
+        rows.append(("in all, which plain LoRA has not", f"{spent:.1f} s", _share(spent, whole)))
     if whole:
         name = "the whole run, loading and saving included" if costs["seconds"] else "training"
         rows.append((name, f"{whole:.1f} s", ""))

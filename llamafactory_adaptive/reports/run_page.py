@@ -131,8 +131,10 @@ def _result(document: Mapping[str, Any]) -> Rows:
 def _listed(value: Any) -> str:
     """Format settings of a run as text, without those that are not set."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_listed(inner)}" for key, inner in value.items() if inner is not None)
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str("" if value is None else value)
+        return ", ".join(f"{key}={_listed(inner)}" for key, inner in value.items() if inner is not None)
+    if isinstance(value, list):
+        return ", ".join(map(_listed, value))
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _duration(seconds: float) -> str:

@@ -39,6 +39,8 @@ def budget_picture(log: Sequence[Mapping[str, Any]], budget: Mapping[str, Any], 
     if len(used) < 2:
         return None
 
+    from matplotlib.ticker import EngFormatter
+
     def draw(axes: "Axes") -> None:
         for points, label, colour, style in ((allowed, "allowed", GREY, "--"), (used, "used", COLOURS[0], "-")):
             axes.step(*zip(*points, strict=True), where="post", label=label, color=colour, linestyle=style)
@@ -46,6 +48,7 @@ def budget_picture(log: Sequence[Mapping[str, Any]], budget: Mapping[str, Any], 
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(kind)
         axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(EngFormatter())
 
     return framed(in_two_forms(draw, f"budget {salt}"), style=False)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 COLOURS = ("#2f81f7", "#d97706", "#2da44e", "#bf3989", "#8957e5", "#0d9488", "#e5534b", "#9a7b0a")
 GREY = "#768390"
 _INK = "#010203"  # where the page's own text colour is due: matplotlib knows no such colour
-_SIZES = {"wide": (8.8, 3.2), "narrow": (3.6, 3.2)}  # inches, at which letters have the size of the page's
+_SIZES = {"wide": (11.2, 3.2), "narrow": (3.6, 3.2)}  # inches, at which letters have the size of the page's
 
 
 def to_svg(figure: "Figure", salt: str = "adaptive") -> str:
