@@ -67,7 +67,7 @@ def cost_notes(costs: Mapping[str, Any]) -> list[str]:
     notes = []
     made, spent = costs["planning_seconds"], costs["work"].get("planning", 0.0)
     if made and made > spent + 1.0:
-        notes.append(f"the plan took {made:.1f} s when it was made; this run found it in the cache")
+        notes.append(f"the plan took {made:.1f} s when it was made; this run did not have to make it anew")
     elif costs["scoring_seconds"]:
         notes.append(f"of planning, {costs['scoring_seconds']:.1f} s were passes over the calibration rows")
     before, whole = costs["memory"]["before_training"], costs["memory"]["whole_run"]

@@ -6,7 +6,7 @@ from typing import Any
 from llamafactory_adaptive.reports.data_report import data_report_of
 from llamafactory_adaptive.reports.proofs import certificates, evaluations
 from llamafactory_adaptive.reports.run_costs import run_costs
-from llamafactory_adaptive.reports.run_report import Run
+from llamafactory_adaptive.reports.run_report import Run, by_method
 from llamafactory_adaptive.reports.tables import ranks_by_type
 from llamafactory_adaptive.reports.values import number, texts
 
@@ -16,7 +16,8 @@ REPORT_SCHEMA = 1
 
 def report_document(runs: Sequence[Run]) -> dict[str, Any]:
     """Build the document on several runs; its keys are described in ``docs/reports.md``."""
-    return {"schema_version": REPORT_SCHEMA, "runs": [run_document(run) for run in runs]}
+    documents = [run_document(run) for run in runs]
+    return {"schema_version": REPORT_SCHEMA, "runs": documents, "methods": by_method(runs)}
 
 
 def run_document(run: Run) -> dict[str, Any]:

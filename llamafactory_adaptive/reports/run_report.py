@@ -121,11 +121,13 @@ def text_of_cut_adapter(folder: Path) -> str | None:
 
 def run_text(run: Run) -> str:
     """Format a run as text: its ranks, steps, losses and seconds, and its training data if they were scored."""
-    parts = [f"{run.folder}", rank_table(run.plan), _search_of(run)]
+    return "\n\n".join([f"{run.folder}", rank_table(run.plan), *texts_below_ranks(run)])
+
+
+def texts_below_ranks(run: Run) -> list[str]:
+    """Format what is told of a run besides its ranks: steps, losses and seconds, and its training data."""
     data = data_report_of(run.folder, run.plan)
-    if data is not None:
-        parts.append("Training data\n" + data_table(data))
-    return "\n\n".join(parts)
+    return [_search_of(run), *([] if data is None else ["Training data\n" + data_table(data)])]
 
 
 def _search_of(run: Run) -> str:
@@ -175,16 +177,29 @@ def comparison_rows(runs: Sequence[Run]) -> list[list[str]]:
 
 def method_rows(runs: Sequence[Run]) -> list[list[str]]:
     """Build the table of methods, with mean and standard error of the loss over the runs of each, below its head."""
+    rows = [["method", "runs", "mean loss", "standard error"]]
+    for entry in by_method(runs):
+        error = "one run: unknown" if entry["standard_error"] is None else f"{entry['standard_error']:.4f}"
+        rows.append([plain(entry["method"]), str(entry["runs"]), f"{entry['mean_loss']:.4f}", error])
+    return rows
+
+
+def by_method(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Average the loss over the runs of each method: of the last evaluation, or of training where there is none."""
     groups: dict[str, list[float]] = {}
     for run in runs:
         loss = run.train_loss if run.eval_loss is None else run.eval_loss
         if loss is not None:
             groups.setdefault(run.plan.method, []).append(loss)
-    rows = [["method", "runs", "mean loss", "standard error"]]
-    for method, losses in groups.items():
-        error = f"{statistics.stdev(losses) / len(losses) ** 0.5:.4f}" if len(losses) > 1 else "one run: unknown"
-        rows.append([plain(method), str(len(losses)), f"{statistics.fmean(losses):.4f}", error])
-    return rows
+    return [
+        {
+            "method": method,
+            "runs": len(losses),
+            "mean_loss": statistics.fmean(losses),
+            "standard_error": statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else None,
+        }
+        for method, losses in groups.items()
+    ]
 
 
 def _number(value: float | None) -> str:

@@ -47,6 +47,7 @@ def in_two_forms(draw: "Callable[[Axes], None]", salt: str) -> str:
         figure = new_figure(*size)
         axes = figure.add_subplot()
         draw(axes)
+        axes.xaxis.get_major_locator().set_params(integer=True)  # steps are whole
         axes.spines[["top", "right"]].set_visible(False)
         _add_legend(axes, form)
         forms.append(f'<div class="{form}">{_themed(figure, axes, f"{salt} {form}")}</div>')

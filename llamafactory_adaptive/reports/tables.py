@@ -140,7 +140,7 @@ def closing_words(
             f"in {output}: {files}",
             *(f"warning: {text}" for text in warnings),
             "next:",
-            f"  llamafactory-adaptive report {quote(str(output))}",
+            f"  llamafactory-adaptive report {quote(str(output))} --html {quote(f'{output.name}.html')}",
             f"  llamafactory-adaptive export {quote(str(output))} --for vllm --out {quote(f'served/{output.name}')}",
             f"  llamafactory-cli chat with adapter_name_or_path: {output}",
         ]
