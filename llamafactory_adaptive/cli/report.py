@@ -31,7 +31,7 @@ def report(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({**report_document(runs), "others": texts, "page": None if page is None else str(page)})
     elif page is not None:
-        print(f"page of {len(arguments.runs)} written to {page}; open it in any browser")
+        print(f"page written to {page}; open it in any browser")
     else:
         _print_runs(runs, list(texts.values()))
     return 0
@@ -58,7 +58,7 @@ def _print_runs(runs: "Sequence[Run]", texts: Sequence[str]) -> None:
     for run in runs:
         print(run.folder)
         print_plan(run.plan)
-        print("", *texts_below_ranks(run), sep="\n")
+        print("", *texts_below_ranks(run), "", sep="\n")
     if len(runs) > 1:
         print_rows(comparison_rows(runs))
         print_rows(method_rows(runs))

@@ -52,13 +52,13 @@ def run_costs(
 def cost_rows(costs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Build the rows of the ledger: the work, its seconds, and its share of the whole run."""
     whole = costs["seconds"] or costs["train_seconds"]
-    rows = [(WORK[work], f"{seconds:.1f} s", _share(seconds, whole)) for work, seconds in costs["work"].items()]
+    rows = [(WORK[work], _seconds(seconds), _share(seconds, whole)) for work, seconds in costs["work"].items()]
     if len(rows) != 1:
         spent = costs["overhead_seconds"]
-        rows.append(("in all, which plain LoRA has not", f"{spent:.1f} s", _share(spent, whole)))
+        rows.append(("in all, which plain LoRA has not", _seconds(spent), _share(spent, whole)))
     if whole:
         name = "the whole run, loading and saving included" if costs["seconds"] else "training"
-        rows.append((name, f"{whole:.1f} s", ""))
+        rows.append((name, _seconds(whole), ""))
     return rows
 
 
@@ -76,6 +76,10 @@ def cost_notes(costs: Mapping[str, Any]) -> list[str]:
             least = f"{_gigabytes(before[kind])} when training began, " if before.get(kind) else ""
             notes.append(f"peak of {name}: {least}{_gigabytes(whole[kind])} over the whole run")
     return notes
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:,.1f} s"
 
 
 def _share(seconds: float, whole: float | None) -> str:
