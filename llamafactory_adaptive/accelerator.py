@@ -41,8 +41,8 @@ def peak_memory() -> dict[str, int]:
         peak["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     except ImportError:  # Windows
         pass
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        peak["device"] = torch.cuda.max_memory_allocated()
+    if torch.cuda.is_available() and (most := torch.cuda.max_memory_allocated()):
+        peak["device"] = most
     return peak
 
 

@@ -34,7 +34,7 @@ def watched(items: Counted[Item], what: str, quiet: bool = False) -> Iterator[It
 
 @contextmanager
 def progress(what: str, total: int, quiet: bool = False) -> Iterator[Callable[[], None]]:
-    """Show progress within the context, and yield what moves it on by one.
+    """Print progress within the context, and yield what moves it on by one.
 
     Args:
         what: the work, as text beside the bar.

@@ -41,7 +41,7 @@ def _without_host() -> dict[str, Any]:
 
 
 def _examined() -> dict[str, Any]:
-    """Examine hook, versions and seams; the keys are described in ``docs/reports.md``."""
+    """Check hook, versions and seams; the keys are described in ``docs/reports.md``."""
     hooked, versions = _hook_is_active(), installed_versions(PACKAGES)
     states, names, optional = _host_states()
     ready, words = _verdict(hooked, {**states, **names})

@@ -31,7 +31,7 @@ def to_svg(figure: "Figure", salt: str = "adaptive") -> str:
 
     with matplotlib.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return re.sub(r"^.*?(?=<svg )", "", buffer.getvalue(), flags=re.DOTALL)
 
 
@@ -42,12 +42,14 @@ def in_two_forms(draw: "Callable[[Axes], None]", salt: str) -> str:
         draw: draws lines with labels on the axes, and names these.
         salt: part of all ids, of this figure alone on a page.
     """
+    from matplotlib.ticker import MaxNLocator
+
     forms = []
     for form, size in _SIZES.items():
         figure = new_figure(*size)
         axes = figure.add_subplot()
         draw(axes)
-        axes.xaxis.get_major_locator().set_params(integer=True)  # steps are whole
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # steps are whole
         axes.spines[["top", "right"]].set_visible(False)
         _add_legend(axes, form)
         forms.append(f'<div class="{form}">{_themed(figure, axes, f"{salt} {form}")}</div>')

@@ -29,7 +29,7 @@ def print_plan(plan: RankPlan) -> None:
         return
     title = f"Ranks ({plain(plan.method)}, {len(plan.modules)} modules)"
     console = _console()
-    console.print(title, style="bold")
+    console.print(title, style="bold", markup=False)
     console.print(_grid(plan))
     console.print(_table(type_rows(plan)))
     for line in totals(plan):
