@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 _SHADES = ("#16324f", "#1f4a78", "#2a639f", "#3a7fc4", "#5b9fdf", "#8cc0f0")  # of the background of a rank, upwards
+_SHADING = ("256", "truecolor")  # systems that have these shades; the sixteen colours of others are too far apart
 _DARK = 4  # shades below this take light digits
 
 
@@ -30,7 +31,7 @@ def print_plan(plan: RankPlan) -> None:
     title = f"Ranks ({plain(plan.method)}, {len(plan.modules)} modules)"
     console = _console()
     console.print(title, style="bold", markup=False)
-    console.print(_grid(plan))
+    console.print(_grid(plan, shaded=console.color_system in _SHADING))
     console.print(_table(type_rows(plan)))
     for line in totals(plan):
         console.print(line, markup=False)
@@ -47,7 +48,7 @@ def _console() -> "Console":
     return Console(highlight=False)
 
 
-def _grid(plan: RankPlan) -> "RenderableType":
+def _grid(plan: RankPlan, shaded: bool) -> "RenderableType":
     from rich.table import Table
     from rich.text import Text
 
@@ -57,18 +58,20 @@ def _grid(plan: RankPlan) -> "RenderableType":
     for kind in types:
         table.add_column(Text(plain(kind)), justify="right")
     for layer in layers:
-        shown = [_cell(cells.get((layer, kind)), plan.largest_rank) for kind in types]
+        shown = [_cell(cells.get((layer, kind)), plan.largest_rank, shaded) for kind in types]
         table.add_row("-" if layer is None else str(layer), *shown)
     return table
 
 
-def _cell(rank: float | None, largest: int) -> "RenderableType":
+def _cell(rank: float | None, largest: int, shaded: bool) -> "RenderableType":
     from rich.text import Text
 
     if not rank:
         return Text("" if rank is None else "0", style="dim")
+    if not shaded:
+        return Text(f"{rank:g}")
     shade = min(len(_SHADES) - 1, int(rank / largest * len(_SHADES)))
-    return Text(f"{rank:g}".rjust(5), style=f"{'white' if shade < _DARK else 'black'} on {_SHADES[shade]}")
+    return Text(f"{rank:g}".rjust(5), style=f"{'bright_white' if shade < _DARK else 'black'} on {_SHADES[shade]}")
 
 
 def _table(rows: Sequence[Sequence[str]]) -> "RenderableType":

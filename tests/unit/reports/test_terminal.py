@@ -15,8 +15,8 @@ from tests.helpers.runs import save_run
 @pytest.fixture
 def on_terminal(monkeypatch):
     monkeypatch.setattr(terminal, "on_terminal", lambda: True)
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "120")
+    for name, value in {"FORCE_COLOR": "1", "COLUMNS": "120", "TERM": "xterm", "COLORTERM": "truecolor"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.delenv("NO_COLOR", raising=False)
 
 
@@ -34,6 +34,14 @@ def test_on_a_terminal_it_has_the_same_words_in_colour(on_terminal, capsys):
     said = capsys.readouterr().out
     assert words(said) == words(rank_table(found_plan()))
     assert re.search(r"\x1b\[[0-9;]*m\s*6\s*\x1b\[0m", said), "ranks have shades"
+
+
+def test_sixteen_colours_are_too_few_for_shades(on_terminal, capsys, monkeypatch):
+    monkeypatch.delenv("COLORTERM")
+    terminal.print_plan(found_plan())
+    said = capsys.readouterr().out
+    assert words(said) == words(rank_table(found_plan()))
+    assert not re.search(r"\x1b\[[0-9;]*m\s*6\s*\x1b\[0m", said)
 
 
 def test_a_name_is_neither_markup_nor_a_command(on_terminal, capsys):
