@@ -18,7 +18,7 @@ PROTOCOL   ?= $(if $(DATA),llm_adapters,lm_eval)
 REGIME     ?= data_limited
 KEEP       ?= demo_output/worth_it_$(REGIME)$(if $(DATA),_data)
 
-.PHONY: help install demo test test-all test-next test-ray mutants faults lint bench methods worth-it bench-report gpu-check eval-install eval-test eval-bench eval-demo clean
+.PHONY: help install demo test test-all test-next test-ray mutants faults lint docs bench methods worth-it bench-report gpu-check eval-install eval-test eval-bench eval-demo clean
 
 help:
 	@echo "make demo     train, merge and ask SmolLM2-135M on generated data (CPU, about 5 minutes after downloads)"
@@ -29,7 +29,8 @@ help:
 	@echo "make test-ray     runs under Ray (USE_RAY=1), one worker and two, in an environment of its own (about 6 minutes)"
 	@echo "make mutants  changes ranks/allocation.py in hundreds of ways and lists what its tests let pass (about 10 minutes)"
 	@echo "make faults   kills, damaged files, full disks, hostile servers; a table of what came of each (about 40 minutes)"
-	@echo "make lint     ruff, mypy --strict, import-linter"
+	@echo "make lint     ruff, mypy --strict, import-linter, the site of docs/, what is uploaded, the Dockerfile"
+	@echo "make docs     the site of docs/, into site/; fetches nothing"
 	@echo "make bench    benchmarks of training on SmolLM2-135M (CPU: about 50 minutes), without export_parity and"
 	@echo "              eval_throughput (make eval-bench); DATA=<folder> for GSM8K rows"
 	@echo "make methods  the parts of IGU-LoRA against plain LoRA on a small Llama (CPU: about two hours)"
@@ -57,7 +58,7 @@ $(BIN)/uv $(EVAL_BIN)/uv .venv-next/bin/uv .venv-ray/bin/uv: %/bin/uv:
 	$*/bin/python -m pip install --quiet uv 2>/dev/null || $(PYTHON) -m pip --python $*/bin/python install --quiet uv
 
 $(STAMP): $(BIN)/uv pyproject.toml constraints/llamafactory-0.9.5.txt llamafactory_adaptive_hook.pth
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints/llamafactory-0.9.5.txt -e ".[demo,test,lint]"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints/llamafactory-0.9.5.txt -e ".[demo,test,lint,docs]"
 	LLAMAFACTORY_ADAPTIVE=1 $(BIN)/llamafactory-adaptive doctor
 	@touch $@
 
@@ -141,6 +142,12 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(DOCS)
+
+# The variable keeps out a notice about what comes after MkDocs, which is long and no fault of the site.
+DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site
+docs: $(STAMP)
+	$(DOCS)
 
 bench: $(DEMO)
 	$(BIN)/python benchmarks/calibration.py $(if $(DATA),--data $(DATA))
