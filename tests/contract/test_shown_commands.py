@@ -3,12 +3,22 @@
 `tests/e2e/test_tutorial.py` runs tutorial and notebook from end to end.
 """
 
+import json
 import re
 
 import pytest
+import yaml
 
 from tests.helpers.processes import ROOT
-from tests.helpers.shown_commands import Fence, check_command, check_fence, commands, fences
+from tests.helpers.shown_commands import (
+    Fence,
+    check_command,
+    check_fence,
+    check_python,
+    check_script,
+    commands,
+    fences,
+)
 
 
 SKILL = "skills/llamafactory-adaptive/SKILL.md"
@@ -30,6 +40,39 @@ def test_blocks_of_the_tutorial_that_need_a_server_say_so_and_no_others():
     for fence in fences((ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")):
         needs = fence.language == "bash" and any(words in fence.text for words in SERVERS)
         assert bool(re.fullmatch(r"(a server|vLLM): parsed by the tests, not started", fence.mark)) is needs
+
+
+NOTEBOOK = json.loads((ROOT / "examples" / "notebooks" / "adaptive_ranks_smollm2.ipynb").read_text(encoding="utf-8"))
+CODE = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+
+
+def test_cells_of_the_notebook_compile_and_their_commands_exist():
+    for cell in CODE:
+        check_python(cell)
+    ran = re.findall(r'^run\("(.*)"\)$', "\n".join(CODE), re.MULTILINE)
+    assert {words.split()[1] for words in ran} >= {"plan", "train", "report", "export"}
+    for words in ran:
+        check_script(words.partition(" > ")[0])
+    told = "".join("".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "markdown")
+    for fence in fences(told):
+        check_fence(fence)
+
+
+def test_the_notebook_was_run_whole_and_shows_nothing_of_the_machine():
+    cells = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} == {"stream", "display_data"}
+    shown = json.dumps([output.get("text") or output["data"].get("text/plain") for output in outputs])
+    assert "trainable parameters" in shown
+    assert re.findall(r"(?<![\w.<])/[a-z]\w+|\b\d+\.\d+\.\d+\.\d+\b|\w+@\w+|[A-Z]:\\\\", shown) == []
+
+
+def test_the_skill_says_in_its_head_what_it_is_for():
+    _, head, _ = (ROOT / SKILL).read_text(encoding="utf-8").split("---\n", 2)
+    told = yaml.safe_load(head)
+    assert told["name"] == (ROOT / SKILL).parent.name
+    assert 100 < len(told["description"]) <= 1024
 
 
 def test_commands_are_told_apart():

@@ -31,7 +31,8 @@ USING = {field.name for kind in host._INFER_ARGS for field in fields(kind)}
 # What the command that `export` prints, and its remarks for a CPU, are made of.
 VLLM = {"--host", "--model", "--served-model-name", "--enable-lora", "--max-lora-rank", "--lora-modules", "--dtype",
         "--enforce-eager", "--port"}  # fmt: skip
-FINISHED = {"finetuning_type": "adaptive", "lora_rank": 8, "stage": "sft", "do_train": True, "dataset": "any",
+DATA = {"dataset": "gsm8k", "dataset_dir": str(ROOT / "examples" / "data")}
+FINISHED = {"finetuning_type": "adaptive", "lora_rank": 8, "stage": "sft", "do_train": True,
             "model_name_or_path": "any", "output_dir": "any"}  # fmt: skip
 
 
@@ -66,7 +67,7 @@ def _words(line):
     if line.endswith("\\"):
         return None
     try:
-        return shlex.split(line, comments=True)
+        return shlex.split(line.replace("\\\n", " "), comments=True)
     except ValueError:
         return None
 
@@ -146,7 +147,7 @@ def check_yaml(text):
     """Fail where LLaMA-Factory does not have a key, or the plugin refuses a value."""
     settings = yaml.safe_load(text)
     assert settings.keys() <= TRAINING, settings.keys() - TRAINING
-    parse_config({**FINISHED, **settings})
+    parse_config({**FINISHED, **settings, **DATA})
 
 
 def _diff(text):
