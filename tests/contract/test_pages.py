@@ -79,6 +79,18 @@ def test_links_of_the_site_stay_within_it_and_other_files_are_named():
         hooks.on_post_page('<script src="https://a.b/c.js">', page, {})
 
 
+def test_the_site_shows_the_picture_of_the_rooms_as_a_table_and_leaves_out_pages_that_are_not_there_yet(monkeypatch):
+    pytest.importorskip("mkdocs")
+    hooks = load("site_hooks")
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="architecture.md"))
+    shown = hooks.on_page_markdown((DOCS / "architecture.md").read_text(encoding="utf-8"), page, {}, [])
+    assert "-->" not in shown
+    assert "| `_bootstrap` | the start-up hook | `bridge` |" in shown
+    monkeypatch.setattr(hooks, "OPTIONAL", {"nowhere.md"})
+    nav = [{"A": "tutorial.md"}, {"B": [{"C": "nowhere.md"}, {"D": "how-to.md"}]}, {"E": "typo.md"}]
+    assert hooks.on_config({"nav": nav})["nav"] == [nav[0], {"B": [{"D": "how-to.md"}]}, nav[2]]
+
+
 def test_the_answer_of_readme_and_the_page_of_findings_are_what_was_recorded():
     maker = load("make_worth_it_page")
     text = maker.README.read_text(encoding="utf-8")
