@@ -147,6 +147,7 @@ def check_yaml(text):
     """Fail where LLaMA-Factory does not have a key, or the plugin refuses a value."""
     settings = yaml.safe_load(text)
     assert settings.keys() <= TRAINING, settings.keys() - TRAINING
+    settings.pop("adaptive_plan", None)  # a file of the reader's own
     parse_config({**FINISHED, **settings, **DATA})
 
 
