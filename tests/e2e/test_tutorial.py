@@ -17,7 +17,7 @@ from tests.helpers.tiny import save_tiny, tiny_tokenizer
 
 
 # Each command of theirs has tests of its own.
-pytestmark = [pytest.mark.slow, pytest.mark.repeats]
+pytestmark = [pytest.mark.slow, pytest.mark.repeats, pytest.mark.timeout(1800)]
 PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -43,7 +43,7 @@ def test_the_tutorial_runs_as_it_is_written(tmp_path):
     script = "\n".join(['make() { echo "make $*"; }', *shown])
     done = subprocess.run(
         ["bash", "-eu", "-c", script], cwd=tmp_path, input="How many?\nexit\n", capture_output=True, text=True,
-        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}, timeout=550, check=False,
+        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert "(uniform LoRA of rank 8)" in done.stdout
@@ -60,5 +60,5 @@ def test_the_notebook_runs_as_it_is_saved(tmp_path):
     save_stand_in(folder / "notebook_output" / "model")
     notebook = nbformat.read(EXAMPLES / "notebooks" / "adaptive_ranks_smollm2.ipynb", as_version=4)
     where = {"metadata": {"path": str(folder)}}
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
+    nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3", resources=where).execute()
     assert (folder / "notebook_output" / "merged" / "config.json").is_file()
