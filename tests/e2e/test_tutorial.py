@@ -42,9 +42,15 @@ def test_the_tutorial_runs_as_it_is_written(tmp_path):
     shown = [fence.text for fence in fences(PAGE) if fence.language == "bash" and not fence.mark]
     script = "\n".join(['make() { echo "make $*"; }', *shown])
     done = subprocess.run(
-        ["bash", "-eu", "-c", script], cwd=tmp_path, input="How many?\nexit\n", capture_output=True, text=True,
-        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}, check=False,
-    )  # fmt: skip
+        ["bash", "-eu", "-c", script],
+        cwd=tmp_path,
+        input="How many?\nexit\n",
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",  # a model of random weights answers in random bytes
+        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"},
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert "(uniform LoRA of rank 8)" in done.stdout
     told = "".join(fence.text for fence in fences(PAGE) if fence.mark or "--dry-run" in fence.text)
