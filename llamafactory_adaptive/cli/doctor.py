@@ -4,7 +4,9 @@ import argparse
 import os
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive import __version__, _bootstrap
@@ -14,6 +16,7 @@ from llamafactory_adaptive.errors import first_of
 from llamafactory_adaptive.versions import installed_versions, verified_versions
 
 
+HOOK_FILE = "llamafactory_adaptive_hook.pth"
 PACKAGES = ("llamafactory", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
 
 
@@ -53,6 +56,7 @@ def _examined() -> dict[str, Any]:
         "host_installed": True,
         "hook_active": hooked,
         "switch": os.environ.get(_bootstrap.ENV_SWITCH),
+        "start_up_file": _start_up_file(),
         "python": sys.version.split()[0],
         "packages": {name: versions.get(name) for name in PACKAGES},
         "seams": states,
@@ -79,6 +83,7 @@ def _lines(facts: Mapping[str, Any]) -> list[str]:
     state, switch = "active" if facts["hook_active"] else "NOT active", facts["switch"]
     return [
         f"start-up hook   {state}  ({_bootstrap.ENV_SWITCH}: {'not set' if switch is None else switch})",
+        f"start-up file   {facts['start_up_file']}",
         f"plugin          {facts['plugin']}  python {facts['python']}",
         *(f"{name:<15} {version or 'not installed'}" for name, version in facts["packages"].items()),
         *(f"seam            {state:<15} {target}" for target, state in facts["seams"].items()),
@@ -100,6 +105,17 @@ def _verdict(hooked: bool, states: Mapping[str, str]) -> tuple[bool, str]:
     if not hooked:
         return False, "llamafactory-cli lacks the hook: use `llamafactory-adaptive train`, or reinstall as a wheel"
     return True, "ready: adaptive runs work through llamafactory-cli and llamafactory-adaptive"
+
+
+def _start_up_file() -> str:
+    """Tell where the file is that brings the hook, what it costs, and how it is switched off."""
+    path = Path(sysconfig.get_path("purelib")) / HOOK_FILE
+    if not path.is_file():
+        return f"none in {path.parent}: `llamafactory-adaptive train` needs none"
+    return (
+        f"{path}: imports one module in every Python of this environment, about a millisecond; "
+        f"{_bootstrap.ENV_SWITCH}=0 switches it off"
+    )
 
 
 def _host_states() -> tuple[dict[str, str], dict[str, str], dict[str, str]]:

