@@ -56,7 +56,7 @@ def _examined() -> dict[str, Any]:
         "host_installed": True,
         "hook_active": hooked,
         "switch": os.environ.get(_bootstrap.ENV_SWITCH),
-        "start_up_file": _start_up_file(),
+        "start_up_file": str(_start_up_file()) if _start_up_file().is_file() else None,
         "python": sys.version.split()[0],
         "packages": {name: versions.get(name) for name in PACKAGES},
         "seams": states,
@@ -83,7 +83,7 @@ def _lines(facts: Mapping[str, Any]) -> list[str]:
     state, switch = "active" if facts["hook_active"] else "NOT active", facts["switch"]
     return [
         f"start-up hook   {state}  ({_bootstrap.ENV_SWITCH}: {'not set' if switch is None else switch})",
-        f"start-up file   {facts['start_up_file']}",
+        f"start-up file   {_start_up_line(facts['start_up_file'])}",
         f"plugin          {facts['plugin']}  python {facts['python']}",
         *(f"{name:<15} {version or 'not installed'}" for name, version in facts["packages"].items()),
         *(f"seam            {state:<15} {target}" for target, state in facts["seams"].items()),
@@ -107,11 +107,14 @@ def _verdict(hooked: bool, states: Mapping[str, str]) -> tuple[bool, str]:
     return True, "ready: adaptive runs work through llamafactory-cli and llamafactory-adaptive"
 
 
-def _start_up_file() -> str:
+def _start_up_file() -> Path:
+    return Path(sysconfig.get_path("purelib")) / HOOK_FILE
+
+
+def _start_up_line(path: str | None) -> str:
     """Tell where the file is that brings the hook, what it costs, and how it is switched off."""
-    path = Path(sysconfig.get_path("purelib")) / HOOK_FILE
-    if not path.is_file():
-        return f"none in {path.parent}: `llamafactory-adaptive train` needs none"
+    if path is None:
+        return f"none in {_start_up_file().parent}: `llamafactory-adaptive train` needs none"
     return (
         f"{path}: imports one module in every Python of this environment, about a millisecond; "
         f"{_bootstrap.ENV_SWITCH}=0 switches it off"

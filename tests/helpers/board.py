@@ -1,21 +1,18 @@
 """LLaMA Board in a process of its own, on loopback, and a browser that drives it."""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import time
 import urllib.request
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
+from tests.helpers.browser import browser
 from tests.helpers.commands import BIN
 
 
-CHROMIUM = os.environ.get("LLAMAFACTORY_ADAPTIVE_CHROMIUM") or shutil.which("chromium") or ""
-HAS_BROWSER = bool(CHROMIUM) and find_spec("playwright") is not None
 _START_SECONDS = 600.0
 
 
@@ -62,17 +59,12 @@ def _wait_for(address, process, log):
 @contextmanager
 def browser_page(address, width=1280, height=1000):
     """A page of the board in a real browser; no request leaves the machine, and no script may fail."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        flags = ["--no-sandbox", "--disable-dev-shm-usage"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="light")
+    with browser() as chromium:
+        page = chromium.new_page(viewport={"width": width, "height": height}, color_scheme="light")
         page.route("**/*", lambda route: route.continue_() if route.request.url.startswith(address) else route.abort())
         page.set_default_timeout(60_000)
         page.goto(address)
         yield page
-        browser.close()
 
 
 def field(page, label):

@@ -11,19 +11,28 @@ HAS_BROWSER = bool(CHROMIUM) and find_spec("playwright") is not None
 
 
 @contextmanager
+def browser():
+    """Chromium without a window."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
+        yield chromium
+        chromium.close()
+
+
+@contextmanager
 def opened_files():
     """A function that opens a file in a window of a width, in light or dark, and gives its page.
 
     What goes wrong there is in ``page.faults``: errors of scripts, dialogs, requests for anything but the file.
     """
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        flags = ["--no-sandbox", "--disable-dev-shm-usage"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+    with browser() as chromium:
 
         def open_file(path, width=1280, scheme="light"):
-            page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
+            page = chromium.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
             page.faults = faults = []
             page.on("pageerror", lambda error: faults.append(str(error)))
             page.on("console", lambda message: message.type == "error" and faults.append(message.text))
@@ -34,4 +43,3 @@ def opened_files():
             return page
 
         yield open_file
-        browser.close()

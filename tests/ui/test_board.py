@@ -11,7 +11,8 @@ import yaml
 from llamafactory_adaptive.export.verify.certificate import CERTIFICATE_FILE
 from llamafactory_adaptive.files import PLAN_FILE
 from llamafactory_adaptive.ranks.plan import load_plan
-from tests.helpers.board import HAS_BROWSER, board, browser_page, choose, field, fill
+from tests.helpers.board import board, browser_page, choose, field, fill
+from tests.helpers.browser import HAS_BROWSER
 from tests.helpers.tiny import save_tiny, write_datasets
 
 

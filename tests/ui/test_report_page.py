@@ -1,8 +1,5 @@
 """The page of ``report --html`` in a real browser: it fits a phone, needs nothing, what is dangerous stays text."""
 
-import os
-from pathlib import Path
-
 import pytest
 
 from llamafactory_adaptive import cli
@@ -14,9 +11,8 @@ pytestmark = [
     pytest.mark.ui,
     pytest.mark.skipif(not HAS_BROWSER, reason="needs chromium and the package playwright: make ui-test"),
 ]
+RANKS = (((2, 6), (4, 0)), ((3, 3), (3, 3)))
 NAMES = ("<img src=x onerror=alert(3)>", "second")
-# Where pictures of the page are written; nowhere unless this is set.
-SCREENSHOTS = os.environ.get("LLAMAFACTORY_ADAPTIVE_SCREENSHOTS")
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +22,6 @@ def path(tmp_path_factory):
     page = folder / "pages" / "report.html"
     assert cli.main(["report", *map(str, runs), "--html", str(page)]) == 0
     return page
-
-
-RANKS = (((2, 6), (4, 0)), ((3, 3), (3, 3)))
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +34,6 @@ def open_file():
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_page_fits_and_asks_for_nothing(open_file, path, width, scheme):
     page = open_file(path, width, scheme)
-    if SCREENSHOTS:
-        page.screenshot(path=Path(SCREENSHOTS) / f"report-{width}-{scheme}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") == width
     assert page.locator("body script, head script, img, iframe, object").count() == 0
     ink, ground = page.evaluate(

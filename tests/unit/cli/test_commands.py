@@ -240,10 +240,13 @@ def test_doctor_is_content_where_the_hook_is_active_and_every_seam_fits(hooked, 
 @pytest.mark.parametrize("there", [True, False])
 def test_doctor_says_where_the_start_up_file_is_what_it_costs_and_how_it_is_switched_off(there, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor.sysconfig, "get_path", lambda _: str(tmp_path))
+    path = tmp_path / "llamafactory_adaptive_hook.pth"
     if there:
-        (tmp_path / "llamafactory_adaptive_hook.pth").write_text("")
+        path.write_text("")
+    assert doctor._start_up_file() == path
     words = ("about a millisecond", "LLAMAFACTORY_ADAPTIVE=0 switches it off") if there else ("train` needs none",)
-    assert all(word in doctor._start_up_file() for word in (str(tmp_path), *words))
+    line = doctor._start_up_line(str(path) if there else None)
+    assert all(word in line for word in (str(tmp_path), *words))
 
 
 def test_doctor_bears_a_python_that_does_not_start(monkeypatch, capsys):
