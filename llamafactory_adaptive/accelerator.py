@@ -1,5 +1,6 @@
 """What depends on the kind of device: its widest float, its random states, and how its time is measured."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,24 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
     devices = [] if device.type == "cpu" else list(range(torch.accelerator.device_count()))
     with torch.random.fork_rng(devices=devices, device_type="cuda" if device.type == "cpu" else device.type):
         yield
+
+
+def peak_memory() -> dict[str, int]:
+    """Measure the most memory that this process has held so far, in bytes by ``host`` and ``device``.
+
+    Of the host it is what was resident, files that are mapped included; of the device, what tensors took. Either is
+    left out where the system does not tell it.
+    """
+    peak = {}
+    try:
+        import resource
+
+        peak["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    except ImportError:  # Windows
+        pass
+    if torch.cuda.is_available() and (most := torch.cuda.max_memory_allocated()):
+        peak["device"] = most
+    return peak
 
 
 class Stopwatch:

@@ -26,7 +26,8 @@ STATE_PIECE = "adaptive_state-{number:05d}-of-{count:05d}.safetensors"  # of one
 COMPLETE = (PLAN_FILE, "trainer_state.json")
 QUALITY_FILE = "adaptive_quality.safetensors"  # what was measured of each training sample, in checkpoints
 CUT_FILE = "shrink_certificate.json"  # beside an adapter that was cut to a budget after training
-LOG_FILE = "adaptive_log.jsonl"  # written as a run begins, and at each allocation
+CERTIFICATE_FILE = "parity_certificate.json"  # beside what was exported for a server
+LOG_FILE = "adaptive_log.jsonl"  # written as a run begins, at each allocation and at its end
 DIGESTS_FILE = "adaptive_digests.json"  # of every other file of a checkpoint
 # The Trainer pushes nothing whose name begins with an underscore: host names and an older run's texts stay here.
 LOCK_FILE = "_adaptive_lock"

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from llamafactory_adaptive.progress import LINES
 from llamafactory_adaptive.reports.plaintext import tell
 
 
@@ -114,7 +115,7 @@ def run_child(
         The exit code (negative for a signal), and the last lines it printed. A child that prints nothing for six hours
         is killed.
     """
-    process = _start(command, environment, stdin=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = _start(command, {**environment, **LINES}, stdin=subprocess.PIPE, stderr=subprocess.STDOUT)
     lines: deque[str] = deque(maxlen=_KEPT_LINES)
     try:
         with (children or Children()).holding(process, patience):

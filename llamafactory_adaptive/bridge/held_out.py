@@ -27,6 +27,7 @@ from llamafactory_adaptive.config.run_config import CalibrationConfig
 from llamafactory_adaptive.errors import CalibrationError, Problem, refuse, refuse_all
 from llamafactory_adaptive.files import replacing
 from llamafactory_adaptive.planning.compatibility import is_same_base, trained_base
+from llamafactory_adaptive.progress import watched
 from llamafactory_adaptive.reports.plaintext import tell
 
 
@@ -179,7 +180,6 @@ def run_held_out_job(job: HeldOutJob) -> None:
     """Load model and rows, take the losses, and write them atomically; the work of the other process."""
     import torch
     from safetensors.torch import save_file
-    from tqdm import tqdm
 
     from llamafactory_adaptive.adapter.component_hooks import first_components_applied
     from llamafactory_adaptive.adapter.lora import keep_4bit_unpacked_on_cpu
@@ -195,7 +195,7 @@ def run_held_out_job(job: HeldOutJob) -> None:
         for number, ranks in enumerate(job.cuts, 1):
             with first_components_applied(layers, factors, ranks, job.scale):
                 title = f"{PROGRESS} {number}/{len(job.cuts)}"
-                by_cut.append(row_losses(model, tqdm(batches, desc=title, unit="batch")))
+                by_cut.append(row_losses(model, watched(batches, title)))
     except torch.OutOfMemoryError as error:
         size = job.calibration.batch_size
         raise CalibrationError(

@@ -24,7 +24,7 @@ class HostCallback(AdaptiveCallback):
         return lora_config_arguments(self.guard.plan)
 
     def finish(self, output: Path, loads_adapter: bool) -> None:
-        """Check the saved adapter of a finished run on the main process, and print the closing report.
+        """Check the saved adapter on the main process, log what the run cost, and print the closing words.
 
         Args:
             output: the run's ``output_dir``.
@@ -40,4 +40,5 @@ class HostCallback(AdaptiveCallback):
                 f"configs_injected=0, {log.counters}"
             )
         self.guard.verify_saved(output)
+        log.write(output, {"event": "end", "seconds": round(log.seconds, 3), "warnings": log.warnings})
         print(closing_words(plan, output, log.overhead_seconds, log.seconds, log.warnings), flush=True)

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from llamafactory_adaptive.accelerator import widest_float
 from llamafactory_adaptive.calibration.batches import IGNORE_INDEX, Batch
 from llamafactory_adaptive.calibration.measurement import Forward, evaluating
 from llamafactory_adaptive.errors import CalibrationError
+from llamafactory_adaptive.progress import watched
 
 
 # Rows are reduced in pieces of about this many elements: small enough to stay in a CPU's cache (a whole activation in
@@ -105,7 +105,7 @@ class InputSecondMoments:
             for handle in collector.attach():
                 stack.callback(handle.remove)
             stack.enter_context(torch.enable_grad() if self.backward else torch.no_grad())
-            for batch in tqdm(batches, desc="Scoring modules", unit="batch"):
+            for batch in watched(batches, "Scoring modules"):
                 collector.start(batch)
                 if self.backward:
                     back_propagate(model, batch, forward or decoder_forward)

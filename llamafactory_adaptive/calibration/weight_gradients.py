@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from llamafactory_adaptive.calibration.batches import Batch
 from llamafactory_adaptive.calibration.input_moments import back_propagate, decoder_forward
 from llamafactory_adaptive.calibration.measurement import Forward, evaluating
 from llamafactory_adaptive.errors import CalibrationError, first_of
+from llamafactory_adaptive.progress import watched
 
 
 # Takes a module's name, its inputs (samples, tokens, I) and the gradients at its outputs (samples, tokens, O), fp32;
@@ -48,7 +48,7 @@ def pass_gradients(
         for name, module in modules.items():
             stack.callback(module.register_forward_hook(_hook(name, taken)).remove)
         stack.enter_context(torch.enable_grad())
-        for batch in tqdm(batches, desc="Scoring modules", unit="batch"):
+        for batch in watched(batches, "Scoring modules"):
             back_propagate(model, batch, forward or decoder_forward)
     unseen = [name for name in modules if name not in seen]
     if unseen:

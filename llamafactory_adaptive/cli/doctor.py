@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 from llamafactory_adaptive import __version__, _bootstrap
 from llamafactory_adaptive.cli.host import INSTALL_HOST, host_is_installed
+from llamafactory_adaptive.cli.json_output import kept_for_json, print_json
 from llamafactory_adaptive.errors import first_of
 from llamafactory_adaptive.versions import installed_versions, verified_versions
 
@@ -20,35 +22,71 @@ def doctor(arguments: argparse.Namespace) -> int:
 
     Where LLaMA-Factory is not installed, only that is printed and 0 returned: the Python API works.
     """
-    if not host_is_installed():
-        print(
-            f"plugin {__version__}: the Python API is ready (from llamafactory_adaptive import ...); LLaMA-Factory is "
-            f"not installed, so `finetuning_type: adaptive` does not exist here; to have it: {INSTALL_HOST}"
-        )
-        return 0
+    with kept_for_json(arguments.json):
+        facts = _examined() if host_is_installed() else _without_host()
+    if arguments.json:
+        print_json(facts)
+    else:
+        print("\n".join(_lines(facts)))
+    return 0 if facts["ready"] else 2
+
+
+def _without_host() -> dict[str, Any]:
+    """Tell what works where LLaMA-Factory is not installed: the Python API, which is not at fault."""
+    words = (
+        f"plugin {__version__}: the Python API is ready (from llamafactory_adaptive import ...); LLaMA-Factory is "
+        f"not installed, so `finetuning_type: adaptive` does not exist here; to have it: {INSTALL_HOST}"
+    )
+    return {"schema_version": 1, "ready": True, "verdict": words, "plugin": __version__, "host_installed": False}
+
+
+def _examined() -> dict[str, Any]:
+    """Check hook, versions and seams; the keys are described in ``docs/reports.md``."""
+    hooked, versions = _hook_is_active(), installed_versions(PACKAGES)
+    states, names, optional = _host_states()
+    ready, words = _verdict(hooked, {**states, **names})
+    return {
+        "schema_version": 1,
+        "ready": ready,
+        "verdict": words,
+        "plugin": __version__,
+        "host_installed": True,
+        "hook_active": hooked,
+        "switch": os.environ.get(_bootstrap.ENV_SWITCH),
+        "python": sys.version.split()[0],
+        "packages": {name: versions.get(name) for name in PACKAGES},
+        "seams": states,
+        "names": names,
+        "optional_seams": optional,
+        "tested_with": verified_versions(),
+    }
+
+
+def _hook_is_active() -> bool:
     probe = "import sys; print(any(type(f).__name__ == '_SeamFinder' for f in sys.meta_path))"
     try:
         answer = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False, timeout=60)
-        hooked = answer.stdout.strip() == "True"
     except subprocess.TimeoutExpired:
         print("a Python of this environment did not start within 60 s")
-        hooked = False
-    switch = os.environ.get(_bootstrap.ENV_SWITCH, "not set")
-    print(f"start-up hook   {'active' if hooked else 'NOT active'}  ({_bootstrap.ENV_SWITCH}: {switch})")
-    print(f"plugin          {__version__}  python {sys.version.split()[0]}")
-    versions = installed_versions(PACKAGES)
-    for name in PACKAGES:
-        print(f"{name:<15} {versions.get(name, 'not installed')}")
-    states, names, optional = _host_states()
-    for target, state in states.items():
-        print(f"seam            {state:<15} {target}")
-    print(f"names           {_names_line(names)}")
-    for target, state in optional.items():
-        print(f"optional seam   {state:<15} {target}")
-    print(f"tested with     LLaMA-Factory {verified_versions()}")
-    ready, words = _verdict(hooked, {**states, **names})
-    print(f"verdict         {words}")
-    return 0 if ready else 2
+        return False
+    return answer.stdout.strip() == "True"
+
+
+def _lines(facts: Mapping[str, Any]) -> list[str]:
+    """Format what was examined, a line each; of an installation without LLaMA-Factory the verdict alone."""
+    if not facts["host_installed"]:
+        return [facts["verdict"]]
+    state, switch = "active" if facts["hook_active"] else "NOT active", facts["switch"]
+    return [
+        f"start-up hook   {state}  ({_bootstrap.ENV_SWITCH}: {'not set' if switch is None else switch})",
+        f"plugin          {facts['plugin']}  python {facts['python']}",
+        *(f"{name:<15} {version or 'not installed'}" for name, version in facts["packages"].items()),
+        *(f"seam            {state:<15} {target}" for target, state in facts["seams"].items()),
+        f"names           {_names_line(facts['names'])}",
+        *(f"optional seam   {state:<15} {target}" for target, state in facts["optional_seams"].items()),
+        f"tested with     LLaMA-Factory {facts['tested_with']}",
+        f"verdict         {facts['verdict']}",
+    ]
 
 
 def _verdict(hooked: bool, states: Mapping[str, str]) -> tuple[bool, str]:

@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--peft", type=path_argument, metavar="DIR",
         help="folder for an adapter_config.json that gives these ranks to any trainer on PEFT, e.g. planned/peft",
     )  # fmt: skip
+    _add_json(plan)
     _add_config(
         command(
             "train", "train as llamafactory-cli train does, also where the start-up hook is missing", "my.yaml seed=1"
@@ -56,6 +57,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="OUTPUT_DIR",
         help="output_dir of one run or of several, e.g. saves/igu",
     )
+    report.add_argument(
+        "--html", type=path_argument, metavar="FILE",
+        help="file that does not exist yet, to which all of it is written as one page with pictures, e.g. report.html",
+    )  # fmt: skip
+    _add_json(report)
     add_comparison_arguments(
         command(
             "compare",
@@ -77,11 +83,12 @@ def build_parser() -> argparse.ArgumentParser:
             "saves/lora --rank 8 --out saves/lora-8",
         )
     )
-    command(
+    doctor = command(
         "doctor",
         "check the installation: the start-up hook, package versions, and whether this LLaMA-Factory fits the plugin",
         "",
     )
+    _add_json(doctor)
     init = command("init", "copy the example YAMLs to a folder", "work")
     init.add_argument(
         "folder", type=path_argument, nargs="?", default=Path(), metavar="DIR",
@@ -98,6 +105,13 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that replace those of the file, e.g. lora_rank=16"
     )
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json", action="store_true",
+        help="print one JSON document instead, whose keys docs/reports.md describes, e.g. for scripts",
+    )  # fmt: skip
 
 
 def parse_command_line(argv: list[str] | None) -> argparse.Namespace:

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from llamafactory_adaptive.errors import refuse
 from llamafactory_adaptive.export.base_checkpoint import INDEX_FILE, BaseCheckpoint, tied_weights
 from llamafactory_adaptive.export.faults import ExportError
 from llamafactory_adaptive.export.safetensors_stream import TensorSpec, read_specs, write_streaming
 from llamafactory_adaptive.export.source_adapter import SourceAdapter
+from llamafactory_adaptive.progress import progress
 
 
 Transform = Callable[[str, Tensor], Tensor]
@@ -86,8 +86,8 @@ def merge(
             return weight
         return _added(spec.name, weight, update(adapter, adapted[spec.name]))
 
-    with tqdm(total=len(base.weights), desc="merging", unit="weight", mininterval=1.0) as progress:
-        total = sum(_merge_shard(path, target / path.name, dtype, make, progress) for path in base.shards)
+    with progress("merging weights", len(base.weights)) as advance:
+        total = sum(_merge_shard(path, target / path.name, dtype, make, advance) for path in base.shards)
     if len(base.shards) > 1:
         _write_index(base, target, total)
 
@@ -107,14 +107,14 @@ def _merge_shard(
     target: Path,
     dtype: torch.dtype,
     make: Callable[[TensorSpec, Tensor], Tensor],
-    progress: tqdm,
+    advance: Callable[[], None],
 ) -> int:
     """Write one merged shard and return the size of its weights in bytes."""
     specs = [_retyped(spec, dtype) for spec in read_specs(source)]
     with safe_open(source, framework="pt") as file:
 
         def next_weight(spec: TensorSpec) -> Tensor:
-            progress.update()
+            advance()
             return make(spec, file.get_tensor(spec.name))
 
         write_streaming(target, specs, next_weight)

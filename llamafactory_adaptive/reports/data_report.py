@@ -25,7 +25,7 @@ REPORT_SCHEMA = 1
 _SHOWN = 10  # best and worst samples, and groups of duplicates
 _LONGEST_TEXT = 2000  # characters
 _MOST_DOTS = 20_000
-_QUANTILES = {"lowest": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "highest": 1.0}
+QUANTILES = {"lowest": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "highest": 1.0}
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def save_data_report(
     write_atomically(output / SAMPLES_FILE, "".join(json.dumps(sample) + "\n" for sample in samples))
     order = sorted(range(len(samples)), key=lambda index: -samples[index]["quality"])
     used = int((data.usage_N > 0).sum())
-    places = torch.tensor(list(_QUANTILES.values()), dtype=torch.float64)
+    places = torch.tensor(list(QUANTILES.values()), dtype=torch.float64)
     document = {
         "schema_version": REPORT_SCHEMA,
         "run": run_identity(plan),
@@ -92,7 +92,7 @@ def save_data_report(
         "most_used": int(data.usage_N.max()),
         "without_loss_tokens": int((data.terms["loss"] == 0).sum()),  # a loss of exactly 0 has no other cause
         "distribution": {
-            name: dict(zip(_QUANTILES, values.quantile(places).tolist(), strict=True))
+            name: dict(zip(QUANTILES, values.quantile(places).tolist(), strict=True))
             for name, values in {"quality": data.quality_N, **data.terms}.items()
         },
         "clusters": []
@@ -216,8 +216,8 @@ def _table(r: Mapping[str, Any]) -> str:
         f"exact duplicates       {r['duplicates']['samples']:,} samples in {r['duplicates']['groups']:,} groups",
         "",
     ]
-    rows = [[name, *(f"{values[q]:.4g}" for q in _QUANTILES)] for name, values in r["distribution"].items()]
-    lines += align([["", *_QUANTILES], *rows])
+    rows = [[name, *(f"{values[q]:.4g}" for q in QUANTILES)] for name, values in r["distribution"].items()]
+    lines += align([["", *QUANTILES], *rows])
     if r.get("clusters"):  # older versions knew none
         lines += ["", *cluster_lines(r["clusters"], r["min_cluster_share"])]
     for kind in ("best", "worst"):

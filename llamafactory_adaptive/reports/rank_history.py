@@ -38,7 +38,9 @@ def read_rank_history(folder: Path, names: Sequence[str] | None = None) -> RankH
     if not (folder / LOG_FILE).is_file():
         return None
     changes: dict[int, Sequence[int]] = {}
-    for line in _parsed(read_lines(folder / LOG_FILE)):
+    for line in parsed_lines(read_lines(folder / LOG_FILE)):
+        if not isinstance(line.get("step"), int):
+            continue
         if line.get("event") in ("begin", "resumed"):
             changes = {step: ranks for step, ranks in changes.items() if step <= line["step"]}
             names = names or _list_of(str, line.get("modules"))
@@ -72,14 +74,14 @@ def _list_of(kind: type, value: Any) -> Any:
     return value if isinstance(value, list) and all(isinstance(entry, kind) for entry in value) else None
 
 
-def _parsed(lines: Sequence[str]) -> list[dict[str, Any]]:
-    """Parse the lines of a log that have a step, and leave out what is damaged."""
+def parsed_lines(lines: Sequence[str]) -> list[dict[str, Any]]:
+    """Parse the lines of a run's log, and leave out what is damaged."""
     parsed = []
     for line in lines:
         try:
             document = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(document, dict) and isinstance(document.get("step"), int):
+        if isinstance(document, dict):
             parsed.append(document)
     return parsed

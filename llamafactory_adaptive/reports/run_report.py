@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,12 @@ from llamafactory_adaptive.files import CUT_FILE, LOG_FILE, PLAN_FILE, read_line
 from llamafactory_adaptive.ranks.plan import RankPlan, load_plan
 from llamafactory_adaptive.reports.data_report import DATA_REPORT_FILE, data_report_of, data_table, read_data_report
 from llamafactory_adaptive.reports.plaintext import plain
+from llamafactory_adaptive.reports.rank_history import parsed_lines
 from llamafactory_adaptive.reports.tables import align, rank_table
+from llamafactory_adaptive.reports.values import is_number, number
 
 
+NOISE = "differences below two standard errors are noise; compare runs of equal parameters, with several seeds"
 # Errors of reading files that belong to no run, or are damaged.
 _NO_RUN = (PlanError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError,
            RecursionError)  # fmt: skip
@@ -32,6 +35,8 @@ class Run:
         train_seconds: seconds of the whole training; None if that was not logged.
         overhead_seconds: seconds of finding ranks and scoring samples.
         losses, eval_losses: the losses in the order in which they were logged.
+        history: what the Trainer logged.
+        log: parsed lines of the run's own log.
     """
 
     folder: Path
@@ -43,6 +48,16 @@ class Run:
     overhead_seconds: float
     losses: tuple[float, ...] = ()
     eval_losses: tuple[float, ...] = ()
+    history: tuple[Mapping[str, Any], ...] = ()
+    log: tuple[Mapping[str, Any], ...] = ()
+
+    def curve(self, key: str) -> list[tuple[int, float]]:
+        """List optimizer steps with the figure that was logged there."""
+        return [
+            (int(step), value)
+            for entry in self.history
+            if (step := number(entry.get("step"))) is not None and (value := number(entry.get(key))) is not None
+        ]
 
 
 def read_run(folder: Path) -> Run:
@@ -55,7 +70,8 @@ def read_run(folder: Path) -> Run:
         raise PlanError(f"there is no run in {folder}: {PLAN_FILE} is missing; give the output_dir of a training")
     try:
         state = read_mapping(folder / "trainer_state.json", "trainer_state.json", finite=False)
-        last = json.loads(read_lines(folder / LOG_FILE)[-1])
+        lines = read_lines(folder / LOG_FILE)
+        last = json.loads(lines[-1])
         history = [entry for entry in state["log_history"] if isinstance(entry, dict)]
         steps, overhead = int(state["global_step"]), float(last.get("overhead_seconds", 0.0))
     except _NO_RUN as error:
@@ -70,23 +86,18 @@ def read_run(folder: Path) -> Run:
         overhead_seconds=overhead,
         losses=_all(history, "loss"),
         eval_losses=_all(history, "eval_loss"),
+        history=tuple(history),
+        log=tuple(parsed_lines(lines)),
     )
 
 
 def _all(history: Sequence[dict[str, Any]], key: str) -> tuple[float, ...]:
-    return tuple(float(entry[key]) for entry in history if _is_number(entry.get(key)))
+    return tuple(float(entry[key]) for entry in history if is_number(entry.get(key)))
 
 
 def _last(history: Sequence[dict[str, Any]], key: str) -> float | None:
     values = _all(history, key)
     return values[-1] if values else None
-
-
-def _is_number(value: object) -> bool:
-    """Tell whether a value is a number that converts to float; whole numbers in JSON may be too large for that."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return isinstance(value, float) or abs(value) < 2**1000
 
 
 def data_of_unfinished_run(folder: Path) -> str | None:
@@ -102,7 +113,7 @@ def text_of_cut_adapter(folder: Path) -> str | None:
         return None
     facts = read_mapping(folder / CUT_FILE, str(folder / CUT_FILE))
     before, kept = (facts.get(key) for key in ("parameters_before", "kept_energy"))
-    if not (_is_number(before) and _is_number(kept)):
+    if not (is_number(before) and is_number(kept)):
         raise PlanError(f"{folder / CUT_FILE} is no complete certificate of a cut")
     words = f"cut after training    from {before:,} parameters; {kept:.2%} of the squared singular values kept"
     return "\n\n".join([f"{folder} (cut by shrink)", rank_table(load_plan(folder / PLAN_FILE)), words])
@@ -110,11 +121,13 @@ def text_of_cut_adapter(folder: Path) -> str | None:
 
 def run_text(run: Run) -> str:
     """Format a run as text: its ranks, steps, losses and seconds, and its training data if they were scored."""
-    parts = [f"{run.folder}", rank_table(run.plan), _search_of(run)]
+    return "\n\n".join([f"{run.folder}", rank_table(run.plan), *texts_below_ranks(run)])
+
+
+def texts_below_ranks(run: Run) -> list[str]:
+    """Format what is told of a run besides its ranks: steps, losses and seconds, and its training data."""
     data = data_report_of(run.folder, run.plan)
-    if data is not None:
-        parts.append("Training data\n" + data_table(data))
-    return "\n\n".join(parts)
+    return [_search_of(run), *([] if data is None else ["Training data\n" + data_table(data)])]
 
 
 def _search_of(run: Run) -> str:
@@ -138,6 +151,11 @@ def _search_of(run: Run) -> str:
 
 def comparison(runs: Sequence[Run]) -> str:
     """Compare runs: a line for each, then a line per method with mean and standard error over its runs."""
+    return "\n".join([*align(comparison_rows(runs)), "", *align(method_rows(runs)), NOISE])
+
+
+def comparison_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """Build the table of runs, a row for each, below its head."""
     rows = [["run", "method", "parameters", "ranks", "steps", "train loss", "eval loss", "seconds", "overhead"]]
     for run in runs:
         ranks = [module.rank for module in run.plan.modules]
@@ -154,21 +172,34 @@ def comparison(runs: Sequence[Run]) -> str:
                 f"{run.overhead_seconds:.1f} s",
             ]
         )
-    return "\n".join([*align(rows), "", *_by_method(runs)])
+    return rows
 
 
-def _by_method(runs: Sequence[Run]) -> list[str]:
+def method_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """Build the table of methods, with mean and standard error of the loss over the runs of each, below its head."""
+    rows = [["method", "runs", "mean loss", "standard error"]]
+    for entry in by_method(runs):
+        error = "one run: unknown" if entry["standard_error"] is None else f"{entry['standard_error']:.4f}"
+        rows.append([plain(entry["method"]), str(entry["runs"]), f"{entry['mean_loss']:.4f}", error])
+    return rows
+
+
+def by_method(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Average the loss over the runs of each method: of the last evaluation, or of training where there is none."""
     groups: dict[str, list[float]] = {}
     for run in runs:
         loss = run.train_loss if run.eval_loss is None else run.eval_loss
         if loss is not None:
             groups.setdefault(run.plan.method, []).append(loss)
-    rows = [["method", "runs", "mean loss", "standard error"]]
-    for method, losses in groups.items():
-        error = f"{statistics.stdev(losses) / len(losses) ** 0.5:.4f}" if len(losses) > 1 else "one run: unknown"
-        rows.append([plain(method), str(len(losses)), f"{statistics.fmean(losses):.4f}", error])
-    note = "differences below two standard errors are noise; compare runs of equal parameters, with several seeds"
-    return [*align(rows), note]
+    return [
+        {
+            "method": method,
+            "runs": len(losses),
+            "mean_loss": statistics.fmean(losses),
+            "standard_error": statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else None,
+        }
+        for method, losses in groups.items()
+    ]
 
 
 def _number(value: float | None) -> str:

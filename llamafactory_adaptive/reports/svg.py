@@ -2,15 +2,22 @@
 
 import io
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from llamafactory_adaptive.reports.plots import new_figure
 
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-# Drawn where the page's own text colour is due: matplotlib knows no such colour.
-_INK = "#010203"
+# Of middling lightness, so that each is seen on a light page and on a dark one.
+COLOURS = ("#2f81f7", "#d97706", "#2da44e", "#bf3989", "#8957e5", "#0d9488", "#e5534b", "#9a7b0a")
+GREY = "#768390"
+_INK = "#010203"  # where the page's own text colour is due: matplotlib knows no such colour
+_SIZES = {"wide": (11.2, 3.2), "narrow": (3.6, 3.2)}  # inches, at which letters have the size of the page's
 
 
 def to_svg(figure: "Figure", salt: str = "adaptive") -> str:
@@ -24,20 +31,46 @@ def to_svg(figure: "Figure", salt: str = "adaptive") -> str:
 
     with matplotlib.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return re.sub(r"^.*?(?=<svg )", "", buffer.getvalue(), flags=re.DOTALL)
 
 
-def to_themed_svg(figure: "Figure", salt: str) -> str:
-    """Return a figure as an SVG element without a background, its text and axes in the text colour of the page."""
+def in_two_forms(draw: "Callable[[Axes], None]", salt: str) -> str:
+    """Draw a figure for wide and for narrow pages, of which the style of the pictures shows one.
+
+    Args:
+        draw: draws lines with labels on the axes, and names these.
+        salt: part of all ids, of this figure alone on a page.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    forms = []
+    for form, size in _SIZES.items():
+        figure = new_figure(*size)
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # steps are whole
+        axes.spines[["top", "right"]].set_visible(False)
+        _add_legend(axes, form)
+        forms.append(f'<div class="{form}">{_themed(figure, axes, f"{salt} {form}")}</div>')
+    return "".join(forms)
+
+
+def _add_legend(axes: "Axes", form: str) -> None:
+    if form == "wide":
+        axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    else:
+        axes.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+
+
+def _themed(figure: "Figure", axes: "Axes", salt: str) -> str:
+    """Return a figure as SVG without a background, its text and axes in the text colour of the page."""
     figure.patch.set_alpha(0.0)
-    for axes in figure.axes:
-        axes.patch.set_alpha(0.0)
-        axes.tick_params(colors=_INK)
-        for spine in axes.spines.values():
-            spine.set_edgecolor(_INK)
-        for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
-            text.set_color(_INK)
-        for text in axes.get_legend().get_texts() if axes.get_legend() else ():
-            text.set_color(_INK)
+    axes.patch.set_alpha(0.0)
+    axes.tick_params(colors=_INK)
+    for spine in axes.spines.values():
+        spine.set_edgecolor(_INK)
+    legend = axes.get_legend()
+    for text in (axes.xaxis.label, axes.yaxis.label, *(legend.get_texts() if legend else ())):
+        text.set_color(_INK)
     return to_svg(figure, salt).replace(_INK, "currentColor")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 from llamafactory_adaptive.ranks.module_names import layer_and_type, module_type
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
@@ -44,22 +45,37 @@ def rank_table(plan: RankPlan) -> str:
 def type_rows(plan: RankPlan, written: Callable[[str], str] = plain) -> list[list[str]]:
     """Summarise each module type in a row; ``written`` escapes names for the format of the output."""
     rows = [["module type", "modules", "mean rank", "range", "share", "parameters"]]
-    by_type: dict[str, list[ModulePlan]] = {}
-    for module in plan.modules:
-        by_type.setdefault(module_type(module.name), []).append(module)
-    for kind, modules in by_type.items():
-        ranks = [module.rank for module in modules]
+    for entry in ranks_by_type(plan):
         rows.append(
             [
-                written(kind),
-                str(len(modules)),
-                f"{sum(ranks) / len(ranks):.1f}",
-                f"{min(ranks)}-{max(ranks)}",
-                f"{sum(module.share for module in modules):.1%}",
-                f"{sum(module.parameters for module in modules):,}",
+                written(entry["type"]),
+                str(entry["modules"]),
+                f"{entry['mean_rank']:.1f}",
+                f"{entry['smallest']}-{entry['largest']}",
+                f"{entry['share_of_score']:.1%}",
+                f"{entry['parameters']:,}",
             ]
         )
     return rows
+
+
+def ranks_by_type(plan: RankPlan) -> list[dict[str, Any]]:
+    """Summarise the ranks of each module type."""
+    by_type: dict[str, list[ModulePlan]] = {}
+    for module in plan.modules:
+        by_type.setdefault(module_type(module.name), []).append(module)
+    return [
+        {
+            "type": kind,
+            "modules": len(modules),
+            "mean_rank": sum(module.rank for module in modules) / len(modules),
+            "smallest": min(module.rank for module in modules),
+            "largest": max(module.rank for module in modules),
+            "share_of_score": sum(module.share for module in modules),
+            "parameters": sum(module.parameters for module in modules),
+        }
+        for kind, modules in by_type.items()
+    ]
 
 
 def totals(plan: RankPlan) -> list[str]:
@@ -124,7 +140,7 @@ def closing_words(
             f"in {output}: {files}",
             *(f"warning: {text}" for text in warnings),
             "next:",
-            f"  llamafactory-adaptive report {quote(str(output))}",
+            f"  llamafactory-adaptive report {quote(str(output))} --html {quote(f'{output.name}.html')}",
             f"  llamafactory-adaptive export {quote(str(output))} --for vllm --out {quote(f'served/{output.name}')}",
             f"  llamafactory-cli chat with adapter_name_or_path: {output}",
         ]

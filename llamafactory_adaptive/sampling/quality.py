@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from llamafactory_adaptive.accelerator import widest_float
 from llamafactory_adaptive.calibration.measurement import evaluating
 from llamafactory_adaptive.errors import CalibrationError
+from llamafactory_adaptive.progress import watched
 from llamafactory_adaptive.sampling.clusters import cluster_directions
 from llamafactory_adaptive.sampling.sample_gradients import Layers, SampleGradientRecorder, TermSpec
 
@@ -115,7 +115,7 @@ class _Passes:
     def named(self, name: str) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """Yield sample numbers and model inputs of every batch, under a progress bar of that name."""
         self.order = []
-        for indices, inputs in tqdm(self.batches, desc=name, unit="batch", disable=self.quiet):
+        for indices, inputs in watched(self.batches, name, self.quiet):
             self.order += indices
             placed = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
             yield list(indices), placed

@@ -217,7 +217,7 @@ class BoundRun:
             return None
         started = time.perf_counter()
         selection = self.samples.prepare_samples(self.guard.plan, state.max_steps, dataloader, resumed, self.log)
-        self.log.overhead_seconds += time.perf_counter() - started
+        self.log.spend("scoring_samples", time.perf_counter() - started)
         agree_across_ranks(selection.digest(), QUALITIES_DIFFER)
         selection.rescore(self.trainer.args, state.global_step)  # if its checkpoint's run fetched fewer samples ahead
         return selection

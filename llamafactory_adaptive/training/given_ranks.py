@@ -41,7 +41,7 @@ class GivenRanks(FixedRanks):
     def see_gradients(self) -> None:
         """Add the gradient of the regulariser, and the seconds that this takes to the overhead."""
         self.observer.before_step(final=True)
-        self.log.overhead_seconds += self.observer.take_seconds()
+        self.log.spend("observing", self.observer.take_seconds())
 
     def save(self, folder: Path, args: Any, state: Any) -> None:
         """Write the exact factors into a checkpoint, beside its plain adapter."""

@@ -23,7 +23,7 @@ from llamafactory_adaptive.training.divergence import DivergenceWatch
 from llamafactory_adaptive.training.guard import PlanGuard
 from llamafactory_adaptive.training.masked_search import MaskedSearch
 from llamafactory_adaptive.training.observer import Observer
-from llamafactory_adaptive.training.rank_search import Exchange, Masks
+from llamafactory_adaptive.training.rank_search import Exchange, Masks, counts
 from llamafactory_adaptive.training.rotation import rotate
 from llamafactory_adaptive.training.run_part import RunPart
 from llamafactory_adaptive.training.sample_selection import SampleSelection, figures_of
@@ -73,11 +73,12 @@ class RankSearchDriver(RunPart):
             return
         if warning := short_run_warning(self.schedule, state.max_steps):
             self.log.warn(warning)
-        event = "resumed" if self.step else "begin"
-        self._write(args, {"step": self.step, "event": event, "interval": self.schedule.interval})
-        largest = max(sum(row) for row in self.triplets.masks)
+        event, ranks = "resumed" if self.step else "begin", counts(self.triplets.masks)
+        names = [module.name for module in self.start.modules]
+        line = {"step": self.step, "event": event, "interval": self.schedule.interval}
+        self._write(args, {**line, "modules": names, "ranks": ranks})
         logger.info(
-            f"adaptive ({self.start.method}): {self.log.counters.modules_checked} modules start at rank {largest}, "
+            f"adaptive ({self.start.method}): {self.log.counters.modules_checked} modules start at rank {max(ranks)}, "
             f"{self.schedule.describe(self.start.budget_kind)} of {state.max_steps}"
         )
 
@@ -95,7 +96,7 @@ class RankSearchDriver(RunPart):
     def see_gradients(self) -> None:
         """Pass the step's gradients to the method, and add the seconds that this takes to the overhead."""
         self.observer.before_step(self.state.final)
-        self.log.overhead_seconds += self.observer.take_seconds()
+        self.log.spend("observing", self.observer.take_seconds())
 
     def after_step(self, args: Any, state: Any, model: nn.Module, optimizer: Any) -> None:
         """End the step, so that evaluation uses what would be saved; allocate if it is due."""
@@ -126,7 +127,7 @@ class RankSearchDriver(RunPart):
         self.triplets.mask(masks)
         synchronize()
         self.log.counters.allocations += 1
-        self.log.overhead_seconds += time.perf_counter() - started
+        self.log.spend("allocating", time.perf_counter() - started)
         line = self.state.record(self.step, budget, final, scores, before, masks)
         if final:
             self._end_shrinkage()

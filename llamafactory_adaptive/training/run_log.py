@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from llamafactory_adaptive.accelerator import peak_memory
 from llamafactory_adaptive.files import LOG_FILE, append_line
 
 
@@ -35,15 +36,29 @@ class RunLog:
 
     Args:
         method: name of the method, part of every line.
-        overhead_seconds: seconds that planning took.
+        planning_seconds: seconds that planning took.
         words: rewrites a warning in the notation of its reader; by default it stays as it is.
+
+    Attributes:
+        overhead: seconds of each work that plain LoRA has not: ``planning``, ``scoring_samples``, ``observing``,
+            ``allocating``; ``before`` is that of a checkpoint of an earlier version, which told only their sum.
     """
 
-    def __init__(self, method: str, overhead_seconds: float, words: Callable[[str], str] = str) -> None:
-        self.method, self.overhead_seconds, self.words = method, overhead_seconds, words
+    def __init__(self, method: str, planning_seconds: float, words: Callable[[str], str] = str) -> None:
+        self.method, self.words = method, words
+        self.overhead = {"planning": planning_seconds}
         self.counters = Counters()
         self.warnings: list[str] = []
         self._started = time.perf_counter()
+
+    @property
+    def overhead_seconds(self) -> float:
+        """Return the seconds of all work that plain LoRA has not."""
+        return sum(self.overhead.values())
+
+    def spend(self, work: str, seconds: float) -> None:
+        """Add the seconds of a work that plain LoRA has not."""
+        self.overhead[work] = self.overhead.get(work, 0.0) + seconds
 
     @property
     def seconds(self) -> float:
@@ -63,11 +78,13 @@ class RunLog:
             self.warnings.append(said)
 
     def write(self, output: Path, line: Mapping[str, Any]) -> None:
-        """Append a line to the log file in ``output``, with method, counters, overhead and time added."""
+        """Append a line to the log file in ``output``, with method, counters, costs and time added."""
         facts = {
             "method": self.method,
             "counters": asdict(self.counters),
             "overhead_seconds": round(self.overhead_seconds, 3),
+            "overhead": {work: round(seconds, 3) for work, seconds in self.overhead.items()},
+            "peak_memory": peak_memory(),
             "time": time.time(),
         }
         append_line(output / LOG_FILE, json.dumps({**line, **facts}))

@@ -5,12 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from llamafactory_adaptive.calibration.batches import holds_media
 from llamafactory_adaptive.engines.distributed import gather_facts, process_number, refuse_differences
 from llamafactory_adaptive.errors import CalibrationError, GuardError
 from llamafactory_adaptive.files import digest_of
+from llamafactory_adaptive.progress import progress
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.ranks.schedule import refresh_interval
 from llamafactory_adaptive.sampling.sampler import SampleOrder, SubsetSampler, Timeline, steps_ahead
@@ -80,16 +79,18 @@ class TrainingSamples:
         """Read every row, and return the lengths and the digests of tokens and labels."""
         lengths, digests = [], []
         quiet = process_number() != 0 or len(self.dataset) < 50_000
-        for row in tqdm(self.dataset, desc="Reading samples", unit="row", disable=quiet):
-            if holds_media(row):
-                raise CalibrationError(
-                    "training samples hold images, video or audio, whose quality is not measured; set "
-                    "tsq_sampling: false"
-                )
-            ids, labels = list(row["input_ids"]), row.get("labels")
-            lengths.append(len(ids))
-            text = json.dumps([ids, None if labels is None else list(labels)])
-            digests.append(hashlib.sha256(text.encode()).hexdigest())
+        with progress("reading samples", len(self.dataset), quiet) as advance:
+            for row in self.dataset:
+                if holds_media(row):
+                    raise CalibrationError(
+                        "training samples hold images, video or audio, whose quality is not measured; set "
+                        "tsq_sampling: false"
+                    )
+                ids, labels = list(row["input_ids"]), row.get("labels")
+                lengths.append(len(ids))
+                text = json.dumps([ids, None if labels is None else list(labels)])
+                digests.append(hashlib.sha256(text.encode()).hexdigest())
+                advance()
         return lengths, digests
 
     def _make_timeline(self, max_steps: int, dataloader: Any) -> Timeline:

@@ -83,7 +83,7 @@ class SampleSelection(RunPart):
             self.order.add(self.scorer.pool(self.scored[-1]))
             agree_across_ranks(self.digest(), _SCORED_OTHERWISE)
             seconds = time.perf_counter() - started
-            self.log.overhead_seconds += seconds
+            self.log.spend("scoring_samples", seconds)
             if args.should_save:
                 logger.info(f"adaptive: all samples were scored again for refresh {refresh}, in {seconds:.1f} s")
                 line = {"step": step, "event": "scoring", "subset": refresh, "scoring_seconds": round(seconds, 3)}

@@ -53,6 +53,7 @@ class SearchCheckpoint:
             "counters": asdict(self.log.counters),
             "thinner": self.observer.probe_budget.state(),
             "overhead_seconds": self.log.overhead_seconds,
+            "overhead": self.log.overhead,
         }
         whole = whole_state(self.observer.components, self.method.state(), args.should_save)
         tensors = {f"method.{key}": value for key, value in whole.items()}
@@ -93,7 +94,8 @@ class SearchCheckpoint:
         """
         document = self.restore(folder, total_steps)
         self.observer.probe_budget.load(document["thinner"])
-        self.log.overhead_seconds += document["overhead_seconds"]
+        for work, seconds in document.get("overhead", {"before": document["overhead_seconds"]}).items():
+            self.log.spend(work, seconds)
         for name in _RESUMED_COUNTERS:
             setattr(self.log.counters, name, document["counters"][name])
 

@@ -78,7 +78,7 @@ def test_a_fresh_run_moves_the_older_one_aside_and_a_second_one_is_refused(full_
         with pytest.raises(OutputError, match="another run works in"):
             train(args)
     train(args)
-    assert len((out / files.LOG_FILE).read_text().splitlines()) == 1
+    assert len((out / files.LOG_FILE).read_text().splitlines()) == 2, "begin and end"
     assert not list(out.glob("checkpoint-[246]"))
     aside = out / files.PREVIOUS_FOLDER / "1"
     assert load_plan(aside / files.PLAN_FILE).method == "random"

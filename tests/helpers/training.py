@@ -57,7 +57,9 @@ def peft_logits(base, adapter):
 
 
 def lines(out):
-    return [json.loads(line) for line in (out / "adaptive_log.jsonl").read_text().splitlines()]
+    """The lines of the log, but for that of the end, with what the whole run has cost."""
+    told = [json.loads(line) for line in (out / "adaptive_log.jsonl").read_text().splitlines()]
+    return [line for line in told if line.get("event") != "end"]
 
 
 def allocations(out):

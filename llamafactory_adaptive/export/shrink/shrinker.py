@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS, contract_arguments, int_if_integral
 from llamafactory_adaptive.calibration.factored_svd import FactoredSvd, decompose, singular_values
@@ -21,6 +20,7 @@ from llamafactory_adaptive.export.shrink.certificate import certify
 from llamafactory_adaptive.export.shrink.request import ShrinkRequest
 from llamafactory_adaptive.export.source_adapter import LoraModule, SourceAdapter, factor_key, read_adapter
 from llamafactory_adaptive.files import PLAN_FILE
+from llamafactory_adaptive.progress import progress
 from llamafactory_adaptive.ranks.component_cuts import AdapterSpectrum, Cut, ModuleSpectrum
 from llamafactory_adaptive.ranks.module_names import layer_order
 from llamafactory_adaptive.ranks.plan import ModulePlan, ModuleShape, RankPlan, recorded_provenance
@@ -76,12 +76,12 @@ def read_decomposition(request: ShrinkRequest) -> Decomposition:
         suggestion = "an adapter trained without additional_target, or `llamafactory-cli export`"
         refuse("modules_to_save", adapter.config.get("modules_to_save"), why, suggestion)
     modules = []
-    for one in tqdm(sorted(adapter.modules, key=lambda module: layer_order(module.name)),
-                    desc="singular values", unit="module", mininterval=1.0):  # fmt: skip
-        values = singular_values(*adapter.factors(one.name), one.scale)
-        modules.append(
-            ModuleSpectrum(ModuleShape(one.name, one.in_features, one.out_features), one.rank, tuple(values))
-        )
+    with progress("singular values of modules", len(adapter.modules)) as advance:
+        for one in sorted(adapter.modules, key=lambda module: layer_order(module.name)):
+            values = singular_values(*adapter.factors(one.name), one.scale)
+            shape = ModuleShape(one.name, one.in_features, one.out_features)
+            modules.append(ModuleSpectrum(shape, one.rank, tuple(values)))
+            advance()
     spectrum = AdapterSpectrum(tuple(modules), request.min_rank)
     if spectrum.energy == 0:
         why = "all its updates are zero, so that there is nothing to choose among"
@@ -123,13 +123,13 @@ def write_cut(decomposition: Decomposition, cut: Cut, target: Path) -> None:
         return decompose(*adapter.factors(name), adapter.by_name[name].scale)
 
     def make(spec: TensorSpec) -> Tensor:
-        progress.update()
+        advance()
         name, side = factors[spec.name]
         a, b = components(name).factors(ranks[name], scale)
         return (a if side == "A" else b).float()
 
     specs = [_spec(key, adapter.by_name[name], side, ranks[name]) for key, (name, side) in factors.items()]
-    with tqdm(total=len(specs), desc="writing", unit="factor", mininterval=1.0) as progress:
+    with progress("writing factors", len(specs)) as advance:
         write_streaming(target / ADAPTER_WEIGHTS, specs, make)
 
 

@@ -33,11 +33,10 @@ from torch import Tensor
 from llamafactory_adaptive.export.verify.log_probabilities import PROMPTS, TOP_K
 from llamafactory_adaptive.export.verify.module_updates import TOLERANCE as TOLERANCE_OF_UPDATES
 from llamafactory_adaptive.export.verify.module_updates import UpdateComparison
-from llamafactory_adaptive.files import LOCK_FILE, file_digest
+from llamafactory_adaptive.files import CERTIFICATE_FILE, LOCK_FILE, file_digest
 from llamafactory_adaptive.versions import installed_versions
 
 
-CERTIFICATE_FILE = "parity_certificate.json"
 SCHEMA_VERSION = 1
 TOLERANCE = 1e-3  # nats; fp32 on two programs differs by some 1e-5 on small models
 ROUNDING_FACTOR = 3.0

@@ -1,5 +1,6 @@
 """What the callback of a run in LLaMA-Factory adds: ranks for the host's adapter, and the end of the run."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from llamafactory_adaptive.bridge.host_callback import HostCallback
 from llamafactory_adaptive.bridge.host_run import adapter_to_go_on_with
 from llamafactory_adaptive.errors import GuardError
+from llamafactory_adaptive.files import LOG_FILE
 from llamafactory_adaptive.training.bound_run import RunRequest
 from llamafactory_adaptive.training.guard import PlanGuard
 from llamafactory_adaptive.training.run_log import RunLog
@@ -40,6 +42,8 @@ def test_a_run_ends_with_its_words_if_its_ranks_were_handed_over_or_trained_befo
     said = capsys.readouterr().out
     assert said.count(f"Adaptive ranks ({found_plan().method})") == said.count("warning: mind this") == 1
     assert checked == [tmp_path]
+    line = json.loads((tmp_path / LOG_FILE).read_text())
+    assert (line["event"], line["overhead"], line["seconds"] > 0) == ("end", {"planning": 0.0}, True)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,6 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import yaml
-from accelerate import PartialState
 from peft import PeftConfig, get_peft_model
 
 from llamafactory_adaptive import _bootstrap, cli
@@ -20,25 +18,7 @@ from llamafactory_adaptive.files import PLAN_FILE
 from llamafactory_adaptive.ranks.plan import load_plan
 from tests.helpers.plans import make_plan
 from tests.helpers.runs import save_data, save_run
-from tests.helpers.tiny import pruning_settings, settings, tiny_model, unmeasured_settings
-
-
-@pytest.fixture(autouse=True)
-def _words(monkeypatch):
-    """The host reads sys.argv, which a command sets."""
-    monkeypatch.setattr(sys, "argv", ["llamafactory-adaptive"])
-    yield
-    PartialState._reset_state()
-
-
-@pytest.fixture
-def write(tiny_llama, data_dir, tmp_path):
-    def make(like=unmeasured_settings, **more):
-        path = tmp_path / "run.yaml"
-        path.write_text(yaml.safe_dump(like(tiny_llama, data_dir, tmp_path / "out", **more)))
-        return path
-
-    return make
+from tests.helpers.tiny import pruning_settings, settings, tiny_model
 
 
 def failing(error):

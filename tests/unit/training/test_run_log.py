@@ -31,13 +31,19 @@ def lines(folder):
 def test_lines_have_what_every_line_has_as_it_was_then(tmp_path, clock):
     log = RunLog("igu", 1.23456)
     log.write(tmp_path, {"step": 0, "event": "begin"})
-    log.counters.steps, log.overhead_seconds, clock[0] = 4, 2.0, 103.5
+    log.counters.steps, clock[0] = 4, 103.5
+    for work in ("observing", "observing", "allocating"):
+        log.spend(work, 0.25)
     log.write(tmp_path, {"step": 4})
     none = {"modules_checked": 0, "steps": 0, "gradients_missing": 0, "observations": 0,
             "probes": 0, "allocations": 0, "largest_learning_rate": 0.0}  # fmt: skip
-    assert lines(tmp_path) == [
+    begin, later = lines(tmp_path)
+    assert 2**20 < begin.pop("peak_memory")["host"] <= later.pop("peak_memory")["host"] < 2**40
+    assert begin.pop("overhead") == {"planning": 1.235}
+    assert later.pop("overhead") == {"planning": 1.235, "observing": 0.5, "allocating": 0.25}
+    assert [begin, later] == [
         {"step": 0, "event": "begin", "method": "igu", "counters": none, "overhead_seconds": 1.235, "time": 107.0},
-        {"step": 4, "method": "igu", "counters": {**none, "steps": 4}, "overhead_seconds": 2.0, "time": 110.5},
+        {"step": 4, "method": "igu", "counters": {**none, "steps": 4}, "overhead_seconds": 1.985, "time": 110.5},
     ]
     assert log.seconds == 3.5
 

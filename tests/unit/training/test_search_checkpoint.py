@@ -83,8 +83,18 @@ def test_a_resumed_search_is_the_one_that_was_written(tmp_path):
     assert resumed.state.state() == written.state.state()
     assert resumed.budget.state() == written.budget.state()
     assert resumed.log.overhead_seconds == 2.5 + 2.5, "planning of this process, and what went before"
+    assert resumed.log.overhead == {"planning": 5.0}
     counters = resumed.log.counters
     assert (counters.observations, counters.probes, counters.allocations, counters.steps) == (5, 0, 0, 6)
+
+
+def test_seconds_of_a_checkpoint_that_told_only_their_sum_count_too(tmp_path):
+    folder = Search(0).write(tmp_path / "checkpoint-6")
+    document = json.loads((folder / STATE_JSON).read_text())
+    del document["overhead"]
+    (folder / STATE_JSON).write_text(json.dumps(document))
+    (resumed := Search(1)).checkpoint.resume(folder, STEPS)
+    assert resumed.log.overhead == {"planning": 2.5, "before": 2.5}
 
 
 def test_masks_in_force_are_those_that_were_written(tmp_path):

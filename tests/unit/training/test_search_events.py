@@ -15,6 +15,7 @@ from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE
 from llamafactory_adaptive.methods import make_method
 from llamafactory_adaptive.ranks.plan import load_plan
 from llamafactory_adaptive.ranks.search_config import PruningConfig
+from llamafactory_adaptive.reports.rank_history import read_rank_history
 from llamafactory_adaptive.training.bound_run import RunRequest
 from llamafactory_adaptive.training.callback import AdaptiveCallback
 from llamafactory_adaptive.training.guard import PlanGuard
@@ -96,6 +97,9 @@ def test_a_search_observes_allocates_and_settles_on_a_plan_within_budget(tmp_pat
     told = told_by(tmp_path)
     assert [(line["step"], line["event"]) for line in told] == [(0, "begin"), (2, "allocation"), (4, "allocation")]
     assert all(line["probing_seconds"] == 0 for line in told)
+    history = read_rank_history(tmp_path)
+    assert (history.steps, len(told[0]["modules"])) == ((0, 2, 4), len(run.plan.modules))
+    assert sum(told[0]["ranks"]) == full
     run.guard.verify_run()
 
 
