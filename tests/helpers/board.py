@@ -1,21 +1,18 @@
 """LLaMA Board in a process of its own, on loopback, and a browser that drives it."""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import time
 import urllib.request
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
+from tests.helpers.browser import CHROMIUM
 from tests.helpers.commands import BIN
 
 
-CHROMIUM = os.environ.get("LLAMAFACTORY_ADAPTIVE_CHROMIUM") or shutil.which("chromium") or ""
-HAS_BROWSER = bool(CHROMIUM) and find_spec("playwright") is not None
 _START_SECONDS = 600.0
 
 
