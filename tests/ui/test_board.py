@@ -129,7 +129,7 @@ def train(page, folder):
     saved = yaml.safe_load((folder / RUN / "llamaboard_config.yaml").read_text())
     assert not any(key.startswith("adaptive.") for key in saved)
     assert load_plan(folder / RUN / PLAN_FILE).method == "igu"
-    picture(page, "training")
+    picture_from(page, "training", page.get_by_role("button", name="Start", exact=True))
 
 
 def look_at_ranks(page):
@@ -158,14 +158,25 @@ def change_language(page):
 
 
 def picture(page, name, part=None):
-    """Write a picture for the documentation, where they are asked for."""
-    if not SCREENSHOTS:
-        return
-    path = Path(SCREENSHOTS) / f"board_{name}.png"
-    for toast in page.locator(".toast-close").all():
-        toast.click()
-    page.wait_for_timeout(1000)  # of motion, which would blur it
-    if part:
-        page.locator(part).screenshot(path=path)
-    else:
-        page.screenshot(path=path, full_page=True)
+    """Write a picture for the documentation, where they are asked for: of a part of the page, or of all of it."""
+    if SCREENSHOTS:
+        settle(page)
+        path = Path(SCREENSHOTS) / f"board_{name}.png"
+        page.locator(part).screenshot(path=path) if part else page.screenshot(path=path, full_page=True)
+
+
+def picture_from(page, name, top):
+    """The same, of a window's height of the page from an element on."""
+    if SCREENSHOTS:
+        settle(page)
+        top.evaluate("element => element.scrollIntoView({block: 'start'})")
+        page.screenshot(
+            path=Path(SCREENSHOTS) / f"board_{name}.png", clip={"x": 0, "y": 0, "width": 1280, "height": 480}
+        )
+
+
+def settle(page):
+    """Close messages that would cover what is below, and wait for the end of motion, which would blur it."""
+    for message in page.locator(".toast-close").all():
+        message.click()
+    page.wait_for_timeout(1000)

@@ -1,5 +1,6 @@
 """The export of a finished run, by the command that also certifies it."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,8 +26,9 @@ def export(command: Command, run: Path, server: str, out: str, base: str, lang: 
         base: folder or hub name of the base model; empty for the one that the adapter names.
         lang: language of the board.
     """
-    folder = Path(out.strip()).expanduser().absolute()
-    words = ["export", str(run.absolute()), f"--for={server}", f"--out={folder}"]
+    folder = Path(out.strip()).expanduser()
+    adapter = str(run) if run.is_absolute() else os.path.join(os.curdir, run)  # no name is taken for an option
+    words = ["export", adapter, f"--for={server}", f"--out={folder}"]
     words += [f"--base={base.strip()}"] if base.strip() else []
     try:
         for progress in command.run(words):

@@ -8,7 +8,9 @@ from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.reports.plaintext import plain, plain_lines
 from llamafactory_adaptive.reports.rank_history import read_rank_history
 from llamafactory_adaptive.reports.rank_pictures import difference_heatmap, history_picture, rank_heatmap, share_bars
-from llamafactory_adaptive.reports.run_report import Run, comparison, read_run, run_text
+from llamafactory_adaptive.reports.run_costs import cost_notes, cost_rows, run_costs
+from llamafactory_adaptive.reports.run_report import Run, comparison, read_run, texts_below_ranks
+from llamafactory_adaptive.reports.tables import align, totals
 
 
 def run_view(folder: Path, other: Path | None, lang: str) -> str:
@@ -25,8 +27,15 @@ def run_view(folder: Path, other: Path | None, lang: str) -> str:
         beside = read_run(other)
         parts.append(_section("difference", lang, difference_heatmap(run.plan, beside.plan)))
         parts.append(_section("comparison", lang, _preformatted(comparison([run, beside]))))
-    parts.append(_section("cost", lang, _preformatted(run_text(run))))
+    parts.append(_section("figures", lang, _preformatted(_figures(run))))
     return "".join(parts)
+
+
+def _figures(run: Run) -> str:
+    """Format as text what is told of a run besides its ranks: budget, losses, training data, and what it cost."""
+    costs = run_costs(run.log or ({},), run.plan.provenance, run.train_seconds)
+    ledger = [*align(cost_rows(costs)), *cost_notes(costs)]
+    return "\n\n".join(["\n".join(totals(run.plan)), *texts_below_ranks(run), "\n".join(ledger)])
 
 
 def plan_view(plan: RankPlan, lang: str) -> str:

@@ -1,5 +1,6 @@
 """The figure of a run that trains: its loss, and on a second axis the mean rank of each type of module."""
 
+import itertools
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,6 +19,8 @@ from llamafactory_adaptive.reports.plaintext import plot_label
 from llamafactory_adaptive.reports.rank_history import RankHistory, rank_history, read_rank_history
 
 
+# None of them is the blue that the host draws losses in.
+_COLOURS = ("#d97706", "#2da44e", "#bf3989", "#8957e5", "#0d9488", "#e5534b", "#9a7b0a", "#768390")
 Info = tuple[str, Any, dict[str, Any]]
 _DAMAGED = (PlanError, OSError, ValueError, KeyError, TypeError, IndexError)
 
@@ -41,7 +44,7 @@ def ranks_so_far(folder: Path) -> RankHistory | None:
     """Read how ranks have changed so far, or those of a plan that does not change; None where no run is adaptive."""
     try:
         history = read_rank_history(folder)
-        if history is None and (folder / PLAN_FILE).is_file():
+        if history is None and (folder / PLAN_FILE).is_file():  # ranks that do not change
             plan = load_plan(folder / PLAN_FILE)
             history = rank_history(list(plan.ranks()), {0: list(plan.ranks().values())})
     except PlanError:
@@ -52,14 +55,17 @@ def ranks_so_far(folder: Path) -> RankHistory | None:
 def _figure(folder: Path, history: RankHistory) -> Any:
     entries = [json.loads(line) for line in read_lines(folder / TRAINER_LOG)]
     figure = gen_loss_plot(entries)
-    figure.axes[0].legend(loc="upper left", fontsize=8)
     last = max([history.steps[-1], *(entry["current_steps"] for entry in entries)])
+    figure.set_layout_engine("constrained")
+    figure.set_size_inches(6.4, 6.0)
     axes = figure.axes[0].twinx()
+    colours = itertools.cycle(_COLOURS)
     for kind, means in history.means.items():
         steps, ranks = [*history.steps, last], [*means, means[-1]]
-        axes.step(steps, ranks, where="post", linestyle="--", linewidth=1.2, label=plot_label(kind))
-    axes.set_ylabel("mean rank")
+        axes.step(steps, ranks, where="post", color=next(colours), linestyle="--", label=plot_label(kind))
+    axes.set_ylabel("mean rank (dashed)")
     axes.set_ylim(bottom=0)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, fontsize=7, frameon=False)
-    figure.tight_layout()
+    figure.axes[0].get_legend().remove()  # the board's picture is small: one legend, beside no line
+    lines = [line for drawn in figure.axes for line in drawn.lines]
+    figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=11, frameon=False)
     return figure
