@@ -68,8 +68,13 @@ def browser_page(address, width=1280, height=1000):
         page.route("**/*", lambda route: route.continue_() if route.request.url.startswith(address) else route.abort())
         page.set_default_timeout(60_000)
         page.goto(address)
-        yield page
-        browser.close()
+        try:
+            yield page
+        except BaseException:
+            print("the page said:", page.locator("body").inner_text()[-6000:])
+            raise
+        finally:
+            browser.close()
 
 
 def field(page, label):
