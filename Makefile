@@ -138,7 +138,7 @@ mutants: $(MUTANTS)/.installed
 	$(MUTANTS)/bin/mutmut results
 
 # The board in a browser; chromium is the system's, since Playwright's own would be another download.
-CHROMIUM := $(or $(LLAMAFACTORY_ADAPTIVE_CHROMIUM),$(shell command -v chromium))
+CHROMIUM := $(or $(LLAMAFACTORY_ADAPTIVE_CHROMIUM),$(shell command -v chromium 2>/dev/null))
 ui-test: $(STAMP)
 	@test -n "$(CHROMIUM)" || { echo "make ui-test needs chromium: apt-get install chromium, or set" \
 		"LLAMAFACTORY_ADAPTIVE_CHROMIUM to the path of a Chromium or Chrome" >&2; exit 2; }

@@ -50,9 +50,12 @@ def work_through(page, folder):
 
 
 def describe_run(page):
+    """Fill in a run; the board itself fills in fields when a page is opened, and when a model is chosen."""
     page.get_by_role("tab", name="Adaptive ranks").wait_for()
+    page.get_by_text("Ready.", exact=True).first.wait_for()
     assert not page.locator("#adaptive_panel").is_visible()
     choose(page, "Model name", "Custom")
+    page.get_by_text("You are using a non-instruct model").first.wait_for()
     fill(page, "Model path", "tiny")
     choose(page, "Finetuning method", "adaptive")
     page.locator("#adaptive_min_rank").wait_for()

@@ -2,6 +2,7 @@
 
 import json
 import types
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,12 +12,15 @@ pytest.importorskip("gradio")
 from llamafactory.webui import interface, runner
 
 from llamafactory_adaptive.bridge import seams
+from llamafactory_adaptive.bridge.board.command import Progress
+from llamafactory_adaptive.bridge.board.exporting import export
 from llamafactory_adaptive.bridge.board.option_fields import option_fields
 from llamafactory_adaptive.bridge.board.plan_preview import use_edited
 from llamafactory_adaptive.bridge.board.ranks_tab import _shown
 from llamafactory_adaptive.bridge.board.run_folders import finished_runs
 from llamafactory_adaptive.bridge.board.seams import BOARD_SEAMS, INTERFACE
 from llamafactory_adaptive.bridge.board.training_figure import ranks_so_far, with_ranks
+from llamafactory_adaptive.export.verify.certificate import CERTIFICATE_FILE
 from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE
 from llamafactory_adaptive.ranks.plan import load_plan
 from tests.helpers.plans import make_plan
@@ -192,6 +196,81 @@ def test_saved_arguments_have_only_ids_of_a_board_without_the_plugin(engine, hel
     assert loaded["adaptive.igu_beta2"] == 0.9
     assert loaded["adaptive.adaptive_method"] == "igu"
     assert loaded["top.finetuning_type"] == "adaptive"
+
+
+def test_a_reloaded_page_gets_the_options_of_the_run_that_trains(engine, held, monkeypatch):
+    monkeypatch.setattr(engine.runner, "running", True)
+    monkeypatch.setattr(engine.runner, "running_data", change(engine, held, igu_beta2=0.7))
+    _, restored, _ = engine.resume()
+    assert restored[engine.manager.get_elem_by_id("adaptive.igu_beta2")].value == 0.7
+
+
+def test_one_preview_at_a_time_and_no_start_beside_it(engine, held, folder):
+    running = folder / "llamaboard_cache" / "adaptive_preview" / "running"
+    running.mkdir(parents=True)
+    with engine.runner.command._alone():
+        (shown,) = engine.runner.preview_plan(held)
+        (refused,) = engine.runner.run_train(held)
+    assert shown["status"] == next(iter(refused.values()))
+    assert shown["status"].startswith("A preview or an export is running")
+    assert running.exists()
+
+
+def test_a_preview_leaves_the_folder_of_the_run_alone_and_shows_what_the_command_says(engine, held, monkeypatch):
+    asked = []
+
+    def plan(words):
+        asked.append(yaml.safe_load(Path(words[-1]).read_text()))
+        make_plan().save(Path(words[-1]).parent / PLAN_FILE)
+        yield Progress(3, "", "scoring")
+        yield Progress(9, "the table", "", 0)
+
+    monkeypatch.setattr(engine.runner.command, "run", plan)
+    begun, waiting, done = engine.runner.preview_plan(held)
+    assert asked[0]["output_dir"].startswith("llamaboard_cache/adaptive_preview/")
+    assert waiting["status"] == "Planning ranks: 3 s"
+    assert done["status"] == "Planned in 9 s: 240 of 240 parameters; nothing was trained."
+    assert [row[:2] for row in done["rank_table"]] == [[module.name, module.rank] for module in make_plan().modules]
+    assert 'class="heat' in done["picture"]
+    assert begun["stop_btn"].visible
+    assert not done["stop_btn"].visible
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        (Progress(9, "", "error: no such model", 2), "It failed (exit code 2); the reason stands below."),
+        (Progress(9, "", "", -15, "aborted"), "Aborted."),
+        (Progress(9, "", "", -15, "too_long"), "Ended after 2 hours; run it in a terminal instead."),
+        (
+            Progress(9, "a schedule", "", 0),
+            "This method finds its ranks during training; its schedule is shown below.",
+        ),
+    ],
+)
+def test_a_preview_without_a_plan_says_why(engine, held, monkeypatch, end, status):
+    monkeypatch.setattr(engine.runner.command, "run", lambda words: iter([end]))
+    *_, done = engine.runner.preview_plan(held)
+    assert done["status"] == status
+    assert done["plan_path"] == ""
+    assert done["plan_text"].value == (end.complained or end.said)
+
+
+def test_an_export_is_shown_with_its_certificate(folder, tmp_path):
+    words = []
+
+    class Exporting:
+        def run(self, given):
+            words.extend(given)
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / CERTIFICATE_FILE).write_text('{"passed": true}')
+            yield Progress(1, "", "comparing")
+            yield Progress(2, "written", "", 0)
+
+    *_, done = export(Exporting(), Path("-run"), "vllm", f" {tmp_path}/out ", " tiny ", "en")
+    assert words == ["export", "./-run", "--for=vllm", f"--out={tmp_path}/out", "--base=tiny"]
+    assert done["certificate"].value == {"passed": True}
+    assert done["export_status"].startswith("Exported and certified in 2 s")
 
 
 # -- seams ------------------------------------------------------------------------------------------------------------
