@@ -10,8 +10,7 @@ from llamafactory_adaptive.bridge.board.command import BusyError, Command, Progr
 from llamafactory_adaptive.bridge.board.labels import message
 from llamafactory_adaptive.bridge.board.plan_preview import Shown, failure
 from llamafactory_adaptive.errors import OutputError
-from llamafactory_adaptive.export.verify.certificate import CERTIFICATE_FILE
-from llamafactory_adaptive.files import read_mapping
+from llamafactory_adaptive.files import CERTIFICATE_FILE, read_mapping
 from llamafactory_adaptive.reports.plaintext import markdown
 
 

@@ -20,8 +20,7 @@ from llamafactory_adaptive.bridge.board.ranks_tab import _shown
 from llamafactory_adaptive.bridge.board.run_folders import finished_runs
 from llamafactory_adaptive.bridge.board.seams import BOARD_SEAMS, INTERFACE
 from llamafactory_adaptive.bridge.board.training_figure import ranks_so_far, with_ranks
-from llamafactory_adaptive.export.verify.certificate import CERTIFICATE_FILE
-from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE
+from llamafactory_adaptive.files import CERTIFICATE_FILE, LOG_FILE, PLAN_FILE
 from llamafactory_adaptive.ranks.plan import load_plan
 from tests.helpers.plans import make_plan
 from tests.helpers.runs import save_run
