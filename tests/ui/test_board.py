@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llamafactory_adaptive.export.verify.certificate import CERTIFICATE_FILE
-from llamafactory_adaptive.files import PLAN_FILE
+from llamafactory_adaptive.files import CERTIFICATE_FILE, PLAN_FILE
 from llamafactory_adaptive.ranks.plan import load_plan
 from tests.helpers.board import board, browser_page, choose, field, fill
 from tests.helpers.browser import HAS_BROWSER

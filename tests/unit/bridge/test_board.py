@@ -20,14 +20,14 @@ from llamafactory_adaptive.bridge.board.ranks_tab import _shown
 from llamafactory_adaptive.bridge.board.run_folders import finished_runs
 from llamafactory_adaptive.bridge.board.seams import BOARD_SEAMS, INTERFACE
 from llamafactory_adaptive.bridge.board.training_figure import ranks_so_far, with_ranks
-from llamafactory_adaptive.export.verify.certificate import CERTIFICATE_FILE
-from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE
+from llamafactory_adaptive.files import CERTIFICATE_FILE, LOG_FILE, PLAN_FILE
 from llamafactory_adaptive.ranks.plan import load_plan
 from tests.helpers.plans import make_plan
 from tests.helpers.runs import save_run
 
 
-KEYS = {field.key for field in option_fields()}
+BLANK = {field.key: field.blank for field in option_fields()}
+KEYS = set(BLANK)
 
 
 @pytest.fixture(scope="module")
@@ -198,9 +198,10 @@ def test_saved_arguments_have_only_ids_of_a_board_without_the_plugin(engine, hel
     assert loaded["top.finetuning_type"] == "adaptive"
 
 
-def test_a_reloaded_page_gets_the_options_of_the_run_that_trains(engine, held, monkeypatch):
+def test_a_reloaded_page_gets_the_options_of_the_run_that_trains(engine, monkeypatch):
     monkeypatch.setattr(engine.runner, "running", True)
-    monkeypatch.setattr(engine.runner, "running_data", change(engine, held, igu_beta2=0.7))
+    options = {engine.manager.get_elem_by_id(f"adaptive.{key}"): BLANK[key] for key in KEYS}
+    monkeypatch.setattr(engine.runner, "running_data", change(engine, options, igu_beta2=0.7))
     _, restored, _ = engine.resume()
     assert restored[engine.manager.get_elem_by_id("adaptive.igu_beta2")].value == 0.7
 
