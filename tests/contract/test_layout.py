@@ -17,7 +17,6 @@ WITHOUT_UNIT_TESTS = {
     "folder_lock": "locks what other modules write: unit/test_files, unit/bridge/test_training_run, e2e/test_trust",
     "paths": "is reached through a YAML and a command line: contract/test_odd_values",
     "seeding": "draws for methods: unit/methods/test_dynamic_methods",
-    "versions": "looks up what is installed: unit/training/test_checkpoint_files",
 }
 
 
