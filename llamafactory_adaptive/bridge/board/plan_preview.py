@@ -50,7 +50,7 @@ def preview(command: Command, args: Mapping[str, Any], lang: str) -> Iterator[Sh
 
 
 def _new_folder() -> Path:
-    """Name a folder for a preview, and remove those of earlier ones."""
+    """Choose a new folder for a preview, and remove those of earlier ones."""
     previews = Path(DEFAULT_CACHE_DIR) / _PREVIEWS
     shutil.rmtree(previews, ignore_errors=True)
     return previews / uuid.uuid4().hex[:12]

@@ -1,7 +1,6 @@
 """The board as it is built, without a browser: components, what events get, what its runner makes of them."""
 
 import json
-import types
 from pathlib import Path
 
 import pytest
@@ -11,19 +10,10 @@ import yaml
 pytest.importorskip("gradio")
 from llamafactory.webui import interface, runner
 
-from llamafactory_adaptive.bridge import seams
 from llamafactory_adaptive.bridge.board.command import Progress
-from llamafactory_adaptive.bridge.board.exporting import export
 from llamafactory_adaptive.bridge.board.option_fields import option_fields
-from llamafactory_adaptive.bridge.board.plan_preview import use_edited
-from llamafactory_adaptive.bridge.board.ranks_tab import _shown
-from llamafactory_adaptive.bridge.board.run_folders import finished_runs
-from llamafactory_adaptive.bridge.board.seams import BOARD_SEAMS, INTERFACE
-from llamafactory_adaptive.bridge.board.training_figure import ranks_so_far, with_ranks
-from llamafactory_adaptive.files import CERTIFICATE_FILE, LOG_FILE, PLAN_FILE
-from llamafactory_adaptive.ranks.plan import load_plan
+from llamafactory_adaptive.files import PLAN_FILE
 from tests.helpers.plans import make_plan
-from tests.helpers.runs import save_run
 
 
 BLANK = {field.key: field.blank for field in option_fields()}
@@ -255,143 +245,3 @@ def test_a_preview_without_a_plan_says_why(engine, held, monkeypatch, end, statu
     assert done["status"] == status
     assert done["plan_path"] == ""
     assert done["plan_text"].value == (end.complained or end.said)
-
-
-def test_an_export_is_shown_with_its_certificate(folder, tmp_path):
-    words = []
-
-    class Exporting:
-        def run(self, given):
-            words.extend(given)
-            (tmp_path / "out").mkdir()
-            (tmp_path / "out" / CERTIFICATE_FILE).write_text('{"passed": true}')
-            yield Progress(1, "", "comparing")
-            yield Progress(2, "written", "", 0)
-
-    *_, done = export(Exporting(), Path("-run"), "vllm", f" {tmp_path}/out ", " tiny ", "en")
-    assert words == ["export", "./-run", "--for=vllm", f"--out={tmp_path}/out", "--base=tiny"]
-    assert done["certificate"].value == {"passed": True}
-    assert done["export_status"].startswith("Exported and certified in 2 s")
-
-
-# -- seams ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_board_that_does_not_fit_stays_as_it_is_and_one_line_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(seams, "_applied", set())
-    monkeypatch.setattr(seams, "_misfits", {})
-    monkeypatch.setattr(seams.logger, "propagate", True)
-    monkeypatch.setattr(runner, "get_trainer_info", None)
-    module = types.ModuleType(INTERFACE)
-    module.create_train_tab = module.create_footer = print
-    with caplog.at_level("WARNING"):
-        seams.apply_seams(module)
-    assert module.create_train_tab is module.create_footer is print
-    assert len(caplog.records) == 1
-    assert "LLaMA Board does not offer adaptive ranks" in caplog.text
-    assert "llamafactory.webui.runner.get_trainer_info looks different" in caplog.text
-
-
-def test_the_board_fits_the_installed_version():
-    states = seams.seam_states(optional=True)
-    assert {states[seam.target] for seam in BOARD_SEAMS} == {"fits"}
-
-
-def test_runs_do_without_the_board(monkeypatch):
-    assert all(seam.optional for seam in BOARD_SEAMS)
-    monkeypatch.setitem(seams._misfits, BOARD_SEAMS[0].target, "looks different")
-    seams.require_seams()
-    assert seams.seam_states(optional=True)[BOARD_SEAMS[0].target] == "looks different"
-
-
-# -- plans and runs ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def plan_file(tmp_path):
-    make_plan().save(tmp_path / PLAN_FILE)
-    return tmp_path / PLAN_FILE
-
-
-def test_edited_ranks_become_a_plan(folder, plan_file):
-    names = [module.name for module in make_plan().modules]
-    shown, path = use_edited(str(plan_file), [[names[0], 7.0, "", ""], [names[1], 1, "", ""]], "en")
-    plan = load_plan(folder / path)
-    assert list(plan.ranks().values()) == [7, 1]
-    assert shown["status"] == "The edited ranks are used: 240 of 240 parameters."
-    assert load_plan(plan_file).ranks() == make_plan().ranks()
-
-
-@pytest.mark.parametrize("rank", [-1, 2.5, 11, "many", None, float("nan")])
-def test_an_impossible_rank_is_told_with_its_module(folder, plan_file, rank):
-    name = make_plan().modules[0].name
-    shown, path = use_edited(str(plan_file), [[name, rank, "", ""]], "en")
-    assert path == ""
-    assert shown["status"] == f"{name}: the rank must be a whole number from 0 to 10."
-
-
-def test_without_a_plan_nothing_is_edited(folder, tmp_path):
-    assert use_edited("", [], "en") == ({"status": "Preview a plan first."}, "")
-    assert use_edited(str(tmp_path / "gone.json"), [], "en")[1] == ""
-
-
-def test_the_demo_board_opens_saved_runs_alone(folder, tmp_path):
-    inside = save_run(folder / "saves" / "Custom" / "adaptive" / "one")
-    outside = save_run(tmp_path / "other")
-    (inside.parent / "link").symlink_to(outside)
-    assert finished_runs() == ["saves/Custom/adaptive/one"]
-    seen = "saves/Custom/adaptive/one"
-    assert 'class="heat' in _shown(seen, None, "en", True)[0]
-    for path in (str(outside), "saves/Custom/adaptive/link", "saves/../../etc"):
-        assert "Only runs in the folder saves" in _shown(path, None, "en", True)[0]
-        assert "Only runs in the folder saves" in _shown(seen, path, "en", True)[0]
-    assert 'class="heat' in _shown(str(outside), None, "en", False)[0]
-    assert "Choose a finished run" in _shown(None, None, "en", False)[0]
-
-
-def test_two_runs_are_compared_and_texts_are_escaped(folder, tmp_path):
-    one = save_run(tmp_path / "<img src=x onerror=alert(1)>")
-    other = save_run(tmp_path / "other", plan=make_plan(ranks=(5, 3)))
-    view, _ = _shown(str(one), str(other), "de", False)
-    assert "<img" not in view
-    assert "&lt;img" in view
-    assert "Difference in rank" in view
-    assert "rank 3 here, 5 there" in view
-
-
-def test_no_run_is_told_and_not_raised(folder, tmp_path):
-    assert "there is no run in" in _shown(str(tmp_path), None, "en", False)[0]
-
-
-# -- while a run trains -----------------------------------------------------------------------------------------------
-
-
-def test_the_figure_of_a_run_has_its_ranks_on_a_second_axis(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr("llamafactory_adaptive.bridge.board.training_figure.gr.Plot", figures.append)
-    entries = [{"loss": 2.0 - step / 10, "current_steps": step, "total_steps": 4} for step in (1, 2, 3)]
-    (tmp_path / "trainer_log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    names = [module.name for module in make_plan().modules]
-    lines = [{"event": "begin", "step": 0, "modules": names, "ranks": [8, 8]}, {"step": 2, "ranks": [3, 5]}]
-    (tmp_path / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    def info(*_):
-        return "log", "progress", {"loss_viewer": "the host's"}
-
-    with_ranks(info)("en", str(tmp_path), True)
-    loss, ranks = figures[0].axes
-    assert list(loss.lines[0].get_ydata()) == [1.9, 1.8, 1.7]
-    (line,) = ranks.lines
-    assert line.get_label() == "up_proj"
-    assert list(line.get_xdata()) == [0, 2, 3]
-    assert list(line.get_ydata()) == [8.0, 4.0, 4.0]
-
-
-def test_a_plan_that_stays_is_a_level_line_and_other_runs_have_none(tmp_path):
-    assert ranks_so_far(tmp_path) is None
-    make_plan().save(tmp_path / PLAN_FILE)
-    assert ranks_so_far(tmp_path).means == {"up_proj": (4.0,)}
-    (tmp_path / PLAN_FILE).write_text("{")
-    assert ranks_so_far(tmp_path) is None
-    plain = ("log", "progress", {"loss_viewer": "the host's"})
-    assert with_ranks(lambda *_: plain)("en", str(tmp_path), True) == plain
