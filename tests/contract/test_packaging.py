@@ -33,6 +33,7 @@ def test_a_wheel_brings_the_start_up_file_the_examples_and_the_harness(tmp_path)
         assert archive.read("llamafactory_adaptive_hook.pth").startswith(b"import sys; exec(")
     assert {"llamafactory_adaptive/methods/sensitivity.py", "llamafactory_adaptive/py.typed"} <= set(names)
     assert "llamafactory_adaptive/reports/templates/report.html.j2" in names
+    assert "llamafactory_adaptive/bridge/board/labels.toml" in names
     for shared in ("examples/README.md", "eval/README.md", "eval/run.py", "eval/tasks/lm_eval/boolq.yaml"):
         assert any(name.endswith(f"share/llamafactory-adaptive/{shared}") for name in names), shared
 
