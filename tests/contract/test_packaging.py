@@ -43,7 +43,8 @@ def test_a_wheel_brings_the_start_up_file_the_examples_the_skill_and_the_harness
         assert archive.read("llamafactory_adaptive_hook.pth").startswith(b"import sys; exec(")
         (metadata,) = (archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA"))
     assert {"llamafactory_adaptive/methods/sensitivity.py", "llamafactory_adaptive/py.typed"} <= set(names)
-    assert "llamafactory_adaptive/reports/templates/report.html.j2" in names
+    assert {"llamafactory_adaptive/reports/templates/report.html.j2",
+            "llamafactory_adaptive/bridge/board/labels.toml"} <= set(names)  # fmt: skip
     shared = {name.partition("share/llamafactory-adaptive/")[2] for name in names}
     assert {"examples/README.md", "examples/notebooks/adaptive_ranks_smollm2.ipynb", "eval/README.md", "eval/run.py",
             "eval/tasks/lm_eval/boolq.yaml", "skills/llamafactory-adaptive/SKILL.md"} <= shared  # fmt: skip

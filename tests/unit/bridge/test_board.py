@@ -1,7 +1,6 @@
 """The board as it is built, without a browser: components, what events get, what its runner makes of them."""
 
 import json
-import types
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,9 @@ import yaml
 pytest.importorskip("gradio")
 from llamafactory.webui import interface, runner
 
-from llamafactory_adaptive.bridge import seams
 from llamafactory_adaptive.bridge.board.command import Progress
-from llamafactory_adaptive.bridge.board.exporting import export
 from llamafactory_adaptive.bridge.board.option_fields import option_fields
-from llamafactory_adaptive.bridge.board.seams import BOARD_SEAMS, INTERFACE
-from llamafactory_adaptive.files import CERTIFICATE_FILE, PLAN_FILE
+from llamafactory_adaptive.files import PLAN_FILE
 from tests.helpers.plans import make_plan
 
 
@@ -249,50 +245,3 @@ def test_a_preview_without_a_plan_says_why(engine, held, monkeypatch, end, statu
     assert done["status"] == status
     assert done["plan_path"] == ""
     assert done["plan_text"].value == (end.complained or end.said)
-
-
-def test_an_export_is_shown_with_its_certificate(folder, tmp_path):
-    words = []
-
-    class Exporting:
-        def run(self, given):
-            words.extend(given)
-            (tmp_path / "out").mkdir()
-            (tmp_path / "out" / CERTIFICATE_FILE).write_text('{"passed": true}')
-            yield Progress(1, "", "comparing")
-            yield Progress(2, "written", "", 0)
-
-    *_, done = export(Exporting(), Path("-run"), "vllm", f" {tmp_path}/out ", " tiny ", "en")
-    assert words == ["export", "./-run", "--for=vllm", f"--out={tmp_path}/out", "--base=tiny"]
-    assert done["certificate"].value == {"passed": True}
-    assert done["export_status"].startswith("Exported and certified in 2 s")
-
-
-# -- seams ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_board_that_does_not_fit_stays_as_it_is_and_one_line_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(seams, "_applied", set())
-    monkeypatch.setattr(seams, "_misfits", {})
-    monkeypatch.setattr(seams.logger, "propagate", True)
-    monkeypatch.setattr(runner, "get_trainer_info", None)
-    module = types.ModuleType(INTERFACE)
-    module.create_train_tab = module.create_footer = print
-    with caplog.at_level("WARNING"):
-        seams.apply_seams(module)
-    assert module.create_train_tab is module.create_footer is print
-    assert len(caplog.records) == 1
-    assert "LLaMA Board does not offer adaptive ranks" in caplog.text
-    assert "llamafactory.webui.runner.get_trainer_info looks different" in caplog.text
-
-
-def test_the_board_fits_the_installed_version():
-    states = seams.seam_states(optional=True)
-    assert {states[seam.target] for seam in BOARD_SEAMS} == {"fits"}
-
-
-def test_runs_do_without_the_board(monkeypatch):
-    assert all(seam.optional for seam in BOARD_SEAMS)
-    monkeypatch.setitem(seams._misfits, BOARD_SEAMS[0].target, "looks different")
-    seams.require_seams()
-    assert seams.seam_states(optional=True)[BOARD_SEAMS[0].target] == "looks different"

@@ -1,27 +1,85 @@
-"""Plans and runs on the board: edited ranks, the tab of finished runs, the figure of one that trains."""
+"""What the board does without its components: its seams, edited plans, finished runs, exports, a run that trains."""
 
 import json
+import types
+from pathlib import Path
 
 import pytest
 
 
 pytest.importorskip("gradio")
+from llamafactory.webui import interface, runner  # applies the seams
+
+from llamafactory_adaptive.bridge import seams
+from llamafactory_adaptive.bridge.board.command import Progress
+from llamafactory_adaptive.bridge.board.exporting import export
 from llamafactory_adaptive.bridge.board.plan_preview import use_edited
 from llamafactory_adaptive.bridge.board.ranks_tab import _shown
 from llamafactory_adaptive.bridge.board.run_folders import finished_runs
+from llamafactory_adaptive.bridge.board.seams import BOARD_SEAMS, INTERFACE
 from llamafactory_adaptive.bridge.board.training_figure import ranks_so_far, with_ranks
-from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE
+from llamafactory_adaptive.files import CERTIFICATE_FILE, LOG_FILE, PLAN_FILE
 from llamafactory_adaptive.ranks.plan import load_plan
 from tests.helpers.plans import make_plan
 from tests.helpers.runs import save_run
 
 
+assert interface.__name__ == INTERFACE
+
+
 @pytest.fixture
 def folder(tmp_path_factory, monkeypatch):
-    """The working folder of the board, which writes its cache there."""
+    """The working folder of the board."""
     folder = tmp_path_factory.mktemp("board")
     monkeypatch.chdir(folder)
     return folder
+
+
+def test_an_export_is_shown_with_its_certificate(folder, tmp_path):
+    words = []
+
+    class Exporting:
+        def run(self, given):
+            words.extend(given)
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / CERTIFICATE_FILE).write_text('{"passed": true}')
+            yield Progress(1, "", "comparing")
+            yield Progress(2, "written", "", 0)
+
+    *_, done = export(Exporting(), Path("-run"), "vllm", f" {tmp_path}/out ", " tiny ", "en")
+    assert words == ["export", "./-run", "--for=vllm", f"--out={tmp_path}/out", "--base=tiny"]
+    assert done["certificate"].value == {"passed": True}
+    assert done["export_status"].startswith("Exported and certified in 2 s")
+
+
+# -- seams ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_board_that_does_not_fit_stays_as_it_is_and_one_line_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(seams, "_applied", set())
+    monkeypatch.setattr(seams, "_misfits", {})
+    monkeypatch.setattr(seams.logger, "propagate", True)
+    monkeypatch.setattr(runner, "get_trainer_info", None)
+    module = types.ModuleType(INTERFACE)
+    module.create_train_tab = module.create_footer = print
+    with caplog.at_level("WARNING"):
+        seams.apply_seams(module)
+    assert module.create_train_tab is module.create_footer is print
+    assert len(caplog.records) == 1
+    assert "LLaMA Board does not offer adaptive ranks" in caplog.text
+    assert "llamafactory.webui.runner.get_trainer_info looks different" in caplog.text
+
+
+def test_the_board_fits_the_installed_version():
+    states = seams.seam_states(optional=True)
+    assert {states[seam.target] for seam in BOARD_SEAMS} == {"fits"}
+
+
+def test_runs_do_without_the_board(monkeypatch):
+    assert all(seam.optional for seam in BOARD_SEAMS)
+    monkeypatch.setitem(seams._misfits, BOARD_SEAMS[0].target, "looks different")
+    seams.require_seams()
+    assert seams.seam_states(optional=True)[BOARD_SEAMS[0].target] == "looks different"
 
 
 # -- plans and runs ---------------------------------------------------------------------------------------------------
