@@ -144,8 +144,7 @@ ui-test: $(STAMP)
 		"LLAMAFACTORY_ADAPTIVE_CHROMIUM to the path of a Chromium or Chrome" >&2; exit 2; }
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints/llamafactory-0.9.5.txt -e ".[ui]"
 	LLAMAFACTORY_ADAPTIVE_CHROMIUM=$(CHROMIUM) LLAMAFACTORY_ADAPTIVE_SCREENSHOTS=docs/images \
-		$(BIN)/python -m pytest tests/ui/test_board.py tests/unit/bridge/test_board*.py --durations 3
-	LLAMAFACTORY_ADAPTIVE_CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest tests/ui --ignore tests/ui/test_board.py
+		$(BIN)/python -m pytest tests/ui tests/unit/bridge/test_board*.py --durations 3
 
 # Kills, damage, full disks, rivals, hostile servers; one at a time, since moments are drawn from measured seconds.
 faults: $(STAMP) $(EVAL_STAMP)

@@ -39,7 +39,7 @@ def preview(command: Command, args: Mapping[str, Any], lang: str) -> Iterator[Sh
     config = save_cmd({**args, "output_dir": str(folder)})
     yield {"status": message("planning", lang, seconds=0), **_nothing(), "plan_text": _text(""), **_abortable(True)}
     try:
-        for progress in command.run(["plan", str(Path(config).absolute())]):
+        for progress in command.run(["plan", config]):
             if progress.code is None:
                 said = {"plan_text": _text(progress.complained)}
                 yield {"status": message("planning", lang, seconds=progress.seconds), **said}
