@@ -100,7 +100,7 @@ def test_two_processes_resume_bitwise_and_find_the_same_ranks(engine, make, alon
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[key], expected[key]) for key in tensors)
     lines = [json.loads(line) for line in (again / "adaptive_log.jsonl").read_text().splitlines()]
-    assert [(line["event"], line["step"]) for line in lines][1:3] == [("resumed", 5), ("allocation", 6)]
+    assert [(line["event"], line["step"]) for line in lines[1:3]] == [("resumed", 5), ("allocation", 6)]
 
 
 @pytest.mark.parametrize(
