@@ -23,8 +23,9 @@ KEEP       ?= demo_output/worth_it_$(REGIME)$(if $(DATA),_data)
 help:
 	@echo "make demo     train, merge and ask SmolLM2-135M on generated data (CPU, about 5 minutes after downloads)"
 	@echo "make demo-model  the environment and SmolLM2-135M alone, as the tutorial begins (docs/tutorial.md)"
-	@echo "make test     the test suite (no network, no GPU), and what of the code its fast part reaches"
-	@echo "make test-all the same and its slow repeats: further engines, launchers and models (about 20 minutes)"
+	@echo "make test     the test suite (no network, no GPU), and what of the code its fast part reaches (about 15 to 20"
+	@echo "              minutes on 2 cores)"
+	@echo "make test-all the same and its slow repeats: further engines, launchers and models (an hour and more)"
 	@echo "make test-next    seams, settings and runs on LLaMA-Factory's main branch (LLAMAFACTORY_SOURCE=<checkout>, or a"
 	@echo "              published fork), in an environment of its own (about 10 minutes)"
 	@echo "make test-ray     runs under Ray (USE_RAY=1), one worker and two, in an environment of its own (about 6 minutes)"
@@ -32,7 +33,7 @@ help:
 	@echo "              (about 3 minutes)"
 	@echo "make mutants  changes ranks/allocation.py in hundreds of ways and lists what its tests let pass (about 10 minutes)"
 	@echo "make faults   kills, damaged files, full disks, hostile servers; a table of what came of each (about 40 minutes)"
-	@echo "make lint     ruff, mypy --strict, import-linter, the site of docs/, what is uploaded, the Dockerfile"
+	@echo "make lint     ruff, mypy --strict, import-linter, the site of docs/, the Dockerfile"
 	@echo "make docs     the site of docs/, into site/; fetches nothing"
 	@echo "make bench    benchmarks of training on SmolLM2-135M (CPU: about 50 minutes), without export_parity and"
 	@echo "              eval_throughput (make eval-bench); DATA=<folder> for GSM8K rows"
@@ -48,17 +49,20 @@ help:
 	@echo "make eval-bench    the harness over vLLM's own offline batch; DATA=<folder> for GSM8K rows"
 	@echo "make eval-demo     serves and scores the demo's models (CPU, under 12 minutes after installation);"
 	@echo "                   DATA=<folder> for real rows, PROTOCOL=llm_adapters for other prompts"
+	@echo "make clean    removes all environments and what demo, tutorial, notebook, mutants and docs have written"
 
 install: $(STAMP)
 
 # uv resolves and installs the pinned set several times faster than pip; it is bootstrapped inside the environment.
-# Debian and Ubuntu ship python3 without ensurepip: there the environment is made without pip, which then works from
-# outside.
+# Debian and Ubuntu ship python3 without ensurepip: there the environment is made without pip, and uv comes from outside:
+# by the uv of $(VENV), since in an activated $(VENV) python3 is one without pip, or else by pip.
 $(BIN)/uv $(EVAL_BIN)/uv .venv-next/bin/uv .venv-ray/bin/uv: %/bin/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python 3.11 or newer is needed, this is " \
 		+ sys.version.split()[0] + "; set PYTHON=python3.11")'
 	$(PYTHON) -m venv $* || $(PYTHON) -m venv --clear --without-pip $*
-	$*/bin/python -m pip install --quiet uv 2>/dev/null || $(PYTHON) -m pip --python $*/bin/python install --quiet uv
+	$*/bin/python -m pip install --quiet uv 2>/dev/null \
+		|| { [ -x $(BIN)/uv ] && $(BIN)/uv pip install --quiet --python $*/bin/python uv; } \
+		|| $(PYTHON) -m pip --python $*/bin/python install --quiet uv
 
 $(STAMP): $(BIN)/uv pyproject.toml constraints/llamafactory-0.9.5.txt llamafactory_adaptive_hook.pth
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints/llamafactory-0.9.5.txt -e ".[demo,test,lint,docs]"
@@ -221,4 +225,4 @@ eval-demo: $(EVAL_STAMP) $(DEMO) $(DEMO_RUN)
 		--train-file demo_output/data/word_problems.jsonl --out demo_output/eval/$$(date +%Y%m%d-%H%M%S)
 
 clean:
-	rm -rf $(VENV) $(EVAL) $(MUTANTS) mutants demo_output
+	rm -rf $(VENV) $(EVAL) $(NEXT) $(RAY) $(MUTANTS) mutants demo_output tutorial examples/notebooks/notebook_output site

@@ -1,15 +1,19 @@
 """Tutorial and notebook as readers run them, on a tiny model in the place of SmolLM2, which no network brings here.
 
-`tests/contract/test_shown_commands.py` parses every command of theirs, also those that need a server.
+`tests/contract/test_shown_commands.py` parses every command of theirs, also those that need vLLM.
 """
 
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
+import time
 
 import pytest
 
+from tests.helpers.board import free_port
 from tests.helpers.commands import BIN, EXAMPLES
 from tests.helpers.processes import ROOT
 from tests.helpers.shown_commands import fences
@@ -19,6 +23,7 @@ from tests.helpers.tiny import save_tiny, tiny_tokenizer
 # Each command of theirs has tests of its own.
 pytestmark = [pytest.mark.slow, pytest.mark.repeats, pytest.mark.timeout(1800)]
 PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+WITH_COMMANDS = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -48,7 +53,7 @@ def test_the_tutorial_runs_as_it_is_written(tmp_path):
         capture_output=True,
         encoding="utf-8",
         errors="replace",  # a model of random weights answers in random bytes
-        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"},
+        env=WITH_COMMANDS,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
@@ -56,6 +61,36 @@ def test_the_tutorial_runs_as_it_is_written(tmp_path):
     told = "".join(fence.text for fence in fences(PAGE) if fence.mark or "--dry-run" in fence.text)
     made = set(re.findall(r"\btutorial/[\w/.]*\w", PAGE)) - set(re.findall(r"--out (tutorial/\w+)", told))
     assert {path for path in made if not (tmp_path / path).exists()} == set()
+
+
+def wait_for_words(words, log, process, seconds=300.0):
+    deadline = time.monotonic() + seconds
+    while words not in log.read_text(encoding="utf-8", errors="replace"):
+        assert process.poll() is None, log.read_text(encoding="utf-8", errors="replace")[-6000:]
+        assert time.monotonic() < deadline, f"{words!r} is not in {log}"
+        time.sleep(0.2)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_server_of_the_tutorial_answers_the_request_beside_it_and_ends_with_ctrl_c(tmp_path):
+    port = str(free_port())
+    serve, ask = (fence.text.replace("8000", port) for fence in fences(PAGE) if fence.mark.startswith("a server"))
+    save_stand_in(tmp_path / "tutorial" / "merged")
+    where = {"cwd": tmp_path, "env": WITH_COMMANDS}
+    with (tmp_path / "server.log").open("wb") as log:
+        server = subprocess.Popen(["bash", "-c", serve], stdout=log, stderr=log, start_new_session=True, **where)
+    try:
+        wait_for_words("Uvicorn running on", tmp_path / "server.log", server)
+        done = subprocess.run(["bash", "-c", ask], capture_output=True, check=True, timeout=300, **where)
+        answer = json.loads(done.stdout)
+        assert answer["choices"][0]["message"]["role"] == "assistant"
+        assert 0 < answer["usage"]["completion_tokens"] <= 64
+        os.killpg(server.pid, signal.SIGINT)
+        server.wait(60)
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
 
 
 def test_the_notebook_runs_as_it_is_saved(tmp_path):
