@@ -260,11 +260,12 @@ def read_job() -> str:
     return job.decode()
 
 
-def end_with_parent(folder: Path) -> None:
+def end_with_parent(folder: Path, patience: float = 0.0) -> None:
     """Start a thread that ends this process and its workers as soon as its parent is gone, and removes ``folder``.
 
     Args:
         folder: a folder that this process alone uses.
+        patience: seconds that it has to end by itself after SIGTERM, and to remove what is half written.
     """
 
     def watch() -> None:
@@ -272,6 +273,9 @@ def end_with_parent(folder: Path) -> None:
             while os.read(0, 4096):
                 pass
         shutil.rmtree(folder, ignore_errors=True)
+        if patience:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(patience)
         if os.getpgrp() == os.getpid():
             os.killpg(os.getpid(), signal.SIGKILL)
         os._exit(1)

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("gradio")
 from llamafactory.webui import interface, runner  # applies the seams
 
-from llamafactory_adaptive.bridge import seams
+from llamafactory_adaptive.bridge import seam, seams
 from llamafactory_adaptive.bridge.board.command import Progress
 from llamafactory_adaptive.bridge.board.exporting import export
 from llamafactory_adaptive.bridge.board.plan_preview import use_edited
@@ -58,7 +58,7 @@ def test_an_export_is_shown_with_its_certificate(folder, tmp_path):
 def test_a_board_that_does_not_fit_stays_as_it_is_and_one_line_says_so(monkeypatch, caplog):
     monkeypatch.setattr(seams, "_applied", set())
     monkeypatch.setattr(seams, "_misfits", {})
-    monkeypatch.setattr(seams.logger, "propagate", True)
+    monkeypatch.setattr(seam.logger, "propagate", True)
     monkeypatch.setattr(runner, "get_trainer_info", None)
     module = types.ModuleType(INTERFACE)
     module.create_train_tab = module.create_footer = print
