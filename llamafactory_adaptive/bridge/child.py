@@ -265,7 +265,7 @@ def end_with_parent(folder: Path, patience: float = 0.0) -> None:
 
     Args:
         folder: a folder that this process alone uses.
-        patience: seconds that it has to end by itself after SIGTERM, and to remove what is half written.
+        patience: seconds that they have to end by themselves after SIGTERM, and to remove what is half written.
     """
 
     def watch() -> None:
@@ -273,10 +273,10 @@ def end_with_parent(folder: Path, patience: float = 0.0) -> None:
             while os.read(0, 4096):
                 pass
         shutil.rmtree(folder, ignore_errors=True)
-        if patience:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(patience)
         if os.getpgrp() == os.getpid():
+            if patience:
+                os.killpg(os.getpid(), signal.SIGTERM)
+                time.sleep(patience)
             os.killpg(os.getpid(), signal.SIGKILL)
         os._exit(1)
 
