@@ -39,23 +39,23 @@ def preview(command: Command, args: Mapping[str, Any], lang: str) -> Iterator[Sh
         return
     folder = Path(DEFAULT_CACHE_DIR) / _PREVIEWS / _BOARD / uuid.uuid4().hex[:12]
     config = save_cmd({**args, "output_dir": str(folder)})
-    yield {"status": message("planning", lang, seconds=0), **_nothing(), "plan_text": _text(""), **_abortable(True)}
+    yield {"status": message("planning", lang, seconds=0), **_nothing(), "plan_text": _text("")}
     try:
         for progress in command.run(["plan", config]):
             if progress.code is None:
-                said = {"plan_text": _text(progress.complained)}
-                yield {"status": message("planning", lang, seconds=progress.seconds), **said}
+                waiting = message("planning", lang, seconds=progress.seconds)
+                yield {"status": waiting, "plan_text": _text(progress.complained), **_abortable(True)}
             else:  # no other preview of this board can be running
                 _remove_all_but(folder)
                 yield {**_outcome(progress, folder / PLAN_FILE, lang), **_abortable(False)}
     except BusyError:
         shutil.rmtree(folder, ignore_errors=True)
-        yield {"status": message("busy", lang), **_abortable(False)}
+        yield {"status": message("busy", lang)}
 
 
 def _remove_all_but(folder: Path) -> None:
     """Remove the folders of this board's earlier previews; those of other boards that run here are theirs."""
-    for earlier in folder.parent.iterdir():
+    for earlier in folder.parent.glob("*"):
         if earlier != folder:
             shutil.rmtree(earlier, ignore_errors=True)
 

@@ -128,6 +128,15 @@ def test_options_of_single_methods_keep_their_english_names(engine):
     assert not {f"adaptive.{field.key}" for field in option_fields() if field.method} & shown
 
 
+@pytest.mark.parametrize(("run", "out", "said"), [(None, "new", "Choose a finished run."),
+                                                   ("  ", "new", "Choose a finished run."),
+                                                   ("saves/one", " ", "Name a new folder.")])  # fmt: skip
+def test_an_export_without_a_run_or_a_folder_says_which_is_missing(built, run, out, said):
+    (start,) = [fn.fn for fn in built.fns.values() if getattr(fn.fn, "__name__", "") == "start"]
+    (shown,) = start("en", run, "vllm", out, "")
+    assert list(shown.values()) == [said]
+
+
 def test_the_demo_board_neither_plans_nor_exports(folder):
     demo = interface.create_ui(demo_mode=True)
     assert not components(demo.get_config_file(), elem_id="adaptive_export_box")
@@ -253,8 +262,7 @@ def test_a_preview_that_another_forestalls_leaves_no_abort_and_removes_nothing(e
 
     monkeypatch.setattr(engine.runner.command, "run", refuse)
     begun, refused = engine.runner.preview_plan(held)
-    assert begun["stop_btn"].visible
-    assert not refused["stop_btn"].visible
+    assert "stop_btn" not in {**begun, **refused}
     assert [path.name for path in Path(done["plan_path"]).parents[1].iterdir()] == [
         Path(done["plan_path"]).parent.name
     ]
@@ -267,7 +275,8 @@ def test_a_preview_leaves_the_folder_of_the_run_alone_and_shows_what_the_command
     assert done["status"] == "Planned in 9 s: 240 of 240 parameters; nothing was trained."
     assert [row[:2] for row in done["rank_table"]] == [[module.name, module.rank] for module in make_plan().modules]
     assert 'class="heat' in done["picture"]
-    assert begun["stop_btn"].visible
+    assert "stop_btn" not in begun, "there is nothing to abort yet"
+    assert waiting["stop_btn"].visible
     assert not done["stop_btn"].visible
 
 
