@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from llamafactory_adaptive.bridge.board.command_process import END_SECONDS
-
 
 _LOOK_SECONDS = 1.0
+_END_SECONDS = 10.0  # that a process has to end in order, before it is killed
 _SHOWN_CHARACTERS = 20_000
 LONGEST_HOURS = 2
 
@@ -71,7 +70,7 @@ class Command:
         with self._alone(), TemporaryDirectory(prefix="adaptive-board-") as folder:
             said, complained = Path(folder) / "out", Path(folder) / "err"
             with said.open("wb") as out, complained.open("wb") as err:
-                process = _start([folder, *words], out.fileno(), err.fileno())
+                process = _start(folder, words, out.fileno(), err.fileno())
             started, self._process = time.monotonic(), process
             try:
                 while process.poll() is None:
@@ -114,17 +113,18 @@ class Command:
             _end(process)
 
 
-def _start(words: Sequence[str], out: int, err: int) -> "subprocess.Popen[bytes]":
+def _start(folder: str, words: Sequence[str], out: int, err: int) -> "subprocess.Popen[bytes]":
     """Start a command in a session of its own, so that its own processes end with it.
 
     It watches the pipe of its standard input, which closes with this process, by ``kill -9`` too.
 
     Args:
-        words: the folder of its output, and the words of the command.
+        folder: that of its output, which it removes if this process cannot.
+        words: those of the command.
         out, err: where its output goes.
     """
     return subprocess.Popen(
-        [sys.executable, "-m", "llamafactory_adaptive.bridge.board.command_process", *words],
+        [sys.executable, "-m", "llamafactory_adaptive.cli.board_command", folder, str(_END_SECONDS), *words],
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
         stdin=subprocess.PIPE,
         stdout=out,
@@ -138,12 +138,12 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     if process.poll() is None:
         _signal(process, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(END_SECONDS)
+            process.wait(_END_SECONDS)
     _signal(process, signal.SIGKILL)  # what it may have left behind, too
     if process.stdin is not None:
         process.stdin.close()
     with suppress(subprocess.TimeoutExpired):  # stuck inside the kernel, where no signal reaches it
-        process.wait(END_SECONDS)
+        process.wait(_END_SECONDS)
 
 
 def _signal(process: "subprocess.Popen[bytes]", number: int) -> None:

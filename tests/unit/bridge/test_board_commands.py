@@ -14,7 +14,7 @@ from tests.helpers.processes import alive, wait_until_ended
 
 
 def _running(code, monkeypatch):
-    def start(words, out, err):
+    def start(folder, words, out, err):
         command = [sys.executable, "-I", "-c", code]
         return subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
 
@@ -80,7 +80,7 @@ try:
         pass
 except BlockingIOError:
     os.set_blocking(full, True)
-process = _start([sys.argv[1], "--version"], full, 2)
+process = _start(sys.argv[1], ["--version"], full, 2)
 print(process.pid, flush=True)
 process.wait()
 """
@@ -103,7 +103,7 @@ def test_a_command_ends_with_a_board_that_is_killed(number, tmp_path):
 
 def test_a_board_that_ends_kills_a_command_that_does_not(monkeypatch):
     _running(f"import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n{ENDLESS}", monkeypatch)
-    monkeypatch.setattr(command_module, "END_SECONDS", 0.05)
+    monkeypatch.setattr(command_module, "_END_SECONDS", 0.05)
     command = Command()
     steps = command.run([])
     while "begun" not in next(steps).complained:
