@@ -29,8 +29,8 @@ help:
 	@echo "make test-next    seams, settings and runs on LLaMA-Factory's main branch (LLAMAFACTORY_SOURCE=<checkout>, or a"
 	@echo "              published fork), in an environment of its own (about 10 minutes)"
 	@echo "make test-ray     runs under Ray (USE_RAY=1), one worker and two, in an environment of its own (about 6 minutes)"
-	@echo "make ui-test  LLaMA Board in a real browser (chromium of the system), and the pictures of docs/llama-board.md"
-	@echo "              (about 3 minutes)"
+	@echo "make ui-test  LLaMA Board in a real browser (chromium of the system; about 3 minutes); PICTURES=1 also writes the"
+	@echo "              pictures of docs/llama-board.md anew"
 	@echo "make mutants  changes ranks/allocation.py in hundreds of ways and lists what its tests let pass (about 10 minutes)"
 	@echo "make faults   kills, damaged files, full disks, hostile servers; a table of what came of each (about 40 minutes)"
 	@echo "make lint     ruff, mypy --strict, import-linter, the site of docs/, the Dockerfile"
@@ -146,8 +146,7 @@ CHROMIUM := $(or $(LLAMAFACTORY_ADAPTIVE_CHROMIUM),$(shell command -v chromium 2
 ui-test: $(STAMP)
 	@test -n "$(CHROMIUM)" || { echo "make ui-test needs chromium: apt-get install chromium, or set" \
 		"LLAMAFACTORY_ADAPTIVE_CHROMIUM to the path of a Chromium or Chrome" >&2; exit 2; }
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints/llamafactory-0.9.5.txt -e ".[ui]"
-	LLAMAFACTORY_ADAPTIVE_CHROMIUM=$(CHROMIUM) LLAMAFACTORY_ADAPTIVE_SCREENSHOTS=docs/images \
+	LLAMAFACTORY_ADAPTIVE_CHROMIUM=$(CHROMIUM) LLAMAFACTORY_ADAPTIVE_SCREENSHOTS=$(if $(PICTURES),docs/images) \
 		$(BIN)/python -m pytest tests/ui tests/unit/bridge/test_board*.py --durations 3
 
 # Kills, damage, full disks, rivals, hostile servers; one at a time, since moments are drawn from measured seconds.

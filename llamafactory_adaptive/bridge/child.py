@@ -260,11 +260,12 @@ def read_job() -> str:
     return job.decode()
 
 
-def end_with_parent(folder: Path) -> None:
+def end_with_parent(folder: Path, patience: float = 0.0) -> None:
     """Start a thread that ends this process and its workers as soon as its parent is gone, and removes ``folder``.
 
     Args:
         folder: a folder that this process alone uses.
+        patience: seconds that they have to end by themselves after SIGTERM, and to remove what is half written.
     """
 
     def watch() -> None:
@@ -273,6 +274,9 @@ def end_with_parent(folder: Path) -> None:
                 pass
         shutil.rmtree(folder, ignore_errors=True)
         if os.getpgrp() == os.getpid():
+            if patience:
+                os.killpg(os.getpid(), signal.SIGTERM)
+                time.sleep(patience)
             os.killpg(os.getpid(), signal.SIGKILL)
         os._exit(1)
 

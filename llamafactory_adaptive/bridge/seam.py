@@ -1,8 +1,14 @@
 """A seam: one attribute of a LLaMA-Factory module that the plugin replaces, and when that happens."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from llamafactory_adaptive.versions import host_version, verified_versions
+
+
+logger = logging.getLogger("llamafactory.adaptive")  # a child of the host's logger: its format, its handlers
 
 
 @dataclass(frozen=True)
@@ -36,3 +42,9 @@ class Seam:
     def target(self) -> str:
         """Return the dotted name of the attribute, as shown to users."""
         return f"{self.module}.{self.attribute}"
+
+
+def log_loss(lost: str, faults: str) -> None:
+    """Write one line to the log of what users have to do without, since the host is another than expected."""
+    version, tested = host_version(), verified_versions()
+    logger.warning(f"{lost}: LLaMA-Factory {version} does not fit ({faults}); tested with {tested}")

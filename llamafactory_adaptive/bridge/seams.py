@@ -6,13 +6,12 @@ plugin.
 """
 
 import importlib
-import logging
 import sys
 from types import ModuleType
 from typing import Any
 
 from llamafactory_adaptive.bridge.board.seams import BOARD_SEAMS
-from llamafactory_adaptive.bridge.seam import Seam
+from llamafactory_adaptive.bridge.seam import Seam, log_loss
 from llamafactory_adaptive.bridge.upstream_names import name_states
 from llamafactory_adaptive.errors import SeamError, first_of
 from llamafactory_adaptive.versions import host_version, verified_versions
@@ -75,8 +74,6 @@ def _v1_plugin(plugin: Any) -> Any:
 
     return register(plugin)
 
-
-logger = logging.getLogger("llamafactory.adaptive")  # a child of the host's logger: its format, its handlers
 
 # Each stage's trainer, replaced where it is defined: before its workflow looks the name up.
 _TRAINERS = {
@@ -159,9 +156,7 @@ def _owner(seam: Seam, module: ModuleType) -> ModuleType:
 def _log_loss(unfit: list[Seam]) -> None:
     """Write one line to the log of what users have to do without, if the seams that do not fit say so."""
     if lost := unfit[0].without:
-        faults = first_of([f"{seam.target} {_misfits[seam.target]}" for seam in unfit])
-        tested = verified_versions()
-        logger.warning(f"{lost}: LLaMA-Factory {host_version()} does not fit ({faults}); tested with {tested}")
+        log_loss(lost, first_of([f"{seam.target} {_misfits[seam.target]}" for seam in unfit]))
 
 
 def seam_states(optional: bool = False) -> dict[str, str]:

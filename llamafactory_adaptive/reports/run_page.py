@@ -10,7 +10,7 @@ from llamafactory_adaptive.reports.rank_pictures import difference_heatmap, hist
 from llamafactory_adaptive.reports.run_costs import cost_notes, cost_rows
 from llamafactory_adaptive.reports.run_document import run_document
 from llamafactory_adaptive.reports.run_pictures import budget_picture, loss_picture
-from llamafactory_adaptive.reports.run_report import NOISE, Run, comparison_rows, method_rows
+from llamafactory_adaptive.reports.run_report import NOISE, Run, comparison_rows, method_rows, same_modules
 from llamafactory_adaptive.reports.tables import type_rows
 
 
@@ -38,7 +38,7 @@ def html_report(runs: Sequence[Run], others: Mapping[str, str]) -> str:
 def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
     """Build what several runs have side by side; ranks are compared where the first run has the same modules."""
     first, *rest = runs
-    alike = [run for run in rest if run.plan.ranks().keys() == first.plan.ranks().keys()]
+    alike = [run for run in rest if same_modules(run, first)]
     kinds = list(dict.fromkeys(row[0] for run in runs for row in type_rows(run.plan, str)[1:]))
     means = [{row[0]: row[2] for row in type_rows(run.plan, str)[1:]} for run in runs]
     return {

@@ -154,6 +154,11 @@ def comparison(runs: Sequence[Run]) -> str:
     return "\n".join([*align(comparison_rows(runs)), "", *align(method_rows(runs)), NOISE])
 
 
+def same_modules(one: Run, other: Run) -> bool:
+    """Tell whether two runs have ranks for the same modules, without which differences in rank mean nothing."""
+    return one.plan.ranks().keys() == other.plan.ranks().keys()
+
+
 def comparison_rows(runs: Sequence[Run]) -> list[list[str]]:
     """Build the table of runs, a row for each, below its head."""
     rows = [["run", "method", "parameters", "ranks", "steps", "train loss", "eval loss", "seconds", "overhead"]]

@@ -40,6 +40,8 @@ def test_a_run_from_its_preview_to_its_export(tmp_path):
 def work_through(page, folder):
     describe_run(page)
     preview_command(page)
+    save_and_load(page, folder)
+    abort_preview(page)
     preview_plan(page, folder)
     use_edited_ranks(page, folder)
     train(page, folder)
@@ -92,6 +94,25 @@ def preview_command(page):
     page.get_by_role("button", name="Options of the method").click()
 
 
+def save_and_load(page, folder):
+    """Loaded arguments take the place of what was chosen since they were saved."""
+    page.get_by_role("button", name="Save arguments").click()
+    page.get_by_text("Arguments have been saved at").first.wait_for()
+    (saved,) = (folder / "llamaboard_config").glob("*.adaptive.json")
+    assert json.loads(saved.read_text()) == {"sensitivity_metric": "local"}
+    choose(page, "Method", "uniform")
+    page.get_by_role("button", name="Load arguments").click()
+    page.get_by_text("Arguments have been restored.").first.wait_for()
+    page.wait_for_function("document.querySelector('#adaptive_method input').value === 'sensitivity'")
+
+
+def abort_preview(page):
+    page.locator("#adaptive_preview_btn").click()
+    page.locator("#adaptive_stop_btn").click()
+    page.locator("#adaptive_status").get_by_text("Aborted.", exact=True).wait_for(timeout=LONG)
+    page.locator("#adaptive_stop_btn").wait_for(state="hidden")
+
+
 def preview_plan(page, folder):
     page.locator("#adaptive_preview_btn").click()
     page.locator("#adaptive_stop_btn").wait_for()
@@ -118,7 +139,10 @@ def use_edited_ranks(page, folder):
 
 
 def train(page, folder):
-    """Train with a method whose ranks change every second step."""
+    """Train with a method whose ranks change every second step.
+
+    Twelve steps are about the fewest with warm-up, several changes of ranks and final steps: a history to look at.
+    """
     choose(page, "Method", "igu")
     fill(page, "Interval (steps)", "2")
     assert not page.locator("#adaptive_calibration_samples").is_visible()
@@ -131,6 +155,8 @@ def train(page, folder):
     saved = yaml.safe_load((folder / RUN / "llamaboard_config.yaml").read_text())
     assert not any(key.startswith("adaptive.") for key in saved)
     assert load_plan(folder / RUN / PLAN_FILE).method == "igu"
+    figure = page.get_by_test_id("matplotlib").locator("img")
+    assert figure.evaluate("image => image.naturalHeight / image.naturalWidth") > 0.85, "the host's own has no ranks"
     picture_from(page, "training", page.get_by_role("button", name="Start", exact=True))
 
 

@@ -5,7 +5,8 @@
 * ``labels``: the texts of the interface in the languages of the board.
 * ``interface``, ``panel``, ``ranks_tab``: the components, and what events do.
 * ``runner``, ``saved_settings``: the settings of a run out of the components, and files of settings.
-* ``command``, ``plan_preview``, ``exporting``: commands of this package as processes that can be aborted.
+* ``command``, ``plan_preview``, ``exporting``: commands of this package as processes that can be aborted, and that end
+  with the board.
 * ``training_figure``, ``run_folders``: the figure of a run that trains, and runs that have ended.
 
 Gradio is imported by modules of this package only after the host has imported its own web interface.

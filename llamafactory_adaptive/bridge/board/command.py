@@ -70,7 +70,7 @@ class Command:
         with self._alone(), TemporaryDirectory(prefix="adaptive-board-") as folder:
             said, complained = Path(folder) / "out", Path(folder) / "err"
             with said.open("wb") as out, complained.open("wb") as err:
-                process = _start(words, out.fileno(), err.fileno())
+                process = _start(folder, words, out.fileno(), err.fileno())
             started, self._process = time.monotonic(), process
             try:
                 while process.poll() is None:
@@ -86,6 +86,12 @@ class Command:
         if (process := self._process) is not None:
             self._ended = reason
             _signal(process, signal.SIGTERM)
+
+    def close(self) -> None:
+        """End the command before this process ends, and kill it if it does not."""
+        self.abort()
+        if (process := self._process) is not None:
+            _end(process)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -107,12 +113,20 @@ class Command:
             _end(process)
 
 
-def _start(words: Sequence[str], out: int, err: int) -> "subprocess.Popen[bytes]":
-    """Start a command in a session of its own, so that its own processes end with it."""
+def _start(folder: str, words: Sequence[str], out: int, err: int) -> "subprocess.Popen[bytes]":
+    """Start a command in a session of its own, so that its own processes end with it.
+
+    It watches the pipe of its standard input, which closes with this process, by ``kill -9`` too.
+
+    Args:
+        folder: that of its output, which it removes if this process cannot.
+        words: those of the command.
+        out, err: where its output goes.
+    """
     return subprocess.Popen(
-        [sys.executable, "-m", "llamafactory_adaptive.cli", *words],
+        [sys.executable, "-m", "llamafactory_adaptive.cli.board_command", folder, str(_END_SECONDS), *words],
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=out,
         stderr=err,
         start_new_session=True,
@@ -126,6 +140,8 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(_END_SECONDS)
     _signal(process, signal.SIGKILL)  # what it may have left behind, too
+    if process.stdin is not None:
+        process.stdin.close()
     with suppress(subprocess.TimeoutExpired):  # stuck inside the kernel, where no signal reaches it
         process.wait(_END_SECONDS)
 

@@ -16,10 +16,12 @@ from llamafactory_adaptive.bridge.board.run_view import plan_view, spent
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import PLAN_FILE
 from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan, load_plan
+from llamafactory_adaptive.reports.plaintext import markdown
 
 
 _MOST_ROWS = 2000  # of a table in a browser
 _PREVIEWS, _EDITED = "adaptive_preview", "adaptive_plans"
+_BOARD = uuid.uuid4().hex[:12]  # several boards may share a working folder
 
 Shown = dict[str, Any]  # what components show, by their names in the panel
 
@@ -32,28 +34,30 @@ def preview(command: Command, args: Mapping[str, Any], lang: str) -> Iterator[Sh
         args: the settings of the run.
         lang: language of the board.
     """
-    if command.busy:  # before the files of the preview that runs are removed
+    if command.busy:
         yield {"status": message("busy", lang)}
         return
-    folder = _new_folder()
+    folder = Path(DEFAULT_CACHE_DIR) / _PREVIEWS / _BOARD / uuid.uuid4().hex[:12]
     config = save_cmd({**args, "output_dir": str(folder)})
-    yield {"status": message("planning", lang, seconds=0), **_nothing(), "plan_text": _text(""), **_abortable(True)}
+    yield {"status": message("planning", lang, seconds=0), **_nothing(), "plan_text": _text("")}
     try:
         for progress in command.run(["plan", config]):
             if progress.code is None:
-                said = {"plan_text": _text(progress.complained)}
-                yield {"status": message("planning", lang, seconds=progress.seconds), **said}
-            else:
+                waiting = message("planning", lang, seconds=progress.seconds)
+                yield {"status": waiting, "plan_text": _text(progress.complained), **_abortable(True)}
+            else:  # no other preview of this board can be running
+                _remove_all_but(folder)
                 yield {**_outcome(progress, folder / PLAN_FILE, lang), **_abortable(False)}
     except BusyError:
+        shutil.rmtree(folder, ignore_errors=True)
         yield {"status": message("busy", lang)}
 
 
-def _new_folder() -> Path:
-    """Remove the folders of earlier previews, and return a name for a new one."""
-    previews = Path(DEFAULT_CACHE_DIR) / _PREVIEWS
-    shutil.rmtree(previews, ignore_errors=True)
-    return previews / uuid.uuid4().hex[:12]
+def _remove_all_but(folder: Path) -> None:
+    """Remove the folders of this board's earlier previews; those of other boards that run here are theirs."""
+    for earlier in folder.parent.glob("*"):
+        if earlier != folder:
+            shutil.rmtree(earlier, ignore_errors=True)
 
 
 def _outcome(progress: Progress, path: Path, lang: str) -> Shown:
@@ -119,7 +123,8 @@ def use_edited(path: str, rows: Sequence[Sequence[Any]], lang: str) -> tuple[Sho
     for module in plan.modules:
         rank = _rank(typed.get(module.name, module.rank), module)
         if rank is None:
-            return {"status": message("wrong_rank", lang, module=module.name, largest=module.largest_rank)}, ""
+            named = {"module": markdown(module.name), "largest": module.largest_rank}
+            return {"status": message("wrong_rank", lang, **named)}, ""
         modules.append(dataclasses.replace(module, rank=rank))
     new = dataclasses.replace(plan, modules=tuple(modules))
     target = Path(DEFAULT_CACHE_DIR) / _EDITED / f"plan-{new.digest()[:12]}.json"

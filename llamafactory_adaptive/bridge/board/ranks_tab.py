@@ -101,10 +101,11 @@ def _connect_export(parts: dict[str, Any], engine: Any, lang: Any) -> None:
     outputs = {name: parts[name] for name in names}
 
     def start(language: str, chosen: str | None, server: str, out: str, base: str) -> Iterator[dict[Any, Any]]:
-        if not (chosen and chosen.strip()) or not out.strip():
-            yield {outputs["export_status"]: message("no_folder" if chosen else "no_run", language)}
+        run = (chosen or "").strip()
+        if not run or not out.strip():
+            yield {outputs["export_status"]: message("no_folder" if run else "no_run", language)}
             return
-        for shown in export(engine.runner.command, Path(chosen.strip()), server, out, base, language):
+        for shown in export(engine.runner.command, Path(run), server, out, base, language):
             yield {outputs[name]: value for name, value in shown.items()}
 
     inputs = [lang, parts["run"], parts["server"], parts["out"], parts["base"]]

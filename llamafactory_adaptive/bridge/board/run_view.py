@@ -9,7 +9,7 @@ from llamafactory_adaptive.reports.plaintext import plain, plain_lines
 from llamafactory_adaptive.reports.rank_history import read_rank_history
 from llamafactory_adaptive.reports.rank_pictures import difference_heatmap, history_picture, rank_heatmap, share_bars
 from llamafactory_adaptive.reports.run_costs import cost_notes, cost_rows, run_costs
-from llamafactory_adaptive.reports.run_report import Run, comparison, read_run, texts_below_ranks
+from llamafactory_adaptive.reports.run_report import Run, comparison, read_run, same_modules, texts_below_ranks
 from llamafactory_adaptive.reports.tables import align, totals
 
 
@@ -25,10 +25,16 @@ def run_view(folder: Path, other: Path | None, lang: str) -> str:
         parts.append(_section("history", lang, history_picture(history, run.plan.lora_rank, run.steps)))
     if other is not None:
         beside = read_run(other)
-        parts.append(_section("difference", lang, difference_heatmap(run.plan, beside.plan)))
+        parts.append(_section("difference", lang, _differences(run, beside, lang)))
         parts.append(_section("comparison", lang, _preformatted(comparison([run, beside]))))
     parts.append(_section("figures", lang, _preformatted(_figures(run))))
     return "".join(parts)
+
+
+def _differences(run: Run, beside: Run, lang: str) -> str:
+    if same_modules(run, beside):
+        return difference_heatmap(run.plan, beside.plan)
+    return f"<p>{escape(message('other_modules', lang))}</p>"
 
 
 def _figures(run: Run) -> str:

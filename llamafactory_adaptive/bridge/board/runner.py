@@ -31,7 +31,7 @@ def adaptive_runner(original: Any) -> Any:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.command = Command()
-            atexit.register(self.command.abort)  # it runs in a session of its own, which Ctrl-C does not reach
+            atexit.register(self.command.close)  # it runs in a session of its own, which Ctrl-C does not reach
 
         def _initialize(self, data: Data, do_train: bool, from_preview: bool) -> str:
             error: str = super()._initialize(data, do_train, from_preview)

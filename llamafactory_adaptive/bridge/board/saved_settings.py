@@ -11,10 +11,15 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
+from llamafactory.webui.common import load_config
+
+from llamafactory_adaptive.bridge.board.labels import message
 from llamafactory_adaptive.bridge.board.option_fields import option_fields
 from llamafactory_adaptive.bridge.board.seams import KIND
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import read_mapping, write_atomically
+from llamafactory_adaptive.reports.plaintext import markdown
 
 
 TAB = "adaptive"  # what the ids of the plugin's components begin with, before a dot
@@ -27,8 +32,8 @@ def elem_id(key: str) -> str:
 
 
 def file_beside(path: str | Path) -> Path:
-    """Return the name of the file that holds the plugin's fields, for a file of the host."""
-    return Path(path).with_suffix(f".{TAB}.json")
+    """Return the name of the file that holds the plugin's fields, for a file of the host, whose whole name it has."""
+    return Path(f"{path}.{TAB}.json")
 
 
 def saving(original: Callable[[str, dict[str, Any]], None]) -> Callable[[str, dict[str, Any]], None]:
@@ -50,7 +55,10 @@ def saving(original: Callable[[str, dict[str, Any]], None]) -> Callable[[str, di
 
 
 def loading(original: Callable[[str], dict[str, Any] | None]) -> Callable[[str], dict[str, Any] | None]:
-    """Wrap the host's ``load_args``: with adaptive settings, every field of the plugin gets a value."""
+    """Wrap the host's ``load_args``: with adaptive settings, every field of the plugin gets a value.
+
+    What is lost of the plugin's fields is told, and is at its default then.
+    """
 
     @wraps(original)
     def load_args(config_path: str) -> dict[str, Any] | None:
@@ -64,11 +72,13 @@ def loading(original: Callable[[str], dict[str, Any] | None]) -> Callable[[str],
 
 def _fields_beside(config_path: str) -> dict[str, Any]:
     beside = file_beside(config_path)
+    stored: dict[str, Any] | None
     try:
-        stored = read_mapping(beside, str(beside)) if beside.is_file() else {}
-    except PlanError:
-        stored = {}
-    return {
-        elem_id(field.key): field.admitted(stored[field.key]) if field.key in stored else field.blank
-        for field in option_fields()
-    }
+        stored = read_mapping(beside, str(beside))
+    except (PlanError, OSError):
+        stored = None
+    values = {field.key: field.blank for field in option_fields()}
+    values |= {f.key: f.admitted(stored[f.key]) for f in option_fields() if stored and f.key in stored}
+    if stored is None or any(key not in values or values[key] != value for key, value in stored.items()):
+        gr.Warning(message("settings_lost", load_config().get("lang") or "en", file=markdown(str(beside))))
+    return {elem_id(key): value for key, value in values.items()}

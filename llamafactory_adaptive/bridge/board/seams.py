@@ -11,11 +11,11 @@ from llamafactory_adaptive.bridge.seam import Seam
 
 INTERFACE = "llamafactory.webui.interface"
 KIND = "adaptive"
-_WITHOUT = "LLaMA Board does not offer adaptive ranks"
+WITHOUT = "LLaMA Board does not offer adaptive ranks"
 
 
 def _seam(module: str, attribute: str, fits: Callable[[Any], bool], patch: Callable[[Any], Any]) -> Seam:
-    return Seam(f"llamafactory.webui.{module}", attribute, fits, patch, True, INTERFACE, _WITHOUT)
+    return Seam(f"llamafactory.webui.{module}", attribute, fits, patch, True, INTERFACE, WITHOUT)
 
 
 def _with_kind(kinds: Any) -> Any:

@@ -4,7 +4,7 @@ import itertools
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import gradio as gr
 from llamafactory.extras.constants import TRAINER_LOG
 from llamafactory.extras.ploting import gen_loss_plot
 
+from llamafactory_adaptive.bridge.seam import log_loss
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import PLAN_FILE, read_lines
 from llamafactory_adaptive.ranks.plan import load_plan
@@ -33,11 +34,19 @@ def with_ranks(original: Callable[..., Info]) -> Callable[..., Info]:
         log, progress, info = original(lang, output_path, do_train)
         history = ranks_so_far(Path(output_path)) if "loss_viewer" in info else None
         if history is not None:
-            with suppress(*_DAMAGED):  # of a log that is being written, say; the host's figure is shown then
-                info["loss_viewer"] = gr.Plot(_figure(Path(output_path), history))
+            try:
+                with suppress(*_DAMAGED):  # of a log that is being written, say; the host's figure is shown then
+                    info["loss_viewer"] = gr.Plot(_figure(Path(output_path), history))
+            except Exception as error:  # whatever a host of another version makes of it
+                _log_once(f"the figure of a run: {type(error).__name__}: {error}")
         return log, progress, info
 
     return get_trainer_info
+
+
+@cache  # a run is looked at every few seconds
+def _log_once(fault: str) -> None:
+    log_loss("LLaMA Board shows no ranks beside the loss", fault)
 
 
 def ranks_so_far(folder: Path) -> RankHistory | None:

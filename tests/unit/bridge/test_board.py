@@ -10,7 +10,8 @@ import yaml
 pytest.importorskip("gradio")
 from llamafactory.webui import interface, runner
 
-from llamafactory_adaptive.bridge.board.command import Progress
+from llamafactory_adaptive.bridge.board import labels
+from llamafactory_adaptive.bridge.board.command import BusyError, Progress
 from llamafactory_adaptive.bridge.board.option_fields import option_fields
 from llamafactory_adaptive.files import PLAN_FILE
 from tests.helpers.plans import make_plan
@@ -111,11 +112,29 @@ def test_loading_and_resuming_can_set_every_option(built, engine):
 
 @pytest.mark.parametrize("lang", ["en", "ru", "zh", "ko", "ja"])
 def test_all_texts_follow_the_language(engine, lang):
-    updates = engine.change_lang(lang)
-    names = {engine.manager.get_id_by_elem(element) for element in updates}
-    silent = {"view", "status", "picture", "export_status", "stop_btn"}
-    ours = {name for name, _ in engine.manager._id_to_elem.items() if name.startswith("adaptive.adaptive_")}
-    assert ours - names <= {f"adaptive.adaptive_{name}" for name in silent - {"stop_btn"}}
+    shown = {engine.manager.get_id_by_elem(element): update for element, update in engine.change_lang(lang).items()}
+    translated = {f"adaptive.{name}": texts for name, texts in labels.locales().items()}
+    silent = {f"adaptive.adaptive_{name}" for name in ("view", "status", "picture", "export_status")}
+    ours = {name for name in engine.manager._id_to_elem if name.startswith("adaptive.adaptive_")}
+    assert ours - silent == set(translated)
+    for name, texts in translated.items():
+        ((what, text),) = texts[lang].items()
+        assert getattr(shown[name], what) == text, name
+        assert lang == "en" or text != texts["en"][what], name
+
+
+def test_options_of_single_methods_keep_their_english_names(engine):
+    shown = {engine.manager.get_id_by_elem(element) for element in engine.change_lang("zh")}
+    assert not {f"adaptive.{field.key}" for field in option_fields() if field.method} & shown
+
+
+@pytest.mark.parametrize(("run", "out", "said"), [(None, "new", "Choose a finished run."),
+                                                   ("  ", "new", "Choose a finished run."),
+                                                   ("saves/one", " ", "Name a new folder.")])  # fmt: skip
+def test_an_export_without_a_run_or_a_folder_says_which_is_missing(built, run, out, said):
+    (start,) = [fn.fn for fn in built.fns.values() if getattr(fn.fn, "__name__", "") == "start"]
+    (shown,) = start("en", run, "vllm", out, "")
+    assert list(shown.values()) == [said]
 
 
 def test_the_demo_board_neither_plans_nor_exports(folder):
@@ -176,7 +195,7 @@ def test_saved_arguments_have_only_ids_of_a_board_without_the_plugin(engine, hel
     saved = yaml.safe_load((folder / "llamaboard_config" / "mine.yaml").read_text())
     plain = {name for name in engine.manager._id_to_elem if not name.startswith("adaptive.")}
     assert set(saved) <= plain
-    assert json.loads((folder / "llamaboard_config" / "mine.adaptive.json").read_text()) == {
+    assert json.loads((folder / "llamaboard_config" / "mine.yaml.adaptive.json").read_text()) == {
         "adaptive_method": "igu", "igu_beta2": 0.9,
     }  # fmt: skip
     loaded = {
@@ -207,23 +226,57 @@ def test_one_preview_at_a_time_and_no_start_beside_it(engine, held, folder):
     assert running.exists()
 
 
-def test_a_preview_leaves_the_folder_of_the_run_alone_and_shows_what_the_command_says(engine, held, monkeypatch):
-    asked = []
+@pytest.fixture
+def asked(engine, monkeypatch):
+    """Settings of the plans that were asked for; each is made at once."""
+    settings = []
 
     def plan(words):
-        asked.append(yaml.safe_load(Path(words[-1]).read_text()))
+        settings.append(yaml.safe_load(Path(words[-1]).read_text()))
         make_plan().save(Path(words[-1]).parent / PLAN_FILE)
         yield Progress(3, "", "scoring")
         yield Progress(9, "the table", "", 0)
 
     monkeypatch.setattr(engine.runner.command, "run", plan)
+    return settings
+
+
+def test_a_new_preview_removes_the_earlier_ones_of_its_board_alone(engine, held, folder, asked):
+    others = folder / "llamaboard_cache" / "adaptive_preview" / "another_board" / "preview"
+    others.mkdir(parents=True)
+    for _ in range(2):
+        *_, done = engine.runner.preview_plan(held)
+    first, second = (Path(settings["output_dir"]) for settings in asked)
+    assert not first.exists()
+    assert Path(done["plan_path"]) == second / PLAN_FILE
+    assert Path(done["plan_path"]).is_file()
+    assert others.exists()
+
+
+def test_a_preview_that_another_forestalls_leaves_no_abort_and_removes_nothing(engine, held, asked, monkeypatch):
+    *_, done = engine.runner.preview_plan(held)
+
+    def refuse(words):
+        raise BusyError
+        yield
+
+    monkeypatch.setattr(engine.runner.command, "run", refuse)
+    begun, refused = engine.runner.preview_plan(held)
+    assert "stop_btn" not in {**begun, **refused}
+    assert [path.name for path in Path(done["plan_path"]).parents[1].iterdir()] == [
+        Path(done["plan_path"]).parent.name
+    ]
+
+
+def test_a_preview_leaves_the_folder_of_the_run_alone_and_shows_what_the_command_says(engine, held, asked):
     begun, waiting, done = engine.runner.preview_plan(held)
     assert asked[0]["output_dir"].startswith("llamaboard_cache/adaptive_preview/")
     assert waiting["status"] == "Planning ranks: 3 s"
     assert done["status"] == "Planned in 9 s: 240 of 240 parameters; nothing was trained."
     assert [row[:2] for row in done["rank_table"]] == [[module.name, module.rank] for module in make_plan().modules]
     assert 'class="heat' in done["picture"]
-    assert begun["stop_btn"].visible
+    assert "stop_btn" not in begun, "there is nothing to abort yet"
+    assert waiting["stop_btn"].visible
     assert not done["stop_btn"].visible
 
 

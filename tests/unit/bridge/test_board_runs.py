@@ -8,9 +8,12 @@ import pytest
 
 
 pytest.importorskip("gradio")
-from llamafactory.webui import interface, runner  # applies the seams
+from llamafactory.webui import engine, interface, runner  # applies the seams
+from llamafactory.webui.chatter import WebChatModel
+from llamafactory.webui.components.export import save_model
+from llamafactory.webui.control import list_checkpoints
 
-from llamafactory_adaptive.bridge import seams
+from llamafactory_adaptive.bridge import seam, seams
 from llamafactory_adaptive.bridge.board.command import Progress
 from llamafactory_adaptive.bridge.board.exporting import export
 from llamafactory_adaptive.bridge.board.plan_preview import use_edited
@@ -20,7 +23,8 @@ from llamafactory_adaptive.bridge.board.seams import BOARD_SEAMS, INTERFACE
 from llamafactory_adaptive.bridge.board.training_figure import ranks_so_far, with_ranks
 from llamafactory_adaptive.files import CERTIFICATE_FILE, LOG_FILE, PLAN_FILE
 from llamafactory_adaptive.ranks.plan import load_plan
-from tests.helpers.plans import make_plan
+from llamafactory_adaptive.reports.plaintext import markdown
+from tests.helpers.plans import found_plan, make_plan
 from tests.helpers.runs import save_run
 
 
@@ -58,7 +62,7 @@ def test_an_export_is_shown_with_its_certificate(folder, tmp_path):
 def test_a_board_that_does_not_fit_stays_as_it_is_and_one_line_says_so(monkeypatch, caplog):
     monkeypatch.setattr(seams, "_applied", set())
     monkeypatch.setattr(seams, "_misfits", {})
-    monkeypatch.setattr(seams.logger, "propagate", True)
+    monkeypatch.setattr(seam.logger, "propagate", True)
     monkeypatch.setattr(runner, "get_trainer_info", None)
     module = types.ModuleType(INTERFACE)
     module.create_train_tab = module.create_footer = print
@@ -105,7 +109,7 @@ def test_an_impossible_rank_is_told_with_its_module(folder, plan_file, rank):
     name = make_plan().modules[0].name
     shown, path = use_edited(str(plan_file), [[name, rank, "", ""]], "en")
     assert path == ""
-    assert shown["status"] == f"{name}: the rank must be a whole number from 0 to 10."
+    assert shown["status"] == f"{markdown(name)}: the rank must be a whole number from 0 to 10."
 
 
 def test_without_a_plan_nothing_is_edited(folder, tmp_path):
@@ -137,8 +141,58 @@ def test_two_runs_are_compared_and_texts_are_escaped(folder, tmp_path):
     assert "rank 3 here, 5 there" in view
 
 
+def test_of_runs_with_other_modules_no_differences_are_drawn(folder, tmp_path):
+    one, other = save_run(tmp_path / "one"), save_run(tmp_path / "other", plan=found_plan())
+    view, _ = _shown(str(one), str(other), "en", False)
+    assert "The two runs have ranks for different modules" in view
+    assert "Comparison" in view
+    assert " here, " not in view
+
+
+def test_a_run_that_is_removed_meanwhile_is_not_listed(folder, monkeypatch):
+    kept = save_run(folder / "saves" / "Custom" / "adaptive" / "kept").relative_to(folder)
+    monkeypatch.setattr(Path, "glob", lambda *_: [kept / PLAN_FILE, kept.with_name("gone") / PLAN_FILE])
+    assert finished_runs() == [str(kept)]
+
+
 def test_no_run_is_told_and_not_raised(folder, tmp_path):
     assert "there is no run in" in _shown(str(tmp_path), None, "en", False)[0]
+
+
+# -- adapters, as the host's own tabs look for them -------------------------------------------------------------------
+
+
+CHOSEN = {
+    "top.lang": "en", "top.model_name": "Custom", "top.model_path": "tiny", "top.finetuning_type": "adaptive",
+    "top.checkpoint_path": ["one"], "top.quantization_bit": "none", "top.quantization_method": "bnb",
+    "top.template": "default", "top.rope_scaling": "none", "top.booster": "auto",
+    "eval.dataset_dir": "data", "eval.dataset": ["tiny"], "eval.cutoff_len": 8, "eval.max_samples": "8",
+    "eval.batch_size": 1, "eval.max_new_tokens": 8, "eval.top_p": 1, "eval.temperature": 1,
+    "eval.output_dir": "scored", "eval.predict": True,
+    "infer.extra_args": "{}", "infer.infer_backend": "huggingface", "infer.infer_dtype": "auto",
+}  # fmt: skip
+NAMES = types.SimpleNamespace(get_elem_by_id=str)  # data by the names of components
+
+
+def test_checkpoints_of_adaptive_runs_are_listed_and_several_can_be_chosen(folder):
+    adapter = folder / "saves" / "Custom" / "adaptive" / "one"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_model.safetensors").touch()
+    listed = list_checkpoints("Custom", "adaptive")
+    assert listed.choices == [("one", "one")]
+    assert listed.multiselect is True
+
+
+def test_evaluation_chat_and_export_are_given_the_adapter(folder, monkeypatch):
+    taken = [engine.Runner(NAMES)._parse_eval_args(CHOSEN)]
+    assert taken[0]["output_dir"] == "saves/Custom/adaptive/scored"
+    monkeypatch.setattr("llamafactory.webui.chatter.ChatModel.__init__", lambda _, args: taken.append(args))
+    list(WebChatModel(NAMES).load_model(CHOSEN))
+    monkeypatch.setattr("llamafactory.webui.components.export.export_model", taken.append)
+    list(save_model("en", "Custom", "tiny", "adaptive", ["one"], "default", 5, "none", "", "cpu", False, "merged", "",
+                    "{}"))  # fmt: skip
+    assert [args["adapter_name_or_path"] for args in taken] == ["saves/Custom/adaptive/one"] * 3
+    assert {(args["finetuning_type"], args["model_name_or_path"]) for args in taken} == {("adaptive", "tiny")}
 
 
 # -- while a run trains -----------------------------------------------------------------------------------------------

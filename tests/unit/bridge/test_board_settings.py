@@ -1,21 +1,15 @@
-"""What the board's panel offers, says, writes and saves: everything but the components."""
+"""What the board's panel offers, says and writes: everything but the components."""
 
 import dataclasses
 import string
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
-import yaml
 
 from llamafactory_adaptive.bridge.arguments import _generated_fields
-from llamafactory_adaptive.bridge.board import command as command_module
 from llamafactory_adaptive.bridge.board import labels
-from llamafactory_adaptive.bridge.board.command import BusyError, Command
 from llamafactory_adaptive.bridge.board.option_fields import _fields_of, changed_settings, keys_of, option_fields
-from llamafactory_adaptive.bridge.board.saved_settings import elem_id, file_beside, loading, saving
 from llamafactory_adaptive.config.arguments import PRUNING_KEYS
 from llamafactory_adaptive.config.key_checks import CALIBRATION_KEYS
 from llamafactory_adaptive.errors import AdaptiveConfigError
@@ -121,110 +115,3 @@ def test_an_option_without_a_label_is_called_by_its_name():
     field = next(field for field in option_fields() if field.key == "igu_probe_interval")
     assert labels.label_of(field) == "probe interval"
     assert labels.explanation_of(field).startswith("igu_probe_interval: ")
-
-
-# -- saved settings ---------------------------------------------------------------------------------------------------
-
-
-def _save(path, settings):
-    Path(path).write_text(yaml.safe_dump(settings))
-
-
-def _load(path):
-    return yaml.safe_load(Path(path).read_text())
-
-
-def test_the_hosts_file_has_no_id_of_the_plugin_and_loading_gives_every_field_back(tmp_path):
-    path = str(tmp_path / "mine.yaml")
-    held = {elem_id(key): value for key, value in BLANK.items()}
-    held |= {elem_id("adaptive_method"): "igu", elem_id("igu_descale"): "false"}
-    host = {"top.finetuning_type": "adaptive", "train.lora_rank": 4}
-    saving(_save)(path, {**host, **held})
-    assert _load(path) == host
-    assert loading(_load)(path) == {**host, **held}
-    assert file_beside(path).name == "mine.adaptive.json"
-
-
-def test_settings_of_another_method_leave_nothing_beside_them(tmp_path):
-    path = str(tmp_path / "mine.yaml")
-    saving(_save)(path, {"top.finetuning_type": "adaptive", elem_id("adaptive_method"): "igu"})
-    saving(_save)(path, {"top.finetuning_type": "lora", elem_id("adaptive_method"): "igu"})
-    assert not file_beside(path).exists()
-    assert loading(_load)(path) == {"top.finetuning_type": "lora"}
-
-
-def test_a_file_without_one_beside_it_or_with_a_damaged_one_gives_defaults(tmp_path):
-    path = str(tmp_path / "mine.yaml")
-    _save(path, {"top.finetuning_type": "adaptive"})
-    for text in (None, "{", '{"adaptive_method": "<script>", "unknown": 3, "adaptive_min_rank": "many"}'):
-        if text is not None:
-            file_beside(path).write_text(text)
-        loaded = loading(_load)(path)
-        assert {key: loaded[elem_id(key)] for key in BLANK} == BLANK
-        assert len(loaded) == len(BLANK) + 1
-
-
-# -- commands ---------------------------------------------------------------------------------------------------------
-
-
-def _running(code, monkeypatch):
-    def start(words, out, err):
-        command = [sys.executable, "-I", "-c", code]
-        return subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
-
-    monkeypatch.setattr(command_module, "_start", start)
-    monkeypatch.setattr(command_module, "_LOOK_SECONDS", 0.05)
-
-
-ENDLESS = "import sys, time\nprint('begun', file=sys.stderr, flush=True)\ntime.sleep(600)"
-
-
-def test_a_command_of_this_package_is_run_and_what_it_says_is_shown():
-    *_, last = Command().run(["--version"])
-    assert (last.code, last.ended, last.said) == (0, "", _version())
-
-
-def _version():
-    from llamafactory_adaptive import __version__
-
-    return __version__
-
-
-def test_a_command_can_be_aborted_and_only_one_runs(monkeypatch):
-    _running(ENDLESS, monkeypatch)
-    command = Command()
-    steps = command.run([])
-    while "begun" not in next(steps).complained:
-        pass
-    assert command.busy
-    with pytest.raises(BusyError):
-        next(command.run([]))
-    process = command._process
-    command.abort()
-    *_, last = steps
-    assert last.ended == "aborted"
-    assert process.poll() is not None
-    assert not command.busy
-
-
-def test_a_command_that_takes_too_long_is_ended(monkeypatch):
-    _running(ENDLESS, monkeypatch)
-    *_, last = Command(longest=0.0).run([])
-    assert (last.ended, last.code != 0) == ("too_long", True)
-
-
-def test_a_command_ends_when_nobody_looks_any_more(monkeypatch):
-    _running(ENDLESS, monkeypatch)
-    command = Command()
-    steps = command.run([])
-    next(steps)
-    process = command._process
-    steps.close()
-    assert process.poll() is not None
-    assert not command.busy
-
-
-def test_of_a_progress_bar_the_last_state_is_shown(monkeypatch):
-    _running("print('  0%\\r 50%\\r100%\\ndone', end='')", monkeypatch)
-    *_, last = Command().run([])
-    assert last.said == "100%\ndone"
