@@ -74,7 +74,7 @@ def _taken_back_on_error() -> Iterator[None]:
 
 
 def _withdraw(engine: Any) -> None:
-    """Take back the choice of adaptive ranks from a board that has no panel, and the panel's part of saved files."""
+    """Remove the choice of adaptive ranks from a board that has no panel, and the panel's part of loaded files."""
     kind = engine.manager.get_elem_by_id("top.finetuning_type")
     kind.choices = [choice for choice in kind.choices if KIND not in choice]
     host_runner.load_args = getattr(host_runner.load_args, "__wrapped__", host_runner.load_args)
