@@ -76,7 +76,7 @@ def test_ddp_started_by_torchrun_finds_the_same_ranks_as_one_process(make, alone
 @pytest.mark.parametrize(
     ("stage", "zero"),
     [
-        pytest.param(1, {}, id="zero1"),
+        pytest.param(1, {}, id="zero1", marks=REPEATS),
         pytest.param(2, {"offload_optimizer": {"device": "cpu"}}, id="zero2-offload", marks=[REPEATS, NEEDS_COMPILER]),
     ],
 )

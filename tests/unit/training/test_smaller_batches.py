@@ -57,7 +57,16 @@ def run(folder, holds, method="igu", **more):
     return plan.ranks(), load_file(folder / "adapter_model.safetensors"), lines, hooks
 
 
-@pytest.mark.parametrize(("method", "holds"), [("igu", 0), ("igu", 5), ("igu, shrink", 5), ("elalora", 5), ("tsq", 5)])
+@pytest.mark.parametrize(
+    ("method", "holds"),
+    [
+        pytest.param("igu", 0, marks=pytest.mark.repeats),
+        ("igu", 5),
+        ("igu, shrink", 5),
+        pytest.param("elalora", 5, marks=pytest.mark.repeats),
+        ("tsq", 5),
+    ],
+)
 def test_a_search_begins_anew_as_if_its_batches_had_been_small_from_the_start(tmp_path, method, holds):
     ranks, adapter, lines, hooks = run(tmp_path / "found", holds, method,
                                 per_device_train_batch_size=4, auto_find_batch_size=True)  # fmt: skip
