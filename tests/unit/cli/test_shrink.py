@@ -2,24 +2,14 @@
 
 import json
 import shlex
-import sys
 
 import pytest
 import yaml
-from accelerate import PartialState
 
 from llamafactory_adaptive import check_adapter, cli
 from llamafactory_adaptive.ranks.plan import load_plan
 from tests.helpers.lora import edit_config, save_adapter
 from tests.helpers.tiny import settings
-
-
-@pytest.fixture(autouse=True)
-def _words(monkeypatch):
-    """The host reads sys.argv, which a command sets."""
-    monkeypatch.setattr(sys, "argv", ["llamafactory-adaptive"])
-    yield
-    PartialState._reset_state()
 
 
 @pytest.fixture
