@@ -20,11 +20,12 @@ from llamafactory_adaptive.reports.plaintext import plain
 def build_ranks_tab(engine: Any) -> dict[str, Any]:
     """Create the tab in the block that is being built, and connect its events; return its components by name."""
     parts: dict[str, Any] = {}
+    runs = finished_runs()
     with gr.Tab(english("ranks_tab"), elem_id="adaptive_ranks_tab") as parts["ranks_tab"]:
         with gr.Row():
             for name in ("run", "other_run"):
                 parts[name] = gr.Dropdown(
-                    choices=finished_runs(), value=None, label=english(name), scale=3, elem_id=f"adaptive_{name}",
+                    choices=runs, value=None, label=english(name), scale=3, elem_id=f"adaptive_{name}",
                     allow_custom_value=not engine.demo_mode,
                 )  # fmt: skip
             parts["refresh_btn"] = gr.Button(english("refresh_btn"), elem_id="adaptive_refresh_btn")
