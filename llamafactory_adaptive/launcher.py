@@ -6,6 +6,9 @@ Standard library only, so that they can be read before torch is imported.
 import os
 
 
+CPU = "cpu"  # in the place of a device's number, for runs that are to share the CPU
+
+
 def is_worker() -> bool:
     """Tell whether a launcher started this process as one of several.
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from llamafactory_adaptive.launcher import CPU
 from llamafactory_adaptive.progress import LINES
 from llamafactory_adaptive.reports.plaintext import tell
 
@@ -38,13 +39,16 @@ def alone(device: str | None = None) -> dict[str, str]:
     Several visible devices without a launcher make the host refuse to start.
 
     Args:
-        device: the device to see, as ``CUDA_VISIBLE_DEVICES`` names it; None for the first one of this process.
+        device: the device to see, as ``CUDA_VISIBLE_DEVICES`` names it, or ``cpu:N`` for N threads of the CPU; None
+            for the first one of this process.
     """
     environment = {
         key: value
         for key, value in os.environ.items()
         if key not in _LAUNCHER_VARIABLES and not key.startswith("TORCHELASTIC_")
     }
+    if device is not None and device.startswith(f"{CPU}:"):
+        return {**environment, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": device.removeprefix(f"{CPU}:")}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     first = visible.split(",")[0] if visible is not None else "0"
     return {**environment, "CUDA_VISIBLE_DEVICES": first if device is None else device}

@@ -113,3 +113,10 @@ def visible_devices() -> list[str]:
     if named is None:
         return [str(number) for number in range(torch.cuda.device_count())]
     return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
+
+
+def cpu_threads() -> int:
+    """Count the threads of the CPU that a run would take."""
+    import torch
+
+    return torch.get_num_threads()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llamafactory_adaptive.comparison.task_request import add_task_arguments
 from llamafactory_adaptive.errors import refuse
+from llamafactory_adaptive.launcher import CPU
 from llamafactory_adaptive.options import parse_share
 from llamafactory_adaptive.paths import path_argument
 from llamafactory_adaptive.reports.learning_rate import TRAINERS_RATE
@@ -53,7 +54,8 @@ def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
     add("--effect", default="0.5%", metavar="SHARE",
         help="smallest difference that matters, as a share of LoRA's loss, e.g. 1%% (default: 0.5%%)")  # fmt: skip
     add("--devices", metavar="NUMBERS",
-        help="visible devices, one run on each at a time, e.g. 0,1,2,3 (default: the first)")  # fmt: skip
+        help="visible devices, one run on each at a time, e.g. 0,1,2,3, or cpu,cpu for two runs that share the CPU "
+        "(default: the first)")  # fmt: skip
     add("--keep-adapters", action="store_true",
         help="keep the adapters of runs that choose a rate, too, e.g. where the disk is large")  # fmt: skip
     add("--dry-run", action="store_true",
@@ -101,29 +103,44 @@ def effect_of(text: str) -> float:
     return value
 
 
-def devices_of(text: str | None, visible: Sequence[str]) -> Sequence[str | None]:
+def devices_of(text: str | None, visible: Sequence[str], threads: int = 1) -> Sequence[str | None]:
     """Read the devices; (None,) for the first one.
 
     Args:
-        text: numbers that count within the visible devices, or names of them, with commas between.
+        text: numbers that count within the visible devices, or names of them, with commas between; or ``cpu`` for
+            every run that is to have its share of the CPU.
         visible: devices that this process sees, as ``CUDA_VISIBLE_DEVICES`` names them.
+        threads: threads of the CPU, which such runs share.
 
     Returns:
-        The devices as ``CUDA_VISIBLE_DEVICES`` names them.
+        The devices as ``CUDA_VISIBLE_DEVICES`` names them; ``cpu:N`` for N threads of the CPU.
 
     Raises:
-        AdaptiveConfigError: a device is there twice, or not visible.
+        AdaptiveConfigError: a device is there twice, or not visible; more runs share the CPU than it has threads.
     """
+    names = [word.strip() for word in (text or "").split(",") if word.strip()]
+    if CPU in names:
+        return _shares_of_cpu(names, threads)
     devices: list[str | None] = []
-    for name in (word.strip() for word in (text or "").split(",") if word.strip()):
+    for name in names:
         device = visible[int(name)] if name.isdecimal() and int(name) < len(visible) else name
         if device not in visible or (name.isdecimal() and int(name) >= len(visible)):
             there = f"there are {len(visible)}, numbered from 0" if visible else "there is no GPU"
-            refuse("--devices", text, f"{name} is no visible device: {there}", "--devices 0, or leaving it out")
+            try_ = "--devices 0, or leaving it out" if visible else "leaving it out, or --devices cpu,cpu"
+            refuse("--devices", text, f"{name} is no visible device: {there}", try_)
         if device in devices:
             refuse("--devices", text, "names a device twice", "--devices 0,1")
         devices.append(device)
     return devices or (None,)
+
+
+def _shares_of_cpu(names: Sequence[str], threads: int) -> list[str | None]:
+    text = ",".join(names)
+    if set(names) != {CPU}:
+        refuse("--devices", text, "names the CPU and others: the slowest device would end last by far", "--devices 0")
+    if len(names) > threads:
+        refuse("--devices", text, f"the CPU has {threads} threads", f"--devices {','.join([CPU] * threads)}")
+    return [f"{CPU}:{threads // len(names)}"] * len(names)
 
 
 def _rate(given: Any) -> float:

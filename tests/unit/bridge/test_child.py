@@ -10,7 +10,7 @@ import time
 import pytest
 
 from llamafactory_adaptive.bridge import child
-from llamafactory_adaptive.bridge.child import Children, answer_of_child, run_child
+from llamafactory_adaptive.bridge.child import Children, alone, answer_of_child, run_child
 from tests.helpers.processes import alive, wait_until_ended
 
 
@@ -173,3 +173,19 @@ def test_a_child_that_is_asked_for_an_answer_gives_it_and_is_ended_with_the_othe
     children.end()
     threads[0].join(60)
     assert made[0][0] == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("device", "seen"),
+    [
+        (None, {"CUDA_VISIBLE_DEVICES": "4", "OMP_NUM_THREADS": "6"}),
+        ("5", {"CUDA_VISIBLE_DEVICES": "5", "OMP_NUM_THREADS": "6"}),
+        ("cpu:2", {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}),
+    ],
+)
+def test_a_child_sees_one_device_or_its_share_of_the_cpu_and_no_launcher(monkeypatch, device, seen):
+    for name, value in {"CUDA_VISIBLE_DEVICES": "4,5", "OMP_NUM_THREADS": "6", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    environment = alone(device)
+    assert {name: environment[name] for name in seen} == seen
+    assert "RANK" not in environment

@@ -55,5 +55,25 @@ def test_devices_that_are_not_there_are_refused(text, visible, said):
         devices_of(text, visible)
 
 
+@pytest.mark.parametrize(
+    ("text", "threads", "devices"),
+    [("cpu", 7, ["cpu:7"]), ("cpu,cpu", 7, ["cpu:3"] * 2), ("cpu, cpu,cpu", 3, ["cpu:1"] * 3)],
+)
+def test_runs_that_share_the_cpu_share_its_threads(text, threads, devices):
+    assert devices_of(text, ("4",), threads) == devices
+
+
+@pytest.mark.parametrize(
+    ("text", "threads", "said"),
+    [
+        ("cpu,0", 8, "names the CPU and others.*try --devices 0"),
+        ("cpu,cpu,cpu", 2, "the CPU has 2 threads.*try --devices cpu,cpu$"),
+    ],
+)
+def test_shares_of_the_cpu_that_cannot_be_are_refused(text, threads, said):
+    with pytest.raises(AdaptiveConfigError, match=said):
+        devices_of(text, ("4",), threads)
+
+
 def test_an_effect_is_a_share():
     assert (effect_of("0.5%"), effect_of("0.01")) == (pytest.approx(0.005), 0.01)

@@ -1,5 +1,6 @@
 """Samples that are scored again at refreshes, and clusters of samples, under what stands for a Trainer."""
 
+import itertools
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import torch
 
 from llamafactory_adaptive.errors import GuardError, PlanError
 from llamafactory_adaptive.sampling.pool import Pool
-from llamafactory_adaptive.training import sample_scoring
+from llamafactory_adaptive.training import sample_scoring, sample_selection
 from llamafactory_adaptive.training.sample_selection import starved_cluster
 from tests.helpers.sample_runs import SAVED, STEPS, live_adapter, scored_again
 
@@ -38,16 +39,18 @@ def train_on(selection, live, steps, folder):
     return drawn
 
 
-def test_samples_are_scored_again_before_each_refresh_and_the_log_says_what_it_took(begin, tmp_path):
+def test_samples_are_scored_again_before_each_refresh_and_the_log_says_what_it_took(begin, tmp_path, monkeypatch):
+    clock = itertools.count(step=2.5)  # every look at it is 2.5 s after the last
+    monkeypatch.setattr(sample_selection, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     selection = begin(live=(live := live_adapter()), refresh_quality=True)
     train_on(selection, live, (0, STEPS), tmp_path / "out")
     lines = [json.loads(line) for line in (tmp_path / "out" / "adaptive_log.jsonl").read_text().splitlines()]
     assert [(line["step"], line["event"], line["subset"]) for line in lines] == [
         (1, "scoring", 1), (3, "scoring", 2), (5, "scoring", 3), (7, "scoring", 4)
     ]  # fmt: skip
-    seconds = sum(line["scoring_seconds"] for line in lines)
-    assert selection.log.overhead_seconds == pytest.approx(seconds, abs=0.002)
-    assert lines[-1]["overhead_seconds"] == pytest.approx(seconds, abs=0.002)
+    assert [line["scoring_seconds"] for line in lines] == [2.5] * 4
+    assert [line["overhead_seconds"] for line in lines] == [2.5, 5.0, 7.5, 10.0]
+    assert selection.log.overhead_seconds == 10.0
     for refresh, step in ((0, 0), (1, 1), (4, 7)):
         fresh = begin(live=trained(live_adapter(), (0, step)))
         assert torch.equal(selection.scored[refresh].gradient_norm, fresh.scored[0].gradient_norm)
