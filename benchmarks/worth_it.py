@@ -11,7 +11,8 @@ This script writes rows and YAML, and calls the command, which does all else (do
 rate of each arm chosen on one half of the held-out rows, other seeds and the other half for the verdict. What follows
 ``--`` is handed on to it, e.g. ``-- --devices 0,1``. With ``--keep`` the same command goes on after an end. Rows come
 from ``--data``, or are generated. ``--record`` puts the result and its ledger into ``benchmarks/results``, in place of
-what is recorded there; ``benchmarks/report.py`` makes pages of it.
+what is recorded there; ``benchmarks/report.py`` makes pages of it. ``--put-away`` trains nothing: it keeps in
+``benchmarks/results`` what ``--keep`` holds so far, and the same command on another machine goes on from it.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 import record
 import shipped
 import torch
+import unfinished
 import worth_it_rows as rows
 import yaml
 
@@ -118,6 +120,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         parser.add_argument(f"--{key}", type=int, help="in place of the regime's")
     parser.add_argument("--keep", type=Path, help="folder of the comparison; what lies there is not run again")
     parser.add_argument("--record", action="store_true", help="put result and ledger into benchmarks/results")
+    parser.add_argument("--put-away", action="store_true", help="put what --keep holds so far there, and end")
     words = [*sys.argv[1:], "--"]
     end = words.index("--")
     return parser.parse_args(words[:end]), words[end + 1 : -1]
@@ -129,9 +132,22 @@ def regime_of(options: argparse.Namespace) -> Regime:
     return replace(REGIMES[options.regime], **own)
 
 
+def name_of(regime: Regime, options: argparse.Namespace) -> str:
+    """Give the name of the result, which another budget does not overwrite."""
+    rank = "" if regime.rank == REGIMES[options.regime].rank else f"_rank{regime.rank}"
+    return f"worth_it_{options.regime}{rank}"
+
+
+def places(folder: Path) -> Mapping[str, Path]:
+    """Give the paths in the settings of runs, by words that mean the same elsewhere."""
+    return {"<folder>": folder, "<model>": record.smollm2()}
+
+
 def compare(regime: Regime, options: argparse.Namespace, more: Sequence[str], folder: Path) -> str:
     """Write rows and YAML, and run the command; tell what the rows are called."""
     model = record.smollm2()
+    if found := unfinished.bring_back(name_of(regime, options), folder, places(folder)):
+        print(f"going on from {found} lines that were put away", flush=True)
     divided, name = parts(regime, options.data, model)
     rows.write(divided, folder / "data")
     config = folder / "worth_it.yaml"
@@ -152,12 +168,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = (options.keep or Path(scratch)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
+        if options.put_away:
+            print(f"{unfinished.keep(name_of(regime, options), folder, places(folder))} lines are put away")
+            return
         data = compare(regime, options, more, folder)
         if not options.record or not (folder / JSON_FILE).is_file():  # a trial, or --dry-run
             return
         held, lines = shipped.from_folder(folder, record.smollm2().name)
-    rank = "" if regime.rank == REGIMES[options.regime].rank else f"_rank{regime.rank}"
-    name = f"worth_it_{options.regime}{rank}"
+    name = name_of(regime, options)
+    unfinished.unfinished_file(name).unlink(missing_ok=True)
     shipped.ledger_file(name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     written = record.write_result(name, {
         "model": "SmolLM2-135M-Instruct", "dtype": "bfloat16", "regime": options.regime, "data": data,

@@ -29,7 +29,10 @@ def benchmarks():
     folder = str(Path(__file__).parents[2] / "benchmarks")
     sys.path.insert(0, folder)
     try:
-        return {name: importlib.import_module(name) for name in ("shipped", "worth_it", "worth_it_rows", "report")}
+        return {
+            name: importlib.import_module(name)
+            for name in ("shipped", "unfinished", "worth_it", "worth_it_rows", "report")
+        }
     finally:
         sys.path.remove(folder)
 
@@ -43,6 +46,53 @@ def outcome(run):
     ranks = {"model.layers.0.q_proj": 1} | ({} if run.arm == "igu" else {"model.layers.1.q_proj": 1})
     return {"status": "done", **losses, "seconds": 3.0, "training_seconds": 2.0, "steps": 4, "ranks": ranks,
             "parameters": 100, "parameters_of_one_rank": 60, "adapter": "/home/me/out/runs/x"}  # fmt: skip
+
+
+@pytest.fixture
+def results(benchmarks, tmp_path, monkeypatch):
+    """A folder for results in place of the repository's."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    monkeypatch.setattr(benchmarks["unfinished"].record, "RESULTS", folder)
+    return folder
+
+
+def places(home):
+    return {"<folder>": home / "kept", "<model>": home / "models" / "SmolLM2"}
+
+
+def settings_on(home, seed):
+    return {"settings": {"model_name_or_path": f"{home}/models/SmolLM2", "dataset_dir": f"{home}/kept/data",
+                         "template": f"{home.parent}/here/kept_as_it_is", "seed": seed}, "rows": SPLIT}  # fmt: skip
+
+
+def test_another_machine_goes_on_from_a_ledger_that_was_put_away(benchmarks, results, tmp_path):
+    unfinished, (here, there) = benchmarks["unfinished"], (tmp_path / "here", tmp_path / "there")
+    for home in (here, there):
+        (home / "kept").mkdir(parents=True)
+    ledger = Ledger(here / "kept" / "ledger.jsonl")
+    for seed in (0, 1):
+        ledger.add(settings_on(here, seed), {"status": "done", "dev": [0.5], "adapter": f"{here}/kept/runs/{seed}"})
+    with ledger.path.open("a") as file:
+        file.write('{"settings": {"seed": 2}, "resu')  # cut short by a kill
+    assert unfinished.keep("x", here / "kept", places(here)) == 2
+    text = (results / "x.unfinished.jsonl").read_text()
+    assert f"{here}/kept/" not in text
+    assert f"{here}/models" not in text
+
+    own = Ledger(there / "kept" / "ledger.jsonl")
+    own.add(settings_on(there, 1), {"status": "done", "dev": [0.7]})
+    assert unfinished.bring_back("x", there / "kept", places(there)) == 1
+    assert unfinished.bring_back("x", there / "kept", places(there)) == 0
+    found = Ledger(there / "kept" / "ledger.jsonl")
+    assert len(found.entries) == 2
+    assert found.get(settings_on(there, 1))["dev"] == [0.7], "what a machine found itself stays"
+    assert found.get(settings_on(there, 0))["adapter"] == f"{there}/kept/runs/0"
+
+
+def test_nothing_was_put_away(benchmarks, results, tmp_path):
+    assert benchmarks["unfinished"].bring_back("x", tmp_path, places(tmp_path)) == 0
+    assert not (tmp_path / "ledger.jsonl").exists()
 
 
 @pytest.fixture
