@@ -158,8 +158,14 @@ def compare(task: Task, ledger: Ledger, arms: Sequence[str], rank: int, options:
         best = min(task.rates, key=lambda rate: statistics.fmean(each["dev"] for each in curve[rate]))
         at_best = run(best, range(options.seeds_of_default if arm in ("lora", "corrected") else options.seeds))
         rows[arm] = row_of(at_best, best, {rate: [each["test"] for each in curve[rate]] for rate in task.rates})
+    tell_differences(rows)
+    return rows
+
+
+def tell_differences(rows: dict[str, dict[str, Any]]) -> None:
+    """Add to each arm its differences to plain LoRA and to ``published``, over the seeds that both have."""
     for rival in ("lora", "published"):
-        others = [arm for arm in arms if arm not in ("lora", rival)]
+        others = [arm for arm in rows if arm not in ("lora", rival)]
         if rival not in rows:
             continue
         for arm in others:
@@ -168,7 +174,6 @@ def compare(task: Task, ledger: Ledger, arms: Sequence[str], rank: int, options:
             difference, within = paired(of_rival, of_arm), within_half_a_per_cent(of_rival, of_arm)
             rows[arm][f"over_{rival}"] = {**difference, "equivalent": within}
         holm([rows[arm][f"over_{rival}"] for arm in others])
-    return rows
 
 
 def within_half_a_per_cent(rival: Sequence[float], losses: Sequence[float]) -> bool:
