@@ -28,9 +28,17 @@ def locales() -> dict[str, dict[str, dict[str, str]]]:
     tables = _tables()
     table = {component_name(name): _entry("label", texts) for name, texts in tables["label"].items()}
     table |= {component_name(name): _entry("value", texts) for name, texts in tables["button"].items()}
-    return table | {
-        field.key: _entry("label", texts) for field in option_fields() if (texts := tables["option"].get(field.key))
-    }
+    return table | {field.key: _entry("label", texts) for field in option_fields() if (texts := _texts_of(field))}
+
+
+def _texts_of(field: OptionField) -> Texts | None:
+    tables = _tables()
+    own = tables["method_option"].get(_own_name(field)) if field.method else None
+    return tables["option"].get(field.key, own)
+
+
+def _own_name(field: OptionField) -> str:
+    return field.key.removeprefix(f"{field.method}_")
 
 
 def _entry(what: str, texts: Texts) -> dict[str, dict[str, str]]:
@@ -49,9 +57,9 @@ def english(name: str) -> str:
 
 
 def label_of(field: OptionField) -> str:
-    """Return the label of an option: from the table, or its name without the method's."""
-    texts = _tables()["option"].get(field.key)
-    return texts["en"] if texts else field.key.removeprefix(f"{field.method}_").replace("_", " ")
+    """Return the label of an option: from the tables, or where they have none, its name without the method's."""
+    texts = _texts_of(field)
+    return texts["en"] if texts else _own_name(field).replace("_", " ")
 
 
 def explanation_of(field: OptionField) -> str:

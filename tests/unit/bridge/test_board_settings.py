@@ -9,7 +9,13 @@ import pytest
 
 from llamafactory_adaptive.bridge.arguments import _generated_fields
 from llamafactory_adaptive.bridge.board import labels
-from llamafactory_adaptive.bridge.board.option_fields import _fields_of, changed_settings, keys_of, option_fields
+from llamafactory_adaptive.bridge.board.option_fields import (
+    OptionField,
+    _fields_of,
+    changed_settings,
+    keys_of,
+    option_fields,
+)
 from llamafactory_adaptive.config.arguments import PRUNING_KEYS
 from llamafactory_adaptive.config.key_checks import CALIBRATION_KEYS
 from llamafactory_adaptive.errors import AdaptiveConfigError
@@ -109,9 +115,18 @@ def test_every_text_is_there_in_five_languages_with_the_same_values_to_fill_in(e
 
 def test_labels_of_options_are_of_options_that_there_are():
     assert set(TABLES["option"]) == {field.key for field in option_fields() if not field.method}
+    names = {field.key.removeprefix(f"{field.method}_") for field in option_fields() if field.method}
+    assert set(TABLES["method_option"]) == names
 
 
-def test_an_option_without_a_label_is_called_by_its_name():
-    field = next(field for field in option_fields() if field.key == "igu_probe_interval")
-    assert labels.label_of(field) == "probe interval"
-    assert labels.explanation_of(field).startswith("igu_probe_interval: ")
+def test_an_option_of_another_package_is_called_by_its_name():
+    field = OptionField("mine_probe_interval", "mine", int, 1, "Steps.")
+    assert labels.label_of(field) == "Steps between probes", "a name that is known means the same"
+    field = OptionField("mine_own_thing", "mine", int, 1, "Whatever it is.")
+    assert labels.label_of(field) == "own thing"
+    assert labels.explanation_of(field) == "mine_own_thing: Whatever it is."
+
+
+def test_the_options_of_a_method_are_told_apart():
+    shown = [(field.method, labels.label_of(field)) for field in option_fields()]
+    assert len(set(shown)) == len(shown)
