@@ -22,6 +22,7 @@ import torch
 from scipy.stats import kendalltau
 from transformers import AutoModelForCausalLM
 
+from llamafactory_adaptive.accelerator import peak_memory
 from llamafactory_adaptive.calibration.batches import Batch, count_tokens, make_batches
 from llamafactory_adaptive.calibration.input_moments import InputSecondMoments
 from llamafactory_adaptive.methods import ScoringContext
@@ -106,11 +107,7 @@ def one_pass(kind: str, arguments: argparse.Namespace, folder: Path, name: str, 
         InputSecondMoments()(model, modules, batches)
     else:
         forward(model, batches, head=kind == "forward")
-    if DEVICE.type == "cuda":
-        return print(torch.cuda.max_memory_allocated() / 2**20)
-    # Not ru_maxrss: a child inherits its parent's peak there. VmHWM belongs to this program alone.
-    status = Path("/proc/self/status").read_text().splitlines()
-    print(next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM")))
+    print(peak_memory()["device" if DEVICE.type == "cuda" else "host"] / 2**20)
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -62,6 +61,7 @@ def child(args: dict[str, Any]) -> None:
     from transformers import TrainerCallback
 
     from llamafactory_adaptive import _bootstrap
+    from llamafactory_adaptive.accelerator import peak_memory
 
     _bootstrap.install()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -107,10 +107,8 @@ def child(args: dict[str, Any]) -> None:
     from llamafactory.train.tuner import run_exp
 
     run_exp(args, callbacks)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if torch.accelerator.is_available():
-        peak = torch.cuda.max_memory_allocated()
-    print(json.dumps({"peak_bytes": peak}), file=answers)
+    peak = peak_memory()
+    print(json.dumps({"peak_bytes": peak.get("device", peak["host"])}), file=answers)
 
 
 def take_turns(runs: dict[str, dict[str, Any]], steps: int) -> tuple[dict[str, list[float]], dict[str, int]]:

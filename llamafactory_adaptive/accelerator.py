@@ -1,9 +1,11 @@
 """What depends on the kind of device: its widest float, its random states, and how its time is measured."""
 
+import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -35,15 +37,24 @@ def peak_memory() -> dict[str, int]:
     left out where the system does not tell it.
     """
     peak = {}
-    try:
-        import resource
-
-        peak["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    except ImportError:  # Windows
-        pass
+    if (host := _most_resident()) is not None:
+        peak["host"] = host
     if torch.cuda.is_available() and (most := torch.cuda.max_memory_allocated()):
         peak["device"] = most
     return peak
+
+
+def _most_resident() -> int | None:
+    with suppress(OSError):  # no Linux
+        text = Path("/proc/self/status").read_text(encoding="utf-8")
+        # Not ru_maxrss, which a process begins with at the peak of the one that started it.
+        if found := re.search(r"^VmHWM:\s*(\d+) kB", text, re.MULTILINE):
+            return int(found[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Stopwatch:

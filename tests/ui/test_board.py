@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.ui,
     pytest.mark.slow,
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(not HAS_BROWSER, reason="needs chromium and the package playwright: make ui-test"),
+    pytest.mark.skipif(not HAS_BROWSER, reason="needs chromium: apt-get install chromium"),
 ]
 # Where the pictures of docs/llama-board.md are written; nowhere unless this is set.
 SCREENSHOTS = os.environ.get("LLAMAFACTORY_ADAPTIVE_SCREENSHOTS")

@@ -9,7 +9,7 @@ from tests.helpers.runs import NASTY, save_whole_run
 
 pytestmark = [
     pytest.mark.ui,
-    pytest.mark.skipif(not HAS_BROWSER, reason="needs chromium and the package playwright: make ui-test"),
+    pytest.mark.skipif(not HAS_BROWSER, reason="needs chromium: apt-get install chromium"),
 ]
 RANKS = (((2, 6), (4, 0)), ((3, 3), (3, 3)))
 NAMES = ("<img src=x onerror=alert(3)>", "second")

@@ -1,5 +1,7 @@
 """Floats, random states and clocks by the kind of device; devices that are not there are played."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -76,3 +78,17 @@ def test_a_device_with_timed_events_is_not_waited_for(monkeypatch):
     done.add(3)
     assert watch.take() == 0.25
     assert watch.take() == 0.0
+
+
+PEAK_OF_CHILD = """
+import subprocess, sys
+large = bytes(bytearray(b"x") * 2**30)
+child = "from llamafactory_adaptive.accelerator import peak_memory; print(peak_memory()['host'])"
+subprocess.run([sys.executable, "-c", child], check=True)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems tell no better")
+def test_a_process_does_not_count_the_memory_of_the_one_that_started_it():
+    said = subprocess.run([sys.executable, "-c", PEAK_OF_CHILD], check=True, capture_output=True, text=True).stdout
+    assert 2**26 < int(said) < 2**30
