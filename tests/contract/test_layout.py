@@ -58,3 +58,11 @@ def test_unit_tests_mirror_the_rooms():
 def test_no_file_is_longer_than_one_can_survey():
     lengths = {path.relative_to(ROOT): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
     assert {str(path): lines for path, lines in lengths.items() if lines > MOST_LINES} == {}
+
+
+def test_make_test_names_every_folder_of_tests_but_faults():
+    """Named one by one, since their order decides how long the last file is waited for."""
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").split("\ntest: ")[1].split("\n\n")[0]
+    named = re.findall(r"tests/(\w+)", recipe)
+    folders = {part_of(path) for path in TESTS if path.name.startswith("test_")}
+    assert sorted(named) == sorted(folders - {"faults"})
