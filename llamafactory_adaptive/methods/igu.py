@@ -41,14 +41,16 @@ and U, regulariser of weight 1. ``corrected`` mends what was measured to be at f
 
 What differs from the paper in both: t_i and t_f are ratios of all steps. A masked component adds exactly nothing until
 it comes back (in the released code it drifts between allocations, over budget); its lambda is observed but not trained
-(momentum, weight decay and regulariser still act on its factors); its P and Q, whose gradient is zero only because of
-the mask, keep S and U meanwhile. Scores use the gradient of the loss without the regulariser, before clipping. Once
-the mask is final, nothing is scored and ``shrink`` trains at a = 1. ``integrated`` takes |IG|, and weighs the interior
-node by (N-1)/N: Eq. 6, |w|/2N [ g(0) + 2 g(k/N) + g(1) ], counts one node of N-1 as if it were all of them, and falls
-short of Eq. 5 by most of the path. With our weight the expectation over k is Eq. 5, at every step alike
-(``tests/unit/training/test_path_probe.py``), so steps are comparable in the mean. A single step is only if descaled:
-with uniform draws, and a loss that is linear in the adapter, its score has a standard deviation of 0.80 of its
-expectation (from 0.08 to 2.6 times, N = 20), S after some steps one of 0.23, and U measures that, too.
+(momentum, weight decay and regulariser still act on its factors). With ``min_rank`` 0, modules that servers keep
+packed (q, k, v; gate, up) lose all components together or not at all, where the code looks at each alone. P and Q of a
+masked component, whose gradient is zero only because of the mask, keep S and U meanwhile. Scores use the gradient of
+the loss without the regulariser, before clipping. Once the mask is final, nothing is scored and ``shrink`` trains at a
+= 1. ``integrated`` takes |IG|, and weighs the interior node by (N-1)/N: Eq. 6, |w|/2N [ g(0) + 2 g(k/N) + g(1) ],
+counts one node of N-1 as if it were all of them, and falls short of Eq. 5 by most of the path. With our weight the
+expectation over k is Eq. 5, at every step alike (``tests/unit/training/test_path_probe.py``), so steps are comparable
+in the mean. A single step is only if descaled: with uniform draws, and a loss that is linear in the adapter, its score
+has a standard deviation of 0.80 of its expectation (from 0.08 to 2.6 times, N = 20), S after some steps one of 0.23,
+and U measures that, too.
 
 Cost: shrink and off, an element-wise pass over the adapter per step, and a number per component with S alone; two fp32
 numbers per adapter weight and a few more passes otherwise, and where ``lambda_term`` is ``magnitude``. integrated, two

@@ -4,6 +4,7 @@ Pure Python without torch and without a Trainer; ``RankSearchDriver`` drives it.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -241,7 +242,8 @@ def favour_used(
     def compared(score: float, used: bool) -> float:
         if used:
             return score * (1.0 + hysteresis)
-        # Negative, in the order of the scores; what is not finite stays so, for the check that follows.
-        return -1.0 / (1.0 + score) if used_first and math.isfinite(score) else score
+        # Negative, in the order of the scores, however small all of them are; what is not finite stays so, for the
+        # check that follows.
+        return -1.0 / max(score, sys.float_info.min) if used_first and math.isfinite(score) else score
 
     return [[compared(*pair) for pair in zip(*rows, strict=True)] for rows in zip(scores, on, strict=True)]

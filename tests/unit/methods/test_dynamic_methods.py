@@ -93,8 +93,9 @@ class RatioAllocator(RankAllocator):
     [
         (Adalora(AdaloraOptions()), RankAllocator),
         (Igu(IguOptions("published", importance="off")), RatioAllocator),
+        (Igu(IguOptions("published")), RatioAllocator),
     ],
-    ids=["adalora", "igu as published"],
+    ids=["adalora", "igu as published without shrinkage", "igu as published"],
 )
 def test_scores_and_masks_are_those_of_pefts_allocator(method, allocator_class):
     """One recorded stream of weights and gradients through both, under a falling budget."""

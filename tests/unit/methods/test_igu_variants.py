@@ -257,6 +257,13 @@ def test_what_was_removed_fills_only_what_components_in_use_leave():
         keep_components(favour_used([[1.0, math.nan]], [[True, False]], 0.0, True), Bounds([1], 1, [0], [2]))
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-8, 1e-150, 1e8])
+def test_the_order_of_what_was_removed_does_not_depend_on_the_size_of_scores(scale):
+    scores = [[scale * score for score in (3e-17, 1e-17, 2e-17, 5e-17)]]
+    compared = favour_used(scores, [[False, True, False, False]], 0.0, used_first=True)
+    assert sorted(range(4), key=lambda index: -compared[0][index]) == [1, 3, 0, 2]
+
+
 def test_a_component_that_comes_back_starts_from_lambda_zero_and_without_momentum():
     model, triplets, _ = triplet_model()
     scatter(triplets)
