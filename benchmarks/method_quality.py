@@ -1,19 +1,23 @@
 """IGU-LoRA part by part, against plain LoRA: which choices make the method good.
 
-Run: ``python benchmarks/method_quality.py [--seeds 5] [--arms ...] [--ranks 4,1,2] [--ledger FILE]``, and on a real
-model: ``python benchmarks/method_quality.py --model smollm2 [--data FOLDER] [--ledger FILE]``.
+Run: ``python benchmarks/method_quality.py [--seeds 5] [--arms ...] [--ranks 4,1,2]``, and on a real model: ``python
+benchmarks/method_quality.py --model smollm2 [--data FOLDER]``.
 
 Without ``--model``, a Llama of 3 layers is pretrained on sequences from a random source (each token depends on the two
 before it), then adapted to a source that shares most of its rules. A seed gives the rows, their order and the
 adapter's start; with SmolLM2-135M, which learns rows of GSM8K of at most 136 tokens, order and start alone. Every arm
-runs over one grid of learning rates, with the first ``--rate-seeds`` seeds; the rate that is best on one half of the
+runs over one grid of learning rates, with the first ``--rate-seeds`` seeds; where the best of them is an end of the
+grid, it is extended by a factor of 2, ``--extensions`` times at most. The rate that is best on one half of the
 held-out rows is then run with all seeds; whether the default is equivalent to plain LoRA takes more of them. The other
-half, which chose nothing, judges. Differences to plain LoRA and to ``published`` are taken seed by seed, with 95 %
-intervals and p values of Student's t (Holm over arms). All curves over the rate are kept. An arm is equivalent to
-plain LoRA if two one-sided tests at 5 % put the difference within half a per cent of its loss.
+half, which chose nothing, judges. Differences to plain LoRA, to ``published`` and to the arm without the part in
+question are taken seed by seed, with 95 % intervals and p values of Student's t (Holm over arms). Both halves' curves
+over the rate are kept. An arm is equivalent to plain LoRA if two one-sided tests at 5 % put the difference within half
+a per cent of its loss.
 
 Training is the product's own: ``rank_search`` under transformers' Trainer. What is judged is the adapter as it would
-be saved, cut to its budget. Each finished run is a line of the ledger; the same command goes on where it was ended.
+be saved, cut to its budget. Each finished run is a line of ``results/NAME.ledger.jsonl``, or of ``--ledger``; what
+stands there is not run again. Commands with other ``--arms`` may run beside each other; the last one, with all arms,
+sums up.
 """
 
 import argparse
@@ -21,16 +25,16 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import record
 import torch
-from method_arms import ARMS, FEWER, ON_SMOLLM2
+from method_arms import ARMS, FEWER, ON_SMOLLM2, of_budget
 from method_tasks import SmallTask, SmolLM2Task, Task, loss_of, padded
-from paired_seeds import holm, paired, verdict
+from paired_seeds import tell_differences, verdict
 from scipy import stats
 from short_runs import Ledger
 
@@ -81,17 +85,24 @@ def train(task: Task, run: Run) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(task.base, dtype=torch.bfloat16 if task.bf16 else torch.float32)
     data = {"train_dataset": task.training_rows(run.seed), "data_collator": padded}
     with tempfile.TemporaryDirectory() as output:
-        adapt = adapt_plainly if run.method in ("lora", "cut") else adapt_searching
+        adapt = adapt_plainly if run.method in ("lora", "cut", "random") else adapt_searching
         model, facts = adapt(model, run, task.targets, {"args": arguments(task, run, output), **data})
     dev, test = (loss_of(model, rows) for rows in task.held_out())
     return {"dev": dev, "test": test, **facts, "seconds": round(time.perf_counter() - started, 1)}
 
 
 def adapt_plainly(model: Any, run: Run, targets: str, data: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Train plain LoRA; for ``cut`` of twice the rank, cut to the budget at the end."""
+    """Train plain LoRA; for ``cut`` of twice the rank, cut to the budget at the end; for ``random`` on such ranks."""
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer
 
+    if run.method == "random":
+        from llamafactory_adaptive import attach_adapter, plan_ranks, score_modules
+
+        plan = plan_ranks(score_modules(model, [], "random", targets, seed=run.seed), lora_rank=run.rank)
+        model = attach_adapter(model, plan)
+        Trainer(model=model, **data).train()
+        return model, {}
     rank = run.rank * (2 if run.method == "cut" else 1)
     model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
     Trainer(model=model, **data).train()
@@ -149,44 +160,41 @@ def compare(task: Task, ledger: Ledger, arms: Sequence[str], rank: int, options:
     """Run arms at their own best rates, and compare them with plain LoRA and ``published``."""
     rows: dict[str, dict[str, Any]] = {}
     for arm in arms:
-        start = (arm, ARMS[arm][0], json.dumps(ARMS[arm][1], sort_keys=True))
+        method, settings = of_budget(arm, rank)
+        start = (arm, method, json.dumps(settings, sort_keys=True), rank)
 
-        def run(rate: float, seeds: Iterable[int], start: tuple[str, str, str] = start) -> list[dict[str, Any]]:
-            return [outcome(ledger, task, Run(*start, rank, rate, seed, options.steps)) for seed in seeds]
+        def run(rate: float, seeds: int, start: tuple[str, str, str, int] = start) -> list[dict[str, Any]]:
+            return [outcome(ledger, task, Run(*start, rate, seed, options.steps)) for seed in range(seeds)]
 
-        curve = {rate: run(rate, range(options.rate_seeds)) for rate in task.rates}
-        best = min(task.rates, key=lambda rate: statistics.fmean(each["dev"] for each in curve[rate]))
-        at_best = run(best, range(options.seeds_of_default if arm in ("lora", "corrected") else options.seeds))
-        rows[arm] = row_of(at_best, best, {rate: [each["test"] for each in curve[rate]] for rate in task.rates})
+        curve = curve_of(lambda rate, run=run: run(rate, options.rate_seeds), task.rates, options.extensions)
+        best = best_rate(curve)
+        runs = run(best, options.seeds_of_default if arm in ("lora", "corrected") else options.seeds)
+        rows[arm] = row_of(runs, best, curve)
     tell_differences(rows)
     return rows
 
 
-def tell_differences(rows: dict[str, dict[str, Any]]) -> None:
-    """Add to each arm its differences to plain LoRA and to ``published``, over the seeds that both have."""
-    for rival in ("lora", "published"):
-        others = [arm for arm in rows if arm not in ("lora", rival)]
-        if rival not in rows:
-            continue
-        for arm in others:
-            both = list(zip(rows[rival]["losses"], rows[arm]["losses"], strict=False))  # the seeds that both have
-            of_rival, of_arm = ([pair[side] for pair in both] for side in (0, 1))
-            difference, within = paired(of_rival, of_arm), within_half_a_per_cent(of_rival, of_arm)
-            rows[arm][f"over_{rival}"] = {**difference, "equivalent": within}
-        holm([rows[arm][f"over_{rival}"] for arm in others])
+Curve = dict[float, list[dict[str, Any]]]
 
 
-def within_half_a_per_cent(rival: Sequence[float], losses: Sequence[float]) -> bool:
-    """Test for equivalence: the 90 % interval of the paired difference lies within 0.5 % of the rival's loss."""
-    differences = [b - a for a, b in zip(rival, losses, strict=True)]
-    if len(differences) < 2:
-        return False
-    low, high = stats.ttest_1samp(differences, 0.0).confidence_interval(0.90)
-    margin = 0.005 * statistics.fmean(rival)
-    return bool(-margin < low and high < margin)
+def curve_of(run: Callable[[float], list[dict[str, Any]]], rates: Sequence[float], extensions: int) -> Curve:
+    """Run over a grid of rates, and beyond the end of it that is best."""
+    curve = {rate: run(rate) for rate in rates}
+    for _ in range(extensions):
+        best = best_rate(curve)
+        if min(curve) < best < max(curve):
+            break
+        further = best * 2 if best == max(curve) else best / 2
+        curve[further] = run(further)
+    return dict(sorted(curve.items()))
 
 
-def row_of(runs: Sequence[dict[str, Any]], best: float, curve: dict[float, list[float]]) -> dict[str, Any]:
+def best_rate(curve: Curve) -> float:
+    """Choose the rate that is best on the half that chooses."""
+    return min(curve, key=lambda rate: statistics.fmean(each["dev"] for each in curve[rate]))
+
+
+def row_of(runs: Sequence[dict[str, Any]], best: float, curve: Curve) -> dict[str, Any]:
     """Sum up one arm at its best rate."""
     losses = [run["test"] for run in runs]
     row = {
@@ -194,7 +202,9 @@ def row_of(runs: Sequence[dict[str, Any]], best: float, curve: dict[float, list[
         "rate_at_the_edge": best in (min(curve), max(curve)),
         "loss": statistics.fmean(losses),
         "losses": losses,
-        "curve": {f"{rate:g}": values for rate, values in curve.items()},
+        "losses_of_choosing": [run["dev"] for run in runs],
+        "curve": {f"{rate:g}": [each["test"] for each in at] for rate, at in curve.items()},
+        "curve_of_choosing": {f"{rate:g}": [each["dev"] for each in at] for rate, at in curve.items()},
         "seconds": statistics.fmean(run["seconds"] for run in runs),
     }
     if "ranks" in runs[0]:
@@ -238,7 +248,8 @@ def main() -> None:
     parser.add_argument("--rate-seeds", type=int, help="seeds that choose the rate (default: 2, or 1 for smollm2)")
     parser.add_argument("--steps", type=int, help="default: 300, or 100 for smollm2")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--ledger", type=Path, help="file of finished runs, beside which the small model lies")
+    parser.add_argument("--extensions", type=int, default=2, help="of a grid whose end is best, each by a factor of 2")
+    parser.add_argument("--ledger", type=Path, help="file of finished runs (default: results/NAME.ledger.jsonl)")
     options = parser.parse_args()
     small = options.model == "small"
     defaults = {"ranks": "4,1,2", "seeds": 5, "rate_seeds": 2, "steps": 300} if small else {
@@ -250,10 +261,12 @@ def main() -> None:
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise SystemExit(f"--arms: {', '.join(unknown)} is none of {'; '.join(ARMS)}")
     torch.set_num_threads(options.threads)
+    name = "method_quality" if small else "method_quality_smollm2"
+    path = options.ledger or record.RESULTS / f"{name}.ledger.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        path = options.ledger or Path(scratch) / "runs.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        task, ledger = (SmallTask if small else SmolLM2Task)(path.parent, options.data), Ledger(path)
+        folder = record.cache("method_quality") if small else Path(scratch)
+        task, ledger = (SmallTask if small else SmolLM2Task)(folder, options.data), Ledger(path)
         first, *others = [int(rank) for rank in options.ranks.split(",")]
         results = {str(first): compare(task, ledger, arms, first, options)}
         fewer = [arm for arm in arms if arm in FEWER]
@@ -261,9 +274,10 @@ def main() -> None:
     for rank, rows in results.items():
         for arm, row in rows.items():
             print(f"rank {rank}  {arm:<40} {told(row)}")
-    written = record.write_result("method_quality" if small else "method_quality_smollm2", {
+    written = record.write_result(name, {
         "task": task.description, "steps": options.steps, "batch_size": task.batch_size, "rates": task.rates,
-        "seeds": options.seeds, "seeds_of_default": options.seeds_of_default, "rate_seeds": options.rate_seeds,
+        "extensions": options.extensions, "rate_seeds": options.rate_seeds, "seeds": options.seeds,
+        "seeds_of_default": options.seeds_of_default,
         "device": "cpu",
         "arms": {arm: {"method": ARMS[arm][0], "options": ARMS[arm][1]} for arm in arms},
         "results_by_rank": results,

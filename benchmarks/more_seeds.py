@@ -17,8 +17,9 @@ from typing import Any
 import record
 import torch
 from method_arms import ARMS
-from method_quality import Run, tell_differences, train
+from method_quality import Run, train
 from method_tasks import SmolLM2Task
+from paired_seeds import tell_differences
 
 
 NAME = "method_quality_smollm2"

@@ -27,6 +27,16 @@ def smollm2() -> Path:
     return builder.build(builder.CACHE / "SmolLM2-135M-Instruct")
 
 
+def cache(name: str) -> Path:
+    """Give a folder of the user's cache, for what takes minutes to make and is the same every time."""
+    sys.path.insert(0, str(DEMO))
+    import smollm2 as builder
+
+    folder = builder.CACHE.parent / "benchmarks" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return Path(folder)
+
+
 def smollm2_in_fp32(folder: Path) -> Path:
     """The same weights, loaded as float32."""
     model = smollm2()
