@@ -71,6 +71,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 # What a part adds: an arm, and the one that lacks it or has another in its place. All other arms of corrected lack a
 # part of it.
 BASES = {
+    "corrected": "published",
     "published, off": "published",
     "published, off, product": "published, off",
     "published, product": "published",

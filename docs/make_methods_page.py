@@ -25,17 +25,31 @@ def _read(name: str) -> dict[str, Any]:
     return held
 
 
-def _quality(name: str, rank: str) -> Callable[[], Iterator[str]]:
-    """Tabulate the arms of the benchmark of methods at one budget."""
+AGAINST = {
+    "lora": "against plain LoRA",
+    "published": "against `published`",
+    "base": "against the arm without the part",
+}
+
+
+def _quality(name: str, rank: str, *rivals: str) -> Callable[[], Iterator[str]]:
+    """Tabulate the arms of the benchmark of methods at one budget; ``rivals`` are what they are compared with."""
 
     def table() -> Iterator[str]:
-        yield "| arm | best rate | held-out loss | against plain LoRA | against `published` | components changed |"
-        yield "| --- | --- | --- | --- | --- | --- |"
-        for arm, row in _read(name)["results_by_rank"][rank].items():
+        rows = _read(name)["results_by_rank"][rank]
+        told = [rival for rival in rivals if any(f"over_{rival}" in row for row in rows.values())]
+        heads = ["arm", "best rate", "held-out loss", *(AGAINST[rival] for rival in told), "components changed",
+                 "seeds' ranks"]  # fmt: skip
+        yield f"| {' | '.join(heads)} |"
+        yield "| --- |" + " --- |" * (len(heads) - 1)
+        for arm, row in rows.items():
             edge = " (end of the grid)" if row["rate_at_the_edge"] else ""
             changed = f"{row['components_changed']:.0f}" if "components_changed" in row else ""
-            differences = (_difference(row.get(f"over_{rival}")) for rival in ("lora", "published"))
-            yield f"| {arm} | {row['rate']:g}{edge} | {row['loss']:.4f} | {' | '.join(differences)} | {changed} |"
+            agreement = row.get("rank_correlation_of_seeds")
+            cells = [arm, f"{row['rate']:g}{edge}", f"{row['loss']:.4f}",
+                     *(_difference(row.get(f"over_{rival}")) for rival in told), changed,
+                     "" if agreement is None else f"{agreement:.2f}"]  # fmt: skip
+            yield f"| {' | '.join(cells)} |"
 
     return table
 
@@ -46,7 +60,8 @@ def _difference(over: dict[str, Any] | None) -> str:
         return ""
     words = f"{over['mean']:+.4f}" + (f" ({over['low']:+.4f} to {over['high']:+.4f})" if "low" in over else "")
     words = f"**{words}**" if over.get("p_holm", 1.0) < 0.05 else words
-    return words + (", equivalent" if over["equivalent"] else "")
+    named = f"{over['base']}: " if "base" in over else ""
+    return named + words + (", equivalent" if over["equivalent"] else "")
 
 
 def _stability() -> Iterator[str]:
@@ -78,10 +93,10 @@ def _memory() -> Iterator[str]:
 
 
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
-    "small Llama, rank 4": _quality("method_quality", "4"),
-    "small Llama, rank 2": _quality("method_quality", "2"),
-    "small Llama, rank 1": _quality("method_quality", "1"),
-    "SmolLM2, rank 8": _quality("method_quality_smollm2", "8"),
+    "small Llama, rank 4": _quality("method_quality", "4", "lora", "published", "base"),
+    "small Llama, rank 2": _quality("method_quality", "2", "lora", "published"),
+    "small Llama, rank 1": _quality("method_quality", "1", "lora", "published"),
+    "SmolLM2, rank 8": _quality("method_quality_smollm2", "8", "lora", "published"),
     "stability": _stability,
     "memory": _memory,
 }
