@@ -101,16 +101,20 @@ def _shown(plan: RankPlan, path: Path, lang: str) -> Shown:
     }
 
 
-def use_edited(path: str, rows: Sequence[Sequence[Any]], lang: str) -> tuple[Shown, str]:
+def use_edited(
+    path: str, rows: Sequence[Sequence[Any]], lang: str, lora_rank: int | None = None, unit: str | None = None
+) -> tuple[Shown, str]:
     """Write a plan with edited ranks, for ``adaptive_plan``.
 
     Args:
         path: the plan that was previewed.
         rows: the rows of the table: a module's name and its rank, and what is not read.
         lang: language of the board.
+        lora_rank: the budget that the panel holds by now, which a training counts with; None for the plan's.
+        unit: what that budget counts; None for the plan's.
 
     Returns:
-        What the panel shows, and the path of the new plan; empty where a rank is impossible.
+        What the panel shows, and the path of the new plan; empty where a training would refuse its ranks.
     """
     try:
         plan = load_plan(Path(path)) if path else None
@@ -126,7 +130,11 @@ def use_edited(path: str, rows: Sequence[Sequence[Any]], lang: str) -> tuple[Sho
             named = {"module": markdown(module.name), "largest": module.largest_rank}
             return {"status": message("wrong_rank", lang, **named)}, ""
         modules.append(dataclasses.replace(module, rank=rank))
-    new = dataclasses.replace(plan, modules=tuple(modules))
+    budget = {"lora_rank": lora_rank or plan.lora_rank, "budget_unit": unit or plan.budget_unit}
+    new = dataclasses.replace(plan, modules=tuple(modules), **budget)
+    if (left := new.budget()[f"left_{new.budget_kind}"]) < 0:
+        facts = {**spent(new, lang), "excess": f"{-left:,}", "rank": new.sufficient_rank()}
+        return {"status": message("overspent", lang, **facts)}, ""
     target = Path(DEFAULT_CACHE_DIR) / _EDITED / f"plan-{new.digest()[:12]}.json"
     new.write(target)
     return {"status": message("edited", lang, **spent(new, lang)), **_shown(new, target, lang)}, str(target)
