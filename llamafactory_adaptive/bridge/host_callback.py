@@ -23,12 +23,13 @@ class HostCallback(AdaptiveCallback):
         self.configs_injected += 1
         return lora_config_arguments(self.guard.plan)
 
-    def finish(self, output: Path, loads_adapter: bool) -> None:
+    def finish(self, output: Path, loads_adapter: bool, chat: str) -> None:
         """Check the saved adapter on the main process, log what the run cost, and print the closing words.
 
         Args:
             output: the run's ``output_dir``.
             loads_adapter: the host loaded a trained adapter, so no new LoRA configuration was due.
+            chat: the command that talks to the adapter.
 
         Raises:
             GuardError: the host made its adapter without the plan, or what it saved does not match the plan.
@@ -41,4 +42,4 @@ class HostCallback(AdaptiveCallback):
             )
         self.guard.verify_saved(output)
         log.write(output, {"event": "end", "seconds": round(log.seconds, 3), "warnings": log.warnings})
-        print(closing_words(plan, output, log.overhead_seconds, log.seconds, log.warnings), flush=True)
+        print(closing_words(plan, output, log.overhead_seconds, log.seconds, log.warnings, chat), flush=True)

@@ -76,7 +76,7 @@ def adaptive_training_function(
 
 
 def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], checked: CheckedRun) -> None:
-    from llamafactory_adaptive.bridge.host_run import adapter_to_go_on_with
+    from llamafactory_adaptive.bridge.host_run import adapter_to_go_on_with, chat_command
     from llamafactory_adaptive.bridge.plans import agreed_plan
     from llamafactory_adaptive.engines.distributed import gather
     from llamafactory_adaptive.engines.operator_locks import bounded_waits
@@ -105,7 +105,8 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], c
     finally:
         current_run.reset(token)
     if launched_number() == 0:
-        callback.finish(Path(args["output_dir"]), loads_adapter=adapter_to_go_on_with(args) is not None)
+        loads_adapter = adapter_to_go_on_with(args) is not None
+        callback.finish(Path(args["output_dir"]), loads_adapter, chat_command(args))
 
 
 def _refuse_deepspeed_alone(args: Args) -> None:

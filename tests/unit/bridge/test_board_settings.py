@@ -122,7 +122,6 @@ def test_every_message_is_shown_by_something():
     assert set(TABLES["message"]) <= set(re.findall(r"[\"'](\w+)[\"']", source))
 
 
-
 def test_labels_of_options_are_of_options_that_there_are():
     assert set(TABLES["option"]) == {field.key for field in option_fields() if not field.method}
     names = {field.key.removeprefix(f"{field.method}_") for field in option_fields() if field.method}
