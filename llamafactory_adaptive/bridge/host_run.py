@@ -7,7 +7,7 @@ from shlex import quote
 from typing import Any
 
 from llamafactory_adaptive.bridge import fingerprint, measure_process, target_shapes
-from llamafactory_adaptive.bridge.arguments import Args, our_keys, split_names
+from llamafactory_adaptive.bridge.arguments import Args, adapter_to_go_on_with, our_keys, split_names
 from llamafactory_adaptive.bridge.base_loading import handover
 from llamafactory_adaptive.bridge.checked_run import CheckedRun
 from llamafactory_adaptive.bridge.scoring_job import ScoringJob
@@ -24,12 +24,6 @@ _LONGEST_SCORING = 6 * 3600.0  # ddp_timeout is often set to years
 def longest_scoring(run: CheckedRun) -> float:
     """Return for how many seconds processes of a job wait for rank 0's plan: ``ddp_timeout``, at most 6 hours."""
     return min(float(run.args.get("ddp_timeout") or 1800), _LONGEST_SCORING)
-
-
-def adapter_to_go_on_with(args: Args) -> Path | None:
-    """Return the trained adapter that the host loads, where it makes no new LoRA configuration; None for a new one."""
-    named = [] if args.get("create_new_adapter") else split_names(args.get("adapter_name_or_path"))
-    return Path(named[-1]) if named else None
 
 
 # What the host's chat has to be told of a base besides its name: how it is loaded and addressed.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamafactory_adaptive.adapter.name_lookup import look_names_up_once
-from llamafactory_adaptive.bridge.arguments import Args, asks_for_adaptive, our_keys, run_seed
+from llamafactory_adaptive.bridge.arguments import Args, adapter_to_go_on_with, asks_for_adaptive, our_keys, run_seed
 from llamafactory_adaptive.bridge.base_loading import BaseHandover
 from llamafactory_adaptive.bridge.checked_run import CheckedRun, checked_run
 from llamafactory_adaptive.bridge.resuming import (
@@ -76,7 +76,7 @@ def adaptive_training_function(
 
 
 def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], checked: CheckedRun) -> None:
-    from llamafactory_adaptive.bridge.host_run import adapter_to_go_on_with, chat_command
+    from llamafactory_adaptive.bridge.host_run import chat_command
     from llamafactory_adaptive.bridge.plans import agreed_plan
     from llamafactory_adaptive.engines.distributed import gather
     from llamafactory_adaptive.engines.operator_locks import bounded_waits

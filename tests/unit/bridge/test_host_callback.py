@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from llamafactory.hparams.parser import _parse_infer_args
 
+from llamafactory_adaptive.bridge.arguments import adapter_to_go_on_with
 from llamafactory_adaptive.bridge.host_callback import HostCallback
-from llamafactory_adaptive.bridge.host_run import adapter_to_go_on_with, chat_command
+from llamafactory_adaptive.bridge.host_run import chat_command
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.files import LOG_FILE
 from llamafactory_adaptive.training.bound_run import RunRequest
