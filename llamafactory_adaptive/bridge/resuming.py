@@ -11,11 +11,11 @@ from llamafactory_adaptive.config.deepspeed_settings import settings_of_accelera
 from llamafactory_adaptive.config.fsdp_settings import fsdp_version
 from llamafactory_adaptive.errors import PlanError, refuse
 from llamafactory_adaptive.files import (
-    COMPLETE,
     LOG_FILE,
     PLAN_FILE,
     STATE_JSON,
     STATE_TENSORS,
+    TRAINER_STATE,
     file_digest,
     read_lines,
     read_mapping,
@@ -209,7 +209,7 @@ def has_ended(args: Args, checkpoint: Path | None) -> bool:
         return False
     try:
         lines = parsed_lines(read_lines(output / LOG_FILE))
-        state = read_mapping(checkpoint / COMPLETE[1], COMPLETE[1], finite=False)
+        state = read_mapping(checkpoint / TRAINER_STATE, TRAINER_STATE, finite=False)
         steps, epochs = float(args.get("max_steps") or -1), float(args.get("num_train_epochs") or 3.0)
         done = state["global_step"] >= steps if steps > 0 else state["epoch"] >= epochs - _OF_AN_EPOCH
     except (PlanError, KeyError, TypeError, ValueError):

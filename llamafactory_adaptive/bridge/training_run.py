@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamafactory_adaptive.adapter.name_lookup import look_names_up_once
-from llamafactory_adaptive.bridge.arguments import Args, adapter_to_go_on_with, asks_for_adaptive, our_keys, run_seed
+from llamafactory_adaptive.bridge.arguments import (
+    Args,
+    adapter_to_go_on_with,
+    asks_for_adaptive,
+    our_keys,
+    run_seed,
+    split_names,
+)
 from llamafactory_adaptive.bridge.base_loading import BaseHandover
 from llamafactory_adaptive.bridge.checked_run import CheckedRun, checked_run
 from llamafactory_adaptive.bridge.resuming import (
@@ -111,7 +118,19 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], c
         current_run.reset(token)
     if launched_number() == 0:
         loads_adapter = adapter_to_go_on_with(args) is not None
-        callback.finish(Path(args["output_dir"]), loads_adapter, chat_command(args))
+        callback.finish(Path(args["output_dir"]), loads_adapter, chat_command(args), _told_of_training(args))
+
+
+def _told_of_training(args: Args) -> dict[str, Any]:
+    """Return the settings of the training that a report shows, as far as they are LLaMA-Factory's."""
+    from llamafactory_adaptive.reports.learning_rate import TRAINERS_RATE
+
+    rate = args.get("learning_rate")
+    return {
+        "dataset": split_names(args.get("dataset")),
+        "learning_rate": float(TRAINERS_RATE if rate is None else rate),
+        "batch_size": layout(args)["global_batch"],
+    }
 
 
 def _tell_of_the_end(args: Args) -> None:

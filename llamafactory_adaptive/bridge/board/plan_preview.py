@@ -69,6 +69,8 @@ def _outcome(progress: Progress, path: Path, lang: str) -> Shown:
         return {"status": message("found_later", lang), **_nothing(), "plan_text": said}
     plan = load_plan(path)
     status = message("planned", lang, seconds=progress.seconds, **spent(plan, lang))
+    if len(plan.modules) > _MOST_ROWS:
+        status += " " + message("too_many_rows", lang, modules=f"{len(plan.modules):,}", most=f"{_MOST_ROWS:,}")
     return {"status": status, **_shown(plan, path, lang), "plan_text": said, "plan_path": str(path)}
 
 
@@ -84,7 +86,8 @@ def _abortable(running: bool) -> Shown:
 
 
 def _nothing() -> Shown:
-    return {"picture": "", "edit_box": gr.Accordion(visible=False), "plan_path": ""}
+    hidden = {"edit_box": gr.Accordion(visible=False), "plan_file": gr.DownloadButton(visible=False)}
+    return {"picture": "", "plan_path": "", **hidden}
 
 
 def _text(text: str) -> Any:
@@ -97,7 +100,7 @@ def _shown(plan: RankPlan, path: Path, lang: str) -> Shown:
         "picture": plan_view(plan, lang),
         "edit_box": gr.Accordion(visible=len(rows) <= _MOST_ROWS),
         "rank_table": rows[:_MOST_ROWS],
-        "plan_file": gr.DownloadButton(value=str(path)),
+        "plan_file": gr.DownloadButton(value=str(path), visible=True),
     }
 
 

@@ -9,6 +9,8 @@ import pytest
 pytest.importorskip("gradio")
 from llamafactory.webui import interface  # applies the seams
 
+from llamafactory_adaptive.bridge.board import plan_preview
+from llamafactory_adaptive.bridge.board.command import Progress
 from llamafactory_adaptive.bridge.board.plan_preview import use_edited
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import PLAN_FILE
@@ -94,3 +96,22 @@ def test_edited_ranks_are_held_against_the_budget_that_the_panel_has_by_now(fold
     assert field in use.fn(*(plan if value is None else value for value in held.values()))
     held[engine.manager.get_elem_by_id("adaptive.adaptive_budget")] = 4
     assert field not in use.fn(*(plan if value is None else value for value in held.values()))
+
+
+def test_a_plan_of_too_many_modules_for_a_table_is_downloaded_and_the_reason_told(folder, plan_file, monkeypatch):
+    done = Progress(9, "the table", "", 0)
+    shown = plan_preview._outcome(done, plan_file, "en")
+    assert (shown["edit_box"].visible, shown["plan_file"].visible) == (True, True)
+    monkeypatch.setattr(plan_preview, "_MOST_ROWS", 1)
+    shown = plan_preview._outcome(done, plan_file, "en")
+    assert (shown["edit_box"].visible, shown["plan_file"].visible) == (False, True)
+    assert "2 modules are too many to edit here (at most 1): download the plan," in shown["status"]
+
+
+def test_the_download_of_a_plan_is_not_in_the_box_that_large_plans_hide():
+    built = interface.create_ui()
+    named = {block.elem_id: block for block in built.blocks.values() if getattr(block, "elem_id", None)}
+    above, box = named["adaptive_plan_file"], named["adaptive_edit_box"]
+    while above is not None:
+        assert above is not box
+        above = above.parent

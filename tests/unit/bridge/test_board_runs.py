@@ -21,6 +21,7 @@ from llamafactory_adaptive.bridge.board.run_folders import finished_runs
 from llamafactory_adaptive.bridge.board.seams import BOARD_SEAMS, INTERFACE
 from llamafactory_adaptive.bridge.board.training_figure import ranks_so_far, with_ranks
 from llamafactory_adaptive.files import CERTIFICATE_FILE, LOG_FILE, PLAN_FILE
+from llamafactory_adaptive.ranks.plan import load_plan
 from tests.helpers.plans import found_plan, make_plan
 from tests.helpers.runs import save_run
 
@@ -122,6 +123,26 @@ def test_a_run_that_is_removed_meanwhile_is_not_listed(folder, monkeypatch):
     kept = save_run(folder / "saves" / "Custom" / "adaptive" / "kept").relative_to(folder)
     monkeypatch.setattr(Path, "glob", lambda *_: [kept / PLAN_FILE, kept.with_name("gone") / PLAN_FILE])
     assert finished_runs() == [str(kept)]
+
+
+def test_a_run_that_still_trains_is_not_listed_and_told_when_asked_for(folder):
+    ended = save_run(folder / "saves" / "Custom" / "adaptive" / "ended").relative_to(folder)
+    trains = ended.with_name("trains")
+    make_plan().save(trains / PLAN_FILE)
+    assert finished_runs() == [str(ended)]
+    for chosen, beside in ((trains, None), (ended, trains)):
+        shown, _ = _shown(str(chosen), beside and str(beside), "en", False)
+        assert f"{trains} still trains or was broken off" in shown
+
+
+def test_a_plan_outside_the_working_folder_can_be_downloaded_too(folder, tmp_path):
+    elsewhere = tmp_path / "disk" / "Custom" / "adaptive" / "one"
+    save_run(elsewhere)
+    (folder / "saves").symlink_to(tmp_path / "disk")
+    _, button = _shown("saves/Custom/adaptive/one", None, "en", False)
+    assert button.visible
+    assert Path(button.value).resolve().is_relative_to(folder.resolve()), "the board serves nothing else"
+    assert load_plan(Path(button.value)).digest() == load_plan(elsewhere / PLAN_FILE).digest()
 
 
 def test_no_run_is_told_and_not_raised(folder, tmp_path):

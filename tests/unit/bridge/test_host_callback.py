@@ -29,7 +29,7 @@ def ended(monkeypatch):
 def test_a_run_whose_ranks_did_not_reach_the_host_does_not_end_well(ended, tmp_path, capsys):
     callback, checked = ended
     with pytest.raises(GuardError, match=r"no allocation reached the model: configs_injected=0, modules_checked=0"):
-        callback.finish(tmp_path, loads_adapter=False, chat="talk")
+        callback.finish(tmp_path, loads_adapter=False, chat="talk", training={})
     assert (checked, capsys.readouterr().out) == ([], "")
 
 
@@ -41,12 +41,13 @@ def test_a_run_ends_with_its_words_if_its_ranks_were_handed_over_or_trained_befo
     if not loads_adapter:
         callback.lora_arguments()
     callback.guard.log.warn("mind this")
-    callback.finish(tmp_path, loads_adapter, "talk")
+    callback.finish(tmp_path, loads_adapter, "talk", {"learning_rate": 0.5})
     said = capsys.readouterr().out
     assert said.count(f"Adaptive ranks ({found_plan().method})") == said.count("warning: mind this") == 1
     assert checked == [tmp_path]
     line = json.loads((tmp_path / LOG_FILE).read_text())
     assert (line["event"], line["overhead"], line["seconds"] > 0) == ("end", {"planning": 0.0}, True)
+    assert line["training"] == {"learning_rate": 0.5}
 
 
 @pytest.mark.parametrize(
