@@ -22,8 +22,9 @@ PLAN_FILE = "adaptive_rank_plan.json"
 STATE_JSON = "adaptive_state.json"  # in checkpoints of runs that find their ranks
 STATE_TENSORS = "adaptive_state.safetensors"  # beside it
 STATE_PIECE = "adaptive_state-{number:05d}-of-{count:05d}.safetensors"  # of one process, from an earlier version
+TRAINER_STATE = "trainer_state.json"  # of the Trainer, in checkpoints and, once a run has ended, in output_dir
 # A checkpoint that can be resumed has both; the Trainer writes its state last.
-COMPLETE = (PLAN_FILE, "trainer_state.json")
+COMPLETE = (PLAN_FILE, TRAINER_STATE)
 QUALITY_FILE = "adaptive_quality.safetensors"  # what was measured of each training sample, in checkpoints
 CUT_FILE = "shrink_certificate.json"  # beside an adapter that was cut to a budget after training
 CERTIFICATE_FILE = "parity_certificate.json"  # beside what was exported for a server

@@ -173,6 +173,12 @@ def split_names(value: Any) -> list[str]:
     return [str(name).strip() for name in names]
 
 
+def adapter_to_go_on_with(args: Args) -> Path | None:
+    """Return the trained adapter that the host loads, where it makes no new LoRA configuration; None for a new one."""
+    named = [] if args.get("create_new_adapter") else split_names(args.get("adapter_name_or_path"))
+    return Path(named[-1]) if named else None
+
+
 def run_seed(args: Mapping[str, Any]) -> int:
     """Return the run's seed; the Trainer's default where none is set, or one that other checks report as wrong."""
     try:

@@ -1,5 +1,6 @@
 """The callback of a run in LLaMA-Factory, from whose plan the host makes its adapter."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ class HostCallback(AdaptiveCallback):
         self.configs_injected += 1
         return lora_config_arguments(self.guard.plan)
 
-    def finish(self, output: Path, loads_adapter: bool) -> None:
+    def finish(self, output: Path, loads_adapter: bool, chat: str, training: Mapping[str, Any]) -> None:
         """Check the saved adapter on the main process, log what the run cost, and print the closing words.
 
         Args:
             output: the run's ``output_dir``.
             loads_adapter: the host loaded a trained adapter, so no new LoRA configuration was due.
+            chat: the command that talks to the adapter.
+            training: settings of the training that a report shows: ``dataset``, ``learning_rate``, ``batch_size``.
 
         Raises:
             GuardError: the host made its adapter without the plan, or what it saved does not match the plan.
@@ -40,5 +43,6 @@ class HostCallback(AdaptiveCallback):
                 f"configs_injected=0, {log.counters}"
             )
         self.guard.verify_saved(output)
-        log.write(output, {"event": "end", "seconds": round(log.seconds, 3), "warnings": log.warnings})
-        print(closing_words(plan, output, log.overhead_seconds, log.seconds, log.warnings), flush=True)
+        end = {"event": "end", "seconds": round(log.seconds, 3), "warnings": log.warnings, "training": training}
+        log.write(output, end)
+        print(closing_words(plan, output, log.overhead_seconds, log.seconds, log.warnings, chat), flush=True)

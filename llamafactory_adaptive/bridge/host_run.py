@@ -3,10 +3,11 @@
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from llamafactory_adaptive.bridge import fingerprint, measure_process, target_shapes
-from llamafactory_adaptive.bridge.arguments import Args, our_keys, split_names
+from llamafactory_adaptive.bridge.arguments import Args, adapter_to_go_on_with, our_keys, split_names
 from llamafactory_adaptive.bridge.base_loading import handover
 from llamafactory_adaptive.bridge.checked_run import CheckedRun
 from llamafactory_adaptive.bridge.scoring_job import ScoringJob
@@ -25,10 +26,17 @@ def longest_scoring(run: CheckedRun) -> float:
     return min(float(run.args.get("ddp_timeout") or 1800), _LONGEST_SCORING)
 
 
-def adapter_to_go_on_with(args: Args) -> Path | None:
-    """Return the trained adapter that the host loads, where it makes no new LoRA configuration; None for a new one."""
-    named = [] if args.get("create_new_adapter") else split_names(args.get("adapter_name_or_path"))
-    return Path(named[-1]) if named else None
+# What the host's chat has to be told of a base besides its name: how it is loaded and addressed.
+_OF_THE_BASE = ("template", "trust_remote_code", "quantization_bit", "quantization_method")
+
+
+def chat_command(args: Args) -> str:
+    """Write the command that talks to the adapter of a run: its base, and adapters that were merged into it before."""
+    output, named = str(args["output_dir"]), split_names(args.get("adapter_name_or_path"))
+    merged = named if args.get("create_new_adapter") else named[:-1]
+    settings = {"model_name_or_path": args["model_name_or_path"], "adapter_name_or_path": ",".join([*merged, output])}
+    settings |= {key: args[key] for key in _OF_THE_BASE if args.get(key)}
+    return " ".join(["llamafactory-cli chat", *(f"--{key} {quote(str(value))}" for key, value in settings.items())])
 
 
 class LlamaFactoryRun:

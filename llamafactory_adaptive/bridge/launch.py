@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
-from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, command_line_settings
+from llamafactory_adaptive.bridge.arguments import adapter_to_go_on_with, asks_for_adaptive, command_line_settings
 from llamafactory_adaptive.bridge.checked_run import CheckedRun, checked_run, launched_run
 from llamafactory_adaptive.bridge.resuming import checkpoint_to_resume, refuse_finished_run
 from llamafactory_adaptive.bridge.training_run import no_accelerator
@@ -154,7 +154,7 @@ def prepare_launch(words: list[str], require_seams: Callable[[], None]) -> Check
     tell(f"checking {words[0]} before anything is loaded")
     checked = checked_run(given, host_too=True)
     args = checked.args
-    tell(start_message(checked.config))
+    tell(start_message(checked.config, adapter_to_go_on_with(checked.args)))
     if args.get("do_train") and _starts_torchrun() and _is_only_node():
         from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun
         from llamafactory_adaptive.bridge.plans import lock_output_folder

@@ -5,15 +5,27 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS
+from llamafactory_adaptive.adapter.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llamafactory_adaptive.bridge.arguments import Args, split_names
 from llamafactory_adaptive.config.deepspeed_settings import settings_of_accelerate, zero_optimization
 from llamafactory_adaptive.config.fsdp_settings import fsdp_version
 from llamafactory_adaptive.errors import PlanError, refuse
-from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, STATE_JSON, STATE_TENSORS, file_digest
+from llamafactory_adaptive.files import (
+    LOG_FILE,
+    PLAN_FILE,
+    STATE_JSON,
+    STATE_TENSORS,
+    TRAINER_STATE,
+    file_digest,
+    read_lines,
+    read_mapping,
+)
 from llamafactory_adaptive.launcher import launched_number, launched_processes, local_rank
+from llamafactory_adaptive.reports.rank_history import parsed_lines
 from llamafactory_adaptive.training.checkpoint_files import check_layout, damage, is_sealed
 
+
+_OF_AN_EPOCH = 1e-6  # which steps do not add up to exactly
 
 logger = logging.getLogger("llamafactory.adaptive")
 
@@ -181,6 +193,28 @@ def refuse_finished_run(args: Args, checkpoint: Path | None) -> None:
         return
     if any((output / name).is_file() for name in CHECKPOINT_NAMES) and checkpoint is None:
         refuse("output_dir", str(output), "it holds a finished run", "overwrite_output_dir: true")
+
+
+def has_ended(args: Args, checkpoint: Path | None) -> bool:
+    """Tell whether the run in ``output_dir`` ended at its last step, so that the host would train nothing more.
+
+    The host would save the same adapter again, and its own records of the training with seconds and losses of none.
+    A checkpoint that is named, and an evaluation after the training, are the host's business.
+    """
+    output, asked = Path(str(args["output_dir"])), args.get("resume_from_checkpoint")
+    if checkpoint is None or asked is not None or args.get("do_eval") or args.get("do_predict"):
+        return False
+    saved = all((output / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+    if not saved or (is_sealed(output) and damage(output)):
+        return False
+    try:
+        lines = parsed_lines(read_lines(output / LOG_FILE))
+        state = read_mapping(checkpoint / TRAINER_STATE, TRAINER_STATE, finite=False)
+        steps, epochs = float(args.get("max_steps") or -1), float(args.get("num_train_epochs") or 3.0)
+        done = state["global_step"] >= steps if steps > 0 else state["epoch"] >= epochs - _OF_AN_EPOCH
+    except (PlanError, KeyError, TypeError, ValueError):
+        return False
+    return done and bool(lines) and lines[-1].get("event") == "end"
 
 
 def named_paths(args: Args) -> list[Path]:

@@ -9,11 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamafactory_adaptive.adapter.name_lookup import look_names_up_once
-from llamafactory_adaptive.bridge.arguments import Args, asks_for_adaptive, our_keys, run_seed
+from llamafactory_adaptive.bridge.arguments import (
+    Args,
+    adapter_to_go_on_with,
+    asks_for_adaptive,
+    our_keys,
+    run_seed,
+    split_names,
+)
 from llamafactory_adaptive.bridge.base_loading import BaseHandover
 from llamafactory_adaptive.bridge.checked_run import CheckedRun, checked_run
 from llamafactory_adaptive.bridge.resuming import (
     checkpoint_to_resume,
+    has_ended,
     layout,
     named_paths,
     refuse_finished_run,
@@ -23,6 +31,7 @@ from llamafactory_adaptive.bridge.resuming import (
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import refuse
 from llamafactory_adaptive.launcher import accelerate_starts, is_worker, launched_number, local_rank
+from llamafactory_adaptive.reports.plaintext import tell
 from llamafactory_adaptive.training.current_run import current_run
 from llamafactory_adaptive.training.previous_run import set_previous_run_aside
 
@@ -76,9 +85,9 @@ def adaptive_training_function(
 
 
 def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], checked: CheckedRun) -> None:
-    from llamafactory_adaptive.bridge.host_run import adapter_to_go_on_with
+    from llamafactory_adaptive.bridge.host_run import chat_command
     from llamafactory_adaptive.bridge.plans import agreed_plan
-    from llamafactory_adaptive.engines.distributed import gather
+    from llamafactory_adaptive.engines.distributed import from_main, gather
     from llamafactory_adaptive.engines.operator_locks import bounded_waits
     from llamafactory_adaptive.engines.zero import init_deepspeed_on_cpu
     from llamafactory_adaptive.planning.sources import advice
@@ -88,6 +97,9 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], c
     checkpoint = checkpoint_to_resume(args)
     gather("the look into output_dir", lambda: refuse_finished_run(args, checkpoint))
     source = agreed_plan(checked, checkpoint)
+    if from_main("the look for steps that are left", lambda: has_ended(args, checkpoint)):
+        _tell_of_the_end(args)
+        return
     host_args = what_the_host_resumes(args, checkpoint)
     if checkpoint is None:
         _begin_afresh(args)
@@ -105,7 +117,28 @@ def _train(original: Callable[[dict[str, Any]], None], config: dict[str, Any], c
     finally:
         current_run.reset(token)
     if launched_number() == 0:
-        callback.finish(Path(args["output_dir"]), loads_adapter=adapter_to_go_on_with(args) is not None)
+        loads_adapter = adapter_to_go_on_with(args) is not None
+        callback.finish(Path(args["output_dir"]), loads_adapter, chat_command(args), _told_of_training(args))
+
+
+def _told_of_training(args: Args) -> dict[str, Any]:
+    """Return the settings of the training that a report shows, as far as they are LLaMA-Factory's."""
+    from llamafactory_adaptive.reports.learning_rate import TRAINERS_RATE
+
+    rate = args.get("learning_rate")
+    return {
+        "dataset": split_names(args.get("dataset")),
+        "learning_rate": float(TRAINERS_RATE if rate is None else rate),
+        "batch_size": layout(args)["global_batch"],
+    }
+
+
+def _tell_of_the_end(args: Args) -> None:
+    if launched_number() == 0:
+        tell(
+            f"the run in {args['output_dir']} has ended at its last step: nothing was trained or written. To go on, "
+            "ask for more steps or epochs; to begin anew, set overwrite_output_dir: true or another output_dir"
+        )
 
 
 def _refuse_deepspeed_alone(args: Args) -> None:

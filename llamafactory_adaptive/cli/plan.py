@@ -67,15 +67,24 @@ def _summary(arguments: argparse.Namespace, outcome: _Outcome, seconds: float) -
     if not outcome.written:
         return ["ranks are found during training; nothing was written", following]
     first, *_ = outcome.written
+    if outcome.facts["origin"] == "continued":
+        hint = "these ranks are those of adapter_name_or_path, and stay"
+    else:
+        hint = f"scores are re-used; for ranks that you edit, add adaptive_plan={quote(str(first))}"
     return [
         f"plan and heat-map written to {first.parent} in {seconds:.1f} s; nothing was trained",
-        f"{following}  (scores are re-used; for ranks that you edit, add adaptive_plan={quote(str(first))})",
+        f"{following}  ({hint})",
     ]
 
 
 def _planned(arguments: argparse.Namespace) -> _Outcome:
     """Check the settings, and plan the run that they describe."""
-    from llamafactory_adaptive.bridge.arguments import asks_for_adaptive, check_config_file, command_line_settings
+    from llamafactory_adaptive.bridge.arguments import (
+        adapter_to_go_on_with,
+        asks_for_adaptive,
+        check_config_file,
+        command_line_settings,
+    )
     from llamafactory_adaptive.bridge.checked_run import checked_run
     from llamafactory_adaptive.bridge.host_check import check_host_settings
     from llamafactory_adaptive.bridge.seams import require_seams
@@ -90,7 +99,7 @@ def _planned(arguments: argparse.Namespace) -> _Outcome:
         refuse("finetuning_type", kind, "there are no ranks to plan", "finetuning_type: adaptive")
     run = checked_run(given, host_too=False)
     check_host_settings(run.args)
-    tell(start_message(run.config))
+    tell(start_message(run.config, adapter_to_go_on_with(run.args)))
     if run.config.search is None:
         return _plan_of_a_static_run(run, arguments)
     if arguments.peft is not None:
@@ -105,7 +114,7 @@ def _plan_of_a_static_run(run: "CheckedRun", arguments: argparse.Namespace) -> _
     from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun
     from llamafactory_adaptive.files import PLAN_FILE
     from llamafactory_adaptive.folder_lock import locked
-    from llamafactory_adaptive.planning.sources import advice, fresh_plan
+    from llamafactory_adaptive.planning.sources import advice, plan_of_new_run
     from llamafactory_adaptive.reports.plots import HEATMAP_FILE, save_heatmap
 
     folder, config = arguments.out or Path(run.args["output_dir"]), run.config
@@ -115,7 +124,7 @@ def _plan_of_a_static_run(run: "CheckedRun", arguments: argparse.Namespace) -> _
     if arguments.peft is not None:
         _check_peft_folder(arguments.peft)
     with locked(folder):
-        source = fresh_plan(config, LlamaFactoryRun(run))
+        source = plan_of_new_run(config, LlamaFactoryRun(run))
         plan = source.plan
         plan.save(folder / PLAN_FILE)
         save_heatmap(plan, folder / HEATMAP_FILE)

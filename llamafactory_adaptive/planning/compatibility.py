@@ -63,7 +63,7 @@ def check_plan(plan: RankPlan, shapes: list[ModuleShape], config: AdaptiveConfig
         raise PlanError(
             f"{source} costs {used:,} {kind}, the budget of lora_rank {config.lora_rank} is {asked:,}: "
             f"{used - asked:,} too many; lower ranks in the plan or set "
-            f"lora_rank: {-(-used * config.lora_rank // asked)}"
+            f"lora_rank: {plan.sufficient_rank()}"
         )
     return plan
 

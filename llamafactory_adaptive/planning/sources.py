@@ -59,12 +59,19 @@ def obtain_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:
     """
     if host.checkpoint is not None:
         return _plan_of_checkpoint(config, host, host.checkpoint)
-    if host.adapter is not None:
-        return _plan_of_adapter(config, host, host.adapter)
-    fresh = fresh_plan(config, host)
-    if (start := obtain_start(config, host, fresh.plan)) is None:
-        return fresh
-    return replace(fresh, plan=start.recorded_in(fresh.plan), start=start)
+    source = plan_of_new_run(config, host)
+    if source.origin == "continued" or (start := obtain_start(config, host, source.plan)) is None:
+        return source
+    return replace(source, plan=start.recorded_in(source.plan), start=start)
+
+
+def plan_of_new_run(config: AdaptiveConfig, host: HostRun) -> PlanSource:
+    """Find or build the plan of a run that resumes from no checkpoint, but for what its factors start from.
+
+    Raises:
+        AdaptiveError: no plan can be had.
+    """
+    return fresh_plan(config, host) if host.adapter is None else _plan_of_adapter(config, host, host.adapter)
 
 
 def _plan_of_checkpoint(config: AdaptiveConfig, host: HostRun, checkpoint: Path) -> PlanSource:
@@ -86,6 +93,11 @@ def _plan_of_adapter(config: AdaptiveConfig, host: HostRun, adapter: Path) -> Pl
         )
     plan = _plan_beside(adapter)
     compatibility.check_same_scale(plan, config, str(adapter))
+    if config.plan_path and load_plan(Path(config.plan_path)).ranks() != plan.ranks():
+        raise PlanError(
+            f"adaptive_plan {config.plan_path} has other ranks than {adapter}, which training goes on with; leave "
+            "adaptive_plan out, or set create_new_adapter: true to merge that adapter and train a new one"
+        )
     checked = compatibility.check_trained_plan(plan, host.shapes, config, str(adapter / PLAN_FILE))
     ours = {key: value for key, value in checked.provenance.items() if key != INIT}  # this run starts from the adapter
     return PlanSource(replace(checked, provenance=ours), "continued")

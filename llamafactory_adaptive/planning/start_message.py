@@ -1,13 +1,22 @@
 """The line that tells the user what a run is about to do before it trains."""
 
+from pathlib import Path
+
 from llamafactory_adaptive.calibration.measurement import needs_rows
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.methods import make_method
 from llamafactory_adaptive.ranks.search_config import PruningConfig
 
 
-def start_message(config: AdaptiveConfig) -> str:
-    """Describe where ranks and the start of the factors will come from, and about how long that takes."""
+def start_message(config: AdaptiveConfig, adapter: Path | None = None) -> str:
+    """Describe where ranks and the start of the factors will come from, and about how long that takes.
+
+    Args:
+        config: the configuration of the run.
+        adapter: the trained adapter that the run goes on with, if any.
+    """
+    if adapter is not None:
+        return f"training goes on with the adapter {adapter} and its ranks; nothing is scored"
     return _of_the_ranks(config) + _of_the_start(config)
 
 

@@ -123,6 +123,12 @@ class RankPlan:
             "left_ranks": asked_ranks - used_ranks,
         }
 
+    def sufficient_rank(self) -> int:
+        """Compute the smallest ``lora_rank`` whose budget pays for the ranks."""
+        budget = self.budget()
+        used, asked = budget[f"used_{self.budget_kind}"], budget[f"asked_{self.budget_kind}"]
+        return -(-used * self.lora_rank // asked)
+
     def digest(self) -> str:
         """Compute a SHA-256 over what determines the adapter: names, shapes, ranks and scale."""
         body = [[m.name, m.in_features, m.out_features, m.rank] for m in self.modules]

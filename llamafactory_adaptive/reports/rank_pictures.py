@@ -12,7 +12,7 @@ from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
 from llamafactory_adaptive.reports.html import rendered
 from llamafactory_adaptive.reports.plaintext import plain, plot_label
 from llamafactory_adaptive.reports.rank_history import RankHistory
-from llamafactory_adaptive.reports.svg import COLOURS, GREY, in_two_forms
+from llamafactory_adaptive.reports.svg import GREY, in_two_forms, type_colours
 from llamafactory_adaptive.reports.tables import ranks_by_type
 
 
@@ -59,9 +59,10 @@ def history_picture(history: RankHistory, uniform_rank: int, last_step: int | No
     steps = [*history.steps, max(last_step or 0, history.steps[-1])]
 
     def draw(axes: "Axes") -> None:
-        for number, (kind, means) in enumerate(history.means.items()):
-            colour = COLOURS[number % len(COLOURS)]
-            axes.step(steps, [*means, means[-1]], where="post", label=plot_label(kind), color=colour, linewidth=1.8)
+        colours = type_colours(history.means)
+        for kind, means in history.means.items():
+            look = {"label": plot_label(kind), "color": colours[kind], "linewidth": 1.8}
+            axes.step(steps, [*means, means[-1]], where="post", **look)
         axes.axhline(uniform_rank, color=GREY, linestyle=":", linewidth=1.2, label=f"uniform LoRA ({uniform_rank})")
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("mean rank")

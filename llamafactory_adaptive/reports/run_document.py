@@ -1,6 +1,6 @@
 """A finished run as one document: what ``report --json`` prints, and what the page of a run shows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llamafactory_adaptive.reports.data_report import data_report_of
@@ -31,6 +31,7 @@ def run_document(run: Run) -> dict[str, Any]:
         "asked": {
             **{key: provenance.get(key) for key in ("base_model", "quantization_bit", "seed", "bounds")},
             "dataset": provenance.get("calibration_dataset"),
+            **_training(run),
             "search": provenance.get("course"),
             "lora_rank": plan.lora_rank,
             "lora_alpha": plan.lora_alpha,
@@ -54,4 +55,14 @@ def run_document(run: Run) -> dict[str, Any]:
         "data_quality": data_report_of(run.folder, plan),
         "certificates": certificates(run.folder),
         "evaluations": evaluations(run.folder),
+    }
+
+
+def _training(run: Run) -> dict[str, Any]:
+    """Return the settings of the training that the end of the log holds, which earlier versions did not write."""
+    held = next((line["training"] for line in reversed(run.log) if isinstance(line.get("training"), Mapping)), {})
+    return {
+        "training_dataset": texts(held.get("dataset")),
+        "learning_rate": number(held.get("learning_rate")),
+        "batch_size": number(held.get("batch_size")),
     }

@@ -107,7 +107,10 @@ def _asked(document: Mapping[str, Any]) -> Rows:
         ("lora_alpha", f"{asked['lora_alpha']:g}"),
         ("bounds", _listed(asked["bounds"])),
         ("search", _listed(asked["search"])),
-        ("data", _listed(asked["dataset"])),
+        ("calibration data", _listed(asked["dataset"])),
+        ("training data", _listed(asked["training_dataset"])),
+        ("learning rate", "" if asked["learning_rate"] is None else f"{asked['learning_rate']:g}"),
+        ("batch size", "" if asked["batch_size"] is None else f"{asked['batch_size']:g} rows a step"),
         ("seed", "" if asked["seed"] is None else str(asked["seed"])),
     ]  # fmt: skip
     return [(name, value) for name, value in rows if value]

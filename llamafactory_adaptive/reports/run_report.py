@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.errors import PlanError
-from llamafactory_adaptive.files import CUT_FILE, LOG_FILE, PLAN_FILE, read_lines, read_mapping
+from llamafactory_adaptive.files import CUT_FILE, LOG_FILE, PLAN_FILE, TRAINER_STATE, read_lines, read_mapping
 from llamafactory_adaptive.ranks.plan import RankPlan, load_plan
 from llamafactory_adaptive.reports.data_report import DATA_REPORT_FILE, data_report_of, data_table, read_data_report
 from llamafactory_adaptive.reports.plaintext import plain
@@ -68,8 +68,13 @@ def read_run(folder: Path) -> Run:
     """
     if not (folder / PLAN_FILE).is_file():
         raise PlanError(f"there is no run in {folder}: {PLAN_FILE} is missing; give the output_dir of a training")
+    if not (folder / TRAINER_STATE).is_file():
+        raise PlanError(
+            f"the run in {folder} has not ended: it still trains, or was broken off ({TRAINER_STATE}, which is written "
+            "at its end, is missing)"
+        )
     try:
-        state = read_mapping(folder / "trainer_state.json", "trainer_state.json", finite=False)
+        state = read_mapping(folder / TRAINER_STATE, TRAINER_STATE, finite=False)
         lines = read_lines(folder / LOG_FILE)
         last = json.loads(lines[-1])
         history = [entry for entry in state["log_history"] if isinstance(entry, dict)]
@@ -102,14 +107,14 @@ def _last(history: Sequence[dict[str, Any]], key: str) -> float | None:
 
 def data_of_unfinished_run(folder: Path) -> str | None:
     """Format the data summary of a run that has not ended; None if it has ended or has no summary."""
-    if (folder / "trainer_state.json").is_file() or not (folder / DATA_REPORT_FILE).is_file():
+    if (folder / TRAINER_STATE).is_file() or not (folder / DATA_REPORT_FILE).is_file():
         return None
     return f"{folder} (not finished)\n\nTraining data\n" + data_table(read_data_report(folder))
 
 
 def text_of_cut_adapter(folder: Path) -> str | None:
     """Format the ranks and the kept energy of an adapter that was cut to a budget; None if it is none, or a run."""
-    if (folder / "trainer_state.json").is_file() or not (folder / CUT_FILE).is_file():
+    if (folder / TRAINER_STATE).is_file() or not (folder / CUT_FILE).is_file():
         return None
     facts = read_mapping(folder / CUT_FILE, str(folder / CUT_FILE))
     before, kept = (facts.get(key) for key in ("parameters_before", "kept_energy"))

@@ -2,7 +2,8 @@
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from colorsys import hls_to_rgb
 from typing import TYPE_CHECKING
 
 from llamafactory_adaptive.reports.plots import new_figure
@@ -16,8 +17,18 @@ if TYPE_CHECKING:
 # Of middling lightness, so that each is seen on a light page and on a dark one.
 COLOURS = ("#2f81f7", "#d97706", "#2da44e", "#bf3989", "#8957e5", "#0d9488", "#e5534b", "#9a7b0a")
 GREY = "#768390"
+_OF_TYPES = (*COLOURS[1:], "#0e7490", "#a16207", "#65a30d", "#c026d3", "#475569")  # none is the blue that losses have
+_GOLDEN = 0.618034  # of the hues, so that each is far from those before
 _INK = "#010203"  # where the page's own text colour is due: matplotlib knows no such colour
 _SIZES = {"wide": (11.2, 3.2), "narrow": (3.6, 3.2)}  # inches, at which letters have the size of the page's
+
+
+def type_colours(kinds: Iterable[str]) -> dict[str, str]:
+    """Give each module type a colour of its own, in any figure; what is beyond the palette is spread over the hues."""
+    kinds = list(kinds)
+    hues = (number * _GOLDEN % 1.0 for number in range(len(kinds)))
+    spread = ("#" + "".join(f"{round(255 * part):02x}" for part in hls_to_rgb(hue, 0.45, 0.6)) for hue in hues)
+    return dict(zip(kinds, [*_OF_TYPES, *spread], strict=False))
 
 
 def to_svg(figure: "Figure", salt: str = "adaptive") -> str:

@@ -117,7 +117,7 @@ def schedule_table(start: RankPlan, schedule: Schedule, total_steps: int) -> str
 
 
 def closing_words(
-    plan: RankPlan, output: Path, overhead_seconds: float, seconds: float, warnings: Sequence[str]
+    plan: RankPlan, output: Path, overhead_seconds: float, seconds: float, warnings: Sequence[str], chat: str
 ) -> str:
     """Write the closing words of a run: ranks by type, the cost of finding them, its files, commands for next steps.
 
@@ -127,6 +127,7 @@ def closing_words(
         overhead_seconds: seconds of planning, scoring and allocating.
         seconds: seconds of the whole run.
         warnings: the warnings of the run.
+        chat: the command that talks to the adapter.
     """
     share = overhead_seconds / seconds if seconds > 0 else 0.0
     files = ", ".join(sorted(path.name for path in output.glob("adaptive_*") if path.is_file()))
@@ -142,6 +143,6 @@ def closing_words(
             "next:",
             f"  llamafactory-adaptive report {quote(str(output))} --html {quote(f'{output.name}.html')}",
             f"  llamafactory-adaptive export {quote(str(output))} --for vllm --out {quote(f'served/{output.name}')}",
-            f"  llamafactory-cli chat with adapter_name_or_path: {output}",
+            f"  {chat}",
         ]
     )

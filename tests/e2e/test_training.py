@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from llamafactory_adaptive import _bootstrap
 from llamafactory_adaptive.errors import AdaptiveConfigError, GuardError, PlanError
 from llamafactory_adaptive.ranks.plan import load_plan
-from tests.helpers.tiny import ARCHITECTURES, save_tiny, settings, tiny_model
+from tests.helpers.tiny import ARCHITECTURES, save_tiny, settings, tiny_model, unmeasured_settings
 from tests.helpers.training import logits, peft_logits, train
 
 
@@ -102,6 +102,17 @@ def test_quantised_bases_train_and_the_adapter_fits_the_full_precision_base(bits
     tensors = load_file(out / "adapter_model.safetensors")
     assert all(bool(t.any()) for name, t in tensors.items() if "lora_B" in name), "every module should be trained"
     assert torch.isfinite(peft_logits(tiny_llama, out)).all()
+
+
+def test_a_run_that_has_ended_trains_and_writes_nothing_when_asked_again(tiny_llama, data_dir, tmp_path, capsys):
+    args = unmeasured_settings(tiny_llama, data_dir, tmp_path / "out", save_strategy="steps", save_steps=1)
+    args["overwrite_output_dir"] = False
+    train(args)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*") if path.is_file()}
+    capsys.readouterr()
+    train(args)
+    assert "has ended at its last step: nothing was trained or written" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*") if path.is_file()} == before
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(tiny_llama, data_dir, tmp_path):

@@ -101,19 +101,18 @@ def _connect_preview(panel: Panel, engine: Any, inputs: set[Any]) -> None:
         for shown in engine.runner.preview_plan(data):
             yield {outputs[name]: value for name, value in shown.items()}
 
-    def use(path: str, rows: Any, lang: str) -> dict[Any, Any]:
+    def use(path: str, rows: Any, lang: str, rank: Any, unit: Any) -> dict[Any, Any]:
         shown: Shown
-        shown, new = use_edited(path, rows, lang)
+        shown, new = use_edited(path, rows, lang, rank, unit)
         updates = {outputs[name]: value for name, value in shown.items()}
         return {**updates, panel.fields[PLAN_KEY]: new} if new else updates
 
     panel.parts["preview_btn"].click(preview, inputs, list(outputs.values()))
     panel.parts["stop_btn"].click(engine.runner.command.abort, queue=False)
     if not engine.demo_mode:
-        lang, table = engine.manager.get_elem_by_id("top.lang"), panel.parts["rank_table"]
-        panel.parts["use_btn"].click(
-            use, [panel.plan_path, table, lang], [*outputs.values(), panel.fields[PLAN_KEY]], queue=False
-        )
+        edited = [panel.plan_path, panel.parts["rank_table"], engine.manager.get_elem_by_id("top.lang")]
+        budget = [panel.parts["budget"], panel.fields["adaptive_budget_unit"]]
+        panel.parts["use_btn"].click(use, [*edited, *budget], [*outputs.values(), panel.fields[PLAN_KEY]], queue=False)
 
 
 def with_ranks_tab(original: Callable[[], Elements]) -> Callable[[], Elements]:

@@ -107,9 +107,8 @@ def _build_preview(parts: dict[str, Any]) -> None:
             col_count=(len(COLUMNS), "fixed"), static_columns=[0, 2, 3], label=english("rank_table"),
             elem_id="adaptive_rank_table",
         )  # fmt: skip
-        with gr.Row():
-            parts["use_btn"] = gr.Button(english("use_btn"), elem_id="adaptive_use_btn")
-            parts["plan_file"] = gr.DownloadButton(english("plan_file"), elem_id="adaptive_plan_file")
+        parts["use_btn"] = gr.Button(english("use_btn"), elem_id="adaptive_use_btn")
+    parts["plan_file"] = gr.DownloadButton(english("plan_file"), visible=False, elem_id="adaptive_plan_file")
     parts["plan_text"] = gr.Code(
         label=english("plan_text"), language=None, interactive=False, visible=False, max_lines=30,
         elem_id="adaptive_plan_text",

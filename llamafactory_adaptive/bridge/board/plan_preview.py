@@ -69,6 +69,8 @@ def _outcome(progress: Progress, path: Path, lang: str) -> Shown:
         return {"status": message("found_later", lang), **_nothing(), "plan_text": said}
     plan = load_plan(path)
     status = message("planned", lang, seconds=progress.seconds, **spent(plan, lang))
+    if len(plan.modules) > _MOST_ROWS:
+        status += " " + message("too_many_rows", lang, modules=f"{len(plan.modules):,}", most=f"{_MOST_ROWS:,}")
     return {"status": status, **_shown(plan, path, lang), "plan_text": said, "plan_path": str(path)}
 
 
@@ -84,7 +86,8 @@ def _abortable(running: bool) -> Shown:
 
 
 def _nothing() -> Shown:
-    return {"picture": "", "edit_box": gr.Accordion(visible=False), "plan_path": ""}
+    hidden = {"edit_box": gr.Accordion(visible=False), "plan_file": gr.DownloadButton(visible=False)}
+    return {"picture": "", "plan_path": "", **hidden}
 
 
 def _text(text: str) -> Any:
@@ -97,20 +100,24 @@ def _shown(plan: RankPlan, path: Path, lang: str) -> Shown:
         "picture": plan_view(plan, lang),
         "edit_box": gr.Accordion(visible=len(rows) <= _MOST_ROWS),
         "rank_table": rows[:_MOST_ROWS],
-        "plan_file": gr.DownloadButton(value=str(path)),
+        "plan_file": gr.DownloadButton(value=str(path), visible=True),
     }
 
 
-def use_edited(path: str, rows: Sequence[Sequence[Any]], lang: str) -> tuple[Shown, str]:
+def use_edited(
+    path: str, rows: Sequence[Sequence[Any]], lang: str, lora_rank: int | None = None, unit: str | None = None
+) -> tuple[Shown, str]:
     """Write a plan with edited ranks, for ``adaptive_plan``.
 
     Args:
         path: the plan that was previewed.
         rows: the rows of the table: a module's name and its rank, and what is not read.
         lang: language of the board.
+        lora_rank: the budget that the panel holds by now, which a training counts with; None for the plan's.
+        unit: what that budget counts; None for the plan's.
 
     Returns:
-        What the panel shows, and the path of the new plan; empty where a rank is impossible.
+        What the panel shows, and the path of the new plan; empty where a training would refuse its ranks.
     """
     try:
         plan = load_plan(Path(path)) if path else None
@@ -126,7 +133,11 @@ def use_edited(path: str, rows: Sequence[Sequence[Any]], lang: str) -> tuple[Sho
             named = {"module": markdown(module.name), "largest": module.largest_rank}
             return {"status": message("wrong_rank", lang, **named)}, ""
         modules.append(dataclasses.replace(module, rank=rank))
-    new = dataclasses.replace(plan, modules=tuple(modules))
+    budget = {"lora_rank": lora_rank or plan.lora_rank, "budget_unit": unit or plan.budget_unit}
+    new = dataclasses.replace(plan, modules=tuple(modules), **budget)
+    if (left := new.budget()[f"left_{new.budget_kind}"]) < 0:
+        facts = {**spent(new, lang), "excess": f"{-left:,}", "rank": new.sufficient_rank()}
+        return {"status": message("overspent", lang, **facts)}, ""
     target = Path(DEFAULT_CACHE_DIR) / _EDITED / f"plan-{new.digest()[:12]}.json"
     new.write(target)
     return {"status": message("edited", lang, **spent(new, lang)), **_shown(new, target, lang)}, str(target)

@@ -6,15 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from llamafactory.webui.common import DEFAULT_CACHE_DIR
 
 from llamafactory_adaptive.bridge.board.exporting import export
 from llamafactory_adaptive.bridge.board.labels import english, message
-from llamafactory_adaptive.bridge.board.run_folders import finished_runs, is_saved
+from llamafactory_adaptive.bridge.board.run_folders import finished_runs, is_saved, is_unfinished
 from llamafactory_adaptive.bridge.board.run_view import run_view
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.export.request import SERVERS
 from llamafactory_adaptive.files import PLAN_FILE
+from llamafactory_adaptive.ranks.plan import load_plan
 from llamafactory_adaptive.reports.plaintext import plain
+
+
+_DOWNLOADS = "adaptive_downloads"
 
 
 def build_ranks_tab(engine: Any) -> dict[str, Any]:
@@ -79,6 +84,8 @@ def _shown(chosen: str | None, beside: str | None, lang: str, demo: bool) -> tup
         return _note(message("no_run", lang)), hidden
     if demo and not all(map(is_saved, folders)):
         return _note(message("outside", lang)), hidden
+    if training := [folder for folder in folders if is_unfinished(folder)]:
+        return _note(message("not_ended", lang, run=training[0])), hidden
     try:
         view = run_view(folders[0], folders[1] if len(folders) > 1 else None, lang)
     except PlanError as error:
@@ -87,10 +94,13 @@ def _shown(chosen: str | None, beside: str | None, lang: str, demo: bool) -> tup
 
 
 def _plan_file(folder: Path) -> Any:
-    """Return a plan as a file where the board may serve it: below its working folder."""
+    """Return a plan as a file that the board may serve: one below its working folder, else a copy there."""
     path = (folder / PLAN_FILE).resolve()
-    served = path.is_relative_to(Path.cwd())
-    return gr.DownloadButton(value=str(path), visible=True) if served else gr.DownloadButton(visible=False)
+    if not path.is_relative_to(Path.cwd()):  # where saves is a link, say
+        plan = load_plan(path)
+        path = Path(DEFAULT_CACHE_DIR) / _DOWNLOADS / plan.digest()[:12] / PLAN_FILE
+        plan.write(path)
+    return gr.DownloadButton(value=str(path), visible=True)
 
 
 def _note(text: str) -> str:

@@ -1,6 +1,5 @@
 """The figure of a run that trains: its loss, and on a second axis the mean rank of each type of module."""
 
-import itertools
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,10 +17,9 @@ from llamafactory_adaptive.files import PLAN_FILE, read_lines
 from llamafactory_adaptive.ranks.plan import load_plan
 from llamafactory_adaptive.reports.plaintext import plot_label
 from llamafactory_adaptive.reports.rank_history import RankHistory, rank_history, read_rank_history
+from llamafactory_adaptive.reports.svg import type_colours
 
 
-# None of them is the blue that the host draws losses in.
-_COLOURS = ("#d97706", "#2da44e", "#bf3989", "#8957e5", "#0d9488", "#e5534b", "#9a7b0a", "#768390")
 Info = tuple[str, Any, dict[str, Any]]
 _DAMAGED = (PlanError, OSError, ValueError, KeyError, TypeError, IndexError)
 
@@ -68,10 +66,10 @@ def _figure(folder: Path, history: RankHistory) -> Any:
     figure.set_layout_engine("constrained")
     figure.set_size_inches(6.4, 6.0)
     axes = figure.axes[0].twinx()
-    colours = itertools.cycle(_COLOURS)
+    colours = type_colours(history.means)
     for kind, means in history.means.items():
         steps, ranks = [*history.steps, last], [*means, means[-1]]
-        axes.step(steps, ranks, where="post", color=next(colours), linestyle="--", label=plot_label(kind))
+        axes.step(steps, ranks, where="post", color=colours[kind], linestyle="--", label=plot_label(kind))
     axes.set_ylabel("mean rank (dashed)")
     axes.set_ylim(bottom=0)
     figure.axes[0].get_legend().remove()  # the board's picture is small: one legend, beside no line

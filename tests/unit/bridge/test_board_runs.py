@@ -16,14 +16,12 @@ from llamafactory.webui.control import list_checkpoints
 from llamafactory_adaptive.bridge import seam, seams
 from llamafactory_adaptive.bridge.board.command import Progress
 from llamafactory_adaptive.bridge.board.exporting import export
-from llamafactory_adaptive.bridge.board.plan_preview import use_edited
 from llamafactory_adaptive.bridge.board.ranks_tab import _shown
 from llamafactory_adaptive.bridge.board.run_folders import finished_runs
 from llamafactory_adaptive.bridge.board.seams import BOARD_SEAMS, INTERFACE
 from llamafactory_adaptive.bridge.board.training_figure import ranks_so_far, with_ranks
 from llamafactory_adaptive.files import CERTIFICATE_FILE, LOG_FILE, PLAN_FILE
 from llamafactory_adaptive.ranks.plan import load_plan
-from llamafactory_adaptive.reports.plaintext import markdown
 from tests.helpers.plans import found_plan, make_plan
 from tests.helpers.runs import save_run
 
@@ -89,34 +87,6 @@ def test_runs_do_without_the_board(monkeypatch):
 # -- plans and runs ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def plan_file(tmp_path):
-    make_plan().save(tmp_path / PLAN_FILE)
-    return tmp_path / PLAN_FILE
-
-
-def test_edited_ranks_become_a_plan(folder, plan_file):
-    names = [module.name for module in make_plan().modules]
-    shown, path = use_edited(str(plan_file), [[names[0], 7.0, "", ""], [names[1], 1, "", ""]], "en")
-    plan = load_plan(folder / path)
-    assert list(plan.ranks().values()) == [7, 1]
-    assert shown["status"] == "The edited ranks are used: 240 of 240 parameters."
-    assert load_plan(plan_file).ranks() == make_plan().ranks()
-
-
-@pytest.mark.parametrize("rank", [-1, 2.5, 11, "many", None, float("nan")])
-def test_an_impossible_rank_is_told_with_its_module(folder, plan_file, rank):
-    name = make_plan().modules[0].name
-    shown, path = use_edited(str(plan_file), [[name, rank, "", ""]], "en")
-    assert path == ""
-    assert shown["status"] == f"{markdown(name)}: the rank must be a whole number from 0 to 10."
-
-
-def test_without_a_plan_nothing_is_edited(folder, tmp_path):
-    assert use_edited("", [], "en") == ({"status": "Preview a plan first."}, "")
-    assert use_edited(str(tmp_path / "gone.json"), [], "en")[1] == ""
-
-
 def test_the_demo_board_opens_saved_runs_alone(folder, tmp_path):
     inside = save_run(folder / "saves" / "Custom" / "adaptive" / "one")
     outside = save_run(tmp_path / "other")
@@ -153,6 +123,26 @@ def test_a_run_that_is_removed_meanwhile_is_not_listed(folder, monkeypatch):
     kept = save_run(folder / "saves" / "Custom" / "adaptive" / "kept").relative_to(folder)
     monkeypatch.setattr(Path, "glob", lambda *_: [kept / PLAN_FILE, kept.with_name("gone") / PLAN_FILE])
     assert finished_runs() == [str(kept)]
+
+
+def test_a_run_that_still_trains_is_not_listed_and_told_when_asked_for(folder):
+    ended = save_run(folder / "saves" / "Custom" / "adaptive" / "ended").relative_to(folder)
+    trains = ended.with_name("trains")
+    make_plan().save(trains / PLAN_FILE)
+    assert finished_runs() == [str(ended)]
+    for chosen, beside in ((trains, None), (ended, trains)):
+        shown, _ = _shown(str(chosen), beside and str(beside), "en", False)
+        assert f"{trains} still trains or was broken off" in shown
+
+
+def test_a_plan_outside_the_working_folder_can_be_downloaded_too(folder, tmp_path):
+    elsewhere = tmp_path / "disk" / "Custom" / "adaptive" / "one"
+    save_run(elsewhere)
+    (folder / "saves").symlink_to(tmp_path / "disk")
+    _, button = _shown("saves/Custom/adaptive/one", None, "en", False)
+    assert button.visible
+    assert Path(button.value).resolve().is_relative_to(folder.resolve()), "the board serves nothing else"
+    assert load_plan(Path(button.value)).digest() == load_plan(elsewhere / PLAN_FILE).digest()
 
 
 def test_no_run_is_told_and_not_raised(folder, tmp_path):

@@ -1,6 +1,8 @@
 """What the board's panel offers, says and writes: everything but the components."""
 
 import dataclasses
+import inspect
+import re
 import string
 import tomllib
 from pathlib import Path
@@ -21,6 +23,7 @@ from llamafactory_adaptive.config.key_checks import CALIBRATION_KEYS
 from llamafactory_adaptive.errors import AdaptiveConfigError
 from llamafactory_adaptive.methods import get_method, methods
 from llamafactory_adaptive.options import option
+from llamafactory_adaptive.ranks.plan import RankPlan
 
 
 LANGUAGES = {"en", "ru", "zh", "ko", "ja"}
@@ -111,6 +114,12 @@ def test_every_text_is_there_in_five_languages_with_the_same_values_to_fill_in(e
     filled = {lang: {part for _, part, *_ in string.Formatter().parse(text) if part} for lang, text in texts.items()}
     assert all(values == filled["en"] for values in filled.values())
     assert all(text.strip() for text in texts.values())
+
+
+def test_every_message_is_shown_by_something():
+    rooms = [path.read_text("utf-8") for path in Path(labels.__file__).parent.glob("*.py")]
+    source = "\n".join([*rooms, inspect.getsource(RankPlan)])  # what a budget counts is named there
+    assert set(TABLES["message"]) <= set(re.findall(r"[\"'](\w+)[\"']", source))
 
 
 def test_labels_of_options_are_of_options_that_there_are():

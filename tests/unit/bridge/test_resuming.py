@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from llamafactory_adaptive.bridge.resuming import (
     checkpoint_to_resume,
+    has_ended,
     layout,
     named_paths,
     refuse_finished_run,
@@ -16,7 +17,7 @@ from llamafactory_adaptive.bridge.resuming import (
     what_the_host_resumes,
 )
 from llamafactory_adaptive.errors import AdaptiveConfigError, PlanError
-from llamafactory_adaptive.files import PLAN_FILE, STATE_JSON, write_digests
+from llamafactory_adaptive.files import LOG_FILE, PLAN_FILE, STATE_JSON, write_digests
 
 
 def test_the_layout_of_a_run_is_read_from_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,3 +153,43 @@ def test_a_finished_run_is_not_scored_again(output):
         refuse_finished_run(args, None)
     refuse_finished_run(args, output / "checkpoint-3")
     refuse_finished_run({**args, "overwrite_output_dir": True}, None)
+
+
+@pytest.fixture
+def ended(output):
+    """A run of 6 steps, 2 epochs, that has ended, and its last checkpoint."""
+    folder = checkpoint(output, 6)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 6, "epoch": 2.0}))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (output / name).write_text("")
+    (output / LOG_FILE).write_text('{"event": "begin"}\n{"event": "end"}\n')
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"max_steps": 6}, True),
+        ({"max_steps": "5"}, True),
+        ({"max_steps": 7}, False),
+        ({"num_train_epochs": 2.0}, True),
+        ({"num_train_epochs": 2.1}, False),
+        ({}, False),  # three epochs, the host's default
+        ({"max_steps": 6, "resume_from_checkpoint": True}, False),
+        ({"max_steps": 6, "do_predict": True}, False),
+    ],
+)
+def test_a_run_has_ended_if_none_of_the_steps_that_are_asked_for_are_left(ended, output, asked, expected):
+    assert has_ended({"output_dir": str(output), **asked}, ended) is expected
+
+
+@pytest.mark.parametrize("lost", ["adapter_model.safetensors", "adapter_config.json", LOG_FILE, "end"])
+def test_a_run_that_was_killed_before_its_end_has_not_ended(ended, output, lost):
+    args = {"output_dir": str(output), "max_steps": 6}
+    assert has_ended(args, ended)
+    assert not has_ended(args, None)
+    if lost == "end":
+        (output / LOG_FILE).write_text('{"event": "begin"}\n{"event": "en')
+    else:
+        (output / lost).unlink()
+    assert not has_ended(args, ended)

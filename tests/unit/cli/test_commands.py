@@ -64,6 +64,20 @@ def test_plan_keeps_its_hands_off_a_trained_adapter(write, tmp_path, capsys):
     assert not (tmp_path / "out" / PLAN_FILE).exists()
 
 
+def test_plan_with_an_adapter_to_go_on_with_shows_its_ranks(write, tmp_path, capsys):
+    assert cli.main(["plan", str(write(lora_rank=6)), "--out", str(tmp_path / "first"), "seed=7"]) == 0
+    path = write(lora_rank=6, adapter_name_or_path=str(tmp_path / "first"))
+    capsys.readouterr()
+    assert cli.main(["plan", str(path), "--out", str(tmp_path / "second"), "seed=8"]) == 0
+    first, second = (load_plan(tmp_path / name / PLAN_FILE).ranks() for name in ("first", "second"))
+    assert first == second
+    assert cli.main(["plan", str(write(lora_rank=6)), "--out", str(tmp_path / "third"), "seed=8"]) == 0
+    assert load_plan(tmp_path / "third" / PLAN_FILE).ranks() != first, "drawn with another seed"
+    told = capsys.readouterr()
+    assert f"goes on with the adapter {tmp_path / 'first'} and its ranks; nothing is scored" in told.err
+    assert "these ranks are those of adapter_name_or_path, and stay" in told.out
+
+
 def test_plan_of_a_plain_run_says_that_there_is_none(write, capsys):
     assert cli.main(["plan", str(write(settings, finetuning_type="lora"))]) == 2
     assert "there are no ranks to plan" in capsys.readouterr().err

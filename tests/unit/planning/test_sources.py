@@ -135,6 +135,15 @@ def test_going_on_with_an_adapter_takes_its_ranks(tmp_path):
         obtain_plan(configured(), Host(adapter=adapter))
 
 
+def test_a_given_plan_does_not_stand_beside_another_adapter_unheard(tmp_path):
+    adapter = saved(tmp_path / "adapter")
+    same = configured(plan_path=str(adapter / PLAN_FILE))
+    assert obtain_plan(same, Host(adapter=adapter)).origin == "continued"
+    other = saved(tmp_path / "other", configured("uniform"))
+    with pytest.raises(PlanError, match=r"other/.*\.json has other ranks than .*adapter, .*leave adaptive_plan out"):
+        obtain_plan(configured(plan_path=str(other / PLAN_FILE)), Host(adapter=adapter))
+
+
 @pytest.mark.parametrize("init", ["default", "eva"])
 def test_what_one_process_found_reaches_another_whole(init):
     source = obtain_plan(configured("uniform", init=init), Host())

@@ -1,6 +1,7 @@
 """What a run says it is about to do agrees with what it then does."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -45,3 +46,8 @@ def test_a_given_plan_and_a_search_score_nothing():
     assert start_message(search).startswith(
         "elalora finds the ranks while it trains, at most rank 16 a module, at the cost of uniform rank 4;"
     )
+
+
+def test_an_adapter_to_go_on_with_is_named_and_not_scored():
+    said = start_message(CONFIG, Path("saves/first"))
+    assert said == "training goes on with the adapter saves/first and its ranks; nothing is scored"

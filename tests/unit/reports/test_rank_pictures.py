@@ -11,6 +11,7 @@ from llamafactory_adaptive.files import LOG_FILE
 from llamafactory_adaptive.ranks.plan import ModulePlan
 from llamafactory_adaptive.reports.rank_history import RankHistory, rank_history, read_rank_history
 from llamafactory_adaptive.reports.rank_pictures import difference_heatmap, history_picture, rank_heatmap, share_bars
+from llamafactory_adaptive.reports.svg import COLOURS, type_colours
 from tests.helpers.plans import found_plan, make_plan
 
 
@@ -133,3 +134,12 @@ def test_equal_plans_give_equal_pages():
     history = RankHistory((0, 2), {"up_proj": (2.0, 1.0)})
     for draw in (rank_heatmap, share_bars, lambda _: history_picture(history, 4, 9)):
         assert draw(plan) == draw(found_plan())
+
+
+@pytest.mark.parametrize("count", [1, 7, 12, 40])
+def test_each_module_type_has_a_colour_of_its_own_and_none_that_of_losses(count):
+    colours = type_colours([f"type {number}" for number in range(count)])
+    assert len(set(colours.values())) == len(colours) == count
+    assert COLOURS[0] not in colours.values()
+    assert all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in colours.values())
+    assert list(colours.values())[:1] == list(type_colours(["another"]).values())

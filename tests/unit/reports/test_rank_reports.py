@@ -110,7 +110,7 @@ def test_text_around_the_section_stays_byte_for_byte(tmp_path):
 def test_closing_words_name_ranks_cost_files_and_what_follows(tmp_path):
     for name in ("adaptive_rank_plan.json", "adaptive_ranks.png"):
         (tmp_path / name).write_text("")
-    said = closing_words(found_plan(), tmp_path, 5.0, 20.0, ["mind this"])
+    said = closing_words(found_plan(), tmp_path, 5.0, 20.0, ["mind this"], "talk --to it")
     assert "Adaptive ranks (igu), 3 of 4 modules" in said
     assert [line.split()[:4] for line in said.splitlines() if "_proj" in line] == [
         ["up_proj", "2", "3.0", "2-4"], ["down_proj", "2", "3.0", "0-6"]]  # fmt: skip
@@ -118,6 +118,7 @@ def test_closing_words_name_ranks_cost_files_and_what_follows(tmp_path):
     assert f"in {tmp_path}: adaptive_rank_plan.json, adaptive_ranks.png" in said
     assert "warning: mind this" in said
     assert f"llamafactory-adaptive report {tmp_path}" in said
+    assert said.endswith("\n  talk --to it")
 
 
 @pytest.fixture

@@ -1,17 +1,19 @@
 """The page of runs, without a browser: what is on it, and what is left out where files do not have it."""
 
 import json
+import re
 
 import pytest
 
 from llamafactory_adaptive.errors import PlanError
-from llamafactory_adaptive.files import CERTIFICATE_FILE
+from llamafactory_adaptive.files import CERTIFICATE_FILE, LOG_FILE
 from llamafactory_adaptive.reports.data_page import data_page
 from llamafactory_adaptive.reports.proofs import certificates, evaluations
 from llamafactory_adaptive.reports.run_costs import cost_notes, cost_rows, run_costs
 from llamafactory_adaptive.reports.run_page import html_report
 from llamafactory_adaptive.reports.run_pictures import loss_picture
 from llamafactory_adaptive.reports.run_report import read_run
+from tests.helpers.plans import make_plan
 from tests.helpers.runs import NASTY, save_run, save_whole_run
 
 
@@ -37,6 +39,33 @@ def test_an_old_run_with_little_in_it_is_a_page_too(tmp_path):
     for missing in ("Losses", "Training data", "Certificate", "over the steps", "Side by side"):
         assert missing not in page
     assert html_report([], {"cut": "from 64 parameters"}).count("from 64 parameters") == 1
+
+
+def test_what_was_asked_names_calibration_and_training_apart_as_far_as_the_run_tells(tmp_path):
+    def asked(folder):
+        page = html_report([read_run(folder)], {})
+        return dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", page))
+
+    plan = make_plan(provenance={"calibration_dataset": ["some", "more"]})
+    earlier = asked(save_run(tmp_path / "earlier", plan))
+    assert earlier["calibration data"] == "some, more"
+    assert not {"data", "training data", "learning rate", "batch size"} & set(earlier)
+    folder = save_run(tmp_path / "now", plan)
+    training = {"dataset": ["one", "two"], "learning_rate": 1e-4, "batch_size": 8}
+    with (folder / LOG_FILE).open("a") as log:
+        log.write(json.dumps({"event": "end", "overhead_seconds": 4.0, "training": training}) + "\n")
+    now = asked(folder)
+    assert {key: now[key] for key in ("calibration data", "training data", "learning rate", "batch size")} == {
+        "calibration data": "some, more", "training data": "one, two", "learning rate": "0.0001",
+        "batch size": "8 rows a step"}  # fmt: skip
+
+
+@pytest.mark.parametrize("training", ["x", [], {"dataset": "x", "learning_rate": "high", "batch_size": None}], ids=str)
+def test_settings_of_another_shape_are_left_out(training, tmp_path):
+    folder = save_run(tmp_path / "out")
+    with (folder / LOG_FILE).open("a") as log:
+        log.write(json.dumps({"event": "end", "overhead_seconds": 4.0, "training": training}) + "\n")
+    assert "learning rate" not in html_report([read_run(folder)], {})
 
 
 def test_a_plain_and_an_equal_run_have_no_differences_to_show(tmp_path):
