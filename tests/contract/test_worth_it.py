@@ -138,9 +138,9 @@ def test_rows_are_asked_as_the_harness_asks_them(benchmarks, tmp_path):
     }  # fmt: skip
 
 
-def test_by_type_is_an_arm_with_the_scores_of_a_method_and_unknown_arms_are_left_out(benchmarks, capsys):
+def test_arms_that_are_not_registered_are_left_out_and_said(benchmarks, capsys):
     words = benchmarks["worth_it"].words_for(["lora", "by_type", "svd", "not_there_yet"])
-    assert words == ["--arms", "lora,svd", "--arm", benchmarks["worth_it"].POOLED]
+    assert words == ["--arms", "lora,by_type,svd"]
     assert "left out: not_there_yet" in capsys.readouterr().out
 
 
