@@ -68,8 +68,6 @@ REGIMES = {
     "arc": Regime(("arc_easy", "arc_challenge"), 160, 8, 100, 8, 400),
 }
 ARMS = ("lora", "random", "sensitivity", "igu", "adalora", "tsq_ranks", "svd", "by_type", "elalora")
-# ``by_type`` itself takes ranks by hand; from scores, it is another method's scores, pooled.
-POOLED = "by_type:adaptive_method=sensitivity,adaptive_granularity=type"
 
 
 def parts(regime: Regime, data: str | None, model: Path) -> tuple[dict[str, list[rows.Pair]], str]:
@@ -102,11 +100,10 @@ def settings(regime: Regime, model: Path, folder: Path) -> dict[str, Any]:
 
 def words_for(arms: Sequence[str]) -> list[str]:
     """Write the arms as arguments of the command; one that is not registered in this version is left out."""
-    known = [*built_in_arms(), "by_type"]
+    known = built_in_arms()
     if left_out := [arm for arm in arms if arm not in known]:
         print(f"not registered here, left out: {', '.join(left_out)}", flush=True)
-    named = [arm for arm in arms if arm in known and arm != "by_type"]
-    return ["--arms", ",".join(named), *(["--arm", POOLED] if "by_type" in arms else [])]
+    return ["--arms", ",".join(arm for arm in arms if arm in known)]
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:

@@ -33,6 +33,10 @@ _STARTS: dict[str, Settings] = {
     "eva": {"adaptive_method": "uniform", "adaptive_init": "eva"},
     "gora": {"adaptive_method": "gora_ranks", "adaptive_init": "gora"},
 }
+# ``by_type`` itself takes ranks by hand; as an arm it has those of another method's scores, one mean for every type.
+_BY_TYPE: dict[str, Settings] = {
+    "by_type": {"adaptive_method": "sensitivity", "adaptive_granularity": "type"},
+}
 # Keys of a variant, which an arm that does not name them is without, whatever the YAML says.
 _KEYS_OF_VARIANTS = (*dict.fromkeys(key for keys in _VARIANTS.values() for key in keys), "loraplus_lr_embedding",
                      "pissa_iter")  # fmt: skip
@@ -147,9 +151,9 @@ def without_twins(
 
 
 def built_in_arms() -> dict[str, Arm]:
-    """Return the arms that have a name: variants of LoRA, methods, the two halves of TsqLoRA, starts from data."""
+    """Return the arms that have a name: variants of LoRA, methods, the halves of TsqLoRA, starts from data."""
     kinds = {name: {"finetuning_type": "lora", **settings} for name, settings in _VARIANTS.items()}
-    adaptive = {name: {"adaptive_method": name} for name in methods()} | _HALVES | _STARTS
+    adaptive = {name: {"adaptive_method": name} for name in methods()} | _BY_TYPE | _HALVES | _STARTS
     kinds |= {name: {"finetuning_type": "adaptive", **settings} for name, settings in adaptive.items()}
     return {name: Arm(name, settings) for name, settings in kinds.items()}
 

@@ -4,15 +4,21 @@ Let sigma_i be the singular values of a module's update Delta W = scale * B A. A
 keeps the r largest is nearest to Delta W in the Frobenius norm, and what it loses is the sum of the other sigma_i^2
 (Eckart and Young, Psychometrika 1936). One component costs d_in + d_out parameters, so over all modules those with the
 largest sigma_i^2 / (d_in + d_out) stay. This is arithmetic on singular values: no torch.
+
+Where modules may lose their adapters, those that servers keep packed (q, k, v; gate, up) do so together: a group
+begins with one component of each member, weighed as one. Where that holds less energy per parameter than what comes
+after it in the group, both are weighed together, as the better part is not to be had without the other.
 """
 
 import bisect
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from llamafactory_adaptive.ranks.allocation import Bounds, keep_components
+from llamafactory_adaptive.errors import InfeasibleBudgetError
+from llamafactory_adaptive.ranks.module_groups import packed_groups
 from llamafactory_adaptive.ranks.module_names import module_type
 from llamafactory_adaptive.ranks.plan import ModuleShape
 
@@ -92,6 +98,29 @@ def _kept(lost: float, total: float) -> float:
 
 
 @dataclass(frozen=True)
+class _Step:
+    """What is added at once: a component, or what a packed group begins with.
+
+    Attributes:
+        unit: number of the packed group, or of the module that is in none.
+        position: place among the steps of its unit; nothing of the unit is added before the first.
+        modules: numbers of the modules that get a component.
+        energy: sum of the squared singular values.
+        cost: parameters.
+    """
+
+    unit: int
+    position: int
+    modules: tuple[int, ...]
+    energy: float
+    cost: int
+
+
+def _density(steps: Sequence[_Step]) -> float:
+    return math.fsum(step.energy for step in steps) / sum(step.cost for step in steps)
+
+
+@dataclass(frozen=True)
 class AdapterSpectrum:
     """The singular values of all modules of an adapter, and the fewest components that a module keeps.
 
@@ -112,15 +141,18 @@ class AdapterSpectrum:
         return [min(self.min_rank, len(one.values)) for one in self.modules]
 
     @property
+    def _lowest(self) -> int:
+        return sum(rank * cost for rank, cost in zip(self.lower, self.costs, strict=True))
+
+    @property
     def parameters(self) -> int:
         """Count the parameters of the adapter before any cut."""
         return sum(one.rank * cost for one, cost in zip(self.modules, self.costs, strict=True))
 
     @property
     def least(self) -> int:
-        """Return the smallest budget: every module at its lowest rank, or where that is 0, one component in all."""
-        lowest = sum(rank * cost for rank, cost in zip(self.lower, self.costs, strict=True))
-        return lowest or min(self.costs)
+        """Return the smallest budget: every module at its lowest rank, or where that is 0, the cheapest unit alone."""
+        return self._lowest or min(sum(self.costs[index] for index in unit) for unit in self._units)
 
     @property
     def energy(self) -> float:
@@ -132,24 +164,81 @@ class AdapterSpectrum:
         return rank * sum(self.costs)
 
     @cached_property
-    def _scores(self) -> list[list[float]]:
-        return [[v * v / cost for v in one.values] for one, cost in zip(self.modules, self.costs, strict=True)]
+    def _units(self) -> list[list[int]]:
+        """List the numbers of the modules that have an adapter together or not at all."""
+        groups = [] if self.min_rank else packed_groups([one.shape.name for one in self.modules])
+        grouped = {index for group in groups for index in group}
+        return sorted([*groups, *([index] for index in range(len(self.modules)) if index not in grouped)])
+
+    @cached_property
+    def _steps(self) -> list[list[_Step]]:
+        """List by unit what can be added to the lowest ranks: what a group begins with, then the best components."""
+        units = []
+        for unit, members in enumerate(self._units):
+            first = [(tuple(members), *self._sums(members))] if len(members) > 1 else []
+            later = [
+                ((index,), value * value, self.costs[index])
+                for index in members
+                for value in self.modules[index].values[1 if first else self.lower[index] :]
+            ]
+            later.sort(key=lambda step: -step[1] / step[2])
+            added = [step for step in (*first, *later) if step[1] > 0]
+            units.append([_Step(unit, position, *step) for position, step in enumerate(added)])
+        return units
+
+    def _sums(self, members: Sequence[int]) -> tuple[float, int]:
+        """Sum the energy and the parameters of the best component of some modules."""
+        energy = math.fsum(self.modules[index].values[0] ** 2 for index in members)
+        return energy, sum(self.costs[index] for index in members)
+
+    @cached_property
+    def _ordered(self) -> list[list[_Step]]:
+        """List steps by energy per parameter, those that a better one cannot be had without together with it."""
+        joined: list[list[_Step]] = []
+        for steps in self._steps:
+            start = len(joined)
+            for step in steps:
+                joined.append([step])
+                while len(joined) - start > 1 and _density(joined[-2]) < _density(joined[-1]):
+                    joined[-2:] = [[*joined[-2], *joined[-1]]]
+        return sorted(joined, key=lambda steps: (-_density(steps), steps[0].unit))
 
     def cut(self, budget: int) -> Cut:
         """Keep the components with the most energy per parameter that fit into ``budget`` parameters.
 
-        The parameters never exceed the budget, and what is left is smaller than the cheapest component that could
-        still be added. A larger budget never keeps less energy.
+        The parameters never exceed the budget, and what is left is smaller than the cheapest component, or packed
+        group, that could still be added. A larger budget never keeps less energy, unless packed groups may lose their
+        adapters: what fits in place of the last of them may hold a little less.
 
         Raises:
             InfeasibleBudgetError: the lowest ranks alone cost more.
         """
-        upper = [max(low, one.used) for low, one in zip(self.lower, self.modules, strict=True)]
-        keep = keep_components(self._scores, Bounds(self.costs, budget, self.lower, upper))
-        return Cut(self.modules, budget, tuple(map(sum, keep)))
+        lowest = self._lowest
+        if lowest > budget:
+            raise InfeasibleBudgetError(f"the lowest ranks alone cost {lowest:,}, the budget is {budget:,}")
+        ranks, left, begun = list(self.lower), budget - lowest, set[int]()
+        due = [(-_density(steps), steps[0].unit, steps[0].position, steps) for steps in self._ordered]
+        while due:
+            priority, unit, position, steps = heapq.heappop(due)
+            opening = -_density(self._steps[unit][:1])
+            if position and unit not in begun:
+                if priority < opening:  # what it opens with is to be weighed by itself, and comes first
+                    heapq.heappush(due, (opening, unit, position, steps))
+            elif (cost := sum(step.cost for step in steps)) <= left:
+                left -= cost
+                begun.add(unit)
+                for index in (index for step in steps for index in step.modules):
+                    ranks[index] += 1
+            elif len(steps) > 1:  # together they do not fit; each by itself may
+                for step in steps:
+                    heapq.heappush(due, (max(-_density([step]), opening), unit, step.position, [step]))
+        return Cut(self.modules, budget, tuple(ranks))
 
     def cut_to_energy(self, share: float) -> Cut:
-        """Find the smallest budget whose cut keeps at least a share (above 0, at most 1) of the energy."""
+        """Find the smallest budget whose cut keeps at least a share (above 0, at most 1) of the energy.
+
+        Where packed groups may lose their adapters, a budget that is a little smaller may do as well by chance.
+        """
         allowed = (1.0 - share) * self.energy
         path = self.path
         index = next(i for i, (_, lost) in enumerate(path) if lost <= allowed)
@@ -161,16 +250,13 @@ class AdapterSpectrum:
     @cached_property
     def path(self) -> list[tuple[int, float]]:
         """List parameters and lost energy when components are added one by one, by energy per parameter."""
-        left = sorted(
-            ((-score, cost) for row, cost, low in zip(self._scores, self.costs, self.lower, strict=True)
-             for score in row[low:] if score > 0)
-        )  # fmt: skip
+        added = [(math.fsum(s.energy for s in steps), sum(s.cost for s in steps)) for steps in self._ordered]
         # Summed from the smallest on, so that nothing is left of the energy at the end, and little of it rounded off.
         losses = [0.0]
-        for score, cost in reversed(left):
-            losses.append(losses[-1] - score * cost)
-        spent = [sum(rank * cost for rank, cost in zip(self.lower, self.costs, strict=True))]
-        for _, cost in left:
+        for energy, _ in reversed(added):
+            losses.append(losses[-1] + energy)
+        spent = [self._lowest]
+        for _, cost in added:
             spent.append(spent[-1] + cost)
         path = list(zip(spent, reversed(losses), strict=True))
         return path if path[0][0] else path[1:]

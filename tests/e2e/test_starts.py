@@ -14,6 +14,7 @@ from llamafactory_adaptive.bridge.scoring_job import ScoringJob
 from llamafactory_adaptive.planning.cache import CACHE_ENV, cache_folder
 from llamafactory_adaptive.ranks.plan import load_plan
 from tests.helpers.commands import EXAMPLES
+from tests.helpers.fsdp import FSDP1, FSDP2
 from tests.helpers.tiny import settings
 from tests.helpers.training import adapters_equal, train
 from tests.helpers.workers import train_on_two
@@ -88,12 +89,16 @@ def test_a_resumed_run_does_not_start_again(measured_here, tiny_llama, data_dir,
 
 
 @pytest.mark.repeats
-@pytest.mark.parametrize("engine", ["ddp", "zero2"])
-def test_two_processes_start_from_the_same_factors(engine, measured_here, tiny_llama, data_dir, tmp_path):
+@pytest.mark.parametrize(
+    ("engine", "init"),
+    [("ddp", "eva"), ("zero2", "eva"), ("fsdp2", "eva"), ("fsdp2", "gora"), ("fsdp1", "eva"), ("fsdp1", "gora")],
+)
+def test_two_processes_start_from_the_same_factors(engine, init, measured_here, tiny_llama, data_dir, tmp_path):
     alone, out = tmp_path / "alone", tmp_path / "out"
-    more = {"adaptive_init": "eva", "learning_rate": 0.0, "max_steps": 1}
+    more = {"adaptive_init": init, "learning_rate": 0.0, "max_steps": 1}
     train(started(tiny_llama, data_dir, alone, **more))  # which leaves in the cache what both processes then read
     deepspeed = {"deepspeed": str(EXAMPLES / "deepspeed" / "ds_z2_config.json")} if engine == "zero2" else {}
-    train_on_two(started(tiny_llama, data_dir, out, **more, **deepspeed), tmp_path / "logs")
-    check_start(out, "eva")
+    environment = {"fsdp2": FSDP2, "fsdp1": FSDP1}.get(engine, {})
+    train_on_two(started(tiny_llama, data_dir, out, **more, **deepspeed), tmp_path / "logs", **environment)
+    check_start(out, init)
     assert adapters_equal(alone, out)

@@ -105,7 +105,9 @@ def chosen_cut(request: ShrinkRequest, spectrum: AdapterSpectrum) -> Cut:
         words = f"it costs {budget:,} parameters, and the adapter has {full:,}"
         refuse(key, asked, words, f"--{key} {most}" if most else f"--parameters {full}")
     if budget < least:
-        floor = f"rank {request.min_rank} in every module costs" if request.min_rank else "the cheapest component has"
+        floor = (
+            f"rank {request.min_rank} in every module costs" if request.min_rank else "the least that can be kept has"
+        )
         suggestion = f"--parameters {least}" + (", or --min-rank 0" if request.min_rank else "")
         refuse(key, asked, f"it allows {budget:,} parameters, and {floor} {least:,}", suggestion)
     return spectrum.cut(budget)

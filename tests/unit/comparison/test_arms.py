@@ -39,6 +39,12 @@ def test_every_method_is_an_arm_and_plain_lora_and_random_ranks_are_always_in():
     assert [arm.name for arm in choose_arms([], [], YAML)] == [PLAIN, CONTROL, GIVEN]
 
 
+def test_the_arm_of_ranks_by_type_takes_them_from_scores_as_nobody_gives_them_by_hand():
+    """Runs of a recorded ledger were made with these settings, as an arm of the user's own."""
+    pooled = "by_type:adaptive_method=sensitivity,adaptive_granularity=type"
+    assert built_in_arms()["by_type"] == parse_arm(pooled)
+
+
 def test_an_arm_of_another_method_has_the_budget_of_the_yaml_and_nothing_else_of_its_method():
     plain, sensitivity = settings(PLAIN), settings("sensitivity")
     assert not [key for key in plain if key in OURS]

@@ -1,4 +1,4 @@
-"""Comparisons whose answer is known: one module alone is wrong, or nothing can be learned."""
+"""Comparisons whose answer is known: one layer alone can help, or nothing can be learned."""
 
 import copy
 
@@ -7,50 +7,66 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from llamafactory_adaptive import calibration_batches, plan_ranks, score_modules
 from llamafactory_adaptive.comparison.arms import Arm
 from llamafactory_adaptive.comparison.experiment import Design, Progress
 from llamafactory_adaptive.comparison.results import arm_results, judgements
 from tests.helpers.tiny import tiny_model
 
 
-WRONG = "model.layers.1.mlp.down_proj"  # the module in which the base differs from the source of the rows
-OTHER = "model.layers.0.mlp.down_proj"
+HELPS, VOID = ([f"model.layers.{layer}.mlp.{kind}_proj" for kind in ("gate", "up", "down")] for layer in (1, 0))
 ROWS, TOKENS, STEPS = 64, 24, 60
-# Ranks of equal cost: one everywhere in the MLPs, or all of it in one of its six modules.
-MLPS = [f"model.layers.{layer}.mlp.{kind}_proj" for layer in (0, 1) for kind in ("gate", "up", "down")]
+EFFECT = 0.01
+# Ranks of equal cost: one everywhere in the MLPs, or the same with those that have no effect elsewhere, or all there.
 ARMS = {
-    "lora": dict.fromkeys(MLPS, 1),
-    "random": {OTHER: 4, "model.layers.0.mlp.up_proj": 2},
-    "right": {WRONG: 6},
-    "wrong": {OTHER: 6},
-}  # fmt: skip
+    "lora": dict.fromkeys(HELPS + VOID, 1),
+    "random": {**dict.fromkeys(HELPS, 1), VOID[0]: 3},
+    "wrong": {VOID[2]: 6},
+}
 
 
-@pytest.fixture(scope="module")
-def base():
+def base_of(sharpness):
+    """A base whose first MLP reads zeros: whatever is trained there has no effect."""
     model = tiny_model()
-    with torch.no_grad():  # answers that are nearly certain: what is not yet learned shows in the loss
-        model.lm_head.weight.mul_(40.0)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(sharpness)
+        model.model.layers[0].post_attention_layernorm.weight.zero_()
     return model
 
 
 @pytest.fixture(scope="module")
-def answers(base):
-    """Rows whose every next token is the likeliest under a source that differs from the base in one module."""
-    source, generator = copy.deepcopy(base), torch.Generator().manual_seed(0)
+def helped_by_one_layer():
+    """Rows whose every next token is the likeliest under a source that differs from the base in one layer, by rank 2.
+
+    Answers are nearly certain, so that what is not yet learned shows in the loss.
+    """
+    base, generator = base_of(40.0), torch.Generator().manual_seed(0)
+    source = copy.deepcopy(base)
     with torch.no_grad():
-        weight = source.get_submodule(WRONG).weight
-        rank_two = [torch.randn(2, size, generator=generator) for size in weight.shape]
-        weight += 0.3 * rank_two[0].T @ rank_two[1]
+        for name in HELPS:
+            weight = source.get_submodule(name).weight
+            rank_two = [torch.randn(2, size, generator=generator) for size in weight.shape]
+            weight += 0.3 * rank_two[0].T @ rank_two[1]
         inputs = torch.randint(source.config.vocab_size, (3 * ROWS, TOKENS), generator=generator)
-        return inputs, source(inputs).logits.argmax(-1)
+        return base, inputs, source(inputs).logits.argmax(-1)
 
 
-def noise(inputs, labels):
-    """Answers that no input tells anything about."""
-    return inputs, torch.randint(1000, labels.shape, generator=torch.Generator().manual_seed(1)) % int(
-        inputs.max() + 1
-    )
+@pytest.fixture(scope="module")
+def helped_by_nothing():
+    """Rows drawn from the base itself, which no training makes likelier."""
+    base, generator = base_of(10.0), torch.Generator().manual_seed(2)
+    inputs = torch.randint(base.config.vocab_size, (3 * ROWS, TOKENS), generator=generator)
+    with torch.no_grad():
+        shares = base(inputs).logits.softmax(-1)
+    return base, inputs, torch.multinomial(shares.flatten(0, 1), 1, generator=generator).view(inputs.shape)
+
+
+def ranks_by(method, base, inputs, labels):
+    """What a registered method plans from the rows that are trained on, at the cost of ``lora``."""
+    rows = [{"input_ids": [*row.tolist(), 0], "labels": [-100, *answers.tolist()]}
+            for row, answers in zip(inputs[:ROWS], labels[:ROWS], strict=True)]  # fmt: skip
+    scores = score_modules(base, calibration_batches(rows, 8), method, target_modules=HELPS + VOID)
+    return {name: rank for name, rank in plan_ranks(scores, lora_rank=1, min_rank=0).ranks().items() if rank}
 
 
 def losses(model, inputs, labels):
@@ -60,12 +76,12 @@ def losses(model, inputs, labels):
     return each.view(labels.shape).mean(1).tolist()
 
 
-def trainer(base, inputs, labels):
+def trainer(base, inputs, labels, arms):
     """Build the function that makes a run: plain LoRA of an arm's ranks on the first third of the rows."""
 
     def train(run):
         torch.manual_seed(run.seed)
-        ranks = ARMS[run.arm]
+        ranks = arms[run.arm]
         alphas = {name: 2 * rank for name, rank in ranks.items()}
         config = LoraConfig(r=6, lora_alpha=12, target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=alphas)
         model = get_peft_model(copy.deepcopy(base), config)
@@ -82,24 +98,33 @@ def trainer(base, inputs, labels):
     return train
 
 
-def verdicts(train):
-    known = {}
-    progress = Progress(Design((3e-3, 1e-2, 3e-2), seeds=3, extensions=1), [Arm(name) for name in ARMS], known.get,
+def verdicts(base, inputs, labels):
+    arms, known = {**ARMS, "fisher": ranks_by("fisher", base, inputs, labels)}, {}
+    train = trainer(base, inputs, labels, arms)
+    progress = Progress(Design((3e-3, 1e-2, 3e-2), seeds=3, extensions=1), [Arm(name) for name in arms], known.get,
                         lambda outcome, half: float(np.mean(outcome[half])))  # fmt: skip
     while due := progress.due():
         known[due[0]] = train(due[0])
-    found = judgements(arm_results(progress), [TOKENS] * ROWS, effect=0.01)["lora"]
+    found = judgements(arm_results(progress), [TOKENS] * ROWS, effect=EFFECT)["lora"]
     return {judgement.arm: judgement for judgement in found}
 
 
-def test_where_one_module_alone_is_wrong_the_ranks_that_go_there_win(base, answers):
-    found = verdicts(trainer(base, *answers))
-    assert (found["right"].verdict, found["wrong"].verdict) == ("better", "worse")
+@pytest.mark.parametrize("method", ["fisher", "gora_ranks"])
+def test_methods_that_read_gradients_find_the_layer_that_helps(method, helped_by_one_layer):
+    assert ranks_by(method, *helped_by_one_layer) == dict.fromkeys(HELPS, 2)
 
 
-def test_where_nothing_can_be_learned_no_arm_wins(base, answers):
-    found = verdicts(trainer(base, *noise(*answers)))
-    assert {judgement.verdict for judgement in found.values()} <= {"equivalent", "not decided"}
+def test_where_one_layer_alone_helps_the_method_that_finds_it_wins(helped_by_one_layer):
+    found = verdicts(*helped_by_one_layer)
+    assert (found["fisher"].verdict, found["wrong"].verdict) == ("better", "worse")
+
+
+def test_where_nothing_can_be_learned_all_arms_are_equivalent(helped_by_nothing):
+    found = verdicts(*helped_by_nothing)
+    assert {name: judgement.verdict for name, judgement in found.items()} == dict.fromkeys(
+        ("random", "wrong", "fisher"), "equivalent"
+    )
     relative = [judgement.difference.relative for judgement in found.values()]
-    # A loss lower by 0.3 of plain LoRA's would be found.
-    assert all(each.high - each.low < 0.6 for each in relative)
+    assert all(each.high - each.low < EFFECT for each in relative), (
+        "a difference as large as the effect would be found"
+    )

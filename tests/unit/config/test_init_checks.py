@@ -41,6 +41,8 @@ def test_one_wrong_setting_is_one_clear_message(given, said):
         {"deepspeed": zero(3)},
         {"adaptive_init": "default", "deepspeed": zero(3), "own_start": True},
         {"adaptive_init": "eva", "deepspeed": zero(2)},
+        {"adaptive_init": "eva", "fsdp": "full_shard"},
+        {"adaptive_init": "gora", "fsdp": "full_shard", "fsdp_config": {"version": 2}},
         {"adaptive_init": "eva", "adapter_name_or_path": "x", "create_new_adapter": True},
         {"adaptive_init": "gora", "adaptive_init_gamma": 0.0, "quantization_bit": 4},
     ],

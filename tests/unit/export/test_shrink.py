@@ -19,6 +19,7 @@ from llamafactory_adaptive.export.shrink.request import ShrinkRequest, share_arg
 from llamafactory_adaptive.export.shrink.shrinker import run_shrink
 from llamafactory_adaptive.export.source_adapter import read_adapter
 from llamafactory_adaptive.export.verify.server_rules import read_as
+from llamafactory_adaptive.ranks.module_groups import packed_groups
 from llamafactory_adaptive.ranks.plan import load_plan
 from tests.helpers.lora import change_tensors, edit_config, save_adapter, saved_parameters
 from tests.helpers.tiny import TARGETS
@@ -152,6 +153,11 @@ def test_a_cut_keeps_the_contract_and_names_all_in_its_certificate(adapters, tmp
     assert "adapter_config.json" in document["adapter_files"]
 
 
+def packed(plan):
+    names = list(plan.ranks())
+    return [[names[index] for index in group] for group in packed_groups(names)]
+
+
 def test_lowest_rank_zero_lets_modules_lose_their_adapter(adapters, tmp_path):
     run_shrink(ShrinkRequest(adapters["ours"], tmp_path / "out", parameters=400, min_rank=0))
     plan = load_plan(tmp_path / "out" / "adaptive_rank_plan.json")
@@ -160,6 +166,7 @@ def test_lowest_rank_zero_lets_modules_lose_their_adapter(adapters, tmp_path):
     without = {name for name, rank in plan.ranks().items() if rank == 0}
     assert without
     assert set(document["dropped_modules"]) == without
+    assert all(len({name in without for name in group}) == 1 for group in packed(plan)), "servers keep groups whole"
     assert not without & set(json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"])
 
 
@@ -240,7 +247,7 @@ BUDGETS = [
     ({"rank": 9}, "rank: 9 is invalid: it costs 9,216 parameters, and the adapter has 8,192; try --rank 8"),
     ({"parameters": 8193}, "parameters: 8193 is invalid: it costs 8,193 parameters, and the adapter has 8,192"),
     ({"parameters": 1023}, "it allows 1,023 parameters, and rank 1 in every module costs 1,024; try --parameters"),
-    ({"parameters": 10, "min_rank": 0}, "and the cheapest component has 48; try --parameters 48"),
+    ({"parameters": 10, "min_rank": 0}, "and the least that can be kept has 64; try --parameters 64"),
 ]
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from llamafactory_adaptive.errors import InfeasibleBudgetError
 from llamafactory_adaptive.ranks.component_cuts import AdapterSpectrum, ModuleSpectrum
+from llamafactory_adaptive.ranks.module_groups import packed_groups
 from llamafactory_adaptive.ranks.plan import ModuleShape
 
 
@@ -64,6 +65,59 @@ def test_at_equal_costs_no_other_choice_keeps_more(rows, ranks):
     best = max(sum(v * v for row, r in zip(rows, choice, strict=True) for v in row[:r])
                for choice in choices if 5 * sum(choice) <= budget)  # fmt: skip
     assert adapter.cut(budget).kept_share == pytest.approx(best / adapter.energy)
+
+
+def packed(*modules, min_rank=0):
+    """Modules as (name, d_in + d_out, singular values)."""
+    return AdapterSpectrum(
+        tuple(
+            ModuleSpectrum(ModuleShape(name, 1, cost - 1), len(values), tuple(values))
+            for name, cost, values in modules
+        ),
+        min_rank,
+    )
+
+
+def whole(cut):
+    """Tell whether of each packed group all modules have a rank or none has."""
+    groups = packed_groups([one.shape.name for one in cut.spectra])
+    return all(len({bool(cut.ranks[index]) for index in group}) == 1 for group in groups)
+
+
+def test_what_servers_keep_packed_is_kept_whole_or_not_at_all():
+    """By energy per parameter q, then o and then q again would be kept: of q, k and v the first alone."""
+    adapter = packed(
+        ("l.q_proj", 4, [4.0, 3.0]), ("l.k_proj", 2, [0.0]), ("l.v_proj", 2, [0.1]), ("l.o_proj", 4, [3.2, 0.1])
+    )
+    assert adapter.least == 4
+    assert adapter.cut(4).ranks == (0, 0, 0, 1), "q alone would be more, and has no place without k and v"
+    assert adapter.cut(12).ranks == (1, 1, 1, 1)
+    assert adapter.cut(16).ranks == (2, 1, 1, 1)
+    assert adapter.cut_to_energy(1.0).ranks == (2, 1, 1, 2)
+    lowest = packed(*((one.shape.name, 4, one.values) for one in adapter.modules), min_rank=1)
+    assert lowest.cut(16).ranks == (1, 1, 1, 1)
+
+
+kinds = st.lists(st.sampled_from(["q_proj", "k_proj", "v_proj", "o_proj"]), min_size=1, max_size=4, unique=True)
+rows = st.lists(st.tuples(st.integers(2, 7), values), min_size=4, max_size=4)
+one_layer = st.builds(lambda names, rows: list(zip(names, rows, strict=False)), kinds, rows)
+packed_spectra = st.lists(one_layer, min_size=1, max_size=2).map(
+    lambda layers: packed(*((f"{number}.{name}", *row) for number, layer in enumerate(layers) for name, row in layer))
+)
+
+
+@given(adapter=packed_spectra, share=st.floats(0.05, 1.0))
+def test_every_budget_is_kept_and_no_group_is_cut_in_two(adapter, share):
+    for budget in range(adapter.least, adapter.parameters + 1):
+        cut = adapter.cut(budget)
+        assert whole(cut)
+        assert any(cut.ranks)
+        assert cut.parameters <= budget
+    for parameters, lost in adapter.path:
+        assert adapter.cut(parameters).lost == pytest.approx(lost, abs=1e-9)
+    found = adapter.cut_to_energy(share)
+    assert whole(found)
+    assert found.kept_share >= share - 1e-9
 
 
 def test_wide_modules_pay_more_for_a_component():

@@ -1,0 +1,59 @@
+"""A finished comparison as the command leaves it in its folder, without the runs: outcomes are made up."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamafactory_adaptive.comparison.arms import Arm, run_settings
+from llamafactory_adaptive.comparison.experiment import Design, Progress
+from llamafactory_adaptive.comparison.ledger import Ledger
+from llamafactory_adaptive.comparison.results import arm_results, document
+
+
+GIVEN = {"model_name_or_path": "/home/me/model", "dataset_dir": "/home/me/rows", "finetuning_type": "lora",
+         "lora_rank": 1, "max_steps": 4, "adaptive_min_rank": 0}  # fmt: skip
+ARMS = [Arm("lora", {"finetuning_type": "lora"}), Arm("random", {"finetuning_type": "adaptive"}),
+        Arm("igu", {"finetuning_type": "adaptive", "adaptive_method": "igu"})]  # fmt: skip
+DESIGN = Design((1.0, 2.0), seeds=3, extensions=1)
+SPLIT = {"train": 9, "dev": 30, "test": 30}
+OWN_KEYS = ["adaptive_min_rank"]  # those of GIVEN that are the plugin's
+
+
+def outcome(run):
+    """The best rate is 4, beyond the grid; igu diverges at 1."""
+    if run.arm == "igu" and run.point.rate == 1.0:
+        return {"status": "diverged", "why": "the loss is not finite"}
+    rng = np.random.default_rng((run.seed, len(run.arm), int(run.point.rate)))
+    losses = {half: (rng.normal(5.0 - run.point.rate, 0.1, 30).round(5)).tolist() for half in ("dev", "test")}
+    ranks = {"model.layers.0.q_proj": 1} | ({} if run.arm == "igu" else {"model.layers.1.q_proj": 1})
+    return {"status": "done", **losses, "seconds": 3.0, "training_seconds": 2.0, "steps": 4, "ranks": ranks,
+            "parameters": 100, "parameters_of_one_rank": 60, "adapter": "/home/me/out/runs/x"}  # fmt: skip
+
+
+def write_comparison(folder: Path) -> dict[str, Any]:
+    """Write ledger, rows and ``compare.json`` of a comparison of ``ARMS`` into a folder; return the document."""
+    ledger = Ledger(folder / "ledger.jsonl")
+
+    def key(run):
+        arm = next(arm for arm in ARMS if arm.name == run.arm)
+        settings = run_settings(GIVEN, arm, run.point, run.seed, run.steps, OWN_KEYS)
+        return {"settings": settings, "rows": SPLIT}
+
+    tokens = {half: [2 + index % 3 for index in range(30)] for half in ("dev", "test")}
+    progress = Progress(DESIGN, ARMS, lambda run: ledger.get(key(run)),
+                        lambda found, half: float(np.average(found[half], weights=tokens[half])))  # fmt: skip
+    ledger.add({"probe": key(DESIGN.final("lora", DESIGN.grid[0])[0])}, {"seconds": 1.0})
+    while due := progress.due():
+        ledger.add(key(due[0]), outcome(due[0]))
+    facts = {"command": "compare /home/me/x.yaml", "settings": GIVEN, "design": asdict(DESIGN), "training_rows": 9}
+    made = json.loads(json.dumps(document(arm_results(progress), tokens, 0.005, facts)))
+    (folder / "compare.json").write_text(json.dumps(made))
+    rows = folder / "rows" / "0"
+    rows.mkdir(parents=True)
+    (rows / "split.json").write_text(json.dumps(SPLIT))
+    halves = {half: [{"labels": [-100] + [7] * count} for count in counts] for half, counts in tokens.items()}
+    (rows / "held_out.json").write_text(json.dumps(halves))
+    return made
