@@ -74,7 +74,7 @@ class Followed:
 
     def __init__(self) -> None:
         self._open, self._what, self._done = ExitStack(), "", 0
-        self._advance: Callable[[], None] = int
+        self._advance: Callable[[], None] = lambda: None
 
     def follow(self, line: str) -> None:
         """Move the bar to where a line of progress says, and remove it at its end; other lines are left out."""

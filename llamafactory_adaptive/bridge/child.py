@@ -246,7 +246,7 @@ def _fold(process: "subprocess.Popen[bytes]", log: Path, lines: "deque[str]") ->
 
 
 def _show(line: str, told: float, bar: Followed) -> float:
-    """Show progress, on a terminal as a bar, or a warning; return when a line of progress was last printed."""
+    """Print progress, on a terminal as a bar, or a warning; return when a line of progress was last printed."""
     if not _SHOWN.search(line):
         return told
     progress = _PROGRESS.search(line) is not None
