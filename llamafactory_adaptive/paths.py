@@ -28,21 +28,34 @@ def path_argument(text: str) -> Path:
     return Path(text)
 
 
-def shipped_folder(name: str) -> Path:
-    """Find a folder that comes with the package: beside it in a checkout, else where the wheel's data was put.
+def checkout() -> Path | None:
+    """Return the checkout that the package runs from; None where it is installed from a wheel."""
+    folder = Path(__file__).resolve().parents[1]
+    return folder if (folder / "pyproject.toml").is_file() else None
+
+
+def shipped_file(name: str) -> Path:
+    """Find a file that comes with the package: beside it in a checkout, else where the wheel's data was put.
 
     Raises:
         StopIteration: the installation lacks it.
     """
-    checkout = Path(__file__).resolve().parents[1]
-    if (checkout / "pyproject.toml").is_file():
-        return checkout / name
+    if (folder := checkout()) is not None:
+        return folder / name
     from importlib.metadata import PackageNotFoundError, files  # takes a while
 
     try:
         installed = files("llamafactory-adaptive") or []
     except PackageNotFoundError:  # on the path, but not installed
         installed = []
-    readme = f"share/llamafactory-adaptive/{name}/README.md"
-    readme_file = next(file for file in installed if str(file).endswith(readme))
-    return Path(str(readme_file.locate())).resolve().parent
+    file = next(file for file in installed if str(file).endswith(f"share/llamafactory-adaptive/{name}"))
+    return Path(str(file.locate())).resolve()
+
+
+def shipped_folder(name: str) -> Path:
+    """Find a folder with a README.md that comes with the package.
+
+    Raises:
+        StopIteration: the installation lacks it.
+    """
+    return shipped_file(f"{name}/README.md").parent

@@ -4,16 +4,18 @@ A process that works for another, which reads what it prints, writes lines inste
 """
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Protocol, TypeVar
 
 
 Item = TypeVar("Item", covariant=True)
 LINES = {"LLAMAFACTORY_ADAPTIVE_PROGRESS": "lines"}  # in the environment of a process that works for another
 _LINE_SECONDS = 1.0
+_LINE = re.compile(r"^(.+): \d+% \((\d+)/(\d+)\)$")  # as they are printed below
 
 
 class Counted(Protocol[Item]):
@@ -65,6 +67,33 @@ class _Lines:
             self.told = time.monotonic()
             words = f"{self.what}: {100 * self.done // self.total}% ({self.done}/{self.total})"
             print(words, file=sys.stderr, flush=True)
+
+
+class Followed:
+    """A bar on this process's terminal that follows the lines of progress of another process."""
+
+    def __init__(self) -> None:
+        self._open, self._what, self._done = ExitStack(), "", 0
+        self._advance: Callable[[], None] = lambda: None
+
+    def follow(self, line: str) -> None:
+        """Move the bar to where a line of progress says, and remove it at its end; other lines are left out."""
+        if (found := _LINE.search(line)) is None:
+            return
+        what, done, total = found[1], int(found[2]), int(found[3])
+        if what != self._what or done < self._done:
+            self.remove()
+            self._what, self._advance = what, self._open.enter_context(_bar(what, total))
+        while self._done < done:
+            self._done += 1
+            self._advance()
+        if done >= total:
+            self.remove()
+
+    def remove(self) -> None:
+        """Remove the bar, so that others can print; the next line of progress brings it back."""
+        self._open.close()
+        self._what, self._done = "", 0
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llamafactory_adaptive.launcher import CPU
-from llamafactory_adaptive.progress import LINES
+from llamafactory_adaptive.progress import LINES, Followed
 from llamafactory_adaptive.reports.plaintext import tell
 
 
@@ -227,31 +227,35 @@ def _chunks(process: "subprocess.Popen[bytes]", log: Path) -> Iterator[bytes]:
 
 def _fold(process: "subprocess.Popen[bytes]", log: Path, lines: "deque[str]") -> None:
     """Copy what a child prints to a log and to ``lines``, and its progress and warnings to the terminal."""
-    rest, told = b"", 0.0
+    rest, told, bar = b"", 0.0, Followed()
     with suppress(OSError):
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_bytes(b"")
-    for chunk in _chunks(process, log):
-        with suppress(OSError), log.open("ab") as file:  # a full disk must not end the scoring
-            file.write(chunk)
-        *whole, rest = re.split(rb"[\r\n]+", rest + chunk)
-        for raw in whole:
-            line = raw.decode("utf-8", "replace").rstrip()
-            lines.append(line)
-            told = _show(line, told)
+    try:
+        for chunk in _chunks(process, log):
+            with suppress(OSError), log.open("ab") as file:  # a full disk must not end the scoring
+                file.write(chunk)
+            *whole, rest = re.split(rb"[\r\n]+", rest + chunk)
+            for raw in whole:
+                line = raw.decode("utf-8", "replace").rstrip()
+                lines.append(line)
+                told = _show(line, told, bar)
+    finally:
+        bar.remove()
     lines.append(rest.decode("utf-8", "replace").rstrip())
 
 
-def _show(line: str, told: float) -> float:
-    """Print a line of progress or a warning; return when a line of progress was last printed."""
+def _show(line: str, told: float, bar: Followed) -> float:
+    """Print progress, on a terminal as a bar, or a warning; return when a line of progress was last printed."""
     if not _SHOWN.search(line):
         return told
     progress = _PROGRESS.search(line) is not None
     if progress and sys.stderr.isatty():
-        print(f"\r{line}", end="\n" if "100%" in line else "", file=sys.stderr, flush=True)
+        bar.follow(line)
         return told
     if progress and "100%" not in line and time.monotonic() - told < _EVERY_SECONDS:
         return told
+    bar.remove()
     print(line, file=sys.stderr, flush=True)
     return time.monotonic() if progress else told
 

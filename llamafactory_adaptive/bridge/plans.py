@@ -5,8 +5,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from llamafactory_adaptive.bridge.arguments import adapter_to_go_on_with
 from llamafactory_adaptive.bridge.checked_run import CheckedRun
-from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun, adapter_to_go_on_with, longest_scoring
+from llamafactory_adaptive.bridge.host_run import LlamaFactoryRun, longest_scoring
 from llamafactory_adaptive.bridge.resuming import confirm_weights
 from llamafactory_adaptive.engines.distributed import from_main, gather_facts, refuse_differences
 from llamafactory_adaptive.files import digest_of

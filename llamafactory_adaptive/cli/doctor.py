@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive import __version__, _bootstrap
-from llamafactory_adaptive.cli.host import INSTALL_HOST, host_is_installed
+from llamafactory_adaptive.cli.host import host_is_installed, install_host
 from llamafactory_adaptive.cli.json_output import kept_for_json, print_json
 from llamafactory_adaptive.errors import first_of
 from llamafactory_adaptive.versions import installed_versions, verified_versions
@@ -38,7 +38,7 @@ def _without_host() -> dict[str, Any]:
     """Tell what works where LLaMA-Factory is not installed: the Python API, which is not at fault."""
     words = (
         f"plugin {__version__}: the Python API is ready (from llamafactory_adaptive import ...); LLaMA-Factory is "
-        f"not installed, so `finetuning_type: adaptive` does not exist here; to have it: {INSTALL_HOST}"
+        f"not installed, so `finetuning_type: adaptive` does not exist here; to have it: {install_host()}"
     )
     return {"schema_version": 1, "ready": True, "verdict": words, "plugin": __version__, "host_installed": False}
 

@@ -7,7 +7,10 @@ import uuid
 
 from llamafactory_adaptive.errors import refuse
 from llamafactory_adaptive.files import cannot_write
-from llamafactory_adaptive.paths import shipped_folder
+from llamafactory_adaptive.paths import shipped_file, shipped_folder
+
+
+_SKILL = "skills/llamafactory-adaptive/SKILL.md"
 
 
 def init(arguments: argparse.Namespace) -> int:
@@ -32,4 +35,5 @@ def init(arguments: argparse.Namespace) -> int:
     finally:
         shutil.rmtree(unnamed, ignore_errors=True)
     print(f"examples copied to {target}; run the commands of its README.md from {arguments.folder.resolve()}")
+    print(f"a skill for coding agents: {shipped_file(_SKILL)}")
     return 0

@@ -60,7 +60,9 @@ def run_document(run: Run) -> dict[str, Any]:
 
 def _training(run: Run) -> dict[str, Any]:
     """Return the settings of the training that the end of the log holds, which earlier versions did not write."""
-    held = next((line["training"] for line in reversed(run.log) if isinstance(line.get("training"), Mapping)), {})
+    held: Mapping[str, Any] = next(
+        (line["training"] for line in reversed(run.log) if isinstance(line.get("training"), Mapping)), {}
+    )
     return {
         "training_dataset": texts(held.get("dataset")),
         "learning_rate": number(held.get("learning_rate")),

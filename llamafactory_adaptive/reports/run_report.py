@@ -70,8 +70,8 @@ def read_run(folder: Path) -> Run:
         raise PlanError(f"there is no run in {folder}: {PLAN_FILE} is missing; give the output_dir of a training")
     if not (folder / TRAINER_STATE).is_file():
         raise PlanError(
-            f"the run in {folder} has not ended: it still trains, or was broken off ({TRAINER_STATE}, which is written "
-            "at its end, is missing)"
+            f"the run in {folder} has not ended: it still trains, or was broken off ({TRAINER_STATE}, which is "
+            "written at its end, is missing)"
         )
     try:
         state = read_mapping(folder / TRAINER_STATE, TRAINER_STATE, finite=False)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,8 @@ def test_a_wheel_brings_the_start_up_file_the_examples_the_skill_and_the_harness
             "llamafactory_adaptive/bridge/board/labels.toml"} <= set(names)  # fmt: skip
     shared = {name.partition("share/llamafactory-adaptive/")[2] for name in names}
     assert {"examples/README.md", "examples/notebooks/adaptive_ranks_smollm2.ipynb", "eval/README.md", "eval/run.py",
-            "eval/tasks/lm_eval/boolq.yaml", "skills/llamafactory-adaptive/SKILL.md"} <= shared  # fmt: skip
+            "eval/tasks/lm_eval/boolq.yaml", "skills/llamafactory-adaptive/SKILL.md",
+            "constraints/llamafactory-0.9.5.txt"} <= shared  # fmt: skip
     tops = {name.split("/")[0] for name in names}
     assert tops == {"llamafactory_adaptive", "llamafactory_adaptive_hook.pth",
                     *(f"llamafactory_adaptive-{__version__}.{kind}" for kind in ("dist-info", "data"))}  # fmt: skip
@@ -99,6 +101,8 @@ def test_one_version_stands_in_the_package_the_citation_and_the_changes():
 
 def test_init_copies_examples_whose_paths_hold(tmp_path, monkeypatch, capsys):
     assert cli.main(["init", str(tmp_path)]) == 0
+    skill = re.search(r"^a skill for coding agents: (.+)$", capsys.readouterr().out, re.MULTILINE)[1]
+    assert Path(skill).read_text(encoding="utf-8").startswith("---\nname: llamafactory-adaptive\n")
     monkeypatch.chdir(tmp_path)
     for path in Path("examples/train_adaptive").glob("*_ds*.yaml"):
         args = yaml.safe_load(path.read_text())
@@ -177,3 +181,35 @@ def test_stray_words_are_usage_errors(capsys):
     with pytest.raises(SystemExit):
         cli.parse_command_line(["plan", "a.yaml", "lora_rank", "16"])
     assert "lora_rank 16: overrides are written key=value, e.g. lora_rank=16" in capsys.readouterr().err
+
+
+# In a process of its own, whose package is the wheel's; the folder stands for site-packages with the data beside it.
+WITHOUT_CHECKOUT = """
+import sys
+from pathlib import Path
+import llamafactory_adaptive
+from llamafactory_adaptive.cli.host import install_host
+
+assert Path(llamafactory_adaptive.__file__).is_relative_to(sys.argv[1]), llamafactory_adaptive.__file__
+print(install_host())
+"""
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_without_a_checkout_the_host_is_installed_by_the_constraints_of_the_wheel(built, tmp_path, installed):
+    (wheel,), site = built.glob("*.whl"), tmp_path / "a site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    if not installed:
+        shutil.rmtree(next(site.glob("*.dist-info")))
+    words = ["-c", WITHOUT_CHECKOUT, site]
+    environment = {**os.environ, "PYTHONPATH": str(site), "LLAMAFACTORY_ADAPTIVE": "0"}
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    program, install, *options, package = shlex.split(done.stdout)
+    assert (program, install, package) == ("pip", "install", "llamafactory-adaptive[llamafactory]")
+    if installed:
+        option, path = options
+        assert option == "-c"
+        assert Path(path).read_bytes() == (ROOT / "constraints" / "llamafactory-0.9.5.txt").read_bytes()

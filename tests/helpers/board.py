@@ -58,10 +58,12 @@ def _wait_for(address, process, log):
 
 @contextmanager
 def browser_page(address, width=1280, height=1000):
-    """A page of the board in a real browser; no request leaves the machine, and no script may fail."""
+    """A page of the board in a real browser: no request leaves the machine, ``page.faults`` has errors of scripts."""
     with browser() as chromium:
         page = chromium.new_page(viewport={"width": width, "height": height}, color_scheme="light")
         page.route("**/*", lambda route: route.continue_() if route.request.url.startswith(address) else route.abort())
+        page.faults = faults = []
+        page.on("pageerror", lambda error: faults.append(str(error)))  # before the page's own scripts run
         page.set_default_timeout(60_000)
         page.goto(address)
         yield page

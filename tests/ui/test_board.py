@@ -31,10 +31,8 @@ def test_a_run_from_its_preview_to_its_export(tmp_path):
     save_tiny(tmp_path / "tiny", num_hidden_layers=8)
     write_datasets(tmp_path / "data")
     with board(tmp_path) as address, browser_page(address) as page:
-        errors = []
-        page.on("pageerror", lambda error: errors.append(str(error)))
         work_through(page, tmp_path)
-        assert not errors
+        assert not page.faults
 
 
 def work_through(page, folder):

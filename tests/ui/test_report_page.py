@@ -3,8 +3,9 @@
 import pytest
 
 from llamafactory_adaptive import cli
+from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan
 from tests.helpers.browser import HAS_BROWSER, opened_files
-from tests.helpers.runs import NASTY, save_whole_run
+from tests.helpers.runs import NASTY, save_run, save_whole_run
 
 
 pytestmark = [
@@ -70,6 +71,29 @@ def test_a_tap_on_a_cell_tells_its_figures(open_file, path):
     told = cell.evaluate("cell => getComputedStyle(cell, '::after').content")
     assert told == '"layer 0, down_proj: rank 6, 25.00% of the score, 144 parameters"'
     assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+def test_a_model_of_thirty_layers_and_seven_types_fits_a_phone_and_each_of_its_ranks_is_seen(open_file, tmp_path):
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    modules = tuple(
+        ModulePlan(f"model.layers.{layer}.mlp.{kind}", 576, 1536, 1 + (7 * layer + number) % 128, 0.1, 1 / 210)
+        for layer in range(30)
+        for number, kind in enumerate(kinds)
+    )
+    run = save_run(tmp_path / "out", RankPlan("sensitivity", {}, "params", 64, 128.0, modules))
+    target = tmp_path / "report.html"
+    assert cli.main(["report", str(run), "--html", str(target)]) == 0
+    page = open_file(target, 390)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    cells = page.locator(".heat .cell")
+    assert sorted(map(int, cells.all_inner_texts())) == sorted(module.rank for module in modules)
+    places = cells.evaluate_all(
+        "cells => cells.map(c => [c.getBoundingClientRect(), c.scrollWidth - c.clientWidth])"
+        ".map(([box, more]) => [box.left, box.right, more])"
+    )
+    assert max(more for *_, more in places) <= 0, "a number is wider than its cell"
+    assert all(0 <= left < right <= 390 for left, right, _ in places)
+    assert not page.faults
 
 
 def test_every_letter_of_the_heatmap_can_be_read(open_file, path):

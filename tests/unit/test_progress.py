@@ -2,11 +2,12 @@
 
 import io
 import sys
+from contextlib import contextmanager
 
 import pytest
 
 from llamafactory_adaptive import progress
-from llamafactory_adaptive.progress import LINES, watched
+from llamafactory_adaptive.progress import LINES, Followed, watched
 
 
 @pytest.fixture
@@ -45,3 +46,29 @@ def test_for_another_process_there_are_lines_a_second_apart_and_a_last_one(heard
         now[0] = 100.0 + 0.3 * number
     said = ["Scoring: 12% (1/8)", "Scoring: 62% (5/8)", "Scoring: 100% (8/8)"]
     assert stream.getvalue().splitlines() == said
+
+
+def test_the_lines_of_another_process_move_a_bar_that_makes_room_for_others_and_goes_at_the_end(heard, monkeypatch):
+    stream, shown = heard(terminal=True), []
+
+    @contextmanager
+    def bar(what, total):
+        shown.append([what, total, 0])
+        yield lambda: shown[-1].__setitem__(2, shown[-1][2] + 1)
+        shown.append("removed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "_bar", bar)
+        followed = Followed()
+        for line in ("Scoring: 12% (1/8)", "no progress", "Scoring: 62% (5/8)"):
+            followed.follow(line)
+        assert shown == [["Scoring", 8, 5]]
+        followed.remove()
+        followed.follow("Scoring: 75% (6/8)")
+        followed.follow("Scoring: 100% (8/8)")
+        followed.follow("Held-out loss [x]: 50% (1/2)")
+        assert shown == [["Scoring", 8, 5], "removed", ["Scoring", 8, 8], "removed", ["Held-out loss [x]", 2, 1]]
+        followed.remove()
+    Followed().follow("Scoring: 100% (8/8)")
+    assert "8/8" in stream.getvalue()
+    assert "Scoring: 100%" not in stream.getvalue()

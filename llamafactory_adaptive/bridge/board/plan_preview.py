@@ -133,8 +133,8 @@ def use_edited(
             named = {"module": markdown(module.name), "largest": module.largest_rank}
             return {"status": message("wrong_rank", lang, **named)}, ""
         modules.append(dataclasses.replace(module, rank=rank))
-    budget = {"lora_rank": lora_rank or plan.lora_rank, "budget_unit": unit or plan.budget_unit}
-    new = dataclasses.replace(plan, modules=tuple(modules), **budget)
+    lora_rank, unit = lora_rank or plan.lora_rank, unit or plan.budget_unit
+    new = dataclasses.replace(plan, modules=tuple(modules), lora_rank=lora_rank, budget_unit=unit)
     if (left := new.budget()[f"left_{new.budget_kind}"]) < 0:
         facts = {**spent(new, lang), "excess": f"{-left:,}", "rank": new.sufficient_rank()}
         return {"status": message("overspent", lang, **facts)}, ""

@@ -1,5 +1,6 @@
 """A child process that ends with its parent and keeps its log to itself."""
 
+import io
 import os
 import signal
 import subprocess
@@ -64,6 +65,20 @@ def test_its_log_goes_to_a_file_and_only_warnings_and_progress_to_the_terminal(t
     assert lines.split("\n")[:4] == said
     assert (tmp_path / "logs" / "log").read_text().split("\n")[:4] == said
     assert capsys.readouterr().err.splitlines() == said[1:3]
+
+
+def test_on_a_terminal_its_progress_is_a_bar_beneath_its_warnings(tmp_path, monkeypatch):
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", stream)
+    said = ["Scoring modules: 50% (1/2)", "[WARNING|2026] llamafactory.adaptive:1 >> mind this",
+            "Scoring modules: 100% (2/2)"]  # fmt: skip
+    command = [sys.executable, "-c", f"print({chr(10).join(said)!r})"]
+    assert run_child(command, os.environ, tmp_path / "log", "")[0] == 0
+    shown = stream.getvalue()
+    assert f"{said[1]}\n" in shown
+    assert "2/2" in shown
+    assert "100% (" not in shown, "the line that the child printed"
 
 
 def test_a_child_that_is_killed_has_a_negative_code_and_a_full_disk_is_no_reason_to_end(tmp_path):
