@@ -115,6 +115,13 @@ def visible_devices() -> list[str]:
     return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
 
 
+def usable_gpus(given: Mapping[str, Any]) -> int:
+    """Count the GPUs that runs with these settings could take."""
+    import torch
+
+    return 0 if given.get("use_cpu") else torch.cuda.device_count()
+
+
 def cpu_threads() -> int:
     """Count the threads of the CPU that a run would take."""
     import torch

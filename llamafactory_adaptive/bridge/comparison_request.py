@@ -7,10 +7,10 @@ from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import check_config_file, command_line_settings, our_keys
 from llamafactory_adaptive.bridge.comparison import Comparison
-from llamafactory_adaptive.bridge.comparison_checks import cpu_threads, visible_devices
+from llamafactory_adaptive.bridge.comparison_checks import cpu_threads, usable_gpus, visible_devices
 from llamafactory_adaptive.bridge.comparison_tasks import TaskEvaluations
 from llamafactory_adaptive.comparison.arms import choose_arms, keys_without_effect, without_twins
-from llamafactory_adaptive.comparison.request import design_of, devices_of
+from llamafactory_adaptive.comparison.request import design_of, devices_of, idle_devices
 from llamafactory_adaptive.comparison.secrets import redacted
 from llamafactory_adaptive.comparison.task_request import TaskRequest
 from llamafactory_adaptive.config.arguments import AdaptiveArguments
@@ -39,6 +39,8 @@ def comparison_of(
         say(f"the arm {name} is left out: its settings are those of {other}")
     if unused := keys_without_effect(given):
         say(f"settings of the YAML that no run of a comparison uses: {', '.join(unused)}")
+    if idle := idle_devices(arguments.devices, usable_gpus(given)):
+        say(idle)
     say(f"{len(arms)} arms, {_runs(comparison)}: {', '.join(arm.name for arm in arms)}")
     return comparison, devices
 

@@ -134,6 +134,20 @@ def devices_of(text: str | None, visible: Sequence[str], threads: int = 1) -> Se
     return devices or (None,)
 
 
+def idle_devices(text: str | None, gpus: int) -> str:
+    """Describe the GPUs that stay idle where no devices are named; empty where none does.
+
+    Args:
+        text: the devices that are named, if any.
+        gpus: number of GPUs that a run could take.
+    """
+    if text or gpus < 2:
+        return ""
+    every = ",".join(map(str, range(gpus)))
+    others = "the other one stays idle" if gpus == 2 else f"the other {gpus - 1} stay idle"
+    return f"all runs take the first of {gpus} GPUs, and {others}; --devices {every} keeps a run on each"
+
+
 def _shares_of_cpu(names: Sequence[str], threads: int) -> list[str | None]:
     text = ",".join(names)
     if set(names) != {CPU}:

@@ -34,6 +34,11 @@ What differs:
   gradients from their mean over the factor.
 * b follows the number of modules by default; ``adaptive_min_rank`` above 1 is kept.
 
+What the paper leaves open and the code settles has a key where a user may want it otherwise: ``elalora_candidates``,
+``elalora_exchanged_ranks``, ``elalora_decay``, both smoothing factors, the regulariser's weight. How a new component
+starts (length, direction, optimizer states) has no key: any start without effect serves the same end, and one with an
+effect would make the loss jump at every exchange.
+
 As lambda starts at 0, first updates are as small as AdaLoRA's at LoRA's scale: use a higher rate than for LoRA.
 
 Cost: optimizer states and activations of ``adaptive_max_rank``; two fp32 numbers per adapter weight and a few

@@ -10,8 +10,15 @@ proportions are scaled to the exact budget in parameters or ranks, within ``adap
 
 GoRA also starts B from the gradient, compressed by the pseudo-inverse of A: with ``adaptive_init: gora`` this is the
 whole of GoRA. Without that key the adapter starts as LoRA does, which is why the method is not called ``gora``.
-Gradients come from the calibration samples, not from the first steps of training; the loss is summed over tokens and
-divided by their number.
+
+What differs:
+
+* Gradients come from the calibration samples, not from the first steps of training: ``adaptive_calibration_samples``
+  says how many. They are summed before their size counts, as the paper accumulates them.
+* The loss is summed over tokens and divided by their number. No key: a mean over rows would let short answers weigh
+  more, and any divisor that all modules share leaves the proportions as they are.
+* Ranks are rounded so that the budget is spent exactly, as by all methods here. No key: each rounded by itself, as
+  published, their sum is what happens to come out.
 
 Cost: one forward and backward pass; on the host's memory 4 bytes for every target weight (28 GB for 7B), since the
 gradients of all samples are summed before their size counts.

@@ -3,9 +3,14 @@
     stable rank of W = |W|_F^2 / |W|_2^2        between 1 and the rank of W; not changed by the scale of W
 
 Ranks are proportional to it: a weight whose energy is spread over many directions gets a larger update. That the
-stable rank of the pre-trained weights divides ranks among layers, without a search, is the paper's. Ours: ranks in
-proportion to it, at the exact budget and within its bounds (the authors' code for ViT-B has no budget, but one rank
-for each attention weight, 9 to 116); weights of every kind, not those of attention alone.
+stable rank of the pre-trained weights divides ranks among layers, without a search, is the paper's.
+
+What differs:
+
+* Ranks are in proportion to the stable rank, at the exact budget and within its bounds (the authors' code for ViT-B
+  has no budget, but one rank for each attention weight, 9 to 116). No key: W may be scaled without a change of its
+  stable rank, so that nothing but the proportion is left; ``adaptive_max_rank`` bounds how unequal ranks become.
+* Weights of every kind count, not those of attention alone: ``lora_target`` chooses them.
 
 Cost: some products of each weight with a block of 8 vectors. The model is loaded, but no rows are read. Quantised
 weights count as what their modules compute.

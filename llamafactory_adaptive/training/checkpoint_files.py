@@ -133,7 +133,7 @@ def check_layout(checkpoint: Path, here: Mapping[str, Any]) -> str:
     """Raise an error if the host could not read a checkpoint's optimizer state under the layout of this run.
 
     DeepSpeed does not always detect this: shards of one stage, read as those of another, give silently wrong training.
-    Without DeepSpeed everything is whole, and any number of processes reads it.
+    Without DeepSpeed and FSDP 2 everything is whole, and any number of processes reads it.
 
     Args:
         checkpoint: folder of the checkpoint; one of an older version holds no layout, and passes.
@@ -153,7 +153,8 @@ def check_layout(checkpoint: Path, here: Mapping[str, Any]) -> str:
     there = {"fsdp_version": here.get("fsdp_version"), **there}  # which earlier versions did not record
     faults = {key: f"{key} is {there.get(key)} there and {value} here" for key, value in here.items()
               if key != "global_batch" and there.get(key) != value}  # fmt: skip
-    if faults and (here["deepspeed_stage"] or set(faults) != {"processes"}):
+    divided = here["deepspeed_stage"] or here.get("fsdp_version") == 2
+    if faults and (divided or set(faults) != {"processes"}):
         raise PlanError(
             f"{checkpoint} was written under another layout: {'; '.join(faults.values())}; "
             f"{_why_refused(there, here)}; set deepspeed, FSDP and processes back, or use another output_dir"
@@ -164,6 +165,8 @@ def check_layout(checkpoint: Path, here: Mapping[str, Any]) -> str:
 def _why_refused(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     if there.get("fsdp_version") != here.get("fsdp_version"):
         return "the Trainer reads the optimizer state of one version of FSDP, or of none, under that alone"
+    if here.get("fsdp_version") == 2:
+        return "the Trainer cannot load a checkpoint of FSDP 2 with another number of processes than wrote it"
     if there.get("deepspeed_stage") is None:
         return "DeepSpeed cannot read the optimizer state that the Trainer writes without it"
     if here["deepspeed_stage"] is None:

@@ -87,15 +87,18 @@ def test_merge_and_inference_examples_parse_and_follow_a_training_example(path):
 def test_fsdp_examples_are_read_by_accelerate_and_save_whole_adapters(path, monkeypatch):
     from accelerate.commands.config.config_args import load_config_from_file
 
+    from llamafactory_adaptive.config.fsdp_settings import fsdp_version
     from llamafactory_adaptive.config.host_conflicts import check_conflicts
 
     config = load_config_from_file(str(path))
-    assert (config.distributed_type.value, config.fsdp_config["fsdp_version"]) == ("FSDP", 2)
+    version = 1 if "fsdp1" in path.stem else 2
+    assert (config.distributed_type.value, config.fsdp_config["fsdp_version"]) == ("FSDP", version)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     for name, value in config.fsdp_config.items():
         monkeypatch.setenv(name.upper(), str(value).lower() if isinstance(value, bool) else str(value))
     bits = 4 if "qlora" in path.stem else None
     assert check_conflicts({"quantization_bit": bits}) == []
+    assert fsdp_version({}) == version
 
 
 def test_every_yaml_is_in_the_readme_and_every_command_names_a_file():

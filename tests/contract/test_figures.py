@@ -1,5 +1,6 @@
 """Pages quote what the result files hold, and the result files say how they came about."""
 
+import importlib
 import json
 import re
 from collections import Counter
@@ -216,3 +217,22 @@ def test_footguns_quotes_how_well_wrong_answers_are_told_apart():
             for term, quantile in (("loss", "1"), ("loss", "0.8"), ("gradient_norm", "0.8"))
         )
         assert by_loss < by_norm < unclipped
+
+
+@pytest.fixture
+def many_modules(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("many_modules")
+
+
+def test_time_by_the_number_of_targets_is_linear_as_it_was_recorded(many_modules):
+    recorded = RESULTS["many_modules"]
+    rows = {int(count): row for count, row in recorded["seconds"].items()}
+    assert recorded["over_linear"] == pytest.approx(many_modules.over_linear(rows))
+    assert max(recorded["over_linear"].values()) <= recorded["most_over_linear"] == many_modules.MOST_OVER_LINEAR
+
+
+@pytest.mark.parametrize(("power", "expected"), [(1, 1.0), (2, 40.0)])
+def test_growth_is_told_over_the_whole_range(many_modules, power, expected):
+    rows = {count: {"build": count**power / 1e3} for count in (500, 1000, 20000)}
+    assert many_modules.over_linear(rows) == pytest.approx({"build": expected})

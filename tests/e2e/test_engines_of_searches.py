@@ -5,7 +5,8 @@ from safetensors.torch import load_file
 
 from llamafactory_adaptive.ranks.plan import load_plan
 from tests.helpers.engines import HARD, check_same, engine_of
-from tests.helpers.tiny import pruning_settings, svd_settings
+from tests.helpers.fsdp import FSDP2
+from tests.helpers.tiny import pruning_settings, svd_settings, tsq_settings
 from tests.helpers.training import train
 from tests.helpers.workers import train_on_two
 
@@ -60,3 +61,20 @@ def test_ranks_are_exchanged_alike_on_every_engine(engine, exchanged_alone, tiny
     given = pruning_settings(tiny_llama, data_dir, tmp_path / "out", **EXCHANGE, **more)
     train_on_two(given, tmp_path / "logs", **environment)
     check_same(tmp_path / "out", exchanged_alone, tolerance=1e-4)
+
+
+# Triplets, and TsqLoRA's ranks alone: no process holds whole weights, which its samples need.
+UNDER_FSDP2 = {
+    "adalora": (pruning_settings, {**HARD, "adaptive_method": "adalora"}),
+    "tsq": (tsq_settings, {**HARD, "tsq_sampling": False, "adam_epsilon": 1e-4}),
+}
+
+
+@pytest.mark.parametrize("method", UNDER_FSDP2)
+def test_further_searches_find_the_same_ranks_under_fsdp2(method, tiny_llama, data_dir, tmp_path):
+    of_method, own = UNDER_FSDP2[method]
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    train(of_method(tiny_llama, data_dir, alone, per_device_train_batch_size=4, **own))
+    train_on_two(of_method(tiny_llama, data_dir, out, **own), tmp_path / "logs", **FSDP2)
+    assert len(set(load_plan(out / "adaptive_rank_plan.json").ranks().values())) > 1
+    check_same(out, alone, tolerance=1e-3)

@@ -13,12 +13,9 @@ import yaml
 from safetensors.torch import load_file
 
 from llamafactory_adaptive.errors import PlanError
-from llamafactory_adaptive.files import PLAN_FILE
-from llamafactory_adaptive.ranks.plan import load_plan
 from llamafactory_adaptive.training.checkpoint_files import damage
 from tests.helpers.tiny import pruning_settings, save_tiny
 from tests.helpers.training import adapters_equal, lines, train
-from tests.helpers.workers import train_on_two
 
 
 pytestmark = pytest.mark.slow
@@ -136,16 +133,3 @@ def one_crashed_run(tiny_llama, data_dir, tmp_path_factory):
     with pytest.raises(KeyboardInterrupt):
         train(pruning_settings(tiny_llama, data_dir, out, **SAVING), crash_at=4)
     return out
-
-
-@pytest.mark.repeats
-def test_two_processes_go_on_from_one_that_had_the_same_global_batch_by_accumulation(tiny_llama, data_dir, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    more = {**SAVING, "lora_dropout": 0.0, "max_grad_norm": 0.01, "igu_init": "gaussian"}
-    train(pruning_settings(tiny_llama, data_dir, one, **more, gradient_accumulation_steps=4))
-    shutil.copytree(one / "checkpoint-6", two / "checkpoint-6")
-    train_on_two(pruning_settings(tiny_llama, data_dir, two, **more, gradient_accumulation_steps=2), tmp_path / "logs")
-    plans = [load_plan(folder / PLAN_FILE) for folder in (one, two)]
-    assert plans[0].ranks() == plans[1].ranks()
-    tensors, expected = (load_file(folder / "adapter_model.safetensors") for folder in (two, one))
-    assert all(torch.allclose(tensors[key], expected[key], atol=1e-4) for key in expected)

@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tests.helpers.tiny import SIZES
 
@@ -39,9 +41,30 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3Moe", "ForCausalLM", {**SIZES, **_EXPERTS}),
     "qwen3_next": ("Qwen3Next", "ForCausalLM", {**SIZES, **_HYBRID}),
     "qwen2_vl": ("Qwen2VL", "ForConditionalGeneration", _IMAGES),
+    "experts_as_modules": ("Llama", "ForCausalLM", SIZES),
 }
 # Their experts are held in one tensor for a whole layer.
 PACKED_EXPERTS = ("mixtral", "qwen3_moe", "qwen3_next")
+
+
+class ExpertModules(nn.Module):
+    """Four experts, each a module of its own and called on its own tokens alone, as in older Mixtrals."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, 4, bias=False)
+        self.experts = nn.ModuleList(LlamaMLP(config) for _ in range(4))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the sum of the two likeliest experts of each token, weighted by their shares."""
+        flat = hidden.flatten(0, -2)
+        shares, chosen = self.gate(flat).softmax(-1).topk(2)
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            token, place = (chosen == number).nonzero(as_tuple=True)
+            if len(token):
+                out = out.index_add(0, token, expert(flat[token]) * shares[token, place, None])
+        return out.view_as(hidden)
 
 
 def family_model(name: str, seed: int = 0) -> PreTrainedModel:
@@ -49,4 +72,8 @@ def family_model(name: str, seed: int = 0) -> PreTrainedModel:
     stem, ending, sizes = FAMILIES[name]
     torch.manual_seed(seed)
     config = getattr(transformers, f"{stem}Config")(**sizes)
-    return getattr(transformers, stem + ending)(config).float().eval()
+    model = getattr(transformers, stem + ending)(config)
+    if name == "experts_as_modules":
+        for layer in model.model.layers:
+            layer.mlp = ExpertModules(config)
+    return model.float().eval()

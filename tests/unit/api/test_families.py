@@ -13,7 +13,8 @@ from llamafactory_adaptive import (
     score_modules,
 )
 from llamafactory_adaptive.api import targets
-from llamafactory_adaptive.errors import AdaptiveConfigError
+from llamafactory_adaptive.errors import AdaptiveConfigError, CalibrationError
+from llamafactory_adaptive.ranks.module_names import is_routed_expert
 from llamafactory_adaptive.training.gradient_check import GradientCheck
 from llamafactory_adaptive.training.run_log import Counters
 from tests.helpers.dynamic import batch
@@ -22,8 +23,8 @@ from tests.helpers.searches import trainer_of
 from tests.helpers.tiny import rows
 
 
-FAST = ("phi3", "qwen3_moe", "qwen2_vl")
-EVERY = [name if name in FAST else pytest.param(name, marks=pytest.mark.repeats) for name in FAMILIES]
+FAST = ("phi3", "qwen3_moe", "qwen2_vl")  # whose searches are not repeats of others
+SEARCHED = [name if name in FAST else pytest.param(name, marks=pytest.mark.repeats) for name in FAMILIES]
 
 
 def wanted(name):
@@ -46,10 +47,11 @@ def check_saved(model, name, folder, plan):
     assert torch.allclose(logits(loaded.merge_and_unload()), live, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_planned_ranks_train_and_are_saved(name, tmp_path):
     base = family_model(name)
-    scores = score_modules(base, calibration_batches(rows(6), 2), target_modules=wanted(name))
+    batch_size = 1 if name == "experts_as_modules" else 2  # its experts read tokens of all samples mixed
+    scores = score_modules(base, calibration_batches(rows(6), batch_size), target_modules=wanted(name))
     plan = plan_ranks(scores, lora_rank=2)
     assert len(set(plan.ranks().values())) > 1
     model = attach_adapter(base, plan).train()
@@ -62,7 +64,7 @@ def test_planned_ranks_train_and_are_saved(name, tmp_path):
     check_saved(model, name, tmp_path, plan)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", SEARCHED)
 def test_ranks_are_found_while_training_and_saved(name, tmp_path):
     search = rank_search(family_model(name), lora_rank=2, interval=2, importance="off", target_modules=wanted(name))
     trainer = trainer_of(search, tmp_path, max_steps=4)
@@ -83,6 +85,20 @@ def test_a_first_batch_of_text_passes_over_the_image_tower(tmp_path):
     search = rank_search(family_model("qwen2_vl"), lora_rank=2, interval=2, importance="off")
     trainer_of(search, tmp_path, max_steps=4).train()
     assert any("visual" in name for name in search.plan.ranks())
+
+
+# -- experts as modules ----------------------------------------------------------------------------------------------
+def test_experts_that_are_modules_have_ranks_of_their_own():
+    base, kinds = family_model("experts_as_modules"), ["up_proj", "down_proj"]
+    with pytest.raises(
+        CalibrationError, match=r"\(a routed expert\?\), so padding cannot be told apart; set batch_size=1"
+    ):
+        score_modules(base, calibration_batches(rows(6), 2), target_modules=kinds)
+    scores = score_modules(base, calibration_batches(rows(6), 1), target_modules=kinds)
+    ranks = plan_ranks(scores, lora_rank=2).ranks()
+    assert len(ranks) == 2 * 4 * 2
+    assert all(is_routed_expert(name) for name in ranks)
+    assert len(set(ranks.values())) > 1
 
 
 # -- experts in one tensor -------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import pytest
 
 from llamafactory_adaptive.bridge.comparison_checks import (
     comparison_problems,
+    usable_gpus,
     visible_devices,
     warmup_problems,
     without_training_set,
@@ -57,3 +58,9 @@ def test_visible_devices_are_those_of_the_environment(monkeypatch):
     assert visible_devices() == ["4", "5"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert visible_devices() == []
+
+
+def test_gpus_count_where_runs_may_take_them(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert usable_gpus({}) == 4
+    assert usable_gpus({"use_cpu": True}) == 0

@@ -4,7 +4,13 @@ import argparse
 
 import pytest
 
-from llamafactory_adaptive.comparison.request import add_comparison_arguments, design_of, devices_of, effect_of
+from llamafactory_adaptive.comparison.request import (
+    add_comparison_arguments,
+    design_of,
+    devices_of,
+    effect_of,
+    idle_devices,
+)
 from llamafactory_adaptive.errors import AdaptiveConfigError
 
 
@@ -77,3 +83,15 @@ def test_shares_of_the_cpu_that_cannot_be_are_refused(text, threads, said):
 
 def test_an_effect_is_a_share():
     assert (effect_of("0.5%"), effect_of("0.01")) == (pytest.approx(0.005), 0.01)
+
+
+def test_gpus_that_stay_idle_are_told_with_the_option_that_uses_them():
+    assert idle_devices(None, 4) == (
+        "all runs take the first of 4 GPUs, and the other 3 stay idle; --devices 0,1,2,3 keeps a run on each"
+    )
+    assert "the other one stays idle; --devices 0,1 keeps" in idle_devices(None, 2)
+
+
+@pytest.mark.parametrize(("text", "gpus"), [(None, 1), (None, 0), ("0", 4), ("cpu,cpu", 2)])
+def test_nothing_is_told_of_devices_where_none_stays_idle_unasked(text, gpus):
+    assert idle_devices(text, gpus) == ""

@@ -115,6 +115,8 @@ def test_another_layout_is_refused_by_key_and_value(tmp_path: Path) -> None:
         PlanError, match="fsdp_version is 2 there and 0 here; the Trainer reads the optimizer state of"
     ):
         checkpoint_files.check_layout(tmp_path, {**plain, "fsdp_version": 0})
+    with pytest.raises(PlanError, match="processes is 2 there and 4 here; the Trainer cannot load a check"):
+        checkpoint_files.check_layout(tmp_path, {**plain, "fsdp_version": 2, "processes": 4})
 
 
 def test_without_deepspeed_any_number_of_processes_goes_on_and_is_told_of_the_global_batch(tmp_path: Path) -> None:
