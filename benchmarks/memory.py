@@ -35,6 +35,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], float]] = {
     "igu, product": ("igu", {"uncertainty": "product"}, 2.0),
     "igu, published": ("igu", {"variant": "published"}, 2.0),
     "adalora": ("adalora", {}, 2.0),
+    "adalora, bfloat16": ("adalora", {"statistics_dtype": "bfloat16"}, 2.0),
     "svd": ("svd", {}, 2.0),
     "elalora": ("elalora", {}, 2.0),
     "tsq, steps": ("tsq", {"sensitivity_over": "step"}, 4.0),

@@ -23,6 +23,10 @@ class FormOptions(Protocol):
     def orthogonality_weight(self) -> float:
         """Return the weight of the regulariser; 0 for none."""
 
+    @property
+    def statistics_dtype(self) -> str:
+        """Return the name of the type in which both are kept."""
+
 
 class AdaloraForm(SmoothedMethod):
     """The start, the scores and the regulariser of AdaLoRA (arXiv 2303.10512, Eq. 4 and 7-11)."""
@@ -32,7 +36,7 @@ class AdaloraForm(SmoothedMethod):
     importance: SmoothedImportance
 
     def __init__(self, options: FormOptions) -> None:
-        super().__init__(SmoothedImportance(options.beta1, options.beta2))
+        super().__init__(SmoothedImportance(options.beta1, options.beta2, options.statistics_dtype))
         self._weight = options.orthogonality_weight
 
     @property

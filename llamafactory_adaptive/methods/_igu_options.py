@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from llamafactory_adaptive.errors import Problem
+from llamafactory_adaptive.methods._running_stats import check_statistics_dtype, statistics_dtype
 from llamafactory_adaptive.options import option
 
 
@@ -122,6 +123,7 @@ class IguOptions:
         low=0.0,
         high=0.9999,
     )
+    statistics_dtype: str = statistics_dtype(" With igu_uncertainty: mean nothing is kept per element.")
     epsilon: float | None = part(
         "Number that is added to S and U before one is divided by the other.", name="epsilon", low=1e-30, high=1e6
     )
@@ -195,12 +197,15 @@ class IguOptions:
         defaults = {entry.name: entry.default for entry in fields(self)} | VARIANTS[self.variant]
         defaults["beta1"] = _default_beta1(self.uncertainty)
         differing = [name for name, value in asdict(self).items() if value != defaults[name]]
-        return [
+        idle_ones = [
             Problem(f"igu_{name}", getattr(self, name), reason, f"leaving igu_{name} out, or {remedy}")
             for idle, names, reason, remedy in self._idle()
             for name in differing
             if idle and name in names
         ]
+        if self.uncertainty == "mean":
+            return idle_ones
+        return idle_ones + check_statistics_dtype("igu", self.statistics_dtype, beta1=self.beta1, beta2=self.beta2)
 
     def _idle(self) -> list[tuple[bool, tuple[str, ...], str, str]]:
         """Build the table of options that other options leave without effect: whether, which, why and what to set."""
@@ -216,6 +221,8 @@ class IguOptions:
              "igu_importance: integrated"),
             (not snr, ("epsilon", "epsilon_scale"), "only igu_uncertainty: snr divides", "igu_uncertainty: snr"),
             (self.uncertainty == "mean", ("beta2",), "with igu_uncertainty: mean the deviation does not count",
+             "igu_uncertainty: product"),
+            (self.uncertainty == "mean", ("statistics_dtype",), "with igu_uncertainty: mean no element is kept",
              "igu_uncertainty: product"),
             (unweighted, weighted, "with igu_orthogonality_weight: 0 there is no regulariser",
              "igu_orthogonality_weight: 0.1"),

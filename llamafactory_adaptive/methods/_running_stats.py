@@ -1,12 +1,38 @@
 """Running statistics of importances in flat blocks: smoothed (igu, adalora), or means (igu; tsq, of an interval)."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from llamafactory_adaptive.errors import Problem
 from llamafactory_adaptive.methods._adapter_form import ReturnRule, Shrinkage
+from llamafactory_adaptive.options import option
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_LARGEST_BETA = 0.95  # a step of 5 % of the difference; bfloat16 rounds off what is less than 0.4 % of S
+
+
+def statistics_dtype(idle: str = "") -> Any:
+    """Declare the option that chooses the type in which S and U are kept; ``idle`` says where it has no effect."""
+    return option(
+        "float32",
+        "Type in which the running mean and deviation of the importance are kept between steps: bfloat16 halves their "
+        f"memory, to half of AdamW's, and rounds them; ranks may differ by a few components.{idle}",
+        choices=tuple(_DTYPES),
+    )
+
+
+def check_statistics_dtype(method: str, dtype: str, **betas: float | None) -> list[Problem]:
+    """Find decay rates whose steps bfloat16 would round off, so that the statistics would no longer move."""
+    reason = f"bfloat16 rounds off the small steps of a rate above {_LARGEST_BETA}"
+    return [
+        Problem(f"{method}_{name}", beta, reason, f"{method}_{name}: 0.85, or {method}_statistics_dtype: float32")
+        for name, beta in betas.items()
+        if dtype == "bfloat16" and beta is not None and beta > _LARGEST_BETA
+    ]
 
 
 class _Blockwise:
@@ -31,13 +57,14 @@ class SmoothedImportance(_Blockwise):
     """Running mean and running deviation of element importances (AdaLoRA, Eq. 9-10; IGU-LoRA, Eq. 10-12).
 
     ``S <- b1 S + (1 - b1) s`` and ``U <- b2 U + (1 - b2) |s - S|`` with the new S; both start at zero. Elements come
-    in named blocks, flat, in fp32. Memory: two numbers per element.
+    in named blocks, flat, in fp32, which is computed in whatever type the two are kept in. Memory: two numbers per
+    element.
     """
 
     kinds = ("mean", "deviation")
 
-    def __init__(self, beta1: float, beta2: float) -> None:
-        self.beta1, self.beta2 = beta1, beta2
+    def __init__(self, beta1: float, beta2: float, dtype: str = "float32") -> None:
+        self.beta1, self.beta2, self.dtype = beta1, beta2, _DTYPES[dtype]
         self.mean: dict[str, Tensor] = {}
         self.deviation: dict[str, Tensor] = {}
 
@@ -50,9 +77,9 @@ class SmoothedImportance(_Blockwise):
             observed: 1.0 for elements to update, 0.0 for those that keep S and U, of that shape; None updates all.
         """
         if block not in self.mean:
-            self.mean[block] = torch.zeros_like(importance)
-            self.deviation[block] = torch.zeros_like(importance)
-        mean, deviation = self.mean[block], self.deviation[block]
+            self.mean[block] = torch.zeros_like(importance, dtype=self.dtype)
+            self.deviation[block] = torch.zeros_like(importance, dtype=self.dtype)
+        mean, deviation = self._values(block)
         step = importance.sub_(mean)
         if observed is not None:
             step.mul_(observed)
@@ -62,19 +89,28 @@ class SmoothedImportance(_Blockwise):
         if observed is not None:
             step.mul_(observed)
         deviation.add_(step, alpha=1 - self.beta2)
+        if self.dtype != mean.dtype:
+            self.mean[block].copy_(mean)
+            self.deviation[block].copy_(deviation)
+
+    def _values(self, block: str) -> tuple[Tensor, Tensor]:
+        """Return S and U in fp32: themselves where they are kept in it, copies otherwise."""
+        return self.mean[block].float(), self.deviation[block].float()
 
     def snr(self, block: str, epsilon: float) -> Tensor:
         """Compute ``(S + e) / (U + e)``: a large, steady importance scores high (IGU-LoRA, Eq. 12)."""
-        return (self.mean[block] + epsilon) / (self.deviation[block] + epsilon)
+        mean, deviation = self._values(block)
+        return (mean + epsilon) / (deviation + epsilon)
 
     def product(self, block: str) -> Tensor:
         """Compute ``S * U`` (AdaLoRA, Eq. 11)."""
-        return self.mean[block] * self.deviation[block]
+        mean, deviation = self._values(block)
+        return mean * deviation
 
     def discounted(self, block: str) -> Tensor:
         """Compute ``S * S / (S + U)``: the importance, less where it is unsteady; 0 where S is."""
-        mean = self.mean[block]
-        return mean.square().div_((mean + self.deviation[block]).clamp_(min=torch.finfo(mean.dtype).tiny))
+        mean, deviation = self._values(block)
+        return mean.square().div_((mean + deviation).clamp_(min=torch.finfo(mean.dtype).tiny))
 
     def forget(self, block: str, where: Tensor) -> None:
         """Set S and U back to zero where ``where`` is 1.0, and leave them where it is 0.0."""
@@ -83,7 +119,8 @@ class SmoothedImportance(_Blockwise):
 
     def log_sum(self, block: str) -> Tensor:
         """Sum and count the logarithms of the positive S of a block, (2,)."""
-        positive = self.mean[block][self.mean[block] > 0]
+        mean, _ = self._values(block)
+        positive = mean[mean > 0]
         return torch.stack([positive.log().sum(), positive.new_tensor(float(positive.numel()))])
 
 

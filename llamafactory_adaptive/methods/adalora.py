@@ -11,14 +11,17 @@ As lambda starts at 0, the first update of ``Delta W`` is 45 to 120 times smalle
 learning rate (``ranks/first_update.py``); lambda then grows by about the rate in each step. Use a higher rate than for
 LoRA.
 
-Cost: two fp32 numbers per adapter weight and a few element-wise passes over the adapter per step.
+Cost: two numbers per adapter weight, fp32 unless ``statistics_dtype`` says otherwise, and a few element-wise passes
+over the adapter per step.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+from llamafactory_adaptive.errors import Problem
 from llamafactory_adaptive.methods import MethodTraits
 from llamafactory_adaptive.methods._adalora_form import AdaloraForm
+from llamafactory_adaptive.methods._running_stats import check_statistics_dtype, statistics_dtype
 from llamafactory_adaptive.options import option
 
 
@@ -35,6 +38,7 @@ class AdaloraOptions:
     orthogonality_weight: float = option(
         0.5, "Weight of the orthogonality regulariser |Gram - I| in the loss.", low=0.0, high=1e6
     )
+    statistics_dtype: str = statistics_dtype()
     scale: str = option(
         "init_rank",
         "Rank that lora_alpha is divided by: init_rank takes the rank that modules start at, as PEFT does; lora_rank "
@@ -42,6 +46,10 @@ class AdaloraOptions:
         choices=("init_rank", "lora_rank"),
         before="lora_rank",
     )
+
+    def check(self) -> list[Problem]:
+        """List decay rates that do not go with the type of the statistics."""
+        return check_statistics_dtype("adalora", self.statistics_dtype, beta1=self.beta1, beta2=self.beta2)
 
 
 class Adalora(AdaloraForm):

@@ -41,9 +41,9 @@ effect would make the loss jump at every exchange.
 
 As lambda starts at 0, first updates are as small as AdaLoRA's at LoRA's scale: use a higher rate than for LoRA.
 
-Cost: optimizer states and activations of ``adaptive_max_rank``; two fp32 numbers per adapter weight and a few
-element-wise passes over the adapter per step; at an exchange every process holds the factors of modules that grow
-whole, in fp32, and orthogonalises their new rows on its CPU.
+Cost: optimizer states and activations of ``adaptive_max_rank``; two numbers per adapter weight, fp32 unless
+``statistics_dtype`` says otherwise, and a few element-wise passes over the adapter per step; at an exchange every
+process holds the factors of modules that grow whole, in fp32, and orthogonalises their new rows on its CPU.
 """
 
 from collections.abc import Sequence
@@ -53,8 +53,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from llamafactory_adaptive.errors import Problem
 from llamafactory_adaptive.methods import MethodTraits, Orthogonality
 from llamafactory_adaptive.methods._adalora_form import AdaloraForm
+from llamafactory_adaptive.methods._running_stats import check_statistics_dtype, statistics_dtype
 from llamafactory_adaptive.options import option
 from llamafactory_adaptive.ranks.allocation import Bounds
 
@@ -95,6 +97,11 @@ class ElaloraOptions:
     orthogonality_weight: float = option(
         0.1, "Weight of the orthogonality regulariser |Gram - I| in the loss.", low=0.0, high=1e6
     )
+    statistics_dtype: str = statistics_dtype()
+
+    def check(self) -> list[Problem]:
+        """List decay rates that do not go with the type of the statistics."""
+        return check_statistics_dtype("elalora", self.statistics_dtype, beta1=self.beta1, beta2=self.beta2)
 
 
 class Elalora(AdaloraForm):

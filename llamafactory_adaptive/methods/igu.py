@@ -84,7 +84,9 @@ class Igu(SmoothedMethod):
     def __init__(self, options: IguOptions) -> None:
         beta1 = options.beta1 or 0.0
         alone = options.uncertainty == "mean"
-        super().__init__(RunningMean(beta1) if alone else SmoothedImportance(beta1, options.beta2))
+        super().__init__(
+            RunningMean(beta1) if alone else SmoothedImportance(beta1, options.beta2, options.statistics_dtype)
+        )
         self.options = options
         self._typical: dict[str, float] = {}
         self._cube = 1.0  # the factor on the gradients of this step

@@ -61,7 +61,9 @@ class Components:
     def whole(self, block: Block, flat: Tensor) -> Tensor:
         """Join this process's numbers of a block, flat, with those of all others, (M, numel); all must call it."""
         whole_MX = self._scatter_to_full(block, flat)
-        return all_reduce_sum(whole_MX) if self.engine.partitioned else whole_MX
+        if not self.engine.partitioned:
+            return whole_MX
+        return all_reduce_sum(whole_MX.float()).to(flat.dtype)  # exact: each number comes from one process
 
     @torch.no_grad()
     def _flat(self, pieces: Sequence[Tensor]) -> Tensor:

@@ -66,6 +66,10 @@ def test_ranks_are_exchanged_alike_on_every_engine(engine, exchanged_alone, tiny
 # Triplets, and TsqLoRA's ranks alone: no process holds whole weights, which its samples need.
 UNDER_FSDP2 = {
     "adalora": (pruning_settings, {**HARD, "adaptive_method": "adalora"}),
+    "bf16 statistics": (
+        pruning_settings,
+        {**HARD, "adaptive_method": "adalora", "adalora_statistics_dtype": "bfloat16"},
+    ),
     "tsq": (tsq_settings, {**HARD, "tsq_sampling": False, "adam_epsilon": 1e-4}),
 }
 

@@ -29,6 +29,11 @@ SAVING = {"save_strategy": "steps", "save_steps": 3, "overwrite_output_dir": Fal
         pytest.param({"adaptive_method": "adalora"}, id="adalora"),
         pytest.param({"igu_importance": "integrated"}, id="integrated"),
         pytest.param(
+            {"adaptive_method": "adalora", "adalora_statistics_dtype": "bfloat16"},
+            id="bf16",
+            marks=pytest.mark.repeats,
+        ),
+        pytest.param(
             {"adaptive_method": "elalora", "elalora_exchanged_ranks": 4}, id="elalora", marks=pytest.mark.repeats
         ),
         pytest.param({"adaptive_method": "svd", "adaptive_interval": None}, id="svd", marks=pytest.mark.repeats),
