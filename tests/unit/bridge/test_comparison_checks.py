@@ -3,12 +3,16 @@
 import pytest
 
 from llamafactory_adaptive.bridge.comparison_checks import (
+    check_arm,
     comparison_problems,
     usable_gpus,
     visible_devices,
     warmup_problems,
     without_training_set,
 )
+from llamafactory_adaptive.cli.host import require_enabled
+from llamafactory_adaptive.comparison.arms import GridPoint, built_in_arms, choose_arms, run_settings
+from tests.helpers.tiny import settings
 
 
 SETS = {"dataset": "a,b", "eval_dataset": "c"}
@@ -64,3 +68,12 @@ def test_gpus_count_where_runs_may_take_them(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert usable_gpus({}) == 4
     assert usable_gpus({"use_cpu": True}) == 0
+
+
+@pytest.mark.parametrize("name", built_in_arms())
+def test_an_arm_that_has_a_name_can_run_without_further_settings(name, tiny_llama, data_dir, tmp_path):
+    require_enabled()
+    ours = settings(tiny_llama, data_dir, tmp_path / "out", finetuning_type="lora")
+    given = {key: value for key, value in ours.items() if not key.startswith("adaptive_")}
+    arm = next(arm for arm in choose_arms([name], [], given) if arm.name == name)
+    check_arm(arm, run_settings(given, arm, GridPoint(1e-3), 0, 4, ()))
