@@ -8,7 +8,15 @@ from typing import Any
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import PlanError, first_of
 from llamafactory_adaptive.options import with_earlier_values
-from llamafactory_adaptive.ranks.plan import ASKED_ALPHA, GRANULARITY, INIT, ModuleShape, RankPlan, load_plan
+from llamafactory_adaptive.ranks.plan import (
+    ASKED_ALPHA,
+    GRANULARITY,
+    INIT,
+    ModuleShape,
+    RankPlan,
+    load_plan,
+    sufficient_rank,
+)
 
 
 def check_shapes(plan: RankPlan, shapes: list[ModuleShape], source: str) -> None:
@@ -63,7 +71,7 @@ def check_plan(plan: RankPlan, shapes: list[ModuleShape], config: AdaptiveConfig
         raise PlanError(
             f"{source} costs {used:,} {kind}, the budget of lora_rank {config.lora_rank} is {asked:,}: "
             f"{used - asked:,} too many; lower ranks in the plan or set "
-            f"lora_rank: {plan.sufficient_rank()}"
+            f"lora_rank: {sufficient_rank(plan)}"
         )
     return plan
 

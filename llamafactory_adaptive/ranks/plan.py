@@ -123,12 +123,6 @@ class RankPlan:
             "left_ranks": asked_ranks - used_ranks,
         }
 
-    def sufficient_rank(self) -> int:
-        """Compute the smallest ``lora_rank`` whose budget pays for the ranks."""
-        budget = self.budget()
-        used, asked = budget[f"used_{self.budget_kind}"], budget[f"asked_{self.budget_kind}"]
-        return -(-used * self.lora_rank // asked)
-
     def digest(self) -> str:
         """Compute a SHA-256 over what determines the adapter: names, shapes, ranks and scale."""
         body = [[m.name, m.in_features, m.out_features, m.rank] for m in self.modules]
@@ -201,6 +195,13 @@ def plan_from_allocation(
         for shape, rank in zip(shapes, allocation.ranks, strict=True)
     )
     return RankPlan(modules=modules, **header)
+
+
+def sufficient_rank(plan: RankPlan) -> int:
+    """Compute the smallest ``lora_rank`` whose budget pays for the ranks of a plan."""
+    budget = plan.budget()
+    used, asked = budget[f"used_{plan.budget_kind}"], budget[f"asked_{plan.budget_kind}"]
+    return -(-used * plan.lora_rank // asked)
 
 
 def load_plan(path: Path) -> RankPlan:

@@ -15,7 +15,7 @@ from llamafactory_adaptive.bridge.board.labels import message
 from llamafactory_adaptive.bridge.board.run_view import plan_view, spent
 from llamafactory_adaptive.errors import PlanError
 from llamafactory_adaptive.files import PLAN_FILE
-from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan, load_plan
+from llamafactory_adaptive.ranks.plan import ModulePlan, RankPlan, load_plan, sufficient_rank
 from llamafactory_adaptive.reports.plaintext import markdown
 
 
@@ -136,7 +136,7 @@ def use_edited(
     lora_rank, unit = lora_rank or plan.lora_rank, unit or plan.budget_unit
     new = dataclasses.replace(plan, modules=tuple(modules), lora_rank=lora_rank, budget_unit=unit)
     if (left := new.budget()[f"left_{new.budget_kind}"]) < 0:
-        facts = {**spent(new, lang), "excess": f"{-left:,}", "rank": new.sufficient_rank()}
+        facts = {**spent(new, lang), "excess": f"{-left:,}", "rank": sufficient_rank(new)}
         return {"status": message("overspent", lang, **facts)}, ""
     target = Path(DEFAULT_CACHE_DIR) / _EDITED / f"plan-{new.digest()[:12]}.json"
     new.write(target)
