@@ -39,9 +39,8 @@ def test_pages_quote_the_difference_between_plain_lora_and_the_default(decided):
     seeds, figures = len(plain), f"{over['mean']:+.4f}, {over['low']:+.4f} to {over['high']:+.4f}"
     assert over["p_holm"] > 0.05, "no difference is shown"
     verdict = "are equivalent within 0.5 %" if over["equivalent"] else "is not shown either"
-    assert f"{seeds} seeds show no difference on SmolLM2-135M at rank 8 ({figures} in held-out loss)" in text_of(
-        "README.md"
-    )
+    said = f"{seeds} seeds show no difference on SmolLM2-135M at rank 8 ({figures} in held-out loss)"
+    assert said in text_of("README.md")
     low, high = stats.ttest_1samp([b - a for a, b in zip(plain, default, strict=True)], 0.0).confidence_interval(0.90)
     page = text_of("docs/methods.md")
     assert f"Plain LoRA and `corrected` were run with {seeds} seeds" in page
