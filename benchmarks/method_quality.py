@@ -96,15 +96,14 @@ def adapt_plainly(model: Any, run: Run, targets: str, data: dict[str, Any]) -> t
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer
 
-    if run.method == "random":
-        from llamafactory_adaptive import attach_adapter, plan_ranks, score_modules
+    from llamafactory_adaptive import attach_adapter, plan_ranks, score_modules
 
-        plan = plan_ranks(score_modules(model, [], "random", targets, seed=run.seed), lora_rank=run.rank)
-        model = attach_adapter(model, plan)
-        Trainer(model=model, **data).train()
-        return model, {}
-    rank = run.rank * (2 if run.method == "cut" else 1)
-    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+    if run.method == "random":
+        scores = score_modules(model, [], "random", targets, seed=run.seed)
+        model = attach_adapter(model, plan_ranks(scores, lora_rank=run.rank))
+    else:
+        rank = run.rank * (2 if run.method == "cut" else 1)
+        model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
     Trainer(model=model, **data).train()
     if run.method == "cut":
         cut_by_norm(model, run.rank)

@@ -8,7 +8,7 @@ comparison's own code, never copied.
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import record
 
 from llamafactory_adaptive.comparison.arms import GIVEN, Arm, GridPoint, run_settings
 from llamafactory_adaptive.comparison.experiment import Design, Progress, Run
-from llamafactory_adaptive.comparison.ledger import Ledger
+from llamafactory_adaptive.comparison.ledger import LEDGER, Ledger
 from llamafactory_adaptive.comparison.pages import JSON_FILE
 from llamafactory_adaptive.comparison.results import arm_results, document
 from llamafactory_adaptive.comparison.secrets import without_secrets
@@ -55,11 +55,16 @@ def from_folder(folder: Path, model: str) -> tuple[Held, list[Held]]:
 
 def _without_paths(value: Any) -> Any:
     """Replace every absolute path in the texts of a document, such as that of the log of an arm that failed."""
+    return change_texts(value, lambda text: re.sub(r"(?<![\w./:<])(?:/[^\s/'\",;)]+){2,}", "<path>", text))
+
+
+def change_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Change every text of a document; keys stay."""
     if isinstance(value, dict):
-        return {key: _without_paths(each) for key, each in value.items()}
+        return {key: change_texts(each, change) for key, each in value.items()}
     if isinstance(value, list):
-        return [_without_paths(each) for each in value]
-    return re.sub(r"(?<![\w./:<])(?:/[^\s/'\",;)]+){2,}", "<path>", value) if isinstance(value, str) else value
+        return [change_texts(each, change) for each in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def without_ranks(made: Mapping[str, Any]) -> Held:
@@ -140,7 +145,7 @@ def _lines_of_runs(folder: Path, made: Mapping[str, Any]) -> Iterator[tuple[Run,
     from llamafactory_adaptive.bridge.comparison_checks import without_training_set
 
     own, given = _own_keys(made["settings"]), made["settings"]
-    text = (folder / "ledger.jsonl").read_text(encoding="utf-8").split("\n")
+    text = (folder / LEDGER).read_text(encoding="utf-8").split("\n")
     entries = [json.loads(line) for line in text if line]
     lines = {_key(entry["settings"]["settings"]): entry for entry in entries if "settings" in entry["settings"]}
     for arm, run in _runs(made):

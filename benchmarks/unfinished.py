@@ -5,15 +5,18 @@ words stand in their place. Rows and model are known by what they hold as well, 
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import record
+from shipped import change_texts
+
+from llamafactory_adaptive.comparison.ledger import LEDGER, Ledger
 
 
-LEDGER = "ledger.jsonl"
 Places = Mapping[str, Path]  # paths by the words that stand for them
-Words = list[tuple[str, str]]
+Line = dict[str, Any]  # settings, and result
 
 
 def unfinished_file(name: str) -> Path:
@@ -23,53 +26,30 @@ def unfinished_file(name: str) -> Path:
 
 def keep(name: str, folder: Path, places: Places) -> int:
     """Keep the ledger of a comparison, and return how many lines it has."""
-    held = _read(folder / LEDGER)
-    words = [(str(path), word) for word, path in places.items()]
-    _write(unfinished_file(name), {key: _replaced(line, words) for key, line in held.items()})
-    return len(held)
+    lines = _lines(folder / LEDGER, {str(path): word for word, path in places.items()})
+    unfinished_file(name).write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    return len(lines)
 
 
 def bring_back(name: str, folder: Path, places: Places) -> int:
     """Add what was kept to the ledger of a comparison, and return how many lines were new to it."""
-    words = [(word, str(path)) for word, path in places.items()]
-    kept = [_replaced(line, words) for line in _read(unfinished_file(name)).values()]
-    held = _read(folder / LEDGER)
-    new = {key: line for line in kept if (key := _key(line)) not in held}
-    if new:
-        _write(folder / LEDGER, {**held, **new})
+    ledger = Ledger(folder / LEDGER)
+    kept = _lines(unfinished_file(name), {word: str(path) for word, path in places.items()})
+    new = [line for line in kept if line["settings"] not in ledger]
+    for line in new:
+        ledger.add(**line)
     return len(new)
 
 
-def _read(path: Path) -> dict[str, str]:
-    """Read lines by their settings; one that a kill cut short is left out."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return {_key(line): line for line in text.split("\n") if line.endswith("}")}
+def _lines(path: Path, words: Mapping[str, str]) -> list[Line]:
+    """Read the lines of a ledger, with words put in the place of paths, or paths in that of words."""
+    ordered = sorted(words.items(), key=lambda pair: -len(pair[0]))  # one path may lie in another
 
+    def changed(text: str) -> str:
+        for old, new in ordered:
+            if text == old or text.startswith(f"{old}/"):
+                return new + text.removeprefix(old)
+        return text
 
-def _write(path: Path, lines: Mapping[str, str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines.values()), encoding="utf-8")
-
-
-def _key(line: str) -> str:
-    return json.dumps(json.loads(line)["settings"], sort_keys=True)
-
-
-def _replaced(line: str, words: Words) -> str:
-    """Replace the beginnings of all texts of a line; the longest first, since one path may lie in another."""
-    ordered = sorted(words, key=lambda pair: -len(pair[0]))
-    return json.dumps(_texts(json.loads(line), lambda text: _begun(text, ordered)))
-
-
-def _begun(text: str, words: Words) -> str:
-    for old, new in words:
-        if text == old or text.startswith(f"{old}/"):
-            return new + text.removeprefix(old)
-    return text
-
-
-def _texts(value: object, change: Callable[[str], str]) -> object:
-    if isinstance(value, dict):
-        return {key: _texts(each, change) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_texts(each, change) for each in value]
-    return change(value) if isinstance(value, str) else value
+    entries = Ledger(path).entries.items()
+    return [change_texts({"settings": json.loads(key), "result": result}, changed) for key, result in entries]

@@ -32,7 +32,7 @@ from llamafactory_adaptive.bridge.comparison_rows import (
 from llamafactory_adaptive.bridge.comparison_time import RunTime, estimate
 from llamafactory_adaptive.comparison.arms import PLAIN, Arm, run_settings
 from llamafactory_adaptive.comparison.experiment import Design, Progress, Run
-from llamafactory_adaptive.comparison.ledger import Ledger
+from llamafactory_adaptive.comparison.ledger import LEDGER, Ledger
 from llamafactory_adaptive.comparison.results import arm_results, document
 from llamafactory_adaptive.comparison.runner import Runner
 from llamafactory_adaptive.comparison.secrets import without_secrets
@@ -41,7 +41,7 @@ from llamafactory_adaptive.files import digest_of, read_json
 from llamafactory_adaptive.versions import installed_versions
 
 
-LEDGER, ROWS, RUNS, LOGS = "ledger.jsonl", "rows", "runs", "logs"
+ROWS, RUNS, LOGS = "rows", "runs", "logs"
 _PROBED_STEPS = 4
 _VERSIONS = ("llamafactory-adaptive", "llamafactory", "torch", "transformers", "peft")
 Say = Callable[[str], None]

@@ -11,6 +11,9 @@ from llamafactory_adaptive.errors import first_of, refuse
 from llamafactory_adaptive.files import append_line, read_lines
 
 
+LEDGER = "ledger.jsonl"  # in the folder of a comparison
+
+
 class Ledger:
     """Results by the settings they came from, one JSON line each; what stands there is not computed again.
 

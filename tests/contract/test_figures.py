@@ -5,8 +5,10 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 
 import pytest
+from scipy import stats
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -236,3 +238,34 @@ def test_time_by_the_number_of_targets_is_linear_as_it_was_recorded(many_modules
 def test_growth_is_told_over_the_whole_range(many_modules, power, expected):
     rows = {count: {"build": count**power / 1e3} for count in (500, 1000, 20000)}
     assert many_modules.over_linear(rows) == pytest.approx({"build": expected})
+
+
+@pytest.fixture(scope="module")
+def decided():
+    """Losses of plain LoRA and of the default on SmolLM2, and what is said of their difference."""
+    rows = RESULTS["method_quality_smollm2"]["results_by_rank"]["8"]
+    return rows["lora"]["losses"], rows["corrected"]["losses"], rows["corrected"]["over_lora"]
+
+
+def test_the_recorded_difference_is_that_of_the_recorded_losses(decided):
+    plain, default, over = decided
+    differences = [b - a for a, b in zip(plain, default, strict=True)]
+    test = stats.ttest_1samp(differences, 0.0)
+    low, high = test.confidence_interval(0.95)
+    assert (over["mean"], over["low"], over["high"]) == pytest.approx((fmean(differences), low, high))
+    low, high = test.confidence_interval(0.90)
+    assert over["equivalent"] is bool(max(-low, high) < 0.005 * fmean(plain))
+
+
+def test_pages_quote_the_difference_between_plain_lora_and_the_default(decided):
+    plain, default, over = decided
+    seeds, figures = len(plain), f"{over['mean']:+.4f}, {over['low']:+.4f} to {over['high']:+.4f}"
+    assert over["p_holm"] > 0.05, "no difference is shown"
+    verdict = "are equivalent within 0.5 %" if over["equivalent"] else "is not shown either"
+    said = f"{seeds} seeds show no difference on SmolLM2-135M at rank 8 ({figures} in held-out loss)"
+    assert says(README, said)
+    low, high = stats.ttest_1samp([b - a for a, b in zip(plain, default, strict=True)], 0.0).confidence_interval(0.90)
+    page = (ROOT / "docs" / "methods.md").read_text()
+    assert says(page, f"Plain LoRA and `corrected` were run with {seeds} seeds")
+    assert says(page, f"the 90 % interval is {low:+.4f} to {high:+.4f}, the margin {0.005 * fmean(plain):.4f}")
+    assert all(says(text, verdict) for text in (page, README))
