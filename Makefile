@@ -23,7 +23,7 @@ KEEP       ?= demo_output/worth_it_$(REGIME)$(if $(DATA),_data)
 help:
 	@echo "make demo     train, merge and ask SmolLM2-135M on generated data (CPU, about 5 minutes after downloads)"
 	@echo "make demo-model  the environment and SmolLM2-135M alone, as the tutorial begins (docs/tutorial.md)"
-	@echo "make test     the test suite (no network, no GPU), and what of the code its fast part reaches (12 to 15"
+	@echo "make test     the test suite (no network, no GPU), and what of the code its fast part reaches (10 to 15"
 	@echo "              minutes on 2 cores)"
 	@echo "make test-all the same and its slow repeats: further engines, launchers and models (an hour and more)"
 	@echo "make test-next    seams, settings and runs on LLaMA-Factory's main branch (LLAMAFACTORY_SOURCE=<checkout>, or a"
