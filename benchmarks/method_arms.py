@@ -8,7 +8,7 @@ OFF = {**PUBLISHED, "importance": "off"}
 SHRINK = {"importance": "shrink"}
 PRODUCT = {"uncertainty": "product"}
 UNDESCALED, UNMENDED = {"descale": False}, {"mend_strength": False}
-BUDGET = "lora_rank"  # in the place of a value that is the budget's
+BUDGET = "the budget"  # in the place of a value that is the budget's
 TO_THE_END = {"final_ratio": 0.0}  # no step follows the last allocation
 # Arm: its method, and its options; those of igu are of the corrected variant where none is named. The letters are the
 # hypotheses that an arm tests.
