@@ -3,7 +3,7 @@
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -42,6 +42,14 @@ def peak_memory() -> dict[str, int]:
     if torch.cuda.is_available() and (most := torch.cuda.max_memory_allocated()):
         peak["device"] = most
     return peak
+
+
+def bytes_held(tensors: Iterable[torch.Tensor]) -> dict[str, int]:
+    """Sum up the bytes of tensors by where they are, ``host`` or ``device``."""
+    held = {"host": 0, "device": 0}
+    for tensor in tensors:
+        held["host" if tensor.device.type == "cpu" else "device"] += tensor.nbytes
+    return {kind: size for kind, size in held.items() if size}
 
 
 def _most_resident() -> int | None:

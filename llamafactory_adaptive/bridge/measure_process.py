@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from llamafactory_adaptive.accelerator import peak_memory
 from llamafactory_adaptive.bridge.arguments import Args
 from llamafactory_adaptive.bridge.base_loading import BaseHandover
 from llamafactory_adaptive.bridge.base_placing import placed_base, visible_devices
@@ -224,6 +225,7 @@ def _measure(job: ScoringJob, model: Any, rows: list[dict[str, list[int]]], pad_
         "tokens": str(count_tokens(batches)),
         "samples": str(len(rows)),
         "rows_sha256": digest_of([list(row["input_ids"]) for row in rows]),
+        "peak_memory": json.dumps(peak_memory()),
     }
     with replacing(job.path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=facts)

@@ -1,5 +1,6 @@
 """The cache of plans and statistics that were computed before, by digest of the request."""
 
+import json
 import logging
 import os
 import shutil
@@ -113,11 +114,13 @@ def read_statistics(path: Path, shapes: list[ModuleShape]) -> tuple[dict[str, Te
             f"the statistics in {path} hold NaN or infinity for {first_of(wrong, most=1)}; "
             "delete the file and run again"
         )
+    peak = json.loads(facts.get("peak_memory", "{}"))  # an earlier version did not note it
     return tensors, {
         "calibration_tokens": int(facts.get("tokens", 0)),
         "calibration_samples": int(facts.get("samples", 0)),
         "calibration_rows_sha256": facts.get("rows_sha256", ""),
         "calibration_seconds": float(facts.get("seconds", 0.0)),
+        **({"calibration_peak_memory": peak} if peak else {}),
     }
 
 

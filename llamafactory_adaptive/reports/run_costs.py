@@ -29,11 +29,18 @@ def run_costs(
     Returns:
         ``seconds`` of the whole run (planning, loading and saving included; None if it was not logged),
         ``train_seconds``, ``overhead_seconds`` in all and by ``work``, the ``scoring_seconds`` of the plan where they
-        are known, whether scores were ``re-used``, and ``memory``: bytes by kind at the start and at the end.
+        are known, ``memory``: bytes by kind at the start and at the end, and ``memory_by_work``: the peak of the
+        process that scored, for ``planning`` and ``scoring_samples``, the statistics of ``observing``, and by how
+        much ``allocating`` raised the peak.
     """
     first, last = log[0], log[-1]
     total = number(last.get("overhead_seconds")) or 0.0
     work = {key: value for key in WORK if (value := number(_mapping(last, "overhead").get(key)))}
+    memory = _most_by_work(log)
+    made = number(provenance.get("planning_seconds"))
+    scored_here = not provenance.get("statistics_reused") and _made_here(made, work)
+    if scored_here and (peak := _sizes(provenance.get("calibration_peak_memory"))):
+        memory["planning"] = peak
     after_planning = number(last.get("seconds"))
     return {
         "seconds": None if after_planning is None else after_planning + work.get("planning", 0.0),
@@ -41,41 +48,50 @@ def run_costs(
         "overhead_seconds": total,
         "work": work or ({"all": total} if total else {}),
         "scoring_seconds": number(provenance.get("calibration_seconds")),
-        "planning_seconds": number(provenance.get("planning_seconds")),
+        "planning_seconds": made,
         "memory": {
             "before_training": _bytes(first),
             "whole_run": _bytes(last),
         },
+        "memory_by_work": memory,
     }
 
 
-def cost_rows(costs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Build the rows of the ledger: the work, its seconds, and its share of the whole run."""
+def cost_rows(costs: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Build the rows of the ledger: the work, its seconds, their share of the whole run, and its memory."""
     whole = costs["seconds"] or costs["train_seconds"]
-    rows = [(WORK[work], _seconds(seconds), _share(seconds, whole)) for work, seconds in costs["work"].items()]
+    rows = [
+        (WORK[work], _seconds(seconds), _share(seconds, whole), _memory(work, costs))
+        for work, seconds in costs["work"].items()
+    ]
     if len(rows) != 1:
         spent = costs["overhead_seconds"]
-        rows.append(("in all, which plain LoRA has not", _seconds(spent), _share(spent, whole)))
+        rows.append(("in all, which plain LoRA has not", _seconds(spent), _share(spent, whole), ""))
     if whole:
         name = "the whole run, loading and saving included" if costs["seconds"] else "training"
-        rows.append((name, _seconds(whole), ""))
+        rows.append((name, _seconds(whole), "", ""))
     return rows
 
 
 def cost_notes(costs: Mapping[str, Any]) -> list[str]:
     """List what a reader of the ledger should know besides."""
     notes = []
-    made, spent = costs["planning_seconds"], costs["work"].get("planning", 0.0)
-    if made and made > spent + 1.0:
+    made = costs["planning_seconds"]
+    if made and not _made_here(made, costs["work"]):
         notes.append(f"the plan took {made:.1f} s when it was made; this run did not have to make it anew")
     elif costs["scoring_seconds"]:
         notes.append(f"of planning, {costs['scoring_seconds']:.1f} s were passes over the calibration rows")
     before, whole = costs["memory"]["before_training"], costs["memory"]["whole_run"]
     for kind, name in (("host", "main memory"), ("device", "device memory")):
         if whole.get(kind):
-            least = f"{_gigabytes(before[kind])} when training began, " if before.get(kind) else ""
-            notes.append(f"peak of {name}: {least}{_gigabytes(whole[kind])} over the whole run")
+            least = f"{_size(before[kind])} when training began, " if before.get(kind) else ""
+            notes.append(f"peak of {name}: {least}{_size(whole[kind])} over the whole run")
     return notes
+
+
+def _made_here(made: float | None, work: Mapping[str, float]) -> bool:
+    """Tell whether a run planned itself, by the seconds that planning took when the plan was made."""
+    return made is not None and made <= work.get("planning", 0.0) + 1.0
 
 
 def _seconds(seconds: float) -> str:
@@ -86,12 +102,40 @@ def _share(seconds: float, whole: float | None) -> str:
     return f"{seconds / whole:.1%}" if whole else ""
 
 
-def _gigabytes(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _size(size: float) -> str:
+    if size >= 2**27:
+        return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**20:.1f} MiB" if size >= 2**17 else f"{size / 2**10:.0f} KiB"
+
+
+def _memory(work: str, costs: Mapping[str, Any]) -> str:
+    """Say what a work held at most, and its share of the peak of the whole run."""
+    held, whole = costs["memory_by_work"].get(work, {}), costs["memory"]["whole_run"]
+    name = {"observing": "statistics of", "allocating": "raised the peak by"}.get(work, "peak of")
+    return ", ".join(
+        f"{name} {_size(size)}{' on the device' if kind == 'device' else ''}"
+        + (f" ({size / whole[kind]:.1%} of the run's peak)" if whole.get(kind) else "")
+        for kind, size in held.items()
+    )
+
+
+def _most_by_work(log: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Find what each work held at most; a run that was resumed begins to count anew."""
+    most: dict[str, dict[str, float]] = {}
+    for line in log:
+        for work in WORK:
+            for kind, size in _sizes(_mapping(line, "memory").get(work)).items():
+                most.setdefault(work, {})[kind] = max(size, most.get(work, {}).get(kind, 0.0))
+    return most
 
 
 def _bytes(line: Mapping[str, Any]) -> dict[str, float]:
-    return {kind: value for kind in ("host", "device") if (value := number(_mapping(line, "peak_memory").get(kind)))}
+    return _sizes(line.get("peak_memory"))
+
+
+def _sizes(told: Any) -> dict[str, float]:
+    told = told if isinstance(told, Mapping) else {}
+    return {kind: value for kind in ("host", "device") if (value := number(told.get(kind))) is not None}
 
 
 def _mapping(line: Mapping[str, Any], key: str) -> Mapping[str, Any]:

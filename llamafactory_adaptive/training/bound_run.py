@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from llamafactory_adaptive.accelerator import peak_memory
 from llamafactory_adaptive.adapter.starting_factors import StartingFactors
 from llamafactory_adaptive.engines.distributed import agree_across_ranks
 from llamafactory_adaptive.engines.engine import find_engine
@@ -218,6 +219,7 @@ class BoundRun:
         started = time.perf_counter()
         selection = self.samples.prepare_samples(self.guard.plan, state.max_steps, dataloader, resumed, self.log)
         self.log.spend("scoring_samples", time.perf_counter() - started)
+        self.log.hold("scoring_samples", peak_memory())
         agree_across_ranks(selection.digest(), QUALITIES_DIFFER)
         selection.rescore(self.trainer.args, state.global_step)  # if its checkpoint's run fetched fewer samples ahead
         return selection

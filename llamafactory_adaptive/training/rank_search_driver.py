@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from llamafactory_adaptive.accelerator import bytes_held, peak_memory
 from llamafactory_adaptive.engines.distributed import agree_across_ranks, synchronize
 from llamafactory_adaptive.errors import GuardError
 from llamafactory_adaptive.files import PLAN_FILE, digest_of
@@ -110,7 +111,7 @@ class RankSearchDriver(RunPart):
     def _allocate(self, args: Any, budget: int, final: bool) -> None:
         """Keep the best components under ``budget``, and check that every process kept the same."""
         synchronize()  # what follows waits for the device anyway, and its work until here is training
-        started = time.perf_counter()
+        started, peak = time.perf_counter(), peak_memory()
         self.watch.refuse(self.step, "choosing ranks")
         if self.log.counters.observations == 0:
             raise GuardError(
@@ -118,6 +119,7 @@ class RankSearchDriver(RunPart):
             )
         if self.selection is not None:
             budget = int(budget * self.selection.budget_share(self.step))
+        self.log.hold("observing", bytes_held(self.method.state().values()))
         scores, before = self._scores(), self.triplets.masks
         rule = self.method.return_rule
         exchange = self._exchange(final) if self.state.exchanges else None
@@ -128,6 +130,7 @@ class RankSearchDriver(RunPart):
         synchronize()
         self.log.counters.allocations += 1
         self.log.spend("allocating", time.perf_counter() - started)
+        self.log.hold("allocating", {kind: size - peak.get(kind, 0) for kind, size in peak_memory().items()})
         line = self.state.record(self.step, budget, final, scores, before, masks)
         if final:
             self._end_shrinkage()

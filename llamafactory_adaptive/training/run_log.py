@@ -42,11 +42,14 @@ class RunLog:
     Attributes:
         overhead: seconds of each work that plain LoRA has not: ``planning``, ``scoring_samples``, ``observing``,
             ``allocating``; ``before`` is that of a checkpoint of an earlier version, which told only their sum.
+        memory: bytes of such a work, by ``host`` and ``device``: the statistics of ``observing``, the peak of the
+            process by the end of ``scoring_samples``, and by how much ``allocating`` raised that peak.
     """
 
     def __init__(self, method: str, planning_seconds: float, words: Callable[[str], str] = str) -> None:
         self.method, self.words = method, words
         self.overhead = {"planning": planning_seconds}
+        self.memory: dict[str, dict[str, int]] = {}
         self.counters = Counters()
         self.warnings: list[str] = []
         self._started = time.perf_counter()
@@ -59,6 +62,11 @@ class RunLog:
     def spend(self, work: str, seconds: float) -> None:
         """Add the seconds of a work that plain LoRA has not."""
         self.overhead[work] = self.overhead.get(work, 0.0) + seconds
+
+    def hold(self, work: str, sizes: Mapping[str, int]) -> None:
+        """Note the bytes of a work, by ``host`` and ``device``, if they are more than before."""
+        most = self.memory.setdefault(work, {})
+        most.update({kind: size for kind, size in sizes.items() if size >= most.get(kind, 0)})
 
     @property
     def seconds(self) -> float:
@@ -85,6 +93,7 @@ class RunLog:
             "overhead_seconds": round(self.overhead_seconds, 3),
             "overhead": {work: round(seconds, 3) for work, seconds in self.overhead.items()},
             "peak_memory": peak_memory(),
+            "memory": self.memory,
             "time": time.time(),
         }
         append_line(output / LOG_FILE, json.dumps({**line, **facts}))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llamafactory_adaptive import accelerator
-from llamafactory_adaptive.accelerator import Stopwatch, random_state_kept, widest_float
+from llamafactory_adaptive.accelerator import Stopwatch, bytes_held, random_state_kept, widest_float
 
 
 def test_sums_are_in_fp64_where_the_device_has_it():
@@ -78,6 +78,13 @@ def test_a_device_with_timed_events_is_not_waited_for(monkeypatch):
     done.add(3)
     assert watch.take() == 0.25
     assert watch.take() == 0.0
+
+
+def test_bytes_are_told_by_where_tensors_are():
+    here = [torch.zeros(3), torch.zeros(2, dtype=torch.bfloat16)]
+    assert bytes_held(here) == {"host": 16}
+    assert bytes_held([*here, torch.zeros(5, device="meta")]) == {"host": 16, "device": 20}
+    assert bytes_held([]) == {}
 
 
 PEAK_OF_CHILD = """

@@ -37,7 +37,17 @@ SHAPES = [ModuleShape(f"m{i}", 4, 4) for i in range(3)]
 
 def save(path, **tensors):
     named = {shape.name: torch.ones(4) for shape in SHAPES} | tensors
-    save_file(named, path, metadata={"tokens": "12", "samples": "3", "rows_sha256": "abc", "seconds": "1.5"})
+    save_file(
+        named,
+        path,
+        metadata={
+            "tokens": "12",
+            "samples": "3",
+            "rows_sha256": "abc",
+            "seconds": "1.5",
+            "peak_memory": '{"host": 7}',
+        },
+    )
     return path
 
 
@@ -45,7 +55,7 @@ def test_statistics_come_back_with_what_was_noted_of_them(tmp_path):
     tensors, facts = read_statistics(save(tmp_path / "x", m1=torch.arange(4.0)), SHAPES)
     assert tensors["m1"].tolist() == [0, 1, 2, 3]
     assert facts == {"calibration_tokens": 12, "calibration_samples": 3, "calibration_rows_sha256": "abc",
-                     "calibration_seconds": 1.5}  # fmt: skip
+                     "calibration_seconds": 1.5, "calibration_peak_memory": {"host": 7}}  # fmt: skip
 
 
 def test_statistics_of_another_model_or_with_what_is_no_number_are_refused(tmp_path):

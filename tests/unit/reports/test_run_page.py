@@ -84,7 +84,7 @@ LOG = [
 
 def test_the_ledger_gives_seconds_by_work_and_their_shares_of_the_whole_run():
     costs = run_costs(LOG, {"calibration_seconds": 0.5}, 10.0)
-    figures = [(seconds, share) for _, seconds, share in cost_rows(costs)]
+    figures = [(seconds, share) for _, seconds, share, _ in cost_rows(costs)]
     assert figures == [("1.00 s", "5.0%"), ("2.00 s", "10.0%"), ("3.00 s", "15.0%"), ("20.0 s", "")]
     assert cost_notes(costs) == [
         "of planning, 0.5 s were passes over the calibration rows",
@@ -92,10 +92,30 @@ def test_the_ledger_gives_seconds_by_work_and_their_shares_of_the_whole_run():
     ]
 
 
+def test_the_ledger_gives_the_memory_of_a_work_and_its_share_of_the_peak():
+    def line(**memory):
+        peak = {"host": 2**31, "device": 2**32}
+        return {"overhead": {"planning": 1.0, "observing": 1.0, "allocating": 1.0}, "peak_memory": peak,
+                "memory": memory}  # fmt: skip
+
+    before = line(observing={"device": 2**30, "host": "much"}, scoring_samples=5)
+    log = [before, line(observing={"device": 2**20}, allocating={"host": 0})]  # resumed, and counted anew
+    plan = {"planning_seconds": 1.5, "calibration_peak_memory": {"host": 2**30}}
+
+    def told(**more):
+        return [memory for *_, memory in cost_rows(run_costs(log, {**plan, **more}, 10.0))][:3]
+
+    watched = ["statistics of 1.00 GiB on the device (25.0% of the run's peak)",
+               "raised the peak by 0 KiB (0.0% of the run's peak)"]  # fmt: skip
+    assert told() == ["peak of 1.00 GiB (50.0% of the run's peak)", *watched]
+    assert told(statistics_reused=True) == told(planning_seconds=30.0) == ["", *watched]
+    assert told(calibration_peak_memory="much") == ["", *watched]
+
+
 def test_the_ledger_of_an_earlier_version_has_the_sum_against_the_training():
     rows = cost_rows(run_costs([{"overhead_seconds": 2.0}], {"planning_seconds": 30.0}, 10.0))
-    assert [row[1:] for row in rows] == [("2.00 s", "20.0%"), ("10.0 s", "")]
-    assert cost_rows(run_costs([{}], {}, None)) == [("in all, which plain LoRA has not", "0.00 s", "")]
+    assert [row[1:] for row in rows] == [("2.00 s", "20.0%", ""), ("10.0 s", "", "")]
+    assert cost_rows(run_costs([{}], {}, None)) == [("in all, which plain LoRA has not", "0.00 s", "", "")]
     assert "30.0 s when it was made" in cost_notes(run_costs([{}], {"planning_seconds": 30.0}, None))[0]
 
 

@@ -34,11 +34,17 @@ def test_lines_have_what_every_line_has_as_it_was_then(tmp_path, clock):
     log.counters.steps, clock[0] = 4, 103.5
     for work in ("observing", "observing", "allocating"):
         log.spend(work, 0.25)
+    for size in (5, 9, 2):
+        log.hold("observing", {"host": size})
+    log.hold("observing", {"device": 3})
+    log.hold("allocating", {"host": 0})
     log.write(tmp_path, {"step": 4})
     none = {"modules_checked": 0, "steps": 0, "gradients_missing": 0, "observations": 0,
             "probes": 0, "allocations": 0, "largest_learning_rate": 0.0}  # fmt: skip
     begin, later = lines(tmp_path)
     assert 2**20 < begin.pop("peak_memory")["host"] <= later.pop("peak_memory")["host"] < 2**40
+    assert begin.pop("memory") == {}
+    assert later.pop("memory") == {"observing": {"host": 9, "device": 3}, "allocating": {"host": 0}}
     assert begin.pop("overhead") == {"planning": 1.235}
     assert later.pop("overhead") == {"planning": 1.235, "observing": 0.5, "allocating": 0.25}
     assert [begin, later] == [

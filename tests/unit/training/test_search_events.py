@@ -97,6 +97,9 @@ def test_a_search_observes_allocates_and_settles_on_a_plan_within_budget(tmp_pat
     told = told_by(tmp_path)
     assert [(line["step"], line["event"]) for line in told] == [(0, "begin"), (2, "allocation"), (4, "allocation")]
     assert all(line["probing_seconds"] == 0 for line in told)
+    held = told[2]["memory"]["observing"]["host"] - 3 * 4 * full
+    assert 0 < held <= 3 * 4 * 14, "of each component P, lambda and Q in fp32, and a count per block"
+    assert told[2]["memory"]["allocating"]["host"] >= 0
     history = read_rank_history(tmp_path)
     assert (history.steps, len(told[0]["modules"])) == ((0, 2, 4), len(run.plan.modules))
     assert sum(told[0]["ranks"]) == full
