@@ -26,8 +26,8 @@ help:
 	@echo "make test     the test suite (no network, no GPU), and what of the code its fast part reaches (10 to 15"
 	@echo "              minutes on 2 cores)"
 	@echo "make test-all the same and its slow repeats: further engines, launchers and models (an hour and more)"
-	@echo "make test-next    seams, settings and runs on LLaMA-Factory's main branch (LLAMAFACTORY_SOURCE=<checkout>, or a"
-	@echo "              published fork), in an environment of its own (about 10 minutes)"
+	@echo "make test-next    the fast tests and runs on LLaMA-Factory's main branch (LLAMAFACTORY_SOURCE=<checkout>, or a"
+	@echo "              published fork), in an environment of its own (about 15 minutes)"
 	@echo "make test-ray     runs under Ray (USE_RAY=1), one worker and two, in an environment of its own (about 6 minutes)"
 	@echo "make ui-test  LLaMA Board in a real browser (chromium of the system; about 3 minutes); PICTURES=1 also writes the"
 	@echo "              pictures of docs/llama-board.md anew"
@@ -104,12 +104,10 @@ test-all: $(STAMP)
 NEXT       := .venv-next
 NEXT_HOST  := $(if $(LLAMAFACTORY_SOURCE),-c constraints/llamafactory-main.txt $(LLAMAFACTORY_SOURCE),\
 	--overrides constraints/llamafactory-kt.txt llamafactory-kt==0.9.6.dev0)
-NEXT_TESTS := tests/contract/test_hosts.py tests/contract/test_seams.py tests/contract/test_wrong_yaml.py \
-	tests/contract/test_host_values.py tests/contract/test_examples.py tests/contract/test_adapter.py \
-	tests/e2e/test_training.py tests/e2e/test_launch.py tests/e2e/test_pruning.py
+NEXT_TESTS := tests/unit tests/contract tests/e2e/test_training.py tests/e2e/test_launch.py tests/e2e/test_pruning.py
 $(NEXT)/.installed: $(NEXT)/bin/uv pyproject.toml $(wildcard constraints/*.txt)
 	$(NEXT)/bin/uv pip install --quiet --python $(NEXT)/bin/python $(NEXT_HOST) torchvision torchaudio bitsandbytes \
-		-e ".[deepspeed]" pytest pytest-cov pytest-timeout pytest-xdist hatchling hypothesis scipy
+		-e ".[deepspeed]" pytest pytest-cov pytest-timeout pytest-xdist hatchling hypothesis scipy ipython
 	@touch $@
 
 test-next: $(NEXT)/.installed

@@ -25,8 +25,8 @@ from llamafactory_adaptive.planning.cache import (
     read_statistics,
     statistics_path,
 )
-from llamafactory_adaptive.ranks.allocation import Allocation, Bounds, allocate
-from llamafactory_adaptive.ranks.module_groups import choose_whole_groups, group_name, packed_groups, pool_scores
+from llamafactory_adaptive.ranks.allocation import Allocation, Bounds
+from llamafactory_adaptive.ranks.module_groups import allocate_whole_groups, group_name, packed_groups, pool_scores
 from llamafactory_adaptive.ranks.module_names import is_routed_expert, module_type
 from llamafactory_adaptive.ranks.plan import (
     ASKED_ALPHA,
@@ -182,4 +182,4 @@ def _spend(config: AdaptiveConfig, shapes: list[ModuleShape], scores: list[float
     lower = [min(config.min_rank, high) for high in upper]
     bounds = Bounds(costs, config.lora_rank * sum(costs), lower, upper)
     packed = packed_groups([shape.name for shape in shapes])
-    return choose_whole_groups(lambda within: allocate(scores, within), lambda chosen: chosen.ranks, bounds, packed)
+    return allocate_whole_groups(scores, bounds, packed)

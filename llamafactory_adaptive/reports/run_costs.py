@@ -109,7 +109,7 @@ def _size(size: float) -> str:
 
 
 def _memory(work: str, costs: Mapping[str, Any]) -> str:
-    """Say what a work held at most, and its share of the peak of the whole run."""
+    """Describe what a work held at most, and its share of the peak of the whole run."""
     held, whole = costs["memory_by_work"].get(work, {}), costs["memory"]["whole_run"]
     name = {"observing": "statistics of", "allocating": "raised the peak by"}.get(work, "peak of")
     return ", ".join(

@@ -12,8 +12,8 @@ from typing import Any
 
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import DivergedError, GuardError
-from llamafactory_adaptive.ranks.allocation import Bounds, allocate, keep_components, reallocate_components
-from llamafactory_adaptive.ranks.module_groups import choose_whole_groups, packed_groups
+from llamafactory_adaptive.ranks.allocation import Bounds, allocate, reallocate_components
+from llamafactory_adaptive.ranks.module_groups import keep_whole_groups, packed_groups
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.ranks.search_config import ExchangeConfig, ReallocationConfig
 
@@ -119,11 +119,7 @@ class RankSearchState:
         if self.reallocates:
             self._learn(scores, before)
             return reallocate_components(self.sensitivities, scores, before, bounds)
-        return self._keep(favour_used(scores, before, hysteresis, used_first), bounds)
-
-    def _keep(self, scores: Sequence[Sequence[float]], bounds: Bounds) -> Masks:
-        """Keep the best components; packed modules lose all of theirs together or not at all."""
-        return choose_whole_groups(lambda within: keep_components(scores, within), counts, bounds, self.packed)
+        return keep_whole_groups(favour_used(scores, before, hysteresis, used_first), bounds, self.packed)
 
     def _learn(self, scores: Sequence[Sequence[float]], on: Masks) -> None:
         """Update the running sensitivities of the modules with the scores of an interval.

@@ -160,6 +160,7 @@ CHOSEN = {
     "eval.dataset_dir": "data", "eval.dataset": ["tiny"], "eval.cutoff_len": 8, "eval.max_samples": "8",
     "eval.batch_size": 1, "eval.max_new_tokens": 8, "eval.top_p": 1, "eval.temperature": 1,
     "eval.output_dir": "scored", "eval.predict": True,
+    "eval.eval_seed": "42",  # of LLaMA-Factory's main branch
     "infer.extra_args": "{}", "infer.infer_backend": "huggingface", "infer.infer_dtype": "auto",
 }  # fmt: skip
 NAMES = types.SimpleNamespace(get_elem_by_id=str)  # data by the names of components
