@@ -84,7 +84,7 @@ HYPOTHESES: list[tuple[str, str, list[str], str]] = [
      "**Partly**: four times LoRA's without shrinkage; it is not the start that decides it"),
     ("H6", "a bonus for components in use, or returns from lambda 0, halve the returns without loss",
      ["published, off, hysteresis", "published, off, no returns", "corrected, returns from lambda zero"],
-     "A bonus of 0.1 takes two fifths; returns from lambda 0 **no**. Without returns four fifths go, and it is better"),
+     "A bonus of 0.1 takes two fifths; returns from lambda 0 **no**. Without returns four fifths go, and it gains"),
     ("H7", "the regulariser's weight (0, 0.1, 1) does not matter",
      ["published, off, no regulariser", "corrected, regulariser 0.1", "corrected, published regulariser"],
      "**Yes**, within 0.5 %, or not shown otherwise"),

@@ -193,7 +193,7 @@ class RankSearchDriver(RunPart):
             self.checkpoint.restore(Path(state.best_model_checkpoint), state.max_steps)
         if not self.state.history or self.state.cost(self.triplets.masks) > self.state.final_budget:
             if args.should_save:
-                logger.warning(
+                self.log.warn(
                     f"adaptive: ranks were not yet found at step {self.step} (they are final from step "
                     f"{self.schedule.end}); they are chosen now, without training afterwards"
                 )

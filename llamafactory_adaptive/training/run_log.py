@@ -64,7 +64,7 @@ class RunLog:
         self.overhead[work] = self.overhead.get(work, 0.0) + seconds
 
     def hold(self, work: str, sizes: Mapping[str, int]) -> None:
-        """Record the bytes of a work, by ``host`` and ``device``, if they are more than before."""
+        """Keep the bytes of a work, by ``host`` and ``device``, if they are more than before."""
         most = self.memory.setdefault(work, {})
         most.update({kind: size for kind, size in sizes.items() if size >= most.get(kind, 0)})
 

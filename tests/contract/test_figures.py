@@ -257,6 +257,24 @@ def test_the_recorded_difference_is_that_of_the_recorded_losses(decided):
     assert over["equivalent"] is bool(max(-low, high) < 0.005 * fmean(plain))
 
 
+def test_the_page_of_methods_quotes_what_ranks_from_zero_gain():
+    by_rank = RESULTS["method_quality"]["results_by_rank"]
+
+    def gain(arm, rank):
+        pairs = zip(by_rank[rank]["lora"]["losses"], by_rank[rank][arm]["losses"], strict=True)
+        differences = [plain - other for plain, other in pairs]
+        mean = fmean(differences)
+        return mean, mean / stats.sem(differences)
+
+    (four, _), (two, errors_of_two), (one, errors_of_one) = (gain("corrected, ranks from 0", rank) for rank in "421")
+    default, errors_of_default = gain("corrected", "2")
+    page = (ROOT / "docs" / "methods.md").read_text()
+    assert says(page, f"uniform, by {four:.3f} at rank 4, by {two:.3f} at rank 2 ({errors_of_two:.1f} standard errors) and "
+                      f"by {one:.3f} at rank 1 ({errors_of_one:.1f} standard errors, though")  # fmt: skip
+    assert says(page, f"it gains {default:.3f} at rank 2 ({errors_of_default:.1f} standard errors, equivalent")
+    assert by_rank["1"]["corrected, ranks from 0"]["over_lora"]["p_holm"] > 0.05
+
+
 def test_pages_quote_the_difference_between_plain_lora_and_the_default(decided):
     plain, default, over = decided
     seeds, figures = len(plain), f"{over['mean']:+.4f}, {over['low']:+.4f} to {over['high']:+.4f}"

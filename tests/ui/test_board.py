@@ -1,4 +1,4 @@
-"""LLaMA Board in a real browser: a plan is previewed, a run trained, looked at and exported."""
+"""LLaMA Board in a real browser: a plan is previewed, a run trained, aborted and resumed, looked at and exported."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llamafactory_adaptive.files import CERTIFICATE_FILE, PLAN_FILE
+from llamafactory_adaptive.files import CERTIFICATE_FILE, LOG_FILE, PLAN_FILE
 from llamafactory_adaptive.ranks.plan import load_plan
 from tests.helpers.board import board, browser_page, choose, field, fill
 from tests.helpers.browser import HAS_BROWSER
@@ -24,6 +24,8 @@ pytestmark = [
 # Where the pictures of docs/llama-board.md are written; nowhere unless this is set.
 SCREENSHOTS = os.environ.get("LLAMAFACTORY_ADAPTIVE_SCREENSHOTS")
 RUN = Path("saves/Custom/adaptive/by_board")
+RIVAL = RUN.with_name("uniform")
+ENDED = re.compile(r"^(Finished|Failed)\.")
 LONG = 600_000  # milliseconds that a command of the board may take on a busy machine
 
 
@@ -42,8 +44,11 @@ def work_through(page, folder):
     abort_preview(page)
     preview_plan(page, folder)
     use_edited_ranks(page, folder)
-    train(page, folder)
+    abort_training(page, folder)
+    resume_training(page, folder)
+    train_another(page, folder)
     look_at_ranks(page)
+    compare(page)
     export(page, folder)
     change_language(page)
 
@@ -63,7 +68,9 @@ def describe_run(page):
     choose(page, "Compute type", "fp32")
     fill(page, "Learning rate", "1e-2")
     page.get_by_role("button", name="Extra configurations").click()
-    few = {"optim": "adamw_torch", "max_steps": 12, "logging_steps": 1, "gradient_accumulation_steps": 1}
+    # Long enough to be aborted after its first checkpoint.
+    few = {"optim": "adamw_torch", "max_steps": 200, "save_steps": 20, "logging_steps": 5,
+           "gradient_accumulation_steps": 1}  # fmt: skip
     fill(page, "Extra arguments", json.dumps(few))
     page.get_by_role("button", name="Extra configurations").click()
     fill(page, "Output dir", RUN.name)
@@ -136,26 +143,65 @@ def use_edited_ranks(page, folder):
     fill(page, "Plan file", "")
 
 
-def train(page, folder):
-    """Train with a method whose ranks change every second step.
-
-    Twelve steps are about the fewest with warm-up, several changes of ranks and final steps: a history to look at.
-    """
+def abort_training(page, folder):
+    """Begin a run whose ranks change while it trains, and end it once there is a checkpoint."""
     choose(page, "Method", "igu")
-    fill(page, "Interval (steps)", "2")
+    fill(page, "Interval (steps)", "20")
     assert not page.locator("#adaptive_calibration_samples").is_visible()
     page.get_by_role("button", name="More options").click()
     page.get_by_role("button", name="Start", exact=True).click()
-    page.get_by_text(re.compile(r"^(Finished|Failed)\.")).first.wait_for(timeout=LONG)
+    wait_until(page, lambda: list((folder / RUN).glob("checkpoint-*/trainer_state.json")))
+    page.get_by_role("button", name="Abort", exact=True).locator("visible=true").click()
+    page.get_by_text(ENDED).first.wait_for(timeout=LONG)
+    # The host ends an aborted run as if it had come to its end: what is there is saved.
+    results = folder / RUN / "train_results.json"
+    assert load_plan(folder / RUN / PLAN_FILE).budget()["left_parameters"] >= 0
+    assert "not yet found" in events(folder)[-1]["warnings"][0]
+    results.unlink()
+
+
+def resume_training(page, folder):
+    """The same run goes on from its checkpoint to its end."""
+    start_and_wait(page, folder / RUN)
+    told = [(line["event"], line["step"] > 0) for line in events(folder) if line["event"] in ("begin", "resumed")]
+    assert told == [("begin", False), ("resumed", True)]
+    assert events(folder)[-1]["warnings"] == []
     settings = yaml.safe_load((folder / RUN / "training_args.yaml").read_text())
     ours = {key: value for key, value in settings.items() if key.startswith(("adaptive_", "igu_", "sensitivity_"))}
-    assert ours == {"adaptive_method": "igu", "adaptive_interval": 2}
+    assert ours == {"adaptive_method": "igu", "adaptive_interval": 20}
     saved = yaml.safe_load((folder / RUN / "llamaboard_config.yaml").read_text())
     assert not any(key.startswith("adaptive.") for key in saved)
     assert load_plan(folder / RUN / PLAN_FILE).method == "igu"
     figure = page.get_by_test_id("matplotlib").locator("img")
     assert figure.evaluate("image => image.naturalHeight / image.naturalWidth") > 0.85, "the host's own has no ranks"
     picture_from(page, "training", page.get_by_role("button", name="Start", exact=True))
+
+
+def events(folder):
+    return [json.loads(line) for line in (folder / RUN / LOG_FILE).read_text().splitlines()]
+
+
+def train_another(page, folder):
+    choose(page, "Method", "uniform")
+    fill(page, "Output dir", RIVAL.name)
+    start_and_wait(page, folder / RIVAL)
+    assert set(load_plan(folder / RIVAL / PLAN_FILE).ranks().values()) == {4}
+
+
+def start_and_wait(page, run):
+    """Start a run, whose results are written before the board says that it has ended; an earlier one said so, too."""
+    page.get_by_role("button", name="Start", exact=True).click()
+    wait_until(page, (run / "train_results.json").exists)
+    page.get_by_text(ENDED).first.wait_for(timeout=LONG)
+
+
+def wait_until(page, true):
+    """Wait for a condition that the page does not show, while the browser goes on."""
+    for _ in range(LONG // 200):
+        if true():
+            return
+        page.wait_for_timeout(200)
+    pytest.fail("waited in vain")
 
 
 def look_at_ranks(page):
@@ -167,6 +213,17 @@ def look_at_ranks(page):
     page.locator("#adaptive_view .wide svg").wait_for()
     assert "parameters used" in page.locator("#adaptive_view").inner_text()
     picture(page, "ranks")
+
+
+def compare(page):
+    """Show two runs beside each other: a picture of the differences, and a table of both."""
+    choose(page, "Compare with", str(RIVAL))
+    page.locator("#adaptive_show_btn").click()
+    page.locator("#adaptive_view .heat").nth(1).locator(".cell").first.wait_for(timeout=LONG)
+    cells = page.locator("#adaptive_view .heat").nth(1).locator(".cell")
+    assert cells.count() == 8 * 7
+    assert RIVAL.name in page.locator("#adaptive_view pre").first.inner_text()
+    picture(page, "compared", "#adaptive_view")
 
 
 def export(page, folder):
