@@ -37,11 +37,8 @@ same, but the ratios will differ: `make gpu-check` measures there. What was foun
 NOTES = """
 ## How to read them
 
-* **Steps and memory were measured while other work ran**: read them beside the row of plain LoRA over itself.
-  Although the variants took their steps in turn, plain LoRA against itself differs by 1 to 2 % in quiet runs. They
-  were also measured before gates of all modules were computed together and scores of `igu` and `tsq` kept per
-  component, which takes operations off a step. `tsq` pays for sensitivities of single samples;
-  `tsq_sensitivity_over: step` does without.
+* **Steps and memory**: variants take their steps in turn; read them beside the row of plain LoRA over itself. `tsq`
+  pays for sensitivities of single samples; `tsq_sensitivity_over: step` does without.
 * **The rows of engines** (modules at the same rank) **and of held-out loss** were measured at the defaults of then:
   `igu_variant: published`, `tsq_sensitivity_over: step`. In bf16 rounding decides between components that score
   alike, and ranks differ from run to run ([footguns](footguns.md)).
@@ -119,6 +116,12 @@ FIGURES = (
     Figure("Kendall's tau between scores and ranks, same run", "recomputation", "tau_theta_ranks", "{:.2f}", "0.9"),
     Figure("rank against its water-filled share, largest distance",
            "recomputation", "largest_distance_from_water_filled_share", "{:.2f} ranks", "1.5 ranks"),
+    Figure("start of a run that plans in its own process, over plain LoRA's start (SmolLM2-135M, 32 GSM8K rows)",
+           "planning", "start/here/seconds_over_host", "{:.2f} x"),
+    Figure("what planning adds to the start beyond the pass over these rows",
+           "planning", "start/here/seconds_beyond_calibration", "{:.1f} s", "3 s"),
+    Figure("the same, planned in a process apart, which loads the base a second time",
+           "planning", "start/own/seconds_beyond_calibration", "{:.1f} s"),
     Figure("step of `igu` over plain LoRA of its starting rank (4 x 256 tokens, rank 16)",
            "overhead", "variants/igu/time_ratio", "{:.3f} x", "1.05 x"),
     Figure("step of `adalora` over plain LoRA of its starting rank",
