@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_adaptive.ranks.plan import load_plan
 from tests.helpers.fsdp import FSDP1, FSDP2
@@ -61,3 +62,20 @@ def test_fsdp1_trains_fixed_ranks_and_saves_them_whole(tiny_llama, data_dir, tmp
     train_on_two(unmeasured_settings(tiny_llama, data_dir, out, **more), tmp_path / "logs", **FSDP1)
     train_on_two(unmeasured_settings(tiny_llama, data_dir, alone, **more), tmp_path / "logs")
     assert max(float((tensor - weights(alone)[name]).abs().max()) for name, tensor in weights(out).items()) < 1e-4
+
+
+@pytest.mark.repeats
+def test_fsdp1_trains_a_4bit_base(tiny_llama, data_dir, tmp_path):
+    """Its flat tensors take one type, so that what is not quantised must be in that of the quantised storage."""
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(base)
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    more = {"bf16": True, "quantization_bit": 4, "max_steps": 4}
+    train_on_two(unmeasured_settings(base, data_dir, out, **more), tmp_path / "logs", **FSDP1)
+    train_on_two(unmeasured_settings(base, data_dir, alone, **more), tmp_path / "logs")
+    moved = [
+        torch.cat([tensor.flatten() for name, tensor in weights(folder).items() if "lora_B" in name])
+        for folder in (out, alone)
+    ]
+    assert torch.cosine_similarity(*moved, dim=0) > 0.99, "but for rounding in bf16"
