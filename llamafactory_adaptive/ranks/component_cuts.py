@@ -5,13 +5,11 @@ keeps the r largest is nearest to Delta W in the Frobenius norm, and what it los
 (Eckart and Young, Psychometrika 1936). One component costs d_in + d_out parameters, so over all modules those with the
 largest sigma_i^2 / (d_in + d_out) stay. This is arithmetic on singular values: no torch.
 
-Where modules may lose their adapters, those that servers keep packed (q, k, v; gate, up) do so together: a group
-begins with one component of each member, weighed as one. Where that holds less energy per parameter than what comes
-after it in the group, both are weighed together, as the better part is not to be had without the other.
+Where modules may lose their adapters, those that servers keep packed (q, k, v; gate, up) do so together
+(``ranks.whole_groups``).
 """
 
 import bisect
-import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from llamafactory_adaptive.errors import InfeasibleBudgetError
 from llamafactory_adaptive.ranks.module_groups import packed_groups
 from llamafactory_adaptive.ranks.module_names import module_type
 from llamafactory_adaptive.ranks.plan import ModuleShape
+from llamafactory_adaptive.ranks.whole_groups import Step, affordable, in_order, steps_of, units_of
 
 
 @dataclass(frozen=True)
@@ -98,29 +97,6 @@ def _kept(lost: float, total: float) -> float:
 
 
 @dataclass(frozen=True)
-class _Step:
-    """What is added at once: a component, or what a packed group begins with.
-
-    Attributes:
-        unit: number of the packed group, or of the module that is in none.
-        position: place among the steps of its unit; nothing of the unit is added before the first.
-        modules: numbers of the modules that get a component.
-        energy: sum of the squared singular values.
-        cost: parameters.
-    """
-
-    unit: int
-    position: int
-    modules: tuple[int, ...]
-    energy: float
-    cost: int
-
-
-def _density(steps: Sequence[_Step]) -> float:
-    return math.fsum(step.energy for step in steps) / sum(step.cost for step in steps)
-
-
-@dataclass(frozen=True)
 class AdapterSpectrum:
     """The singular values of all modules of an adapter, and the fewest components that a module keeps.
 
@@ -166,42 +142,21 @@ class AdapterSpectrum:
     @cached_property
     def _units(self) -> list[list[int]]:
         """List the numbers of the modules that have an adapter together or not at all."""
-        groups = [] if self.min_rank else packed_groups([one.shape.name for one in self.modules])
-        grouped = {index for group in groups for index in group}
-        return sorted([*groups, *([index] for index in range(len(self.modules)) if index not in grouped)])
+        packed = [] if self.min_rank else packed_groups([one.shape.name for one in self.modules])
+        return units_of(len(self.modules), packed)
 
     @cached_property
-    def _steps(self) -> list[list[_Step]]:
-        """List by unit what can be added to the lowest ranks: what a group begins with, then the best components."""
-        units = []
-        for unit, members in enumerate(self._units):
-            first = [(tuple(members), *self._sums(members))] if len(members) > 1 else []
-            later = [
-                ((index,), value * value, self.costs[index])
-                for index in members
-                for value in self.modules[index].values[1 if first else self.lower[index] :]
-            ]
-            later.sort(key=lambda step: -step[1] / step[2])
-            added = [step for step in (*first, *later) if step[1] > 0]
-            units.append([_Step(unit, position, *step) for position, step in enumerate(added)])
-        return units
-
-    def _sums(self, members: Sequence[int]) -> tuple[float, int]:
-        """Sum the energy and the parameters of the best component of some modules."""
-        energy = math.fsum(self.modules[index].values[0] ** 2 for index in members)
-        return energy, sum(self.costs[index] for index in members)
+    def _steps(self) -> list[list[Step]]:
+        """List by unit what can be added to the lowest ranks, and is not zero."""
+        worths = [
+            [value * value for value in one.values[low:]] for one, low in zip(self.modules, self.lower, strict=True)
+        ]
+        units = (steps_of(unit, members, worths, self.costs) for unit, members in enumerate(self._units))
+        return [[step for step in steps if step.worth > 0] for steps in units]
 
     @cached_property
-    def _ordered(self) -> list[list[_Step]]:
-        """List steps by energy per parameter, those that a better one cannot be had without together with it."""
-        joined: list[list[_Step]] = []
-        for steps in self._steps:
-            start = len(joined)
-            for step in steps:
-                joined.append([step])
-                while len(joined) - start > 1 and _density(joined[-2]) < _density(joined[-1]):
-                    joined[-2:] = [[*joined[-2], *joined[-1]]]
-        return sorted(joined, key=lambda steps: (-_density(steps), steps[0].unit))
+    def _ordered(self) -> list[list[Step]]:
+        return in_order(self._steps)
 
     def cut(self, budget: int) -> Cut:
         """Keep the components with the most energy per parameter that fit into ``budget`` parameters.
@@ -216,22 +171,10 @@ class AdapterSpectrum:
         lowest = self._lowest
         if lowest > budget:
             raise InfeasibleBudgetError(f"the lowest ranks alone cost {lowest:,}, the budget is {budget:,}")
-        ranks, left, begun = list(self.lower), budget - lowest, set[int]()
-        due = [(-_density(steps), steps[0].unit, steps[0].position, steps) for steps in self._ordered]
-        while due:
-            priority, unit, position, steps = heapq.heappop(due)
-            opening = -_density(self._steps[unit][:1])
-            if position and unit not in begun:
-                if priority < opening:  # what it opens with is to be weighed by itself, and comes first
-                    heapq.heappush(due, (opening, unit, position, steps))
-            elif (cost := sum(step.cost for step in steps)) <= left:
-                left -= cost
-                begun.add(unit)
-                for index in (index for step in steps for index in step.modules):
-                    ranks[index] += 1
-            elif len(steps) > 1:  # together they do not fit; each by itself may
-                for step in steps:
-                    heapq.heappush(due, (max(-_density([step]), opening), unit, step.position, [step]))
+        ranks = list(self.lower)
+        for step in affordable(self._steps, budget - lowest):
+            for index in step.modules:
+                ranks[index] += 1
         return Cut(self.modules, budget, tuple(ranks))
 
     def cut_to_energy(self, share: float) -> Cut:
@@ -250,7 +193,7 @@ class AdapterSpectrum:
     @cached_property
     def path(self) -> list[tuple[int, float]]:
         """List parameters and lost energy when components are added one by one, by energy per parameter."""
-        added = [(math.fsum(s.energy for s in steps), sum(s.cost for s in steps)) for steps in self._ordered]
+        added = [(math.fsum(s.worth for s in steps), sum(s.cost for s in steps)) for steps in self._ordered]
         # Summed from the smallest on, so that nothing is left of the energy at the end, and little of it rounded off.
         losses = [0.0]
         for energy, _ in reversed(added):

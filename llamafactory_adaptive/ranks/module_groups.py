@@ -1,11 +1,10 @@
 """Groups of modules: those that are ranked as one, and those that servers keep packed. Pure: no torch, no I/O."""
 
-import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from llamafactory_adaptive.ranks.allocation import Allocation, Bounds, allocate, keep_components
+from llamafactory_adaptive.ranks.allocation import Allocation, Bounds, allocate
 from llamafactory_adaptive.ranks.module_names import module_type
 
 
@@ -72,73 +71,9 @@ def allocate_whole_groups(scores: Sequence[float], bounds: Bounds, packed: Seque
                    if not allocation.ranks[index]}  # fmt: skip
         if not lacking:
             return allocation
-        bounds = replace(bounds, lower=_changed(bounds.lower, lacking, 1))
-
-
-def keep_whole_groups(
-    scores: Sequence[Sequence[float]], bounds: Bounds, packed: Sequence[Sequence[int]]
-) -> list[list[bool]]:
-    """Choose the rank-1 components to keep so that of packed modules either all keep some or none does.
-
-    A group of which only some modules would keep components is judged as a whole, by the mean score, weighted by what
-    they cost, of those components and of the best one of each other module: if it is above the best score that found
-    no place elsewhere, the others keep one, too, and else the whole group goes. Each round settles a group at least.
-
-    Args:
-        scores: as in :func:`keep_components`.
-        bounds: budget and bounds; a budget of at least one component per module is enough for every round.
-        packed: numbers of the modules of each group.
-
-    Raises:
-        InfeasibleBudgetError, ValueError: as :func:`keep_components`.
-    """
-    while True:
-        keep = keep_components(scores, bounds)
-        ranks = [sum(row) for row in keep]
-        half = half_adapted(ranks, packed)
-        if not half:
-            return keep
-        for group in half:
-            lacking = [index for index in group if not ranks[index]]
-            begun = any(bounds.lower[index] for index in group)
-            if begun or _mean_score(group, scores, keep, bounds.costs) > _best_rejected(group, scores, keep, bounds):
-                bounds = replace(bounds, lower=_changed(bounds.lower, lacking, 1))
-            else:
-                bounds = replace(bounds, upper=_changed(bounds.upper, group, 0))
+        bounds = replace(bounds, lower=[1 if i in lacking else low for i, low in enumerate(bounds.lower)])
 
 
 def half_adapted(ranks: Sequence[int], packed: Sequence[Sequence[int]]) -> list[Sequence[int]]:
     """Find the groups of which some modules have an adapter and others have none."""
     return [group for group in packed if len({ranks[index] > 0 for index in group}) > 1]
-
-
-def _mean_score(
-    group: Sequence[int], scores: Sequence[Sequence[float]], keep: Sequence[Sequence[bool]], costs: Sequence[int]
-) -> float:
-    """Average over the components of a group that are kept, and over the best one of each module that keeps none."""
-    total = spent = 0.0
-    for index in group:
-        kept = [score for score, on in zip(scores[index], keep[index], strict=True) if on] or [max(scores[index])]
-        total += costs[index] * sum(kept)
-        spent += costs[index] * len(kept)
-    return total / spent
-
-
-def _best_rejected(
-    group: Sequence[int], scores: Sequence[Sequence[float]], keep: Sequence[Sequence[bool]], bounds: Bounds
-) -> float:
-    """Find the best score outside of a group that is not kept, in a module with room for more; -inf if none is."""
-    rejected = (
-        score
-        for index, (row, kept) in enumerate(zip(scores, keep, strict=True))
-        if index not in group and sum(kept) < bounds.upper[index]
-        for score, on in zip(row, kept, strict=True)
-        if not on
-    )
-    return max(rejected, default=-math.inf)
-
-
-def _changed(limits: Sequence[int], group: Iterable[int], limit: int) -> list[int]:
-    """Replace the limits of some modules."""
-    members = set(group)
-    return [limit if index in members else old for index, old in enumerate(limits)]

@@ -4,7 +4,6 @@ Pure Python without torch and without a Trainer; ``RankSearchDriver`` drives it.
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,9 +12,10 @@ from typing import Any
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.errors import DivergedError, GuardError
 from llamafactory_adaptive.ranks.allocation import Bounds, allocate, reallocate_components
-from llamafactory_adaptive.ranks.module_groups import keep_whole_groups, packed_groups
+from llamafactory_adaptive.ranks.module_groups import packed_groups
 from llamafactory_adaptive.ranks.plan import RankPlan
 from llamafactory_adaptive.ranks.search_config import ExchangeConfig, ReallocationConfig
+from llamafactory_adaptive.ranks.whole_groups import keep_whole_groups
 
 
 Masks = list[list[bool]]
@@ -235,11 +235,13 @@ def favour_used(
     if not hysteresis and not used_first:
         return scores
 
+    unused = sorted({s for row, flags in zip(scores, on, strict=True) for s, used in zip(row, flags, strict=True)
+                     if not used and math.isfinite(s)}, reverse=True)  # fmt: skip
+    # Between -1 and 0 in the order of the scores, however small all of them are; what is not finite stays so, for the
+    # check that follows.
+    below = {score: -(place + 1) / (len(unused) + 1) for place, score in enumerate(unused)} if used_first else {}
+
     def compared(score: float, used: bool) -> float:
-        if used:
-            return score * (1.0 + hysteresis)
-        # Negative, in the order of the scores, however small all of them are; what is not finite stays so, for the
-        # check that follows.
-        return -1.0 / max(score, sys.float_info.min) if used_first and math.isfinite(score) else score
+        return score * (1.0 + hysteresis) if used else below.get(score, score)
 
     return [[compared(*pair) for pair in zip(*rows, strict=True)] for rows in zip(scores, on, strict=True)]

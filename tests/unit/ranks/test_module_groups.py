@@ -6,14 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamafactory_adaptive.ranks.allocation import Bounds, allocate, keep_components, water_fill
-from llamafactory_adaptive.ranks.module_groups import (
-    allocate_whole_groups,
-    group_name,
-    keep_whole_groups,
-    packed_groups,
-    pool_scores,
-)
+from llamafactory_adaptive.ranks.allocation import Bounds, allocate, water_fill
+from llamafactory_adaptive.ranks.module_groups import allocate_whole_groups, group_name, packed_groups, pool_scores
 
 
 @pytest.mark.parametrize(
@@ -99,47 +93,3 @@ def test_groups_that_are_whole_are_left_alone():
         plain = allocate(scores, bounds)
         found = allocate_whole_groups(scores, bounds, PACKED)
         assert (found == plain) == (not _halves(plain.ranks, PACKED))
-
-
-# -- components ------------------------------------------------------------------------------------------------------
-
-
-COMPONENTS = st.lists(st.lists(st.sampled_from((-1e300, -2.0, 0.0, 1e-30, 0.5, 1.0, 7.0)), min_size=3, max_size=3),
-                      min_size=6, max_size=6)  # fmt: skip
-
-
-@given(COMPONENTS, st.lists(st.integers(1, 9), min_size=6, max_size=6), st.integers(1, 2), st.integers(0, 1))
-@settings(max_examples=300, deadline=None)
-def test_components_leave_no_group_half_adapted_and_keep_the_bounds(scores, costs, lora_rank, least):
-    bounds = Bounds(costs, lora_rank * sum(costs), [least] * 6, [3] * 6)
-    keep = keep_whole_groups(scores, bounds, PACKED)
-    ranks = [sum(row) for row in keep]
-    assert not _halves(ranks, PACKED)
-    assert bounds.cost(ranks) <= bounds.budget
-    assert min(ranks) >= least
-    plain = keep_components(scores, bounds)
-    if not _halves([sum(row) for row in plain], PACKED):
-        assert keep == plain
-    for row, kept in zip(scores, keep, strict=True):  # of each module the best
-        assert (
-            sorted((score for score, on in zip(row, kept, strict=True) if on), reverse=True)
-            == sorted(row, reverse=True)[: sum(kept)]
-        )
-
-
-@pytest.mark.parametrize(
-    ("others", "costs", "ranks"),
-    [
-        # q, k and v have a mean of (0.1 + 0.1 + 6.5) / 3 = 2.2: more than the 1 that finds no place, less than the 6
-        ([9.0, 8.0, 7.0, 1.0], [1, 1, 1, 1], [1, 1, 1, 1]),
-        ([9.0, 8.0, 7.0, 6.0], [1, 1, 1, 1], [0, 0, 0, 4]),
-        # where q and k cost a tenth of v, of (0.1 + 0.1 + 65) / 12 = 5.4
-        ([9.0, 8.0, 7.0, 5.0], [1, 1, 10, 10], [2, 2, 1, 2]),
-        ([9.0, 8.0, 7.0, 6.0], [1, 1, 10, 10], [0, 0, 0, 4]),
-    ],
-)
-def test_a_group_is_completed_or_left_by_what_the_whole_of_it_is_worth(others, costs, ranks):
-    scores = [[0.1, 0.0], [0.0, 0.1], [6.5, 0.0], others]
-    bounds = Bounds(costs, 4 * costs[-1], [0] * 4, [4] * 4)
-    assert [sum(row) for row in keep_components(scores, bounds)] == [0, 0, 1, 3], "v alone is among the best"
-    assert [sum(row) for row in keep_whole_groups(scores, bounds, [[0, 1, 2]])] == ranks
