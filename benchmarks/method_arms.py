@@ -72,6 +72,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 # part of it.
 BASES = {
     "corrected": "published",
+    "lora of twice the rank, cut by norm": "corrected",
     "published, off": "published",
     "published, off, product": "published, off",
     "published, product": "published",

@@ -168,7 +168,7 @@ def compare(task: Task, ledger: Ledger, arms: Sequence[str], rank: int, options:
         curve = curve_of(lambda rate, run=run: run(rate, options.rate_seeds), task.rates, options.extensions)
         best = best_rate(curve)
         runs = run(best, options.seeds_of_default if arm in ("lora", "corrected") else options.seeds)
-        rows[arm] = row_of(runs, best, curve)
+        rows[arm] = row_of(runs, best, curve, rank)
     tell_differences(rows)
     return rows
 
@@ -193,7 +193,7 @@ def best_rate(curve: Curve) -> float:
     return min(curve, key=lambda rate: statistics.fmean(each["dev"] for each in curve[rate]))
 
 
-def row_of(runs: Sequence[dict[str, Any]], best: float, curve: Curve) -> dict[str, Any]:
+def row_of(runs: Sequence[dict[str, Any]], best: float, curve: Curve, rank: int) -> dict[str, Any]:
     """Sum up one arm at its best rate."""
     losses = [run["test"] for run in runs]
     row = {
@@ -208,8 +208,15 @@ def row_of(runs: Sequence[dict[str, Any]], best: float, curve: Curve) -> dict[st
     }
     if "ranks" in runs[0]:
         row["components_changed"] = statistics.fmean(run["components_changed"] for run in runs)
+        row["components_returned"] = statistics.fmean(returned(run, rank) for run in runs)
         row["rank_correlation_of_seeds"] = mean_correlation([run["ranks"] for run in runs])
     return row
+
+
+def returned(run: dict[str, Any], rank: int) -> float:
+    """Count the components that came back: each is removed once more than what is over at the end."""
+    over = 2 * rank * len(run["ranks"]) - sum(run["ranks"])
+    return float(run["components_changed"] - over) / 2
 
 
 def mean_correlation(allocations: Sequence[Sequence[int]]) -> float | None:

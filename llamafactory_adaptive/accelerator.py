@@ -33,14 +33,16 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
 def peak_memory() -> dict[str, int]:
     """Measure the most memory that this process has held so far, in bytes by ``host`` and ``device``.
 
-    Of the host it is what was resident, files that are mapped included; of the device, what tensors took. Either is
-    left out where the system does not tell it.
+    Of the host it is what was resident, files that are mapped included; of all devices, what its tensors took. Either
+    is left out where the system does not tell it.
     """
     peak = {}
     if (host := _most_resident()) is not None:
         peak["host"] = host
-    if torch.cuda.is_available() and (most := torch.cuda.max_memory_allocated()):
-        peak["device"] = most
+    if torch.cuda.is_available():
+        most = sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
+        if most:
+            peak["device"] = most
     return peak
 
 

@@ -181,7 +181,7 @@ def _make_callback(
         layout=layout(args),
         start=start,
     )
-    log = RunLog(plan.method, time.perf_counter() - started)
+    log = RunLog(plan.method, time.perf_counter() - started, origin=source.origin)
     guard = PlanGuard(plan, log, is_final=adaptive.search is None, start=start)
     remedy = "llamafactory-adaptive doctor checks why"
     return HostCallback(guard, request, checkpoint, remedy)

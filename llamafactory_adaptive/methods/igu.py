@@ -31,9 +31,8 @@ and U, regulariser of weight 1. ``corrected`` mends what was measured to be at f
                       and once the ranks are final lambda is, the optimizer's states with it.
     uncertainty       S * U (AdaLoRA), S * S / (S + U) or S alone do not depend on the scale of gradients; nor does
     epsilon_scale     S / U with an epsilon in units of the geometric mean of S over all elements of a kind. S alone
-                      is a mean of nearly all steps (beta1): which components stay is then decided least by rounding,
-                      and as a mean it can be kept per component. Where capacity is shortest (rank 1 with ``min_rank``
-                      0) S * U was measured to place ranks better.
+                      is a mean of nearly all steps (beta1): which components stay is then decided less by rounding
+                      than with S * U, and as a mean it can be kept per component.
     returns           what was removed stays off, but for what it takes to fill the budget: components that come back
                       at their former strength, and others that go for them, are most of the changes otherwise. With
                       zero they grow anew; a bonus for those in use (hysteresis) helps less.

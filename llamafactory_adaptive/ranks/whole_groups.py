@@ -48,13 +48,15 @@ def steps_of(unit: int, members: Sequence[int], worths: Sequence[Sequence[float]
         worths: per module, the worth of its components, the best first.
         costs: per module, what one of its components costs.
     """
-    begun = len(members) > 1
-    later = [((index,), worth, costs[index]) for index in members for worth in worths[index][1 if begun else 0 :]]
-    later.sort(key=lambda step: -step[1] / step[2])
-    if begun:
-        first = tuple(members), math.fsum(worths[index][0] for index in members), sum(costs[i] for i in members)
-        later.insert(0, first)
-    return [Step(unit, position, *step) for position, step in enumerate(later)]
+    is_group = len(members) > 1
+    steps: list[tuple[tuple[int, ...], float, int]] = [
+        ((index,), worth, costs[index]) for index in members for worth in worths[index][is_group:]
+    ]
+    steps.sort(key=lambda step: -step[1] / step[2])
+    if is_group:
+        first = math.fsum(worths[index][0] for index in members), sum(costs[index] for index in members)
+        steps.insert(0, (tuple(members), *first))
+    return [Step(unit, position, *step) for position, step in enumerate(steps)]
 
 
 def in_order(units: Sequence[Sequence[Step]]) -> list[list[Step]]:
@@ -70,7 +72,7 @@ def in_order(units: Sequence[Sequence[Step]]) -> list[list[Step]]:
 
 
 def affordable(units: Sequence[Sequence[Step]], budget: int) -> Iterator[Step]:
-    """Iterate over the steps to take: those worth most per unit of the budget that fit into it.
+    """Choose the steps to take: those worth most per unit of the budget that fit into it.
 
     What is left of the budget is smaller than the cheapest step that could still be taken.
     """
@@ -110,7 +112,7 @@ def keep_whole_groups(
     keep = keep_components(scores, bounds)
     if any(bounds.lower) or not half_adapted([sum(row) for row in keep], packed):
         return keep
-    orders = [sorted(range(len(row)), key=lambda index, row=row: -row[index]) for row in scores]
+    orders = [_best_first(row) for row in scores]
     worths = [
         [row[index] * cost for index in order[:high]]
         for row, order, cost, high in zip(scores, orders, bounds.costs, bounds.upper, strict=True)
@@ -123,6 +125,10 @@ def keep_whole_groups(
             ranks[module] += 1
     kept = [set(order[:rank]) for order, rank in zip(orders, ranks, strict=True)]
     return [[index in chosen for index in range(len(row))] for row, chosen in zip(scores, kept, strict=True)]
+
+
+def _best_first(row: Sequence[float]) -> list[int]:
+    return sorted(range(len(row)), key=lambda index: -row[index])
 
 
 def _density(steps: Sequence[Step]) -> float:

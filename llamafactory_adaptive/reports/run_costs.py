@@ -1,6 +1,6 @@
 """What a run cost beyond plain LoRA, in seconds and memory, from its log and the provenance of its plan."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llamafactory_adaptive.reports.values import number
@@ -29,18 +29,19 @@ def run_costs(
     Returns:
         ``seconds`` of the whole run (planning, loading and saving included; None if it was not logged),
         ``train_seconds``, ``overhead_seconds`` in all and by ``work``, the ``scoring_seconds`` of the plan where they
-        are known, ``memory``: bytes by kind at the start and at the end, and ``memory_by_work``: the peak of the
-        process that scored, for ``planning`` and ``scoring_samples``, the statistics of ``observing``, and by how
-        much ``allocating`` raised the peak.
+        are known, whether the run ``planned_here``, ``memory``: bytes by kind when training began and at most, and
+        ``memory_by_work``: the peak of the process that scored for ``planning``, that by the end of
+        ``scoring_samples``, the statistics of ``observing``, and by how much ``allocating`` raised the peak.
     """
     first, last = log[0], log[-1]
     total = number(last.get("overhead_seconds")) or 0.0
     work = {key: value for key in WORK if (value := number(_mapping(last, "overhead").get(key)))}
-    memory = _most_by_work(log)
+    memory, peak = _most_by_work(log), _most(_sizes(line.get("peak_memory")) for line in log)
     made = number(provenance.get("planning_seconds"))
-    scored_here = not provenance.get("statistics_reused") and _made_here(made, work)
-    if scored_here and (peak := _sizes(provenance.get("calibration_peak_memory"))):
-        memory["planning"] = peak
+    planned_here = first.get("plan_origin", "scored") == "scored" and _made_here(made, work)
+    scored = _sizes(provenance.get("calibration_peak_memory"))
+    if scored and planned_here and not provenance.get("statistics_reused"):
+        memory["planning"], peak = scored, _most([peak, scored])
     after_planning = number(last.get("seconds"))
     return {
         "seconds": None if after_planning is None else after_planning + work.get("planning", 0.0),
@@ -49,9 +50,10 @@ def run_costs(
         "work": work or ({"all": total} if total else {}),
         "scoring_seconds": number(provenance.get("calibration_seconds")),
         "planning_seconds": made,
+        "planned_here": planned_here,
         "memory": {
-            "before_training": _bytes(first),
-            "whole_run": _bytes(last),
+            "before_training": _sizes(first.get("peak_memory")),
+            "whole_run": peak,
         },
         "memory_by_work": memory,
     }
@@ -77,7 +79,7 @@ def cost_notes(costs: Mapping[str, Any]) -> list[str]:
     """List what a reader of the ledger should know besides."""
     notes = []
     made = costs["planning_seconds"]
-    if made and not _made_here(made, costs["work"]):
+    if made and not costs["planned_here"]:
         notes.append(f"the plan took {made:.1f} s when it was made; this run did not have to make it anew")
     elif costs["scoring_seconds"]:
         notes.append(f"of planning, {costs['scoring_seconds']:.1f} s were passes over the calibration rows")
@@ -90,7 +92,7 @@ def cost_notes(costs: Mapping[str, Any]) -> list[str]:
 
 
 def _made_here(made: float | None, work: Mapping[str, float]) -> bool:
-    """Tell whether a run planned itself, by the seconds that planning took when the plan was made."""
+    """Tell whether a run may have planned itself, by the seconds that planning took when the plan was made."""
     return made is not None and made <= work.get("planning", 0.0) + 1.0
 
 
@@ -121,16 +123,15 @@ def _memory(work: str, costs: Mapping[str, Any]) -> str:
 
 def _most_by_work(log: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Find what each work held at most; a run that was resumed begins to count anew."""
-    most: dict[str, dict[str, float]] = {}
-    for line in log:
-        for work in WORK:
-            for kind, size in _sizes(_mapping(line, "memory").get(work)).items():
-                most.setdefault(work, {})[kind] = max(size, most.get(work, {}).get(kind, 0.0))
+    by_work = {work: _most(_sizes(_mapping(line, "memory").get(work)) for line in log) for work in WORK}
+    return {work: most for work, most in by_work.items() if most}
+
+
+def _most(sizes: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    most: dict[str, float] = {}
+    for each in sizes:
+        most |= {kind: max(size, most.get(kind, 0.0)) for kind, size in each.items()}
     return most
-
-
-def _bytes(line: Mapping[str, Any]) -> dict[str, float]:
-    return _sizes(line.get("peak_memory"))
 
 
 def _sizes(told: Any) -> dict[str, float]:

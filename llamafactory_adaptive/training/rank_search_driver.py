@@ -67,6 +67,7 @@ class RankSearchDriver(RunPart):
         self.guard, self.watch, self.selection, self.step = guard, watch, selection, step
         self.log, self.start, self.method = guard.log, search.request.start, search.request.method
         self.state, self.triplets, self.components = search.state, search.triplets, observer.components
+        self.raised: dict[str, int] = {}  # bytes by which allocations raised the peak of memory
 
     def announce(self, args: Any, state: Any) -> None:
         """Write to the log with which ranks and schedule the search begins or resumes."""
@@ -130,7 +131,9 @@ class RankSearchDriver(RunPart):
         synchronize()
         self.log.counters.allocations += 1
         self.log.spend("allocating", time.perf_counter() - started)
-        self.log.hold("allocating", {kind: size - peak.get(kind, 0) for kind, size in peak_memory().items()})
+        for kind, size in peak_memory().items():
+            self.raised[kind] = self.raised.get(kind, 0) + size - peak.get(kind, 0)
+        self.log.hold("allocating", self.raised)
         line = self.state.record(self.step, budget, final, scores, before, masks)
         if final:
             self._end_shrinkage()
@@ -194,7 +197,7 @@ class RankSearchDriver(RunPart):
         if not self.state.history or self.state.cost(self.triplets.masks) > self.state.final_budget:
             if args.should_save:
                 self.log.warn(
-                    f"adaptive: ranks were not yet found at step {self.step} (they are final from step "
+                    f"ranks were not yet found at step {self.step} (they are final from step "
                     f"{self.schedule.end}); they are chosen now, without training afterwards"
                 )
             self._allocate(args, self.schedule.target_budget, final=True)

@@ -38,18 +38,23 @@ class RunLog:
         method: name of the method, part of every line.
         planning_seconds: seconds that planning took.
         words: rewrites a warning in the notation of its reader; by default it stays as it is.
+        origin: where the plan is from, ``PlanSource.origin``; empty where nothing was planned.
 
     Attributes:
         overhead: seconds of each work that plain LoRA has not: ``planning``, ``scoring_samples``, ``observing``,
             ``allocating``; ``before`` is that of a checkpoint of an earlier version, which told only their sum.
-        memory: bytes of such a work, by ``host`` and ``device``: the statistics of ``observing``, the peak of the
-            process by the end of ``scoring_samples``, and by how much ``allocating`` raised that peak.
+        memory: bytes of such a work in this process, by ``host`` and ``device``: the statistics of ``observing``, the
+            peak by the end of ``scoring_samples``, and by how much ``allocating`` raised the peak in all.
+        seconds_before: seconds of the run before it was resumed.
     """
 
-    def __init__(self, method: str, planning_seconds: float, words: Callable[[str], str] = str) -> None:
-        self.method, self.words = method, words
+    def __init__(
+        self, method: str, planning_seconds: float, words: Callable[[str], str] = str, origin: str = ""
+    ) -> None:
+        self.method, self.words, self.origin = method, words, origin
         self.overhead = {"planning": planning_seconds}
         self.memory: dict[str, dict[str, int]] = {}
+        self.seconds_before = 0.0
         self.counters = Counters()
         self.warnings: list[str] = []
         self._started = time.perf_counter()
@@ -70,8 +75,8 @@ class RunLog:
 
     @property
     def seconds(self) -> float:
-        """Return the seconds since the log was created."""
-        return time.perf_counter() - self._started
+        """Return the seconds since the log was created, and those before a resume."""
+        return self.seconds_before + time.perf_counter() - self._started
 
     def begin_again(self) -> None:
         """Set all counters back, of a run that begins anew."""
@@ -92,6 +97,7 @@ class RunLog:
             "counters": asdict(self.counters),
             "overhead_seconds": round(self.overhead_seconds, 3),
             "overhead": {work: round(seconds, 3) for work, seconds in self.overhead.items()},
+            **({"plan_origin": self.origin} if self.origin else {}),
             "peak_memory": peak_memory(),
             "memory": self.memory,
             "time": time.time(),

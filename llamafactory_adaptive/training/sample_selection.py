@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llamafactory_adaptive.accelerator import peak_memory
 from llamafactory_adaptive.engines.distributed import agree_across_ranks
 from llamafactory_adaptive.files import QUALITY_FILE
 from llamafactory_adaptive.ranks.plan import RankPlan
@@ -84,6 +85,7 @@ class SampleSelection(RunPart):
             agree_across_ranks(self.digest(), _SCORED_OTHERWISE)
             seconds = time.perf_counter() - started
             self.log.spend("scoring_samples", seconds)
+            self.log.hold("scoring_samples", peak_memory())
             if args.should_save:
                 logger.info(f"adaptive: all samples were scored again for refresh {refresh}, in {seconds:.1f} s")
                 line = {"step": step, "event": "scoring", "subset": refresh, "scoring_seconds": round(seconds, 3)}

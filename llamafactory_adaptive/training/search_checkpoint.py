@@ -52,6 +52,7 @@ class SearchCheckpoint:
             },
             "counters": asdict(self.log.counters),
             "thinner": self.observer.probe_budget.state(),
+            "seconds": self.log.seconds,
             "overhead_seconds": self.log.overhead_seconds,
             "overhead": self.log.overhead,
         }
@@ -94,6 +95,7 @@ class SearchCheckpoint:
         """
         document = self.restore(folder, total_steps)
         self.observer.probe_budget.load(document["thinner"])
+        self.log.seconds_before = document.get("seconds", 0.0)
         for work, seconds in document.get("overhead", {"before": document["overhead_seconds"]}).items():
             self.log.spend(work, seconds)
         for name in _RESUMED_COUNTERS:

@@ -21,7 +21,7 @@ def method_arms():
         sys.path.remove(folder)
 
 
-@pytest.mark.parametrize("rank", [4, 1])
+@pytest.mark.parametrize("rank", [4, 2, 1])
 def test_every_search_can_begin_at_every_budget(method_arms, rank):
     searches = [arm for arm in method_arms.ARMS if method_arms.of_budget(arm, rank)[0] in ("igu", "adalora")]
     assert len(searches) >= 40
@@ -39,6 +39,6 @@ def test_only_the_uniform_arm_takes_its_lowest_rank_from_the_budget(method_arms)
 
 def test_every_base_is_an_arm(method_arms):
     bases = {arm: method_arms.base_of(arm) for arm in method_arms.ARMS}
-    assert set(filter(None, bases.values())) <= set(method_arms.ARMS)
+    assert set(filter(None, bases.values())) | set(method_arms.BASES) <= set(method_arms.ARMS)
     assert bases["lora"] is None
     assert bases["corrected, shrink"] == "corrected"

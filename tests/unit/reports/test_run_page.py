@@ -93,23 +93,25 @@ def test_the_ledger_gives_seconds_by_work_and_their_shares_of_the_whole_run():
 
 
 def test_the_ledger_gives_the_memory_of_a_work_and_its_share_of_the_peak():
-    def line(**memory):
-        peak = {"host": 2**31, "device": 2**32}
-        return {"overhead": {"planning": 1.0, "observing": 1.0, "allocating": 1.0}, "peak_memory": peak,
-                "memory": memory}  # fmt: skip
+    def line(peak, origin="scored", **memory):
+        work = {"planning": 1.0, "observing": 1.0, "allocating": 1.0}
+        return {"overhead": work, "peak_memory": {"host": peak, "device": 2**32}, "memory": memory,
+                "plan_origin": origin}  # fmt: skip
 
-    before = line(observing={"device": 2**30, "host": "much"}, scoring_samples=5)
-    log = [before, line(observing={"device": 2**20}, allocating={"host": 0})]  # resumed, and counted anew
     plan = {"planning_seconds": 1.5, "calibration_peak_memory": {"host": 2**30}}
 
-    def told(**more):
-        return [memory for *_, memory in cost_rows(run_costs(log, {**plan, **more}, 10.0))][:3]
+    def told(origin="scored", **more):
+        before = line(2**31, origin, observing={"device": 2**30, "host": "much"}, scoring_samples=5)
+        resumed = line(2**29, observing={"device": 2**20}, allocating={"host": 0})  # counts anew
+        return [memory for *_, memory in cost_rows(run_costs([before, resumed], {**plan, **more}, 10.0))][:3]
 
     watched = ["statistics of 1.00 GiB on the device (25.0% of the run's peak)",
                "raised the peak by 0 KiB (0.0% of the run's peak)"]  # fmt: skip
     assert told() == ["peak of 1.00 GiB (50.0% of the run's peak)", *watched]
-    assert told(statistics_reused=True) == told(planning_seconds=30.0) == ["", *watched]
+    assert told(statistics_reused=True) == told(planning_seconds=30.0) == told("re-used") == ["", *watched]
     assert told(calibration_peak_memory="much") == ["", *watched]
+    # what scored in a process of its own took more than the training
+    assert told(calibration_peak_memory={"host": 2**33})[0] == "peak of 8.00 GiB (100.0% of the run's peak)"
 
 
 def test_the_ledger_of_an_earlier_version_has_the_sum_against_the_training():

@@ -52,6 +52,11 @@ def test_lines_have_what_every_line_has_as_it_was_then(tmp_path, clock):
         {"step": 4, "method": "igu", "counters": {**none, "steps": 4}, "overhead_seconds": 1.985, "time": 110.5},
     ]
     assert log.seconds == 3.5
+    log.seconds_before = 60.0
+    assert log.seconds == 63.5
+    assert "plan_origin" not in later
+    RunLog("igu", 0.0, origin="given").write(tmp_path, {"step": 8})
+    assert lines(tmp_path)[-1]["plan_origin"] == "given"
 
 
 def test_warnings_are_told_at_once_and_kept_in_order(caplog):

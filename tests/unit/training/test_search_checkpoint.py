@@ -97,6 +97,13 @@ def test_seconds_of_a_checkpoint_that_told_only_their_sum_count_too(tmp_path):
     assert resumed.log.overhead == {"planning": 2.5, "before": 2.5}
 
 
+def test_seconds_of_a_run_go_on_where_it_is_resumed(tmp_path):
+    (search := Search(0)).log.seconds_before = 100.0
+    folder = search.write(tmp_path / "checkpoint-6")
+    (resumed := Search(1)).checkpoint.resume(folder, STEPS)
+    assert 100.0 <= resumed.log.seconds < 1000.0
+
+
 def test_masks_in_force_are_those_that_were_written(tmp_path):
     written, resumed = Search(0), Search(1)
     resumed.checkpoint.resume(written.write(tmp_path / "checkpoint-6"), STEPS)
