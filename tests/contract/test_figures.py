@@ -257,6 +257,26 @@ def test_the_recorded_difference_is_that_of_the_recorded_losses(decided):
     assert over["equivalent"] is bool(max(-low, high) < 0.005 * fmean(plain))
 
 
+@pytest.mark.parametrize(("words", "rank", "arm", "rival", "beyond_doubt"), [
+    ("that costs {:.3f} at rank 4 and", "4", "corrected, uniform ranks", "base", True),
+    ("and {:.3f} at rank 2, beyond doubt, and is worse", "2", "corrected, uniform ranks", "base", True),
+    ("`random ranks` are worse than plain LoRA by {:.3f} at both", "4", "random ranks", "lora", False),
+    ("`random ranks` are worse than plain LoRA by {:.3f} at both", "2", "random ranks", "lora", False),
+    ("`corrected, shrink` is worse than `corrected` by {:.3f}", "4", "corrected, shrink", "base", True),
+    ("by {:.2f} in `corrected`, beyond doubt", "4", "corrected, shrunk to the end, not mended", "base", True),
+    ("and by {:.2f} as published, which does not", "4", "published, shrunk to the end, mended", "base", False),
+    ("and mending costs {:.3f} to", "4", "corrected, shrink, not mended", "base", True),
+    ("to {:.3f}: with `igu_importance: shrink`", "4", "published, descaled, mended", "base", True),
+    ("are better by {:.3f}, beyond doubt", "4", "published, off, no returns", "base", True),
+    ("start is better by {:.3f}, which does not", "4", "published, off, LoRA's start", "base", False),
+    ("(`adalora_scale: lora_rank`) by {:.3f}; after", "4", "adalora, alpha over lora_rank", "lora", False),
+])  # fmt: skip
+def test_the_page_of_methods_quotes_its_differences(words, rank, arm, rival, beyond_doubt):
+    over = RESULTS["method_quality"]["results_by_rank"][rank][arm][f"over_{rival}"]
+    assert says((ROOT / "docs" / "methods.md").read_text(), words.format(abs(over["mean"])))
+    assert (over["p_holm"] < 0.05) is beyond_doubt
+
+
 def test_the_page_of_methods_quotes_what_ranks_from_zero_gain():
     by_rank = RESULTS["method_quality"]["results_by_rank"]
 
@@ -269,10 +289,12 @@ def test_the_page_of_methods_quotes_what_ranks_from_zero_gain():
     (four, _), (two, errors), (one, errors_of_one) = (gain("corrected, ranks from 0", rank) for rank in "421")
     default, errors_of_default = gain("corrected", "2")
     page = (ROOT / "docs" / "methods.md").read_text()
-    assert says(page, f"uniform, by {four:.3f} at rank 4, by {two:.3f} at rank 2 ({errors:.1f} standard errors)")
-    assert says(page, f"and by {one:.3f} at rank 1 ({errors_of_one:.1f} standard errors, though not")
+    assert says(
+        page, f"at every budget: by {four:.3f} at rank 4, by {two:.3f} at rank 2 ({errors:.1f} standard errors)"
+    )
+    assert says(page, f"and by {one:.3f} at rank 1 ({errors_of_one:.1f} standard errors).")
     assert says(page, f"it gains {default:.3f} at rank 2 ({errors_of_default:.1f} standard errors, equivalent")
-    assert by_rank["1"]["corrected, ranks from 0"]["over_lora"]["p_holm"] > 0.05
+    assert all(by_rank[rank]["corrected, ranks from 0"]["over_lora"]["p_holm"] < 0.05 for rank in "421")
 
 
 def test_pages_quote_the_difference_between_plain_lora_and_the_default(decided):
