@@ -199,6 +199,7 @@ def test_statistics_are_measured_once_for_every_budget(tiny_llama, data_dir, tmp
     train(settings(tiny_llama, data_dir, tmp_path / "c", seed=77, adaptive_calibration_batch_size=1))
     plans = [load_plan(tmp_path / name / "adaptive_rank_plan.json") for name in "abc"]
     assert plans[0].provenance["statistics_reused"] is False
+    assert 2**20 < plans[0].provenance["calibration_peak_memory"]["host"] < 2**40
     assert plans[1].provenance["statistics_reused"] is True
     assert plans[0].ranks() == plans[2].ranks()
 

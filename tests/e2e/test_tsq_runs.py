@@ -46,6 +46,9 @@ def test_samples_and_ranks_together(tiny_llama, data_dir, tmp_path):
     assert all(any(line[key] for line in events) for key in ("grown", "shrunk"))
     assert events[-1]["final"]
     assert events[-1]["ranks"] == list(plan.ranks().values())
+    assert set(events[-1]["memory"]) == {"scoring_samples", "observing", "allocating"}
+    assert 2**20 < events[-1]["memory"]["scoring_samples"]["host"] <= events[-1]["peak_memory"]["host"]
+    assert events[-1]["plan_origin"] == "started"
 
     checkpoint = json.loads((out / "checkpoint-5" / "adapter_config.json").read_text())
     assert checkpoint["r"] == 16, "live shapes stay at adaptive_max_rank"
