@@ -81,7 +81,7 @@ HYPOTHESES: list[tuple[str, str, list[str], str]] = [
     ("H4", "shrinkage itself costs quality", ["published, off", "corrected, shrink"], "**Yes**, most of all parts"),
     ("H5", "IGU-LoRA's best rate is up to 12 times LoRA's, or lambda = 1 makes one rate serve both",
      ["published, off", "published, off, LoRA's start", "corrected, gaussian start"],
-     "**Partly**: four times LoRA's here, with and without shrinkage, and LoRA's own on SmolLM2; its start does not "
+     "**Partly**: four times LoRA's here, and on SmolLM2 without shrinkage (with it LoRA's own); its start does not "
      "bring it nearer"),
     ("H6", "a bonus for components in use, or returns from lambda 0, halve the returns without loss",
      ["published, off, hysteresis", "published, off, no returns", "corrected, returns from lambda zero"],
@@ -154,7 +154,7 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "small Llama, rank 2": _quality("method_quality", "2", "lora", "base"),
     "small Llama, rank 1": _quality("method_quality", "1", "lora", "base"),
     "hypotheses": _hypotheses,
-    "SmolLM2, rank 8": _quality("method_quality_smollm2", "8", "lora", "published"),
+    "SmolLM2, rank 8": _quality("method_quality_smollm2", "8", "lora", "published", "base"),
     "stability": _stability,
     "memory": _memory,
 }
