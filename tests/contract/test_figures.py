@@ -5,10 +5,10 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
-from statistics import fmean
 
 import pytest
-from scipy import stats
+
+from tests.helpers.sentences import says
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,11 +86,6 @@ COMPARED = {
     "the same, `tsq` with ranks alone": "tsq, ranks alone",
     "the same, `random`": "random",
 }
-
-
-def says(document, sentence):
-    """Whether a page holds a sentence, wherever its lines are broken."""
-    return sentence in " ".join(document.split())
 
 
 @pytest.mark.parametrize("row", list(COMPARED))
@@ -238,74 +233,3 @@ def test_time_by_the_number_of_targets_is_linear_as_it_was_recorded(many_modules
 def test_growth_is_told_over_the_whole_range(many_modules, power, expected):
     rows = {count: {"build": count**power / 1e3} for count in (500, 1000, 20000)}
     assert many_modules.over_linear(rows) == pytest.approx({"build": expected})
-
-
-@pytest.fixture(scope="module")
-def decided():
-    """Losses of plain LoRA and of the default on SmolLM2, and what is said of their difference."""
-    rows = RESULTS["method_quality_smollm2"]["results_by_rank"]["8"]
-    return rows["lora"]["losses"], rows["corrected"]["losses"], rows["corrected"]["over_lora"]
-
-
-def test_the_recorded_difference_is_that_of_the_recorded_losses(decided):
-    plain, default, over = decided
-    differences = [b - a for a, b in zip(plain, default, strict=True)]
-    test = stats.ttest_1samp(differences, 0.0)
-    low, high = test.confidence_interval(0.95)
-    assert (over["mean"], over["low"], over["high"]) == pytest.approx((fmean(differences), low, high))
-    low, high = test.confidence_interval(0.90)
-    assert over["equivalent"] is bool(max(-low, high) < 0.005 * fmean(plain))
-
-
-@pytest.mark.parametrize(("words", "rank", "arm", "rival", "beyond_doubt"), [
-    ("that costs {:.3f} at rank 4 and", "4", "corrected, uniform ranks", "base", True),
-    ("and {:.3f} at rank 2, beyond doubt, and is worse", "2", "corrected, uniform ranks", "base", True),
-    ("`random ranks` are worse than plain LoRA by {:.3f} at both", "4", "random ranks", "lora", False),
-    ("`random ranks` are worse than plain LoRA by {:.3f} at both", "2", "random ranks", "lora", False),
-    ("`corrected, shrink` is worse than `corrected` by {:.3f}", "4", "corrected, shrink", "base", True),
-    ("by {:.2f} in `corrected`, beyond doubt", "4", "corrected, shrunk to the end, not mended", "base", True),
-    ("and by {:.2f} as published, which does not", "4", "published, shrunk to the end, mended", "base", False),
-    ("and mending costs {:.3f} to", "4", "corrected, shrink, not mended", "base", True),
-    ("to {:.3f}: with `igu_importance: shrink`", "4", "published, descaled, mended", "base", True),
-    ("are better by {:.3f}, beyond doubt", "4", "published, off, no returns", "base", True),
-    ("start is better by {:.3f}, which does not", "4", "published, off, LoRA's start", "base", False),
-    ("(`adalora_scale: lora_rank`) by {:.3f}; after", "4", "adalora, alpha over lora_rank", "lora", False),
-])  # fmt: skip
-def test_the_page_of_methods_quotes_its_differences(words, rank, arm, rival, beyond_doubt):
-    over = RESULTS["method_quality"]["results_by_rank"][rank][arm][f"over_{rival}"]
-    assert says((ROOT / "docs" / "methods.md").read_text(), words.format(abs(over["mean"])))
-    assert (over["p_holm"] < 0.05) is beyond_doubt
-
-
-def test_the_page_of_methods_quotes_what_ranks_from_zero_gain():
-    by_rank = RESULTS["method_quality"]["results_by_rank"]
-
-    def gain(arm, rank):
-        pairs = zip(by_rank[rank]["lora"]["losses"], by_rank[rank][arm]["losses"], strict=True)
-        differences = [plain - other for plain, other in pairs]
-        mean = fmean(differences)
-        return mean, mean / stats.sem(differences)
-
-    (four, _), (two, errors), (one, errors_of_one) = (gain("corrected, ranks from 0", rank) for rank in "421")
-    default, errors_of_default = gain("corrected", "2")
-    page = (ROOT / "docs" / "methods.md").read_text()
-    assert says(
-        page, f"at every budget: by {four:.3f} at rank 4, by {two:.3f} at rank 2 ({errors:.1f} standard errors)"
-    )
-    assert says(page, f"and by {one:.3f} at rank 1 ({errors_of_one:.1f} standard errors).")
-    assert says(page, f"it gains {default:.3f} at rank 2 ({errors_of_default:.1f} standard errors, equivalent")
-    assert all(by_rank[rank]["corrected, ranks from 0"]["over_lora"]["p_holm"] < 0.05 for rank in "421")
-
-
-def test_pages_quote_the_difference_between_plain_lora_and_the_default(decided):
-    plain, default, over = decided
-    seeds, figures = len(plain), f"{over['mean']:+.4f}, {over['low']:+.4f} to {over['high']:+.4f}"
-    assert over["p_holm"] > 0.05, "no difference is shown"
-    verdict = "are equivalent within 0.5 %" if over["equivalent"] else "is not shown either"
-    said = f"{seeds} seeds show no difference on SmolLM2-135M at rank 8 ({figures} in held-out loss)"
-    assert says(README, said)
-    low, high = stats.ttest_1samp([b - a for a, b in zip(plain, default, strict=True)], 0.0).confidence_interval(0.90)
-    page = (ROOT / "docs" / "methods.md").read_text()
-    assert says(page, f"Plain LoRA and `corrected` were run with {seeds} seeds")
-    assert says(page, f"the 90 % interval is {low:+.4f} to {high:+.4f}, the margin {0.005 * fmean(plain):.4f}")
-    assert all(says(text, verdict) for text in (page, README))
