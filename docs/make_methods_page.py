@@ -47,21 +47,25 @@ def _quality(name: str, rank: str, *rivals: str) -> Callable[[], Iterator[str]]:
             changed = f"{row['components_changed']:.0f}" if "components_changed" in row else ""
             agreement = row.get("rank_correlation_of_seeds")
             cells = [arm, f"{row['rate']:g}{edge}", f"{row['loss']:.4f}",
-                     *(_difference(row.get(f"over_{rival}")) for rival in told), changed,
+                     *(_against(row.get(f"over_{rival}")) for rival in told), changed,
                      "" if agreement is None else f"{agreement:.2f}"]  # fmt: skip
             yield f"| {' | '.join(cells)} |"
 
     return table
 
 
-def _difference(over: dict[str, Any] | None) -> str:
-    """Write a paired difference with its interval; bold where Holm's correction leaves it below 5 %."""
+def _against(over: dict[str, Any] | None) -> str:
+    """Write a paired difference, after the name of the arm it is against where each row has another."""
     if over is None:
         return ""
+    return (f"{over['base']}: " if "base" in over else "") + _difference(over)
+
+
+def _difference(over: dict[str, Any]) -> str:
+    """Write a paired difference with its interval; bold where Holm's correction leaves it below 5 %."""
     words = f"{over['mean']:+.4f}" + (f" ({over['low']:+.4f} to {over['high']:+.4f})" if "low" in over else "")
     words = f"**{words}**" if over.get("p_holm", 1.0) < 0.05 else words
-    named = f"{over['base']}: " if "base" in over else ""
-    return named + words + (", equivalent" if over["equivalent"] else "")
+    return words + (", equivalent" if over["equivalent"] else "")
 
 
 # What was supposed after first trials, the arms that test it (each against the arm without the part), and
@@ -117,8 +121,7 @@ def _evidence(arm: str, rows: dict[str, dict[str, Any]]) -> str:
         figures.append(f"returns {base['components_returned']:.0f} to {row['components_returned']:.0f}")
         seeds = [each["rank_correlation_of_seeds"] for each in (base, row)]
         figures.append(f"seeds' ranks {seeds[0]:.2f} to {seeds[1]:.2f}")
-    difference = _difference({key: value for key, value in over.items() if key != "base"})
-    return f"`{arm}` less `{over['base']}` {difference} ({', '.join(figures)})"
+    return f"`{arm}` less `{over['base']}` {_difference(over)} ({', '.join(figures)})"
 
 
 def _stability() -> Iterator[str]:

@@ -19,7 +19,7 @@ from llamafactory_adaptive.errors import InfeasibleBudgetError
 from llamafactory_adaptive.ranks.module_groups import packed_groups
 from llamafactory_adaptive.ranks.module_names import module_type
 from llamafactory_adaptive.ranks.plan import ModuleShape
-from llamafactory_adaptive.ranks.whole_groups import Step, affordable, in_order, steps_of, units_of
+from llamafactory_adaptive.ranks.whole_groups import Step, in_order, ranks_within, steps_of, units_of
 
 
 @dataclass(frozen=True)
@@ -146,17 +146,13 @@ class AdapterSpectrum:
         return units_of(len(self.modules), packed)
 
     @cached_property
-    def _steps(self) -> list[list[Step]]:
-        """List by unit what can be added to the lowest ranks, and is not zero."""
+    def _ordered(self) -> list[list[Step]]:
+        """List what can be added to the lowest ranks, and is not zero, by energy per parameter."""
         worths = [
             [value * value for value in one.values[low:]] for one, low in zip(self.modules, self.lower, strict=True)
         ]
         units = (steps_of(unit, members, worths, self.costs) for unit, members in enumerate(self._units))
-        return [[step for step in steps if step.worth > 0] for steps in units]
-
-    @cached_property
-    def _ordered(self) -> list[list[Step]]:
-        return in_order(self._steps)
+        return in_order([[step for step in steps if step.worth > 0] for steps in units])
 
     def cut(self, budget: int) -> Cut:
         """Keep the components with the most energy per parameter that fit into ``budget`` parameters.
@@ -171,11 +167,7 @@ class AdapterSpectrum:
         lowest = self._lowest
         if lowest > budget:
             raise InfeasibleBudgetError(f"the lowest ranks alone cost {lowest:,}, the budget is {budget:,}")
-        ranks = list(self.lower)
-        for step in affordable(self._steps, budget - lowest):
-            for index in step.modules:
-                ranks[index] += 1
-        return Cut(self.modules, budget, tuple(ranks))
+        return Cut(self.modules, budget, tuple(ranks_within(self._ordered, budget - lowest, self.lower)))
 
     def cut_to_energy(self, share: float) -> Cut:
         """Find the smallest budget whose cut keeps at least a share (above 0, at most 1) of the energy.

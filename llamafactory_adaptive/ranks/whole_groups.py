@@ -7,7 +7,7 @@ other. Components and beginnings are then taken by their worth per unit, the bes
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llamafactory_adaptive.ranks.allocation import Bounds, keep_components
@@ -71,26 +71,33 @@ def in_order(units: Sequence[Sequence[Step]]) -> list[list[Step]]:
     return sorted(joined, key=lambda steps: (-_density(steps), steps[0].unit))
 
 
-def affordable(units: Sequence[Sequence[Step]], budget: int) -> Iterator[Step]:
-    """Choose the steps to take: those worth most per unit of the budget that fit into it.
+def ranks_within(ordered: Sequence[Sequence[Step]], budget: int, lowest: Sequence[int]) -> list[int]:
+    """Choose the ranks that are worth most per unit of the budget, of steps that fit into it.
 
     What is left of the budget is smaller than the cheapest step that could still be taken.
+
+    Args:
+        ordered: all steps, as :func:`in_order` lists them.
+        budget: budget units for steps.
+        lowest: per module, the rank that steps add to.
     """
-    left, begun = budget, set[int]()
-    due = [(-_density(steps), steps[0].unit, steps[0].position, steps) for steps in in_order(units)]
+    ranks, left, begun = list(lowest), budget, set[int]()
+    openings = {steps[0].unit: -_density(steps[:1]) for steps in ordered if not steps[0].position}
+    due = [(-_density(steps), steps[0].unit, steps[0].position, steps) for steps in ordered]
     while due:
         priority, unit, position, steps = heapq.heappop(due)
-        opening = -_density(units[unit][:1])
         if position and unit not in begun:
-            if priority < opening:  # what it opens with is to be weighed by itself, and comes first
-                heapq.heappush(due, (opening, unit, position, steps))
+            if priority < openings[unit]:  # what it opens with is to be weighed by itself, and comes first
+                heapq.heappush(due, (openings[unit], unit, position, steps))
         elif (cost := sum(step.cost for step in steps)) <= left:
             left -= cost
             begun.add(unit)
-            yield from steps
+            for module in (module for step in steps for module in step.modules):
+                ranks[module] += 1
         elif len(steps) > 1:  # together they do not fit; each by itself may
             for step in steps:
-                heapq.heappush(due, (max(-_density([step]), opening), unit, step.position, [step]))
+                heapq.heappush(due, (max(-_density([step]), openings[unit]), unit, step.position, [step]))
+    return ranks
 
 
 def keep_whole_groups(
@@ -119,10 +126,7 @@ def keep_whole_groups(
     ]
     members = units_of(len(scores), packed)
     units = [steps_of(unit, each, worths, bounds.costs) for unit, each in enumerate(members)]
-    ranks = [0] * len(scores)
-    for step in affordable(units, bounds.budget):
-        for module in step.modules:
-            ranks[module] += 1
+    ranks = ranks_within(in_order(units), bounds.budget, bounds.lower)
     kept = [set(order[:rank]) for order, rank in zip(orders, ranks, strict=True)]
     return [[index in chosen for index in range(len(row))] for row, chosen in zip(scores, kept, strict=True)]
 

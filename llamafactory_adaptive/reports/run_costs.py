@@ -38,7 +38,9 @@ def run_costs(
     work = {key: value for key in WORK if (value := number(_mapping(last, "overhead").get(key)))}
     memory, peak = _most_by_work(log), _most(_sizes(line.get("peak_memory")) for line in log)
     made = number(provenance.get("planning_seconds"))
-    planned_here = first.get("plan_origin", "scored") == "scored" and _made_here(made, work)
+    # An earlier version did not tell where the plan was from; then the seconds that it took when it was made do.
+    soon_enough = made is not None and made <= work.get("planning", 0.0) + 1.0
+    planned_here = soon_enough and first.get("plan_origin", "scored") == "scored"
     scored = _sizes(provenance.get("calibration_peak_memory"))
     if scored and planned_here and not provenance.get("statistics_reused"):
         memory["planning"], peak = scored, _most([peak, scored])
@@ -89,11 +91,6 @@ def cost_notes(costs: Mapping[str, Any]) -> list[str]:
             least = f"{_size(before[kind])} when training began, " if before.get(kind) else ""
             notes.append(f"peak of {name}: {least}{_size(whole[kind])} over the whole run")
     return notes
-
-
-def _made_here(made: float | None, work: Mapping[str, float]) -> bool:
-    """Tell whether a run may have planned itself, by the seconds that planning took when the plan was made."""
-    return made is not None and made <= work.get("planning", 0.0) + 1.0
 
 
 def _seconds(seconds: float) -> str:

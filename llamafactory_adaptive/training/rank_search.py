@@ -235,11 +235,13 @@ def favour_used(
     if not hysteresis and not used_first:
         return scores
 
-    unused = sorted({s for row, flags in zip(scores, on, strict=True) for s, used in zip(row, flags, strict=True)
-                     if not used and math.isfinite(s)}, reverse=True)  # fmt: skip
-    # Between -1 and 0 in the order of the scores, however small all of them are; what is not finite stays so, for the
-    # check that follows.
-    below = {score: -(place + 1) / (len(unused) + 1) for place, score in enumerate(unused)} if used_first else {}
+    below: dict[float, float] = {}
+    if used_first:
+        pairs = (pair for rows in zip(scores, on, strict=True) for pair in zip(*rows, strict=True))
+        unused = sorted({score for score, used in pairs if not used and math.isfinite(score)}, reverse=True)
+        # Between -1 and 0 in the order of the scores, however small all of them are; what is not finite stays so, for
+        # the check that follows.
+        below = {score: -(place + 1) / (len(unused) + 1) for place, score in enumerate(unused)}
 
     def compared(score: float, used: bool) -> float:
         return score * (1.0 + hysteresis) if used else below.get(score, score)

@@ -67,7 +67,6 @@ class RankSearchDriver(RunPart):
         self.guard, self.watch, self.selection, self.step = guard, watch, selection, step
         self.log, self.start, self.method = guard.log, search.request.start, search.request.method
         self.state, self.triplets, self.components = search.state, search.triplets, observer.components
-        self.raised: dict[str, int] = {}  # bytes by which allocations raised the peak of memory
 
     def announce(self, args: Any, state: Any) -> None:
         """Write to the log with which ranks and schedule the search begins or resumes."""
@@ -131,9 +130,9 @@ class RankSearchDriver(RunPart):
         synchronize()
         self.log.counters.allocations += 1
         self.log.spend("allocating", time.perf_counter() - started)
-        for kind, size in peak_memory().items():
-            self.raised[kind] = self.raised.get(kind, 0) + size - peak.get(kind, 0)
-        self.log.hold("allocating", self.raised)
+        raised = self.log.memory.get("allocating", {})
+        self.log.hold("allocating", {kind: raised.get(kind, 0) + size - peak.get(kind, 0)
+                                     for kind, size in peak_memory().items()})  # fmt: skip
         line = self.state.record(self.step, budget, final, scores, before, masks)
         if final:
             self._end_shrinkage()
