@@ -1,6 +1,5 @@
 """Pages quote what the result files hold, and the result files say how they came about."""
 
-import importlib
 import json
 import re
 from collections import Counter
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.benchmarks import import_benchmarks
 from tests.helpers.sentences import says
 
 
@@ -216,10 +216,9 @@ def test_footguns_quotes_how_well_wrong_answers_are_told_apart():
         assert by_loss < by_norm < unclipped
 
 
-@pytest.fixture
-def many_modules(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("many_modules")
+@pytest.fixture(scope="module")
+def many_modules():
+    return import_benchmarks("many_modules")["many_modules"]
 
 
 def test_time_by_the_number_of_targets_is_linear_as_it_was_recorded(many_modules):

@@ -1,24 +1,15 @@
 """Arms of the benchmark of methods: each can be run at every budget, and tells what its name says."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 
 from llamafactory_adaptive import rank_search
+from tests.helpers.benchmarks import import_benchmarks
 from tests.helpers.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
 def method_arms():
-    """The arms; their folder is on the path only while they are imported."""
-    folder = str(Path(__file__).parents[2] / "benchmarks")
-    sys.path.insert(0, folder)
-    try:
-        return importlib.import_module("method_arms")
-    finally:
-        sys.path.remove(folder)
+    return import_benchmarks("method_arms")["method_arms"]
 
 
 @pytest.mark.parametrize("rank", [4, 2, 1])

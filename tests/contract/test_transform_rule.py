@@ -1,21 +1,14 @@
 """The rule that chooses the default of ``sensitivity_transform``, on invented figures, and the ledger behind it."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.helpers.benchmarks import import_benchmarks
 
 
 @pytest.fixture(scope="module")
 def benchmarks():
-    """The benchmark and what it shares; their folder is on the path only while they are imported."""
-    folder = str(Path(__file__).parents[2] / "benchmarks")
-    sys.path.insert(0, folder)
-    try:
-        return {name: importlib.import_module(name) for name in ("sensitivity_transforms", "short_runs")}
-    finally:
-        sys.path.remove(folder)
+    """The benchmark and what it shares."""
+    return import_benchmarks("sensitivity_transforms", "short_runs")
 
 
 def reading(top_three=0.1, halves=0.9, data_sets=None):

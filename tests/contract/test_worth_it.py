@@ -1,28 +1,19 @@
 """What is shipped of a comparison: a small ledger from which its own code makes the same figures again."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from llamafactory_adaptive.comparison.ledger import Ledger
+from tests.helpers.benchmarks import import_benchmarks
 from tests.helpers.finished_comparison import OWN_KEYS, SPLIT, write_comparison
 
 
 @pytest.fixture(scope="module")
 def benchmarks():
-    """The script and what it shares; their folder is on the path only while they are imported."""
-    folder = str(Path(__file__).parents[2] / "benchmarks")
-    sys.path.insert(0, folder)
-    try:
-        return {
-            name: importlib.import_module(name)
-            for name in ("shipped", "unfinished", "worth_it", "worth_it_rows", "report")
-        }
-    finally:
-        sys.path.remove(folder)
+    """The script and what it shares."""
+    return import_benchmarks("shipped", "unfinished", "worth_it", "worth_it_rows", "report")
 
 
 @pytest.fixture
