@@ -7,7 +7,7 @@ PUBLISHED = {"variant": "published"}
 OFF = {**PUBLISHED, "importance": "off"}
 SHRINK = {"importance": "shrink"}
 PRODUCT = {"uncertainty": "product"}
-UNDESCALED, UNMENDED = {"descale": False}, {"mend_strength": False}
+UNDESCALED, MENDED, UNMENDED = {"descale": False}, {"mend_strength": True}, {"mend_strength": False}
 BUDGET = "the budget"  # in the place of a value that is the budget's
 TO_THE_END = {"final_ratio": 0.0}  # no step follows the last allocation
 # Arm: its method, and its options; those of igu are of the corrected variant where none is named. The letters are the
@@ -27,10 +27,10 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "published, product": ("igu", {**PUBLISHED, **PRODUCT}),
     # H2, H3: positions taken out of scores; strength mended, which is for adapters that are used as shrinkage ends
     "published, descaled": ("igu", {**PUBLISHED, "descale": True}),
-    "published, mended": ("igu", {**PUBLISHED, "mend_strength": True}),
-    "published, descaled, mended": ("igu", {**PUBLISHED, "descale": True, "mend_strength": True}),
+    "published, mended": ("igu", {**PUBLISHED, **MENDED}),
+    "published, descaled, mended": ("igu", {**PUBLISHED, "descale": True, **MENDED}),
     "published, shrunk to the end": ("igu", {**PUBLISHED, **TO_THE_END}),
-    "published, shrunk to the end, mended": ("igu", {**PUBLISHED, **TO_THE_END, "mend_strength": True}),
+    "published, shrunk to the end, mended": ("igu", {**PUBLISHED, **TO_THE_END, **MENDED}),
     # H5, H10: the start
     "published, off, LoRA's start": ("igu", {**OFF, "init": "lora"}),
     # H6: returns
@@ -60,8 +60,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "corrected, regulariser 0.1": ("igu", {"orthogonality_weight": 0.1}),
     "corrected, published regulariser": ("igu", {"orthogonality_weight": 1.0, "orthogonality_scale": "absolute"}),
     "corrected, shrink": ("igu", SHRINK),
-    "corrected, shrink, not descaled": ("igu", {**SHRINK, **UNDESCALED}),
-    "corrected, shrink, not mended": ("igu", {**SHRINK, **UNMENDED}),
+    "corrected, shrink, mended": ("igu", {**SHRINK, **MENDED}),
+    "corrected, shrink, mended, not descaled": ("igu", {**SHRINK, **MENDED, **UNDESCALED}),
     "corrected, shrunk to the end": ("igu", {**SHRINK, **TO_THE_END}),
     "corrected, shrunk to the end, not mended": ("igu", {**SHRINK, **TO_THE_END, **UNMENDED}),
     "corrected, integrated": ("igu", {"importance": "integrated", "probe_interval": 5}),
@@ -95,8 +95,8 @@ BASES = {
     "corrected, returns with hysteresis 1": "corrected, returns",
     "corrected, returns from lambda zero": "corrected, returns",
     "corrected, returns from lambda zero, hysteresis 0.1": "corrected, returns",
-    "corrected, shrink, not descaled": "corrected, shrink",
-    "corrected, shrink, not mended": "corrected, shrink",
+    "corrected, shrink, mended": "corrected, shrink",
+    "corrected, shrink, mended, not descaled": "corrected, shrink, mended",
     "corrected, shrunk to the end": "corrected, shrink",
     "corrected, shrunk to the end, not mended": "corrected, shrunk to the end",
 }

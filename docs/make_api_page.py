@@ -61,7 +61,7 @@ model. A search takes part in training, and what it cannot work with is refused 
 * **Optimizers.** The Trainer must make the optimizer (`optim=...`, `optimizer_cls_and_kwargs=...` or your own
   `create_optimizer`), as the search adds parameters to the adapter when the Trainer is built. Some
   searches also change the optimizer's states: `method="tsq"` for components that come back, `method="igu"` with
-  `returns="zero"`, and with `importance="shrink"` for its strength, unless `mend_strength=False`. These
+  `returns="zero"` or, with `importance="shrink"`, `mend_strength=True`. These
   need Adam, AdamW, NAdam, RAdam, SGD, Adagrad or RMSprop of torch, FusedAdam of apex, or Adam, AdamW or Lion of
   bitsandbytes, or a class derived from one of these.
 * **Losses.** Any loss can be trained. Only `importance="integrated"` makes extra passes, which use the loss that

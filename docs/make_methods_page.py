@@ -76,7 +76,7 @@ HYPOTHESES: list[tuple[str, str, list[str], str]] = [
      "**Yes** under shrinkage, where S / U measures the draws; without it there is no gap, and it matters little"),
     ("H2", "the drawn strength taken out of scores makes seeds agree more on ranks, but helps the loss only if the "
      "adapter's strength is mended as well",
-     ["published, descaled", "published, descaled, mended", "corrected, shrink, not descaled"],
+     ["published, descaled", "published, descaled, mended", "corrected, shrink, mended, not descaled"],
      "Ranks **yes**; the loss falls without mending, so that half is **refuted**. Where S alone is scored it "
      "matters little"),
     ("H3", "an adapter that trained under shrinkage is too strong, and better at 0.61 of lambda when shrinkage ends",

@@ -27,8 +27,9 @@ and U, regulariser of weight 1. ``corrected`` mends what was measured to be at f
                       by one over its probability: the expectation is the same, and where the loss is linear in the
                       adapter every draw is.
     mend_strength     trained under ``shrink``, the adapter minimises E L(a^3 theta): on a quadratic it ends up
-                      E a^3 / E a^6 = 1.63 times too strong. What is evaluated and saved is weakened by E a^6 / E a^3,
-                      and once the ranks are final lambda is, the optimizer's states with it.
+                      E a^3 / E a^6 = 1.63 times too strong. Mended, what is evaluated and saved is weakened by
+                      E a^6 / E a^3, and once the ranks are final lambda is, the optimizer's states with it. It is the
+                      default where nothing trains after that; training that goes on finds the strength by itself.
     uncertainty       S * U (AdaLoRA), S * S / (S + U) or S alone do not depend on the scale of gradients; nor does
     epsilon_scale     S / U with an epsilon in units of the geometric mean of S over all elements of a kind. S alone
                       is a mean of nearly all steps (beta1): which components stay is then decided less by rounding

@@ -28,8 +28,9 @@ REPEATS = pytest.mark.repeats
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 # Whatever of IGU-LoRA an engine could do in another way: typical importances and norms of gradients are summed over
 # processes, lambda and the optimizer's states are reset and scaled.
-IGU = {**HARD, "igu_importance": "shrink", "igu_init": "gaussian", "igu_uncertainty": "snr",
-       "igu_epsilon": 1e-6, "igu_orthogonality_weight": 0.1, "igu_returns": "zero"}  # fmt: skip
+IGU = {**HARD, "igu_importance": "shrink", "igu_mend_strength": True, "igu_init": "gaussian",
+       "igu_uncertainty": "snr", "igu_epsilon": 1e-6, "igu_orthogonality_weight": 0.1,
+       "igu_returns": "zero"}  # fmt: skip
 # Where B starts at zero some gradients are near zero, and Adam makes their rounding visible: a larger epsilon helps.
 TSQ = {**HARD, "adam_epsilon": 1e-4}
 SAMPLES = {"tsq_alignment_weight": 0.5, "tsq_projection": 0}

@@ -8,8 +8,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from llamafactory_adaptive import rank_search
 from llamafactory_adaptive.adapter.lora import lora_config_arguments
 from llamafactory_adaptive.adapter.masked_lora import Triplets
+from llamafactory_adaptive.bridge.validation import parse_config
 from llamafactory_adaptive.engines.engine import UnpartitionedEngine
 from llamafactory_adaptive.methods import Orthogonality
 from llamafactory_adaptive.methods.igu import Igu, IguOptions
@@ -21,13 +23,14 @@ from llamafactory_adaptive.training.component_resets import rescale_lambda, rese
 from llamafactory_adaptive.training.components import Components
 from llamafactory_adaptive.training.rank_search import favour_used
 from tests.helpers.dynamic import batch, scatter, start_plan, stream, triplet_model
-from tests.helpers.tiny import tiny_model
+from tests.helpers.tiny import pruning_settings, tiny_model
 
 
 # What the keys were before there were variants.
 EARLIER = {"importance": "shrink", "intervals": 20, "probe_interval": 1, "uncertainty": "snr", "lambda_term": "snr",
            "beta1": 0.85, "beta2": 0.85, "epsilon": 1e-6, "orthogonality": "off_diagonal",
            "orthogonality_weight": 1.0}  # fmt: skip
+MENDED = IguOptions(importance="shrink", mend_strength=True)
 
 
 # -- options ---------------------------------------------------------------------------------------------------------
@@ -47,6 +50,25 @@ def test_each_part_of_a_variant_can_be_set_by_itself():
     assert (options.init, options.hysteresis, options.importance) == ("lora", 0.0, "shrink")
     assert IguOptions(orthogonality_weight=0.5).orthogonality_weight == 0.5
     assert IguOptions.complete(asdict(options)) == asdict(options), "what a plan stores is read back unchanged"
+
+
+@pytest.mark.parametrize(("options", "final_ratio", "mended"), [
+    ({"importance": "shrink"}, 0.0, True),
+    ({"importance": "shrink"}, 0.3, False),
+    ({"importance": "shrink", "mend_strength": False}, 0.0, False),
+    ({"importance": "shrink", "mend_strength": True}, 0.3, True),
+    ({"variant": "published"}, 0.0, False),
+    ({}, 0.0, None),
+])  # fmt: skip
+def test_strength_is_mended_where_nothing_trains_after_shrinkage(
+    options, final_ratio, mended, tiny_llama, data_dir, tmp_path
+):
+    search = rank_search(tiny_model(), "igu", lora_rank=4, final_ratio=final_ratio, **options)
+    assert search._request.config.options["mend_strength"] is mended
+    assert (search._request.method.shrinkage is not None) is bool(mended)
+    keys = {f"igu_{key}": value for key, value in options.items()}
+    flat = pruning_settings(tiny_llama, data_dir, tmp_path / "out", adaptive_final_ratio=final_ratio, **keys)
+    assert parse_config(flat).options["mend_strength"] is mended
 
 
 def test_a_plan_from_before_there_were_variants_is_of_a_published_run():
@@ -158,7 +180,7 @@ def linear_model():
 # -- strength --------------------------------------------------------------------------------------------------------
 def test_the_strength_is_the_best_multiplier_of_what_shrinkage_trains():
     """On (f w - 1)^2 / 2 with f = a^3: the w that is optimal in expectation, and the multiplier that mends it."""
-    shrinkage = Igu(IguOptions(importance="shrink")).shrinkage
+    shrinkage = Igu(MENDED).shrinkage
     f = (torch.arange(1, 21, dtype=torch.float64) / 20) ** 3
     candidates = torch.linspace(0.5, 3.0, 250_001, dtype=torch.float64)
     losses = f.square().mean() * candidates.square() - 2 * f.mean() * candidates
@@ -181,7 +203,7 @@ def test_micro_batches_of_a_step_share_a_position_where_its_moments_are_used(par
 def test_the_output_does_not_change_when_shrinkage_ends():
     model, triplets, components = triplet_model()
     scatter(triplets)
-    shrinkage = Igu(IguOptions(importance="shrink")).shrinkage
+    shrinkage = Igu(MENDED).shrinkage
     position = triplets.position
     position.strength = shrinkage.strength
     position.leave()
@@ -210,7 +232,7 @@ def test_updates_do_not_jump_when_shrinkage_ends(mended):
     parameters = list(kinds.values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
     components = Components(triplets, UnpartitionedEngine(optimizer=optimizer))
-    method = Igu(IguOptions(importance="shrink"))
+    method = Igu(MENDED)
     before = []
     for step in range(1500):
         position = (1 + 7 * step % 20) / 20  # every node of the default's 20 equally often, in a mixed order

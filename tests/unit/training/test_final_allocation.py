@@ -31,7 +31,7 @@ def around(monkeypatch):
 
 
 def test_the_adapter_that_is_evaluated_does_not_change_as_its_strength_moves_into_lambda(around, tmp_path):
-    search = searching(importance="shrink", final_ratio=0.5)
+    search = searching(importance="shrink", mend_strength=True, final_ratio=0.5)
 
     def look(driver):
         position = driver.triplets.position

@@ -146,7 +146,7 @@ def test_changes_of_components_on_an_accelerator_mix_no_devices():
                 begin_new(components, run.triplets.masks, fresh, method, seed=1)
             else:
                 reset_lambda(components, fresh)
-                rescale_lambda(components, Igu(IguOptions(importance="shrink")).shrinkage)
+                rescale_lambda(components, Igu(IguOptions(importance="shrink", mend_strength=True)).shrinkage)
             assert all(p.device.type == "cuda" for p in components.parameters)
             saved = run.triplets.plain(run.model.state_dict())
             assert {value.device.type for key, value in saved.items() if ".lora_" in key} == {"cuda"}

@@ -32,7 +32,8 @@ class SmallDevice(Trainer):
 
 METHODS = {
     "igu": {"interval": 2},
-    "igu, shrink": {"interval": 2, "importance": "shrink"},  # breaks off at a position within the path
+    # breaks off at a position within the path
+    "igu, shrink": {"interval": 2, "importance": "shrink", "mend_strength": True},
     "elalora": {"interval": 2},
     "tsq": {"sampling": False},  # has hooks on the factors
 }
