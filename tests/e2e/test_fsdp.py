@@ -56,12 +56,15 @@ def test_bf16_and_4bit_bases_are_searched_under_fsdp2(bits, tiny_llama, data_dir
 
 
 @pytest.mark.repeats
-def test_fsdp1_trains_fixed_ranks_and_saves_them_whole(tiny_llama, data_dir, tmp_path):
-    out, alone = tmp_path / "out", tmp_path / "alone"
-    more = {"save_strategy": "steps", "save_steps": 1}
+def test_fsdp1_trains_fixed_ranks_saves_them_whole_and_goes_on(tiny_llama, data_dir, tmp_path):
+    out, again, alone = tmp_path / "out", tmp_path / "again", tmp_path / "alone"
+    more = {"save_strategy": "steps", "save_steps": 1, "overwrite_output_dir": False}
     train_on_two(unmeasured_settings(tiny_llama, data_dir, out, **more), tmp_path / "logs", **FSDP1)
     train_on_two(unmeasured_settings(tiny_llama, data_dir, alone, **more), tmp_path / "logs")
     assert max(float((tensor - weights(alone)[name]).abs().max()) for name, tensor in weights(out).items()) < 1e-4
+    shutil.copytree(out / "checkpoint-1", again / "checkpoint-1")
+    train_on_two(unmeasured_settings(tiny_llama, data_dir, again, **more), tmp_path / "logs", **FSDP1)
+    assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in weights(out).items())
 
 
 @pytest.mark.repeats

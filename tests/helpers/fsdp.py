@@ -5,6 +5,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import _optim_utils
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 
@@ -49,3 +50,13 @@ def shard_on_cpu() -> None:
     state.AcceleratorState.__init__ = make
     # What is moved from CPU to CPU would be freed while it is still needed.
     FlatParamHandle.to_cpu = lambda self: nullcontext()  # type: ignore[method-assign, assignment, misc]
+    unflatten = _optim_utils._unflatten_orig_param_states
+
+    @wraps(unflatten)
+    def unflatten_copies(info: Any, states: dict[str, dict[str, Any]], kind: str, *rest: Any) -> None:
+        unflatten(info, states, kind, *rest)
+        # Every kind of optimizer state is gathered into one buffer, which the move to the CPU copies; from there it
+        # would not, and the first running mean would be saved as the second.
+        states.update({name: {**kinds, kind: kinds[kind].clone()} for name, kinds in states.items() if kind in kinds})
+
+    _optim_utils._unflatten_orig_param_states = unflatten_copies
