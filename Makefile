@@ -44,7 +44,8 @@ help:
 	@echo "make bench-report  what recorded runs of make worth-it found: figures made anew from the ledgers, and the pages that quote them"
 	@echo "make gpu-check  what only a GPU can prove: its tests, overhead, calibration, vLLM (10 minutes; one CUDA device)"
 	@echo "make install  the environment in $(VENV), with the start-up hook"
-	@echo "make eval-install  the evaluation environment in $(EVAL): vLLM and lm-evaluation-harness"
+	@echo "make eval-install  the evaluation environment in $(EVAL): vLLM and lm-evaluation-harness (3.6 GB; 4 minutes"
+	@echo "                   and more, as fast as the connection)"
 	@echo "make eval-test     the harness's tests, those that need its environment too (5 to 9 minutes)"
 	@echo "make eval-bench    the harness over vLLM's own offline batch; DATA=<folder> for GSM8K rows"
 	@echo "make eval-demo     serves and scores the demo's models (CPU, under 12 minutes after installation);"
@@ -202,7 +203,7 @@ ifeq ($(EVAL_KIND),cpu)
 else
 	$(EVAL_BIN)/uv pip install --quiet --python $(EVAL_BIN)/python -r eval/requirements-cuda.txt --torch-backend auto
 endif
-	$(EVAL_BIN)/python -c "import vllm, lm_eval, matplotlib"
+	@$(EVAL_BIN)/python -c "import matplotlib, lm_eval, vllm; print('$(EVAL) is ready: vLLM', vllm.__version__)"
 	@touch $@
 
 eval-test: $(STAMP) $(EVAL_STAMP)
