@@ -27,7 +27,7 @@ def run_costs(
         train_seconds: seconds of the training, as the Trainer measured them.
 
     Returns:
-        ``seconds`` of the whole run (planning, loading and saving included; None if it was not logged),
+        ``seconds`` of the whole run (planning, loading, evaluation and saving included; None if it was not logged),
         ``train_seconds``, ``overhead_seconds`` in all and by ``work``, the ``scoring_seconds`` of the plan where they
         are known, whether the run ``planned_here``, ``memory``: bytes by kind when training began and at most, and
         ``memory_by_work``: the peak of the process that scored for ``planning``, that by the end of
@@ -72,7 +72,7 @@ def cost_rows(costs: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         spent = costs["overhead_seconds"]
         rows.append(("in all, which plain LoRA has not", _seconds(spent), _share(spent, whole), ""))
     if whole:
-        name = "the whole run, loading and saving included" if costs["seconds"] else "training"
+        name = "the whole run, with loading, evaluation and saving" if costs["seconds"] else "training"
         rows.append((name, _seconds(whole), "", ""))
     return rows
 

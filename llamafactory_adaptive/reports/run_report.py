@@ -132,11 +132,12 @@ def run_text(run: Run) -> str:
 def texts_below_ranks(run: Run) -> list[str]:
     """Format what is told of a run besides its ranks: steps, losses and seconds, and its training data."""
     data = data_report_of(run.folder, run.plan)
-    return [_search_of(run), *([] if data is None else ["Training data\n" + data_table(data)])]
+    work = "finding ranks" if data is None else "finding ranks and scoring samples"
+    return [_search_of(run, work), *([] if data is None else ["Training data\n" + data_table(data)])]
 
 
-def _search_of(run: Run) -> str:
-    """Format steps, losses and seconds of one run, a line each."""
+def _search_of(run: Run, work: str) -> str:
+    """Format steps, losses and seconds of one run, a line each; ``work`` is what plain LoRA does not do."""
     lines = [f"steps                 {run.steps:,}"]
     if run.losses:
         lines.append(
@@ -148,8 +149,7 @@ def _search_of(run: Run) -> str:
     if run.train_seconds:
         share = run.overhead_seconds / run.train_seconds
         lines.append(
-            f"seconds               {run.train_seconds:.1f}, finding ranks and scoring samples "
-            f"{run.overhead_seconds:.1f} ({share:.1%} of it)"
+            f"seconds               {run.train_seconds:.1f}, {work} {run.overhead_seconds:.1f} ({share:.1%} of it)"
         )
     return "\n".join(lines)
 

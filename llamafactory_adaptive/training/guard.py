@@ -142,7 +142,8 @@ class PlanGuard(RunPart):
         if untrained:
             self.log.warn(f"{untrained} of {modules} modules were saved untrained: {state}")
         update_card(output / "README.md", self.plan)
+        ranks = sorted(module.rank for module in self.plan.active)
         logger.info(
-            f"adaptive: adapter in {output} checked: {modules} modules, r={self.plan.largest_rank}, "
-            f"alpha/r={self.plan.scale:g} everywhere"
+            f"adaptive: adapter in {output} checked: {modules} modules of rank {ranks[0]} to {ranks[-1]}, "
+            f"alpha/r={self.plan.scale:g} for each"
         )
