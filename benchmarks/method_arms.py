@@ -97,7 +97,7 @@ BASES = {
     "corrected, returns from lambda zero, hysteresis 0.1": "corrected, returns",
     "corrected, shrink, mended": "corrected, shrink",
     "corrected, shrink, mended, not descaled": "corrected, shrink, mended",
-    "corrected, shrunk to the end": "corrected, shrink",
+    "corrected, shrunk to the end": "corrected, shrink, mended",
     "corrected, shrunk to the end, not mended": "corrected, shrunk to the end",
 }
 # the arms of every budget but the first

@@ -134,18 +134,6 @@ def completed(owner: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(complete(values))
 
 
-def completed_for_run(owner: type, values: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in options whose default depends on keys of every method, which ``complete_for_run()`` knows.
-
-    Args:
-        owner: the dataclass of the method's options.
-        values: the options by field name.
-        common: the keys that hold for every method, defaults filled in.
-    """
-    complete = getattr(owner, "complete_for_run", None)
-    return dict(values) if complete is None else dict(complete(values, common))
-
-
 def with_earlier_values(owner: type, stored: Mapping[str, Any]) -> dict[str, Any]:
     """Add to options that an earlier version stored the values that it had in place of options it did not know."""
     earlier = {

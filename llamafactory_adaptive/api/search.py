@@ -30,7 +30,6 @@ from llamafactory_adaptive.engines.distributed import from_main
 from llamafactory_adaptive.errors import GuardError, PlanError, Problem, refuse, refuse_all
 from llamafactory_adaptive.files import PLAN_FILE
 from llamafactory_adaptive.methods import make_method
-from llamafactory_adaptive.options import completed_for_run
 from llamafactory_adaptive.planning.earlier_plans import check_resumed_run
 from llamafactory_adaptive.planning.planner import start_plan
 from llamafactory_adaptive.ranks.plan import ModuleShape, load_plan
@@ -115,15 +114,14 @@ def rank_search(
                "interval": interval, "interval_epochs": interval_epochs, "max_overhead": max_overhead}  # fmt: skip
     bounds = {"budget_unit": budget_unit, "min_rank": min_rank, "max_rank": max_rank,
               "best_model_from": best_model_from, "max_nonfinite_steps": max_nonfinite_steps}  # fmt: skip
-    cls, values = chosen_method(method, options, dynamic=True)
-    common, faults = common_settings(method, **bounds, **pruning)
-    values = completed_for_run(cls.Options, values, common)
+    _, values = chosen_method(method, options, dynamic=True)
     made = make_method(method, values)
     for name in made.traits.only_with_plan:
         if options.get(name) is not None:
             refuse(name, options[name], "only runs of LLaMA-Factory on given ranks read it", f"leaving {name} out")
     if made.traits.samples:
         refuse("sampling", True, "samples are chosen in runs of LLaMA-Factory alone", "sampling=False")
+    common, faults = common_settings(method, **bounds, **pruning)
     rank, alpha, high, more = budget_settings(method, lora_rank, lora_alpha, common)
     search, idle = _search(method, made, common, pruning, rank, high, seed)
     refuse_all(*faults, *more, *idle)

@@ -36,7 +36,7 @@ from llamafactory_adaptive.errors import PlanError, Problem, refuse_all
 from llamafactory_adaptive.files import read_mapping
 from llamafactory_adaptive.launcher import decides
 from llamafactory_adaptive.methods import get_method, is_dynamic, make_method, methods, nearest
-from llamafactory_adaptive.options import check_fields, completed_for_run, contradictions
+from llamafactory_adaptive.options import check_fields, contradictions
 from llamafactory_adaptive.ranks.search_config import GivenRanksConfig, SearchConfig
 
 
@@ -65,7 +65,6 @@ def parse_config(args: Mapping[str, Any]) -> AdaptiveConfig:
     else:
         method = common["adaptive_method"]
         options, faults = check_fields(get_method(method).Options, f"{method}_", args)
-        options = completed_for_run(get_method(method).Options, options, common)
         problems += faults + _foreign_options(args, method)
     lora_rank, lora_alpha, max_rank, faults = check_budget(args, common)
     problems += faults + check_placement(common)

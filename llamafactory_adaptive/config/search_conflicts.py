@@ -25,8 +25,8 @@ def state_changes(method: Any) -> tuple[str, str] | None:
          "optimizer states", "igu_returns: none"),
         (method.traits.spectral, "the rotation of the factors at the cut needs fresh optimizer states",
          "adaptive_method: adalora"),
-        (method.shrinkage is not None, "mending the strength of the adapter scales optimizer states",
-         "igu_mend_strength: false"),
+        (method.shrinkage is not None and method.shrinkage.lasting, "mending the strength of the adapter for good "
+         "scales optimizer states", "leaving igu_mend_strength out"),
     ]  # fmt: skip
     causes = [(cause, remedy) for applies, cause, remedy in rules if applies]
     return (" and ".join(cause for cause, _ in causes), " and ".join(last for _, last in causes)) if causes else None

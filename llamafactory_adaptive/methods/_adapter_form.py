@@ -67,10 +67,12 @@ class Shrinkage:
     Attributes:
         mean: E f.
         mean_square: E f^2.
+        lasting: whether lambda keeps the mended strength where training goes on at the full position, too.
     """
 
     mean: float
     mean_square: float
+    lasting: bool = True
 
     @property
     def strength(self) -> float:

@@ -14,7 +14,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "corrected": {
         "importance": "off",
         "descale": True,
-        "mend_strength": None,  # by what follows the last allocation, see complete_for_run
+        "mend_strength": None,  # but not for good where training goes on
         "uncertainty": "mean",
         "epsilon": 1.0,
         "epsilon_scale": "relative",
@@ -83,11 +83,11 @@ class IguOptions:
         name="descale",
     )
     mend_strength: bool | None = part(
-        "Whether an adapter that was trained under shrink is weakened to the strength that suits the full position, "
-        "in evaluations, in what is saved, and for good once the ranks are final; all micro-batches of a step then "
-        "share one position. What trains on at the full position finds its strength by itself.",
+        "Whether an adapter that was trained under shrink is weakened to the strength that suits the full position: "
+        "in evaluations, in what is saved, and for good, by lambda, once the ranks are final; all micro-batches of a "
+        "step then share one position.",
         name="mend_strength",
-        undecided="true with adaptive_final_ratio: 0 and false otherwise",
+        undecided="true, but by lambda only where no training follows,",
     )
     intervals: int = option(
         20,
@@ -191,16 +191,6 @@ class IguOptions:
             **complete,
             "beta1": _default_beta1(complete["uncertainty"]) if complete["beta1"] is None else complete["beta1"],
         }
-
-    @staticmethod
-    def complete_for_run(values: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
-        """Decide whether strength is mended, if it is not said: only where nothing trains after shrinkage.
-
-        On the small Llama of benchmarks/method_quality.py an adapter saved as shrinkage ends gains 0.13 in loss by it,
-        and one that trains on loses 0.009.
-        """
-        undecided = values["importance"] == "shrink" and values["mend_strength"] is None
-        return {**values, "mend_strength": common["adaptive_final_ratio"] == 0.0} if undecided else dict(values)
 
     def check(self) -> list[Problem]:
         """List options that were set but have no effect because of others.

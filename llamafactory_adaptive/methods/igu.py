@@ -27,9 +27,10 @@ and U, regulariser of weight 1. ``corrected`` mends what was measured to be at f
                       by one over its probability: the expectation is the same, and where the loss is linear in the
                       adapter every draw is.
     mend_strength     trained under ``shrink``, the adapter minimises E L(a^3 theta): on a quadratic it ends up
-                      E a^3 / E a^6 = 1.63 times too strong. Mended, what is evaluated and saved is weakened by
-                      E a^6 / E a^3, and once the ranks are final lambda is, the optimizer's states with it. It is the
-                      default where nothing trains after that; training that goes on finds the strength by itself.
+                      E a^3 / E a^6 = 1.63 times too strong. What is evaluated and saved is weakened by E a^6 / E a^3,
+                      and lambda is once the ranks are final, where nothing trains after that. Training that goes on
+                      finds the strength by itself; with ``true`` lambda is weakened there as well, the optimizer's
+                      states with it, so that neither output nor updates jump.
     uncertainty       S * U (AdaLoRA), S * S / (S + U) or S alone do not depend on the scale of gradients; nor does
     epsilon_scale     S / U with an epsilon in units of the geometric mean of S over all elements of a kind. S alone
                       is a mean of nearly all steps (beta1): which components stay is then decided less by rounding
@@ -117,10 +118,11 @@ class Igu(SmoothedMethod):
 
     @property
     def shrinkage(self) -> Shrinkage | None:
-        if self.options.importance != "shrink" or not self.options.mend_strength:
+        if self.options.importance != "shrink" or self.options.mend_strength is False:
             return None
         positions = [node / self.options.intervals for node in range(1, self.options.intervals + 1)]
-        return Shrinkage(fmean(a**3 for a in positions), fmean(a**6 for a in positions))
+        lasting = self.options.mend_strength is True
+        return Shrinkage(fmean(a**3 for a in positions), fmean(a**6 for a in positions), lasting)
 
     @property
     def orthogonality(self) -> Orthogonality | None:
@@ -132,9 +134,9 @@ class Igu(SmoothedMethod):
     def position(self, seed: int, step: int, micro_batch: int) -> float:
         """Draw one of 1/N .. 1 for ``shrink``, and return 1 otherwise.
 
-        It is one per step where scores are descaled, or where the strength is mended: the root mean square of the
-        gradients' factor (:class:`~llamafactory_adaptive.methods.Shrinkage`) would be another if they were averaged
-        over several draws.
+        It is one per step where scores are descaled, or where the strength is mended for good: the root mean square
+        of the gradients' factor (:class:`~llamafactory_adaptive.methods.Shrinkage`) would be another if they were
+        averaged over several draws.
         """
         if self.options.importance != "shrink":
             return 1.0

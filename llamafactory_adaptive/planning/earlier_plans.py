@@ -1,12 +1,12 @@
 """Plans that earlier versions wrote: options that did not exist then get the values that runs had in their place."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
 from llamafactory_adaptive.methods import get_method, make_method, methods
-from llamafactory_adaptive.options import with_earlier_values
+from llamafactory_adaptive.options import completed, contradictions, with_earlier_values
 from llamafactory_adaptive.planning.compatibility import check_same_run
 from llamafactory_adaptive.ranks.plan import RankPlan
 
@@ -27,7 +27,15 @@ def with_all_options(plan: RankPlan) -> RankPlan:
 
 
 def _all(method: str, stored: Mapping[str, Any]) -> dict[str, Any]:
-    return with_earlier_values(get_method(method).Options, stored) if method in methods() else dict(stored)
+    """Complete the options of a method; those without effect beside the others get the defaults of today."""
+    if method not in methods():
+        return dict(stored)
+    owner = get_method(method).Options
+    values, today = with_earlier_values(owner, stored), {entry.name: entry.default for entry in fields(owner)}
+    if not values.keys() <= today.keys():  # of a later version
+        return values
+    idle = [problem.key.removeprefix(f"{method}_") for problem in contradictions(owner(**values))]
+    return completed(owner, {**values, **{name: today[name] for name in idle}})
 
 
 def _all_flat(used: Mapping[str, Any]) -> dict[str, Any]:

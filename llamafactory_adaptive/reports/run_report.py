@@ -132,12 +132,11 @@ def run_text(run: Run) -> str:
 def texts_below_ranks(run: Run) -> list[str]:
     """Format what is told of a run besides its ranks: steps, losses and seconds, and its training data."""
     data = data_report_of(run.folder, run.plan)
-    work = "finding ranks" if data is None else "finding ranks and scoring samples"
-    return [_search_of(run, work), *([] if data is None else ["Training data\n" + data_table(data)])]
+    return [_search_of(run), *([] if data is None else ["Training data\n" + data_table(data)])]
 
 
-def _search_of(run: Run, work: str) -> str:
-    """Format steps, losses and seconds of one run, a line each; ``work`` is what plain LoRA does not do."""
+def _search_of(run: Run) -> str:
+    """Format steps, losses and seconds of one run, a line each."""
     lines = [f"steps                 {run.steps:,}"]
     if run.losses:
         lines.append(
@@ -149,7 +148,8 @@ def _search_of(run: Run, work: str) -> str:
     if run.train_seconds:
         share = run.overhead_seconds / run.train_seconds
         lines.append(
-            f"seconds               {run.train_seconds:.1f}, {work} {run.overhead_seconds:.1f} ({share:.1%} of it)"
+            f"seconds               {run.train_seconds:.1f}, what plain LoRA has not {run.overhead_seconds:.1f} "
+            f"({share:.1%} of it)"
         )
     return "\n".join(lines)
 

@@ -142,8 +142,9 @@ class PlanGuard(RunPart):
         if untrained:
             self.log.warn(f"{untrained} of {modules} modules were saved untrained: {state}")
         update_card(output / "README.md", self.plan)
-        ranks = sorted(module.rank for module in self.plan.active)
+        ranks = sorted({module.rank for module in self.plan.active})
+        span = " to ".join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1])))
         logger.info(
-            f"adaptive: adapter in {output} checked: {modules} modules of rank {ranks[0]} to {ranks[-1]}, "
+            f"adaptive: adapter in {output} checked: {modules} modules of rank {span}, "
             f"alpha/r={self.plan.scale:g} for each"
         )

@@ -104,11 +104,12 @@ class RankSearchDriver(RunPart):
         self.step = state.global_step
         self.triplets.position.leave()
         if not self.state.final and self.schedule.due(self.step):
-            self._allocate(args, self.schedule.budget(self.step), self.schedule.is_final(self.step))
+            trains_on = self.step < state.max_steps
+            self._allocate(args, self.schedule.budget(self.step), self.schedule.is_final(self.step), trains_on)
 
     # -- allocation --------------------------------------------------------------------------------------------------
 
-    def _allocate(self, args: Any, budget: int, final: bool) -> None:
+    def _allocate(self, args: Any, budget: int, final: bool, trains_on: bool) -> None:
         """Keep the best components under ``budget``, and check that every process kept the same."""
         synchronize()  # what follows waits for the device anyway, and its work until here is training
         started, peak = time.perf_counter(), peak_memory()
@@ -135,7 +136,7 @@ class RankSearchDriver(RunPart):
                                      for kind, size in peak_memory().items()})  # fmt: skip
         line = self.state.record(self.step, budget, final, scores, before, masks)
         if final:
-            self._end_shrinkage()
+            self._end_shrinkage(trains_on)
         if args.should_save:
             self._write(args, line)
 
@@ -162,10 +163,11 @@ class RankSearchDriver(RunPart):
         elif self.method.return_rule.resets_lambda:
             reset_lambda(self.components, fresh)
 
-    def _end_shrinkage(self) -> None:
-        """Move the strength of the adapter into lambda, once the ranks are final and training is at full position."""
-        if self.method.shrinkage is not None:
-            rescale_lambda(self.components, self.method.shrinkage)
+    def _end_shrinkage(self, trains_on: bool) -> None:
+        """Move the strength of the adapter into lambda once the ranks are final, and go on at the full position."""
+        shrinkage = self.method.shrinkage
+        if shrinkage is not None and (shrinkage.lasting or not trains_on):
+            rescale_lambda(self.components, shrinkage)
         self.search.set_strength()
 
     def _write(self, args: Any, line: dict[str, Any]) -> None:
@@ -199,7 +201,7 @@ class RankSearchDriver(RunPart):
                     f"ranks were not yet found at step {self.step} (they are final from step "
                     f"{self.schedule.end}); they are chosen now, without training afterwards"
                 )
-            self._allocate(args, self.schedule.target_budget, final=True)
+            self._allocate(args, self.schedule.target_budget, final=True, trains_on=False)
         plan = self.search.plan()
         self.guard.settle(plan)
         self.triplets.finalize(model, plan)

@@ -32,9 +32,9 @@ def test_an_optimizer_is_accepted_by_name_if_its_class_is(tmp_path):
     [
         ("tsq", {}, "components that come back need fresh optimizer states", "tsq_reallocation: false"),
         ("igu", ZERO, "components that come back with lambda zero need", "igu_returns: none"),
-        ("igu", MENDED, "mending the strength of the adapter scales", "igu_mend_strength: false"),
+        ("igu", MENDED, "mending the strength of the adapter for good scales", "leaving igu_mend_strength out"),
         ("igu", {**MENDED, **ZERO}, "lambda zero need fresh optimizer states and mending the strength",
-         "igu_returns: none and igu_mend_strength: false"),
+         "igu_returns: none and leaving igu_mend_strength out"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("flat", [{"optim": "adafactor"}, {"use_muon": True}, {"deepspeed": {"x": 1}}], ids=str)
@@ -45,5 +45,10 @@ def test_a_refused_optimizer_is_told_why_and_the_way_out(flat, method, options, 
 
 
 def test_methods_that_leave_optimizer_states_alone_go_with_any_optimizer():
-    for method, options in (("adalora", {}), ("igu", {}), ("igu", {"variant": "published"})):
+    for method, options in (
+        ("adalora", {}),
+        ("igu", {}),
+        ("igu", {"variant": "published"}),
+        ("igu", {"importance": "shrink"}),
+    ):
         assert check_search_conflicts({"optim": "adafactor"}, make_method(method, options)) == []

@@ -1,17 +1,15 @@
 """The parts of the corrected IGU-LoRA, each against what it claims; the published one against its earlier values."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from llamafactory_adaptive import rank_search
 from llamafactory_adaptive.adapter.lora import lora_config_arguments
 from llamafactory_adaptive.adapter.masked_lora import Triplets
-from llamafactory_adaptive.bridge.validation import parse_config
 from llamafactory_adaptive.engines.engine import UnpartitionedEngine
 from llamafactory_adaptive.methods import Orthogonality
 from llamafactory_adaptive.methods.igu import Igu, IguOptions
@@ -23,7 +21,7 @@ from llamafactory_adaptive.training.component_resets import rescale_lambda, rese
 from llamafactory_adaptive.training.components import Components
 from llamafactory_adaptive.training.rank_search import favour_used
 from tests.helpers.dynamic import batch, scatter, start_plan, stream, triplet_model
-from tests.helpers.tiny import pruning_settings, tiny_model
+from tests.helpers.tiny import tiny_model
 
 
 # What the keys were before there were variants.
@@ -52,23 +50,26 @@ def test_each_part_of_a_variant_can_be_set_by_itself():
     assert IguOptions.complete(asdict(options)) == asdict(options), "what a plan stores is read back unchanged"
 
 
-@pytest.mark.parametrize(("options", "final_ratio", "mended"), [
-    ({"importance": "shrink"}, 0.0, True),
-    ({"importance": "shrink"}, 0.3, False),
-    ({"importance": "shrink", "mend_strength": False}, 0.0, False),
-    ({"importance": "shrink", "mend_strength": True}, 0.3, True),
-    ({"variant": "published"}, 0.0, False),
-    ({}, 0.0, None),
+@pytest.mark.parametrize(("options", "lasting"), [
+    ({"importance": "shrink"}, False),
+    ({"importance": "shrink", "mend_strength": True}, True),
+    ({"importance": "shrink", "mend_strength": False}, None),
+    ({"variant": "published"}, None),
+    ({"variant": "published", "mend_strength": True}, True),
+    ({"importance": "integrated"}, None),
+    ({}, None),
 ])  # fmt: skip
-def test_strength_is_mended_where_nothing_trains_after_shrinkage(
-    options, final_ratio, mended, tiny_llama, data_dir, tmp_path
-):
-    search = rank_search(tiny_model(), "igu", lora_rank=4, final_ratio=final_ratio, **options)
-    assert search._request.config.options["mend_strength"] is mended
-    assert (search._request.method.shrinkage is not None) is bool(mended)
-    keys = {f"igu_{key}": value for key, value in options.items()}
-    flat = pruning_settings(tiny_llama, data_dir, tmp_path / "out", adaptive_final_ratio=final_ratio, **keys)
-    assert parse_config(flat).options["mend_strength"] is mended
+def test_strength_is_mended_for_good_where_it_is_asked_for(options, lasting):
+    shrinkage = Igu(IguOptions(**options)).shrinkage
+    assert (None if shrinkage is None else shrinkage.lasting) is lasting
+
+
+def test_a_corrected_run_of_when_strength_was_always_mended_is_resumed():
+    now = asdict(IguOptions())
+    plan = RankPlan("igu", {**now, "mend_strength": True}, "params", 2, 4.0, ())
+    assert with_all_options(plan).options == now, "without shrinkage the option has no effect"
+    shrunk = asdict(IguOptions(importance="shrink", mend_strength=True))
+    assert with_all_options(replace(plan, options=shrunk)).options == shrunk, "there it has"
 
 
 def test_a_plan_from_before_there_were_variants_is_of_a_published_run():

@@ -16,7 +16,7 @@ def test_the_report_of_one_run_has_its_losses(tmp_path):
     said = run_text(run)
     assert "first 3.0000, last 1.0000, lowest 0.5000, mean 1.5000" in said
     assert "evaluation loss       last 1.2500, lowest 1.2000" in said
-    assert "60.0, finding ranks 3.0 (5.0% of it)" in said
+    assert "60.0, what plain LoRA has not 3.0 (5.0% of it)" in said
 
 
 def test_a_run_is_read_from_its_files(tmp_path):
@@ -24,7 +24,7 @@ def test_a_run_is_read_from_its_files(tmp_path):
     assert (run.steps, run.losses, run.eval_losses) == (2, (3.0, 2.0), (2.5, 1.5))
     assert (run.train_loss, run.eval_loss, run.train_seconds, run.overhead_seconds) == (2.4, 1.5, 40.0, 4.0)
     assert run.plan.ranks() == make_plan().ranks()
-    assert "finding ranks 4.0 (10.0% of it)" in run_text(run)
+    assert "what plain LoRA has not 4.0 (10.0% of it)" in run_text(run)
 
 
 def test_a_run_that_logged_nothing_has_no_line_of_losses_or_seconds(tmp_path):
