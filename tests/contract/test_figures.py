@@ -232,3 +232,8 @@ def test_time_by_the_number_of_targets_is_linear_as_it_was_recorded(many_modules
 def test_growth_is_told_over_the_whole_range(many_modules, power, expected):
     rows = {count: {"build": count**power / 1e3} for count in (500, 1000, 20000)}
     assert many_modules.over_linear(rows) == pytest.approx({"build": expected})
+
+
+def test_how_to_quotes_how_long_a_cut_takes():
+    cut, page = RESULTS["shrink"]["results"], (ROOT / "docs" / "how-to.md").read_text()
+    assert says(page, f"rank {cut['rank']}, is cut in {cut['seconds']:.0f} s on {cut['threads']} cores")
