@@ -182,7 +182,8 @@ def alone_tsq(tiny_llama, data_dir, tmp_path_factory):
 
 
 def test_two_processes_probe_what_one_does_which_can_go_on_from_them(make, tmp_path):
-    more = {"igu_importance": "integrated", "igu_probe_interval": 2, "gradient_accumulation_steps": 1}
+    more = {"igu_importance": "integrated", "igu_mend_strength": None, "igu_probe_interval": 2,
+            "gradient_accumulation_steps": 1}  # fmt: skip
     alone, again, whole_batch = tmp_path / "alone", tmp_path / "again", {"per_device_train_batch_size": 4}
     train(make(**more, **whole_batch, output_dir=str(alone)))
     train_on_two(make(**more, **SAVING), tmp_path / "logs")
