@@ -31,6 +31,7 @@ NEEDS_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ 
 IGU = {**HARD, "igu_importance": "shrink", "igu_mend_strength": True, "igu_init": "gaussian",
        "igu_uncertainty": "snr", "igu_epsilon": 1e-6, "igu_orthogonality_weight": 0.1,
        "igu_returns": "zero"}  # fmt: skip
+PROBING = {"igu_importance": "integrated", "igu_mend_strength": None, "igu_probe_interval": 2}
 # Where B starts at zero some gradients are near zero, and Adam makes their rounding visible: a larger epsilon helps.
 TSQ = {**HARD, "adam_epsilon": 1e-4}
 SAMPLES = {"tsq_alignment_weight": 0.5, "tsq_projection": 0}
@@ -182,8 +183,7 @@ def alone_tsq(tiny_llama, data_dir, tmp_path_factory):
 
 
 def test_two_processes_probe_what_one_does_which_can_go_on_from_them(make, tmp_path):
-    more = {"igu_importance": "integrated", "igu_mend_strength": None, "igu_probe_interval": 2,
-            "gradient_accumulation_steps": 1}  # fmt: skip
+    more = {**PROBING, "gradient_accumulation_steps": 1}
     alone, again, whole_batch = tmp_path / "alone", tmp_path / "again", {"per_device_train_batch_size": 4}
     train(make(**more, **whole_batch, output_dir=str(alone)))
     train_on_two(make(**more, **SAVING), tmp_path / "logs")
@@ -195,7 +195,7 @@ def test_two_processes_probe_what_one_does_which_can_go_on_from_them(make, tmp_p
 @pytest.mark.repeats
 def test_4bit_under_zero2_started_by_the_command_line_probes_and_prunes(make, tmp_path):
     config = str(EXAMPLES / "deepspeed" / "ds_z2_config.json")
-    args = make(deepspeed=config, bf16=True, quantization_bit=4, igu_importance="integrated", igu_probe_interval=2)
+    args = make(deepspeed=config, bf16=True, quantization_bit=4, **PROBING)
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(args))
     run(BIN / "llamafactory-cli", "train", tmp_path / "two.yaml", FORCE_TORCHRUN="1", NPROC_PER_NODE="2")
     plan = load_plan(tmp_path / "out" / "adaptive_rank_plan.json")
