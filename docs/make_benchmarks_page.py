@@ -176,7 +176,7 @@ FIGURES = (
     Figure("a target of these over one of 500 (1 is linear)", "many_modules", "over_linear/all", "{:.2f} x", "2 x"),
     Figure("`shrink` of an adapter of Llama-3-8B's shapes, rank 64, to a quarter, checks included",
            "shrink", "results/seconds", "{:.0f} s", "minutes"),
-    Figure("its peak memory beside what is imported (the adapter has 671 MB)",
+    Figure("its peak memory beside what is imported",
            "shrink", "results/memory_over_starting_mb", "{:.0f} MB"),
     Figure("questions per second of the harness over vLLM's own offline batch (SmolLM2-135M, CPU)",
            "eval_throughput", "throughput_ratio", "{:.2f} x", "0.9 x"),

@@ -96,8 +96,8 @@ class SearchingMethod(Method, Protocol):
         """Return the moments of the factor that random positions put on the adapter, if its strength is to be mended.
 
         Training at a random :meth:`position` makes the adapter too strong for use at the full one. Until the ranks are
-        final, what is evaluated and saved is then weakened by the strength; afterwards lambda is, but for a mend that
-        is not lasting where training goes on.
+        final, what is evaluated and saved is then weakened by the strength. Afterwards lambda is: where the mend is
+        lasting or no training follows.
         """
 
     @property

@@ -14,7 +14,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "corrected": {
         "importance": "off",
         "descale": True,
-        "mend_strength": None,  # but not for good where training goes on
+        "mend_strength": None,  # mended, for good only where no training follows
         "uncertainty": "mean",
         "epsilon": 1.0,
         "epsilon_scale": "relative",

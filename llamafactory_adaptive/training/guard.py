@@ -142,9 +142,8 @@ class PlanGuard(RunPart):
         if untrained:
             self.log.warn(f"{untrained} of {modules} modules were saved untrained: {state}")
         update_card(output / "README.md", self.plan)
-        ranks = sorted({module.rank for module in self.plan.active})
-        span = " to ".join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1])))
+        ranks = [module.rank for module in self.plan.active]
         logger.info(
-            f"adaptive: adapter in {output} checked: {modules} modules of rank {span}, "
+            f"adaptive: adapter in {output} checked: {modules} modules, ranks {min(ranks)} to {max(ranks)}, "
             f"alpha/r={self.plan.scale:g} for each"
         )
