@@ -33,7 +33,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "random": {"adaptive_method": "random"},
 }
 ENGINES = {"DDP": None, "ZeRO-2": engines.ZERO2, "ZeRO-3": engines.ZERO3}
-ON_ALL = ("corrected", "product")  # others run on the first alone: rounding is what differs between them
 FIXED = ("sensitivity", "random")  # scored in one process, whatever engine trains
 
 
@@ -97,8 +96,7 @@ def compare(method: str, scratch: Path, options: argparse.Namespace) -> dict[str
         return allocation
 
     first = run("first")
-    engines_asked = options.engines.split(",") if method in ON_ALL else options.engines.split(",")[:1]
-    for engine in engines_asked if method not in FIXED else ():
+    for engine in options.engines.split(",") if method not in FIXED else ():
         run(engine, 2, **({"deepspeed": str(ENGINES[engine])} if ENGINES[engine] else {}))
     run("seed", seed=43)
     run("other data", dataset="half1")
