@@ -39,7 +39,7 @@ NOTES = """
 
 * **Steps and memory**: variants take their steps in turn; read them beside the row of plain LoRA over itself. `tsq`
   pays for sensitivities of single samples; `tsq_sensitivity_over: step` does without.
-* **The rows of engines** (modules at the same rank) **and of held-out loss** were measured at the defaults of then:
+* **The rows of engines** (modules at the same rank) were measured at the defaults of then:
   `igu_variant: published`, `tsq_sensitivity_over: step`. In bf16 rounding decides between components that score
   alike, and ranks differ from run to run ([footguns](footguns.md)).
 * **Scoring runs the decoder without its output head**, whose logits are not needed: that is why it is no slower than
@@ -47,9 +47,8 @@ NOTES = """
   fifth on this small model; the share falls as layers grow wider.
 * **Scoring in whole batches** saves little where one sample alone keeps the device busy, as GSM8K's long rows do on
   this CPU.
-* **Held-out loss**: WORTH_IT. p values are corrected for the number of methods. It is a small run of an earlier
-  version, whose options are gone: the command below no longer runs. [Comparing](comparing.md) tells how to ask your
-  own data.
+* **Held-out loss**: WORTH_IT. Intervals, all arms and all
+  recorded comparisons: [what we found](worth-it.md). [Comparing](comparing.md) tells how to ask your own data.
 * **Many modules** is CPU time of one process, the base on the meta device. PEFT alone takes NAMES s to build an
   adapter of 500 targets, and time by their square beyond.
 
@@ -67,7 +66,7 @@ def page() -> str:
     """Give the page's text."""
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
     alone = results["many_modules"]["build_by_peft_alone"]["500"]
-    notes = NOTES.replace("WORTH_IT", _conditions(results["worth_it"])).replace("NAMES", f"{alone:.1f}")
+    notes = NOTES.replace("WORTH_IT", _conditions(results[_COMPARED])).replace("NAMES", f"{alone:.1f}")
     sources = (f"| `{name}` | `{held['command']}` | {held['date']} |" for name, held in results.items())
     return "\n".join([HEAD, *table(results), notes.rstrip("\n"), *sources, ""])
 
@@ -77,28 +76,37 @@ def table(results: Results) -> Iterator[str]:
     yield "| what | figure | target |"
     yield "| --- | --- | --- |"
     for figure in FIGURES:
-        value: Any = results[figure.result]
-        for part in figure.key.split("/") if "/" in figure.key else ("results", figure.key):
-            value = value[part]
-        what = figure.what.format(verdict=_verdict(results, figure.key))
+        held = results[figure.result]
+        value = _at(held, figure.key if "/" in figure.key else f"results/{figure.key}")
+        what = figure.what.format(verdict=_verdict(held, figure.key))
         yield f"| {what} | {figure.written.format(value)} | {figure.target} |"
     yield "| logits, live model against the saved adapter in plain PEFT, fp32 | at most 1e-4 (tested) | 1e-4 |"
 
 
-def _verdict(results: Results, key: str) -> str:
-    """Give the words in which the comparison judged the method that a key leads to; empty for other keys."""
-    method = results["worth_it"]["results"].get(key.split("/")[1]) if key.endswith("/over_lora/mean") else None
-    return str(method["verdict"]) if method else ""
+def _at(held: Any, key: str) -> Any:
+    """Follow a key into a result; of a list of arms, each part names one."""
+    for part in key.split("/"):
+        held = next(arm for arm in held if arm["name"] == part) if isinstance(held, list) else held[part]
+    return held
+
+
+def _verdict(held: dict[str, Any], key: str) -> str:
+    """Give the word in which a comparison judged the arm whose difference a key leads to; '' for other keys."""
+    of_arm, found, _ = key.partition("/difference/")
+    return str(_at(held, of_arm)["verdict"]) if found else ""
 
 
 def _conditions(held: dict[str, Any]) -> str:
-    rates = held["command"].partition("--rates ")[2].split()[0].split(",")
+    made = held["comparison"]
     return (
-        f"SmolLM2-135M, {held['steps']} steps of {held['batch_size']} GSM8K rows, {held['seeds']} seeds, "
-        f"{held['held_out']} held-out rows, learning rate {' or '.join(rates)}"
+        f"SmolLM2-135M, rank {held['rank']}, {held['steps']} steps of {held['batch_size']} GSM8K rows, "
+    """Give the word in which a comparison judged the arm that a key of its difference names; '' for other keys."""
+        "own best rate"
     )
 
 
+_COMPARED = "worth_it_data_limited"
+_OVER_LORA = "comparison/arms/{}/verdicts/lora/difference/relative/value"
 _SCORING = "the same, over a forward pass that also skips the output head"
 _ENGINES = "as in one process (`igu`, SmolLM2-135M in fp32)"
 _SHUFFLED = "share_in_subsets/by loss, subset_ratio 0.7, clip_quantile"
@@ -160,11 +168,12 @@ FIGURES = (
     Figure("shuffled answers in subsets, nothing clipped", "planted", f"{_SHUFFLED} 1", "{:.1%}"),
     Figure("shuffled answers in subsets, `tsq_clip_quantile: 0.9`", "planted", f"{_SHUFFLED} 0.9", "{:.1%}", "less"),
     Figure("shuffled answers in subsets, `tsq_clip_quantile: 0.8`", "planted", f"{_SHUFFLED} 0.8", "{:.1%}", "less"),
-    Figure("held-out loss, `sensitivity` as published less plain LoRA (30 steps, 3 seeds; {verdict})",
-           "worth_it", "results/sensitivity/over_lora/mean", "{:+.4f}", "below 0"),
+    Figure("held-out loss, `sensitivity` over plain LoRA (few rows, 80 steps, 3 seeds; {verdict})",
+           _COMPARED, _OVER_LORA.format("sensitivity"), "{:+.2%}", "below 0"),
+    Figure("the same, `igu` ({verdict})", _COMPARED, _OVER_LORA.format("igu"), "{:+.2%}", "below 0"),
     Figure("the same, `tsq` with ranks alone ({verdict})",
-           "worth_it", "results/tsq, ranks alone/over_lora/mean", "{:+.4f}", "below 0"),
-    Figure("the same, `random` ({verdict})", "worth_it", "results/random/over_lora/mean", "{:+.4f}"),
+           _COMPARED, _OVER_LORA.format("tsq_ranks"), "{:+.2%}", "below 0"),
+    Figure("the same, `random` ({verdict})", _COMPARED, _OVER_LORA.format("random"), "{:+.2%}"),
     Figure("log-probabilities in vLLM 0.32 against PEFT (mixed ranks 1 to 32, fp32), largest difference",
            "export_parity", "vllm_vllm", "{:.0e} nats", "1e-3 nats"),
     Figure("log-probabilities in vLLM 0.31 against PEFT (the same)",
