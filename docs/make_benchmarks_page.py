@@ -91,7 +91,7 @@ def _at(held: Any, key: str) -> Any:
 
 
 def _verdict(held: dict[str, Any], key: str) -> str:
-    """Give the word in which a comparison judged the arm whose difference a key leads to; '' for other keys."""
+    """Give the word in which a comparison judged an arm; empty for a key that leads to no difference of one."""
     of_arm, found, _ = key.partition("/difference/")
     return str(_at(held, of_arm)["verdict"]) if found else ""
 
@@ -100,7 +100,7 @@ def _conditions(held: dict[str, Any]) -> str:
     made = held["comparison"]
     return (
         f"SmolLM2-135M, rank {held['rank']}, {held['steps']} steps of {held['batch_size']} GSM8K rows, "
-    """Give the word in which a comparison judged the arm that a key of its difference names; '' for other keys."""
+        f"{made['design']['seeds']} seeds, {made['held_out_rows']['test']} held-out rows\n  that judge, each arm at its "
         "own best rate"
     )
 
