@@ -100,8 +100,8 @@ def _conditions(held: dict[str, Any]) -> str:
     made = held["comparison"]
     return (
         f"SmolLM2-135M, rank {held['rank']}, {held['steps']} steps of {held['batch_size']} GSM8K rows, "
-        f"{made['design']['seeds']} seeds, {made['held_out_rows']['test']} held-out rows\n  that judge, each arm at its "
-        "own best rate"
+        f"{made['design']['seeds']} seeds, {made['held_out_rows']['test']} held-out rows\n  that judge, each arm at "
+        "its own best rate"
     )
 
 
