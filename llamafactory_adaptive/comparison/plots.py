@@ -12,6 +12,8 @@ from llamafactory_adaptive.reports.svg import to_svg
 
 Entry = Mapping[str, Any]
 _COLOURS = {"better": "#1a7f37", "worse": "#b42318", "equivalent": "#1f6feb", "not decided": "#6e7781"}
+_SHOWN = 0.15  # of the lowest loss, the range above it that a plot over rates shows
+_LEVEL_LABELS = 8  # more labels of rates than these do not fit side by side
 
 
 def figures(document: Mapping[str, Any]) -> dict[str, str]:
@@ -48,20 +50,35 @@ def forest_plot(arms: Sequence[Entry], effect: float) -> str:
 
 
 def rate_curves(arms: Sequence[Entry]) -> str:
-    """Draw the loss on the rows that choose over the learning rate, one line for each arm and alpha."""
+    """Draw the loss on the rows that choose over the learning rate, one line for each arm and alpha.
+
+    What is far above the lowest loss is cut off, and this is said: it would press all that matters into one line.
+    """
     figure = new_figure(7.5, 4.2)
     axes = figure.add_subplot()
     for arm in arms:
         for alpha in dict.fromkeys(point["alpha"] for point in arm["curve"]):
-            points = [point for point in arm["curve"] if point["alpha"] == alpha and point["dev_loss"] is not None]
+            points = [point for point in _measured(arm) if point["alpha"] == alpha]
             label = arm["name"] if alpha is None else f"{arm['name']}, alpha {alpha:g}"
             rates, losses = [point["rate"] for point in points], [point["dev_loss"] for point in points]
             axes.plot(rates, losses, marker="o", markersize=4, label=plot_label(label))
+    every = [point for arm in arms for point in _measured(arm)]
+    tried = sorted({point["rate"] for point in every})
     axes.set_xscale("log")
+    axes.set_xticks(tried, [f"{rate:g}" for rate in tried], rotation=45 if len(tried) > _LEVEL_LABELS else 0)
+    axes.minorticks_off()
     axes.set_xlabel("learning rate")
     axes.set_ylabel("loss on the rows that choose")
+    lowest, highest = (extreme((point["dev_loss"] for point in every), default=0.0) for extreme in (min, max))
+    if highest > (top := lowest + _SHOWN * abs(lowest)):
+        axes.set_ylim(lowest - _SHOWN * (top - lowest), top)
+        axes.set_ylabel(f"loss on the rows that choose\n(above {top:.3g} not shown)")
     axes.legend(fontsize=8, ncols=2)
     return to_svg(figure)
+
+
+def _measured(arm: Entry) -> list[Entry]:
+    return [point for point in arm["curve"] if point["dev_loss"] is not None]
 
 
 def cost_plot(arms: Sequence[Entry]) -> str:

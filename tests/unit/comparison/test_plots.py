@@ -1,0 +1,32 @@
+import re
+
+import pytest
+
+from llamafactory_adaptive.comparison.plots import rate_curves
+
+
+RATES = (0.001, 0.002, 0.004, 0.016)
+
+
+def drawn(*losses):
+    """Draw an arm's curve, and list the texts of the picture."""
+    curve = [{"rate": rate, "alpha": None, "dev_loss": loss} for rate, loss in zip(RATES, losses, strict=True)]
+    return re.findall(r">([^<>\n]+)</text>", rate_curves([{"name": "lora", "curve": curve}]))
+
+
+def test_each_rate_that_was_tried_has_its_label():
+    assert [text for text in drawn(0.6, 0.61, 0.62, 0.63) if text in {str(rate) for rate in RATES}] == [
+        "0.001", "0.002", "0.004", "0.016"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("worst", "said"), [(0.68, False), (0.70, True), (8.0, True)])
+def test_losses_far_above_the_lowest_are_cut_off_and_this_is_said(worst, said):
+    texts = drawn(0.62, 0.6, None, worst)
+    assert ("(above 0.69 not shown)" in texts) is said
+    ticks = [float(text) for text in texts if re.fullmatch(r"\d\.\d+", text) and float(text) > 0.1]
+    assert max(ticks) <= 0.69
+    assert min(ticks) >= 0.58
+
+
+def test_a_curve_without_a_finite_loss_is_drawn_empty():
+    assert "loss on the rows that choose" in drawn(None, None, None, None)
