@@ -47,8 +47,9 @@ NOTES = """
   fifth on this small model; the share falls as layers grow wider.
 * **Scoring in whole batches** saves little where one sample alone keeps the device busy, as GSM8K's long rows do on
   this CPU.
-* **Held-out loss**: WORTH_IT. Intervals, all arms and all
-  recorded comparisons: [what we found](worth-it.md). [Comparing](comparing.md) tells how to ask your own data.
+* **Held-out loss**: WORTH_IT, each arm at its own
+  best rate. Intervals, all arms and all recorded comparisons: [what we found](worth-it.md).
+  [Comparing](comparing.md) tells how to ask your own data.
 * **Many modules** is CPU time of one process, the base on the meta device. PEFT alone takes NAMES s to build an
   adapter of 500 targets, and time by their square beyond.
 
@@ -67,8 +68,17 @@ def page() -> str:
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
     alone = results["many_modules"]["build_by_peft_alone"]["500"]
     notes = NOTES.replace("WORTH_IT", _conditions(results[_COMPARED])).replace("NAMES", f"{alone:.1f}")
-    sources = (f"| `{name}` | `{held['command']}` | {held['date']} |" for name, held in results.items())
+    sources = (line for name, held in results.items() for line in _sources(name, held))
     return "\n".join([HEAD, *table(results), notes.rstrip("\n"), *sources, ""])
+
+
+def _sources(name: str, held: dict[str, Any]) -> Iterator[str]:
+    """List the command that made a result, and those by which parts of it were made later."""
+    yield f"| `{name}` | `{held['command']}` | {held['date']} |"
+    for key in held:
+        if key.startswith("command_of_"):
+            part = key.removeprefix("command_of_")
+            yield f"| of it: {part} | `{held[key]}` | {held.get(f'date_of_{part}', held['date'])} |"
 
 
 def table(results: Results) -> Iterator[str]:
@@ -97,11 +107,11 @@ def _verdict(held: dict[str, Any], key: str) -> str:
 
 
 def _conditions(held: dict[str, Any]) -> str:
+    """Describe what the arms of a comparison had in common."""
     made = held["comparison"]
     return (
         f"SmolLM2-135M, rank {held['rank']}, {held['steps']} steps of {held['batch_size']} GSM8K rows, "
-        f"{made['design']['seeds']} seeds, {made['held_out_rows']['test']} held-out rows\n  that judge, each arm at "
-        "its own best rate"
+        f"{made['design']['seeds']} seeds, {made['held_out_rows']['test']} held-out rows that judge"
     )
 
 

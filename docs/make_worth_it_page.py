@@ -69,21 +69,32 @@ def _section(name: str, held: Result) -> Iterator[str]:
     yield "| arm | best rate | held-out loss | against plain LoRA | against random ranks | parameters |"
     yield "| --- | --- | --- | --- | --- | --- |"
     yield from map(_row, made["arms"])
-    words = {verdict["words"] for arm in made["arms"] for verdict in arm.get("verdicts", {}).values()}
-    yield from ["", *(f"* {markdown_sentence(said)}" for said in sentences(made) if said not in words)]
+    in_table = {verdict["words"] for arm in made["arms"] for verdict in arm.get("verdicts", {}).values()}
+    yield from ["", *_remedies(made)]
+    yield from (f"* {markdown_sentence(said)}" for said in sentences(made) if said not in in_table)
     for plot, title in PLOTS.items():
         if image(name, plot).is_file():
             yield f"\n![{title}](images/{image(name, plot).name})"
     yield ""
 
 
+def _remedies(made: Mapping[str, Any]) -> Iterator[str]:
+    """List what would decide about the arms that are not decided against plain LoRA."""
+    for name, verdict in _compared(made):
+        remedy = verdict["words"].partition("; ")[2]
+        if verdict["verdict"] == "not decided" and remedy:
+            yield f"* {markdown(name)}: {remedy}"
+
+
 def _what(held: Result) -> str:
-    made, rows = held["comparison"], held["comparison"]["held_out_rows"]
+    made = held["comparison"]
+    rows, design = made["held_out_rows"], made["design"]
     data = "generated rows" if held["data"] == "generated" else f"rows of {held['data'].replace('+', ' and ')}"
+    chosen = "1 seed" if design["rate_seeds"] == 1 else f"{design['rate_seeds']} seeds"
     return (
         f"{held['steps']} steps of {held['batch_size']} {data} of at most {held['longest_row']} tokens, "
-        f"{made['training_rows']:,} in all; {rows['dev']} held-out rows choose, {rows['test']} judge, over "
-        f"{made['design']['seeds']} seeds; {held['device']}, {held['date']}. What was to matter is "
+        f"{made['training_rows']:,} in all; {rows['dev']} held-out rows choose, over {chosen}, {rows['test']} judge, "
+        f"over {design['seeds']} others; {held['device']}, {held['date']}. What was to matter is "
         f"{100 * made['smallest_effect']:g} % of plain LoRA's loss. `{held['command']}`"
     )
 

@@ -60,17 +60,19 @@ def rate_curves(arms: Sequence[Entry]) -> str:
         for alpha in dict.fromkeys(point["alpha"] for point in arm["curve"]):
             points = [point for point in _measured(arm) if point["alpha"] == alpha]
             label = arm["name"] if alpha is None else f"{arm['name']}, alpha {alpha:g}"
-            rates, losses = [point["rate"] for point in points], [point["dev_loss"] for point in points]
-            axes.plot(rates, losses, marker="o", markersize=4, label=plot_label(label))
-    every = [point for arm in arms for point in _measured(arm)]
-    tried = sorted({point["rate"] for point in every})
+            values = [point["dev_loss"] for point in points]
+            axes.plot([point["rate"] for point in points], values, marker="o", markersize=4, label=plot_label(label))
+    losses = [[point["dev_loss"] for point in _measured(arm)] for arm in arms]
+    tried = sorted({point["rate"] for arm in arms for point in arm["curve"]})
     axes.set_xscale("log")
     axes.set_xticks(tried, [f"{rate:g}" for rate in tried], rotation=45 if len(tried) > _LEVEL_LABELS else 0)
     axes.minorticks_off()
     axes.set_xlabel("learning rate")
     axes.set_ylabel("loss on the rows that choose")
-    lowest, highest = (extreme((point["dev_loss"] for point in every), default=0.0) for extreme in (min, max))
-    if highest > (top := lowest + _SHOWN * abs(lowest)):
+    best = [min(of_arm) for of_arm in losses if of_arm]
+    lowest = min(best, default=0.0)
+    top = max([lowest + _SHOWN * abs(lowest), *(loss * 1.01 for loss in best)])  # each arm's best is seen
+    if any(max(of_arm) > top for of_arm in losses if of_arm):
         axes.set_ylim(lowest - _SHOWN * (top - lowest), top)
         axes.set_ylabel(f"loss on the rows that choose\n(above {top:.3g} not shown)")
     axes.legend(fontsize=8, ncols=2)

@@ -20,6 +20,13 @@ RESULTS = {
 
 
 @pytest.fixture(scope="module")
+def agreements():
+    """Agreement of ranks with the first run, by method and by what was changed."""
+    path = ROOT / "benchmarks" / "results" / "stability.json"
+    return json.loads(path.read_text(encoding="utf-8"))["agreement_with_first_run"]
+
+
+@pytest.fixture(scope="module")
 def decided():
     """Losses of plain LoRA and of the default on SmolLM2, and what is said of their difference."""
     rows = RESULTS["method_quality_smollm2"]["8"]
@@ -101,3 +108,26 @@ def test_the_page_of_methods_quotes_what_corrected_reaches_at_the_rate_of_lora()
     assert says(METHODS, f"best rate, {rates[0]:g}, the two seeds that choose end at {small}")
     assert says(METHODS, f"`corrected`, {rates[1]:g}, at {own}.")
     assert says(METHODS, f"ends at {smollm2} at LoRA's best rate and at {own_there} at its own")
+
+
+@pytest.mark.parametrize(("method", "words"), [
+    ("corrected, 12 steps", "`corrected` has {:.0f} to {:.0f} % on all three"),
+    ("corrected, 80 steps", "**Over 80 steps the aim is missed: {:.0f} to {:.0f} %.**"),
+    ("product", "(`igu_uncertainty: product`) with {:.0f} to {:.0f} %"),
+    ("published", "and `published` with {:.0f} to {:.0f} % miss it by far"),
+    ("adalora", "`adalora` with {:.0f} to {:.0f} % about as `corrected` does"),
+    ("tsq, ranks alone", "`tsq` ({:.0f} to {:.0f} % between engines)"),
+])  # fmt: skip
+def test_the_page_of_methods_tells_how_far_engines_agree(agreements, method, words):
+    shares = [100 * agreements[method][engine]["same_rank"] for engine in ("DDP", "ZeRO-2", "ZeRO-3")]
+    assert says(METHODS, words.format(min(shares), max(shares)))
+
+
+def test_the_page_of_methods_tells_how_far_seeds_and_steps_agree(agreements):
+    after_40 = {engine: 100 * row["same_rank"] for engine, row in agreements["corrected"].items()}
+    words = (
+        "After 40 steps it has {DDP:.0f} % under DDP, {ZeRO-2:.0f} % under ZeRO-2 and just misses the aim under ZeRO-3"
+    )
+    assert says(METHODS, f"{words} with {{ZeRO-3:.0f}} %.".format_map(after_40))
+    corrected, published = (agreements[method]["seed"]["correlation"] for method in ("corrected", "published"))
+    assert says(METHODS, f"better than `published` between seeds ({corrected:.2f} against {published:.2f})")

@@ -8,14 +8,17 @@ from llamafactory_adaptive.comparison.plots import rate_curves
 RATES = (0.001, 0.002, 0.004, 0.016)
 
 
-def drawn(*losses):
-    """Draw an arm's curve, and list the texts of the picture."""
-    curve = [{"rate": rate, "alpha": None, "dev_loss": loss} for rate, loss in zip(RATES, losses, strict=True)]
-    return re.findall(r">([^<>\n]+)</text>", rate_curves([{"name": "lora", "curve": curve}]))
+def drawn(*losses, other=()):
+    """Draw the curve of an arm, or of two, and list the texts of the picture."""
+    arms = [{"name": name, "curve": [{"rate": rate, "alpha": None, "dev_loss": loss}
+                                     for rate, loss in zip(RATES, of_arm, strict=False)]}
+            for name, of_arm in (("lora", losses), ("igu", other)) if of_arm]  # fmt: skip
+    return re.findall(r">([^<>\n]+)</text>", rate_curves(arms))
 
 
-def test_each_rate_that_was_tried_has_its_label():
-    assert [text for text in drawn(0.6, 0.61, 0.62, 0.63) if text in {str(rate) for rate in RATES}] == [
+@pytest.mark.parametrize("diverged", [0.62, None])
+def test_each_rate_that_was_tried_has_its_label(diverged):
+    assert [text for text in drawn(0.6, 0.61, diverged, 0.63) if text in {str(rate) for rate in RATES}] == [
         "0.001", "0.002", "0.004", "0.016"]  # fmt: skip
 
 
@@ -26,6 +29,10 @@ def test_losses_far_above_the_lowest_are_cut_off_and_this_is_said(worst, said):
     ticks = [float(text) for text in texts if re.fullmatch(r"\d\.\d+", text) and float(text) > 0.1]
     assert max(ticks) <= 0.69
     assert min(ticks) >= 0.58
+
+
+def test_the_best_loss_of_each_arm_is_shown():
+    assert "(above 0.909 not shown)" in drawn(0.62, 0.6, 0.61, 8.0, other=(0.95, 0.9, 1.4))
 
 
 def test_a_curve_without_a_finite_loss_is_drawn_empty():
