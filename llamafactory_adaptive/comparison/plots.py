@@ -13,6 +13,7 @@ from llamafactory_adaptive.reports.svg import to_svg
 Entry = Mapping[str, Any]
 _COLOURS = {"better": "#1a7f37", "worse": "#b42318", "equivalent": "#1f6feb", "not decided": "#6e7781"}
 _SHOWN = 0.15  # of the lowest loss, the range above it that a plot over rates shows
+_MARGIN = 0.15  # of that range, the room below the lowest loss
 _LEVEL_LABELS = 8  # more labels of rates than these do not fit side by side
 
 
@@ -58,29 +59,31 @@ def rate_curves(arms: Sequence[Entry]) -> str:
     axes = figure.add_subplot()
     for arm in arms:
         for alpha in dict.fromkeys(point["alpha"] for point in arm["curve"]):
-            points = [point for point in _measured(arm) if point["alpha"] == alpha]
+            points = [point for point in arm["curve"] if point["alpha"] == alpha and point["dev_loss"] is not None]
             label = arm["name"] if alpha is None else f"{arm['name']}, alpha {alpha:g}"
-            values = [point["dev_loss"] for point in points]
-            axes.plot([point["rate"] for point in points], values, marker="o", markersize=4, label=plot_label(label))
-    losses = [[point["dev_loss"] for point in _measured(arm)] for arm in arms]
+            rates, losses = [point["rate"] for point in points], [point["dev_loss"] for point in points]
+            axes.plot(rates, losses, marker="o", markersize=4, label=plot_label(label))
     tried = sorted({point["rate"] for arm in arms for point in arm["curve"]})
     axes.set_xscale("log")
     axes.set_xticks(tried, [f"{rate:g}" for rate in tried], rotation=45 if len(tried) > _LEVEL_LABELS else 0)
     axes.minorticks_off()
     axes.set_xlabel("learning rate")
     axes.set_ylabel("loss on the rows that choose")
-    best = [min(of_arm) for of_arm in losses if of_arm]
-    lowest = min(best, default=0.0)
-    top = max([lowest + _SHOWN * abs(lowest), *(loss * 1.01 for loss in best)])  # each arm's best is seen
-    if any(max(of_arm) > top for of_arm in losses if of_arm):
-        axes.set_ylim(lowest - _SHOWN * (top - lowest), top)
+    lowest, top, highest = _reach(arms)
+    if highest > top:
+        axes.set_ylim(lowest - _MARGIN * (top - lowest), top)
         axes.set_ylabel(f"loss on the rows that choose\n(above {top:.3g} not shown)")
     axes.legend(fontsize=8, ncols=2)
     return to_svg(figure)
 
 
-def _measured(arm: Entry) -> list[Entry]:
-    return [point for point in arm["curve"] if point["dev_loss"] is not None]
+def _reach(arms: Sequence[Entry]) -> tuple[float, float, float]:
+    """Return the lowest loss of all curves, the loss up to which they are shown, and the highest."""
+    curves = [[point["dev_loss"] for point in arm["curve"] if point["dev_loss"] is not None] for arm in arms]
+    best = [min(losses) for losses in curves if losses] or [0.0]
+    lowest = min(best)
+    top = max(lowest + _SHOWN * abs(lowest), 1.01 * max(best))  # so that each arm's best is seen
+    return lowest, top, max((max(losses) for losses in curves if losses), default=0.0)
 
 
 def cost_plot(arms: Sequence[Entry]) -> str:

@@ -152,6 +152,10 @@ def test_ranks_grew_and_shrank_and_cost_at_most_plain_lora_as_readme_says():
     assert all(arm["parameters"] <= ARMS["lora"]["parameters"] for arm in ARMS.values())
     means = ARMS["tsq_ranks"]["mean_ranks"].values()  # it begins at equal ranks
     assert min(means) < WORTH_IT["rank"] < max(means)
+    lines = (ROOT / "benchmarks" / "results" / "worth_it_data_limited.ledger.jsonl").read_text().splitlines()
+    ranks = [line["result"]["ranks"] for line in map(json.loads, lines) if line["settings"]["arm"] == "tsq_ranks"]
+    assert len(ranks) == len(ARMS["tsq_ranks"]["curve"]) + SEEDS
+    assert all(min(of_run) < WORTH_IT["rank"] < max(of_run) for of_run in ranks)
 
 
 def test_the_default_transform_is_the_one_that_the_rule_chose():
