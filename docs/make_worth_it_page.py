@@ -81,8 +81,7 @@ def _section(name: str, held: Result) -> Iterator[str]:
 def _remedies(made: Mapping[str, Any]) -> Iterator[str]:
     """List what would decide about the arms that are not decided against plain LoRA."""
     for name, verdict in _compared(made):
-        remedy = verdict["words"].partition("; ")[2]
-        if verdict["verdict"] == "not decided" and remedy:
+        if remedy := verdict["what_would_decide"]:
             yield f"* {markdown(name)}: {remedy}"
 
 

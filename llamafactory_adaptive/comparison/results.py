@@ -13,7 +13,7 @@ from llamafactory_adaptive.comparison.experiment import Choice, Progress
 from llamafactory_adaptive.comparison.losses import Losses
 from llamafactory_adaptive.comparison.secrets import without_secrets
 from llamafactory_adaptive.comparison.verdicts import Judgement, judge
-from llamafactory_adaptive.comparison.words import judgement_in_words
+from llamafactory_adaptive.comparison.words import judgement_in_words, what_would_decide
 from llamafactory_adaptive.ranks.module_names import layer_order, module_type
 
 
@@ -144,7 +144,8 @@ def _figures(result: ArmResult, plain: ArmResult, tokens: Sequence[int]) -> dict
 
 
 def _verdict(judgement: Judgement) -> dict[str, Any]:
-    return {**asdict(judgement), "words": judgement_in_words(judgement)}
+    words = {"words": judgement_in_words(judgement), "what_would_decide": what_would_decide(judgement)}
+    return {**asdict(judgement), **words}
 
 
 def budget(result: ArmResult, plain: ArmResult) -> dict[str, Any]:

@@ -49,7 +49,14 @@ def _consequence(judgement: Judgement) -> str:
     if judgement.verdict in ("better", "worse"):
         sure = _least(judgement.difference.relative) >= judgement.effect
         return f", by at least {mattering}" if sure else f"; whether by {mattering} is open"
-    return f"; {_doubt(judgement, judgement.difference)}{_remedy(judgement, judgement.difference.seeds)}"
+    return f"; {what_would_decide(judgement)}"
+
+
+def what_would_decide(judgement: Judgement) -> str:
+    """Describe why a compared arm is not decided, and what would decide it; empty for other verdicts."""
+    if judgement.verdict != "not decided" or judgement.difference is None:
+        return ""
+    return _doubt(judgement, judgement.difference) + _remedy(judgement, judgement.difference.seeds)
 
 
 def _least(estimate: Estimate) -> float:

@@ -6,7 +6,7 @@ import pytest
 
 from llamafactory_adaptive.comparison.differences import Difference, Estimate
 from llamafactory_adaptive.comparison.verdicts import Judgement
-from llamafactory_adaptive.comparison.words import judgement_in_words
+from llamafactory_adaptive.comparison.words import judgement_in_words, what_would_decide
 
 
 def difference(value, low, high, low_90=0.0, high_90=0.0, seeds=5, p_value=0.2):
@@ -82,3 +82,16 @@ def test_a_judgement_in_words(judgement, words):
 def test_a_difference_that_rounds_to_nothing_has_no_minus():
     nothing = Judgement("igu", "lora", "equivalent", 0.005, difference(-1e-6, -0.01, 0.01, -1e-6, 0.002), 1.0, 1)
     assert "lora: +0.00 % (90 % interval +0.00 % to +0.20 %)" in judgement_in_words(nothing)
+
+
+DECIDING = ["about 12 seeds would decide it", "more held-out rows are needed: seeds alone cannot decide it",
+            "not even 100 seeds would decide it: seeds differ by too much for an effect so small",
+            "one of 3 arms may differ so by chance; about 12 seeds would decide it",
+            "seeds were not varied, and another seed may tell otherwise: give at least 3"]  # fmt: skip
+
+
+def test_only_what_was_compared_and_is_not_decided_is_told_what_would_decide_it():
+    told = [what_would_decide(judgement) for judgement, _ in CASES]
+    compared = [judgement.verdict == "not decided" and judgement.difference is not None for judgement, _ in CASES]
+    assert [bool(words) for words in told] == compared
+    assert list(filter(None, told)) == DECIDING
