@@ -64,8 +64,8 @@ FROM_ZERO = (("adaptive_min_rank", 0),)
 REGIMES = {
     "data_limited": Regime(("gsm8k",), 136, 8, 80, 4, 120, once=True),
     "capacity_limited": Regime(("gsm8k",), 160, 1, 100, 8, 480, once=True, more=FROM_ZERO),
-    "boolq": Regime(("boolq",), 96, 8, 100, 8, 400),
-    "arc": Regime(("arc_easy", "arc_challenge"), 160, 8, 100, 8, 400),
+    "boolq": Regime(("boolq",), 96, 8, 100, 4, 400),
+    "arc": Regime(("arc_easy", "arc_challenge"), 160, 8, 100, 4, 400),
 }
 ARMS = ("lora", "random", "sensitivity", "igu", "adalora", "tsq_ranks", "svd", "by_type", "elalora")
 
