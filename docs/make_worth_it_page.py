@@ -19,7 +19,7 @@ DOCS = Path(__file__).parent
 PAGE, README, IMAGES = DOCS / "worth-it.md", DOCS.parent / "README.md", DOCS / "images"
 RESULTS = DOCS.parent / "benchmarks" / "results"
 MARKS = "<!-- answer -->", "<!-- end of answer -->"
-TITLES = {"data_limited": "GSM8K, few rows", "capacity_limited": "GSM8K, little rank", "boolq": "BoolQ", "arc": "ARC"}
+TITLES = {"data_limited": "GSM8K, few rows", "capacity_limited": "GSM8K, more rows", "boolq": "BoolQ", "arc": "ARC"}
 PLOTS = {"difference": "Difference to plain LoRA", "rates": "Loss over the learning rate",
          "ranks": "Mean rank by layer and module type"}  # fmt: skip
 VERDICTS = ("better", "equivalent", "not decided", "worse", "diverged")
@@ -35,9 +35,10 @@ Result = dict[str, Any]
 
 
 def results() -> dict[str, Result]:
-    """Read the recorded comparisons, by name."""
-    paths = sorted(RESULTS.glob("worth_it_*.json"))
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    """Read the recorded comparisons, by name: the primary regime first, smaller budgets of a regime last."""
+    held = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("worth_it_*.json")}
+    regimes = list(TITLES)
+    return dict(sorted(held.items(), key=lambda item: (regimes.index(item[1]["regime"]), -item[1]["rank"])))
 
 
 def page() -> str:
@@ -89,9 +90,10 @@ def _what(held: Result) -> str:
     made = held["comparison"]
     rows, design = made["held_out_rows"], made["design"]
     data = "generated rows" if held["data"] == "generated" else f"rows of {held['data'].replace('+', ' and ')}"
+    bare = ", where a module may have no adapter" if made["settings"].get("adaptive_min_rank") == 0 else ""
     chosen = "1 seed" if design["rate_seeds"] == 1 else f"{design['rate_seeds']} seeds"
     return (
-        f"{held['steps']} steps of {held['batch_size']} {data} of at most {held['longest_row']} tokens, "
+        f"{held['steps']} steps of {held['batch_size']} {data} of at most {held['longest_row']} tokens{bare}, "
         f"{made['training_rows']:,} in all; {rows['dev']} held-out rows choose, over {chosen}, {rows['test']} judge, "
         f"over {design['seeds']} others; {held['device']}, {held['date']}. What was to matter is "
         f"{100 * made['smallest_effect']:g} % of plain LoRA's loss. `{held['command']}`"

@@ -1,0 +1,130 @@
+"""README, how-to and the page on methods quote what comparisons with plain LoRA on SmolLM2-135M found."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.sentences import says
+
+
+ROOT = Path(__file__).resolve().parents[2]
+README, PAGE, METHODS, HOW_TO = (
+    (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "docs/benchmarks.md", "docs/methods.md", "docs/how-to.md")
+)
+RESULTS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")}
+WORTH_IT = RESULTS["worth_it_data_limited"]
+SEEDS = WORTH_IT["comparison"]["design"]["seeds"]
+ARMS = {arm["name"]: arm for arm in WORTH_IT["comparison"]["arms"]}
+OVER_LORA = {name: arm["verdicts"]["lora"] for name, arm in ARMS.items() if name != "lora"}
+COMPARED = {
+    "held-out loss, `sensitivity` over plain LoRA": "sensitivity",
+    "the same, `igu` (": "igu",
+    "the same, `tsq` with ranks alone (": "tsq_ranks",
+    "the same, `random` (": "random",
+}
+
+
+@pytest.mark.parametrize("row", list(COMPARED))
+def test_verdicts_of_the_page_are_those_of_the_comparison(row):
+    (line,) = [line for line in PAGE.splitlines() if line.startswith(f"| {row}")]
+    words = line.split("|")[1].partition("(")[2].rstrip(" )")
+    judged = OVER_LORA[COMPARED[row]]
+    assert words.split("; ")[-1] == judged["verdict"]
+    assert (judged["verdict"] in ("better", "worse")) is (judged["p_holm"] < 0.05)
+    if "steps" in words:
+        assert words.startswith(f"few rows, {WORTH_IT['steps']} steps, {SEEDS} seeds;")
+
+
+def test_readme_says_what_the_comparison_was_and_what_came_of_it():
+    verdicts = {name: verdict["verdict"] for name, verdict in OVER_LORA.items()}
+    assert verdicts.pop("adalora") == "worse"
+    assert list(verdicts.values()) == ["not decided"] * 7
+    intervals = {name: OVER_LORA[name]["difference"]["relative"] for name in verdicts}
+    low = 100 * min(of["low"] for of in intervals.values())
+    high = 100 * max(of["high"] for of in intervals.values())
+    assert [name for name, of in intervals.items() if of["low"] > 0] == ["elalora"]
+    assert all(of["high"] > 0 for of in intervals.values())
+    steps, size, rank = (WORTH_IT[key] for key in ("steps", "batch_size", "rank"))
+    judging = WORTH_IT["comparison"]["held_out_rows"]["test"]
+    assert says(
+        README,
+        f"{steps} steps of {size}, rank {rank}, {SEEDS} seeds, {judging} rows that judge; table below): "
+        "none is shown to be better, and `adalora` is shown to be worse. Of the other seven nothing is decided: their "
+        f"95 % intervals lie between {low:.1f} % and {high:+.1f} %. That of `elalora` lies wholly on the wrong side, "
+        "which does not hold up after correction for eight arms",
+    )
+
+
+CAPACITY = RESULTS["worth_it_capacity_limited"]
+AT_RANK_1 = {arm["name"]: arm for arm in CAPACITY["comparison"]["arms"]}
+
+
+def test_readme_and_methods_say_what_came_of_a_budget_of_rank_1():
+    made = CAPACITY["comparison"]
+    verdicts = {name: arm["verdicts"]["lora"] for name, arm in AT_RANK_1.items() if name != "lora"}
+    assert {name: verdict["verdict"] for name, verdict in verdicts.items()} == dict.fromkeys(
+        ("random", "sensitivity", "igu"), "not decided"
+    )
+    over = {name: verdict["difference"]["relative"] for name, verdict in verdicts.items()}
+    assert [name for name, of in over.items() if of["low"] > 0] == ["igu"]
+    assert (made["settings"]["lora_rank"], made["settings"]["adaptive_min_rank"]) == (1, 0)
+    value = {name: f"{100 * of['value']:+.2f} %" for name, of in over.items()}
+    low, high = (f"{100 * over['igu'][end]:+.2f}" for end in ("low", "high"))
+    assert says(
+        README,
+        f"Three arms where rank is short (rank {CAPACITY['rank']}, a module may have none, {CAPACITY['steps']} steps "
+        f"of {CAPACITY['batch_size']}, {made['design']['seeds']} seeds, {made['held_out_rows']['test']} rows that "
+        f"judge): none is shown to be better, nothing is decided. `random` reaches {value['random']}, `sensitivity` "
+        f"{value['sensitivity']}, `igu` {value['igu']}, whose interval lies wholly on the wrong side "
+        f"({low} % to {high} %)",
+    )
+    assert says(METHODS, f"igu's held-out loss is {value['igu']} of plain LoRA's over {made['design']['seeds']} seeds "
+                         f"({low} to {high} %, not decided after correction")  # fmt: skip
+
+
+def test_how_to_names_the_best_rates_at_rank_1():
+    assert not any(arm["best_at_the_edge"] for arm in AT_RANK_1.values())
+    assert CAPACITY["comparison"]["design"]["rate_seeds"] == 1
+    rates = {name: arm["best"]["rate"] for name, arm in AT_RANK_1.items()}
+    assert rates == {"lora": 0.008, "random": 0.008, "sensitivity": 0.008, "igu": 0.016}
+    assert says(
+        HOW_TO,
+        "At rank 1 with ranks from 0 and more rows they were 0.008 for plain LoRA, `random` and `sensitivity`, and "
+        "0.016 for `igu`. One seed chose each of them",
+    )
+
+
+def test_how_to_names_the_best_rates_of_the_comparison():
+    rates: dict[float, set[str]] = {}
+    for name, arm in ARMS.items():
+        assert not arm["best_at_the_edge"]
+        rates.setdefault(arm["best"]["rate"], set()).add(name)
+    assert rates == {0.004: {"lora", "sensitivity", "by_type", "igu", "tsq_ranks", "svd"}, 0.002: {"random"},
+                     0.016: {"adalora", "elalora"}}  # fmt: skip
+    tried = [point["rate"] for point in ARMS["adalora"]["curve"]]
+    assert all(high == 2 * low for low, high in pairwise(tried))
+    assert WORTH_IT["comparison"]["design"]["rate_seeds"] == 1
+    assert says(
+        HOW_TO,
+        "of rates that each double the last, best were 0.004 for plain LoRA, `sensitivity`, `by_type`, `igu`, `tsq` "
+        "with ranks alone and `svd`, half of it for random ranks, and 0.016 for `adalora` and `elalora`, the two "
+        "whose first updates are smallest in the table.",
+    )
+    small = RESULTS["method_quality"]["results_by_rank"]["4"]
+    assert (small["lora"]["rate"], small["adalora"]["rate"]) == (0.016, 0.032)
+    assert says(HOW_TO, "twice LoRA's 0.016 on a small Llama at rank 4 (`adalora`)")
+
+
+def test_ranks_grew_and_shrank_and_cost_at_most_plain_lora_as_readme_says():
+    assert "| `tsq` | while training, growing and shrinking |" in README
+    assert says(README, "the adapter costs at most what a uniform LoRA of that rank costs on the same modules")
+    assert all(arm["parameters"] <= ARMS["lora"]["parameters"] for arm in ARMS.values())
+    means = ARMS["tsq_ranks"]["mean_ranks"].values()  # it begins at equal ranks
+    assert min(means) < WORTH_IT["rank"] < max(means)
+    lines = (ROOT / "benchmarks" / "results" / "worth_it_data_limited.ledger.jsonl").read_text().splitlines()
+    ranks = [line["result"]["ranks"] for line in map(json.loads, lines) if line["settings"]["arm"] == "tsq_ranks"]
+    assert len(ranks) == len(ARMS["tsq_ranks"]["curve"]) + SEEDS
+    assert all(min(of_run) < WORTH_IT["rank"] < max(of_run) for of_run in ranks)
