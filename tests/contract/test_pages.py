@@ -95,6 +95,8 @@ def test_the_answer_of_readme_and_the_page_of_findings_are_what_was_recorded():
     maker = load("make_worth_it_page")
     text = maker.README.read_text(encoding="utf-8")
     assert maker.with_answer(text) == text, "run: make bench-report"
+    regimes = [held["regime"] for held in maker.results().values()]
+    assert regimes == sorted(regimes, key=list(maker.TITLES).index), "the primary regime first"
     assert text.count(maker.MARKS[0]) == text.count(maker.MARKS[1]) == 1
     written = maker.PAGE.read_text(encoding="utf-8") if maker.PAGE.is_file() else ""
     assert maker.page() == written, "run: make bench-report"
