@@ -164,8 +164,8 @@ def test_the_report_writes_pages_from_a_result_and_refuses_a_figure_of_another_l
     assert (tmp_path / "worth_it_x_ranks.svg").read_text().startswith("<svg")
     loss = held["comparison"]["arms"][2]["loss"]
     assert f"| igu | 4 (end of the grid) | {loss:.4f} | " in maker.PAGE.read_text()
-    rows = "4 steps of 2 rows of gsm8k of at most 180 tokens, where a module may have no adapter, 9 in all; 30 held-out"
-    assert f"{rows} rows choose" in maker.PAGE.read_text()
+    rows = "4 steps of 2 rows of gsm8k of at most 180 tokens, where a module may have no adapter, 9 in all; 30"
+    assert f"{rows} held-out rows choose" in maker.PAGE.read_text()
     difference = held["comparison"]["arms"][2]["verdicts"]["lora"]
     cell = f"| igu | {100 * difference['difference']['relative']['value']:+.2f} %, {difference['verdict']} |"
     assert cell in maker.README.read_text()
