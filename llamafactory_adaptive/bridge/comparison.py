@@ -57,6 +57,9 @@ class Comparison:
         folder: receives rows, runs, logs and ledger; locked for this process before :meth:`run`.
         held_out: number of held-out rows at most.
         keep_adapters: whether adapters of runs that choose a rate are kept, too.
+
+    Attributes:
+        needs_adapter: tells whether a run is of no use without its adapter, so that it is made again where it is gone.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Comparison:
         self.rows, self._model = folder / ROWS, ""
         self.split: dict[str, Any] = {}
         self.tokens: dict[str, Any] = {}
+        self.needs_adapter: Callable[[Run], bool] = lambda _: False
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -124,6 +128,8 @@ class Comparison:
         self.prepare(say, devices[0])
         progress = Progress(self.design, list(self.arms.values()), self.known, self.figure)
         left, plain = progress.left(), None
+        if again := sum(self.key(run) in self.ledger for run in left):
+            say(f"runs made again, as their adapters are not there and have yet to answer: {again}")
         if left:
             plain = self.run_time(devices[0])
             time_left = estimate(self, plain, progress, devices)
@@ -165,9 +171,13 @@ class Comparison:
         return {"settings": settings, "rows": self.split, "model": self._model, "versions": self.versions}
 
     def known(self, run: Run) -> Mapping[str, Any] | None:
-        """Return what came of a run, if the ledger holds it."""
+        """Return what came of a run, if the ledger holds it, and the folder its adapter where it has yet to answer."""
         held: Mapping[str, Any] | None = self.ledger.get(self.key(run))
-        return held
+        lost = held is not None and held["status"] == "done" and self.needs_adapter(run) and not self._kept(run, held)
+        return None if lost else held
+
+    def _kept(self, run: Run, outcome: Mapping[str, Any]) -> bool:
+        return "adapter" in outcome and (self.adapter_of(run, outcome) / "adapter_config.json").is_file()
 
     def train(self, run: Run, device: str | None) -> Mapping[str, Any]:
         """Make one run in a process of its own: training, then the losses of held-out rows."""

@@ -14,7 +14,7 @@ from llamafactory_adaptive.bridge.comparison_jobs import run_in_own_process
 from llamafactory_adaptive.bridge.harness import Harness, is_complete
 from llamafactory_adaptive.bridge.merge_job import MergeJob
 from llamafactory_adaptive.comparison.device_loop import DeviceLoop
-from llamafactory_adaptive.comparison.experiment import Progress
+from llamafactory_adaptive.comparison.experiment import Progress, Run
 from llamafactory_adaptive.comparison.task_request import TaskRequest
 from llamafactory_adaptive.comparison.task_results import task_document
 from llamafactory_adaptive.comparison.task_scores import Answers
@@ -88,6 +88,7 @@ class TaskEvaluations:
         self.facts = self.harness.check([*self.options, "--out", str(unused)], device)
         self.failed: dict[str, str] = {}
         self.batches: list[Batch] = []
+        comparison.needs_adapter = self._has_to_answer
 
     @property
     def form(self) -> str:
@@ -106,18 +107,23 @@ class TaskEvaluations:
             "them have answered, and comes on top of the time of the runs"
         )
 
+    def _key(self, run: Run) -> dict[str, Any]:
+        """Return everything that the answers of a run's adapter depend on."""
+        asked = self.facts["settings"]
+        facts = asked | {"models": [model.get("content") for model in asked["models"]]}
+        return {"run": digest_of(self.comparison.key(run)), "form": self.form, "questions": facts}
+
+    def _has_to_answer(self, run: Run) -> bool:
+        return self.comparison.design.judges(run) and self._key(run) not in self.comparison.ledger
+
     def _all(self, progress: Progress) -> Iterator[Evaluation]:
-        facts = self.facts["settings"] | {
-            "models": [model.get("content") for model in self.facts["settings"]["models"]]
-        }
         for arm in progress.arms:
             choice, finals = progress.choice_if_known(arm.name), progress.finals(arm.name)
             best = None if choice is None else choice.best
             for run in [] if best is None else progress.design.final(arm.name, best):
                 if run.seed in finals:
-                    key = {"run": digest_of(self.comparison.key(run)), "form": self.form, "questions": facts}
                     adapter = self.comparison.adapter_of(run, finals[run.seed])
-                    yield Evaluation(arm.name, run.seed, adapter, key)
+                    yield Evaluation(arm.name, run.seed, adapter, self._key(run))
 
     def run(self, progress: Progress, devices: Sequence[str | None]) -> dict[str, Any]:
         """Make all evaluations that are due, and return what ``compare.json`` holds of tasks.

@@ -72,8 +72,9 @@ class Runner:
 
     def do(self, run: Run, device: str | None) -> Mapping[str, Any]:
         """Make a run, and write down what came of it."""
-        result: Mapping[str, Any] = self.ledger.result(self.settings(run), lambda: self.train(run, device))
-        return result
+        outcome = self.train(run, device)
+        self.ledger.add(self.settings(run), outcome)
+        return outcome
 
     def words(self, run: Run, outcome: Mapping[str, Any]) -> str:
         """Describe what came of a run."""

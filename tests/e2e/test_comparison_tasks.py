@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -139,6 +141,30 @@ def test_what_a_kill_left_out_of_the_ledger_is_read_again_not_asked_and_pages_ho
     assert lines_of(state / "asked") == asked
     calls = [json.loads(line)[1] for line in lines_of(state / "calls")]
     assert calls.count("eval.run") == (6 if cpu else 3)
+
+
+def trained(runs):
+    return [(Path(job.settings["output_dir"]).name.split("-")[0], job.settings["seed"]) for job in runs
+            if hasattr(job, "rows") and hasattr(job, "settings")]  # fmt: skip
+
+
+def test_a_run_without_its_adapter_is_made_again_only_where_it_has_yet_to_answer(words, runs, tmp_path, capsys):
+    compared, without_tasks = tmp_path / "compared", words[: words.index("--tasks")]
+    assert cli.main([*without_tasks, "--rate-seeds", "2", "--seeds", "1"]) == 0  # seeds 0 and 1 choose, 2 judges
+    runs.clear()
+    (kept,) = compared.glob("runs/uniform-*")
+    shutil.rmtree(kept)
+    assert cli.main([*without_tasks, "--rate-seeds", "2", "--seeds", "1"]) == 0
+    assert trained(runs) == [], "its losses are known"
+    capsys.readouterr()
+    assert cli.main([*words, "--rate-seeds", "1"]) == 0  # seed 1 judges now, whose adapters were not kept
+    assert sorted(trained(runs)) == [("lora", 1), ("random", 1), ("uniform", 1), ("uniform", 2)]
+    assert "as their adapters are not there and have yet to answer: 4" in capsys.readouterr().err
+    assert [arm["seeds"] for arm in document(tmp_path)["tasks"]["arms"]] == [[1, 2]] * 3
+    shutil.rmtree(compared / "runs")
+    runs.clear()
+    assert cli.main([*words, "--rate-seeds", "1"]) == 0
+    assert trained(runs) == [], "all have answered"
 
 
 @pytest.mark.parametrize(
