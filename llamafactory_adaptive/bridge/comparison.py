@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from llamafactory_adaptive.adapter.lora import ADAPTER_CONFIG
 from llamafactory_adaptive.bridge.arguments import Args, our_keys
 from llamafactory_adaptive.bridge.child import Children
 from llamafactory_adaptive.bridge.comparison_checks import (
@@ -47,6 +48,11 @@ _VERSIONS = ("llamafactory-adaptive", "llamafactory", "torch", "transformers", "
 Say = Callable[[str], None]
 
 
+def holds_adapter(folder: Path) -> bool:
+    """Tell whether an adapter is in a folder."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
 class Comparison:
     """The arms of a comparison as runs of LLaMA-Factory.
 
@@ -57,9 +63,6 @@ class Comparison:
         folder: receives rows, runs, logs and ledger; locked for this process before :meth:`run`.
         held_out: number of held-out rows at most.
         keep_adapters: whether adapters of runs that choose a rate are kept, too.
-
-    Attributes:
-        needs_adapter: tells whether a run is of no use without its adapter, so that it is made again where it is gone.
     """
 
     def __init__(
@@ -78,7 +81,6 @@ class Comparison:
         self.rows, self._model = folder / ROWS, ""
         self.split: dict[str, Any] = {}
         self.tokens: dict[str, Any] = {}
-        self.needs_adapter: Callable[[Run], bool] = lambda _: False
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -119,16 +121,30 @@ class Comparison:
         halves = read_json(self.rows / HELD_OUT, "the held-out rows")
         self.tokens = {half: np.array(answer_tokens(rows)) for half, rows in halves.items()}
 
-    def run(self, devices: Sequence[str | None], say: Say) -> Progress:
+    def run(
+        self, devices: Sequence[str | None], say: Say, needs_adapter: Callable[[Run], bool] | None = None
+    ) -> Progress:
         """Make all runs, and return what is known of each arm.
+
+        Args:
+            devices: one run at a time on each.
+            say: tells the user how it goes.
+            needs_adapter: tells of a finished run whether it is made again if its adapter is gone; None for no run.
 
         Raises:
             AdaptiveError: the rows cannot be split, or plain LoRA cannot be trained.
         """
         self.prepare(say, devices[0])
-        progress = Progress(self.design, list(self.arms.values()), self.known, self.figure)
+
+        def known(run: Run) -> Mapping[str, Any] | None:
+            held = self.known(run)
+            if needs_adapter is None or held is None or not self._lacks_adapter(run, held):
+                return held
+            return None if needs_adapter(run) else held
+
+        progress = Progress(self.design, list(self.arms.values()), known, self.figure)
         left, plain = progress.left(), None
-        if again := sum(self.key(run) in self.ledger for run in left):
+        if again := sum(known(run) is None and self.known(run) is not None for run in left):
             say(f"runs made again, as their adapters are not there and have yet to answer: {again}")
         if left:
             plain = self.run_time(devices[0])
@@ -171,13 +187,13 @@ class Comparison:
         return {"settings": settings, "rows": self.split, "model": self._model, "versions": self.versions}
 
     def known(self, run: Run) -> Mapping[str, Any] | None:
-        """Return what came of a run, if the ledger holds it, and the folder its adapter where it has yet to answer."""
+        """Return what came of a run, if the ledger holds it."""
         held: Mapping[str, Any] | None = self.ledger.get(self.key(run))
-        lost = held is not None and held["status"] == "done" and self.needs_adapter(run) and not self._kept(run, held)
-        return None if lost else held
+        return held
 
-    def _kept(self, run: Run, outcome: Mapping[str, Any]) -> bool:
-        return "adapter" in outcome and (self.adapter_of(run, outcome) / "adapter_config.json").is_file()
+    def _lacks_adapter(self, run: Run, outcome: Mapping[str, Any]) -> bool:
+        kept = "adapter" in outcome and holds_adapter(self.adapter_of(run, outcome))
+        return outcome["status"] == "done" and not kept
 
     def train(self, run: Run, device: str | None) -> Mapping[str, Any]:
         """Make one run in a process of its own: training, then the losses of held-out rows."""

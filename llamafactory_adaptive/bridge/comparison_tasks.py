@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llamafactory_adaptive.bridge.comparison import LOGS, Comparison
+from llamafactory_adaptive.bridge.comparison import LOGS, Comparison, holds_adapter
 from llamafactory_adaptive.bridge.comparison_jobs import run_in_own_process
 from llamafactory_adaptive.bridge.harness import Harness, is_complete
 from llamafactory_adaptive.bridge.merge_job import MergeJob
@@ -88,7 +88,6 @@ class TaskEvaluations:
         self.facts = self.harness.check([*self.options, "--out", str(unused)], device)
         self.failed: dict[str, str] = {}
         self.batches: list[Batch] = []
-        comparison.needs_adapter = self._has_to_answer
 
     @property
     def form(self) -> str:
@@ -113,7 +112,8 @@ class TaskEvaluations:
         facts = asked | {"models": [model.get("content") for model in asked["models"]]}
         return {"run": digest_of(self.comparison.key(run)), "form": self.form, "questions": facts}
 
-    def _has_to_answer(self, run: Run) -> bool:
+    def has_to_answer(self, run: Run) -> bool:
+        """Tell whether the adapter of a run has yet to answer, if its point is the best."""
         return self.comparison.design.judges(run) and self._key(run) not in self.comparison.ledger
 
     def _all(self, progress: Progress) -> Iterator[Evaluation]:
@@ -207,7 +207,7 @@ class TaskEvaluations:
 
     def _model(self, each: Evaluation, merged: Path, device: str | None, log: Path) -> tuple[str, str]:
         """Return the words that name an adapter to the harness, after a merge where it is to be merged."""
-        if not (each.adapter / "adapter_config.json").is_file():
+        if not holds_adapter(each.adapter):
             raise EvaluationError(f"the adapter of seed {each.seed} is no longer in {each.adapter}")
         if self.form == "adapter":
             return "--adapter", f"{_served_as(each)}={os.path.abspath(each.adapter)}"

@@ -32,7 +32,7 @@ def compare(arguments: argparse.Namespace) -> int:
         return 0
     with locked(arguments.out):
         starts = note_start(arguments.out, fixed_before(arguments, comparison, effect, request))
-        progress = comparison.run(devices, tell)
+        progress = comparison.run(devices, tell, None if evaluations is None else evaluations.has_to_answer)
         command = redacted(["llamafactory-adaptive", *arguments.words])
         document = comparison.document(progress, effect, command, changes(starts))
         if evaluations is not None and (tasks := evaluations.document(progress))["arms"]:

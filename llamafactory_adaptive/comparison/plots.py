@@ -59,7 +59,7 @@ def rate_curves(arms: Sequence[Entry]) -> str:
     axes = figure.add_subplot()
     for arm in arms:
         for alpha in dict.fromkeys(point["alpha"] for point in arm["curve"]):
-            points = [point for point in arm["curve"] if point["alpha"] == alpha and point["dev_loss"] is not None]
+            points = [point for point in _measured(arm) if point["alpha"] == alpha]
             label = arm["name"] if alpha is None else f"{arm['name']}, alpha {alpha:g}"
             rates, losses = [point["rate"] for point in points], [point["dev_loss"] for point in points]
             axes.plot(rates, losses, marker="o", markersize=4, label=plot_label(label))
@@ -77,9 +77,13 @@ def rate_curves(arms: Sequence[Entry]) -> str:
     return to_svg(figure)
 
 
+def _measured(arm: Entry) -> list[Entry]:
+    return [point for point in arm["curve"] if point["dev_loss"] is not None]
+
+
 def _reach(arms: Sequence[Entry]) -> tuple[float, float, float]:
     """Return the lowest loss of all curves, the loss up to which they are shown, and the highest."""
-    curves = [[point["dev_loss"] for point in arm["curve"] if point["dev_loss"] is not None] for arm in arms]
+    curves = [[point["dev_loss"] for point in _measured(arm)] for arm in arms]
     best = [min(losses) for losses in curves if losses] or [0.0]
     lowest = min(best)
     top = max(lowest + _SHOWN * abs(lowest), 1.01 * max(best))  # so that each arm's best is seen

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from llamafactory_adaptive import cli
-from llamafactory_adaptive.bridge import comparison, comparison_tasks
+from llamafactory_adaptive.bridge import comparison, comparison_jobs, comparison_tasks
 from tests.helpers.harness import FAKE_HARNESS, fake_environment, lines_of, task_rows
 from tests.helpers.pretended_runs import pretend
 from tests.helpers.processes import ROOT, processes_naming, wait_until_ended
@@ -145,12 +145,14 @@ def test_what_a_kill_left_out_of_the_ledger_is_read_again_not_asked_and_pages_ho
 
 def trained(runs):
     return [(Path(job.settings["output_dir"]).name.split("-")[0], job.settings["seed"]) for job in runs
-            if hasattr(job, "rows") and hasattr(job, "settings")]  # fmt: skip
+            if isinstance(job, comparison_jobs.RunJob)]  # fmt: skip
 
 
 def test_a_run_without_its_adapter_is_made_again_only_where_it_has_yet_to_answer(words, runs, tmp_path, capsys):
     compared, without_tasks = tmp_path / "compared", words[: words.index("--tasks")]
     assert cli.main([*without_tasks, "--rate-seeds", "2", "--seeds", "1"]) == 0  # seeds 0 and 1 choose, 2 judges
+    assert cli.main([*without_tasks, "--rate-seeds", "2", "--seeds", "1", "--rates", "0.01,0.02"]) == 0
+    assert "runs made again" not in capsys.readouterr().err, "what judged at the first rate is there"
     runs.clear()
     (kept,) = compared.glob("runs/uniform-*")
     shutil.rmtree(kept)
