@@ -1,8 +1,8 @@
 """Ledgers of comparisons as they are shipped in results/: small, without paths, and enough to make all figures anew.
 
 A line of the shipped ledger says which run it is (arm, rate, alpha, seed, steps) and what came of it. Losses of rows
-have five decimals, ranks are a list in the order of ``modules``. The figures are made from these lines by the
-comparison's own code, never copied.
+have five decimals, ranks are a list in the order of ``modules``, and answers to tasks a list for each. The figures are
+made from these lines by the comparison's own code, never copied.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import record
+from shipped_answers import answers_in, answers_of, tasks_anew
 
 from llamafactory_adaptive.comparison.arms import GIVEN, Arm, GridPoint, run_settings
 from llamafactory_adaptive.comparison.experiment import Design, Progress, Run
@@ -43,12 +44,17 @@ def from_folder(folder: Path, model: str) -> tuple[Held, list[Held]]:
     if not found:
         raise SystemExit(f"no line of the ledger in {folder} is a run of its {JSON_FILE}")
     modules = list(dict.fromkeys(name for line in found.values() for name in line["result"].get("ranks", ())))
-    lines = [{"settings": identity(run), "result": _slim(line["result"], modules)} for run, line in found.items()]
+    answers = answers_in(_entries(folder), made["tasks"]) if "tasks" in made else {}
+    lines = [
+        {"settings": identity(run), "result": _slim(line["result"], modules) | answers_of(line, answers)}
+        for run, line in found.items()
+    ]
     tokens = _answer_tokens(folder, next(iter(found.values()))["settings"]["rows"])
     made["settings"] |= {"model_name_or_path": model, "dataset_dir": "<path>"}
     held = {"answer_tokens": tokens, "modules": modules, "comparison": {**made, "command": ""}}
     fresh = recomputed(held, {_key(line["settings"]): line["result"] for line in lines})
-    if differences := different(*([_reached(arm) for arm in each["arms"]] for each in (fresh, made)), 10.0**-DECIMALS):
+    differences = different(*([_reached(arm) for arm in each["arms"]] for each in (fresh, made)), 10.0**-DECIMALS)
+    if differences := [*differences, *different(fresh.get("tasks"), made.get("tasks"))]:
         raise SystemExit(f"what would be shipped tells otherwise than {JSON_FILE}: {'; '.join(differences[:5])}")
     return _without_paths({**held, "comparison": without_ranks(fresh)}), _without_paths(lines)
 
@@ -93,7 +99,10 @@ def recomputed(held: Mapping[str, Any], lines: Mapping[str, Held]) -> Held:
     progress.give_up_larger_arms()
     progress.failed |= {entry["name"]: entry["failed"] for entry in made["arms"] if "failed" in entry}
     fresh = document(arm_results(progress), held["answer_tokens"], made["smallest_effect"], {})
-    return json.loads(json.dumps({**made, "arms": fresh["arms"]}))
+    anew = {"arms": fresh["arms"]}
+    if "tasks" in made:
+        anew["tasks"] = tasks_anew(made["tasks"], {arm.name: progress.finals(arm.name) for arm in progress.arms})
+    return json.loads(json.dumps({**made, **anew}))
 
 
 def _reached(arm: Mapping[str, Any]) -> Held:
@@ -145,13 +154,18 @@ def _lines_of_runs(folder: Path, made: Mapping[str, Any]) -> Iterator[tuple[Run,
     from llamafactory_adaptive.bridge.comparison_checks import without_training_set
 
     own, given = _own_keys(made["settings"]), made["settings"]
-    text = (folder / LEDGER).read_text(encoding="utf-8").split("\n")
-    entries = [json.loads(line) for line in text if line]
-    lines = {_key(entry["settings"]["settings"]): entry for entry in entries if "settings" in entry["settings"]}
+    settings_of = (entry for entry in _entries(folder) if "settings" in entry["settings"])
+    lines = {_key(entry["settings"]["settings"]): entry for entry in settings_of}
     for arm, run in _runs(made):
         settings = run_settings(given, arm, run.point, run.seed, run.steps, own)
         if (line := lines.get(_key(without_secrets(without_training_set(settings))))) is not None:
             yield run, line
+
+
+def _entries(folder: Path) -> list[Held]:
+    """Read the lines of the ledger of a comparison."""
+    text = (folder / LEDGER).read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in text if line]
 
 
 def _own_keys(given: Mapping[str, Any]) -> list[str]:

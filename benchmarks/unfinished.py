@@ -13,6 +13,7 @@ import record
 from shipped import change_texts
 
 from llamafactory_adaptive.comparison.ledger import LEDGER, Ledger
+from llamafactory_adaptive.files import digest_of
 
 
 Places = Mapping[str, Path]  # paths by the words that stand for them
@@ -51,5 +52,11 @@ def _lines(path: Path, words: Mapping[str, str]) -> list[Line]:
                 return new + text.removeprefix(old)
         return text
 
-    entries = Ledger(path).entries.items()
-    return [change_texts({"settings": json.loads(key), "result": result}, changed) for key, result in entries]
+    entries = [(json.loads(key), result) for key, result in Ledger(path).entries.items()]
+    # Answers name the run that gave them by the digest of its settings, which change with the paths in them.
+    digests = {digest_of(settings): digest_of(change_texts(settings, changed)) for settings, _ in entries}
+
+    def moved(text: str) -> str:
+        return digests.get(text) or changed(text)
+
+    return [change_texts({"settings": settings, "result": result}, moved) for settings, result in entries]

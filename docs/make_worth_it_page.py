@@ -6,12 +6,14 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.comparison.arms import CONTROL, PLAIN
 from llamafactory_adaptive.comparison.pages import markdown_sentence, sentences
+from llamafactory_adaptive.comparison.task_pages import HEAD as TASK_HEAD
+from llamafactory_adaptive.comparison.task_pages import task_protocol, task_sentences, task_tables
 from llamafactory_adaptive.reports.plaintext import markdown
 
 
@@ -77,6 +79,27 @@ def _section(name: str, held: Result) -> Iterator[str]:
         if image(name, plot).is_file():
             yield f"\n![{title}](images/{image(name, plot).name})"
     yield ""
+    yield from _answered(made)
+
+
+def _answered(made: Mapping[str, Any]) -> Iterator[str]:
+    """Tabulate how the adapters answered; nothing where they were not asked."""
+    for title, rows in task_tables(made).items():
+        yield f"### Answers: {_readable(title)}\n"
+        cells = [TASK_HEAD, ("---",) * len(TASK_HEAD), *(tuple(map(_readable, row)) for row in rows)]
+        yield from (f"| {' | '.join(row)} |" for row in cells)
+        yield ""
+    if "tasks" in made:
+        yield f"{task_protocol(made)}\n"
+        in_tables = {verdict["words"] for arm in made["tasks"]["arms"] for of in arm.get("verdicts", {}).values()
+                     for verdict in of.values()}  # fmt: skip
+        yield from (f"* {markdown_sentence(said)}" for said in task_sentences(made) if said not in in_tables)
+        yield ""
+
+
+def _readable(text: str) -> str:
+    """Escape a text for Markdown, unless it holds words and figures alone."""
+    return text if re.fullmatch(r"[a-zA-Z0-9 %±+.,-]*", text) else markdown(text)
 
 
 def _remedies(made: Mapping[str, Any]) -> Iterator[str]:
@@ -138,9 +161,34 @@ def _answer() -> Iterator[str]:
     yield "| --- |" + " --- |" * len(told)
     for arm in arms:
         yield f"| {markdown(arm)} | {' | '.join(_cell(verdicts.get(arm)) for verdicts in told.values())} |"
+    yield from _accuracies([held["comparison"] for held in found.values()])
     counts = (f"{_title(held)}: {_count(held['comparison'])}" for held in found.values())
     yield f"\n{' '.join(counts)}"
     yield "Each arm at its own best rate; rates, intervals, ranks and reservations: [what we found](docs/worth-it.md)."
+
+
+def _accuracies(compared: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Tabulate accuracies of all arms against plain LoRA, one column for each task; nothing where none was asked."""
+    asked = [made["tasks"] for made in compared if "tasks" in made]
+    columns = {name: {arm["name"]: arm for arm in tasks["arms"]} for tasks in asked for name in tasks["questions"]}
+    if not columns:
+        return
+    yield f"\n| accuracy against plain LoRA | {' | '.join(columns)} |"
+    yield "| --- |" + " --- |" * len(columns)
+    for name in dict.fromkeys(arm["name"] for tasks in asked for arm in tasks["arms"]):
+        cells = (_points(arms.get(name, {}), task) for task, arms in columns.items())
+        yield f"| {markdown(name)} | {' | '.join(cells)} |"
+
+
+def _points(arm: Mapping[str, Any], task: str) -> str:
+    """Tell the accuracy of plain LoRA, and by how many points that of another arm differs."""
+    if "accuracy" not in arm:
+        return ""
+    if arm["name"] == PLAIN:
+        return f"{100 * arm['accuracy'][task]['value']:.1f} %"
+    if (verdict := arm["verdicts"].get(task, {}).get(PLAIN)) is None:
+        return ""
+    return f"{100 * verdict['difference']['value']:+.1f} points, {verdict['verdict']}"
 
 
 def _cell(verdict: Mapping[str, Any] | None) -> str:

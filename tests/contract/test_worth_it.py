@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from llamafactory_adaptive.comparison.ledger import Ledger
+from llamafactory_adaptive.files import digest_of
 from tests.helpers.benchmarks import import_benchmarks
-from tests.helpers.finished_comparison import OWN_KEYS, SPLIT, write_comparison
+from tests.helpers.finished_comparison import OWN_KEYS, RIGHT, SPLIT, write_comparison
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,38 @@ def test_a_figure_that_the_ledger_does_not_give_is_found(benchmarks, compared, t
         assert shipped.different(shipped.without_ranks(shipped.recomputed(held, kept)), held["comparison"])
 
 
+def test_answers_are_shipped_and_give_the_accuracies_and_verdicts_of_the_command(benchmarks, monkeypatch, tmp_path):
+    shipped = benchmarks["shipped"]
+    monkeypatch.setattr(shipped, "_own_keys", lambda given: OWN_KEYS)
+    made = write_comparison(tmp_path, tasks=True)
+    held, lines = shipped.from_folder(tmp_path, "model")
+    assert held["comparison"]["tasks"] == made["tasks"]
+    answered = [line for line in lines if "answers" in line["result"]]
+    assert [(line["settings"]["arm"], line["settings"]["seed"]) for line in answered] == [
+        (arm, seed) for arm in RIGHT for seed in (1, 2, 3)
+    ]
+    assert answered[0]["result"]["answers"] == {"boolq": [1] * 10 + [0] * 10}
+    entries = {json.dumps(line["settings"], sort_keys=True): line["result"] for line in lines}
+    for line in answered[:3]:  # a question that plain LoRA answered wrongly is told to be right
+        line["result"]["answers"]["boolq"][-1] = 1
+    fresh = shipped.recomputed(held, entries)["tasks"]["arms"]
+    assert [arm["accuracy"]["boolq"]["value"] for arm in fresh] == [0.55, 0.5, 1.0]
+    assert fresh[2]["verdicts"]["boolq"]["lora"]["difference"]["value"] == pytest.approx(0.45)
+
+
+def test_answers_are_known_by_a_run_on_another_machine(benchmarks, results, tmp_path):
+    unfinished, (here, there) = benchmarks["unfinished"], (tmp_path / "here", tmp_path / "there")
+    for home in (here, there):
+        (home / "kept").mkdir(parents=True)
+    ledger = Ledger(here / "kept" / "ledger.jsonl")
+    ledger.add(settings_on(here, 1), {"status": "done"})
+    ledger.add({"run": digest_of(settings_on(here, 1)), "questions": {}}, {"answers": {}})
+    assert unfinished.keep("x", here / "kept", places(here)) == 2
+    assert unfinished.bring_back("x", there / "kept", places(there)) == 2
+    found = Ledger(there / "kept" / "ledger.jsonl")
+    assert found.get({"run": digest_of(settings_on(there, 1)), "questions": {}}) == {"answers": {}}
+
+
 def test_a_path_in_the_words_of_a_failed_arm_is_not_shipped(benchmarks, compared):
     folder, made = compared
     made["command"] = "x"
@@ -148,10 +181,12 @@ FACTS = {"regime": "capacity_limited", "data": "gsm8k", "longest_row": 180, "ran
 
 
 def test_the_report_writes_pages_from_a_result_and_refuses_a_figure_of_another_ledger(
-    benchmarks, compared, tmp_path, monkeypatch, capsys
+    benchmarks, tmp_path, monkeypatch, capsys
 ):
     shipped, report = benchmarks["shipped"], benchmarks["report"]
-    held, lines = shipped.from_folder(compared[0], "model")
+    monkeypatch.setattr(shipped, "_own_keys", lambda given: OWN_KEYS)
+    write_comparison(tmp_path, tasks=True)
+    held, lines = shipped.from_folder(tmp_path, "model")
     monkeypatch.setattr(shipped.record, "RESULTS", tmp_path)
     shipped.ledger_file("worth_it_x").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "worth_it_x.json").write_text(json.dumps({**FACTS, **held}))
@@ -169,6 +204,13 @@ def test_the_report_writes_pages_from_a_result_and_refuses_a_figure_of_another_l
     difference = held["comparison"]["arms"][2]["verdicts"]["lora"]
     cell = f"| igu | {100 * difference['difference']['relative']['value']:+.2f} %, {difference['verdict']} |"
     assert cell in maker.README.read_text()
+    assert "| lora | 50.0 % |\n| random | +0.0 points, not decided |\n| igu | +50.0 points, better |" in (
+        maker.README.read_text()
+    )
+    answered = maker.PAGE.read_text().partition("### Answers: boolq, 20 questions, acc\n")[2]
+    assert "\n| igu | 100.0 % ± 0.0 | +50.0 ± " in answered
+    assert "\nProtocol llm_adapters, the first 20 questions of each task; " in answered
+    assert "\n* all&#58; a note\n" in answered
     other = {half: [1] * 30 for half in ("dev", "test")}
     (tmp_path / "worth_it_x.json").write_text(json.dumps({**FACTS, **held, "answer_tokens": other}))
     with pytest.raises(SystemExit, match="worth_it_x: the ledger gives other figures: "):

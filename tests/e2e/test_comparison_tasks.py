@@ -14,6 +14,7 @@ import yaml
 
 from llamafactory_adaptive import cli
 from llamafactory_adaptive.bridge import comparison, comparison_jobs, comparison_tasks
+from tests.helpers.benchmarks import import_benchmarks
 from tests.helpers.harness import FAKE_HARNESS, fake_environment, lines_of, task_rows
 from tests.helpers.pretended_runs import pretend
 from tests.helpers.processes import ROOT, processes_naming, wait_until_ended
@@ -90,6 +91,10 @@ def test_adapters_answer_and_verdicts_are_on_every_page_and_nothing_is_asked_aga
         fixed
     )
     assert (fixed["effect"], fixed["eval-protocol"]) == (0.005, "lm_eval")
+    shipped = import_benchmarks("shipped")["shipped"]
+    held, lines = shipped.from_folder(tmp_path / "compared", "model")
+    assert held["comparison"]["tasks"] == document(tmp_path)["tasks"], "benchmarks/ can ship it"
+    assert sum("answers" in line["result"] for line in lines) == ADAPTERS
     for path in (tmp_path / "compared").rglob("*"):
         assert not path.is_file() or b"hf_secret" not in path.read_bytes(), path
 

@@ -7,10 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from eval.stats import sign_flip_p
 from llamafactory_adaptive.comparison.arms import Arm, run_settings
 from llamafactory_adaptive.comparison.experiment import Design, Progress
 from llamafactory_adaptive.comparison.ledger import Ledger
 from llamafactory_adaptive.comparison.results import arm_results, document
+from llamafactory_adaptive.comparison.task_results import task_document
+from llamafactory_adaptive.comparison.task_scores import Answers
+from llamafactory_adaptive.files import digest_of
 
 
 GIVEN = {"model_name_or_path": "/home/me/model", "dataset_dir": "/home/me/rows", "finetuning_type": "lora",
@@ -33,7 +37,28 @@ def outcome(run):
             "parameters": 100, "parameters_of_one_rank": 60, "adapter": "/home/me/out/runs/x"}  # fmt: skip
 
 
-def write_comparison(folder: Path) -> dict[str, Any]:
+# Questions that all seeds of an arm answer rightly, of twenty.
+RIGHT = {"lora": 10, "random": 10, "igu": 20}
+TASKS = {"protocol": "llm_adapters", "limit": 20, "form": "merged", "questions": {"boolq": 20},
+         "metrics": {"boolq": "acc"}, "notes": ["all: a note"]}  # fmt: skip
+
+
+def answers_in_tasks(progress, ledger, key):
+    """Write what adapters answered into the ledger as the command does, and return what it tells of that."""
+    asked = {"protocol": TASKS["protocol"], "limit": TASKS["limit"], "models": []}
+    answers = {}
+    for arm, right in RIGHT.items():
+        values = [1.0] * right + [0.0] * (20 - right)
+        for run in progress.design.final(arm, progress.choice(arm).best):
+            settings = {"run": digest_of(key(run)), "form": "merged", "questions": asked}
+            ledger.add(settings, {"answers": {"boolq": {"values": values}}, "notes": []})
+            other = {**settings, "questions": {**asked, "limit": 5}}  # from a start with another limit
+            ledger.add(other, {"answers": {"boolq": {"values": values[:5]}}, "notes": []})
+        answers[arm] = Answers((1, 2, 3), {"boolq": np.array([values] * 3)})
+    return task_document(answers, {}, 0.01, sign_flip_p, TASKS)
+
+
+def write_comparison(folder: Path, tasks: bool = False) -> dict[str, Any]:
     """Write ledger, rows and ``compare.json`` of a comparison of ``ARMS`` into a folder; return the document."""
     ledger = Ledger(folder / "ledger.jsonl")
 
@@ -49,6 +74,8 @@ def write_comparison(folder: Path) -> dict[str, Any]:
     while due := progress.due():
         ledger.add(key(due[0]), outcome(due[0]))
     facts = {"command": "compare /home/me/x.yaml", "settings": GIVEN, "design": asdict(DESIGN), "training_rows": 9}
+    if tasks:
+        facts["tasks"] = answers_in_tasks(progress, ledger, key)
     made = json.loads(json.dumps(document(arm_results(progress), tokens, 0.005, facts)))
     (folder / "compare.json").write_text(json.dumps(made))
     rows = folder / "rows" / "0"

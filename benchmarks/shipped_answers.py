@@ -1,0 +1,72 @@
+"""Answers to tasks in ledgers of comparisons as they are shipped: one list of values for each adapter and task.
+
+They stand in the line of the run whose adapter gave them. Accuracies and verdicts are made from them by the
+comparison's own code, as losses are.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from eval.stats import sign_flip_p
+from llamafactory_adaptive.comparison.task_results import task_document
+from llamafactory_adaptive.comparison.task_scores import Answers
+from llamafactory_adaptive.files import digest_of
+
+
+Given = Mapping[str, Sequence[float]]  # values from 0, wrong, to 1, right, by task
+OWN_KEYS = ("smallest_effect", "arms")  # what is made from answers; the rest says how they were asked
+
+
+def answers_in(entries: Iterable[Mapping[str, Any]], tasks: Mapping[str, Any]) -> dict[str, Given]:
+    """Find the answers to these tasks in the lines of a ledger, by the digest of the run that gave them.
+
+    Args:
+        entries: lines of the ledger of the command.
+        tasks: what its document holds of tasks.
+    """
+    found = {}
+    for entry in entries:
+        asked = entry["settings"].get("questions")
+        if asked and (asked["protocol"], asked["limit"]) == (tasks["protocol"], tasks["limit"]):
+            values = {task: answered["values"] for task, answered in entry["result"]["answers"].items()}
+            if {task: len(each) for task, each in values.items()} == dict(tasks["questions"]):
+                found[entry["settings"]["run"]] = values
+    return found
+
+
+def answers_of(line: Mapping[str, Any], answers: Mapping[str, Given]) -> dict[str, Any]:
+    """Give what the line of a run ships of its answers; nothing where its adapter was not asked."""
+    values = answers.get(digest_of(line["settings"]))
+    return {} if values is None else {"answers": {task: _whole(each) for task, each in values.items()}}
+
+
+def _whole(values: Sequence[float]) -> list[float]:
+    """Write right and wrong as 1 and 0, which are shorter."""
+    return [int(value) if value in (0, 1) else value for value in values]
+
+
+def tasks_anew(tasks: Mapping[str, Any], finals: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Make what a document holds of tasks anew.
+
+    Args:
+        tasks: what it holds; how questions were put stays, and why an arm could not be asked.
+        finals: shipped results of the runs that judge, by arm and seed.
+    """
+    given = {
+        arm: {seed: result["answers"] for seed, result in by_seed.items() if "answers" in result}
+        for arm, by_seed in finals.items()
+    }
+    answers = {arm: _of_seeds(by_seed, list(tasks["questions"])) for arm, by_seed in given.items() if by_seed}
+    failed = {arm["name"]: arm["failed"] for arm in tasks["arms"] if "failed" in arm}
+    facts = {key: value for key, value in tasks.items() if key not in OWN_KEYS}
+    made = task_document(answers, failed, tasks["smallest_effect"], sign_flip_p, facts)
+    return dict(json.loads(json.dumps(made)))
+
+
+def _of_seeds(by_seed: Mapping[int, Given], tasks: Sequence[str]) -> Answers:
+    return Answers(
+        tuple(by_seed), {task: np.array([given[task] for given in by_seed.values()], float) for task in tasks}
+    )
