@@ -12,6 +12,7 @@ import shipped
 
 from llamafactory_adaptive.comparison.pages import sentences, text_table
 from llamafactory_adaptive.comparison.plots import figures
+from llamafactory_adaptive.comparison.task_pages import task_text
 
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -45,7 +46,7 @@ def main() -> None:
         for plot, title in maker.PLOTS.items():
             if title in drawn:
                 maker.image(name, plot).write_text(drawn[title], encoding="utf-8")
-        print("\n".join([name, "", *text_table(made), "", *sentences(made), ""]))
+        print("\n".join([name, "", *text_table(made), "", *sentences(made), *task_text(made), ""]))
     maker.write()
     print(f"{len(fresh)} recorded comparisons agree with their ledgers")
 

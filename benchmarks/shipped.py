@@ -44,7 +44,7 @@ def from_folder(folder: Path, model: str) -> tuple[Held, list[Held]]:
     if not found:
         raise SystemExit(f"no line of the ledger in {folder} is a run of its {JSON_FILE}")
     modules = list(dict.fromkeys(name for line in found.values() for name in line["result"].get("ranks", ())))
-    answers = answers_in(_entries(folder), made["tasks"]) if "tasks" in made else {}
+    answers = answers_in(_entries(folder), made["tasks"]["digest"]) if "tasks" in made else {}
     lines = [
         {"settings": identity(run), "result": _slim(line["result"], modules) | answers_of(line, answers)}
         for run, line in found.items()
@@ -164,8 +164,8 @@ def _lines_of_runs(folder: Path, made: Mapping[str, Any]) -> Iterator[tuple[Run,
 
 def _entries(folder: Path) -> list[Held]:
     """Read the lines of the ledger of a comparison."""
-    text = (folder / LEDGER).read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in text if line]
+    held = Ledger(folder / LEDGER).entries
+    return [{"settings": json.loads(key), "result": result} for key, result in held.items()]
 
 
 def _own_keys(given: Mapping[str, Any]) -> list[str]:

@@ -16,28 +16,27 @@ from llamafactory_adaptive.comparison.task_scores import Answers
 from llamafactory_adaptive.files import digest_of
 
 
-Given = Mapping[str, Sequence[float]]  # values from 0, wrong, to 1, right, by task
-OWN_KEYS = ("smallest_effect", "arms")  # what is made from answers; the rest says how they were asked
+ValuesByTask = Mapping[str, Sequence[float]]  # from 0, wrong, to 1, right
+ASKED = ("form", "questions")  # what answers depend on besides the run
+JUDGED = ("smallest_effect", "arms")  # what is made from answers; the rest of a document says how they were asked
 
 
-def answers_in(entries: Iterable[Mapping[str, Any]], tasks: Mapping[str, Any]) -> dict[str, Given]:
-    """Find the answers to these tasks in the lines of a ledger, by the digest of the run that gave them.
+def answers_in(entries: Iterable[Mapping[str, Any]], digest: str) -> dict[str, ValuesByTask]:
+    """Find the answers to the questions of that digest, by the digest of the run that gave them.
 
     Args:
         entries: lines of the ledger of the command.
-        tasks: what its document holds of tasks.
+        digest: of the questions of its document.
     """
     found = {}
     for entry in entries:
-        asked = entry["settings"].get("questions")
-        if asked and (asked["protocol"], asked["limit"]) == (tasks["protocol"], tasks["limit"]):
-            values = {task: answered["values"] for task, answered in entry["result"]["answers"].items()}
-            if {task: len(each) for task, each in values.items()} == dict(tasks["questions"]):
-                found[entry["settings"]["run"]] = values
+        settings = entry["settings"]
+        if digest_of({key: settings[key] for key in ASKED if key in settings}) == digest:
+            found[settings["run"]] = {task: given["values"] for task, given in entry["result"]["answers"].items()}
     return found
 
 
-def answers_of(line: Mapping[str, Any], answers: Mapping[str, Given]) -> dict[str, Any]:
+def answers_of(line: Mapping[str, Any], answers: Mapping[str, ValuesByTask]) -> dict[str, Any]:
     """Give what the line of a run ships of its answers; nothing where its adapter was not asked."""
     values = answers.get(digest_of(line["settings"]))
     return {} if values is None else {"answers": {task: _whole(each) for task, each in values.items()}}
@@ -61,12 +60,12 @@ def tasks_anew(tasks: Mapping[str, Any], finals: Mapping[str, Mapping[int, Mappi
     }
     answers = {arm: _of_seeds(by_seed, list(tasks["questions"])) for arm, by_seed in given.items() if by_seed}
     failed = {arm["name"]: arm["failed"] for arm in tasks["arms"] if "failed" in arm}
-    facts = {key: value for key, value in tasks.items() if key not in OWN_KEYS}
+    facts = {key: value for key, value in tasks.items() if key not in JUDGED}
     made = task_document(answers, failed, tasks["smallest_effect"], sign_flip_p, facts)
     return dict(json.loads(json.dumps(made)))
 
 
-def _of_seeds(by_seed: Mapping[int, Given], tasks: Sequence[str]) -> Answers:
+def _of_seeds(by_seed: Mapping[int, ValuesByTask], tasks: Sequence[str]) -> Answers:
     return Answers(
         tuple(by_seed), {task: np.array([given[task] for given in by_seed.values()], float) for task in tasks}
     )

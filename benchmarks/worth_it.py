@@ -1,7 +1,7 @@
 """Does it pay? ``llamafactory-adaptive compare`` on SmolLM2-135M, in a regime that has a name.
 
 Run: ``python benchmarks/worth_it.py [REGIME] [--data FOLDER] [--arms ...] [--rates ...] [--seeds 3] [--steps N]
-[--rank N] [--keep FOLDER] [--record] [-- arguments of compare]``.
+[--rank N] [--eval-python PYTHON] [--keep FOLDER] [--record] [-- arguments of compare]``.
 
   data_limited      a few hundred short rows of GSM8K, each seen once at most, rank 8
   capacity_limited  rank 1 (``--rank 2``), no module must have an adapter, more, longer rows of GSM8K, each seen once
@@ -13,6 +13,9 @@ rate of each arm chosen on one half of the held-out rows, other seeds and the ot
 from ``--data``, or are generated. ``--record`` puts the result and its ledger into ``benchmarks/results``, in place of
 what is recorded there; ``benchmarks/report.py`` makes pages of it. ``--put-away`` trains nothing: it keeps in
 ``benchmarks/results`` what ``--keep`` holds so far, and the same command on another machine goes on from it.
+
+With ``--eval-python .venv-eval/bin/python``, which ``make eval-install`` makes, the adapters also answer the questions
+in ``--data`` (``TASK/dev.jsonl``) in vLLM, in the words they were trained on; ``-- --eval-limit 400`` takes the first.
 """
 
 import argparse
@@ -113,6 +116,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--arms", default=",".join(ARMS), help="comma separated; lora and random are always in")
     parser.add_argument("--rates", default="1e-3,2e-3,4e-3,8e-3", help="rates of every arm's first grid")
     parser.add_argument("--seeds", default="3", help="seeds that judge")
+    parser.add_argument("--eval-python", type=Path, help="Python of the environment with vLLM (default: no questions)")
     for key in ("steps", "rank", "batch-size", "tokens", "held-out"):
         parser.add_argument(f"--{key}", type=int, help="in place of the regime's")
     parser.add_argument("--keep", type=Path, help="folder of the comparison; what lies there is not run again")
@@ -140,6 +144,16 @@ def places(folder: Path) -> Mapping[str, Path]:
     return {"<folder>": folder, "<model>": record.smollm2()}
 
 
+def words_for_tasks(regime: Regime, options: argparse.Namespace) -> list[str]:
+    """Write what the adapters answer as arguments of the command; nothing without the environment that asks."""
+    if options.eval_python is None:
+        return []
+    if (data := rows.given(options.data)) is None:
+        raise SystemExit("--eval-python asks the questions of --data, which is missing")
+    return ["--tasks", ",".join(regime.names), "--eval-python", str(options.eval_python), "--eval-data", data,
+            "--eval-protocol", "llm_adapters", "--eval-args", "--template training"]  # fmt: skip
+
+
 def compare(regime: Regime, options: argparse.Namespace, more: Sequence[str], folder: Path) -> str:
     """Write rows and YAML, and run the command; tell what the rows are called."""
     model = record.smollm2()
@@ -152,7 +166,7 @@ def compare(regime: Regime, options: argparse.Namespace, more: Sequence[str], fo
     done = subprocess.run(
         [sys.executable, "-m", "llamafactory_adaptive.cli", "compare", str(config), "--out", str(folder),
          *words_for(options.arms.split(",")), "--rates", options.rates, "--seeds", options.seeds,
-         "--held-out", str(regime.held_out), *more], check=False,
+         "--held-out", str(regime.held_out), *words_for_tasks(regime, options), *more], check=False,
     )  # fmt: skip
     if done.returncode not in (0, 1):  # 1: some arm could not be run, which the result tells
         raise SystemExit(done.returncode)

@@ -18,10 +18,14 @@ GENERATED = 4000  # rows of each data set, where no folder is given
 Pair = tuple[str, str]
 
 
+def given(data: str | None) -> str | None:
+    """Give the folder of the user's rows: the argument, or what the environment names."""
+    return data or os.environ.get(record.DATA_ENV)
+
+
 def source(data: str | None, scratch: Path, names: Sequence[str]) -> tuple[Path, str]:
     """Give the folder that holds ``NAME/train.jsonl`` for every name, and what the rows are called."""
-    data = data or os.environ.get(record.DATA_ENV)
-    if data is None:
+    if (data := given(data)) is None:
         _generate(scratch, names)
         return scratch, "generated"
     for name in names:

@@ -28,10 +28,10 @@ VERDICTS = ("better", "equivalent", "not decided", "worse", "diverged")
 HEAD = """# Does it pay? What we found
 
 Made by `docs/make_worth_it_page.py` from `benchmarks/results/worth_it_*.json`, whose figures `make bench-report` makes
-anew from the ledgers beside them. Every table is one run of `make worth-it`, which is
+anew from the ledgers beside them. Every part is one run of `make worth-it`, which is
 [`llamafactory-adaptive compare`](comparing.md) on SmolLM2-135M: one budget, the best learning rate of each arm chosen
-on one half of the held-out rows, other seeds and the other half for the verdict. Intervals are of 95 %. Below 0 an arm
-is better.
+on one half of the held-out rows, other seeds and the other half for the verdict. Intervals are of 95 %. An arm is
+better with less loss, below 0 %, and with more right answers, above 0 points.
 """
 Result = dict[str, Any]
 
@@ -91,8 +91,11 @@ def _answered(made: Mapping[str, Any]) -> Iterator[str]:
         yield ""
     if "tasks" in made:
         yield f"{task_protocol(made)}\n"
-        in_tables = {verdict["words"] for arm in made["tasks"]["arms"] for of in arm.get("verdicts", {}).values()
-                     for verdict in of.values()}  # fmt: skip
+        judged = [(f"{arm['name']} in {task}", of) for arm in made["tasks"]["arms"]
+                  for task, of in arm.get("verdicts", {}).items()]  # fmt: skip
+        yield from (f"* {markdown(name)}: {remedy}" for name, of in judged
+                    if PLAIN in of and (remedy := of[PLAIN]["what_would_decide"]))  # fmt: skip
+        in_tables = {verdict["words"] for _, of in judged for verdict in of.values()}
         yield from (f"* {markdown_sentence(said)}" for said in task_sentences(made) if said not in in_tables)
         yield ""
 
@@ -114,11 +117,12 @@ def _what(held: Result) -> str:
     rows, design = made["held_out_rows"], made["design"]
     data = "generated rows" if held["data"] == "generated" else f"rows of {held['data'].replace('+', ' and ')}"
     bare = ", where a module may have no adapter" if made["settings"].get("adaptive_min_rank") == 0 else ""
+    place = "a CPU shared with other work, so that no times are told" if held["device"] == "cpu" else held["device"]
     chosen = "1 seed" if design["rate_seeds"] == 1 else f"{design['rate_seeds']} seeds"
     return (
         f"{held['steps']} steps of {held['batch_size']} {data} of at most {held['longest_row']} tokens{bare}, "
         f"{made['training_rows']:,} in all; {rows['dev']} held-out rows choose, over {chosen}, {rows['test']} judge, "
-        f"over {design['seeds']} others; {held['device']}, {held['date']}. What was to matter is "
+        f"over {design['seeds']} others; {place}, {held['date']}. What was to matter is "
         f"{100 * made['smallest_effect']:g} % of plain LoRA's loss. `{held['command']}`"
     )
 
@@ -146,7 +150,7 @@ def _row(arm: Mapping[str, Any]) -> str:
 def _interval(verdict: Mapping[str, Any] | None) -> str:
     if verdict is None or verdict["difference"] is None:
         return ""
-    value, low, high = (f"{100 * verdict['difference']['relative'][key]:+.2f}" for key in ("value", "low", "high"))
+    value, low, high = (f"{100 * verdict['difference']['relative'][key]:+z.2f}" for key in ("value", "low", "high"))
     return f"{value} % ({low} to {high}), {verdict['verdict']}"
 
 
@@ -161,34 +165,35 @@ def _answer() -> Iterator[str]:
     yield "| --- |" + " --- |" * len(told)
     for arm in arms:
         yield f"| {markdown(arm)} | {' | '.join(_cell(verdicts.get(arm)) for verdicts in told.values())} |"
-    yield from _accuracies([held["comparison"] for held in found.values()])
+    yield from _accuracies(list(found.values()))
     counts = (f"{_title(held)}: {_count(held['comparison'])}" for held in found.values())
     yield f"\n{' '.join(counts)}"
     yield "Each arm at its own best rate; rates, intervals, ranks and reservations: [what we found](docs/worth-it.md)."
 
 
-def _accuracies(compared: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Tabulate accuracies of all arms against plain LoRA, one column for each task; nothing where none was asked."""
-    asked = [made["tasks"] for made in compared if "tasks" in made]
-    columns = {name: {arm["name"]: arm for arm in tasks["arms"]} for tasks in asked for name in tasks["questions"]}
+def _accuracies(found: Sequence[Result]) -> Iterator[str]:
+    """Tabulate accuracies of all arms against plain LoRA, a column for each task and budget; nothing without tasks."""
+    asked = [(held["rank"], held["comparison"]["tasks"]) for held in found if "tasks" in held["comparison"]]
+    columns = [(task, rank, {arm["name"]: arm for arm in tasks["arms"]})
+               for rank, tasks in asked for task in tasks["questions"]]  # fmt: skip
     if not columns:
         return
-    yield f"\n| accuracy against plain LoRA | {' | '.join(columns)} |"
+    yield f"\n| accuracy against plain LoRA | {' | '.join(f'{task}, rank {rank}' for task, rank, _ in columns)} |"
     yield "| --- |" + " --- |" * len(columns)
-    for name in dict.fromkeys(arm["name"] for tasks in asked for arm in tasks["arms"]):
-        cells = (_points(arms.get(name, {}), task) for task, arms in columns.items())
+    for name in dict.fromkeys(arm["name"] for _, tasks in asked for arm in tasks["arms"]):
+        cells = (_points(arms.get(name, {}), task) for task, _, arms in columns)
         yield f"| {markdown(name)} | {' | '.join(cells)} |"
 
 
 def _points(arm: Mapping[str, Any], task: str) -> str:
     """Tell the accuracy of plain LoRA, and by how many points that of another arm differs."""
     if "accuracy" not in arm:
-        return ""
+        return "could not be evaluated" if "failed" in arm else ""
     if arm["name"] == PLAIN:
         return f"{100 * arm['accuracy'][task]['value']:.1f} %"
     if (verdict := arm["verdicts"].get(task, {}).get(PLAIN)) is None:
         return ""
-    return f"{100 * verdict['difference']['value']:+.1f} points, {verdict['verdict']}"
+    return f"{100 * verdict['difference']['value']:+z.1f} points, {verdict['verdict']}"
 
 
 def _cell(verdict: Mapping[str, Any] | None) -> str:
@@ -196,7 +201,7 @@ def _cell(verdict: Mapping[str, Any] | None) -> str:
         return ""
     if verdict["difference"] is None:
         return str(verdict["verdict"])
-    return f"{100 * verdict['difference']['relative']['value']:+.2f} %, {verdict['verdict']}"
+    return f"{100 * verdict['difference']['relative']['value']:+z.2f} %, {verdict['verdict']}"
 
 
 def write() -> None:

@@ -106,11 +106,15 @@ class TaskEvaluations:
             "them have answered, and comes on top of the time of the runs"
         )
 
-    def _key(self, run: Run) -> dict[str, Any]:
-        """Return everything that the answers of a run's adapter depend on."""
+    def _asked(self) -> dict[str, Any]:
+        """Return everything but the adapter that answers depend on."""
         asked = self.facts["settings"]
         facts = asked | {"models": [model.get("content") for model in asked["models"]]}
-        return {"run": digest_of(self.comparison.key(run)), "form": self.form, "questions": facts}
+        return {"form": self.form, "questions": facts}
+
+    def _key(self, run: Run) -> dict[str, Any]:
+        """Return everything that the answers of a run's adapter depend on."""
+        return {"run": digest_of(self.comparison.key(run)), **self._asked()}
 
     def has_to_answer(self, run: Run) -> bool:
         """Tell whether the adapter of a run has yet to answer, if its point is the best."""
@@ -237,6 +241,7 @@ class TaskEvaluations:
                 notes |= dict.fromkeys(f"{each.arm}: {note}" for note in held["notes"])
         tasks, asked = self.facts["tasks"], self.facts["settings"]
         facts = {
+            "digest": digest_of(self._asked()),
             "protocol": asked["protocol"],
             "limit": asked["limit"],
             "form": self.form,

@@ -79,6 +79,7 @@ def _verdict(judgement: TaskJudgement) -> dict[str, Any]:
         "tests": judgement.tests,
         "detectable": difference.detectable(judgement.tests),
         "detectable_by_questions": difference.detectable_by_questions(judgement.tests),
+        "what_would_decide": what_would_decide(judgement),
         "words": judgement_in_words(judgement),
     }
 
@@ -105,11 +106,16 @@ def digits_of(effect: float) -> int:
 def _consequence(judgement: TaskJudgement) -> str:
     if judgement.verdict == "equivalent":
         return f", within the {points(judgement.effect)} that were to matter"
-    if judgement.verdict in ("better", "worse"):
+    return f"; {remedy}" if (remedy := what_would_decide(judgement)) else ""
+
+
+def what_would_decide(judgement: TaskJudgement) -> str:
+    """Describe what there is too little of where a judgement is not decided; empty for other verdicts."""
+    if judgement.verdict != "not decided":
         return ""
     if judgement.difference.seeds == 1:
-        return "; seeds were not varied, and another seed may tell otherwise: give at least 3"
-    return f"; {_power(judgement)}"
+        return "seeds were not varied, and another seed may tell otherwise: give at least 3"
+    return _power(judgement)
 
 
 def _power(judgement: TaskJudgement) -> str:

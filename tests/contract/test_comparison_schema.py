@@ -51,7 +51,7 @@ def document() -> dict[str, Any]:
     request = SimpleNamespace(tasks=("boolq",), effect=0.01)
     harness = SimpleNamespace(sign_flip=lambda: None)
     asked: Any = SimpleNamespace(_all=lambda progress: [], _reservations=lambda progress: [], facts=facts, failed={},
-                                 request=request, form="adapter", harness=harness)  # fmt: skip
+                                 request=request, form="adapter", harness=harness, _asked=dict)  # fmt: skip
     answers = {
         name: Answers((1, 2), {task: np.eye(2, 40) for task in ("boolq", "arc_easy")}) for name in ("lora", "igu")
     }

@@ -1,6 +1,7 @@
 """What is shipped of a comparison: a small ledger from which its own code makes the same figures again."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,26 @@ def test_answers_are_shipped_and_give_the_accuracies_and_verdicts_of_the_command
     assert fresh[2]["verdicts"]["boolq"]["lora"]["difference"]["value"] == pytest.approx(0.45)
 
 
+def test_answers_of_two_budgets_stand_beside_each_other(benchmarks):
+    def result(rank, *arms):
+        tasks = {"questions": {"boolq": 20}, "arms": list(arms)}
+        return {"rank": rank, "comparison": {"tasks": tasks}}
+
+    def arm(name, value, verdicts=None):
+        return {"name": name, "accuracy": {"boolq": {"value": value}}, "verdicts": verdicts or {}}
+
+    against = {"boolq": {"lora": {"difference": {"value": -0.0004}, "verdict": "equivalent"}}}
+    maker = benchmarks["report"].page_maker()
+    lines = maker._accuracies([
+        result(8, arm("lora", 0.5), {"name": "igu", "failed": "no room"}),
+        result(1, arm("lora", 0.4), arm("svd", 0.4, against)), {"rank": 2, "comparison": {}},
+    ])  # fmt: skip
+    assert list(lines) == [
+        "\n| accuracy against plain LoRA | boolq, rank 8 | boolq, rank 1 |", "| --- | --- | --- |",
+        "| lora | 50.0 % | 40.0 % |", "| igu | could not be evaluated |  |", "| svd |  | +0.0 points, equivalent |",
+    ]  # fmt: skip
+
+
 def test_answers_are_known_by_a_run_on_another_machine(benchmarks, results, tmp_path):
     unfinished, (here, there) = benchmarks["unfinished"], (tmp_path / "here", tmp_path / "there")
     for home in (here, there):
@@ -166,6 +187,17 @@ def test_arms_that_are_not_registered_are_left_out_and_said(benchmarks, capsys):
     words = benchmarks["worth_it"].words_for(["lora", "by_type", "svd", "not_there_yet"])
     assert words == ["--arms", "lora,by_type,svd"]
     assert "left out: not_there_yet" in capsys.readouterr().out
+
+
+def test_a_regime_with_an_evaluation_environment_asks_its_own_tasks(benchmarks, monkeypatch, tmp_path):
+    worth_it = benchmarks["worth_it"]
+    monkeypatch.delenv("ADAPTIVE_BENCH_DATA", raising=False)
+    regime = worth_it.REGIMES["arc"]
+    words = worth_it.words_for_tasks(regime, Namespace(eval_python=Path("py"), data=str(tmp_path)))
+    assert words[:6] == ["--tasks", "arc_easy,arc_challenge", "--eval-python", "py", "--eval-data", str(tmp_path)]
+    assert worth_it.words_for_tasks(regime, Namespace(eval_python=None, data=None)) == []
+    with pytest.raises(SystemExit, match="asks the questions of --data, which is missing"):
+        worth_it.words_for_tasks(regime, Namespace(eval_python=Path("py"), data=None))
 
 
 RECORDED = sorted(path.stem for path in (Path(__file__).parents[2] / "benchmarks" / "results").glob("worth_it_*.json"))

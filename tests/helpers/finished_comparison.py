@@ -39,21 +39,24 @@ def outcome(run):
 
 # Questions that all seeds of an arm answer rightly, of twenty.
 RIGHT = {"lora": 10, "random": 10, "igu": 20}
-TASKS = {"protocol": "llm_adapters", "limit": 20, "form": "merged", "questions": {"boolq": 20},
-         "metrics": {"boolq": "acc"}, "notes": ["all: a note"]}  # fmt: skip
+ASKED = {"form": "merged", "questions": {"protocol": "llm_adapters", "limit": 20, "template": "training"}}
+TASKS = {"digest": digest_of(ASKED), "protocol": "llm_adapters", "limit": 20, "form": "merged",
+         "questions": {"boolq": 20}, "metrics": {"boolq": "acc"}, "notes": ["all: a note"]}  # fmt: skip
 
 
 def answers_in_tasks(progress, ledger, key):
     """Write what adapters answered into the ledger as the command does, and return what it tells of that."""
-    asked = {"protocol": TASKS["protocol"], "limit": TASKS["limit"], "models": []}
+    others = [{**ASKED, "form": "adapter"}] + [
+        {**ASKED, "questions": {**ASKED["questions"], **asked}} for asked in ({"limit": 5}, {"template": "none"})
+    ]  # of other starts, all with as many values
     answers = {}
     for arm, right in RIGHT.items():
         values = [1.0] * right + [0.0] * (20 - right)
         for run in progress.design.final(arm, progress.choice(arm).best):
-            settings = {"run": digest_of(key(run)), "form": "merged", "questions": asked}
-            ledger.add(settings, {"answers": {"boolq": {"values": values}}, "notes": []})
-            other = {**settings, "questions": {**asked, "limit": 5}}  # from a start with another limit
-            ledger.add(other, {"answers": {"boolq": {"values": values[:5]}}, "notes": []})
+            for asked in (ASKED, *others):
+                given = values if asked is ASKED else [1.0] * 20
+                settings = {"run": digest_of(key(run)), **asked}
+                ledger.add(settings, {"answers": {"boolq": {"values": given}}, "notes": []})
         answers[arm] = Answers((1, 2, 3), {"boolq": np.array([values] * 3)})
     return task_document(answers, {}, 0.01, sign_flip_p, TASKS)
 
