@@ -55,7 +55,7 @@ def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
         help="smallest difference that matters, as a share of LoRA's loss, e.g. 1%% (default: 0.5%%)")  # fmt: skip
     add("--devices", metavar="NUMBERS",
         help="visible devices, one run on each at a time, e.g. 0,1,2,3, or cpu,cpu for two runs that share the CPU "
-        "(default: the first)")  # fmt: skip
+        "(default: every GPU, or one run on the CPU)")  # fmt: skip
     add("--keep-adapters", action="store_true",
         help="keep the adapters of runs that choose a rate, too, e.g. where the disk is large")  # fmt: skip
     add("--dry-run", action="store_true",
@@ -103,13 +103,14 @@ def effect_of(text: str) -> float:
     return value
 
 
-def devices_of(text: str | None, visible: Sequence[str], threads: int = 1) -> Sequence[str | None]:
-    """Read the devices; (None,) for the first one.
+def devices_of(text: str | None, visible: Sequence[str], usable: int = 0, threads: int = 1) -> Sequence[str | None]:
+    """Read the devices: every one that is usable where none is named, (None,) for a process without a choice.
 
     Args:
         text: numbers that count within the visible devices, or names of them, with commas between; or ``cpu`` for
             every run that is to have its share of the CPU.
         visible: devices that this process sees, as ``CUDA_VISIBLE_DEVICES`` names them.
+        usable: number of them that runs could take.
         threads: threads of the CPU, which such runs share.
 
     Returns:
@@ -131,21 +132,15 @@ def devices_of(text: str | None, visible: Sequence[str], threads: int = 1) -> Se
         if device in devices:
             refuse("--devices", text, "names a device twice", "--devices 0,1")
         devices.append(device)
-    return devices or (None,)
+    every = visible[:usable]
+    return devices or (list(every) if len(every) > 1 else (None,))
 
 
-def idle_devices(text: str | None, gpus: int) -> str:
-    """Describe the GPUs that stay idle where no devices are named; empty where none does.
-
-    Args:
-        text: the devices that are named, if any.
-        gpus: number of GPUs that a run could take.
-    """
-    if text or gpus < 2:
+def devices_in_words(text: str | None, devices: Sequence[str | None]) -> str:
+    """Tell that all GPUs are taken where none is named; empty where that is no news."""
+    if text or len(devices) < 2:
         return ""
-    every = ",".join(map(str, range(gpus)))
-    others = "the other one stays idle" if gpus == 2 else f"the other {gpus - 1} stay idle"
-    return f"all runs take the first of {gpus} GPUs, and {others}; --devices {every} keeps a run on each"
+    return f"runs take all {len(devices)} GPUs, one each at a time; --devices 0 keeps them on the first"
 
 
 def _shares_of_cpu(names: Sequence[str], threads: int) -> list[str | None]:

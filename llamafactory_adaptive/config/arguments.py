@@ -42,12 +42,26 @@ class AdaptiveArguments:
         low=2,
     )
     adaptive_warmup_ratio: float = option(
-        0.1, "Share of the optimizer steps before ranks first change.", low=0.0, high=0.99
+        0.1,
+        "Share of the optimizer steps before ranks first change. The default is ours; IGU-LoRA's paper has 2 of 10 "
+        "epochs, 0.2.",
+        low=0.0,
+        high=0.99,
     )
     adaptive_final_ratio: float = option(
-        0.3, "Share of the optimizer steps, at the end, that train the final ranks.", low=0.0, high=0.99
+        0.3,
+        "Share of the optimizer steps, at the end, that train the final ranks. The default is ours; IGU-LoRA's paper "
+        "has 5 of 10 epochs, 0.5.",
+        low=0.0,
+        high=0.99,
     )
-    adaptive_interval: int = option(10, "Optimizer steps between two allocations.", unit="steps", low=1)
+    adaptive_interval: int = option(
+        10,
+        "Optimizer steps between two allocations. The default is ours; IGU-LoRA's paper has a fifth of an epoch "
+        "(adaptive_interval_epochs: 0.2).",
+        unit="steps",
+        low=1,
+    )
     adaptive_interval_epochs: float | None = option(
         None,
         "The distance between two allocations as a share of an epoch, in place of adaptive_interval; it is rounded to "

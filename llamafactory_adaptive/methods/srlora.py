@@ -7,9 +7,9 @@ stable rank of the pre-trained weights divides ranks among layers, without a sea
 
 What differs:
 
-* Ranks are in proportion to the stable rank, at the exact budget and within its bounds (the authors' code for ViT-B
-  has no budget, but one rank for each attention weight, 9 to 116). No key: W may be scaled without a change of its
-  stable rank, so that nothing but the proportion is left; ``adaptive_max_rank`` bounds how unequal ranks become.
+* Ranks are in proportion to the stable rank to the power ``srlora_power``, at the exact budget and within its bounds
+  (the authors' code for ViT-B has no budget, but one rank for each attention weight, 9 to 116). How a budget is
+  divided is ours to choose: 1, the proportion itself, by default.
 * Weights of every kind count, not those of attention alone: ``lora_target`` chooses them.
 
 Cost: some products of each weight with a block of 8 vectors. The model is loaded, but no rows are read. Quantised
@@ -29,11 +29,19 @@ from llamafactory_adaptive.calibration.batches import Batch
 from llamafactory_adaptive.calibration.measurement import Forward
 from llamafactory_adaptive.errors import CalibrationError
 from llamafactory_adaptive.methods import MethodTraits, Scores, ScoringContext
+from llamafactory_adaptive.options import option
 
 
 @dataclass(frozen=True)
 class SrloraOptions:
-    """Options of SR-LoRA: it has none."""
+    """Options of SR-LoRA, the YAML keys ``srlora_*``."""
+
+    power: float = option(
+        1.0,
+        "Exponent of the stable rank; 0.5 takes the root, which makes ranks more equal.",
+        low=0.01,
+        high=4.0,
+    )
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ class Srlora:
 
     Options: ClassVar[type[SrloraOptions]] = SrloraOptions
     traits: ClassVar[MethodTraits] = MethodTraits("fixed")
-    concentration_advice: ClassVar[str] = ""
+    concentration_advice: ClassVar[str] = "srlora_power: 0.5 takes the root of the stable rank, which spreads ranks"
 
     def __init__(self, options: SrloraOptions) -> None:
         self.options = options
@@ -89,5 +97,6 @@ class Srlora:
         return StableRanks()
 
     def score(self, statistics: Mapping[str, Tensor], context: ScoringContext) -> Scores:
-        """Return the stable ranks."""
-        return Scores({shape.name: float(statistics[shape.name]) for shape in context.shapes})
+        """Raise the stable ranks to the power."""
+        ranks = {shape.name: float(statistics[shape.name]) for shape in context.shapes}
+        return Scores({name: rank**self.options.power for name, rank in ranks.items()}, {"stable_rank": ranks})

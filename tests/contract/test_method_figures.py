@@ -7,6 +7,7 @@ from statistics import fmean
 import pytest
 from scipy import stats
 
+from llamafactory_adaptive.config.arguments import AdaptiveArguments
 from tests.helpers.sentences import says
 
 
@@ -80,6 +81,23 @@ def test_the_page_of_methods_quotes_what_ranks_from_zero_gain():
     assert says(METHODS, f"and by {one:.3f} at rank 1 ({errors_of_one:.1f} standard errors).")
     assert says(METHODS, f"it gains {default:.3f} at rank 2 ({errors_of_default:.1f} standard errors, equivalent")
     assert all(by_rank[rank]["corrected, ranks from 0"]["over_lora"]["p_holm"] < 0.05 for rank in "421")
+
+
+def test_the_page_of_methods_quotes_what_other_schedules_reach():
+    rows = RESULTS["method_quality"]["4"]
+    arms = (
+        "corrected, warm-up 0",
+        "corrected, warm-up 0.2",
+        "corrected, final phase 0.1",
+        "corrected, final phase 0.5",
+    )
+    overs = [rows[arm]["over_base"] for arm in arms]
+    assert all(over["equivalent"] for over in overs)
+    assert not any(rows[arm]["rate_at_the_edge"] for arm in arms)
+    least, most = (figure(over["mean"] for over in overs) for figure in (min, max))
+    assert says(METHODS, f"is within 0.5 % of that of `corrected`: {-least:.3f} less to {most:.3f} more")
+    shares = [AdaptiveArguments.adaptive_warmup_ratio, AdaptiveArguments.adaptive_final_ratio]
+    assert shares == [0.1, 0.3], "the defaults that the page names"
 
 
 def test_pages_quote_the_difference_between_plain_lora_and_the_default(decided):

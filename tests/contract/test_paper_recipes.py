@@ -47,6 +47,8 @@ PAPER = {
     "igu_lora_boolq": {**QWEN, **IGU, "dataset": "boolq_no_passage"},
     **{f"igu_lora_{name}": {**QWEN, **IGU, "dataset": name}
        for name in ("arc_easy", "arc_challenge", "gsm8k", "aqua")},
+    "igu_lora_boolq_second_stage": {**QWEN, "adaptive_method": "igu", "dataset": "boolq_no_passage", "lora_rank": 16,
+                                    "early_stopping_steps": 10},
     "igu_lora_copa": {**IGU, "dataset": "copa"},
     "igu_lora_sst2_llama2": {},
     "sensitivity_lora_qwen2_5_7b": {
@@ -64,7 +66,8 @@ PAPER = {
 # Rows of the training sets on the hub.
 ROWS = {"boolq_no_passage": 9427, "arc_easy": 2251, "arc_challenge": 1119, "gsm8k": 7473, "aqua": 97467, "copa": 400,
         "sst2": 67349}  # fmt: skip
-IGU_RECIPES = [name for name in RECIPES if name.startswith("igu_lora")]
+SECOND_STAGES = [name for name in RECIPES if name.endswith("_second_stage")]
+IGU_RECIPES = [name for name in RECIPES if name.startswith("igu_lora") and name not in SECOND_STAGES]
 
 
 @pytest.fixture(autouse=True)
@@ -91,8 +94,11 @@ def marks_of(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_passes_all_checks_and_tells_the_origin_of_every_value_it_trains_with(name, data_dir):
+def test_a_recipe_passes_all_checks_and_tells_the_origin_of_every_value_it_trains_with(name, data_dir, tmp_path):
     args = {**settings_of(name), "dataset_dir": data_dir}
+    if "adaptive_plan" in args:  # which the first stage would have written
+        args["adaptive_plan"] = str(tmp_path / "plan.json")
+        Path(args["adaptive_plan"]).touch()
     config = parse_config(args)
     assert config.lora_rank == args["lora_rank"]
     HfArgumentParser(host._TRAIN_ARGS[3]).parse_dict(args, allow_extra_keys=True)
@@ -122,6 +128,19 @@ def test_igu_prunes_in_the_papers_epochs_and_is_evaluated_from_then_on(name, dat
         return
     assert (schedule.begin, schedule.end) == (2 * epoch, 5 * epoch)
     assert sum(schedule.due(step) for step in range(total)) == pytest.approx(15, abs=3), "five in each of three epochs"
+
+
+@pytest.mark.parametrize("name", SECOND_STAGES)
+def test_a_second_stage_trains_on_the_ranks_of_its_first_and_differs_in_what_the_authors_script_does(name):
+    first, second = settings_of(name.removesuffix("_second_stage")), settings_of(name)
+    assert second["adaptive_plan"] == f"{first['output_dir']}/adaptive_rank_plan.json"
+    batches = [run["per_device_train_batch_size"] * run["gradient_accumulation_steps"] for run in (first, second)]
+    assert batches == [32, 8]
+    changed = {key for key in {**first, **second} if first.get(key) != second.get(key)}
+    schedule = {"adaptive_init_rank", "adaptive_warmup_ratio", "adaptive_final_ratio", "adaptive_interval_epochs",
+                "adaptive_min_rank", "adaptive_budget_unit", "igu_intervals", "eval_delay"}  # fmt: skip
+    assert changed == schedule | {"adaptive_plan", "output_dir", "gradient_accumulation_steps"}
+    assert not schedule & set(second)
 
 
 def test_the_budget_of_igu_is_the_number_of_parameters_that_the_paper_reports():
@@ -252,4 +271,4 @@ def test_rates_of_our_own_move_a_component_as_the_codes_rate_moves_one_of_plain_
 
 
 def test_there_are_such_recipes():
-    assert len(PUBLISHED_RATES) == 6
+    assert len(PUBLISHED_RATES) == 7

@@ -7,9 +7,9 @@ import pytest
 from llamafactory_adaptive.comparison.request import (
     add_comparison_arguments,
     design_of,
+    devices_in_words,
     devices_of,
     effect_of,
-    idle_devices,
 )
 from llamafactory_adaptive.errors import AdaptiveConfigError
 
@@ -34,16 +34,20 @@ def test_a_rate_of_the_yaml_that_is_no_number_is_refused(rate):
 
 
 @pytest.mark.parametrize(
-    ("text", "visible", "devices"),
+    ("text", "visible", "usable", "devices"),
     [
-        (None, ("4", "5"), (None,)),
-        ("0,1", ("4", "5"), ["4", "5"]),
-        ("1", ("GPU-a", "GPU-b"), ["GPU-b"]),
-        ("GPU-b", ("GPU-a", "GPU-b"), ["GPU-b"]),
+        (None, ("4", "5"), 2, ["4", "5"]),
+        (None, ("4", "5", "9"), 2, ["4", "5"]),  # there is no ninth
+        (None, ("4",), 1, (None,)),
+        (None, ("4", "5"), 0, (None,)),  # use_cpu
+        (None, (), 0, (None,)),
+        ("0,1", ("4", "5"), 2, ["4", "5"]),
+        ("1", ("GPU-a", "GPU-b"), 2, ["GPU-b"]),
+        ("GPU-b", ("GPU-a", "GPU-b"), 2, ["GPU-b"]),
     ],
 )
-def test_numbers_of_devices_count_within_the_visible_ones(text, visible, devices):
-    assert devices_of(text, visible) == devices
+def test_devices_are_all_that_are_usable_or_those_that_are_named(text, visible, usable, devices):
+    assert devices_of(text, visible, usable) == devices
 
 
 @pytest.mark.parametrize(
@@ -66,7 +70,7 @@ def test_devices_that_are_not_there_are_refused(text, visible, said):
     [("cpu", 7, ["cpu:7"]), ("cpu,cpu", 7, ["cpu:3"] * 2), ("cpu, cpu,cpu", 3, ["cpu:1"] * 3)],
 )
 def test_runs_that_share_the_cpu_share_its_threads(text, threads, devices):
-    assert devices_of(text, ("4",), threads) == devices
+    assert devices_of(text, ("4",), 1, threads) == devices
 
 
 @pytest.mark.parametrize(
@@ -78,20 +82,19 @@ def test_runs_that_share_the_cpu_share_its_threads(text, threads, devices):
 )
 def test_shares_of_the_cpu_that_cannot_be_are_refused(text, threads, said):
     with pytest.raises(AdaptiveConfigError, match=said):
-        devices_of(text, ("4",), threads)
+        devices_of(text, ("4",), 1, threads)
 
 
 def test_an_effect_is_a_share():
     assert (effect_of("0.5%"), effect_of("0.01")) == (pytest.approx(0.005), 0.01)
 
 
-def test_gpus_that_stay_idle_are_told_with_the_option_that_uses_them():
-    assert idle_devices(None, 4) == (
-        "all runs take the first of 4 GPUs, and the other 3 stay idle; --devices 0,1,2,3 keeps a run on each"
+def test_gpus_that_are_taken_unasked_are_told_with_the_option_that_leaves_some_out():
+    assert devices_in_words(None, ["0", "1", "2", "3"]) == (
+        "runs take all 4 GPUs, one each at a time; --devices 0 keeps them on the first"
     )
-    assert "the other one stays idle; --devices 0,1 keeps" in idle_devices(None, 2)
 
 
-@pytest.mark.parametrize(("text", "gpus"), [(None, 1), (None, 0), ("0", 4), ("cpu,cpu", 2)])
-def test_nothing_is_told_of_devices_where_none_stays_idle_unasked(text, gpus):
-    assert idle_devices(text, gpus) == ""
+@pytest.mark.parametrize(("text", "devices"), [(None, (None,)), ("0,1", ["0", "1"]), ("cpu,cpu", ["cpu:1"] * 2)])
+def test_nothing_is_told_of_devices_that_were_named_or_left_no_choice(text, devices):
+    assert devices_in_words(text, devices) == ""

@@ -71,6 +71,10 @@ def test_srlora_takes_the_stable_rank_of_the_base_and_no_data():
     method = make_method("srlora", {})
     found = method.score(method.measurement()(model, targets(model), []), context(model)).values
     assert found == pytest.approx(expected, rel=1e-3)
+    rooted = make_method("srlora", {"power": 0.5})
+    scores = rooted.score(rooted.measurement()(model, targets(model), []), context(model))
+    assert scores.values == pytest.approx({name: rank**0.5 for name, rank in expected.items()}, rel=1e-3)
+    assert scores.metrics == {"stable_rank": pytest.approx(expected, rel=1e-3)}
     first = next(iter(targets(model).values()))
     first.weight.data.mul_(7.0)
     again = method.score(method.measurement()(model, targets(model), []), context(model)).values
