@@ -83,7 +83,10 @@ def _reservations(document: Mapping[str, Any], arms: Sequence[Mapping[str, Any]]
     for arm in arms:
         for point in arm.get("unstable", ()):
             at = GridPoint(**point)
-            said.append(f"{arm['name']}: {at} was left out, as a run with one of the seeds that judge diverged there")
+            said.append(
+                f"{arm['name']}: {at} was left out, as a run with one of the seeds that judge diverged there or ended "
+                "at more than twice the lowest loss"
+            )
         if "failed" in arm and "loss" in arm:
             done, asked = len(arm["seeds"]), document["design"]["seeds"]
             said.append(
