@@ -31,7 +31,8 @@ Made by `docs/make_worth_it_page.py` from `benchmarks/results/worth_it_*.json`, 
 anew from the ledgers beside them. Every part is one run of `make worth-it`, which is
 [`llamafactory-adaptive compare`](comparing.md) on SmolLM2-135M: one budget, the best learning rate of each arm chosen
 on one half of the held-out rows, other seeds and the other half for the verdict. Intervals are of 95 %. An arm is
-better with less loss, below 0 %, and with more right answers, above 0 points.
+better with less loss, below 0 %, and with more right answers, above 0 points. The first part has every arm that is
+written into the benchmark; the others take fewer arms and rates, for want of time.
 """
 Result = dict[str, Any]
 
@@ -74,7 +75,7 @@ def _section(name: str, held: Result) -> Iterator[str]:
     yield from map(_row, made["arms"])
     in_table = {verdict["words"] for arm in made["arms"] for verdict in arm.get("verdicts", {}).values()}
     yield from ["", *_remedies(made)]
-    yield from (f"* {markdown_sentence(said)}" for said in sentences(made) if said not in in_table)
+    yield from (f"* {_readable(said)}" for said in sentences(made) if said not in in_table)
     for plot, title in PLOTS.items():
         if image(name, plot).is_file():
             yield f"\n![{title}](images/{image(name, plot).name})"
@@ -96,13 +97,13 @@ def _answered(made: Mapping[str, Any]) -> Iterator[str]:
         yield from (f"* {markdown(name)}: {remedy}" for name, of in judged
                     if PLAIN in of and (remedy := of[PLAIN]["what_would_decide"]))  # fmt: skip
         in_tables = {verdict["words"] for _, of in judged for verdict in of.values()}
-        yield from (f"* {markdown_sentence(said)}" for said in task_sentences(made) if said not in in_tables)
+        yield from (f"* {_readable(said)}" for said in task_sentences(made) if said not in in_tables)
         yield ""
 
 
 def _readable(text: str) -> str:
-    """Escape a text for Markdown, unless it holds words and figures alone."""
-    return text if re.fullmatch(r"[a-zA-Z0-9 %±+.,-]*", text) else markdown(text)
+    """Escape a text for Markdown, unless it holds words, figures and marks that mean nothing there."""
+    return text if re.fullmatch(r"[\w %±+.,:;()'/=-]*", text) else markdown_sentence(text)
 
 
 def _remedies(made: Mapping[str, Any]) -> Iterator[str]:

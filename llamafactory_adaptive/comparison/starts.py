@@ -11,6 +11,7 @@ from llamafactory_adaptive.files import read_json, write_atomically
 
 
 STARTS_FILE = "starts.json"
+_OF_TASKS = ("task-effect", "eval-limit", "eval-protocol", "eval-data", "eval-args")
 _EFFECTS = {"effect": effect_of, "task-effect": points_of}
 
 
@@ -35,11 +36,12 @@ def note_start(folder: Path, fixed: Mapping[str, Any]) -> list[dict[str, Any]]:
 def changes(starts: list[dict[str, Any]]) -> list[str]:
     """Describe what was changed between the starts of a comparison, one sentence each; empty where nothing was.
 
-    What an earlier version did not note at a start counts as unchanged there.
+    What an earlier version did not note at a start counts as unchanged there, and how tasks are asked where none was.
     """
     said = []
     for key in starts[-1]:
-        values = [_number(key, start[key]) for start in starts if key in start]
+        noted = (start for start in starts if key in start and (key not in _OF_TASKS or start.get("tasks", True)))
+        values = [_number(key, start[key]) for start in noted]
         different = [value for number, value in enumerate(values) if number == 0 or value != values[number - 1]]
         if len(different) > 1:
             words = ", then ".join(_words(key, value) for value in different)

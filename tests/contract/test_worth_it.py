@@ -242,7 +242,7 @@ def test_the_report_writes_pages_from_a_result_and_refuses_a_figure_of_another_l
     answered = maker.PAGE.read_text().partition("### Answers: boolq, 20 questions, acc\n")[2]
     assert "\n| igu | 100.0 % ± 0.0 | +50.0 ± " in answered
     assert "\nProtocol llm_adapters, the first 20 questions of each task; " in answered
-    assert "\n* all&#58; a note\n" in answered
+    assert "\n* all: a note\n" in answered
     other = {half: [1] * 30 for half in ("dev", "test")}
     (tmp_path / "worth_it_x.json").write_text(json.dumps({**FACTS, **held, "answer_tokens": other}))
     with pytest.raises(SystemExit, match="worth_it_x: the ledger gives other figures: "):

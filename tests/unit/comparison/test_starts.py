@@ -21,6 +21,17 @@ def test_what_stays_is_not_told_and_what_is_changed_is_for_good(tmp_path):
     assert len(again) == 2
 
 
+def test_how_tasks_are_asked_is_no_change_where_none_was_asked_before(tmp_path):
+    none = {**FIXED, "tasks": None, "task-effect": None, "eval-limit": None}
+    asked = {**FIXED, "tasks": "boolq", "task-effect": 0.01, "eval-limit": 400}
+    note_start(tmp_path, none)
+    first = "--tasks was changed after the comparison had begun: none, then boolq"
+    assert changes(note_start(tmp_path, asked)) == [first]
+    assert changes(note_start(tmp_path, {**asked, "eval-limit": 200})) == [
+        first, "--eval-limit was changed after the comparison had begun: 400, then 200",
+    ]  # fmt: skip
+
+
 def test_starts_of_earlier_versions_have_effects_as_text_and_fewer_keys(tmp_path):
     (tmp_path / STARTS_FILE).write_text(json.dumps([{"effect": "0.5%", "task-effect": "1", "seeds": 5}]))
     now = {"effect": 0.005, "task-effect": 0.01, "seeds": 5, "steps": 300, "alphas": None}
