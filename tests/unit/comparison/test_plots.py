@@ -8,9 +8,10 @@ from llamafactory_adaptive.comparison.plots import rate_curves
 RATES = (0.001, 0.002, 0.004, 0.016)
 
 
-def drawn(*losses, other=()):
+def drawn(*losses, other=(), unstable=()):
     """Draw the curve of an arm, or of two, and list the texts of the picture."""
-    arms = [{"name": name, "curve": [{"rate": rate, "alpha": None, "dev_loss": loss}
+    left_out = [{"rate": rate, "alpha": None} for rate in unstable]
+    arms = [{"name": name, "unstable": left_out, "curve": [{"rate": rate, "alpha": None, "dev_loss": loss}
                                      for rate, loss in zip(RATES, of_arm, strict=False)]}
             for name, of_arm in (("lora", losses), ("igu", other)) if of_arm]  # fmt: skip
     return re.findall(r">([^<>\n]+)</text>", rate_curves(arms))
@@ -29,6 +30,12 @@ def test_losses_far_above_the_lowest_are_cut_off_and_this_is_said(worst, said):
     ticks = [float(text) for text in texts if re.fullmatch(r"\d\.\d+", text) and float(text) > 0.1]
     assert max(ticks) <= 0.69
     assert min(ticks) >= 0.58
+
+
+@pytest.mark.parametrize(("unstable", "marked"), [((), 0), ((0.002,), 1), ((0.001, 0.002), 1)])
+def test_points_that_are_left_out_have_a_mark_that_is_explained(unstable, marked):
+    texts = drawn(0.6, 0.61, 0.62, 0.63, unstable=unstable)
+    assert texts.count("left out: broke down with another seed") == marked
 
 
 def test_the_best_loss_of_each_arm_is_shown():
