@@ -12,8 +12,14 @@ from typing import Any
 
 from llamafactory_adaptive.comparison.arms import CONTROL, PLAIN
 from llamafactory_adaptive.comparison.pages import markdown_sentence, sentences
+from llamafactory_adaptive.comparison.task_pages import (
+    COMMONEST,
+    commonest,
+    task_protocol,
+    task_sentences,
+    task_tables,
+)
 from llamafactory_adaptive.comparison.task_pages import HEAD as TASK_HEAD
-from llamafactory_adaptive.comparison.task_pages import task_protocol, task_sentences, task_tables
 from llamafactory_adaptive.reports.plaintext import markdown
 
 
@@ -31,8 +37,8 @@ Made by `docs/make_worth_it_page.py` from `benchmarks/results/worth_it_*.json`, 
 anew from the ledgers beside them. Every part is one run of `make worth-it`, which is
 [`llamafactory-adaptive compare`](comparing.md) on SmolLM2-135M: one budget, the best learning rate of each arm chosen
 on one half of the held-out rows, other seeds and the other half for the verdict. Intervals are of 95 %. An arm is
-better with less loss, below 0 %, and with more right answers, above 0 points. The first part has every arm that is
-written into the benchmark; the others take fewer arms and rates, for want of time.
+better with less loss, below 0 %, and with more right answers, above 0 points. Parts differ in arms and rates, as each
+takes hours.
 """
 Result = dict[str, Any]
 
@@ -118,12 +124,12 @@ def _what(held: Result) -> str:
     rows, design = made["held_out_rows"], made["design"]
     data = "generated rows" if held["data"] == "generated" else f"rows of {held['data'].replace('+', ' and ')}"
     bare = ", where a module may have no adapter" if made["settings"].get("adaptive_min_rank") == 0 else ""
-    place = "a CPU shared with other work, so that no times are told" if held["device"] == "cpu" else held["device"]
+    shared = ", which runs shared, so that no times are told" if "cpu,cpu" in held["command"] else ""
     chosen = "1 seed" if design["rate_seeds"] == 1 else f"{design['rate_seeds']} seeds"
     return (
         f"{held['steps']} steps of {held['batch_size']} {data} of at most {held['longest_row']} tokens{bare}, "
         f"{made['training_rows']:,} in all; {rows['dev']} held-out rows choose, over {chosen}, {rows['test']} judge, "
-        f"over {design['seeds']} others; {place}, {held['date']}. What was to matter is "
+        f"over {design['seeds']} others; {held['device']}{shared}, {held['date']}. What was to matter is "
         f"{100 * made['smallest_effect']:g} % of plain LoRA's loss. `{held['command']}`"
     )
 
@@ -177,6 +183,7 @@ def _accuracies(found: Sequence[Result]) -> Iterator[str]:
     asked = [(held["rank"], held["comparison"]["tasks"]) for held in found if "tasks" in held["comparison"]]
     columns = [(task, rank, {arm["name"]: arm for arm in tasks["arms"]})
                for rank, tasks in asked for task in tasks["questions"]]  # fmt: skip
+    shares = [commonest(tasks, task) for _, tasks in asked for task in tasks["questions"]]
     if not columns:
         return
     yield f"\n| accuracy against plain LoRA | {' | '.join(f'{task}, rank {rank}' for task, rank, _ in columns)} |"
@@ -184,6 +191,8 @@ def _accuracies(found: Sequence[Result]) -> Iterator[str]:
     for name in dict.fromkeys(arm["name"] for _, tasks in asked for arm in tasks["arms"]):
         cells = (_points(arms.get(name, {}), task) for task, _, arms in columns)
         yield f"| {markdown(name)} | {' | '.join(cells)} |"
+    blind = ("" if share is None else f"{100 * share:.1f} %" for share in shares)
+    yield f"| {COMMONEST} | {' | '.join(blind)} |"
 
 
 def _points(arm: Mapping[str, Any], task: str) -> str:

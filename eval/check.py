@@ -2,8 +2,9 @@
 
 It takes the options of ``eval.run``; adapters and merged models may be left out, as they may be trained yet. Options,
 rows and the base's tokenizer are checked and vLLM is imported, so that a run that starts hours later does not end on
-what could have been known. Its last line is a JSON object: ``tasks`` with the number of questions, the headline metric
-and the version of each; ``versions``; ``on_cpu``; and ``settings``, which the answers of a run depend on.
+what could have been known. Its last line is a JSON object: ``tasks`` with the number of questions, the share of them
+that the commonest answer is right for, the headline metric and the version of each; ``versions``; ``on_cpu``; and
+``settings``, which the answers of a run depend on.
 
 Exit codes: 0 all is well, 2 user error (one message on stderr), 130 interrupted.
 """
@@ -71,8 +72,13 @@ def _facts_of(request: Request, name: str, loaded: Mapping[str, Any]) -> dict[st
     from eval import client
 
     task = next(task for task in request.tasks if task.name == name)
-    questions = len(client.questions(task, loaded[name], request.limit))
-    return {"questions": questions, "metric": task.headline, "version": task.version, "fewshot": task.fewshot}
+    return {
+        "questions": len(client.questions(task, loaded[name], request.limit)),
+        "commonest_share": client.commonest_share(loaded[name], request.limit),
+        "metric": task.headline,
+        "version": task.version,
+        "fewshot": task.fewshot,
+    }
 
 
 def _server_version() -> dict[str, str]:

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,9 @@ from eval.errors import EvalError
 from eval.protocols import Task, task_config
 from eval.redaction import clean
 from eval.served import Asking, ServedModel
+
+
+_FEW_CHOICES = 10
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,15 @@ def scored_digest(loaded: Any, limit: int | None) -> str:
     for row in _scored(loaded, limit):
         digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
     return digest.hexdigest()
+
+
+def commonest_share(loaded: Any, limit: int | None) -> float | None:
+    """Compute how often the commonest answer is right, for who gives no other; None where answers are no few choices.
+
+    A model that learned nothing of a task but how often its answers occur reaches as much.
+    """
+    counts = Counter(str(loaded.doc_to_target(row)) for row in _scored(loaded, limit))
+    return max(counts.values()) / counts.total() if 0 < len(counts) <= _FEW_CHOICES else None
 
 
 def _scored(loaded: Any, limit: int | None) -> Any:

@@ -115,11 +115,14 @@ def visible_devices() -> list[str]:
     return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
 
 
-def usable_gpus(given: Mapping[str, Any]) -> int:
-    """Count the GPUs that runs with these settings could take."""
+def gpu_kinds(given: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """List name and bytes of every GPU that this process sees; none where the settings keep to the CPU."""
     import torch
 
-    return 0 if given.get("use_cpu") else torch.cuda.device_count()
+    if given.get("use_cpu"):
+        return []
+    properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [(each.name, each.total_memory) for each in properties]
 
 
 def cpu_threads() -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import check_config_file, command_line_settings, our_keys
 from llamafactory_adaptive.bridge.comparison import Comparison
-from llamafactory_adaptive.bridge.comparison_checks import cpu_threads, usable_gpus, visible_devices
+from llamafactory_adaptive.bridge.comparison_checks import cpu_threads, gpu_kinds, visible_devices
 from llamafactory_adaptive.bridge.comparison_tasks import TaskEvaluations
 from llamafactory_adaptive.comparison.arms import choose_arms, keys_without_effect, without_twins
 from llamafactory_adaptive.comparison.request import design_of, devices_in_words, devices_of
@@ -30,7 +30,8 @@ def comparison_of(
     if given.get("finetuning_type") == "adaptive":  # named, so that an arm of that method is known to be the YAML's
         given = {**given, "adaptive_method": given.get("adaptive_method") or AdaptiveArguments.adaptive_method}
     design = design_of(arguments, given.get("learning_rate"))
-    devices = devices_of(arguments.devices, visible_devices(), usable_gpus(given), cpu_threads())
+    gpus = gpu_kinds(given)
+    devices = devices_of(arguments.devices, visible_devices(), gpus, cpu_threads())
     names = [name.strip() for name in arguments.arms.split(",") if name.strip()]
     arms, twins = without_twins(choose_arms(names, arguments.arm, given), given, our_keys(given))
     comparison = Comparison(given, arms, design, arguments.out, arguments.held_out, arguments.keep_adapters)
@@ -39,7 +40,7 @@ def comparison_of(
         say(f"the arm {name} is left out: its settings are those of {other}")
     if unused := keys_without_effect(given):
         say(f"settings of the YAML that no run of a comparison uses: {', '.join(unused)}")
-    if taken := devices_in_words(arguments.devices, devices):
+    if taken := devices_in_words(arguments.devices, devices, len(gpus)):
         say(taken)
     say(f"{len(arms)} arms, {_runs(comparison)}: {', '.join(arm.name for arm in arms)}")
     return comparison, devices

@@ -246,6 +246,7 @@ class TaskEvaluations:
             "limit": asked["limit"],
             "form": self.form,
             "questions": {name: tasks[name]["questions"] for name in self.request.tasks},
+            "commonest_answer": {name: tasks[name]["commonest_share"] for name in self.request.tasks},
             "metrics": {name: tasks[name]["metric"] for name in self.request.tasks},
             "task_versions": {name: tasks[name]["version"] for name in self.request.tasks},
             "versions": self.facts["versions"],

@@ -14,12 +14,7 @@ from llamafactory_adaptive.comparison.arms import Arm, GridPoint
 
 
 Outcome = Mapping[str, Any]
-Curve = dict[GridPoint, float]  # figure on the rows that choose
 _FACTOR = 2.0  # between a grid's end and the rate by which it is extended
-# A run that judges has broken down if it ends so far above the lowest loss on the rows that choose: as far as that
-# loss itself, and at least so many nats per answer token. Seeds of a rate that holds differ by a few per cent, or by
-# little where nearly nothing is left to learn; the rows that judge have no say in it.
-_LEAST_BREAKDOWN = 0.1
 
 
 @dataclass(frozen=True)
@@ -91,11 +86,10 @@ class Choice:
         best: point of the lowest figure; None if all diverged.
         at_the_edge: whether the best rate is the lowest or the highest of the grid at its alpha, or the only one.
         alpha_at_the_edge: whether the best alpha is the lowest or the highest of several.
-        unstable: points at which no run that chooses diverged, but one that judges did or broke down, so that they
-            are not the best.
+        unstable: points at which no run that chooses diverged, but one that judges did, so that they are not the best.
     """
 
-    curve: Curve
+    curve: dict[GridPoint, float]
     best: GridPoint | None
     at_the_edge: bool = False
     alpha_at_the_edge: bool = False
@@ -146,37 +140,11 @@ class Progress:
         return due
 
     def _grid(self, arm: str) -> list[GridPoint]:
-        """Return the first grid, extended beyond an end that was best, as often as is allowed.
-
-        Where the best point turns out to be unstable, it is extended beyond the next best one as often again; what was
-        tried while another point was the best one stays.
-        """
-        once = self.design.extensions
-        grid = self._extended(arm, self.design.grid, once, lambda curve: ())
-        curve = self._curve(arm, grid)
-        if curve is None or not self._unstable(arm, curve):
-            return grid
-        return self._extended(arm, self._with_tried(arm, grid), 2 * once, lambda curve: self._unstable(arm, curve))
-
-    def _with_tried(self, arm: str, grid: Sequence[GridPoint]) -> list[GridPoint]:
-        """Add the points beyond the ends of a grid whose runs that choose are known."""
-        found = list(grid)
-        for alpha in self.design.alphas:
-            rates = [point.rate for point in grid if point.alpha == alpha]
-            for end, factor in ((max(rates), _FACTOR), (min(rates), 1.0 / _FACTOR)):
-                for step in range(1, self.design.extensions + 1):
-                    beyond = GridPoint(end * factor**step, alpha)
-                    if self._curve(arm, [beyond]) is None:
-                        break
-                    found.append(beyond)
-        return found
-
-    def _extended(
-        self, arm: str, grid: list[GridPoint], times: int, unstable: Callable[[Curve], tuple[GridPoint, ...]]
-    ) -> list[GridPoint]:
-        while len(grid) < len(self.design.grid) + times:
+        """Return the first grid, extended beyond an end that was best, as often as is allowed."""
+        grid = self.design.grid
+        for _ in range(self.design.extensions):
             curve = self._curve(arm, grid)
-            choice = None if curve is None else _choice(curve, unstable(curve))
+            choice = None if curve is None else _choice(curve, ())
             if choice is None or choice.best is None or not choice.at_the_edge:
                 break
             rates = [point.rate for point in grid if point.alpha == choice.best.alpha]
@@ -184,7 +152,7 @@ class Progress:
             grid = [*grid, GridPoint(beyond, choice.best.alpha)]
         return grid
 
-    def _curve(self, arm: str, grid: Sequence[GridPoint]) -> Curve | None:
+    def _curve(self, arm: str, grid: Sequence[GridPoint]) -> dict[GridPoint, float] | None:
         """Return the figure of each point; None where a run that chooses is not known yet."""
         curve = {}
         for point in grid:
@@ -206,19 +174,14 @@ class Progress:
     def choice_if_known(self, arm: str) -> Choice | None:
         """Return the curve and the best point of an arm; None where its grid is not complete."""
         curve = self._curve(arm, self._grid(arm))
-        return None if curve is None else _choice(curve, self._unstable(arm, curve))
+        if curve is None:
+            return None
+        unstable = (point for point, figure in curve.items() if math.isfinite(figure) and self._diverged(arm, point))
+        return _choice(curve, tuple(unstable))
 
-    def _unstable(self, arm: str, curve: Curve) -> tuple[GridPoint, ...]:
-        """List the points at which a run that judges diverged or broke down."""
-        lowest = min(curve.values())
-        most = lowest + max(lowest, _LEAST_BREAKDOWN)
-        return tuple(
-            point for point, figure in curve.items() if math.isfinite(figure) and self._breaks_down(arm, point, most)
-        )
-
-    def _breaks_down(self, arm: str, point: GridPoint, most: float) -> bool:
-        outcomes = [outcome for run in self.design.final(arm, point) if (outcome := self.known(run)) is not None]
-        return any(outcome["status"] == "diverged" or self.figure(outcome, "dev") > most for outcome in outcomes)
+    def _diverged(self, arm: str, point: GridPoint) -> bool:
+        outcomes = map(self.known, self.design.final(arm, point))
+        return any(outcome is not None and outcome["status"] == "diverged" for outcome in outcomes)
 
     def choice(self, arm: str) -> Choice:
         """Return the curve and the best point of an arm whose grid is complete."""
@@ -269,7 +232,7 @@ class Progress:
         return [outcome for outcome in outcomes if outcome is not None and "parameters" in outcome]
 
 
-def _choice(curve: Curve, unstable: tuple[GridPoint, ...]) -> Choice:
+def _choice(curve: dict[GridPoint, float], unstable: tuple[GridPoint, ...]) -> Choice:
     """Choose the point of the lowest figure that is not unstable."""
     stable = {point: math.inf if point in unstable else figure for point, figure in curve.items()}
     best = min(stable, key=stable.__getitem__)

@@ -1,6 +1,7 @@
 """The files that a comparison leaves: ``compare.json``, ``compare.md`` and ``compare.html``."""
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from llamafactory_adaptive.reports.plaintext import markdown
 
 
 JSON_FILE, MARKDOWN_FILE, HTML_FILE = "compare.json", "compare.md", "compare.html"
+_FEWEST_SEEDS, _FAR = 3, 1.5  # from which on a seed can be far from the median, in multiples of it
 HEAD = ("arm", "best rate", "held-out loss", "against plain lora", "against random ranks", "parameters", "seconds")
 
 
@@ -83,16 +85,27 @@ def _reservations(document: Mapping[str, Any], arms: Sequence[Mapping[str, Any]]
     for arm in arms:
         for point in arm.get("unstable", ()):
             at = GridPoint(**point)
-            said.append(
-                f"{arm['name']}: {at} was left out, as a run with one of the seeds that judge diverged there or ended "
-                "at more than twice the lowest loss"
-            )
+            said.append(f"{arm['name']}: {at} was left out, as a run with one of the seeds that judge diverged there")
+        if far := _far_seed(arm):
+            said.append(far)
         if "failed" in arm and "loss" in arm:
             done, asked = len(arm["seeds"]), document["design"]["seeds"]
             said.append(
                 f"{arm['name']}: judged by {done} of {asked} seeds, as a run could not be made: {arm['failed']}"
             )
     return said
+
+
+def _far_seed(arm: Mapping[str, Any]) -> str:
+    """Tell of the seed that ended far above the others, as runs at too high a rate do; empty where none did."""
+    losses = arm.get("losses", ())
+    if len(losses) < _FEWEST_SEEDS or max(losses) <= _FAR * statistics.median(losses):
+        return ""
+    seed, usual = arm["seeds"][losses.index(max(losses))], statistics.median(losses)
+    return (
+        f"{arm['name']}: seed {seed} ended at a loss of {max(losses):.4f}, where the median of the seeds is "
+        f"{usual:.4f}: the mean tells of that run alone; more --rate-seeds may find a rate at which all hold"
+    )
 
 
 def markdown_page(document: Mapping[str, Any]) -> str:

@@ -65,7 +65,7 @@ def rate_curves(arms: Sequence[Entry]) -> str:
             axes.plot(rates, losses, marker="o", markersize=4, label=plot_label(label))
     if left_out := [point for arm in arms for point in _left_out(arm)]:
         axes.plot([point["rate"] for point in left_out], [point["dev_loss"] for point in left_out], "x", color="black",
-                  markersize=9, label="left out: broke down with another seed")  # fmt: skip
+                  markersize=9, label="left out: diverged with another seed")  # fmt: skip
     tried = sorted({point["rate"] for arm in arms for point in arm["curve"]})
     axes.set_xscale("log")
     axes.set_xticks(tried, [f"{rate:g}" for rate in tried], rotation=45 if len(tried) > _LEVEL_LABELS else 0)
@@ -85,7 +85,7 @@ def _measured(arm: Entry) -> list[Entry]:
 
 
 def _left_out(arm: Entry) -> list[Entry]:
-    """List the points of a curve at which a run that judges diverged or broke down."""
+    """List the points of a curve at which a run that judges diverged."""
     unstable = [(point["rate"], point["alpha"]) for point in arm.get("unstable", ())]
     return [point for point in _measured(arm) if (point["rate"], point["alpha"]) in unstable]
 

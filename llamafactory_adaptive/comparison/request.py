@@ -55,7 +55,7 @@ def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
         help="smallest difference that matters, as a share of LoRA's loss, e.g. 1%% (default: 0.5%%)")  # fmt: skip
     add("--devices", metavar="NUMBERS",
         help="visible devices, one run on each at a time, e.g. 0,1,2,3, or cpu,cpu for two runs that share the CPU "
-        "(default: every GPU, or one run on the CPU)")  # fmt: skip
+        "(default: every GPU that is like the first, or one run on the CPU)")  # fmt: skip
     add("--keep-adapters", action="store_true",
         help="keep the adapters of runs that choose a rate, too, e.g. where the disk is large")  # fmt: skip
     add("--dry-run", action="store_true",
@@ -103,14 +103,16 @@ def effect_of(text: str) -> float:
     return value
 
 
-def devices_of(text: str | None, visible: Sequence[str], usable: int = 0, threads: int = 1) -> Sequence[str | None]:
-    """Read the devices: every one that is usable where none is named, (None,) for a process without a choice.
+def devices_of(
+    text: str | None, visible: Sequence[str], kinds: Sequence[object] = (), threads: int = 1
+) -> Sequence[str | None]:
+    """Read the devices: where none is named all that are like the first, or (None,) where that leaves no choice.
 
     Args:
         text: numbers that count within the visible devices, or names of them, with commas between; or ``cpu`` for
             every run that is to have its share of the CPU.
         visible: devices that this process sees, as ``CUDA_VISIBLE_DEVICES`` names them.
-        usable: number of them that runs could take.
+        kinds: what each of them is that runs could take.
         threads: threads of the CPU, which such runs share.
 
     Returns:
@@ -132,15 +134,23 @@ def devices_of(text: str | None, visible: Sequence[str], usable: int = 0, thread
         if device in devices:
             refuse("--devices", text, "names a device twice", "--devices 0,1")
         devices.append(device)
-    every = visible[:usable]
-    return devices or (list(every) if len(every) > 1 else (None,))
+    alike = [device for device, kind in zip(visible, kinds, strict=False) if kind == kinds[0]]
+    return devices or (alike if len(alike) > 1 else (None,))
 
 
-def devices_in_words(text: str | None, devices: Sequence[str | None]) -> str:
-    """Tell that all GPUs are taken where none is named; empty where that is no news."""
-    if text or len(devices) < 2:
+def devices_in_words(text: str | None, devices: Sequence[str | None], gpus: int) -> str:
+    """Tell which GPUs are taken where none is named; empty where that is no news.
+
+    Args:
+        text: the devices that are named, if any.
+        devices: the devices that are taken.
+        gpus: number of GPUs that runs could take.
+    """
+    if text or gpus < 2:
         return ""
-    return f"runs take all {len(devices)} GPUs, one each at a time; --devices 0 keeps them on the first"
+    if len(devices) < gpus:
+        return f"runs take {len(devices)} of {gpus} GPUs: others differ from the first; --devices names any of them"
+    return f"runs take all {gpus} GPUs, one each at a time; --devices 0 keeps them on the first"
 
 
 def _shares_of_cpu(names: Sequence[str], threads: int) -> list[str | None]:

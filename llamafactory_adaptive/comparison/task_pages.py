@@ -1,5 +1,6 @@
 """Tables and sentences on tasks for a terminal, ``compare.md`` and ``compare.html``."""
 
+import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from llamafactory_adaptive.reports.plaintext import markdown
 
 
 HEAD = ("arm", "accuracy", "against plain lora", "95 % interval", "verdict", "would be shown", "against random ranks")
+COMMONEST = "always the commonest answer"
 Row = tuple[str, ...]
 
 
@@ -21,7 +23,21 @@ def task_tables(document: Mapping[str, Any]) -> dict[str, list[Row]]:
         return {}
     names = [*tasks["questions"], *([MEAN] if len(tasks["questions"]) > 1 else [])]
     digits = digits_of(tasks["smallest_effect"])
-    return {_title(tasks, name): [_row(arm, name, digits) for arm in tasks["arms"]] for name in names}
+    arms = {name: [_row(arm, name, digits) for arm in tasks["arms"]] for name in names}
+    return {_title(tasks, name): [*rows, *_blind(tasks, name, digits)] for name, rows in arms.items()}
+
+
+def commonest(tasks: Mapping[str, Any], name: str) -> float | None:
+    """Return what always giving the commonest answer reaches in a task or the mean; None where choices are many."""
+    shares = list(tasks["commonest_answer"].values()) if name == MEAN else [tasks["commonest_answer"][name]]
+    return None if None in shares else statistics.fmean(shares)
+
+
+def _blind(tasks: Mapping[str, Any], name: str, digits: int) -> list[Row]:
+    """Build the row of one who does not read the questions; none where choices are many."""
+    share = commonest(tasks, name)
+    blanks = [""] * (len(HEAD) - 2)
+    return [] if share is None else [(COMMONEST, f"{100 * share:.{digits}f} %", *blanks)]
 
 
 def _title(tasks: Mapping[str, Any], name: str) -> str:

@@ -43,15 +43,15 @@ class AdaptiveArguments:
     )
     adaptive_warmup_ratio: float = option(
         0.1,
-        "Share of the optimizer steps before ranks first change. The default is ours; IGU-LoRA's paper has 2 of 10 "
-        "epochs, 0.2.",
+        "Share of the optimizer steps before ranks first change. The default is ours; IGU-LoRA's paper begins at "
+        "epoch 2, which is 0.2 of 10 epochs.",
         low=0.0,
         high=0.99,
     )
     adaptive_final_ratio: float = option(
         0.3,
         "Share of the optimizer steps, at the end, that train the final ranks. The default is ours; IGU-LoRA's paper "
-        "has 5 of 10 epochs, 0.5.",
+        "prunes until epoch 5, which leaves 0.5 of 10 epochs.",
         low=0.0,
         high=0.99,
     )

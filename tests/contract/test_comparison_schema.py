@@ -46,7 +46,8 @@ def document() -> dict[str, Any]:
     comparison: Any = SimpleNamespace(tokens=tokens, given={"lora_rank": 8}, versions={"torch": "2"}, design=design,
                                       split={"train": 9})  # fmt: skip
     made = Comparison.document(comparison, progress, 0.005, "compare", [])
-    facts = {"tasks": {"boolq": {"questions": 40, "metric": "acc", "version": 1}}, "versions": {"vllm": "1"},
+    boolq = {"questions": 40, "commonest_share": 0.6, "metric": "acc", "version": 1}
+    facts = {"tasks": {"boolq": boolq}, "versions": {"vllm": "1"},
              "settings": {"protocol": "lm_eval", "limit": None}}  # fmt: skip
     request = SimpleNamespace(tasks=("boolq",), effect=0.01)
     harness = SimpleNamespace(sign_flip=lambda: None)

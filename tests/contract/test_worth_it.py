@@ -124,7 +124,7 @@ def test_answers_are_shipped_and_give_the_accuracies_and_verdicts_of_the_command
 
 def test_answers_of_two_budgets_stand_beside_each_other(benchmarks):
     def result(rank, *arms):
-        tasks = {"questions": {"boolq": 20}, "arms": list(arms)}
+        tasks = {"questions": {"boolq": 20}, "commonest_answer": {"boolq": 0.1 * rank}, "arms": list(arms)}
         return {"rank": rank, "comparison": {"tasks": tasks}}
 
     def arm(name, value, verdicts=None):
@@ -139,6 +139,7 @@ def test_answers_of_two_budgets_stand_beside_each_other(benchmarks):
     assert list(lines) == [
         "\n| accuracy against plain LoRA | boolq, rank 8 | boolq, rank 1 |", "| --- | --- | --- |",
         "| lora | 50.0 % | 40.0 % |", "| igu | could not be evaluated |  |", "| svd |  | +0.0 points, equivalent |",
+        "| always the commonest answer | 80.0 % | 10.0 % |",
     ]  # fmt: skip
 
 

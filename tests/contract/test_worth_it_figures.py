@@ -110,27 +110,25 @@ def test_readme_says_what_came_of_boolq():
     losses = [ON_BOOLQ[name]["verdicts"]["lora"] for name in others]
     answers = [ANSWERS[name]["verdicts"]["boolq"]["lora"] for name in others]
     assert {verdict["verdict"] for verdict in (*losses, *answers)} == {"not decided"}
-    widest = max(abs(verdict["difference"]["relative"]["value"]) for verdict in losses)
-    points = {name: 100 * of["difference"]["value"] for name, of in zip(others, answers, strict=True)}
-    assert (min(points, key=points.__getitem__), max(points, key=points.__getitem__)) == ("sensitivity", "igu")
-    assert all(abs(of["difference"]["value"]) < of["detectable"] for of in answers)
+    right = {name: arm["accuracy"]["boolq"]["value"] for name, arm in ANSWERS.items()}
+    commonest = made["tasks"]["commonest_answer"]["boolq"]
+    assert max(right.values()) <= commonest, "no arm is above who always says true"
+    worst, *rest = sorted(ON_BOOLQ["igu"]["losses"], reverse=True)
+    assert round(worst / fmean(rest)) == 10
     assert says(
         README,
         f"Three arms on BoolQ (rank {BOOLQ['rank']}, {BOOLQ['steps']} steps of {BOOLQ['batch_size']}, "
         f"{made['design']['seeds']} seeds, {made['held_out_rows']['test']} rows that judge, {made['tasks']['limit']} "
-        f"questions that vLLM asks): nothing is decided. Losses are within {100 * widest:.1f} % of plain LoRA's. Of "
-        f"the answers {100 * ANSWERS['lora']['accuracy']['boolq']['value']:.1f} % are right with plain LoRA, and with "
-        f"the others {-points['sensitivity']:.1f} points fewer (`sensitivity`) to {points['igu']:.1f} more (`igu`), "
-        "less than three seeds could show",
+        "questions that vLLM asks): nothing is decided, as nothing is learned but how often each answer occurs: "
+        f'{100 * right["lora"]:.1f} % are right with plain LoRA, {100 * commonest:.1f} % would be with "true" alone. '
+        "The rate that one seed chose for `igu` was too high for another, which broke down, to ten times the loss.",
     )
 
 
 def test_how_to_names_the_best_rates_on_boolq_and_the_run_that_broke_down():
     assert {name: arm["best"]["rate"] for name, arm in ON_BOOLQ.items()} == {
-        "lora": 0.004, "random": 0.004, "sensitivity": 0.002, "igu": 0.002,
+        "lora": 0.004, "random": 0.004, "sensitivity": 0.002, "igu": 0.008,
     }  # fmt: skip
-    assert [name for name, arm in ON_BOOLQ.items() if arm["unstable"]] == ["igu"]
-    assert ON_BOOLQ["igu"]["unstable"] == [{"rate": 0.008, "alpha": None}]
     lines = map(json.loads, (RESULTS_DIR / "worth_it_boolq.ledger.jsonl").read_text().splitlines())
     *others, worst = sorted(
         fmean(line["result"]["dev"]) for line in lines
@@ -140,9 +138,10 @@ def test_how_to_names_the_best_rates_on_boolq_and_the_run_that_broke_down():
     assert round(worst / fmean(others)) == 11
     assert says(
         HOW_TO,
-        "On BoolQ they were 0.004 for plain LoRA and `random`, and 0.002 for `sensitivity` and `igu`. One seed chose "
-        "each of them, and neighbouring rates often differ by little. A rate that one seed likes best can be too high "
-        "for another: at 0.008 one of four runs of `igu` on BoolQ ended at eleven times the loss of the others.",
+        "On BoolQ they were 0.004 for plain LoRA and `random`, 0.002 for `sensitivity` and 0.008 for `igu`. One seed "
+        "chose each of them, and neighbouring rates often differ by little. A rate that one seed likes best can be too "
+        "high for another: at 0.008, which it chose for `igu` on BoolQ, the training loss of all four runs jumped up to "
+        "3.5 and more, and one ended at eleven times the loss of the others.",
     )
 
 

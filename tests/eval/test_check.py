@@ -23,6 +23,10 @@ def test_a_check_knows_the_rows_that_a_run_scores_and_rows_are_its_figures(harne
              "--tasks", "gsm8k,copa"]  # fmt: skip
     facts = answer("eval.check", *asked, "--out", tmp_path / "out")
     assert {name: task["questions"] for name, task in facts["tasks"].items()} == {"gsm8k": 4, "copa": 4}
+    rows = [json.loads(line) for line in (harness.rows / "copa" / "dev.jsonl").read_text().splitlines()[:4]]
+    right = [row["label"] for row in rows]
+    assert facts["tasks"]["copa"]["commonest_share"] == max(right.count(0), right.count(1)) / 4
+    assert facts["tasks"]["gsm8k"]["commonest_share"] is not None, "four solutions are few choices"
     assert not (tmp_path / "out").exists()
     harness.run("--limit", "4", "--log-samples", tasks="gsm8k,copa")
     made = harness.results()

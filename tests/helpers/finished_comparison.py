@@ -41,7 +41,8 @@ def outcome(run):
 RIGHT = {"lora": 10, "random": 10, "igu": 20}
 ASKED = {"form": "merged", "questions": {"protocol": "llm_adapters", "limit": 20, "template": "training"}}
 TASKS = {"digest": digest_of(ASKED), "protocol": "llm_adapters", "limit": 20, "form": "merged",
-         "questions": {"boolq": 20}, "metrics": {"boolq": "acc"}, "notes": ["all: a note"]}  # fmt: skip
+         "questions": {"boolq": 20}, "commonest_answer": {"boolq": 0.55}, "metrics": {"boolq": "acc"},
+         "notes": ["all: a note"]}  # fmt: skip
 
 
 def answers_in_tasks(progress, ledger, key):

@@ -1,11 +1,13 @@
 """Settings that a comparison refuses, and those that it changes, before anything runs."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from llamafactory_adaptive.bridge.comparison_checks import (
     check_arm,
     comparison_problems,
-    usable_gpus,
+    gpu_kinds,
     visible_devices,
     warmup_problems,
     without_training_set,
@@ -65,9 +67,11 @@ def test_visible_devices_are_those_of_the_environment(monkeypatch):
 
 
 def test_gpus_count_where_runs_may_take_them(monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert usable_gpus({}) == 4
-    assert usable_gpus({"use_cpu": True}) == 0
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    sizes = [SimpleNamespace(name="A", total_memory=80), SimpleNamespace(name="A", total_memory=40)]
+    monkeypatch.setattr("torch.cuda.get_device_properties", sizes.__getitem__)
+    assert gpu_kinds({}) == [("A", 80), ("A", 40)]
+    assert gpu_kinds({"use_cpu": True}) == []
 
 
 @pytest.mark.parametrize("name", built_in_arms())

@@ -35,7 +35,7 @@ def test_losses_far_above_the_lowest_are_cut_off_and_this_is_said(worst, said):
 @pytest.mark.parametrize(("unstable", "marked"), [((), 0), ((0.002,), 1), ((0.001, 0.002), 1)])
 def test_points_that_are_left_out_have_a_mark_that_is_explained(unstable, marked):
     texts = drawn(0.6, 0.61, 0.62, 0.63, unstable=unstable)
-    assert texts.count("left out: broke down with another seed") == marked
+    assert texts.count("left out: diverged with another seed") == marked
 
 
 def test_the_best_loss_of_each_arm_is_shown():

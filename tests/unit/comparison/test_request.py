@@ -34,20 +34,22 @@ def test_a_rate_of_the_yaml_that_is_no_number_is_refused(rate):
 
 
 @pytest.mark.parametrize(
-    ("text", "visible", "usable", "devices"),
+    ("text", "visible", "kinds", "devices"),
     [
-        (None, ("4", "5"), 2, ["4", "5"]),
-        (None, ("4", "5", "9"), 2, ["4", "5"]),  # there is no ninth
-        (None, ("4",), 1, (None,)),
-        (None, ("4", "5"), 0, (None,)),  # use_cpu
-        (None, (), 0, (None,)),
-        ("0,1", ("4", "5"), 2, ["4", "5"]),
-        ("1", ("GPU-a", "GPU-b"), 2, ["GPU-b"]),
-        ("GPU-b", ("GPU-a", "GPU-b"), 2, ["GPU-b"]),
+        (None, ("4", "5"), "aa", ["4", "5"]),
+        (None, ("4", "5", "9"), "aa", ["4", "5"]),  # there is no ninth
+        (None, ("4", "5", "6"), "aba", ["4", "6"]),
+        (None, ("4", "5"), "ab", (None,)),
+        (None, ("4",), "a", (None,)),
+        (None, ("4", "5"), "", (None,)),  # use_cpu
+        (None, (), "", (None,)),
+        ("0,1", ("4", "5"), "ab", ["4", "5"]),
+        ("1", ("GPU-a", "GPU-b"), "aa", ["GPU-b"]),
+        ("GPU-b", ("GPU-a", "GPU-b"), "aa", ["GPU-b"]),
     ],
 )
-def test_devices_are_all_that_are_usable_or_those_that_are_named(text, visible, usable, devices):
-    assert devices_of(text, visible, usable) == devices
+def test_devices_are_those_that_are_named_or_all_like_the_first(text, visible, kinds, devices):
+    assert devices_of(text, visible, kinds) == devices
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def test_devices_that_are_not_there_are_refused(text, visible, said):
     [("cpu", 7, ["cpu:7"]), ("cpu,cpu", 7, ["cpu:3"] * 2), ("cpu, cpu,cpu", 3, ["cpu:1"] * 3)],
 )
 def test_runs_that_share_the_cpu_share_its_threads(text, threads, devices):
-    assert devices_of(text, ("4",), 1, threads) == devices
+    assert devices_of(text, ("4",), "a", threads) == devices
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,7 @@ def test_runs_that_share_the_cpu_share_its_threads(text, threads, devices):
 )
 def test_shares_of_the_cpu_that_cannot_be_are_refused(text, threads, said):
     with pytest.raises(AdaptiveConfigError, match=said):
-        devices_of(text, ("4",), 1, threads)
+        devices_of(text, ("4",), "a", threads)
 
 
 def test_an_effect_is_a_share():
@@ -90,11 +92,16 @@ def test_an_effect_is_a_share():
 
 
 def test_gpus_that_are_taken_unasked_are_told_with_the_option_that_leaves_some_out():
-    assert devices_in_words(None, ["0", "1", "2", "3"]) == (
+    assert devices_in_words(None, ["0", "1", "2", "3"], 4) == (
         "runs take all 4 GPUs, one each at a time; --devices 0 keeps them on the first"
+    )
+    assert devices_in_words(None, (None,), 2) == (
+        "runs take 1 of 2 GPUs: others differ from the first; --devices names any of them"
     )
 
 
-@pytest.mark.parametrize(("text", "devices"), [(None, (None,)), ("0,1", ["0", "1"]), ("cpu,cpu", ["cpu:1"] * 2)])
-def test_nothing_is_told_of_devices_that_were_named_or_left_no_choice(text, devices):
-    assert devices_in_words(text, devices) == ""
+@pytest.mark.parametrize(("text", "devices", "gpus"), [
+    (None, (None,), 1), (None, (None,), 0), ("0", ["0"], 2), ("cpu,cpu", ["cpu:1"] * 2, 2),
+])  # fmt: skip
+def test_nothing_is_told_of_devices_that_were_named_or_left_no_choice(text, devices, gpus):
+    assert devices_in_words(text, devices, gpus) == ""

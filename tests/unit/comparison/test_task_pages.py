@@ -21,6 +21,7 @@ from llamafactory_adaptive.comparison.task_scores import Answers
 
 
 FACTS = {"protocol": "lm_eval", "limit": 200, "form": "adapter", "questions": {"boolq": 200, "copa": 100},
+         "commonest_answer": {"boolq": 0.6, "copa": 0.5},
          "metrics": {"boolq": "acc", "copa": "acc"}, "notes": ["igu: a request failed, mended"]}  # fmt: skip
 
 
@@ -95,7 +96,16 @@ def test_there_is_a_table_for_each_task_and_for_their_mean(made):
     assert rows["<b>igu</b>"][4] == "better"
     assert rows["lora"][2:] == ("",) * 5
     assert rows["dora"][1] == "could not be evaluated: the fake server does not take it"
+    assert [table[-1][:2] for table in tables.values()] == [
+        ("always the commonest answer", share) for share in ("60.0 %", "50.0 %", "55.0 %")
+    ]
     assert "  ".join(task_text(made)[2].split()).startswith("arm  accuracy  against")
+
+
+def test_where_choices_are_many_no_answer_is_the_commonest(made):
+    free = {**made["tasks"], "commonest_answer": {"boolq": 0.6, "copa": None}}
+    tables = task_tables({"tasks": free})
+    assert [table[-1][0] == "always the commonest answer" for table in tables.values()] == [True, False, False]
 
 
 def test_pages_hold_the_tables_and_escape_names(made):

@@ -13,8 +13,7 @@ RATES = (1.0, 2.0, 4.0)
 class World:
     """Losses by arm, rate and seed; what was run, in order."""
 
-    def __init__(self, design, best=None, diverges=lambda run: False, parameters=None, breaks_down=lambda run: False):
-        self.breaks_down = breaks_down
+    def __init__(self, design, best=None, diverges=lambda run: False, parameters=None):
         self.results, self.made, self.best, self.diverges = {}, [], best or {"lora": 2.0, "igu": 2.0}, diverges
         self.parameters = parameters or {"lora": 1000, "igu": 990}
         self.progress = Progress(design, ARMS, self.results.get, lambda outcome, half: outcome[half])
@@ -23,9 +22,7 @@ class World:
         self.made.append(run)
         if self.diverges(run):
             return {"status": "diverged"}
-        loss = 4.0 + abs(math.log2(run.point.rate / self.best[run.arm])) + 0.001 * run.seed
-        if self.breaks_down(run):
-            loss *= 2.1
+        loss = abs(math.log2(run.point.rate / self.best[run.arm])) + 0.001 * run.seed
         return {"status": "done", "dev": loss, "test": loss + 1, "parameters": self.parameters[run.arm]}
 
     def finish(self):
