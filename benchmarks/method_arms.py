@@ -65,7 +65,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "corrected, shrunk to the end": ("igu", {**SHRINK, **TO_THE_END}),
     "corrected, shrunk to the end, not mended": ("igu", {**SHRINK, **TO_THE_END, **UNMENDED}),
     "corrected, integrated": ("igu", {"importance": "integrated", "probe_interval": 5}),
-    # corrected with other shares of the steps before ranks change, and after: 0.1 and 0.3 by default; the paper's last
+    # corrected with other shares of the steps before ranks change, and after: by default 0.1 and 0.3; the paper's
+    # epochs 2 and 5 are 0.2 and 0.5 of 10
     "corrected, warm-up 0": ("igu", {"warmup_ratio": 0.0}),
     "corrected, warm-up 0.2": ("igu", {"warmup_ratio": 0.2}),
     "corrected, final phase 0.1": ("igu", {"final_ratio": 0.1}),

@@ -40,11 +40,13 @@ def ledger_file(name: str) -> Path:
 def from_folder(folder: Path, model: str) -> tuple[Held, list[Held]]:
     """Read a finished comparison, and return what is shipped of it: facts with figures, and lines of the ledger."""
     made = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
-    found = dict(_lines_of_runs(folder, made))
+    ledger = Ledger(folder / LEDGER).entries
+    entries = [{"settings": json.loads(key), "result": result} for key, result in ledger.items()]
+    found = dict(_lines_of_runs(entries, made))
     if not found:
         raise SystemExit(f"no line of the ledger in {folder} is a run of its {JSON_FILE}")
     modules = list(dict.fromkeys(name for line in found.values() for name in line["result"].get("ranks", ())))
-    answers = answers_in(_entries(folder), made["tasks"]["digest"]) if "tasks" in made else {}
+    answers = answers_in(entries, made["tasks"]["digest"]) if "tasks" in made else {}
     lines = [
         {"settings": identity(run), "result": _slim(line["result"], modules) | answers_of(line, answers)}
         for run, line in found.items()
@@ -149,23 +151,16 @@ def _key(settings: Mapping[str, Any]) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
-def _lines_of_runs(folder: Path, made: Mapping[str, Any]) -> Iterator[tuple[Run, Held]]:
-    """Find the lines of the ledger that are runs of the document, by their settings."""
+def _lines_of_runs(entries: Sequence[Held], made: Mapping[str, Any]) -> Iterator[tuple[Run, Held]]:
+    """Find the lines of a ledger that are runs of the document, by their settings."""
     from llamafactory_adaptive.bridge.comparison_checks import without_training_set
 
     own, given = _own_keys(made["settings"]), made["settings"]
-    settings_of = (entry for entry in _entries(folder) if "settings" in entry["settings"])
-    lines = {_key(entry["settings"]["settings"]): entry for entry in settings_of}
+    lines = {_key(entry["settings"]["settings"]): entry for entry in entries if "settings" in entry["settings"]}
     for arm, run in _runs(made):
         settings = run_settings(given, arm, run.point, run.seed, run.steps, own)
         if (line := lines.get(_key(without_secrets(without_training_set(settings))))) is not None:
             yield run, line
-
-
-def _entries(folder: Path) -> list[Held]:
-    """Read the lines of the ledger of a comparison."""
-    held = Ledger(folder / LEDGER).entries
-    return [{"settings": json.loads(key), "result": result} for key, result in held.items()]
 
 
 def _own_keys(given: Mapping[str, Any]) -> list[str]:

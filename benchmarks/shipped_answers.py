@@ -4,11 +4,8 @@ They stand in the line of the run whose adapter gave them. Accuracies and verdic
 comparison's own code, as losses are.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from eval.stats import sign_flip_p
 from llamafactory_adaptive.comparison.task_results import task_document
@@ -58,14 +55,7 @@ def tasks_anew(tasks: Mapping[str, Any], finals: Mapping[str, Mapping[int, Mappi
         arm: {seed: result["answers"] for seed, result in by_seed.items() if "answers" in result}
         for arm, by_seed in finals.items()
     }
-    answers = {arm: _of_seeds(by_seed, list(tasks["questions"])) for arm, by_seed in given.items() if by_seed}
+    answers = {arm: Answers.by_seed(values, list(tasks["questions"])) for arm, values in given.items() if values}
     failed = {arm["name"]: arm["failed"] for arm in tasks["arms"] if "failed" in arm}
     facts = {key: value for key, value in tasks.items() if key not in JUDGED}
-    made = task_document(answers, failed, tasks["smallest_effect"], sign_flip_p, facts)
-    return dict(json.loads(json.dumps(made)))
-
-
-def _of_seeds(by_seed: Mapping[int, ValuesByTask], tasks: Sequence[str]) -> Answers:
-    return Answers(
-        tuple(by_seed), {task: np.array([given[task] for given in by_seed.values()], float) for task in tasks}
-    )
+    return task_document(answers, failed, tasks["smallest_effect"], sign_flip_p, facts)

@@ -91,20 +91,21 @@ def _section(name: str, held: Result) -> Iterator[str]:
 
 def _answered(made: Mapping[str, Any]) -> Iterator[str]:
     """Tabulate how the adapters answered; nothing where they were not asked."""
+    if "tasks" not in made:
+        return
     for title, rows in task_tables(made).items():
         yield f"### Answers: {_readable(title)}\n"
         cells = [TASK_HEAD, ("---",) * len(TASK_HEAD), *(tuple(map(_readable, row)) for row in rows)]
         yield from (f"| {' | '.join(row)} |" for row in cells)
         yield ""
-    if "tasks" in made:
-        yield f"{task_protocol(made)}\n"
-        judged = [(f"{arm['name']} in {task}", of) for arm in made["tasks"]["arms"]
-                  for task, of in arm.get("verdicts", {}).items()]  # fmt: skip
-        yield from (f"* {markdown(name)}: {remedy}" for name, of in judged
-                    if PLAIN in of and (remedy := of[PLAIN]["what_would_decide"]))  # fmt: skip
-        in_tables = {verdict["words"] for _, of in judged for verdict in of.values()}
-        yield from (f"* {_readable(said)}" for said in task_sentences(made) if said not in in_tables)
-        yield ""
+    yield f"{task_protocol(made)}\n"
+    judged = [(f"{arm['name']} in {task}", of) for arm in made["tasks"]["arms"]
+              for task, of in arm.get("verdicts", {}).items()]  # fmt: skip
+    yield from (f"* {markdown(name)}: {remedy}" for name, of in judged
+                if PLAIN in of and (remedy := of[PLAIN]["what_would_decide"]))  # fmt: skip
+    in_tables = {verdict["words"] for _, of in judged for verdict in of.values()}
+    yield from (f"* {_readable(said)}" for said in task_sentences(made) if said not in in_tables)
+    yield ""
 
 
 def _readable(text: str) -> str:
@@ -183,7 +184,6 @@ def _accuracies(found: Sequence[Result]) -> Iterator[str]:
     asked = [(held["rank"], held["comparison"]["tasks"]) for held in found if "tasks" in held["comparison"]]
     columns = [(task, rank, {arm["name"]: arm for arm in tasks["arms"]})
                for rank, tasks in asked for task in tasks["questions"]]  # fmt: skip
-    shares = [commonest(tasks, task) for _, tasks in asked for task in tasks["questions"]]
     if not columns:
         return
     yield f"\n| accuracy against plain LoRA | {' | '.join(f'{task}, rank {rank}' for task, rank, _ in columns)} |"
@@ -191,6 +191,7 @@ def _accuracies(found: Sequence[Result]) -> Iterator[str]:
     for name in dict.fromkeys(arm["name"] for _, tasks in asked for arm in tasks["arms"]):
         cells = (_points(arms.get(name, {}), task) for task, _, arms in columns)
         yield f"| {markdown(name)} | {' | '.join(cells)} |"
+    shares = (commonest(tasks, task) for _, tasks in asked for task in tasks["questions"])
     blind = ("" if share is None else f"{100 * share:.1f} %" for share in shares)
     yield f"| {COMMONEST} | {' | '.join(blind)} |"
 

@@ -237,7 +237,8 @@ class TaskEvaluations:
         notes: dict[str, None] = {}
         for each in self._all(progress):
             if (held := self.comparison.ledger.get(each.key)) is not None:
-                answers.setdefault(each.arm, {})[each.seed] = held["answers"]
+                values = {task: answered["values"] for task, answered in held["answers"].items()}
+                answers.setdefault(each.arm, {})[each.seed] = values
                 notes |= dict.fromkeys(f"{each.arm}: {note}" for note in held["notes"])
         tasks, asked = self.facts["tasks"], self.facts["settings"]
         facts = {
@@ -252,14 +253,8 @@ class TaskEvaluations:
             "versions": self.facts["versions"],
             "notes": [*self._reservations(progress), *notes],
         }
-        by_arm = {arm: self._of_seeds(held) for arm, held in answers.items()}
+        by_arm = {arm: Answers.by_seed(values, self.request.tasks) for arm, values in answers.items()}
         return task_document(by_arm, self.failed, self.request.effect, self.harness.sign_flip(), facts)
-
-    def _of_seeds(self, held: Mapping[int, Any]) -> Answers:
-        return Answers(
-            tuple(held),
-            {task: np.array([each[task]["values"] for each in held.values()], float) for task in self.request.tasks},
-        )
 
     def _reservations(self, progress: Progress) -> Iterator[str]:
         asked = (each for each in self._all(progress) if each.arm not in self.failed)

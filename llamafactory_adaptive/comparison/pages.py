@@ -99,11 +99,11 @@ def _reservations(document: Mapping[str, Any], arms: Sequence[Mapping[str, Any]]
 def _far_seed(arm: Mapping[str, Any]) -> str:
     """Tell of the seed that ended far above the others, as runs at too high a rate do; empty where none did."""
     losses = arm.get("losses", ())
-    if len(losses) < _FEWEST_SEEDS or max(losses) <= _FAR * statistics.median(losses):
+    if len(losses) < _FEWEST_SEEDS or (worst := max(losses)) <= _FAR * (usual := statistics.median(losses)):
         return ""
-    seed, usual = arm["seeds"][losses.index(max(losses))], statistics.median(losses)
+    seed = arm["seeds"][losses.index(worst)]
     return (
-        f"{arm['name']}: seed {seed} ended at a loss of {max(losses):.4f}, where the median of the seeds is "
+        f"{arm['name']}: seed {seed} ended at a loss of {worst:.4f}, where the median of the seeds is "
         f"{usual:.4f}: the mean tells of that run alone; more --rate-seeds may find a rate at which all hold"
     )
 

@@ -23,8 +23,10 @@ def task_tables(document: Mapping[str, Any]) -> dict[str, list[Row]]:
         return {}
     names = [*tasks["questions"], *([MEAN] if len(tasks["questions"]) > 1 else [])]
     digits = digits_of(tasks["smallest_effect"])
-    arms = {name: [_row(arm, name, digits) for arm in tasks["arms"]] for name in names}
-    return {_title(tasks, name): [*rows, *_blind(tasks, name, digits)] for name, rows in arms.items()}
+    return {
+        _title(tasks, name): [*(_row(arm, name, digits) for arm in tasks["arms"]), *_blind(tasks, name, digits)]
+        for name in names
+    }
 
 
 def commonest(tasks: Mapping[str, Any], name: str) -> float | None:

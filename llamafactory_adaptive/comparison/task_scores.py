@@ -40,6 +40,11 @@ class Answers:
     seeds: tuple[int, ...]
     tasks: Mapping[str, FloatArray]
 
+    @classmethod
+    def by_seed(cls, values: Mapping[int, Mapping[str, Sequence[float]]], tasks: Sequence[str]) -> "Answers":
+        """Build them from the values of each seed, by task and in the order of the questions."""
+        return cls(tuple(values), {task: np.array([each[task] for each in values.values()], float) for task in tasks})
+
     def of_seeds(self, seeds: Sequence[int]) -> "Answers":
         """Return the answers of these seeds, in their order."""
         rows = [self.seeds.index(seed) for seed in seeds]
