@@ -27,7 +27,8 @@ Satterthwaite's degrees of freedom would give narrower intervals, but with three
 % (where nine tenths of the variance are the seeds').
 
 ``var(both)/(S R)`` is part of the variance between seeds' means, and is taken off the one between rows' means, so that
-it counts once. With one seed the interval covers rows alone.
+it counts once. With one seed the interval covers rows alone. What the choice of both rates leaves open is added
+draw by draw (``rate_choice``).
 
 Shapes: S seeds, R rows, M measures (an arm's relative or absolute difference), B draws of rows, T draws of seeds.
 """
@@ -40,6 +41,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llamafactory_adaptive.comparison.losses import FloatArray, Losses
+from llamafactory_adaptive.comparison.rate_choice import cost_of_choices, drawn_curves
 from llamafactory_adaptive.errors import refuse
 
 
@@ -74,6 +76,9 @@ class Difference:
         between_seeds: variance of one seed's relative difference over these rows; 0 with one seed.
         between_rows: variance of what a row contributes to the relative difference in all seeds alike; with one seed,
             in this seed.
+        over_choices: what the choice of both rates may have cost, a standard error as a share of the rival's loss; 0
+            where nothing was chosen.
+        rate_seeds: number of seeds that chose; 0 where nothing was chosen.
     """
 
     relative: Estimate
@@ -83,13 +88,16 @@ class Difference:
     rows: int
     between_seeds: float
     between_rows: float
+    over_choices: float = 0.0
+    rate_seeds: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class _Measure:
-    """One difference before the draws: its value, what each row adds to it, and its variances."""
+    """One difference before the draws: its value, the rival's loss in it, what each row adds, and its variances."""
 
     value: float
+    level: float
     influence_R: FloatArray
     seeds: int
     between_seeds: float
@@ -123,8 +131,14 @@ def paired_differences(
     student_BM = _studentised_draws(np.stack([each.influence_R for each in measures], axis=1), rng, row_draws)
     student_BM = _widened(student_BM, weight_R, rng)
     seed_draws = {n: rng.standard_t(n - 1, (row_draws, SEED_DRAWS)) for n in sorted({m.seeds for m in measures} - {1})}
-    draws = (_draws(each, student_B, seed_draws) for each, student_B in zip(measures, student_BM.T, strict=True))
-    return list(_differences(measures, draws))
+    costs_AB = _costs_of_choices(rival, arms, measures[::2], np.random.default_rng([seed, 1]), row_draws)
+    costs = [cost_B for cost_B in costs_AB for _ in (_relative, _absolute)]
+    draws = (
+        _draws(each, student_B, seed_draws, cost_B)
+        for each, student_B, cost_B in zip(measures, student_BM.T, costs, strict=True)
+    )
+    chose = 0 if rival.curve is None else rival.curve.seeds
+    return list(_differences(measures, draws, costs_AB, chose))
 
 
 def _paired(rival: Losses, arm: Losses) -> tuple[FloatArray, FloatArray]:
@@ -145,21 +159,21 @@ def _relative(arm_SR: FloatArray, rival_SR: FloatArray, weight_R: FloatArray) ->
     if mean <= 0.0:
         raise ValueError(f"the rival's loss is {mean}: no difference can be told as a share of it")
     ratio = float((weight_R * arm_SR).mean()) / mean
-    return _measure(ratio - 1.0, weight_R * (arm_SR - ratio * rival_SR) / mean, weight_R)
+    return _measure(ratio - 1.0, 1.0, weight_R * (arm_SR - ratio * rival_SR) / mean, weight_R)
 
 
 def _absolute(arm_SR: FloatArray, rival_SR: FloatArray, weight_R: FloatArray) -> _Measure:
     """Measure mean(w (a - b)), whose influence is w (a - b - difference)."""
     value = float((weight_R * (arm_SR - rival_SR)).mean())
-    return _measure(value, weight_R * (arm_SR - rival_SR - value), weight_R)
+    return _measure(value, float((weight_R * rival_SR).mean()), weight_R * (arm_SR - rival_SR - value), weight_R)
 
 
-def _measure(value: float, influence_SR: FloatArray, weight_R: FloatArray) -> _Measure:
+def _measure(value: float, level: float, influence_SR: FloatArray, weight_R: FloatArray) -> _Measure:
     between_seeds, _ = variance_components(influence_SR)
     jackknifed_SR = influence_SR / (1.0 - weight_R / len(weight_R))
     _, between_rows = variance_components(jackknifed_SR)
     influence_R = jackknifed_SR.mean(axis=0)
-    return _Measure(value, influence_R - influence_R.mean(), len(influence_SR), between_seeds, between_rows)
+    return _Measure(value, level, influence_R - influence_R.mean(), len(influence_SR), between_seeds, between_rows)
 
 
 def variance_components(z_SR: FloatArray) -> tuple[float, float]:
@@ -215,10 +229,26 @@ def _shares(drawn_BR: npt.NDArray[np.int64]) -> FloatArray:
     return share_BR
 
 
-def _draws(measure: _Measure, student_B: FloatArray, seed_draws: dict[int, FloatArray]) -> FloatArray:
-    """Add the deviations over rows and over seeds to the value: the differences that are compatible with the data."""
+def _costs_of_choices(
+    rival: Losses, arms: Sequence[Losses], measures: Sequence[_Measure], rng: np.random.Generator, draws: int
+) -> list[FloatArray]:
+    """Draw what the choice of both rates adds to the relative difference of each arm: (B,) each; zeros if given."""
+    curves = [curve for losses in (rival, *arms) if (curve := losses.curve) is not None]
+    if len(curves) <= len(arms):  # settings were given, not chosen
+        return [np.zeros(draws) for _ in arms]
+    drawn_rival, *drawn = zip(curves, drawn_curves(curves, rng, draws), strict=True)
+    return [
+        cost_of_choices(arm, drawn_rival, measure.between_seeds, measure.seeds, rng)
+        for arm, measure in zip(drawn, measures, strict=True)
+    ]
+
+
+def _draws(
+    measure: _Measure, student_B: FloatArray, seed_draws: dict[int, FloatArray], cost_B: FloatArray
+) -> FloatArray:
+    """Add the deviations over rows, seeds and choices to the value: the differences compatible with the data."""
     over_rows = math.sqrt(measure.between_rows / len(measure.influence_R))
-    draws_B1 = (measure.value - over_rows * student_B)[:, None]
+    draws_B1 = (measure.value - over_rows * student_B + measure.level * cost_B)[:, None]
     if measure.seeds == 1:
         return draws_B1
     over_seeds = math.sqrt(measure.between_seeds / measure.seeds)
@@ -226,8 +256,10 @@ def _draws(measure: _Measure, student_B: FloatArray, seed_draws: dict[int, Float
     return draws_BT
 
 
-def _differences(measures: Sequence[_Measure], draws: Iterator[FloatArray]) -> Iterator[Difference]:
-    for relative, absolute in zip(measures[::2], measures[1::2], strict=True):
+def _differences(
+    measures: Sequence[_Measure], draws: Iterator[FloatArray], costs_AB: Sequence[FloatArray], rate_seeds: int
+) -> Iterator[Difference]:
+    for relative, absolute, cost_B in zip(measures[::2], measures[1::2], costs_AB, strict=True):
         drawn, drawn_absolute = next(draws), next(draws)
         yield Difference(
             relative=_estimate(relative.value, drawn),
@@ -237,6 +269,8 @@ def _differences(measures: Sequence[_Measure], draws: Iterator[FloatArray]) -> I
             rows=len(relative.influence_R),
             between_seeds=relative.between_seeds,
             between_rows=relative.between_rows,
+            over_choices=math.sqrt(float((cost_B**2).mean())),
+            rate_seeds=rate_seeds,
         )
 
 

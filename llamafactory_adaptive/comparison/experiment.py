@@ -179,6 +179,11 @@ class Progress:
         unstable = (point for point, figure in curve.items() if math.isfinite(figure) and self._diverged(arm, point))
         return _choice(curve, tuple(unstable))
 
+    def choosing_rows(self, arm: str, point: GridPoint) -> list[Any]:
+        """Return the losses of the rows that choose, of every seed that does, at a point where none diverged."""
+        outcomes = map(self.known, self.design.choosing(arm, point))
+        return [outcome["dev"] for outcome in outcomes if outcome is not None]
+
     def _diverged(self, arm: str, point: GridPoint) -> bool:
         outcomes = map(self.known, self.design.final(arm, point))
         return any(outcome is not None and outcome["status"] == "diverged" for outcome in outcomes)

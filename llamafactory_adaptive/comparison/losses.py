@@ -1,9 +1,10 @@
-"""Losses of an arm on held-out rows, by seed and row.
+"""Losses of an arm on held-out rows, by seed and row, and those by which its rate was chosen.
 
-Shapes: S seeds, R held-out rows.
+Shapes: S seeds, R held-out rows, K points of a grid.
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,34 @@ import numpy.typing as npt
 
 
 FloatArray = npt.NDArray[np.float64]
+
+
+_FEWEST_SEEDS, _FAR = 3, 1.5  # from which on a seed can be far from the median, in multiples of it
+
+
+def far_seed(losses: Sequence[float]) -> int | None:
+    """Find the seed that ended far above the others, as runs at too high a rate do: its place; None where none did."""
+    if len(losses) < _FEWEST_SEEDS or (worst := max(losses)) <= _FAR * statistics.median(losses):
+        return None
+    return losses.index(worst)
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """Losses of an arm at the points of its grid, on the rows that choose.
+
+    Attributes:
+        rows_KR: mean loss over the answer tokens of each row, a mean over the seeds that choose. Points at which a run
+            diverged are left out.
+        tokens_R: number of answer tokens of each row.
+        chosen: which of the points was chosen.
+        seeds: number of seeds that chose.
+    """
+
+    rows_KR: FloatArray
+    tokens_R: FloatArray
+    chosen: int
+    seeds: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +52,7 @@ class Losses:
         rows_SR: mean loss over the answer tokens of each row; NaN or infinite where a run diverged. A run that ended
             before it was evaluated is a row of NaN.
         tokens_R: number of answer tokens of each row.
+        curve: what the setting was chosen by; None where it was given.
 
     Raises:
         ValueError: the shapes do not fit, a seed is there twice, or a row has no answer tokens.
@@ -31,6 +61,7 @@ class Losses:
     seeds: tuple[int, ...]
     rows_SR: FloatArray
     tokens_R: FloatArray
+    curve: Curve | None = None
 
     def __post_init__(self) -> None:
         if self.rows_SR.size == 0 or self.rows_SR.shape != (len(self.seeds), len(self.tokens_R)):
@@ -53,4 +84,5 @@ class Losses:
 
     def of_seeds(self, seeds: Sequence[int]) -> "Losses":
         """Return the losses of these seeds, in their order."""
-        return Losses(tuple(seeds), self.rows_SR[[self.seeds.index(seed) for seed in seeds]], self.tokens_R)
+        kept = [self.seeds.index(seed) for seed in seeds]
+        return Losses(tuple(seeds), self.rows_SR[kept], self.tokens_R, self.curve)

@@ -1,6 +1,7 @@
 """How many seeds would decide a comparison that is not decided yet, from the variances that were seen."""
 
 import math
+from dataclasses import replace
 from functools import cache
 from statistics import NormalDist
 
@@ -11,16 +12,17 @@ LEVEL = 0.05
 CHANCE = 0.8  # that so many seeds decide
 MOST_SEEDS = 100
 _COUNTS = (*range(2, 21), 25, 30, 40, 50, 75, MOST_SEEDS)  # of many seeds the number is rough anyway
+_RATE_SEEDS = (2, 3, 5, 10, 20)
 
 
 def seeds_to_decide(difference: Difference, effect: float, tests: int) -> int | None:
     """Estimate with how many seeds, on these rows, four comparisons in five would be decided either way.
 
     It is taken that the difference on these rows is the one seen. With S seeds its estimate has the variance
-    ``between_seeds / S``; an interval reaches as far as its two parts squared and added,
-    ``sqrt(t^2 between_seeds / S + z^2 between_rows / R)``, a little further than the interval of ``Difference``
-    (Banerjee 1960, Sankhya 22). Decided is what lies outside such an interval around 0, at the level that Holm's
-    correction may demand of it, or inside +- effect by such an interval of 90 %.
+    ``between_seeds / S``; an interval reaches as far as its parts squared and added,
+    ``sqrt(t^2 between_seeds / S + z^2 between_rows / R + z^2 over_choices^2)``, a little further than the interval of
+    ``Difference`` (Banerjee 1960, Sankhya 22). Decided is what lies outside such an interval around 0, at the level
+    that Holm's correction may demand of it, or inside +- effect by such an interval of 90 %.
 
     Args:
         difference: what was seen, with two seeds or more.
@@ -30,7 +32,29 @@ def seeds_to_decide(difference: Difference, effect: float, tests: int) -> int | 
     Returns:
         Number of seeds in all; None where ``MOST_SEEDS`` are too few.
     """
-    counts = (seeds for seeds in _COUNTS if seeds > difference.seeds)
+    return _fewest_seeds(difference, effect, tests, difference.seeds + 1)
+
+
+def rate_seeds_to_decide(difference: Difference, effect: float, tests: int) -> tuple[int, int] | None:
+    """Estimate with how many seeds that choose, and how many that judge, it would be decided.
+
+    What a choice costs is taken to fall with the square root of the number of seeds that choose.
+
+    Returns:
+        Both numbers, with the fewest seeds that choose; None where more of those would not do, or none chose.
+    """
+    if not difference.rate_seeds:
+        return None
+    for rate_seeds in (count for count in _RATE_SEEDS if count > difference.rate_seeds):
+        over_choices = difference.over_choices * math.sqrt(difference.rate_seeds / rate_seeds)
+        surer = replace(difference, over_choices=over_choices)
+        if (seeds := _fewest_seeds(surer, effect, tests, difference.seeds)) is not None:
+            return rate_seeds, seeds
+    return None
+
+
+def _fewest_seeds(difference: Difference, effect: float, tests: int, least: int) -> int | None:
+    counts = (seeds for seeds in _COUNTS if seeds >= least)
     return next((seeds for seeds in counts if chance_to_decide(difference, effect, tests, seeds) >= CHANCE), None)
 
 
@@ -44,10 +68,10 @@ def rows_too_few(difference: Difference, effect: float, tests: int) -> bool:
 
 def chance_to_decide(difference: Difference, effect: float, tests: int, seeds: int) -> float:
     """Compute the chance that ``seeds`` new seeds decide, as described for ``seeds_to_decide``."""
-    over_rows = math.sqrt(difference.between_rows / difference.rows)
+    fixed = math.hypot(math.sqrt(difference.between_rows / difference.rows), difference.over_choices)
     over_seeds = max(math.sqrt(difference.between_seeds / seeds), 1e-12)  # a distribution of no width has no chances
     apart, within = (
-        math.hypot(student_quantile(1.0 - tail, seeds - 1) * over_seeds, NormalDist().inv_cdf(1.0 - tail) * over_rows)
+        math.hypot(student_quantile(1.0 - tail, seeds - 1) * over_seeds, NormalDist().inv_cdf(1.0 - tail) * fixed)
         for tail in (LEVEL / tests / 2.0, LEVEL)
     )
     estimate, inner = NormalDist(difference.relative.value, over_seeds), effect - within

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.comparison.arms import CONTROL, PLAIN, GridPoint
+from llamafactory_adaptive.comparison.losses import far_seed
 from llamafactory_adaptive.comparison.results import budget_words
 from llamafactory_adaptive.comparison.task_pages import task_markdown, task_page
 from llamafactory_adaptive.files import write_atomically
@@ -14,7 +15,6 @@ from llamafactory_adaptive.reports.plaintext import markdown
 
 
 JSON_FILE, MARKDOWN_FILE, HTML_FILE = "compare.json", "compare.md", "compare.html"
-_FEWEST_SEEDS, _FAR = 3, 1.5  # from which on a seed can be far from the median, in multiples of it
 HEAD = ("arm", "best rate", "held-out loss", "against plain lora", "against random ranks", "parameters", "seconds")
 
 
@@ -99,12 +99,12 @@ def _reservations(document: Mapping[str, Any], arms: Sequence[Mapping[str, Any]]
 def _far_seed(arm: Mapping[str, Any]) -> str:
     """Tell of the seed that ended far above the others, as runs at too high a rate do; empty where none did."""
     losses = arm.get("losses", ())
-    if len(losses) < _FEWEST_SEEDS or (worst := max(losses)) <= _FAR * (usual := statistics.median(losses)):
+    if (place := far_seed(losses)) is None:
         return ""
-    seed = arm["seeds"][losses.index(worst)]
     return (
-        f"{arm['name']}: seed {seed} ended at a loss of {worst:.4f}, where the median of the seeds is "
-        f"{usual:.4f}: the mean tells of that run alone; more --rate-seeds may find a rate at which all hold"
+        f"{arm['name']}: seed {arm['seeds'][place]} ended at a loss of {losses[place]:.4f}, where the median of the "
+        f"seeds is {statistics.median(losses):.4f}: the mean tells of that run alone; more --rate-seeds may find a "
+        "rate at which all hold"
     )
 
 

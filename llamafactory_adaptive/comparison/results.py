@@ -3,14 +3,14 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from llamafactory_adaptive.comparison.arms import CONTROL, PLAIN, Arm, Settings
+from llamafactory_adaptive.comparison.arms import CONTROL, PLAIN, Arm, GridPoint, Settings
 from llamafactory_adaptive.comparison.experiment import Choice, Progress
-from llamafactory_adaptive.comparison.losses import Losses
+from llamafactory_adaptive.comparison.losses import Curve, Losses
 from llamafactory_adaptive.comparison.secrets import without_secrets
 from llamafactory_adaptive.comparison.verdicts import Judgement, judge
 from llamafactory_adaptive.comparison.words import judgement_in_words, what_would_decide
@@ -28,12 +28,14 @@ class ArmResult:
         arm: the arm.
         choice: its curve over the grid and the best point; None if it could not be run.
         finals: what came of the runs that judge, by seed; not of all seeds where one could not be run.
+        choosing: losses of the rows that choose, by point and seed; points at which a run diverged are left out.
         failed: why it could not be run, or not to its end; empty if it could.
     """
 
     arm: Arm
     choice: Choice | None
     finals: Mapping[int, Mapping[str, Any]]
+    choosing: Mapping[GridPoint, Sequence[Sequence[float]]] = field(default_factory=dict)
     failed: str = ""
 
     @property
@@ -41,28 +43,42 @@ class ArmResult:
         """Tell whether no point of the grid is left."""
         return self.choice is not None and self.choice.best is None
 
-    def losses(self, tokens: Sequence[int]) -> Losses:
-        """Return the losses of the rows that judge, by seed; NaN where the arm diverged."""
-        rows = {seed: outcome["test"] for seed, outcome in self.finals.items()} or {0: [math.nan] * len(tokens)}
-        return Losses(tuple(rows), np.array(list(rows.values()), float), np.array(tokens, float))
+    def losses(self, tokens: Mapping[str, Sequence[int]]) -> Losses:
+        """Return the losses of the rows that judge, by seed, with what its point was chosen by; NaN if it diverged."""
+        test = np.array(tokens["test"], float)
+        rows = {seed: outcome["test"] for seed, outcome in self.finals.items()} or {0: [math.nan] * len(test)}
+        return Losses(tuple(rows), np.array(list(rows.values()), float), test, self._curve(tokens["dev"]))
+
+    def _curve(self, tokens: Sequence[int]) -> Curve | None:
+        if self.choice is None or self.choice.best is None:
+            return None
+        rows = np.array([np.mean(by_seed, axis=0) for by_seed in self.choosing.values()])
+        seeds = len(self.choosing[self.choice.best])
+        return Curve(rows, np.array(tokens, float), list(self.choosing).index(self.choice.best), seeds)
 
 
 def arm_results(progress: Progress) -> list[ArmResult]:
     """Collect what is known of every arm of a finished comparison."""
-    return [
-        ArmResult(
-            arm, progress.choice_if_known(arm.name), progress.finals(arm.name), progress.failed.get(arm.name, "")
-        )
-        for arm in progress.arms
-    ]
+    return [_arm_result(progress, arm) for arm in progress.arms]
 
 
-def judgements(results: Sequence[ArmResult], tokens: Sequence[int], effect: float) -> dict[str, list[Judgement]]:
+def _arm_result(progress: Progress, arm: Arm) -> ArmResult:
+    choice, failed = progress.choice_if_known(arm.name), progress.failed.get(arm.name, "")
+    if choice is None:
+        return ArmResult(arm, None, {}, failed=failed)
+    left = (point for point, figure in choice.curve.items() if math.isfinite(figure) and point not in choice.unstable)
+    choosing = {point: progress.choosing_rows(arm.name, point) for point in left}
+    return ArmResult(arm, choice, progress.finals(arm.name), choosing, failed)
+
+
+def judgements(
+    results: Sequence[ArmResult], tokens: Mapping[str, Sequence[int]], effect: float
+) -> dict[str, list[Judgement]]:
     """Compare all arms that ran, or diverged, with plain LoRA and with random ranks.
 
     Args:
         results: results of all arms, plain LoRA and random ranks among them.
-        tokens: answer tokens of each row that judges.
+        tokens: answer tokens of each held-out row, by half.
         effect: smallest difference that matters, a share of the rival's loss.
     """
     compared = [result for result in results if result.finals or result.diverged]
@@ -89,7 +105,7 @@ def document(
         effect: smallest difference that matters.
         facts: further facts of the comparison: command, versions, rows, design.
     """
-    judged = judgements(results, tokens["test"], effect)
+    judged = judgements(results, tokens, effect)
     plain = next(result for result in results if result.arm.name == PLAIN)
     by_arm = {rival: {judgement.arm: judgement for judgement in each} for rival, each in judged.items()}
     return {
@@ -121,10 +137,10 @@ def _arm(
         return {**entry, "diverged": True, "verdicts": verdicts}
     if not result.finals:
         return entry
-    return {**entry, **_figures(result, plain, tokens["test"]), "verdicts": verdicts}
+    return {**entry, **_figures(result, plain, tokens), "verdicts": verdicts}
 
 
-def _figures(result: ArmResult, plain: ArmResult, tokens: Sequence[int]) -> dict[str, Any]:
+def _figures(result: ArmResult, plain: ArmResult, tokens: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """Collect what an arm reached at its best point, over the seeds that judge."""
     assert result.choice is not None
     by_seed, outcomes = result.losses(tokens).by_seed(), list(result.finals.values())

@@ -121,9 +121,19 @@ def what_would_decide(judgement: TaskJudgement) -> str:
 def _power(judgement: TaskJudgement) -> str:
     """Tell which difference so many questions and seeds would have shown, and what there is too little of."""
     difference, tests, digits = judgement.difference, judgement.tests, digits_of(judgement.effect)
-    shown, at_best = (100 * each for each in (difference.detectable(tests), difference.detectable_by_questions(tests)))
-    lacking = "questions" if difference.over_questions >= difference.over_seeds else "seeds"
-    return (
-        f"{difference.questions} questions and {difference.seeds} seeds show {shown:.{digits}f} points four times in "
-        f"five ({at_best:.{digits}f} were seeds all alike): more {lacking} are needed"
+    shown, at_best = difference.detectable(tests), difference.detectable_by_questions(tests)
+    shows = (
+        f"show {100 * shown:.{digits}f} points four times in five" if shown < 1.0 else "show no difference for sure"
     )
+    return (
+        f"{difference.questions} questions and {difference.seeds} seeds {shows} ({100 * at_best:.{digits}f} points "
+        f"were seeds all alike): more {_lacking(judgement)} are needed"
+    )
+
+
+def _lacking(judgement: TaskJudgement) -> str:
+    """Name what would have to grow until the smallest difference that matters is shown: one alone, if it suffices."""
+    difference, tests = judgement.difference, judgement.tests
+    if difference.detectable_by_questions(tests) <= judgement.effect:
+        return "seeds"
+    return "questions" if difference.detectable_by_seeds(tests) <= judgement.effect else "questions and seeds"

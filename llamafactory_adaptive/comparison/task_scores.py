@@ -105,8 +105,11 @@ class Accuracy:
 
     def detectable_by_questions(self, tests: int) -> float:
         """Estimate the same for seeds that do not differ: what so many questions can show at best."""
-        normal = NormalDist()
-        return (normal.inv_cdf(CHANCE) - normal.inv_cdf(LEVEL / tests / 2.0)) * self.over_questions
+        return replace(self, over_seeds=0.0).detectable(tests)
+
+    def detectable_by_seeds(self, tests: int) -> float:
+        """Estimate the same for any number of questions: what so many seeds can show at best."""
+        return replace(self, over_questions=0.0).detectable(tests)
 
 
 @dataclass(frozen=True)
@@ -138,9 +141,9 @@ class TaskJudgement:
     tests: int = 1
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Compute the interval of the difference."""
+        """Compute the interval of the difference; none is larger than 1."""
         reach = self.difference.reach((1.0 - level) / 2.0)
-        return self.difference.value - reach, self.difference.value + reach
+        return max(-1.0, self.difference.value - reach), min(1.0, self.difference.value + reach)
 
 
 def accuracy(answers: Answers) -> Accuracy:

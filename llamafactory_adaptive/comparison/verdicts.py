@@ -1,12 +1,17 @@
 """Verdicts of a comparison: is an arm better than its rival, worse, equivalent, or is it not decided?"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from llamafactory_adaptive.comparison.differences import Difference, paired_differences
-from llamafactory_adaptive.comparison.losses import Losses
-from llamafactory_adaptive.comparison.more_seeds import LEVEL, rows_too_few, seeds_to_decide
+from llamafactory_adaptive.comparison.losses import Losses, far_seed
+from llamafactory_adaptive.comparison.more_seeds import (
+    LEVEL,
+    rate_seeds_to_decide,
+    rows_too_few,
+    seeds_to_decide,
+)
 
 
 Verdict = Literal["better", "worse", "equivalent", "not decided", "diverged"]
@@ -27,7 +32,11 @@ class Judgement:
         tests: number of arms that this corrects for.
         seeds_to_decide: where not decided, with how many seeds it would be; None where no number up to ``MOST_SEEDS``
             would do, or only one seed ran, so that nothing is known of seeds.
+        rate_seeds_to_decide: where no number of seeds that judge would do, with how many that choose it would, and
+            with how many that judge; None where neither would.
         more_rows: whether it is not decided for want of rows, so that seeds alone cannot decide it.
+        far_seed: where not decided, the seed that ended far above the others of the arm or the rival, so that nothing
+            can be told of how many would decide it; None where none did.
     """
 
     arm: str
@@ -38,7 +47,9 @@ class Judgement:
     p_holm: float | None = None
     tests: int = 0
     seeds_to_decide: int | None = None
+    rate_seeds_to_decide: tuple[int, int] | None = None
     more_rows: bool = False
+    far_seed: int | None = None
 
     @property
     def different(self) -> bool:
@@ -52,6 +63,7 @@ class _Family:
 
     rival: str
     effect: float
+    losses: Mapping[str, Losses]
     differences: Mapping[str, Difference]
     p_holm: Mapping[str, float]
 
@@ -71,7 +83,8 @@ def judge(losses: Mapping[str, Losses], rival: str, effect: float, seed: int = 0
     enough seeds and rows every two arms differ by something. ``Judgement.different`` keeps what was found, and the
     words tell it.
 
-    All this is of the settings given: that another dev half might have chosen other ones is not in the intervals.
+    Intervals and p values cover that other seeds, or another half that chooses, might have chosen another rate of the
+    grid (``rate_choice``).
 
     Args:
         losses: losses of every arm and of the rival, by name, on the rows that judge.
@@ -92,20 +105,30 @@ def judge(losses: Mapping[str, Losses], rival: str, effect: float, seed: int = 0
     differences = dict(zip(compared, paired, strict=True))
     tested = [name for name in compared if differences[name].seeds > 1]
     corrected = holm([differences[name].p_value for name in tested])
-    family = _Family(rival, effect, differences, dict(zip(tested, corrected, strict=True)))
-    return [_judgement(name, losses[name].diverged, family) for name in arms]
+    family = _Family(rival, effect, losses, differences, dict(zip(tested, corrected, strict=True)))
+    return [_judgement(name, family) for name in arms]
 
 
-def _judgement(arm: str, diverged: bool, family: _Family) -> Judgement:
-    difference, p_holm = family.differences.get(arm), family.p_holm.get(arm)
+def _judgement(arm: str, family: _Family) -> Judgement:
+    difference, p_holm, diverged = family.differences.get(arm), family.p_holm.get(arm), family.losses[arm].diverged
     if diverged or difference is None or p_holm is None:
         return Judgement(arm, family.rival, "diverged" if diverged else "not decided", family.effect, difference)
     verdict, tests = _verdict(difference, p_holm, family.effect), len(family.p_holm)
-    seeds, more_rows = None, False
-    if verdict == "not decided":
-        seeds = seeds_to_decide(difference, family.effect, tests)
-        more_rows = seeds is None and rows_too_few(difference, family.effect, tests)
-    return Judgement(arm, family.rival, verdict, family.effect, difference, p_holm, tests, seeds, more_rows)
+    judgement = Judgement(arm, family.rival, verdict, family.effect, difference, p_holm, tests)
+    return _with_remedy(judgement, difference, family) if verdict == "not decided" else judgement
+
+
+def _with_remedy(judgement: Judgement, difference: Difference, family: _Family) -> Judgement:
+    """Add what would decide a judgement that is not decided, the least first."""
+    for losses in (family.losses[judgement.arm], family.losses[judgement.rival]):
+        if (place := far_seed(losses.by_seed())) is not None:
+            return replace(judgement, far_seed=losses.seeds[place])
+    of = difference, judgement.effect, judgement.tests
+    if (seeds := seeds_to_decide(*of)) is not None:
+        return replace(judgement, seeds_to_decide=seeds)
+    if (more := rate_seeds_to_decide(*of)) is not None:
+        return replace(judgement, rate_seeds_to_decide=more)
+    return replace(judgement, more_rows=rows_too_few(*of))
 
 
 def _verdict(difference: Difference, p_holm: float, effect: float) -> Verdict:

@@ -74,8 +74,13 @@ def _remedy(judgement: Judgement, seeds: int) -> str:
     """Tell what would decide a comparison that is not decided."""
     if seeds == 1:
         return "seeds were not varied, and another seed may tell otherwise: give at least 3"
+    if judgement.far_seed is not None:
+        return f"seed {judgement.far_seed} ended far above the others, so that no number of seeds can be told"
     if judgement.seeds_to_decide is not None:
         return f"about {judgement.seeds_to_decide} seeds would decide it"
+    if judgement.rate_seeds_to_decide is not None:
+        rate_seeds, seeds = judgement.rate_seeds_to_decide
+        return f"about {seeds} seeds would decide it, with rates that {rate_seeds} seeds chose (--rate-seeds)"
     if judgement.more_rows:
         return "more held-out rows are needed: seeds alone cannot decide it"
     return f"not even {MOST_SEEDS} seeds would decide it: seeds differ by too much for an effect so small"

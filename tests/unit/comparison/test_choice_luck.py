@@ -4,6 +4,7 @@ A run's seed moves the losses of both halves alike: the luckiest of many runs lo
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,7 +17,9 @@ from llamafactory_adaptive.comparison.results import arm_results
 
 ARMS, ROWS, SEED_SD, ROW_SD = 400, 40, 0.004, 0.002
 DESIGN = Design(tuple(2.0**power for power in range(9)), seeds=3, extensions=0)
-TOKENS = [5] * ROWS
+TOKENS = {"dev": [5] * ROWS, "test": [5] * ROWS}
+# Ten seeds judge; a rate beside the best costs about as much as another seed changes.
+U_SHAPED, PAIRS, BEND = Design(tuple(2.0**power for power in range(5)), seeds=10, extensions=0), 300, 0.004
 
 
 def outcome(run):
@@ -28,8 +31,12 @@ def outcome(run):
 
 def differences(losses):
     seeds = losses[0].seeds
-    rival = Losses(seeds, np.ones((len(seeds), ROWS)), np.array(TOKENS, float))
+    rival = Losses(seeds, np.ones((len(seeds), ROWS)), np.array(TOKENS["test"], float))
     return paired_differences(rival, losses, row_draws=400)
+
+
+def mean_of(found, half):
+    return float(np.mean(found[half]))
 
 
 def better(found):
@@ -39,7 +46,7 @@ def better(found):
 
 def test_choosing_among_nine_rates_makes_no_arm_better():
     arms = [Arm(str(number)) for number in range(ARMS)]
-    progress = Progress(DESIGN, arms, outcome, lambda found, half: float(np.mean(found[half])))
+    progress = Progress(DESIGN, arms, outcome, mean_of)
     results = arm_results(progress)
     assert len({result.choice.best for result in results}) == 9, "every rate is the best of some arm"
     found = differences([result.losses(TOKENS) for result in results])
@@ -56,4 +63,34 @@ def with_the_run_that_chose(result):
     """The losses of an arm as they would be if the seed that chose took the place of the last one that judges."""
     chose = outcome(Run(result.arm.name, result.choice.best, 0, None))["test"]
     rows = [*(found["test"] for found in list(result.finals.values())[:-1]), chose]
-    return Losses((1, 2, 3), np.array(rows), np.array(TOKENS, float))
+    return Losses((1, 2, 3), np.array(rows), np.array(TOKENS["test"], float))
+
+
+def u_shaped(run):
+    """The same, over a curve whose lowest point is between two rates, elsewhere for each pair of arms."""
+    pair = np.random.default_rng(int(run.arm) // 2)
+    away = math.log2(run.point.rate) - 1.0 - pair.random()
+    found = outcome(run)
+    return {**found, **{half: [loss + BEND * away**2 for loss in found[half]] for half in ("dev", "test")}}
+
+
+def wrong(pairs):
+    """The share of pairs of equal arms of which one is called better."""
+    found = [paired_differences(rival, [arm], row_draws=400)[0] for rival, arm in pairs]
+    assert all(
+        (each.over_choices > 0.0) == (arm.curve is not None) for each, (_, arm) in zip(found, pairs, strict=True)
+    )
+    return np.mean([each.p_value <= 0.05 for each in found])
+
+
+def test_rates_that_chance_chose_make_no_arm_better():
+    """Two arms with the same curve are judged at different rates, between which there is a difference."""
+    arms = [Arm(str(number)) for number in range(2 * PAIRS)]
+    results = arm_results(Progress(U_SHAPED, arms, u_shaped, mean_of))
+    losses = [result.losses(TOKENS) for result in results]
+    pairs = list(zip(losses[::2], losses[1::2], strict=True))
+    rates = [result.choice.best.rate for result in results]
+    assert 0.3 < np.mean([one != other for one, other in zip(rates[::2], rates[1::2], strict=True)]) < 0.9
+    assert wrong(pairs) <= 0.05 + 2.5 * math.sqrt(0.05 * 0.95 / PAIRS)
+    # The simulation tells: were the rates taken as given, far more pairs than one in twenty would differ.
+    assert wrong([tuple(replace(each, curve=None) for each in pair) for pair in pairs]) > 0.12

@@ -86,7 +86,8 @@ def trainer(base, inputs, labels, arms):
         config = LoraConfig(r=6, lora_alpha=12, target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=alphas)
         model = get_peft_model(copy.deepcopy(base), config)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=run.point.rate)
-        for _ in range(STEPS):
+        for step in range(STEPS):
+            optimizer.param_groups[0]["lr"] = run.point.rate * (1.0 - step / STEPS)
             chosen = torch.randint(ROWS, (16,))
             logits = model(input_ids=inputs[chosen]).logits
             torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[chosen].flatten()).backward()
@@ -101,11 +102,15 @@ def trainer(base, inputs, labels, arms):
 def verdicts(base, inputs, labels):
     arms, known = {**ARMS, "fisher": ranks_by("fisher", base, inputs, labels)}, {}
     train = trainer(base, inputs, labels, arms)
-    progress = Progress(Design((3e-3, 1e-2, 3e-2), seeds=3, extensions=1), [Arm(name) for name in arms], known.get,
-                        lambda outcome, half: float(np.mean(outcome[half])))  # fmt: skip
+    design = Design((3e-3, 1e-2, 3e-2), seeds=4, rate_seeds=3, extensions=1)
+    progress = Progress(
+        design, [Arm(name) for name in arms], known.get, lambda outcome, half: float(np.mean(outcome[half]))
+    )
     while due := progress.due():
         known[due[0]] = train(due[0])
-    found = judgements(arm_results(progress), [TOKENS] * ROWS, effect=EFFECT)["lora"]
+    found = judgements(arm_results(progress), {half: [TOKENS] * ROWS for half in ("dev", "test")}, effect=EFFECT)[
+        "lora"
+    ]
     return {judgement.arm: judgement for judgement in found}
 
 

@@ -16,8 +16,8 @@ from llamafactory_adaptive.comparison.task_pages import (
     task_text,
 )
 from llamafactory_adaptive.comparison.task_request import points
-from llamafactory_adaptive.comparison.task_results import digits_of, task_document
-from llamafactory_adaptive.comparison.task_scores import Answers
+from llamafactory_adaptive.comparison.task_results import digits_of, task_document, what_would_decide
+from llamafactory_adaptive.comparison.task_scores import Accuracy, Answers, TaskJudgement
 
 
 FACTS = {"protocol": "lm_eval", "limit": 200, "form": "adapter", "questions": {"boolq": 200, "copa": 100},
@@ -83,9 +83,34 @@ def test_sentences_tell_verdicts_power_and_what_is_missing(made):
 def test_what_is_not_decided_tells_the_power(made):
     near = {"lora": arm(0.5, 0.5), "igu": arm(0.53, 0.5)}
     said = task_sentences({"tasks": task_document(near, {}, 0.01, sign_flip_p, FACTS)})
-    power = r"; 200 questions and 3 seeds show \d+\.\d points four times in five \(\d+\.\d were seeds all alike\): "
+    power = (
+        r"; 200 questions and 3 seeds show \d\.\d points four times in five \(\d\.\d points were seeds all alike\): "
+    )
     assert said[0].startswith("igu in boolq: not decided against lora: +3.0 points ")
     assert re.search(power + "more questions are needed", said[0])
+
+
+@pytest.mark.parametrize(
+    ("over_seeds", "over_questions", "lacking"),
+    [
+        (0.02, 0.001, "seeds"),
+        (0.001, 0.02, "questions"),
+        (0.0025, 0.0025, "seeds"),
+        (0.02, 0.02, "questions and seeds"),
+    ],
+)
+def test_what_is_lacking_is_what_would_suffice_alone(over_seeds, over_questions, lacking):
+    """With equal errors it is the seeds: Student's t with two degrees of freedom asks more of them."""
+    found = Accuracy(0.002, over_seeds, over_questions, 3, 400)
+    judgement = TaskJudgement("igu", "lora", "boolq", "not decided", 0.01, found, 30, 0.5, 0.5)
+    assert what_would_decide(judgement).endswith(f": more {lacking} are needed")
+
+
+def test_no_interval_and_no_power_goes_beyond_all_questions():
+    found = Accuracy(-0.2, 0.2, 0.01, 3, 400)
+    judgement = TaskJudgement("igu", "lora", "boolq", "not decided", 0.01, found, 30, 0.5, 0.5)
+    assert judgement.interval() == (-1.0, pytest.approx(-0.2 + found.reach(0.025)))
+    assert what_would_decide(judgement).startswith("400 questions and 3 seeds show no difference for sure (")
 
 
 def test_there_is_a_table_for_each_task_and_for_their_mean(made):
