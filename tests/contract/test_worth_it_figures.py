@@ -7,7 +7,12 @@ from statistics import fmean
 
 import pytest
 
+from llamafactory_adaptive import _bootstrap
 from tests.helpers.sentences import says
+
+
+_bootstrap.install()
+from llamafactory_adaptive.bridge.validation import parse_config  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,3 +181,19 @@ def test_ranks_grew_and_shrank_and_cost_at_most_plain_lora_as_readme_says():
     ranks = [line["result"]["ranks"] for line in map(json.loads, lines) if line["settings"]["arm"] == "tsq_ranks"]
     assert len(ranks) == len(ARMS["tsq_ranks"]["curve"]) + SEEDS
     assert all(min(of_run) < WORTH_IT["rank"] < max(of_run) for of_run in ranks)
+
+
+def test_alpha_was_twice_the_rank_in_all_of_them_and_adalora_half_as_strong_as_how_to_and_methods_say():
+    untold = {"lora_alpha", "adalora_scale", "adaptive_init_rank"}
+    for made in (result["comparison"] for result in (WORTH_IT, CAPACITY, BOOLQ)):
+        assert made["design"]["alphas"] == [None], "not tuned"
+        assert not untold & {key for of in (made, *made["arms"]) for key in of["settings"]}, "the defaults were taken"
+    settings = {"finetuning_type": "adaptive", "lora_rank": 8, "stage": "sft", "do_train": True, "output_dir": "any",
+                "model_name_or_path": "any", "dataset": "gsm8k", "max_steps": 100,
+                "dataset_dir": str(ROOT / "examples" / "data")}  # fmt: skip
+    scales = {name: parse_config({**settings, "adaptive_method": name}).scale for name in ("uniform", "adalora")}
+    assert scales == {"uniform": 2.0, "adalora": 1.0}
+    assert says(HOW_TO, "`lora_alpha` was 2 x the rank, LLaMA-Factory's default, and was not tuned")
+    assert says(HOW_TO, "its scale alpha/r was half of plain LoRA's")
+    assert says(METHODS, "`lora_alpha` is 2 x the rank in every arm, here and on SmolLM2-135M, and was not tuned.")
+    assert says(METHODS, "so that its scale is half of plain LoRA's; \"alpha over lora_rank\" is LoRA's scale.")
