@@ -72,3 +72,35 @@ def test_an_import_without_an_arrow_is_found(lost):
     rooms, arrows = read_picture(PAGE)
     pair = tuple(lost.split(" --> "))
     assert pair in imports_between(rooms) - closure(arrows - {pair})
+
+
+FILE = r"`(\w+(?:/\w+)+\.py)`"
+
+
+def missing_from(page):
+    """Find the files that a page names, and the functions and classes that it names behind one, that are not there."""
+    files = {file: next((root / file for root in (PACKAGE, ROOT) if (root / file).is_file()), None)
+             for file in re.findall(FILE, page)}  # fmt: skip
+    held = {file: re.findall(r"^\s*(?:def|class) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+            for file, path in files.items() if path}  # fmt: skip
+    behind = re.findall(rf"{FILE}(?:\s+\(|:\s+)`(?:\w+\.)?(\w+)`", page)
+    lost = [name for file, name in behind if file in held and name not in held[file]]
+    return [file for file, path in files.items() if not path] + lost
+
+
+def test_files_and_names_of_the_page_are_in_the_code():
+    assert missing_from(PAGE) == []
+
+
+@pytest.mark.parametrize(("there", "lost"), [("`comparison/ledger.py`", "`comparison/book.py`"),
+                                             ("(`DeviceLoop`)", "(`Loop`)"),
+                                             ("(`Triplets.mask`)", "(`Triplets.paint`)")])  # fmt: skip
+def test_a_file_or_name_that_is_not_in_the_code_is_found(there, lost):
+    assert missing_from(PAGE.replace(there, lost, 1)) == [re.sub(r"[`()]|Triplets\.", "", lost)]
+
+
+def test_the_walks_are_as_many_as_are_told():
+    told, walks = re.search(r"^## (\w+) walks\n(.*?)^## ", PAGE, re.DOTALL | re.MULTILINE).groups()
+    count = len(re.findall(r"^\*\*[^*]+\.\*\* ", walks, re.MULTILINE))
+    assert told == {4: "Four", 5: "Five", 6: "Six"}[count]
+    assert f"{told.lower()} walks through the code" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
