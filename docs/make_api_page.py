@@ -56,7 +56,10 @@ plan = search.finalize("out")
 ## With your own optimizer, loss or launcher
 
 A plan fixes the ranks before training, so a model from `attach_adapter` trains under anything that trains a PEFT
-model. A search takes part in training, and what it cannot work with is refused before the first step:
+model. Where this package is not installed, an `adapter_config.json` is enough, which
+`lora_config(plan).save_pretrained(folder)` writes, and for a YAML
+[`plan --peft`](how-to.md#train-the-ranks-in-another-trainer-or-in-pefts-benchmark). A search takes part in training,
+and what it cannot work with is refused before the first step:
 
 * **Optimizers.** The Trainer must make the optimizer (`optim=...`, `optimizer_cls_and_kwargs=...` or your own
   `create_optimizer`), as the search adds parameters to the adapter when the Trainer is built. Some
