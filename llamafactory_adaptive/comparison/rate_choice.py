@@ -8,9 +8,10 @@ such arm in ten was called better or worse with five seeds, and one in three wit
 So the interval of a difference covers the choices, too. A draw takes the rows that choose with replacement, and moves
 each point of both grids as another seed may have moved it: by Student's t, in the standard deviation between seeds
 that the runs which judge show. What a choice cost in this draw is the loss at the point chosen above the lowest of the
-grid, 0 or more. The difference of both arms, each at the best point of its grid, is that seen, less what the choice cost the
-arm, plus what it cost the rival. The drawn losses are the posterior ones under flat priors, by which a choice costs
-rather too much than too little: an interval is too wide where rates are level and few seeds chose, not too narrow.
+grid, 0 or more. The difference of both arms, each at the best point of its grid, is that seen, less what the choice
+cost the arm, plus what it cost the rival. The drawn losses are the posterior ones under flat priors, by which a choice
+costs rather too much than too little: an interval is too wide where rates are level and few seeds chose, not too
+narrow.
 
 That a better rate lies beside the grid or beyond its ends, or that shorter runs chose another, is not in it.
 

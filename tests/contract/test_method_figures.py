@@ -149,3 +149,17 @@ def test_the_page_of_methods_tells_how_far_seeds_and_steps_agree(agreements):
     assert says(METHODS, f"{words} with {{ZeRO-3:.0f}} %.".format_map(after_40))
     corrected, published = (agreements[method]["seed"]["correlation"] for method in ("corrected", "published"))
     assert says(METHODS, f"better than `published` between seeds ({corrected:.2f} against {published:.2f})")
+
+
+@pytest.mark.parametrize("rank", ["4", "2", "1"])
+@pytest.mark.parametrize("arm", ["corrected, ranks from 0", "product, ranks from 0"])
+def test_plain_lora_comes_down_to_ranks_from_0_at_no_rate(rank, arm):
+    """What the intervals take as given, the choice of the rate, does not explain the gain."""
+    rows = RESULTS["method_quality"][rank]
+    assert rows["lora"]["rate"] in map(float, rows["lora"]["curve"])
+    assert all(rows[arm]["loss"] < fmean(losses) for losses in rows["lora"]["curve"].values())
+    assert says(
+        METHODS,
+        "The gains with ranks from 0 do not come from that choice: at no budget, and at no rate of the grid, does "
+        "plain LoRA's loss on the rows that judge come down to theirs.",
+    )
