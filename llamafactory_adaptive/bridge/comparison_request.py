@@ -9,7 +9,7 @@ from llamafactory_adaptive.bridge.arguments import check_config_file, command_li
 from llamafactory_adaptive.bridge.comparison import Comparison
 from llamafactory_adaptive.bridge.comparison_checks import cpu_threads, gpu_kinds, visible_devices
 from llamafactory_adaptive.bridge.comparison_tasks import TaskEvaluations
-from llamafactory_adaptive.comparison.arms import choose_arms, keys_without_effect, without_twins
+from llamafactory_adaptive.comparison.arms import choose_arms, keys_without_effect, with_lowest_ranks, without_twins
 from llamafactory_adaptive.comparison.request import design_of, devices_in_words, devices_of
 from llamafactory_adaptive.comparison.secrets import redacted
 from llamafactory_adaptive.comparison.task_request import TaskRequest
@@ -33,11 +33,16 @@ def comparison_of(
     gpus = gpu_kinds(given)
     devices = devices_of(arguments.devices, visible_devices(), gpus, cpu_threads())
     names = [name.strip() for name in arguments.arms.split(",") if name.strip()]
-    arms, twins = without_twins(choose_arms(names, arguments.arm, given), given, our_keys(given))
+    own_keys = our_keys(given)
+    chosen, raised = with_lowest_ranks(choose_arms(names, arguments.arm, given), given, own_keys)
+    arms, twins = without_twins(chosen, given, own_keys)
     comparison = Comparison(given, arms, design, arguments.out, arguments.held_out, arguments.keep_adapters)
     comparison.check()
     for name, other in twins.items():
         say(f"the arm {name} is left out: its settings are those of {other}")
+    if raised := {name: low for name, low in raised.items() if name not in twins}:
+        bounds = ", ".join(f"{name} ({low})" for name, low in raised.items())
+        say(f"arms whose adaptive_min_rank is higher than the YAML's, as their methods need: {bounds}")
     if unused := keys_without_effect(given):
         say(f"settings of the YAML that no run of a comparison uses: {', '.join(unused)}")
     if taken := devices_in_words(arguments.devices, devices, len(gpus)):

@@ -3,11 +3,12 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
 
+from llamafactory_adaptive.comparison.arm_methods import MIN_RANK, raised_min_rank
 from llamafactory_adaptive.errors import refuse
 from llamafactory_adaptive.methods import methods
 
@@ -42,7 +43,7 @@ _KEYS_OF_VARIANTS = (*dict.fromkeys(key for keys in _VARIANTS.values() for key i
                      "pissa_iter")  # fmt: skip
 _SWITCHES_OF_VARIANTS = ("use_rslora", "use_dora", "loraplus_lr_ratio", "pissa_init")
 # What every adaptive arm takes from the YAML. Its other adaptive keys suit the method that it names, and no other.
-_SHARED = ("adaptive_budget_unit", "adaptive_min_rank", "adaptive_max_rank")
+_SHARED = ("adaptive_budget_unit", MIN_RANK, "adaptive_max_rank")
 # What a run of a comparison does alike in every arm: no evaluation, no checkpoints, no reports, rows on the disk.
 _FORCED: Settings = {
     "do_train": True, "do_eval": False, "do_predict": False, "eval_strategy": "no", "save_strategy": "no",
@@ -131,6 +132,27 @@ def choose_arms(names: Iterable[str], own: Iterable[str], given: Mapping[str, An
             refuse("--arm", text, f"there is an arm called {arm.name} already", "another name before the colon")
         arms[arm.name] = arm
     return list(arms.values())
+
+
+def with_lowest_ranks(
+    arms: Sequence[Arm], given: Mapping[str, Any], own_keys: Iterable[str]
+) -> tuple[list[Arm], dict[str, int]]:
+    """Raise the ``adaptive_min_rank`` of arms whose method can do with none as low as the YAML's.
+
+    What an arm sets by itself stays, and so do the settings of the YAML as they are.
+
+    Returns:
+        All arms, and by name of each one that was changed its lowest rank.
+    """
+    keys, fitted, raised = tuple(own_keys), [], dict[str, int]()
+    for arm in arms:
+        run = run_settings(given, arm, GridPoint(1.0), 0, None, keys)
+        fixed = arm.all_of_yaml or MIN_RANK in arm.settings or run["finetuning_type"] != "adaptive"
+        if not fixed and (lowest := raised_min_rank(run)) is not None:
+            raised[arm.name] = lowest
+            arm = replace(arm, settings={**arm.settings, MIN_RANK: lowest})
+        fitted.append(arm)
+    return fitted, raised
 
 
 def without_twins(

@@ -33,15 +33,19 @@ def unknown_key_problems(given: Mapping[str, Any], known: Iterable[str]) -> list
     return problems
 
 
+# Keys of where the base is measured, and with them all keys of what is measured before training.
+PLACEMENT_KEYS = (
+    "adaptive_calibration_process",
+    "adaptive_calibration_device_map",
+    "adaptive_calibration_max_memory",
+    "adaptive_calibration_offload_folder",
+)
 CALIBRATION_KEYS = (
     "adaptive_calibration_dataset",
     "adaptive_calibration_samples",
     "adaptive_calibration_batch_size",
     "adaptive_calibration_seed",
-    "adaptive_calibration_process",
-    "adaptive_calibration_device_map",
-    "adaptive_calibration_max_memory",
-    "adaptive_calibration_offload_folder",
+    *PLACEMENT_KEYS,
 )
 
 
@@ -164,14 +168,20 @@ def _course(common: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _check_lowest(made: Any, low: int) -> list[Problem]:
+    """Find a lowest rank that is below what the method can do with."""
+    if low >= (lowest := made.traits.lowest_rank):
+        return []
+    reason = "a module without components has nothing to score, and would never come back"
+    return [Problem("adaptive_min_rank", low, reason, f"adaptive_min_rank: {lowest}")]
+
+
 def check_exchange(
-    flat: Mapping[str, Any], common: Mapping[str, Any], lora_rank: int, max_rank: int, seed: int
+    flat: Mapping[str, Any], common: Mapping[str, Any], made: Any, lora_rank: int, max_rank: int, seed: int
 ) -> tuple[ExchangeConfig, list[Problem]]:
     """Build the settings of a method that exchanges ranks under a constant budget, and check its bounds."""
     problems = check_interval(flat) + _check_ratios(common, "exchange ranks")
-    if common["adaptive_min_rank"] == 0:
-        reason = "a module without components has nothing to score, and would never grow again"
-        problems.append(Problem("adaptive_min_rank", 0, reason, "adaptive_min_rank: 1"))
+    problems += _check_lowest(made, common["adaptive_min_rank"])
     if max_rank == lora_rank:
         reason = f"all modules start at lora_rank ({lora_rank}), and none could grow"
         problems.append(Problem("adaptive_max_rank", max_rank, reason, f"adaptive_max_rank: {4 * lora_rank}"))
@@ -194,10 +204,7 @@ def check_reallocation(
     Returns:
         The configuration of how ranks move, and the problems.
     """
-    problems = []
-    if low == 0:
-        reason = "a module without components has nothing to score, and would never come back"
-        problems.append(Problem("adaptive_min_rank", 0, reason, "adaptive_min_rank: 1"))
+    problems = _check_lowest(made, low)
     if made.traits.samples and made.sampling.scales_budget and 2 * low > lora_rank:
         reason = f"the budget may fall to half of lora_rank ({lora_rank}) with {method}_phi: quality"
         problems.append(Problem("adaptive_min_rank", low, reason, f"adaptive_min_rank: {lora_rank // 2}"))
@@ -277,7 +284,7 @@ def check_search(
     if made.traits.strategy == "reallocate":
         search, faults = check_reallocation(method, made, common["adaptive_min_rank"], lora_rank, max_rank, seed)
     elif made.traits.strategy == "exchange":
-        search, faults = check_exchange(flat, common, lora_rank, max_rank, seed)
+        search, faults = check_exchange(flat, common, made, lora_rank, max_rank, seed)
     else:
         search, faults = check_pruning(flat, common, lora_rank, max_rank, seed, made.traits.spectral)
     return search, problems + faults

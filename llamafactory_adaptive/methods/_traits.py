@@ -73,6 +73,11 @@ class MethodTraits:
         """Tell whether ranks are found during training."""
         return self.strategy != "fixed"
 
+    @property
+    def lowest_rank(self) -> int:
+        """Return the lowest ``adaptive_min_rank``: 1 where modules grow by the scores of components that they have."""
+        return 1 if self.strategy in ("reallocate", "exchange") else 0
+
     def demanded(self) -> tuple[str, ...]:
         """List the members that a method with these traits must have."""
         return (

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from llamafactory_adaptive.bridge.arguments import our_keys
 from llamafactory_adaptive.bridge.comparison_checks import (
     check_arm,
     comparison_problems,
@@ -13,10 +14,19 @@ from llamafactory_adaptive.bridge.comparison_checks import (
     without_training_set,
 )
 from llamafactory_adaptive.cli.host import require_enabled
-from llamafactory_adaptive.comparison.arms import GridPoint, built_in_arms, choose_arms, run_settings
+from llamafactory_adaptive.comparison.arms import (
+    GridPoint,
+    built_in_arms,
+    choose_arms,
+    run_settings,
+    with_lowest_ranks,
+)
+from llamafactory_adaptive.errors import AdaptiveConfigError
+from tests.helpers.benchmarks import import_benchmarks
 from tests.helpers.tiny import settings
 
 
+WORTH_IT = import_benchmarks("worth_it")["worth_it"]
 SETS = {"dataset": "a,b", "eval_dataset": "c"}
 
 
@@ -81,3 +91,39 @@ def test_an_arm_that_has_a_name_can_run_without_further_settings(name, tiny_llam
     given = {key: value for key, value in ours.items() if not key.startswith("adaptive_")}
     arm = next(arm for arm in choose_arms([name], [], given) if arm.name == name)
     check_arm(arm, run_settings(given, arm, GridPoint(1e-3), 0, 4, ()))
+
+
+def checked_arms(given, names, own=()):
+    """The arms of a comparison, each with the settings that its runs were found to be right with."""
+    require_enabled()
+    keys = our_keys(given)
+    arms, raised = with_lowest_ranks(choose_arms(names, own, given), given, keys)
+    runs = {arm.name: run_settings(given, arm, GridPoint(1e-3), 0, 4, keys) for arm in arms}
+    for arm in arms:
+        check_arm(arm, runs[arm.name])
+    return runs, raised
+
+
+@pytest.mark.parametrize("regime", WORTH_IT.REGIMES)
+def test_every_arm_of_a_regime_of_the_benchmark_can_run(regime, tiny_llama, data_dir):
+    """One that is refused would keep the whole comparison from starting."""
+    regime_settings = WORTH_IT.settings(WORTH_IT.REGIMES[regime], tiny_llama, data_dir)
+    given = {**regime_settings, "dataset": "tiny_sft", "template": "default"}
+    runs, raised = checked_arms(given, WORTH_IT.ARMS)
+    assert set(runs) == set(WORTH_IT.ARMS)
+    from_zero = given.get("adaptive_min_rank") == 0
+    assert raised == ({"tsq_ranks": 1, "elalora": 1} if from_zero else {})
+    assert (runs["igu"].get("adaptive_min_rank") == 0) == from_zero
+
+
+def test_a_lowest_rank_that_an_arm_sets_by_itself_is_not_mended(tiny_llama, data_dir, tmp_path):
+    given = settings(tiny_llama, data_dir, tmp_path / "out", finetuning_type="lora", adaptive_min_rank=0)
+    samples = "samples:{adaptive_method: tsq, tsq_reallocation: false}"
+    runs, raised = checked_arms(given, ["tsq", "uniform"], [samples])
+    assert (raised, runs["tsq"]["adaptive_min_rank"]) == ({"tsq": 1}, 1)
+    assert (runs["samples"]["adaptive_min_rank"], runs["uniform"]["adaptive_min_rank"]) == (0, 0)
+    with pytest.raises(AdaptiveConfigError, match=r"would never come back \(arm mine\)"):
+        checked_arms(given, [], ["mine:adaptive_method=tsq,adaptive_min_rank=0"])
+    yaml = {**given, "finetuning_type": "adaptive", "adaptive_method": "elalora"}
+    with pytest.raises(AdaptiveConfigError, match=r"would never come back \(arm yaml\)"):
+        checked_arms(yaml, [])
