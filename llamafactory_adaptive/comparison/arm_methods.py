@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from llamafactory_adaptive.calibration.measurement import needs_rows
 from llamafactory_adaptive.config.arguments import AdaptiveArguments
+from llamafactory_adaptive.config.key_checks import CALIBRATION_KEYS, PLACEMENT_KEYS
 from llamafactory_adaptive.methods import get_method, make_method, methods
 from llamafactory_adaptive.options import check_fields
 
@@ -22,6 +24,23 @@ def raised_min_rank(run: Mapping[str, Any]) -> int | None:
         return None
     lowest: int = method.traits.lowest_rank
     return lowest if common[MIN_RANK] < lowest else None
+
+
+def calibration_keys_of(run: Mapping[str, Any]) -> tuple[str, ...]:
+    """List the calibration keys that a run reads: of rows where it draws some, of memory where it measures at all.
+
+    Args:
+        run: settings of an adaptive run, which need not be checked yet.
+    """
+    common, method = _chosen(run)
+    if method is None or method.traits.dynamic:
+        return ()
+    if common["adaptive_init"] != "default":
+        return CALIBRATION_KEYS
+    measurement = None if common["adaptive_plan"] is not None else method.measurement()
+    if needs_rows(measurement):
+        return CALIBRATION_KEYS
+    return () if measurement is None else PLACEMENT_KEYS
 
 
 def _chosen(run: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:

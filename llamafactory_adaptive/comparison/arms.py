@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from llamafactory_adaptive.comparison.arm_methods import MIN_RANK, raised_min_rank
+from llamafactory_adaptive.comparison.arm_methods import MIN_RANK, calibration_keys_of, raised_min_rank
 from llamafactory_adaptive.errors import refuse
 from llamafactory_adaptive.methods import methods
 
@@ -42,7 +42,8 @@ _BY_TYPE: dict[str, Settings] = {
 _KEYS_OF_VARIANTS = (*dict.fromkeys(key for keys in _VARIANTS.values() for key in keys), "loraplus_lr_embedding",
                      "pissa_iter")  # fmt: skip
 _SWITCHES_OF_VARIANTS = ("use_rslora", "use_dora", "loraplus_lr_ratio", "pissa_init")
-# What every adaptive arm takes from the YAML. Its other adaptive keys suit the method that it names, and no other.
+# What every adaptive arm takes from the YAML, and calibration keys where it reads them. The YAML's other adaptive keys
+# suit the method that it names, and no other.
 _SHARED = ("adaptive_budget_unit", MIN_RANK, "adaptive_max_rank")
 # What a run of a comparison does alike in every arm: no evaluation, no checkpoints, no reports, rows on the disk.
 _FORCED: Settings = {
@@ -253,7 +254,8 @@ def run_settings(
         dropped |= set(_KEYS_OF_VARIANTS)
     if not (adaptive and arm.all_of_yaml):
         same = adaptive and arm.settings.get("adaptive_method") == given.get("adaptive_method")
-        dropped |= {key for key in own_keys if not same and not (adaptive and key in _SHARED)}
+        shared = (*_SHARED, *calibration_keys_of(arm.settings)) if adaptive else ()
+        dropped |= {key for key in own_keys if not same and key not in shared}
     kept = {key: value for key, value in given.items() if key not in dropped}
     length = {} if steps is None else {"max_steps": steps}
     return {**kept, **_FORCED, **length, "seed": seed, **point.settings(), **arm.settings}

@@ -54,6 +54,29 @@ def test_an_arm_of_another_method_has_the_budget_of_the_yaml_and_nothing_else_of
     assert (plain["lora_rank"], sensitivity["lora_rank"]) == (8, 8)
 
 
+ROWS = {"adaptive_calibration_samples": 16, "adaptive_calibration_batch_size": 1, "adaptive_calibration_seed": 5}
+PLACES = {"adaptive_calibration_process": "own", "adaptive_calibration_max_memory": "cpu=60GiB"}
+METHOD = {"adaptive_method": "sensitivity", "adaptive_granularity": "layer", "sensitivity_transform": "none"}
+GIVEN_PLAN = "planned:adaptive_method=fisher,adaptive_plan=p.json"
+
+
+@pytest.mark.parametrize("method", [METHOD, {"finetuning_type": "lora"}])
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [(name, {**ROWS, **PLACES}) for name in ("fisher", "gora", "gora_ranks", "eva", "by_type")]
+    + [("srlora", PLACES)]  # looks at weights alone
+    + [(name, {}) for name in (PLAIN, CONTROL, "dora", "uniform", "prilora", "igu", "elalora", "tsq_samples")]
+    + [("planned", {}), ("own", {**ROWS, **PLACES, "adaptive_calibration_samples": 4})],
+)
+def test_calibration_keys_reach_the_arms_that_read_them_and_no_other(name, read, method):
+    given = {"finetuning_type": "adaptive", **ROWS, **PLACES, **method}
+    own = [GIVEN_PLAN, "own:adaptive_method=fisher,adaptive_calibration_samples=4"]
+    names = [name] if name in built_in_arms() else []
+    arms = {arm.name: arm for arm in choose_arms(names, own, given)}
+    run = run_settings(given, arms[name], GridPoint(1.0), 0, None, [*ROWS, *PLACES, *METHOD])
+    assert {key: value for key, value in run.items() if key.startswith("adaptive_calibration")} == read
+
+
 @pytest.mark.parametrize("name", [GIVEN, "igu"])
 def test_the_arm_of_the_yamls_own_method_keeps_its_options(name):
     kept = settings(name)
