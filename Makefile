@@ -40,7 +40,7 @@ help:
 	@echo "make methods  the parts of IGU-LoRA against plain LoRA on a small Llama (CPU: about two hours)"
 	@echo "make worth-it arms against plain LoRA of the same budget on SmolLM2-135M, each at its best rate (CPU: 4 hours and"
 	@echo "              more; the same command goes on after an end); REGIME=capacity_limited, boolq or arc; DATA=<folder>;"
-	@echo "              RECORD=1 puts the result into benchmarks/results;"
+	@echo "              RECORD=1 puts the result into benchmarks/results; GO_ON=1 goes on from runs put away there;"
 	@echo "              EVAL_PYTHON=$(EVAL_BIN)/python lets the adapters answer the questions of DATA, too (make eval-install)"
 	@echo "make bench-report  what recorded runs of make worth-it found: figures made anew from the ledgers, and the pages that quote them"
 	@echo "make gpu-check  what only a GPU can prove: its tests, overhead, calibration, vLLM (10 minutes; one CUDA device)"
@@ -183,7 +183,7 @@ methods: $(STAMP)
 
 worth-it: $(DEMO)
 	$(BIN)/python benchmarks/worth_it.py $(REGIME) --keep $(KEEP) $(if $(DATA),--data $(DATA)) $(if $(RECORD),--record) \
-		$(if $(EVAL_PYTHON),--eval-python $(EVAL_PYTHON))
+		$(if $(GO_ON),--go-on) $(if $(EVAL_PYTHON),--eval-python $(EVAL_PYTHON))
 
 bench-report: $(STAMP)
 	$(BIN)/python benchmarks/report.py

@@ -1,11 +1,16 @@
-"""Ledgers of comparisons that are not finished, kept in results/ so that another machine goes on where one ended.
+"""Ledgers of comparisons that are not finished, put away in results/ so that another machine goes on where one ended.
+
+``NAME.unfinished.jsonl`` holds runs of ours for whoever wants to go on from them, and is read with ``--go-on`` alone:
+without it every run of ``make worth-it`` is the user's own. No page and no figure is made of these files. One beside
+a recorded ledger (``NAME.ledger.jsonl``) holds more than that: runs of an arm that is not finished (``svd`` where rank
+is short), and settings in full, so that another arm can join runs that were made. Delete it where nobody will go on.
 
 A run is known by its settings, among them the paths of the comparison's folder and of the model. In the kept file two
 words stand in their place. Rows and model are known by what they hold as well, so that no others pass for them.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +18,7 @@ import record
 from shipped import change_texts
 
 from llamafactory_adaptive.comparison.ledger import LEDGER, Ledger
-from llamafactory_adaptive.files import digest_of
+from llamafactory_adaptive.files import digest_of, write_atomically
 
 
 Places = Mapping[str, Path]  # paths by the words that stand for them
@@ -25,15 +30,36 @@ def unfinished_file(name: str) -> Path:
     return record.RESULTS / f"{name}.unfinished.jsonl"
 
 
-def keep(name: str, folder: Path, places: Places) -> int:
-    """Keep the ledger of a comparison, and return how many lines it has."""
-    lines = _lines(folder / LEDGER, {str(path): word for word, path in places.items()})
-    unfinished_file(name).write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+def put_away(name: str, folder: Path | None, places: Callable[[Path], Places]) -> int:
+    """Put the ledger of a comparison away, beside lines that were before, and return how many lines it has.
+
+    Args:
+        name: name of the comparison's result.
+        folder: folder of the comparison, which ``--keep`` names.
+        places: gives the paths of a folder's comparison.
+
+    Raises:
+        SystemExit: there is no such folder, or no line in its ledger.
+    """
+    if folder is None:
+        raise SystemExit("--put-away takes the runs of a folder, which --keep names")
+    lines = _lines(folder / LEDGER, {str(path): word for word, path in places(folder).items()})
+    if not lines:
+        raise SystemExit(f"there is no run in {folder / LEDGER} that could be put away")
+    held = [*_lines(unfinished_file(name), {}), *lines]
+    texts = {json.dumps(line["settings"], sort_keys=True): json.dumps(line) for line in held}
+    write_atomically(unfinished_file(name), "".join(f"{text}\n" for text in texts.values()))
     return len(lines)
 
 
 def bring_back(name: str, folder: Path, places: Places) -> int:
-    """Add what was kept to the ledger of a comparison, and return how many lines were new to it."""
+    """Add what was put away to the ledger of a comparison, and return how many lines were new to it.
+
+    Raises:
+        SystemExit: nothing was put away.
+    """
+    if not unfinished_file(name).is_file():
+        raise SystemExit(f"--go-on: there is no {unfinished_file(name)} to go on from; leave --go-on out")
     ledger = Ledger(folder / LEDGER)
     kept = _lines(unfinished_file(name), {word: str(path) for word, path in places.items()})
     new = [line for line in kept if line["settings"] not in ledger]

@@ -1,7 +1,7 @@
 """Does it pay? ``llamafactory-adaptive compare`` on SmolLM2-135M, in a regime that has a name.
 
 Run: ``python benchmarks/worth_it.py [REGIME] [--data FOLDER] [--arms ...] [--rates ...] [--seeds 3] [--steps N]
-[--rank N] [--eval-python PYTHON] [--keep FOLDER] [--record] [-- arguments of compare]``.
+[--rank N] [--eval-python PYTHON] [--keep FOLDER] [--go-on] [--record] [-- arguments of compare]``.
 
   data_limited      a few hundred short rows of GSM8K, each seen once at most, rank 8
   capacity_limited  rank 1 (``--rank 2``), no module must have an adapter, more, longer rows of GSM8K, each seen once
@@ -11,8 +11,9 @@ This script writes rows and YAML, and calls the command, which does all else (do
 rate of each arm chosen on one half of the held-out rows, other seeds and the other half for the verdict. What follows
 ``--`` is handed on to it, e.g. ``-- --devices 0,1``. With ``--keep`` the same command goes on after an end. Rows come
 from ``--data``, or are generated. ``--record`` puts the result and its ledger into ``benchmarks/results``, in place of
-what is recorded there; ``benchmarks/report.py`` makes pages of it. ``--put-away`` trains nothing: it keeps in
-``benchmarks/results`` what ``--keep`` holds so far, and the same command on another machine goes on from it.
+what is recorded there; ``benchmarks/report.py`` makes pages of it. ``--put-away`` trains nothing: it adds what
+``--keep`` holds so far to ``benchmarks/results/NAME.unfinished.jsonl``, and the same command on another machine goes
+on from it with ``--go-on``. Without ``--go-on`` no run of these files is taken.
 
 With ``--eval-python .venv-eval/bin/python``, which ``make eval-install`` makes, the adapters also answer the questions
 in ``--data`` (``TASK/dev.jsonl``) in vLLM, in the words they were trained on; ``-- --eval-limit 400`` takes the first.
@@ -35,7 +36,6 @@ import unfinished
 import worth_it_rows as rows
 import yaml
 
-from llamafactory_adaptive.comparison.arms import built_in_arms
 from llamafactory_adaptive.comparison.pages import JSON_FILE
 
 
@@ -80,9 +80,13 @@ def parts(regime: Regime, data: str | None, model: Path) -> tuple[dict[str, list
         short = rows.short(rows.pairs(folder, regime.names), model, regime.tokens)
     divided = {"held_out": short[: regime.held_out], "train": short[regime.held_out :]}
     seen = regime.steps * regime.batch_size
-    if len(divided["train"]) < (seen if regime.once else regime.held_out // 2):
-        raise SystemExit(f"{len(divided['train'])} rows are left to train on, and {seen} are seen in {regime.steps} "
-                         "steps; give fewer --steps, or more --tokens")  # fmt: skip
+    left, half = len(divided["train"]), regime.held_out // 2
+    if regime.once and left < seen:
+        raise SystemExit(f"{left} rows are left to train on, and {seen} are seen in {regime.steps} steps; give fewer "
+                         "--steps, or more --tokens")  # fmt: skip
+    if not regime.once and left < half:
+        raise SystemExit(f"{left} rows are left to train on, fewer than {half}, half of those that are held out; "
+                         "give a lower --held-out, or more --tokens")  # fmt: skip
     return divided, name
 
 
@@ -101,14 +105,6 @@ def settings(regime: Regime, model: Path, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def words_for(arms: Sequence[str]) -> list[str]:
-    """Write the arms as arguments of the command; one that is not registered in this version is left out."""
-    known = built_in_arms()
-    if left_out := [arm for arm in arms if arm not in known]:
-        print(f"not registered here, left out: {', '.join(left_out)}", flush=True)
-    return ["--arms", ",".join(arm for arm in arms if arm in known)]
-
-
 def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("regime", nargs="?", choices=REGIMES, default="data_limited")
@@ -122,6 +118,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--keep", type=Path, help="folder of the comparison; what lies there is not run again")
     parser.add_argument("--record", action="store_true", help="put result and ledger into benchmarks/results")
     parser.add_argument("--put-away", action="store_true", help="put what --keep holds so far there, and end")
+    parser.add_argument("--go-on", action="store_true", help="take the runs that were put away there for runs of this")
     words = [*sys.argv[1:], "--"]
     end = words.index("--")
     return parser.parse_args(words[:end]), words[end + 1 : -1]
@@ -157,7 +154,8 @@ def words_for_tasks(regime: Regime, options: argparse.Namespace) -> list[str]:
 def compare(regime: Regime, options: argparse.Namespace, more: Sequence[str], folder: Path) -> str:
     """Write rows and YAML, and run the command; tell what the rows are called."""
     model = record.smollm2()
-    if found := unfinished.bring_back(name_of(regime, options), folder, places(folder)):
+    if options.go_on:
+        found = unfinished.bring_back(name_of(regime, options), folder, places(folder))
         print(f"going on from {found} lines that were put away", flush=True)
     divided, name = parts(regime, options.data, model)
     rows.write(divided, folder / "data")
@@ -165,7 +163,7 @@ def compare(regime: Regime, options: argparse.Namespace, more: Sequence[str], fo
     config.write_text(yaml.safe_dump(settings(regime, model, folder / "data")), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "llamafactory_adaptive.cli", "compare", str(config), "--out", str(folder),
-         *words_for(options.arms.split(",")), "--rates", options.rates, "--seeds", options.seeds,
+         "--arms", options.arms, "--rates", options.rates, "--seeds", options.seeds,
          "--held-out", str(regime.held_out), *words_for_tasks(regime, options), *more], check=False,
     )  # fmt: skip
     if done.returncode not in (0, 1):  # 1: some arm could not be run, which the result tells
@@ -176,18 +174,17 @@ def compare(regime: Regime, options: argparse.Namespace, more: Sequence[str], fo
 def main() -> None:
     options, more = parse()
     regime = regime_of(options)
+    name = name_of(regime, options)
+    if options.put_away:
+        print(f"{unfinished.put_away(name, options.keep and options.keep.resolve(), places)} lines are put away")
+        return
     with tempfile.TemporaryDirectory() as scratch:
         folder = (options.keep or Path(scratch)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        if options.put_away:
-            print(f"{unfinished.keep(name_of(regime, options), folder, places(folder))} lines are put away")
-            return
         data = compare(regime, options, more, folder)
         if not options.record or not (folder / JSON_FILE).is_file():  # a trial, or --dry-run
             return
         held, lines = shipped.from_folder(folder, record.smollm2().name)
-    name = name_of(regime, options)
-    unfinished.unfinished_file(name).unlink(missing_ok=True)
     shipped.ledger_file(name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     written = record.write_result(name, {
         "model": "SmolLM2-135M-Instruct", "dtype": "bfloat16", "regime": options.regime, "data": data,
@@ -195,6 +192,8 @@ def main() -> None:
         "device": torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu", **held,
     })  # fmt: skip
     print(f"written to {written}")
+    if (away := unfinished.unfinished_file(name)).is_file():
+        print(f"{away} stays, for arms that may join; delete it where none will")
 
 
 if __name__ == "__main__":

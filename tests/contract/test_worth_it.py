@@ -45,7 +45,7 @@ def test_another_machine_goes_on_from_a_ledger_that_was_put_away(benchmarks, res
         ledger.add(settings_on(here, seed), {"status": "done", "dev": [0.5], "adapter": f"{here}/kept/runs/{seed}"})
     with ledger.path.open("a") as file:
         file.write('{"settings": {"seed": 2}, "resu')  # cut short by a kill
-    assert unfinished.keep("x", here / "kept", places(here)) == 2
+    assert unfinished.put_away("x", here / "kept", lambda folder: places(here)) == 2
     text = (results / "x.unfinished.jsonl").read_text()
     assert f"{here}/kept/" not in text
     assert f"{here}/models" not in text
@@ -61,8 +61,58 @@ def test_another_machine_goes_on_from_a_ledger_that_was_put_away(benchmarks, res
 
 
 def test_nothing_was_put_away(benchmarks, results, tmp_path):
-    assert benchmarks["unfinished"].bring_back("x", tmp_path, places(tmp_path)) == 0
+    with pytest.raises(SystemExit, match=r"there is no .*x\.unfinished\.jsonl to go on from"):
+        benchmarks["unfinished"].bring_back("x", tmp_path, places(tmp_path))
     assert not (tmp_path / "ledger.jsonl").exists()
+
+
+def test_what_was_put_away_is_not_lost_by_another_folder(benchmarks, results, tmp_path):
+    put_away = benchmarks["unfinished"].put_away
+    for home, seeds in ((tmp_path / "first", (0, 1)), (tmp_path / "second", (1, 2))):
+        ledger = Ledger(home / "kept" / "ledger.jsonl")
+        for seed in seeds:
+            ledger.add(settings_on(home, seed), {"status": "done", "dev": [float(seed)]})
+        assert put_away("x", home / "kept", lambda folder: places(folder.parent)) == 2
+    lines = [json.loads(line) for line in (results / "x.unfinished.jsonl").read_text().splitlines()]
+    assert [line["result"]["dev"] for line in lines] == [[0.0], [1.0], [2.0]]
+    before = (results / "x.unfinished.jsonl").read_bytes()
+    (tmp_path / "ledger.jsonl").touch()
+    for folder, said in ((None, "which --keep names"), (tmp_path / "none", "no run in"), (tmp_path, "no run in")):
+        with pytest.raises(SystemExit, match=said):
+            put_away("x", folder, places)
+    assert (results / "x.unfinished.jsonl").read_bytes() == before
+    assert [path.name for path in results.iterdir()] == ["x.unfinished.jsonl"], "written beside, and renamed"
+
+
+@pytest.mark.parametrize("more", [[], ["--go-on"]])
+def test_runs_that_were_put_away_are_taken_where_they_are_asked_for_alone(
+    more, benchmarks, results, monkeypatch, tmp_path
+):
+    worth_it, unfinished = benchmarks["worth_it"], benchmarks["unfinished"]
+    monkeypatch.setattr(worth_it.record, "smollm2", lambda: tmp_path / "model")
+    away, folder, commands = tmp_path / "away", tmp_path / "mine", []
+    Ledger(away / "ledger.jsonl").add({"dataset_dir": f"{away}/data"}, {"status": "done"})
+    unfinished.put_away("worth_it_arc", away, worth_it.places)
+    monkeypatch.setattr(worth_it, "parts", lambda *of: ({"train": [], "held_out": []}, "rows"))
+    monkeypatch.setattr(worth_it.rows, "write", lambda *of: folder.mkdir(exist_ok=True))
+    run = lambda words, check: commands.append(words) or Namespace(returncode=0)  # noqa: E731
+    monkeypatch.setattr(worth_it.subprocess, "run", run)
+    monkeypatch.setattr(worth_it.sys, "argv", ["worth_it.py", "arc", "--arms", "igo", "--keep", str(folder), *more])
+    worth_it.main()
+    assert ({"dataset_dir": f"{folder}/data"} in Ledger(folder / "ledger.jsonl")) == bool(more)
+    (words,) = commands
+    assert words[words.index("--arms") + 1] == "igo", "the command refuses what is no arm"
+
+
+def test_too_few_rows_are_told_by_the_bound_that_they_miss(benchmarks, monkeypatch, tmp_path):
+    worth_it = benchmarks["worth_it"]
+    monkeypatch.setattr(worth_it.rows, "source", lambda *of: (tmp_path, "rows"))
+    monkeypatch.setattr(worth_it.rows, "pairs", lambda *of: [])
+    monkeypatch.setattr(worth_it.rows, "short", lambda *of: [("q", "a")] * 500)
+    with pytest.raises(SystemExit, match="100 rows are left to train on, fewer than 200, half of those that are held"):
+        worth_it.parts(worth_it.REGIMES["boolq"], None, tmp_path)
+    with pytest.raises(SystemExit, match="20 rows are left to train on, and 800 are seen in 100 steps"):
+        worth_it.parts(worth_it.REGIMES["capacity_limited"], None, tmp_path)
 
 
 @pytest.fixture
@@ -150,7 +200,7 @@ def test_answers_are_known_by_a_run_on_another_machine(benchmarks, results, tmp_
     ledger = Ledger(here / "kept" / "ledger.jsonl")
     ledger.add(settings_on(here, 1), {"status": "done"})
     ledger.add({"run": digest_of(settings_on(here, 1)), "questions": {}}, {"answers": {}})
-    assert unfinished.keep("x", here / "kept", places(here)) == 2
+    assert unfinished.put_away("x", here / "kept", lambda folder: places(here)) == 2
     assert unfinished.bring_back("x", there / "kept", places(there)) == 2
     found = Ledger(there / "kept" / "ledger.jsonl")
     assert found.get({"run": digest_of(settings_on(there, 1)), "questions": {}}) == {"answers": {}}
@@ -182,12 +232,6 @@ def test_rows_are_asked_as_the_harness_asks_them(benchmarks, tmp_path):
         "Answer format: answer1/answer2": "the correct answer is answer2",
         "1 + 1?": "2\u2028#### 2",
     }  # fmt: skip
-
-
-def test_arms_that_are_not_registered_are_left_out_and_said(benchmarks, capsys):
-    words = benchmarks["worth_it"].words_for(["lora", "by_type", "svd", "not_there_yet"])
-    assert words == ["--arms", "lora,by_type,svd"]
-    assert "left out: not_there_yet" in capsys.readouterr().out
 
 
 def test_a_regime_with_an_evaluation_environment_asks_its_own_tasks(benchmarks, monkeypatch, tmp_path):
