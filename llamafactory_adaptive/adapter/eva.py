@@ -128,16 +128,20 @@ def _batches_with(tokens: int, batches: Sequence[Batch]) -> list[Batch]:
 
 
 def _check_inputs(modules: Mapping[str, nn.Module], batch: Batch, run: Callable[[], Any]) -> None:
-    """Check on one batch that every module reads one finite vector per token, as PEFT's code takes for granted.
+    """Check on one batch what PEFT's code takes for granted.
+
+    Every module reads one finite vector per token, once or several times in a pass. Where the first inputs of two
+    modules are equal so are the others, as the vectors of the first module are given to both.
 
     Raises:
         CalibrationError: a module does not; the message names it.
     """
-    faults: dict[str, str] = dict.fromkeys(modules, "reads nothing of these rows")
+    faults: dict[str, str] = {}
+    read: dict[str, list[float]] = {name: [] for name in modules}  # sums of the inputs, by which they are known
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def look(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            del faults[name]
+            read[name].append(float(inputs[0].float().sum()))
             if inputs[0].shape[:-1] != batch.input_ids.shape:
                 faults[name] = "reads tokens of all samples mixed, or no tokens (a routed expert, an image tower?)"
             elif not bool(inputs[0].isfinite().all()):
@@ -149,6 +153,12 @@ def _check_inputs(modules: Mapping[str, nn.Module], batch: Batch, run: Callable[
         for name, module in modules.items():
             stack.callback(module.register_forward_hook(hook(name)).remove)
         run()
+    by_first: dict[float, str] = {}
+    for name, sums in read.items():
+        if not sums:
+            faults[name] = "reads nothing of these rows"
+        elif read[other := by_first.setdefault(sums[0], name)] != sums:
+            faults.setdefault(name, f"reads the first input of {other}, but not the same ones later in the pass")
     if faults:
         name = next(iter(faults))
         raise CalibrationError(

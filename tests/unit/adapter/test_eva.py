@@ -79,6 +79,38 @@ def test_modules_of_fewer_inputs_than_the_rank_get_as_many_vectors_as_inputs():
     assert all(torch.allclose(a @ a.T, torch.eye(len(a)), atol=1e-5) for a in found.values())
 
 
+class Twice(nn.Module):
+    """One layer that is called two times in a pass, and one that reads what its first call reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(256, 8)
+        self.shared, self.beside = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids, **_):
+        x = self.embedding(input_ids)
+        return self.shared(4.0 * self.shared(x).tanh().roll(1, -1)) + self.beside(x)
+
+
+def test_a_module_that_is_called_twice_starts_from_the_inputs_of_both_calls():
+    torch.manual_seed(3)
+    model, seen = Twice(), []
+    batch = full_rows(40)
+    with model.shared.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].flatten(0, 1))):
+        model(batch.input_ids)
+    found = InputDirections(2)(model, {"shared": model.shared}, [batch])["shared"]
+    first, both = (torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:2] for x in (seen[0], torch.cat(seen)))
+    assert (found * both).sum(1).abs().min() > 0.98
+    assert (found * first).sum(1).abs().min() < 0.8, "the inputs of one call are others"
+
+
+def test_a_module_that_reads_more_than_one_whose_vectors_it_would_get_is_named():
+    model = Twice()
+    with pytest.raises(CalibrationError, match="cannot start beside: it reads the first input of shared, but not the"):
+        InputDirections(2)(model, {"shared": model.shared, "beside": model.beside}, [full_rows(40)])
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 # -- what has no such start ------------------------------------------------------------------------------------------
 
 
