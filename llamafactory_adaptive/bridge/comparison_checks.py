@@ -36,14 +36,23 @@ def check_arm(arm: Arm, settings: Args) -> None:
 
 
 def measured_before_training(settings: Args) -> str | None:
-    """Return the key of what a run measures of the modules before it trains; None where it measures nothing."""
+    """Return what a run measures before it trains, of modules, for a start from data and of samples; None for nothing.
+
+    What is the same for two runs is measured once for each seed, and then kept.
+    """
     if settings["finetuning_type"] != "adaptive":
         return None
     config = checked_run({**settings, "output_dir": "x"}, host_too=False).config
-    if config.plan_path or config.search is not None:
-        return None
-    measurement = make_method(config.method, config.options).measurement()
-    return None if measurement is None else measurement.key
+    method, own = make_method(config.method, config.options), f"{config.method} {dict(config.options)}"
+    fixed_here = config.plan_path is None and config.search is None
+    measured = []
+    if fixed_here and (measurement := method.measurement()) is not None:
+        measured.append(measurement.key)
+    if config.init != "default":
+        measured.append(f"{config.init} on {own}")
+    if method.traits.samples:
+        measured.append(f"samples of {own}")
+    return ", ".join(measured) or None
 
 
 def comparison_problems(given: Mapping[str, Any]) -> list[Problem]:

@@ -61,7 +61,7 @@ def estimate(comparison: Timed, plain: RunTime | None, progress: Progress, devic
 
 def _scoring(comparison: Timed, progress: Progress, device: str | None, plain: RunTime) -> Iterator[float]:
     """Measure what each arm that scores first adds to a run, over all of its seeds that are left."""
-    known, steps = set(), comparison.steps()
+    known = set[str]()
     for arm in (arm.name for arm in progress.arms if progress.left_of(arm.name)):
         settings = comparison.settings(comparison.design.final(arm, comparison.design.grid[0])[0])
         measured = measured_before_training(settings)
@@ -72,5 +72,5 @@ def _scoring(comparison: Timed, progress: Progress, device: str | None, plain: R
             time = comparison.run_time(device, arm)
         except CalibrationError:  # the arm will be given up, which is told then
             continue
-        more = 0.0 if time is None else max(0.0, time.seconds(steps) - plain.seconds(steps))
+        more = 0.0 if time is None else max(0.0, time.once - plain.once)
         yield more * min(len(progress.left_of(arm)), comparison.design.all_seeds)

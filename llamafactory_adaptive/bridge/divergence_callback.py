@@ -15,11 +15,15 @@ def divergence_callback() -> Any:
 
     class StopDiverged(TrainerCallback):  # type: ignore[misc]
         diverged, steps, seconds = "", 0, 0.0
+        began = 0.0  # the first step, once all that is done before it
         loss: Any = None  # of the micro-batches of a step, added up
 
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
-            self.began, self.watch = time.perf_counter(), LossWatch()
+            self.watch = LossWatch()
             self.hook = model.register_forward_hook(self._see)
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            self.began = self.began or time.perf_counter()
 
         def _see(self, module: Any, inputs: Any, output: Any) -> None:
             if module.training and (loss := getattr(output, "loss", None)) is not None:

@@ -9,6 +9,7 @@ from llamafactory_adaptive.bridge.comparison_checks import (
     check_arm,
     comparison_problems,
     gpu_kinds,
+    measured_before_training,
     visible_devices,
     warmup_problems,
     without_training_set,
@@ -91,6 +92,26 @@ def test_an_arm_that_has_a_name_can_run_without_further_settings(name, tiny_llam
     given = {key: value for key, value in ours.items() if not key.startswith("adaptive_")}
     arm = next(arm for arm in choose_arms([name], [], given) if arm.name == name)
     check_arm(arm, run_settings(given, arm, GridPoint(1e-3), 0, 4, ()))
+
+
+def measured(name, given, own=()):
+    arm = next(arm for arm in choose_arms([] if own else [name], own, given) if arm.name == name)
+    return measured_before_training(run_settings(given, arm, GridPoint(1e-3), 0, 4, ()))
+
+
+def test_everything_that_an_arm_measures_before_it_trains_is_counted_and_once_where_it_is_the_same(
+    tiny_llama, data_dir, tmp_path
+):
+    require_enabled()
+    ours = settings(tiny_llama, data_dir, tmp_path / "out", finetuning_type="lora")
+    given = {key: value for key, value in ours.items() if not key.startswith("adaptive_")}
+    names = ("sensitivity", "by_type", "fisher", "srlora", "gora_ranks", "gora", "eva", "tsq", "tsq_samples")
+    keys = {name: measured(name, given) for name in names}
+    assert keys["sensitivity"] == keys["by_type"]
+    assert len(set(keys.values()) - {None}) == len(names) - 1, keys
+    assert {measured(name, given) for name in ("lora", "random", "uniform", "prilora", "igu", "tsq_ranks")} == {None}
+    mine = "mine:{adaptive_method: uniform, adaptive_init: eva}"
+    assert measured("mine", given, [mine]) == keys["eva"]
 
 
 def checked_arms(given, names, own=()):
