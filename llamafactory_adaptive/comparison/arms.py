@@ -1,5 +1,6 @@
 """Arms of a comparison: ways to fine-tune by name, and the settings of each run that follow from the user's YAML."""
 
+import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -122,7 +123,8 @@ def choose_arms(names: Iterable[str], own: Iterable[str], given: Mapping[str, An
     chosen = [PLAIN, CONTROL, *names]
     for name in chosen:
         if name not in built_in:
-            refuse("--arms", name, f"must be one of {', '.join(built_in)}", "--arms lora,random,sensitivity,igu")
+            (near,) = difflib.get_close_matches(name.lower(), built_in, n=1, cutoff=0.0)
+            refuse("--arms", name, f"must be one of {', '.join(built_in)}", f"--arms {near}")
     arms = {name: built_in[name] for name in chosen}
     adaptive = given.get("finetuning_type") == "adaptive"
     if adaptive or any(given.get(key) for key in _SWITCHES_OF_VARIANTS):
@@ -196,9 +198,11 @@ def parse_arm(text: str) -> Arm:
     pairs = _mapping(text, rest.strip()) if rest.strip().startswith("{") else _pairs(text, rest)
     settings = {key: _value(value) for key, value in pairs.items()}
     if tuned := [key for key in settings if key in _ONE_FOR_ALL or key.startswith(_LEFT_OUT_PREFIXES)]:
-        refuse(
-            "--arm", text, f"{tuned[0]} is the same for all arms, or tuned for each", "--rates, --alphas or --steps"
-        )
+        if "lora_rank" in tuned:
+            instead = "lora_rank in the YAML, or `llamafactory-adaptive shrink --curve` for what smaller ranks keep"
+            refuse("--arm", text, "lora_rank is one budget for all arms", instead)
+        instead = "--rates, --alphas or --steps"
+        refuse("--arm", text, f"{tuned[0]} is the same for all arms, or tuned for each", instead)
     if rows := [key for key in settings if key in _ROW_KEYS]:
         refuse("--arm", text, f"{rows[0]} has no effect: all arms train on the same rows, tokenised once",
                f"{rows[0]} in the YAML, for all arms")  # fmt: skip

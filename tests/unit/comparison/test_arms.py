@@ -164,6 +164,7 @@ def test_an_arm_of_ones_own_may_be_a_mapping_with_lists():
         ("x:adaptive_method", "is no key=value"),
         ("../x:use_rslora=true", "must be NAME:key=value"),
         ("x:learning_rate=1", "learning_rate is the same for all arms, or tuned for each"),
+        ("r4:lora_rank=4", "lora_rank is one budget for all arms; try lora_rank in the YAML, or `.* shrink --curve`"),
         ("x:do_eval=true", "do_eval is the same for all arms"),
         ("x:cutoff_len=8", "cutoff_len has no effect: all arms train on the same rows"),
         ("x:{template: qwen}", "template has no effect"),
@@ -184,7 +185,8 @@ def test_what_is_no_arm_is_refused(text, said):
 
 
 def test_unknown_and_repeated_names_are_refused():
-    with pytest.raises(AdaptiveConfigError, match="must be one of lora, rslora"):
-        choose_arms(["igo"], [], {})
+    for name, near in {"igo": "igu", "sensitivty": "sensitivity", "Dora": "dora"}.items():
+        with pytest.raises(AdaptiveConfigError, match=f"must be one of lora, rslora.*; try --arms {near}$"):
+            choose_arms([name], [], {})
     with pytest.raises(AdaptiveConfigError, match="there is an arm called igu already"):
         choose_arms(["igu"], ["igu:use_rslora=true"], {})
