@@ -24,11 +24,6 @@ class RanModules:
             self.names.add(name)
             self._hooks.pop(name).remove()
 
-    @property
-    def are_all(self) -> bool:
-        """Tell whether every module was called."""
-        return not self._hooks
-
     def excuse(self, name: str) -> bool:
         """Tell whether a module has no gradient because it was not called, although others were."""
         return bool(self.names) and name not in self.names
