@@ -20,10 +20,12 @@ from llamafactory_adaptive.bridge.comparison_rows import HELD_OUT
 from llamafactory_adaptive.comparison.arms import choose_arms
 from llamafactory_adaptive.comparison.experiment import Design
 from llamafactory_adaptive.errors import CalibrationError
+from tests.helpers.pretended_runs import NEVER_ENDS, pretend
 from tests.helpers.processes import ROOT, processes_naming, wait_until_ended
 
 
 pytestmark = pytest.mark.slow
+PRETENDED = ROOT / "tests" / "helpers" / "pretended_runs.py"
 SECRETS = {
     "hf_hub_token": "hf_secret_1",
     "hub_token": "hf_secret_2",
@@ -178,6 +180,23 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
     error = capsys.readouterr().err
     assert re.search(said, error), error
     assert in_this_process == []
+
+
+def test_a_command_that_is_killed_in_a_run_goes_on_from_its_ledger(yaml_settings, monkeypatch, tmp_path):
+    """Settings, rows and model make the same keys in another process; runs train nothing."""
+    words, ledger = command(yaml_settings, tmp_path, "--seeds", "1"), tmp_path / "compared" / "ledger.jsonl"
+    environment = {**os.environ, "PRETENDED_RUNS": "3"}  # the look at the time, and two runs
+    script = [sys.executable, str(PRETENDED), *words]
+    with subprocess.Popen(script, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as first:
+        assert any(line.strip() == NEVER_ENDS for line in first.stdout), "it was to be killed in a run"
+        first.send_signal(signal.SIGKILL)
+    kept, made = ledger.read_text(), []
+    monkeypatch.setattr(comparison, "run_in_own_process", lambda job, *more: made.append(job) or pretend(job))
+    assert cli.main(words) == 0
+    assert ledger.read_text().startswith(kept)
+    assert len(kept.splitlines()) == 3
+    assert (len(ledger.read_text().splitlines()), len(made)) == (1 + 6, 4), "neither rows nor runs are made again"
+    assert (tmp_path / "compared" / "compare.html").is_file()
 
 
 @pytest.mark.repeats
