@@ -87,6 +87,16 @@ def test_the_command_compares_and_leaves_pages_and_the_same_command_runs_nothing
         assert not path.is_file() or b"hf_secret" not in path.read_bytes(), path
 
 
+def test_arms_that_need_a_higher_lowest_rank_than_the_yamls_have_it_and_are_told(
+    yaml_settings, in_this_process, tmp_path, capsys
+):
+    words = command(yaml_settings, tmp_path, "--arms", "uniform,elalora,tsq", "adaptive_min_rank=0", "--dry-run")
+    assert cli.main(words) == 0
+    said = capsys.readouterr().err
+    assert "adaptive_min_rank is higher than the YAML's, as their methods need: elalora (1), tsq (1)\n" in said
+    assert "5 arms, " in said
+
+
 def compared(yaml_settings, folder):
     arms = choose_arms([], [], yaml_settings)
     made = comparison.Comparison(yaml_settings, arms, Design((0.01,), seeds=1), folder, 40)
