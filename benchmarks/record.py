@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -115,10 +116,20 @@ def read_rows(
     return rows
 
 
+def source() -> str | None:
+    """Name the commit that runs, with ``-dirty`` where files were changed; None where there is no Git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
+
+
 def write_result(
     name: str, figures: dict[str, Any], packages: Sequence[str] = PACKAGES, command: str | None = None
 ) -> Path:
-    """Write ``results/NAME.json``: the figures, the command (by default this script's), the machine, the versions."""
+    """Write ``results/NAME.json``: figures, command (by default this script's), machine, versions and commit."""
     words = " ".join(word if "/" not in word or word.startswith("benchmarks") else "<path>" for word in sys.argv)
     document = {
         "benchmark": name,
@@ -127,6 +138,7 @@ def write_result(
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.system()},
         "python": platform.python_version(),
         "versions": {package: version(package) for package in packages},
+        "source": source(),
         **figures,
     }
     RESULTS.mkdir(exist_ok=True)

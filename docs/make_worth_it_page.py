@@ -36,9 +36,11 @@ HEAD = """# Does it pay? What we found
 Made by `docs/make_worth_it_page.py` from `benchmarks/results/worth_it_*.json`, whose figures `make bench-report` makes
 anew from the ledgers beside them. Every part is one run of `make worth-it`, which is
 [`llamafactory-adaptive compare`](comparing.md) on SmolLM2-135M: one budget, the best learning rate of each arm chosen
-on one half of the held-out rows, other seeds and the other half for the verdict. Intervals are of 95 %. An arm is
-better with less loss, below 0 %, and with more right answers, above 0 points. Parts differ in arms and rates, as each
-takes hours.
+on one half of the held-out rows, other seeds and the other half for the verdict. Intervals are of 95 %, and those of
+losses cover that another seed might have chosen another rate. An arm is better with less loss, below 0 %, and with
+more right answers, above 0 points. `lora_alpha` is twice the rank everywhere and was not tuned. Parts differ in arms
+and rates, as each takes hours; they were made while this version was written, so that arms of one part may have run
+with different states of the code.
 """
 Result = dict[str, Any]
 

@@ -60,7 +60,8 @@ def test_readme_says_what_the_comparison_was_and_what_came_of_it():
         README,
         f"{steps} steps of {size}, rank {rank}, {SEEDS} seeds, {judging} rows that judge; table below): "
         "none is shown to be better, nothing is decided. The 95 % intervals lie between "
-        f"{low:.1f} % and {high:+.1f} %; that of `adalora` lies wholly on the wrong side, which does not hold up after correction for eight arms",
+        f"{low:.1f} % and {high:+.1f} %; that of `adalora` lies wholly on the "
+        "wrong side, which does not hold up after correction for eight arms",
     )
 
 
@@ -191,8 +192,8 @@ def test_what_the_choice_of_rates_takes_from_the_verdicts_is_what_the_page_on_co
     ]
     assert says(
         COMPARING,
-        "In our own records such verdicts would have been two: `adalora` worse on few rows of GSM8K, and `sensitivity` "
-        "better on ARC, where nothing is learned at all.",
+        "In our own records such verdicts would have been two: `adalora` worse on few rows of GSM8K, and "
+        "`sensitivity` better on ARC, where nothing is learned at all.",
     )
 
 
@@ -210,7 +211,8 @@ def test_how_to_names_the_best_rates_on_boolq_and_the_run_that_broke_down():
     assert says(
         HOW_TO,
         "On BoolQ they were 0.004 for plain LoRA and `random`, 0.002 for `sensitivity` and 0.008 for `igu`; on ARC "
-        "0.004 for plain LoRA, `random` and `igu`, and 0.002 for `sensitivity`. One seed chose each of them, and neighbouring rates often differ by little. A rate that one seed likes best can be "
+        "0.004 for plain LoRA, `random` and `igu`, and 0.002 for `sensitivity`. One seed "
+        "chose each of them, and neighbouring rates often differ by little. A rate that one seed likes best can be "
         "too high for another: at 0.008, which it chose for `igu` on BoolQ, one of four runs ended at eleven times "
         "the loss of the others.",
     )
