@@ -132,7 +132,7 @@ def _power(judgement: TaskJudgement) -> str:
 
 
 def _lacking(judgement: TaskJudgement) -> str:
-    """Name what would have to grow until the smallest difference that matters is shown: one alone, if it suffices."""
+    """Tell what would have to grow until the smallest difference that matters is shown: one alone, if it suffices."""
     difference, tests = judgement.difference, judgement.tests
     if difference.detectable_by_questions(tests) <= judgement.effect:
         return "seeds"
