@@ -41,7 +41,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llamafactory_adaptive.comparison.losses import FloatArray, Losses
-from llamafactory_adaptive.comparison.rate_choice import cost_of_choices, drawn_curves
+from llamafactory_adaptive.comparison.rate_choice import CostOfChoices, costs_of_choices, noise_of_runs
 from llamafactory_adaptive.errors import refuse
 
 
@@ -76,8 +76,9 @@ class Difference:
         between_seeds: variance of one seed's relative difference over these rows; 0 with one seed.
         between_rows: variance of what a row contributes to the relative difference in all seeds alike; with one seed,
             in this seed.
-        over_choices: what the choice of both rates may have cost, a standard error as a share of the rival's loss; 0
-            where nothing was chosen.
+        choices_over_rows: what the choice of both rates may have cost as far as the rows that choose tell, a standard
+            error as a share of the rival's loss; 0 where nothing was chosen.
+        choices_over_seeds: what the seeds that choose add to it, squared and added.
         rate_seeds: number of seeds that chose; 0 where nothing was chosen.
     """
 
@@ -88,7 +89,8 @@ class Difference:
     rows: int
     between_seeds: float
     between_rows: float
-    over_choices: float = 0.0
+    choices_over_rows: float = 0.0
+    choices_over_seeds: float = 0.0
     rate_seeds: int = 0
 
 
@@ -119,7 +121,8 @@ def paired_differences(
 
     Raises:
         AdaptiveConfigError: there are fewer than ``FEWEST_ROWS`` rows.
-        ValueError: rows differ, an arm shares no seed with the rival, or a run diverged.
+        ValueError: rows differ, an arm shares no seed with the rival, a run diverged, or the settings of some arms
+            were chosen and those of others given.
     """
     if (rows := len(rival.tokens_R)) < FEWEST_ROWS:
         allowed = f"each half of the held-out rows needs at least {FEWEST_ROWS}, and the one that judges has {rows}"
@@ -131,14 +134,15 @@ def paired_differences(
     student_BM = _studentised_draws(np.stack([each.influence_R for each in measures], axis=1), rng, row_draws)
     student_BM = _widened(student_BM, weight_R, rng)
     seed_draws = {n: rng.standard_t(n - 1, (row_draws, SEED_DRAWS)) for n in sorted({m.seeds for m in measures} - {1})}
-    costs_AB = _costs_of_choices(rival, arms, measures[::2], np.random.default_rng([seed, 1]), row_draws)
-    costs = [cost_B for cost_B in costs_AB for _ in (_relative, _absolute)]
+    noises = [
+        noise_of_runs(*pair, weight_R, each.between_seeds) for pair, each in zip(pairs, measures[::2], strict=True)
+    ]
+    costs = costs_of_choices(rival, arms, noises, np.random.default_rng([seed, 1]), row_draws)
     draws = (
-        _draws(each, student_B, seed_draws, cost_B)
-        for each, student_B, cost_B in zip(measures, student_BM.T, costs, strict=True)
+        _draws(each, student_B, seed_draws, costs[place // 2].drawn_B)
+        for place, (each, student_B) in enumerate(zip(measures, student_BM.T, strict=True))
     )
-    chose = 0 if rival.curve is None else rival.curve.seeds
-    return list(_differences(measures, draws, costs_AB, chose))
+    return list(_differences(measures, draws, costs, 0 if rival.curve is None else rival.curve.seeds))
 
 
 def _paired(rival: Losses, arm: Losses) -> tuple[FloatArray, FloatArray]:
@@ -229,20 +233,6 @@ def _shares(drawn_BR: npt.NDArray[np.int64]) -> FloatArray:
     return share_BR
 
 
-def _costs_of_choices(
-    rival: Losses, arms: Sequence[Losses], measures: Sequence[_Measure], rng: np.random.Generator, draws: int
-) -> list[FloatArray]:
-    """Draw what the choice of both rates adds to the relative difference of each arm: (B,) each; zeros if given."""
-    curves = [curve for losses in (rival, *arms) if (curve := losses.curve) is not None]
-    if len(curves) <= len(arms):  # settings were given, not chosen
-        return [np.zeros(draws) for _ in arms]
-    drawn_rival, *drawn = zip(curves, drawn_curves(curves, rng, draws), strict=True)
-    return [
-        cost_of_choices(arm, drawn_rival, measure.between_seeds, measure.seeds, rng)
-        for arm, measure in zip(drawn, measures, strict=True)
-    ]
-
-
 def _draws(
     measure: _Measure, student_B: FloatArray, seed_draws: dict[int, FloatArray], cost_B: FloatArray
 ) -> FloatArray:
@@ -257,26 +247,34 @@ def _draws(
 
 
 def _differences(
-    measures: Sequence[_Measure], draws: Iterator[FloatArray], costs_AB: Sequence[FloatArray], rate_seeds: int
+    measures: Sequence[_Measure], draws: Iterator[FloatArray], costs: Sequence[CostOfChoices], rate_seeds: int
 ) -> Iterator[Difference]:
-    for relative, absolute, cost_B in zip(measures[::2], measures[1::2], costs_AB, strict=True):
+    for relative, absolute, cost in zip(measures[::2], measures[1::2], costs, strict=True):
         drawn, drawn_absolute = next(draws), next(draws)
+        middle = float(np.median(cost.drawn_B))
         yield Difference(
-            relative=_estimate(relative.value, drawn),
-            absolute=_estimate(absolute.value, drawn_absolute),
-            p_value=_two_sided(drawn),
+            relative=_estimate(relative, drawn, middle),
+            absolute=_estimate(absolute, drawn_absolute, middle),
+            p_value=max(_two_sided(drawn), _two_sided(drawn - middle)),
             seeds=relative.seeds,
             rows=len(relative.influence_R),
             between_seeds=relative.between_seeds,
             between_rows=relative.between_rows,
-            over_choices=math.sqrt(float((cost_B**2).mean())),
+            choices_over_rows=cost.over_rows,
+            choices_over_seeds=cost.over_seeds,
             rate_seeds=rate_seeds,
         )
 
 
-def _estimate(value: float, draws: FloatArray) -> Estimate:
+def _estimate(measure: _Measure, draws: FloatArray, middle: float) -> Estimate:
+    """Read the intervals off the draws, as far as they reach with the middle of the costs of choices or without it.
+
+    No arm's loss is below 0.
+    """
     low, high, low_90, high_90 = map(float, np.quantile(draws, _QUANTILES))
-    return Estimate(value, low, high, low_90, high_90)
+    less, more = max(0.0, measure.level * middle), max(0.0, -measure.level * middle)
+    low, low_90 = (max(-measure.level, each - less) for each in (low, low_90))
+    return Estimate(measure.value, low, high + more, low_90, high_90 + more)
 
 
 def _two_sided(draws: FloatArray) -> float:

@@ -12,7 +12,8 @@ LEVEL = 0.05
 CHANCE = 0.8  # that so many seeds decide
 MOST_SEEDS = 100
 _COUNTS = (*range(2, 21), 25, 30, 40, 50, 75, MOST_SEEDS)  # of many seeds the number is rough anyway
-_RATE_SEEDS = (2, 3, 5, 10, 20)
+MOST_RATE_SEEDS = 20
+_RATE_SEEDS = (2, 3, 5, 10, MOST_RATE_SEEDS)
 
 
 def seeds_to_decide(difference: Difference, effect: float, tests: int) -> int | None:
@@ -20,9 +21,9 @@ def seeds_to_decide(difference: Difference, effect: float, tests: int) -> int | 
 
     It is taken that the difference on these rows is the one seen. With S seeds its estimate has the variance
     ``between_seeds / S``; an interval reaches as far as its parts squared and added,
-    ``sqrt(t^2 between_seeds / S + z^2 between_rows / R + z^2 over_choices^2)``, a little further than the interval of
-    ``Difference`` (Banerjee 1960, Sankhya 22). Decided is what lies outside such an interval around 0, at the level
-    that Holm's correction may demand of it, or inside +- effect by such an interval of 90 %.
+    ``sqrt(t^2 (between_seeds / S + choices_over_seeds^2) + z^2 (between_rows / R + choices_over_rows^2))``, about as
+    far as the interval of ``Difference`` (Banerjee 1960, Sankhya 22). Decided is what lies outside such an interval
+    around 0, at the level that Holm's correction may demand of it, or inside +- effect by such an interval of 90 %.
 
     Args:
         difference: what was seen, with two seeds or more.
@@ -38,7 +39,7 @@ def seeds_to_decide(difference: Difference, effect: float, tests: int) -> int | 
 def rate_seeds_to_decide(difference: Difference, effect: float, tests: int) -> tuple[int, int] | None:
     """Estimate with how many seeds that choose, and how many that judge, it would be decided.
 
-    What a choice costs is taken to fall with the square root of the number of seeds that choose.
+    What these add to the error of a choice is taken to fall with the square root of their number.
 
     Returns:
         Both numbers, with the fewest seeds that choose; None where more of those would not do, or none chose.
@@ -46,8 +47,8 @@ def rate_seeds_to_decide(difference: Difference, effect: float, tests: int) -> t
     if not difference.rate_seeds:
         return None
     for rate_seeds in (count for count in _RATE_SEEDS if count > difference.rate_seeds):
-        over_choices = difference.over_choices * math.sqrt(difference.rate_seeds / rate_seeds)
-        surer = replace(difference, over_choices=over_choices)
+        over_seeds = difference.choices_over_seeds * math.sqrt(difference.rate_seeds / rate_seeds)
+        surer = replace(difference, choices_over_seeds=over_seeds)
         if (seeds := _fewest_seeds(surer, effect, tests, difference.seeds)) is not None:
             return rate_seeds, seeds
     return None
@@ -60,7 +61,7 @@ def _fewest_seeds(difference: Difference, effect: float, tests: int, least: int)
 
 def rows_too_few(difference: Difference, effect: float, tests: int) -> bool:
     """Tell whether no number of seeds would decide, as the rows alone leave both 0 and the effect open."""
-    over_rows = math.sqrt(difference.between_rows / difference.rows)
+    over_rows = _over_rows(difference)
     size, normal = abs(difference.relative.value), NormalDist()
     apart, within = normal.inv_cdf(1.0 - LEVEL / tests / 2.0), normal.inv_cdf(1.0 - LEVEL)
     return effect - within * over_rows <= size <= apart * over_rows
@@ -68,10 +69,10 @@ def rows_too_few(difference: Difference, effect: float, tests: int) -> bool:
 
 def chance_to_decide(difference: Difference, effect: float, tests: int, seeds: int) -> float:
     """Compute the chance that ``seeds`` new seeds decide, as described for ``seeds_to_decide``."""
-    fixed = math.hypot(math.sqrt(difference.between_rows / difference.rows), difference.over_choices)
     over_seeds = max(math.sqrt(difference.between_seeds / seeds), 1e-12)  # a distribution of no width has no chances
+    by_seeds, by_rows = math.hypot(over_seeds, difference.choices_over_seeds), _over_rows(difference)
     apart, within = (
-        math.hypot(student_quantile(1.0 - tail, seeds - 1) * over_seeds, NormalDist().inv_cdf(1.0 - tail) * fixed)
+        math.hypot(student_quantile(1.0 - tail, seeds - 1) * by_seeds, NormalDist().inv_cdf(1.0 - tail) * by_rows)
         for tail in (LEVEL / tests / 2.0, LEVEL)
     )
     estimate, inner = NormalDist(difference.relative.value, over_seeds), effect - within
@@ -79,6 +80,11 @@ def chance_to_decide(difference: Difference, effect: float, tests: int, seeds: i
         return 1.0
     outside = 1.0 - estimate.cdf(apart) + estimate.cdf(-apart)
     return outside + (estimate.cdf(inner) - estimate.cdf(-inner) if inner > 0.0 else 0.0)
+
+
+def _over_rows(difference: Difference) -> float:
+    """Return the standard error over rows, of those that judge and of those that choose."""
+    return math.hypot(math.sqrt(difference.between_rows / difference.rows), difference.choices_over_rows)
 
 
 @cache

@@ -62,7 +62,7 @@ def _row(arm: Mapping[str, Any], name: str, digits: int) -> Row:
 def _cells(verdict: Mapping[str, Any], digits: int) -> Row:
     low, high = (f"{100 * verdict['difference'][end]:+z.{digits}f}" for end in ("low", "high"))
     value = f"{100 * verdict['difference']['value']:+z.{digits}f} ± {100 * verdict['standard_error']:.{digits}f}"
-    shown = f"{100 * verdict['detectable']:.{digits}f}" if verdict["detectable"] < 1.0 else "none"
+    shown = f"{100 * verdict['detectable']:.{digits}f}" if verdict["detectable"] < 1.0 else "over 100"
     return (value, f"{low} to {high}", verdict["verdict"], shown)
 
 

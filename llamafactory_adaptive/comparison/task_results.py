@@ -122,9 +122,9 @@ def _power(judgement: TaskJudgement) -> str:
     """Tell which difference so many questions and seeds would have shown, and what there is too little of."""
     difference, tests, digits = judgement.difference, judgement.tests, digits_of(judgement.effect)
     shown, at_best = difference.detectable(tests), difference.detectable_by_questions(tests)
-    shows = (
-        f"show {100 * shown:.{digits}f} points four times in five" if shown < 1.0 else "show no difference for sure"
-    )
+    shows = "could not show even 100 points"
+    if shown < 1.0:
+        shows = f"show {100 * shown:.{digits}f} points four times in five"
     return (
         f"{difference.questions} questions and {difference.seeds} seeds {shows} ({100 * at_best:.{digits}f} points "
         f"were seeds all alike): more {_lacking(judgement)} are needed"

@@ -35,7 +35,7 @@ class Judgement:
         rate_seeds_to_decide: where no number of seeds that judge would do, with how many that choose it would, and
             with how many that judge; None where neither would.
         more_rows: whether it is not decided for want of rows, so that seeds alone cannot decide it.
-        far_seed: where not decided, the seed that ended far above the others of the arm or the rival, so that nothing
+        far_seed: where not decided, the arm or the rival and its seed that ended far above the others, so that nothing
             can be told of how many would decide it; None where none did.
     """
 
@@ -49,7 +49,7 @@ class Judgement:
     seeds_to_decide: int | None = None
     rate_seeds_to_decide: tuple[int, int] | None = None
     more_rows: bool = False
-    far_seed: int | None = None
+    far_seed: tuple[str, int] | None = None
 
     @property
     def different(self) -> bool:
@@ -120,9 +120,11 @@ def _judgement(arm: str, family: _Family) -> Judgement:
 
 def _with_remedy(judgement: Judgement, difference: Difference, family: _Family) -> Judgement:
     """Add what would decide a judgement that is not decided, the least first."""
-    for losses in (family.losses[judgement.arm], family.losses[judgement.rival]):
-        if (place := far_seed(losses.by_seed())) is not None:
-            return replace(judgement, far_seed=losses.seeds[place])
+    names = judgement.arm, judgement.rival
+    common = sorted(set.intersection(*(set(family.losses[name].seeds) for name in names)))
+    for name in names:
+        if (place := far_seed(family.losses[name].of_seeds(common).by_seed())) is not None:
+            return replace(judgement, far_seed=(name, common[place]))
     of = difference, judgement.effect, judgement.tests
     if (seeds := seeds_to_decide(*of)) is not None:
         return replace(judgement, seeds_to_decide=seeds)

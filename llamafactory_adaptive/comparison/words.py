@@ -3,7 +3,7 @@
 import math
 
 from llamafactory_adaptive.comparison.differences import Difference, Estimate
-from llamafactory_adaptive.comparison.more_seeds import LEVEL, MOST_SEEDS
+from llamafactory_adaptive.comparison.more_seeds import LEVEL, MOST_RATE_SEEDS, MOST_SEEDS
 from llamafactory_adaptive.comparison.verdicts import Judgement
 
 
@@ -56,7 +56,7 @@ def what_would_decide(judgement: Judgement) -> str:
     """Describe why a compared arm is not decided, and what would decide it; empty for other verdicts."""
     if judgement.verdict != "not decided" or judgement.difference is None:
         return ""
-    return _doubt(judgement, judgement.difference) + _remedy(judgement, judgement.difference.seeds)
+    return _doubt(judgement, judgement.difference) + _remedy(judgement, judgement.difference)
 
 
 def _least(estimate: Estimate) -> float:
@@ -70,12 +70,13 @@ def _doubt(judgement: Judgement, difference: Difference) -> str:
     return f"one of {judgement.tests} arms may differ so by chance; " if alone else ""
 
 
-def _remedy(judgement: Judgement, seeds: int) -> str:
+def _remedy(judgement: Judgement, difference: Difference) -> str:
     """Tell what would decide a comparison that is not decided."""
-    if seeds == 1:
+    if difference.seeds == 1:
         return "seeds were not varied, and another seed may tell otherwise: give at least 3"
     if judgement.far_seed is not None:
-        return f"seed {judgement.far_seed} ended far above the others, so that no number of seeds can be told"
+        arm, seed = judgement.far_seed
+        return f"seed {seed} of {arm} ended far above the others, so that no number of seeds can be told"
     if judgement.seeds_to_decide is not None:
         return f"about {judgement.seeds_to_decide} seeds would decide it"
     if judgement.rate_seeds_to_decide is not None:
@@ -83,4 +84,5 @@ def _remedy(judgement: Judgement, seeds: int) -> str:
         return f"about {seeds} seeds would decide it, with rates that {rate_seeds} seeds chose (--rate-seeds)"
     if judgement.more_rows:
         return "more held-out rows are needed: seeds alone cannot decide it"
-    return f"not even {MOST_SEEDS} seeds would decide it: seeds differ by too much for an effect so small"
+    chosen = f", with rates that {MOST_RATE_SEEDS} seeds chose" if difference.rate_seeds else ""
+    return f"not even {MOST_SEEDS} seeds would decide it{chosen}: seeds differ by too much for an effect so small"

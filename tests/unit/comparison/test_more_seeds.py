@@ -1,5 +1,7 @@
 """Student's t against SciPy, and the number of seeds against a simulation of what so many would decide."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -8,6 +10,7 @@ from llamafactory_adaptive.comparison.differences import Difference, Estimate
 from llamafactory_adaptive.comparison.more_seeds import (
     MOST_SEEDS,
     chance_to_decide,
+    rate_seeds_to_decide,
     rows_too_few,
     seeds_to_decide,
     student_cdf,
@@ -75,3 +78,37 @@ def test_very_noisy_seeds_are_told_from_too_few_rows():
 def test_seeds_that_do_not_differ_leave_it_to_the_rows():
     assert seeds_to_decide(seen(0.003, 0.0, row_error=0.002), EFFECT, 1) is None
     assert chance_to_decide(seen(0.003, 0.0, row_error=0.0005), EFFECT, 1, 4) == 1.0
+
+
+def chosen(difference, by_rows, by_seeds, rate_seeds=1):
+    return replace(difference, choices_over_rows=by_rows, choices_over_seeds=by_seeds, rate_seeds=rate_seeds)
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 20])
+def test_the_chance_counts_what_the_choice_leaves_open(seeds):
+    """Estimates drawn with the noise of seeds alone; the interval is that of all parts."""
+    difference = chosen(seen(-0.012, 0.006, row_error=0.001), 0.001, 0.002)
+    estimates = np.random.default_rng(0).normal(-0.012, 0.006 / np.sqrt(seeds), 40_000)
+    by_seeds, by_rows = np.hypot(0.006 / np.sqrt(seeds), 0.002), np.hypot(0.001, 0.001)
+    apart = np.hypot(stats.t.ppf(0.975, seeds - 1) * by_seeds, stats.norm.ppf(0.975) * by_rows)
+    within = np.hypot(stats.t.ppf(0.95, seeds - 1) * by_seeds, stats.norm.ppf(0.95) * by_rows)
+    decided = (np.abs(estimates) > apart) | (np.abs(estimates) + within < EFFECT)
+    assert chance_to_decide(difference, EFFECT, 1, seeds) == pytest.approx(decided.mean(), abs=0.01)
+
+
+def test_seeds_that_choose_decide_where_those_that_judge_cannot():
+    open_choice = chosen(seen(-0.012, 0.003), 0.0, 0.012)
+    assert seeds_to_decide(open_choice, EFFECT, 1) is None
+    rate_seeds, seeds = rate_seeds_to_decide(open_choice, EFFECT, 1)
+    surer = chosen(open_choice, 0.0, 0.012 / np.sqrt(rate_seeds), rate_seeds)
+    assert 1 < rate_seeds <= 10
+    assert chance_to_decide(surer, EFFECT, 1, seeds) >= 0.8
+    assert rate_seeds_to_decide(seen(-0.012, 0.003), EFFECT, 1) is None, (
+        "rates that were given cannot be chosen better"
+    )
+
+
+def test_what_rows_leave_open_in_the_choice_no_seed_decides():
+    by_rows = chosen(seen(-0.012, 0.003), 0.012, 0.0)
+    assert (seeds_to_decide(by_rows, EFFECT, 1), rate_seeds_to_decide(by_rows, EFFECT, 1)) == (None, None)
+    assert rows_too_few(by_rows, EFFECT, 1)

@@ -110,7 +110,7 @@ def test_no_interval_and_no_power_goes_beyond_all_questions():
     found = Accuracy(-0.2, 0.2, 0.01, 3, 400)
     judgement = TaskJudgement("igu", "lora", "boolq", "not decided", 0.01, found, 30, 0.5, 0.5)
     assert judgement.interval() == (-1.0, pytest.approx(-0.2 + found.reach(0.025)))
-    assert what_would_decide(judgement).startswith("400 questions and 3 seeds show no difference for sure (")
+    assert what_would_decide(judgement).startswith("400 questions and 3 seeds could not show even 100 points (")
 
 
 def test_there_is_a_table_for_each_task_and_for_their_mean(made):

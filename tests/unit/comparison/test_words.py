@@ -54,6 +54,21 @@ CASES = [
         "it: seeds differ by too much for an effect so small",
     ),
     (
+        Judgement("igu", "lora", "not decided", 0.005, replace(OPEN, rate_seeds=1), 0.6, 3),
+        "igu: not decided against lora: -0.30 % (95 % interval -0.90 % to +0.30 %); not even 100 seeds would decide "
+        "it, with rates that 20 seeds chose: seeds differ by too much for an effect so small",
+    ),
+    (
+        Judgement("igu", "lora", "not decided", 0.005, OPEN, 0.6, 3, rate_seeds_to_decide=(3, 8)),
+        "igu: not decided against lora: -0.30 % (95 % interval -0.90 % to +0.30 %); about 8 seeds would decide it, "
+        "with rates that 3 seeds chose (--rate-seeds)",
+    ),
+    (
+        Judgement("igu", "lora", "not decided", 0.005, OPEN, 0.6, 3, far_seed=("lora", 2)),
+        "igu: not decided against lora: -0.30 % (95 % interval -0.90 % to +0.30 %); seed 2 of lora ended far above "
+        "the others, so that no number of seeds can be told",
+    ),
+    (
         Judgement("igu", "lora", "not decided", 0.005, difference(0.006, 0.00001, 0.012, p_value=0.049), 0.1, 3, 12),
         "igu: not decided against lora: +0.60 % (95 % interval +0.00 % to +1.20 %); one of 3 arms may differ so by "
         "chance; about 12 seeds would decide it",
@@ -86,6 +101,10 @@ def test_a_difference_that_rounds_to_nothing_has_no_minus():
 
 DECIDING = ["about 12 seeds would decide it", "more held-out rows are needed: seeds alone cannot decide it",
             "not even 100 seeds would decide it: seeds differ by too much for an effect so small",
+            "not even 100 seeds would decide it, with rates that 20 seeds chose: seeds differ by too much for an "
+            "effect so small",
+            "about 8 seeds would decide it, with rates that 3 seeds chose (--rate-seeds)",
+            "seed 2 of lora ended far above the others, so that no number of seeds can be told",
             "one of 3 arms may differ so by chance; about 12 seeds would decide it",
             "seeds were not varied, and another seed may tell otherwise: give at least 3"]  # fmt: skip
 
