@@ -1,5 +1,6 @@
 """Plots of a comparison, as SVG for its page: differences, learning rates, costs; pictures of ranks are with them."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ Entry = Mapping[str, Any]
 _COLOURS = {"better": "#1a7f37", "worse": "#b42318", "equivalent": "#1f6feb", "not decided": "#6e7781"}
 _SHOWN = 0.15  # of the lowest loss, the range above it that a plot over rates shows
 _MARGIN = 0.15  # of that range, the room below the lowest loss
+_FAR_WIDER = 4.0  # times the median of how far intervals reach, from which on one is cut off
 _LEVEL_LABELS = 8  # more labels of rates than these do not fit side by side
 
 
@@ -33,21 +35,38 @@ def figures(document: Mapping[str, Any]) -> dict[str, str]:
 
 
 def forest_plot(arms: Sequence[Entry], effect: float) -> str:
-    """Draw each arm's relative difference to plain LoRA with its 95 % interval, and the band that does not matter."""
+    """Draw each arm's relative difference to plain LoRA with its 95 % interval, and the band that does not matter.
+
+    An interval that is far wider than most is cut off, and this is said: it would press all others into one point.
+    """
+    reach = {arm["name"]: 100 * max(map(abs, _relative(arm).values())) for arm in arms}
+    edge = _FAR_WIDER * statistics.median(reach.values())
     figure = new_figure(7.5, 1.2 + 0.36 * len(arms))
     axes = figure.add_subplot()
     axes.axvspan(-100 * effect, 100 * effect, color="#1f6feb", alpha=0.10, linewidth=0)
     axes.axvline(0.0, color="0.5", linewidth=1)
     for row, arm in enumerate(arms):
-        verdict = arm["verdicts"][PLAIN]
-        relative = {key: 100 * value for key, value in verdict["difference"]["relative"].items()}
-        colour = _COLOURS.get(verdict["verdict"], "0.4")
+        relative = {key: 100 * value for key, value in _relative(arm).items()}
+        colour = _COLOURS.get(arm["verdicts"][PLAIN]["verdict"], "0.4")
         axes.plot([relative["low"], relative["high"]], [row, row], color=colour, linewidth=2)
         axes.plot([relative["value"]], [row], "o", color=colour)
+        if reach[arm["name"]] > edge:
+            ends = ((relative["low"] < -edge, -edge, "<"), (relative["high"] > edge, edge, ">"))
+            for beyond, end, marker in ends:
+                axes.plot([end] * beyond, [row] * beyond, marker, color=colour, clip_on=False)
     axes.set_yticks(range(len(arms)), [plot_label(arm["name"]) for arm in arms])
     axes.invert_yaxis()
-    axes.set_xlabel("held-out loss against plain LoRA in %, 95 % interval (left: better)")
+    said = "held-out loss against plain LoRA in %, 95 % interval (left: better)"
+    if max(reach.values()) > edge:
+        axes.set_xlim(-edge, edge)
+        said += "; arrows go on beyond the edge"
+    axes.set_xlabel(said)
     return to_svg(figure)
+
+
+def _relative(arm: Entry) -> Mapping[str, float]:
+    found: Mapping[str, float] = arm["verdicts"][PLAIN]["difference"]["relative"]
+    return found
 
 
 def rate_curves(arms: Sequence[Entry]) -> str:

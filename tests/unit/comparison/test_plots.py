@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from llamafactory_adaptive.comparison.plots import rate_curves
+from llamafactory_adaptive.comparison.plots import forest_plot, rate_curves
 
 
 RATES = (0.001, 0.002, 0.004, 0.016)
@@ -44,3 +44,17 @@ def test_the_best_loss_of_each_arm_is_shown():
 
 def test_a_curve_without_a_finite_loss_is_drawn_empty():
     assert "loss on the rows that choose" in drawn(None, None, None, None)
+
+
+def difference(name, low, high):
+    relative = {"value": (low + high) / 2, "low": low, "high": high}
+    return {"name": name, "verdicts": {"lora": {"verdict": "not decided", "difference": {"relative": relative}}}}
+
+
+@pytest.mark.parametrize(("far", "cut"), [(0.09, False), (0.5, True), (29.0, True)])
+def test_an_interval_far_wider_than_most_is_cut_off_and_this_is_said(far, cut):
+    arms = [difference("random", -0.02, 0.03), difference("igu", -0.01, far), difference("tsq", -0.03, 0.02)]
+    texts = re.findall(r">([^<>\n]+)</text>", forest_plot(arms, 0.005))
+    assert any("arrows go on beyond the edge" in text for text in texts) is cut
+    ticks = [float(text.replace("\N{MINUS SIGN}", "-")) for text in texts if re.fullmatch(r"\W?[\d.]+", text)]
+    assert max(map(abs, ticks)) <= 12.0, "four times three per cent"
