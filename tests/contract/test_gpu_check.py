@@ -67,6 +67,7 @@ def worth_it(check, monkeypatch, tmp_path):
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(module.record, "smollm2", lambda: tmp_path / "model")
+    monkeypatch.setattr(module.record, "source", lambda: None)  # which calls a program as well
     monkeypatch.setattr(module, "parts", lambda regime, data, model: ({"held_out": [], "train": []}, "generated"))
     monkeypatch.setattr(module.subprocess, "run", run)
     monkeypatch.setattr(module.shipped, "_own_keys", lambda given: OWN_KEYS)

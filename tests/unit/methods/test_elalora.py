@@ -245,7 +245,7 @@ def test_a_run_exchanges_ranks_under_one_budget_and_leaves_plain_lora(tmp_path):
     ("wrong", "said"),
     [
         ({"init_rank": 4}, r"init_rank: 4 is invalid: method='elalora' starts at the ranks of the budget"),
-        ({"min_rank": 0}, r"min_rank: 0 is invalid: a module without components .* never grow again; try min_rank=1"),
+        ({"min_rank": 0}, r"min_rank: 0 is invalid: a module without components .* never come back; try min_rank=1"),
         ({"max_rank": 2}, r"max_rank: 2 is invalid: all modules start at lora_rank \(2\), and none could grow"),
         ({"warmup_ratio": 0.8}, r"with final_ratio 0.3 it leaves no step to exchange ranks in"),
         ({"max_overhead": 0.1}, "makes extra passes"),
