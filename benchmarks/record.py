@@ -118,20 +118,11 @@ def read_rows(
 
 def source() -> str | None:
     """Name the commit that runs, with ``-dirty`` where files were changed; None where there is no Git checkout."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--exclude",
-        "*",
-        "--dirty",
-        "--abbrev=12",
-    ]
+    options = ["--always", "--exclude", "*", "--dirty", "--abbrev=12"]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", *options]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):  # no reason to lose what hours have measured
         return None
     return found.stdout.strip() or None
 

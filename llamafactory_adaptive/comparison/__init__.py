@@ -5,6 +5,5 @@ came of each), ``runner`` and ``device_loop`` (how they are made); then ``result
 leads to ``losses``, ``differences`` (with ``rate_choice``) and ``verdicts``, which are the statistics (``more_seeds``
 where nothing is decided), then to ``words`` and ``pages``. Files that begin with ``task`` are the same for answers in
 place of losses. ``request``, ``starts`` and ``secrets`` are about the command itself. What trains is in ``bridge``:
-docs/architecture.md walks from
-the YAML to a verdict.
+docs/architecture.md walks from the YAML to a verdict.
 """

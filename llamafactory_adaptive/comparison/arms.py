@@ -198,11 +198,11 @@ def parse_arm(text: str) -> Arm:
     pairs = _mapping(text, rest.strip()) if rest.strip().startswith("{") else _pairs(text, rest)
     settings = {key: _value(value) for key, value in pairs.items()}
     if tuned := [key for key in settings if key in _ONE_FOR_ALL or key.startswith(_LEFT_OUT_PREFIXES)]:
+        reason, instead = f"{tuned[0]} is the same for all arms, or tuned for each", "--rates, --alphas or --steps"
         if "lora_rank" in tuned:
+            reason = "lora_rank is one budget for all arms"
             instead = "lora_rank in the YAML, or `llamafactory-adaptive shrink --curve` for what smaller ranks keep"
-            refuse("--arm", text, "lora_rank is one budget for all arms", instead)
-        instead = "--rates, --alphas or --steps"
-        refuse("--arm", text, f"{tuned[0]} is the same for all arms, or tuned for each", instead)
+        refuse("--arm", text, reason, instead)
     if rows := [key for key in settings if key in _ROW_KEYS]:
         refuse("--arm", text, f"{rows[0]} has no effect: all arms train on the same rows, tokenised once",
                f"{rows[0]} in the YAML, for all arms")  # fmt: skip

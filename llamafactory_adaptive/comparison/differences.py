@@ -149,7 +149,7 @@ def _paired(rival: Losses, arm: Losses) -> tuple[FloatArray, FloatArray]:
     """Return the losses of the arm and of the rival for their common seeds, (S, R) each."""
     if not np.array_equal(rival.tokens_R, arm.tokens_R):
         raise ValueError("the held-out rows of an arm are not those of its rival")
-    if not (common := sorted(set(rival.seeds) & set(arm.seeds))):
+    if not (common := rival.common_seeds(arm)):
         raise ValueError(f"no common seed: {arm.seeds} and {rival.seeds}")
     pair = arm.of_seeds(common), rival.of_seeds(common)
     if any(losses.diverged for losses in pair):

@@ -82,6 +82,10 @@ class Losses:
             mean_S = self.rows_SR @ self.tokens_R / self.tokens_R.sum()
         return tuple(float(mean) if math.isfinite(mean) else math.inf for mean in mean_S)
 
+    def common_seeds(self, other: "Losses") -> list[int]:
+        """List the seeds that both have, in order."""
+        return sorted(set(self.seeds) & set(other.seeds))
+
     def of_seeds(self, seeds: Sequence[int]) -> "Losses":
         """Return the losses of these seeds, in their order."""
         kept = [self.seeds.index(seed) for seed in seeds]

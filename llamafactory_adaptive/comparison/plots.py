@@ -39,8 +39,8 @@ def forest_plot(arms: Sequence[Entry], effect: float) -> str:
 
     An interval that is far wider than most is cut off, and this is said: it would press all others into one point.
     """
-    reach = {arm["name"]: 100 * max(map(abs, _relative(arm).values())) for arm in arms}
-    edge = _FAR_WIDER * statistics.median(reach.values())
+    reaches = [100 * max(map(abs, _relative(arm).values())) for arm in arms]
+    edge = _FAR_WIDER * statistics.median(reaches)
     figure = new_figure(7.5, 1.2 + 0.36 * len(arms))
     axes = figure.add_subplot()
     axes.axvspan(-100 * effect, 100 * effect, color="#1f6feb", alpha=0.10, linewidth=0)
@@ -50,14 +50,16 @@ def forest_plot(arms: Sequence[Entry], effect: float) -> str:
         colour = _COLOURS.get(arm["verdicts"][PLAIN]["verdict"], "0.4")
         axes.plot([relative["low"], relative["high"]], [row, row], color=colour, linewidth=2)
         axes.plot([relative["value"]], [row], "o", color=colour)
-        if reach[arm["name"]] > edge:
-            ends = ((relative["low"] < -edge, -edge, "<"), (relative["high"] > edge, edge, ">"))
-            for beyond, end, marker in ends:
-                axes.plot([end] * beyond, [row] * beyond, marker, color=colour, clip_on=False)
+        for beyond, end, marker in (
+            (relative["low"] < -edge, -edge, "<"),
+            (relative["high"] > edge, edge, ">"),
+        ):
+            if beyond:
+                axes.plot([end], [row], marker, color=colour, clip_on=False)
     axes.set_yticks(range(len(arms)), [plot_label(arm["name"]) for arm in arms])
     axes.invert_yaxis()
     said = "held-out loss against plain LoRA in %, 95 % interval (left: better)"
-    if max(reach.values()) > edge:
+    if max(reaches) > edge:
         axes.set_xlim(-edge, edge)
         said += "; arrows go on beyond the edge"
     axes.set_xlabel(said)

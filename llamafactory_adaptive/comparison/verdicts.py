@@ -121,7 +121,7 @@ def _judgement(arm: str, family: _Family) -> Judgement:
 def _with_remedy(judgement: Judgement, difference: Difference, family: _Family) -> Judgement:
     """Add what would decide a judgement that is not decided, the least first."""
     names = judgement.arm, judgement.rival
-    common = sorted(set.intersection(*(set(family.losses[name].seeds) for name in names)))
+    common = family.losses[judgement.arm].common_seeds(family.losses[judgement.rival])
     for name in names:
         if (place := far_seed(family.losses[name].of_seeds(common).by_seed())) is not None:
             return replace(judgement, far_seed=(name, common[place]))
