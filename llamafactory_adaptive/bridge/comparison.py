@@ -1,5 +1,6 @@
 """A comparison on LLaMA-Factory: settings are checked first, rows split once, and each run has its own process."""
 
+import json
 import math
 import shutil
 import time
@@ -31,6 +32,7 @@ from llamafactory_adaptive.bridge.comparison_rows import (
     rows_identity,
 )
 from llamafactory_adaptive.bridge.comparison_time import RunTime, estimate
+from llamafactory_adaptive.bridge.fingerprint import model_digest
 from llamafactory_adaptive.comparison.arms import PLAIN, Arm, run_settings
 from llamafactory_adaptive.comparison.experiment import Design, Progress, Run
 from llamafactory_adaptive.comparison.ledger import LEDGER, Ledger
@@ -38,11 +40,11 @@ from llamafactory_adaptive.comparison.results import arm_results, document
 from llamafactory_adaptive.comparison.runner import Runner
 from llamafactory_adaptive.comparison.secrets import without_secrets
 from llamafactory_adaptive.errors import refuse_all
-from llamafactory_adaptive.files import digest_of, read_json
+from llamafactory_adaptive.files import digest_of, read_json, read_mapping, write_atomically
 from llamafactory_adaptive.versions import installed_versions
 
 
-ROWS, RUNS, LOGS = "rows", "runs", "logs"
+ROWS, RUNS, LOGS, MODEL = "rows", "runs", "logs", "model.json"
 _PROBED_STEPS = 4
 _VERSIONS = ("llamafactory-adaptive", "llamafactory", "torch", "transformers", "peft")
 Say = Callable[[str], None]
@@ -107,7 +109,7 @@ class Comparison:
     def prepare(self, say: Say, device: str | None = None) -> None:
         """Tokenise and split the rows, unless that was done with the same settings, data files and model."""
         known = rows_identity(self.given, self.held_out)
-        self.rows, self._model = rows_folder(self.folder / ROWS, known), digest_of(known["model"])
+        self.rows, self._model = rows_folder(self.folder / ROWS, known), self._model_digest(known["model"], say)
         for unfinished in self.rows.parent.glob(".*.tmp"):  # of a run that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
         if not (self.rows / COUNTS).is_file():
@@ -185,6 +187,17 @@ class Comparison:
         """Return everything that the result of a run depends on."""
         settings = without_secrets(self.settings(run))
         return {"settings": settings, "rows": self.split, "model": self._model, "versions": self.versions}
+
+    def _model_digest(self, seen: Any, say: Say) -> str:
+        """Return the digest of what the model's files hold, read once while their sizes and times are as ``seen``."""
+        path, now = self.folder / MODEL, digest_of(seen)
+        held = read_mapping(path, str(path), "; delete it: it is made anew") if path.is_file() else {}
+        if now not in held:
+            if isinstance(seen, dict):  # files of a folder, and no name on a hub
+                say("reading the model's files, by which the ledger knows it: about a second a gigabyte")
+            held = {now: model_digest(self.given)}
+            write_atomically(path, json.dumps(held) + "\n")
+        return str(held[now])
 
     def known(self, run: Run) -> Mapping[str, Any] | None:
         """Return what came of a run, if the ledger holds it."""

@@ -1,14 +1,14 @@
 """Facts and digests that identify the model and data of a run."""
 
 import dataclasses
-import hashlib
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from llamafactory_adaptive.bridge.arguments import Args, run_seed, split_names
 from llamafactory_adaptive.bridge.target_shapes import calibration_rows
-from llamafactory_adaptive.files import read_mapping
+from llamafactory_adaptive.files import digest_of, file_digest, read_mapping
 from llamafactory_adaptive.versions import installed_versions
 
 
@@ -36,7 +36,7 @@ _TRAINING_INFLUENCE = (
 )
 
 
-_HASHED_WHOLE = 64 * 2**20  # larger files are identified by size and time
+_HASHED_WHOLE = 64 * 2**20
 
 
 def identity(args: Args) -> dict[str, Any]:
@@ -50,23 +50,39 @@ def identity(args: Args) -> dict[str, Any]:
         settings["merged"] = [_fingerprint(Path(p)) for p in split_names(args.get("adapter_name_or_path"))]
     return {
         "settings": settings,
-        "model": _fingerprint(Path(os.path.expanduser(str(args["model_name_or_path"])))),  # "~nobody" is no error
+        "model": _fingerprint(_model_path(args)),
         "data": _data_fingerprint(args),
         "versions": _versions(),
     }
 
 
-def _fingerprint(path: Path) -> Any:
-    """Identify a local file or folder by its content, a hub name by itself (its revision is among the settings)."""
+def model_digest(args: Args) -> str:
+    """Compute the digest of what the model's files hold, the same for a copy; of its name where it has none here.
+
+    Every byte is read: about a second a gigabyte.
+    """
+    return digest_of(_fingerprint(_model_path(args), hashed=math.inf))
+
+
+def _model_path(args: Args) -> Path:
+    return Path(os.path.expanduser(str(args["model_name_or_path"])))  # "~nobody" is no error
+
+
+def _fingerprint(path: Path, hashed: float = _HASHED_WHOLE) -> Any:
+    """Identify a local file or folder, a hub name by itself (its revision is among the settings).
+
+    Args:
+        hashed: size in bytes up to which a file is known by its content; larger ones are by size and time.
+    """
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        return {str(file.relative_to(path)): _fingerprint(file) for file in files}
+        files = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
+        # What tools keep in hidden folders, such as the times of downloads, is not part of a model or of data.
+        seen = {name: file for name, file in files.items() if not any(part.startswith(".") for part in name.parts)}
+        return {str(name): _fingerprint(file, hashed) for name, file in seen.items()}
     if not path.is_file():
         return str(path)
     facts = path.stat()
-    if facts.st_size <= _HASHED_WHOLE:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    return [facts.st_size, facts.st_mtime_ns]
+    return file_digest(path) if facts.st_size <= hashed else [facts.st_size, facts.st_mtime_ns]
 
 
 def _data_fingerprint(args: Args) -> Any:

@@ -133,6 +133,23 @@ def test_a_model_that_is_changed_in_place_is_another_run(yaml_settings, in_this_
     assert compared(given, tmp_path)[1] != key
 
 
+def test_a_model_that_is_copied_anew_is_the_same_and_a_large_file_with_other_bytes_another(
+    yaml_settings, in_this_process, tmp_path
+):
+    model = tmp_path / "model"
+    shutil.copytree(yaml_settings["model_name_or_path"], model)
+    given, large, keys = {**yaml_settings, "model_name_or_path": str(model)}, model / "more.bin", []
+    for at in (0, 0, 2**26):
+        with large.open("wb") as file:
+            file.truncate(2**26 + 1)
+            file.seek(at)
+            file.write(b"1")
+        os.utime(large, ns=(len(keys), len(keys)))
+        (model / ".downloads").write_text(str(len(keys)))
+        keys.append(compared(given, tmp_path)[1])
+    assert keys[0] == keys[1] != keys[2]
+
+
 def test_a_trial_that_diverges_gives_no_estimate_and_is_not_kept(yaml_settings, monkeypatch, tmp_path):
     outcomes = [{"status": "diverged"}, {"status": "done", "training_seconds": 4.0, "steps": 4}]
     monkeypatch.setattr(comparison, "run_in_own_process", lambda *arguments: outcomes.pop(0))
