@@ -1,6 +1,5 @@
 """A comparison on LLaMA-Factory: settings are checked first, rows split once, and each run has its own process."""
 
-import json
 import math
 import shutil
 import time
@@ -21,6 +20,7 @@ from llamafactory_adaptive.bridge.comparison_checks import (
     warmup_problems,
     without_training_set,
 )
+from llamafactory_adaptive.bridge.comparison_files import check_unchanged, known_model, named_files
 from llamafactory_adaptive.bridge.comparison_jobs import RunJob, run_in_own_process
 from llamafactory_adaptive.bridge.comparison_rows import (
     COUNTS,
@@ -32,7 +32,6 @@ from llamafactory_adaptive.bridge.comparison_rows import (
     rows_identity,
 )
 from llamafactory_adaptive.bridge.comparison_time import RunTime, estimate
-from llamafactory_adaptive.bridge.fingerprint import model_digest
 from llamafactory_adaptive.comparison.arms import PLAIN, Arm, run_settings
 from llamafactory_adaptive.comparison.experiment import Design, Progress, Run
 from llamafactory_adaptive.comparison.ledger import LEDGER, Ledger
@@ -40,11 +39,11 @@ from llamafactory_adaptive.comparison.results import arm_results, document
 from llamafactory_adaptive.comparison.runner import Runner
 from llamafactory_adaptive.comparison.secrets import without_secrets
 from llamafactory_adaptive.errors import refuse_all
-from llamafactory_adaptive.files import digest_of, read_json, read_mapping, write_atomically
+from llamafactory_adaptive.files import digest_of, read_json
 from llamafactory_adaptive.versions import installed_versions
 
 
-ROWS, RUNS, LOGS, MODEL = "rows", "runs", "logs", "model.json"
+ROWS, RUNS, LOGS = "rows", "runs", "logs"
 _PROBED_STEPS = 4
 _VERSIONS = ("llamafactory-adaptive", "llamafactory", "torch", "transformers", "peft")
 Say = Callable[[str], None]
@@ -81,6 +80,7 @@ class Comparison:
         self.own_keys, self.versions = our_keys(given), installed_versions(_VERSIONS)
         self.children = Children()
         self.rows, self._model = folder / ROWS, ""
+        self._files: dict[str, dict[str, str]] = {}
         self.split: dict[str, Any] = {}
         self.tokens: dict[str, Any] = {}
 
@@ -99,7 +99,10 @@ class Comparison:
         warmup = [] if math.isinf(shortest) else warmup_problems(self.given, int(shortest))
         refuse_all(*comparison_problems(self.given), *warmup)
         for arm in self.arms.values():
-            check_arm(arm, self.settings(self.design.final(arm.name, self.design.grid[0])[0]))
+            check_arm(arm, self._any_settings(arm.name), self.given)
+
+    def _any_settings(self, arm: str) -> Args:
+        return self.settings(self.design.final(arm, self.design.grid[0])[0])
 
     def settings(self, run: Run) -> Args:
         """Build the settings of a run, without the folders that it reads and writes."""
@@ -109,7 +112,11 @@ class Comparison:
     def prepare(self, say: Say, device: str | None = None) -> None:
         """Tokenise and split the rows, unless that was done with the same settings, data files and model."""
         known = rows_identity(self.given, self.held_out)
-        self.rows, self._model = rows_folder(self.folder / ROWS, known), self._model_digest(known["model"], say)
+        self.rows, self._model = (
+            rows_folder(self.folder / ROWS, known),
+            known_model(self.folder, self.given, known["model"], say),
+        )
+        self._files = {name: named_files(self._any_settings(name)) for name in self.arms}
         for unfinished in self.rows.parent.glob(".*.tmp"):  # of a run that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
         if not (self.rows / COUNTS).is_file():
@@ -186,18 +193,8 @@ class Comparison:
     def key(self, run: Run) -> Mapping[str, Any]:
         """Return everything that the result of a run depends on."""
         settings = without_secrets(self.settings(run))
-        return {"settings": settings, "rows": self.split, "model": self._model, "versions": self.versions}
-
-    def _model_digest(self, seen: Any, say: Say) -> str:
-        """Return the digest of what the model's files hold, read once while their sizes and times are as ``seen``."""
-        path, now = self.folder / MODEL, digest_of(seen)
-        held = read_mapping(path, str(path), "; delete it: it is made anew") if path.is_file() else {}
-        if now not in held:
-            if isinstance(seen, dict):  # files of a folder, and no name on a hub
-                say("reading the model's files, by which the ledger knows it: about a second a gigabyte")
-            held = {now: model_digest(self.given)}
-            write_atomically(path, json.dumps(held) + "\n")
-        return str(held[now])
+        files = {"files": files} if (files := self._files.get(run.arm)) else {}  # most name none
+        return {"settings": settings, "rows": self.split, "model": self._model, "versions": self.versions, **files}
 
     def known(self, run: Run) -> Mapping[str, Any] | None:
         """Return what came of a run, if the ledger holds it."""
@@ -211,6 +208,7 @@ class Comparison:
     def train(self, run: Run, device: str | None) -> Mapping[str, Any]:
         """Make one run in a process of its own: training, then the losses of held-out rows."""
         output = self._output_of(run)
+        check_unchanged(run.arm, self._files[run.arm], self.settings(run))
         outcome = self._run(run, output, device, self.folder / LOGS / f"{output.name}.log")
         if outcome["status"] == "done" and (self.keep_adapters or self.design.judges(run)):
             return outcome

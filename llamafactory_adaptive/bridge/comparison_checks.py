@@ -15,14 +15,19 @@ from llamafactory_adaptive.methods import make_method
 _ROWS_OF = "adaptive_calibration_dataset"
 
 
-def check_arm(arm: Arm, settings: Args) -> None:
+def check_arm(arm: Arm, settings: Args, given: Args) -> None:
     """Check the settings of an arm's run as those of a run of its own.
+
+    Args:
+        arm: way to fine-tune.
+        settings: those of a run.
+        given: those of the YAML, which name the data sets of which rows are held out.
 
     Raises:
         AdaptiveConfigError: the run would be refused; the message names the arm.
     """
     try:
-        refuse_all(*comparison_problems(settings))
+        refuse_all(*comparison_problems({**settings, "eval_dataset": given.get("eval_dataset")}))
         if settings["finetuning_type"] == "adaptive":
             checked_run({**settings, "output_dir": "x"}, host_too=False)
         elif stray := our_keys(settings):

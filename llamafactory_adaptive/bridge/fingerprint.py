@@ -64,6 +64,11 @@ def model_digest(args: Args) -> str:
     return digest_of(_fingerprint(_model_path(args), hashed=math.inf))
 
 
+def data_digest(args: Args) -> str:
+    """Compute the digest of what the data files hold that calibration rows are drawn from, every byte of them read."""
+    return digest_of(_data_fingerprint(args, hashed=math.inf))
+
+
 def _model_path(args: Args) -> Path:
     return Path(os.path.expanduser(str(args["model_name_or_path"])))  # "~nobody" is no error
 
@@ -85,11 +90,11 @@ def _fingerprint(path: Path, hashed: float = _HASHED_WHOLE) -> Any:
     return file_digest(path) if facts.st_size <= hashed else [facts.st_size, facts.st_mtime_ns]
 
 
-def _data_fingerprint(args: Args) -> Any:
+def _data_fingerprint(args: Args, hashed: float = _HASHED_WHOLE) -> Any:
     """Identify the data that calibration rows are drawn from."""
     rows = calibration_rows(args)
     if rows.folder is not None:
-        return _fingerprint(rows.folder)
+        return _fingerprint(rows.folder, hashed)
     given = args.get("dataset_dir") or "data"
     folder = Path() if isinstance(given, dict) else Path(str(given))
     info_path = folder / "dataset_info.json"
@@ -98,7 +103,7 @@ def _data_fingerprint(args: Args) -> Any:
     info = given if isinstance(given, dict) else read_mapping(info_path, str(info_path), finite=False)
     entries = {name: info.get(name) for name in rows.names}
     files = [folder / str(entry["file_name"]) for entry in entries.values() if entry and "file_name" in entry]
-    return {"entries": entries, "files": [_fingerprint(path) for path in files]}
+    return {"entries": entries, "files": [_fingerprint(path, hashed) for path in files]}
 
 
 def _versions() -> dict[str, str]:

@@ -70,7 +70,9 @@ def _summary(arguments: argparse.Namespace, outcome: _Outcome, seconds: float) -
     if outcome.facts["origin"] == "continued":
         hint = "these ranks are those of adapter_name_or_path, and stay"
     else:
-        hint = f"scores are re-used; for ranks that you edit, add adaptive_plan={quote(str(first))}"
+        measured = outcome.facts["origin"] != "given" and "statistics_reused" in outcome.plan.provenance
+        reused = "scores are re-used; " if measured else ""
+        hint = f"{reused}for ranks that you edit, add adaptive_plan={quote(str(first))}"
     return [
         f"plan and heat-map written to {first.parent} in {seconds:.1f} s; nothing was trained",
         f"{following}  ({hint})",

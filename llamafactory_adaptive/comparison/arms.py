@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from llamafactory_adaptive.comparison.arm_methods import MIN_RANK, calibration_keys_of, raised_min_rank
+from llamafactory_adaptive.comparison.arm_methods import MIN_RANK, keys_that_stay, raised_min_rank
 from llamafactory_adaptive.errors import refuse
 from llamafactory_adaptive.methods import methods
 
@@ -43,9 +43,6 @@ _BY_TYPE: dict[str, Settings] = {
 _KEYS_OF_VARIANTS = (*dict.fromkeys(key for keys in _VARIANTS.values() for key in keys), "loraplus_lr_embedding",
                      "pissa_iter")  # fmt: skip
 _SWITCHES_OF_VARIANTS = ("use_rslora", "use_dora", "loraplus_lr_ratio", "pissa_init")
-# What every adaptive arm takes from the YAML, and calibration keys where it reads them. The YAML's other adaptive keys
-# suit the method that it names, and no other.
-_SHARED = ("adaptive_budget_unit", MIN_RANK, "adaptive_max_rank")
 # What a run of a comparison does alike in every arm: no evaluation, no checkpoints, no reports, rows on the disk.
 _FORCED: Settings = {
     "do_train": True, "do_eval": False, "do_predict": False, "eval_strategy": "no", "save_strategy": "no",
@@ -57,8 +54,8 @@ _FORCED: Settings = {
 _LEFT_OUT = ("eval_dataset", "val_size", "eval_steps", "eval_on_each_dataset", "early_stopping_steps",
              "metric_for_best_model", "greater_is_better", "resume_from_checkpoint", "save_steps", "save_total_limit",
              "predict_with_generate", "compute_accuracy", "run_name", "output_dir", "logging_dir", "data_seed",
-             "adaptive_best_model_from", "adapter_name_or_path", "create_new_adapter", "streaming",
-             "use_swanlab")  # fmt: skip
+             "adaptive_best_model_from", "adapter_name_or_path", "create_new_adapter", "streaming", "eval_on_start",
+             "eval_delay", "use_swanlab")  # fmt: skip
 _LEFT_OUT_PREFIXES = ("swanlab_", "hub_", "push_to_hub_", "ray_")
 _SPLIT_BY = ("eval_dataset", "val_size", "eval_on_each_dataset", "output_dir")  # used by the command itself
 # What the command itself sets, by its own arguments.
@@ -257,9 +254,7 @@ def run_settings(
     if not arm.all_of_yaml:
         dropped |= set(_KEYS_OF_VARIANTS)
     if not (adaptive and arm.all_of_yaml):
-        same = adaptive and arm.settings.get("adaptive_method") == given.get("adaptive_method")
-        shared = (*_SHARED, *calibration_keys_of(arm.settings)) if adaptive else ()
-        dropped |= {key for key in own_keys if not same and key not in shared}
+        dropped |= set(own_keys) - (keys_that_stay(given, arm.settings, own_keys) if adaptive else set())
     kept = {key: value for key, value in given.items() if key not in dropped}
     length = {} if steps is None else {"max_steps": steps}
     return {**kept, **_FORCED, **length, "seed": seed, **point.settings(), **arm.settings}

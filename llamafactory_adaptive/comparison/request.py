@@ -78,7 +78,7 @@ def design_of(arguments: argparse.Namespace, given_rate: Any) -> "Design":
 
     base = _rate(given_rate)
     rates = _numbers("--rates", arguments.rates, "1e-4,2e-4,4e-4,8e-4") or tuple(base * factor for factor in _AROUND)
-    alphas: tuple[float | None, ...] = _numbers("--alphas", arguments.alphas, "16,32") or (None,)
+    alphas: tuple[float | None, ...] = _numbers("--alphas", arguments.alphas, "16,32", whole=True) or (None,)
     for key, low in (("seeds", 1), ("rate_seeds", 1), ("steps", 1), ("steps_for_rates", 1), ("extensions", 0),
                      ("held_out", 2 * FEWEST_ROWS)):  # fmt: skip
         value = getattr(arguments, key)
@@ -172,13 +172,15 @@ def _rate(given: Any) -> float:
     return rate
 
 
-def _numbers(key: str, text: str | None, example: str) -> tuple[float, ...]:
+def _numbers(key: str, text: str | None, example: str, whole: bool = False) -> tuple[float, ...]:
     if not text:
         return ()
     try:
         values = [float(word) for word in text.split(",")]
     except ValueError:
         values = [math.nan]
-    if not all(math.isfinite(value) and value > 0.0 for value in values) or len(set(values)) < len(values):
-        refuse(key, text, "must be positive numbers, each once, with commas between them", f"{key} {example}")
+    fits = all(math.isfinite(value) and value > 0.0 and not (whole and value % 1) for value in values)
+    if not fits or len(set(values)) < len(values):
+        kind = "whole numbers" if whole else "numbers"
+        refuse(key, text, f"must be positive {kind}, each once, with commas between them", f"{key} {example}")
     return tuple(values)

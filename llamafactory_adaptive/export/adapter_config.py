@@ -4,6 +4,7 @@ Adapters are shared by people who do not know each other, so no value in the fil
 """
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,13 @@ _REFUSED: dict[str, str] = {
     "alora_invocation_tokens": "activated LoRA starts in the middle of a text",
     "megatron_config": "it belongs to Megatron's parallel layers",
     "arrow_config": "routing between adapters is no single adapter",
+    "use_bdlora": "BD-LoRA's factors are blocks of a diagonal",
+    "kasa_config": "KaSA cuts the base's weights, and has a diagonal between its factors",
 }
+# PEFT names the switches of its variants so; these leave the meaning of A and B as it is, or are seen to elsewhere.
+_SWITCH = re.compile(r"use_\w+|\w+_config")
+_KNOWN_SWITCHES = (*_REFUSED, "use_rslora", "eva_config", "corda_config", "loftq_config", "lora_ga_config",
+                   "velora_config", "runtime_config")  # fmt: skip
 ELSEWHERE = "`llamafactory-cli export`, which merges through PEFT"
 _AGAIN = "saving the adapter again"
 
@@ -62,10 +69,13 @@ def _problems(folder: Path, config: Mapping[str, Any]) -> list[Problem]:
     if kind != "LORA":
         return [Problem("peft_type", _short(kind), "only LORA adapters can be laid out for servers", ELSEWHERE)]
     problems = [
-        Problem(key, config[key], why, "plain LoRA, or " + ELSEWHERE)
+        Problem(key, _short(config[key]), why, "plain LoRA, or " + ELSEWHERE)
         for key, why in _REFUSED.items()
         if config.get(key)
     ]
+    unknown = [key for key in config if _SWITCH.fullmatch(key) and config[key] and key not in _KNOWN_SWITCHES]
+    why = "a variant of LoRA that is not known here, and may change what the tensors mean"
+    problems += [Problem(key, _short(config[key]), why, "plain LoRA, or " + ELSEWHERE) for key in unknown[:3]]
     problems += [*_number_problems(config), *_name_problems(config), *_init_problems(config)]
     if (folder / STATE_JSON).is_file():
         why = "it is a checkpoint of an unfinished run"

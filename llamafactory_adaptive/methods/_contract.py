@@ -40,10 +40,13 @@ class Scores:
     Attributes:
         values: module name to a non-negative finite score; ideal ranks are proportional to it.
         metrics: column name to module name to a figure that the plan keeps (the method's own terms).
+        zeros_stay: empty where modules of score 0 take what all others leave of the budget. Otherwise they keep their
+            lowest rank, and this tells what a user can change where the others cannot hold the budget.
     """
 
     values: Mapping[str, float]
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    zeros_stay: str = ""
 
 
 class Method(Protocol):

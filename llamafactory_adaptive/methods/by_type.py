@@ -3,7 +3,7 @@
 ``ranks: "q_proj:4,down_proj:16"`` gives every module of a type the same number, taken as a weight: ideal ranks are
 proportional to the weights, at exactly the budget. A type that is left out has the weight 0: its modules keep
 ``adaptive_min_rank``, and where that is 0 get no adapter, but for members of a packed group (q, k, v; gate, up) beside
-one that has.
+one that has. Types that cannot hold the budget within ``adaptive_max_rank`` are refused.
 
 Where the weights should come from scores, ``adaptive_granularity: type`` of another method is that: its scores, one
 mean for every type. No paper states this method; placement by type (MLP against attention) is what "LoRA Without
@@ -90,4 +90,5 @@ class ByType:
             if kind not in types:
                 reason = f"{kind} is the type of no target module; theirs are {', '.join(types)}"
                 refuse(_KEY, self.options.ranks, reason, f"{_KEY}: {types[0]}:4")
-        return Scores({shape.name: weights.get(module_type(shape.name), 0.0) for shape in context.shapes})
+        values = {shape.name: weights.get(module_type(shape.name), 0.0) for shape in context.shapes}
+        return Scores(values, zeros_stay=f"name more types in {_KEY}")

@@ -49,18 +49,17 @@ class Prilora:
     def score(self, statistics: Mapping[str, Tensor], context: ScoringContext) -> Scores:
         """Return the weight of each module's layer."""
         layers = {shape.name: group_name(shape.name, "layer") for shape in context.shapes}
-        places = _places(set(layers.values()))
+        places = _places({layer for name, layer in layers.items() if layer != name})
         rise = self.options.last_to_first - 1.0
-        return Scores({name: 1.0 + rise * places[layer] for name, layer in layers.items()})
+        return Scores({name: 1.0 + rise * places.get(layer, 0.5) for name, layer in layers.items()})
 
 
 def _places(layers: set[str]) -> dict[str, float]:
-    """Map every layer to its place among those of its tower, from 0 to 1; what has no number or no others to 1/2."""
+    """Map every layer to its place among those of its tower, from 0 to 1, and the only one of a tower to 1/2."""
     towers: dict[str, list[int]] = {}
     for layer in layers:
         tower, _, number = layer.rpartition(".")
-        if number.isdecimal():
-            towers.setdefault(tower, []).append(int(number))
+        towers.setdefault(tower, []).append(int(number))
     places = dict.fromkeys(layers, 0.5)
     for tower, numbers in towers.items():
         last = len(numbers) - 1

@@ -7,7 +7,7 @@ of its own; everything else is decided here.
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llamafactory_adaptive.calibration.measurement import Measurement
 from llamafactory_adaptive.config.run_config import AdaptiveConfig
-from llamafactory_adaptive.errors import CalibrationError, first_of, refuse
+from llamafactory_adaptive.errors import CalibrationError, InfeasibleBudgetError, first_of, refuse
 from llamafactory_adaptive.files import usable_entry
 from llamafactory_adaptive.methods import Scores, ScoringContext, StaticMethod, make_method
 from llamafactory_adaptive.planning.cache import (
@@ -139,6 +139,7 @@ def allocate_plan(
 
     Raises:
         CalibrationError: a score is NaN or infinite.
+        InfeasibleBudgetError: modules of score 0 are to keep their lowest rank, and the others cannot hold the budget.
     """
     config = request.config
     wrong = [name for name, score in scores.values.items() if not math.isfinite(score)]
@@ -147,7 +148,10 @@ def allocate_plan(
             f"{config.method} gave no finite score for {first_of(wrong, most=1)}: no ranks follow from that"
         )
     scores = _pool(config, shapes, scores)
-    allocation = _spend(config, shapes, [scores.values[shape.name] for shape in shapes])
+    try:
+        allocation = _spend(config, shapes, [scores.values[s.name] for s in shapes], bool(scores.zeros_stay))
+    except InfeasibleBudgetError as error:
+        raise InfeasibleBudgetError(f"{error}{scores.zeros_stay and f'; or {scores.zeros_stay}'}") from error
     return plan_from_allocation(
         shapes,
         scores.values,
@@ -173,13 +177,18 @@ def _pool(config: AdaptiveConfig, shapes: list[ModuleShape], scores: Scores) -> 
     costs = [shape.cost(config.budget_unit) for shape in shapes]
     groups = [group_name(name, config.granularity) for name in names]
     pooled = pool_scores([scores.values[name] for name in names], costs, groups)
-    return Scores(dict(zip(names, pooled, strict=True)), {**scores.metrics, "own_score": scores.values})
+    metrics = {**scores.metrics, "own_score": scores.values}
+    return replace(scores, values=dict(zip(names, pooled, strict=True)), metrics=metrics)
 
 
-def _spend(config: AdaptiveConfig, shapes: list[ModuleShape], scores: list[float]) -> Allocation:
+def _spend(
+    config: AdaptiveConfig, shapes: list[ModuleShape], scores: list[float], zeros_stay: bool = False
+) -> Allocation:
     costs = [shape.cost(config.budget_unit) for shape in shapes]
     upper = [min(config.max_rank, shape.largest_rank) for shape in shapes]
     lower = [min(config.min_rank, high) for high in upper]
+    if zeros_stay:
+        upper = [high if score else low for score, low, high in zip(scores, lower, upper, strict=True)]
     bounds = Bounds(costs, config.lora_rank * sum(costs), lower, upper)
     packed = packed_groups([shape.name for shape in shapes])
     return allocate_whole_groups(scores, bounds, packed)

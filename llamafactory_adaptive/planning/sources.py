@@ -162,8 +162,9 @@ def _computed_plan(config: AdaptiveConfig, host: HostRun) -> PlanSource:
         return PlanSource(cached, "re-used")
     started = time.perf_counter()
     plan = planner.build_plan(request, host.shapes, host.measure)
-    scores = "with scores measured before" if plan.provenance.get("statistics_reused") else "scores included"
-    logger.info(f"adaptive: ranks planned in {time.perf_counter() - started:.1f} s, {scores}")
+    reused = plan.provenance.get("statistics_reused")  # None where nothing is measured
+    scores = {None: "", True: ", with scores measured before", False: ", scores included"}[reused]
+    logger.info(f"adaptive: ranks planned in {time.perf_counter() - started:.1f} s{scores}")
     cache.keep_plan(plan, path)
     return PlanSource(plan, "scored")
 

@@ -127,8 +127,8 @@ class AdapterSpectrum:
 
     @property
     def least(self) -> int:
-        """Return the smallest budget: every module at its lowest rank, or where that is 0, the cheapest unit alone."""
-        return self._lowest or min(sum(self.costs[index] for index in unit) for unit in self._units)
+        """Return the smallest budget: every module at its lowest rank, or where that is 0, the cheapest beginning."""
+        return self._lowest or min(step.cost for steps in self._ordered for step in steps if not step.position)
 
     @property
     def energy(self) -> float:

@@ -71,7 +71,8 @@ def allocate_whole_groups(scores: Sequence[float], bounds: Bounds, packed: Seque
                    if not allocation.ranks[index]}  # fmt: skip
         if not lacking:
             return allocation
-        bounds = replace(bounds, lower=[1 if i in lacking else low for i, low in enumerate(bounds.lower)])
+        lower = [1 if i in lacking else low for i, low in enumerate(bounds.lower)]
+        bounds = replace(bounds, lower=lower, upper=list(map(max, bounds.upper, lower)))
 
 
 def half_adapted(ranks: Sequence[int], packed: Sequence[Sequence[int]]) -> list[Sequence[int]]:

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from llamafactory_adaptive.bridge import comparison
+from llamafactory_adaptive.bridge.comparison_jobs import decode_job, encode_job
 from tests.helpers.tiny import settings
 
 
@@ -30,3 +32,16 @@ def comparison_data(tmp_path_factory):
 def yaml_settings(tiny_llama, comparison_data, tmp_path):
     kept = settings(tiny_llama, comparison_data, tmp_path / "unused", dataset="rows", max_steps=4)
     return {key: value for key, value in kept.items() if not key.startswith("adaptive_")} | {"finetuning_type": "lora"}
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Run the jobs here, as their processes would; the jobs that were run."""
+    jobs = []
+
+    def run(job, device, log, children):
+        jobs.append(decode_job(encode_job(job)))
+        return jobs[-1].run()
+
+    monkeypatch.setattr(comparison, "run_in_own_process", run)
+    return jobs

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +14,6 @@ import yaml
 
 from llamafactory_adaptive import cli
 from llamafactory_adaptive.bridge import comparison
-from llamafactory_adaptive.bridge.comparison_jobs import decode_job, encode_job
-from llamafactory_adaptive.bridge.comparison_rows import HELD_OUT
 from llamafactory_adaptive.comparison.arms import choose_arms
 from llamafactory_adaptive.comparison.experiment import Design
 from llamafactory_adaptive.errors import CalibrationError
@@ -31,19 +28,6 @@ SECRETS = {
     "hub_token": "hf_secret_2",
     "swanlab_lark_webhook_url": "https://hf_secret_3",
 }
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Run the jobs here, as their processes would; the jobs that were run."""
-    jobs = []
-
-    def run(job, device, log, children):
-        jobs.append(decode_job(encode_job(job)))
-        return jobs[-1].run()
-
-    monkeypatch.setattr(comparison, "run_in_own_process", run)
-    return jobs
 
 
 def command(yaml_settings, folder, *more):
@@ -95,59 +79,6 @@ def test_arms_that_need_a_higher_lowest_rank_than_the_yamls_have_it_and_are_told
     said = capsys.readouterr().err
     assert "adaptive_min_rank is higher than the YAML's, as their methods need: elalora (1), tsq (1)\n" in said
     assert "5 arms, " in said
-
-
-def compared(yaml_settings, folder):
-    arms = choose_arms([], [], yaml_settings)
-    made = comparison.Comparison(yaml_settings, arms, Design((0.01,), seeds=1), folder, 40)
-    made.prepare(lambda said: None)
-    return made, json.dumps(made.key(made.design.final("lora", made.design.grid[0])[0]), sort_keys=True)
-
-
-def test_other_rows_are_another_split_and_another_run_and_the_first_ones_are_kept(
-    yaml_settings, comparison_data, in_this_process, tmp_path
-):
-    mine = tmp_path / "data"
-    shutil.copytree(comparison_data, mine)
-    given = {**yaml_settings, "dataset_dir": str(mine)}
-    first, key = compared(given, tmp_path)
-    kept = (first.rows / HELD_OUT).read_bytes()
-    second, other = compared({**given, "dataset": "twice"}, tmp_path)
-    assert (other != key, second.rows != first.rows) == (True, True)
-    again, same = compared(given, tmp_path)
-    assert (same, again.rows, len(in_this_process)) == (key, first.rows, 2)
-    assert (first.rows / HELD_OUT).read_bytes() == kept
-    rows = json.loads((mine / "rows.json").read_text())
-    (mine / "rows.json").write_text(json.dumps([{**row, "output": "moon"} for row in rows]))
-    _, edited = compared(given, tmp_path)
-    assert edited != key, "the file was edited in place"
-    assert len(in_this_process) == 3
-
-
-def test_a_model_that_is_changed_in_place_is_another_run(yaml_settings, in_this_process, tmp_path):
-    model = tmp_path / "model"
-    shutil.copytree(yaml_settings["model_name_or_path"], model)
-    given = {**yaml_settings, "model_name_or_path": str(model)}
-    _, key = compared(given, tmp_path)
-    (model / "config.json").write_text((model / "config.json").read_text() + " ")
-    assert compared(given, tmp_path)[1] != key
-
-
-def test_a_model_that_is_copied_anew_is_the_same_and_a_large_file_with_other_bytes_another(
-    yaml_settings, in_this_process, tmp_path
-):
-    model = tmp_path / "model"
-    shutil.copytree(yaml_settings["model_name_or_path"], model)
-    given, large, keys = {**yaml_settings, "model_name_or_path": str(model)}, model / "more.bin", []
-    for at in (0, 0, 2**26):
-        with large.open("wb") as file:
-            file.truncate(2**26 + 1)
-            file.seek(at)
-            file.write(b"1")
-        os.utime(large, ns=(len(keys), len(keys)))
-        (model / ".downloads").write_text(str(len(keys)))
-        keys.append(compared(given, tmp_path)[1])
-    assert keys[0] == keys[1] != keys[2]
 
 
 def test_a_trial_that_diverges_gives_no_estimate_and_is_not_kept(yaml_settings, monkeypatch, tmp_path):

@@ -1,8 +1,10 @@
 """One cut from start to end: read the adapter, choose what stays, write it module by module, certify, rename."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor
 from llamafactory_adaptive.adapter.lora import ADAPTER_WEIGHTS, contract_arguments, int_if_integral
 from llamafactory_adaptive.calibration.factored_svd import FactoredSvd, decompose, singular_values
 from llamafactory_adaptive.errors import refuse
-from llamafactory_adaptive.export.layouts import common_scale, write_config
+from llamafactory_adaptive.export.layouts import write_config
 from llamafactory_adaptive.export.safetensors_stream import TensorSpec, write_streaming
 from llamafactory_adaptive.export.scratch import check_new_folder, scratch_folder
 from llamafactory_adaptive.export.shrink.certificate import certify
@@ -37,7 +39,7 @@ class Decomposition:
     """An adapter that can be cut, with the singular values of all its modules.
 
     Attributes:
-        scale: alpha/r of the cut adapter, the same for every module.
+        scale: alpha/r of the cut adapter, the same for every module; where theirs differed, one in the middle.
     """
 
     adapter: SourceAdapter
@@ -60,7 +62,8 @@ def run_shrink(request: ShrinkRequest) -> str:
         plan.write(folder / PLAN_FILE)
         checks = certify(decomposition.adapter, cut, plan, folder)
     rslora = bool(decomposition.adapter.config.get("use_rslora"))
-    return "\n".join([_summary(decomposition.spectrum, cut), *checks, *_next(request.out, plan, rslora)])
+    told = [*checks, *_told_of_scales(decomposition.adapter, plan.scale), *_next(request.out, plan, rslora)]
+    return "\n".join([_summary(decomposition.spectrum, cut), *told])
 
 
 def read_decomposition(request: ShrinkRequest) -> Decomposition:
@@ -86,7 +89,14 @@ def read_decomposition(request: ShrinkRequest) -> Decomposition:
     if spectrum.energy == 0:
         why = "all its updates are zero, so that there is nothing to choose among"
         refuse("adapter", str(request.adapter), why, "an adapter that was trained")
-    return Decomposition(adapter, spectrum, common_scale(adapter))
+    return Decomposition(adapter, spectrum, _middle_scale(adapter))
+
+
+def _middle_scale(adapter: SourceAdapter) -> float:
+    """Return the alpha/r up to which half of the adapter's parameters have theirs: where it is one, that."""
+    by_scale = sorted((one.scale, one.rank * (one.in_features + one.out_features)) for one in adapter.modules)
+    passed = list(accumulate(count for _, count in by_scale))
+    return next(scale for (scale, _), so_far in zip(by_scale, passed, strict=True) if 2 * so_far >= passed[-1])
 
 
 def chosen_cut(request: ShrinkRequest, spectrum: AdapterSpectrum) -> Cut:
@@ -178,13 +188,22 @@ def _summary(spectrum: AdapterSpectrum, cut: Cut) -> str:
     )
 
 
+def _told_of_scales(adapter: SourceAdapter, scale: float) -> list[str]:
+    """Tell that modules differed in alpha/r, which the cut has in its factors and ranks trained afresh cannot have."""
+    scales = {one.scale for one in adapter.modules}
+    if math.isclose(min(scales), max(scales), rel_tol=1e-9):
+        return []
+    return [f"alpha/r differed by module, {min(scales):g} to {max(scales):g}; the cut keeps the strength of each, and "
+            f"the command below trains all at {scale:g}"]  # fmt: skip
+
+
 def _next(out: Path, plan: RankPlan, rslora: bool) -> list[str]:
     """List the commands that serve the cut adapter, and that train its ranks afresh at its own alpha/r."""
     rank, alpha = _rank_and_whole_alpha(plan.scale, plan.lora_rank)
-    # A YAML gives these to the run that the adapter is from: with its alpha another strength would be trained, and in
-    # its output_dir the run would be resumed.
-    settings = {"finetuning_type": "adaptive", "adaptive_plan": out / PLAN_FILE, "lora_rank": rank,
-                "lora_alpha": alpha, "output_dir": f"{out}-afresh"}  # fmt: skip
+    # A YAML gives these to the run that the adapter is from: with its alpha another strength would be trained, in its
+    # output_dir the run would be resumed, and counted in ranks the budget of the cut is another.
+    settings = {"finetuning_type": "adaptive", "adaptive_plan": out / PLAN_FILE, "adaptive_budget_unit": "params",
+                "lora_rank": rank, "lora_alpha": alpha, "output_dir": f"{out}-afresh"}  # fmt: skip
     if rslora:
         settings["use_rslora"] = "false"
     words = " ".join(quote(f"{key}={value}") for key, value in settings.items())

@@ -19,6 +19,7 @@ from llamafactory_adaptive.comparison.arms import (
     GridPoint,
     built_in_arms,
     choose_arms,
+    parse_arm,
     run_settings,
     with_lowest_ranks,
 )
@@ -59,6 +60,14 @@ def test_what_it_can_go_with_is_not_refused(more):
     assert comparison_problems({**SETS, **more}) == []
 
 
+@pytest.mark.parametrize("rows", ["c", "d,c"])
+def test_an_arm_may_not_be_scored_on_rows_of_which_some_judge(rows):
+    settings = {"finetuning_type": "adaptive", "adaptive_method": "sensitivity", "adaptive_calibration_dataset": rows}
+    arm = parse_arm(f"cal:{{adaptive_method: sensitivity, adaptive_calibration_dataset: '{rows}'}}")
+    with pytest.raises(AdaptiveConfigError, match=r"^adaptive_calibration_dataset: .* held out .*\(arm cal\)"):
+        check_arm(arm, {"dataset": "a,b", **settings}, SETS)
+
+
 def test_a_calibration_set_that_is_the_training_set_is_drawn_from_what_all_arms_train_on():
     assert without_training_set({**SETS, "adaptive_calibration_dataset": ["b", "a"]}) == SETS
     other = {**SETS, "adaptive_calibration_dataset": "d"}
@@ -91,7 +100,7 @@ def test_an_arm_that_has_a_name_can_run_without_further_settings(name, tiny_llam
     ours = settings(tiny_llama, data_dir, tmp_path / "out", finetuning_type="lora")
     given = {key: value for key, value in ours.items() if not key.startswith("adaptive_")}
     arm = next(arm for arm in choose_arms([name], [], given) if arm.name == name)
-    check_arm(arm, run_settings(given, arm, GridPoint(1e-3), 0, 4, ()))
+    check_arm(arm, run_settings(given, arm, GridPoint(1e-3), 0, 4, ()), given)
 
 
 def measured(name, given, own=()):
@@ -121,7 +130,7 @@ def checked_arms(given, names, own=()):
     arms, raised = with_lowest_ranks(choose_arms(names, own, given), given, keys)
     runs = {arm.name: run_settings(given, arm, GridPoint(1e-3), 0, 4, keys) for arm in arms}
     for arm in arms:
-        check_arm(arm, runs[arm.name])
+        check_arm(arm, runs[arm.name], given)
     return runs, raised
 
 

@@ -52,6 +52,7 @@ def test_plan_writes_the_ranks_it_prints_and_the_overrides_count(write, tmp_path
     said = capsys.readouterr().out
     assert f"{plan.budget()['used_parameters']:,} of {plan.budget()['asked_parameters']:,}" in said
     assert "nothing was trained" in said
+    assert "(for ranks that you edit, add adaptive_plan=" in said, "a random division has no scores to re-use"
     assert {path.name for path in (tmp_path / "ranks").iterdir()} == {PLAN_FILE, "adaptive_ranks.png"}
     assert not (tmp_path / "out").exists()
 

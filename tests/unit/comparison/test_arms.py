@@ -2,6 +2,7 @@
 
 import pytest
 
+from llamafactory_adaptive.comparison.arm_methods import of_yaml_alone
 from llamafactory_adaptive.comparison.arms import (
     CONTROL,
     GIVEN,
@@ -23,6 +24,7 @@ YAML = {
     "adaptive_interval": 20, "adaptive_min_rank": 2, "lora_rank": 8, "learning_rate": 1e-4, "use_dora": True,
     "val_size": 0.1, "eval_strategy": "steps", "output_dir": "saves/x", "max_steps": 100, "hf_hub_token": "hf_abc",
     "data_seed": 7, "use_swanlab": True, "swanlab_project": "p", "hub_token": "hf_abc", "loraplus_lr_ratio": 8.0,
+    "eval_on_start": True,
 }  # fmt: skip
 OURS = ("adaptive_method", "igu_importance", "adaptive_interval", "adaptive_min_rank")
 
@@ -90,6 +92,37 @@ def test_a_start_from_data_is_an_arm_on_the_ranks_of_its_paper(name, method):
     assert (made["adaptive_method"], made["adaptive_init"], made["lora_rank"]) == (method, name, 8)
 
 
+BY_PLAN = {"finetuning_type": "adaptive", "adaptive_method": "igu", "adaptive_plan": "p.json", "igu_beta1": 0.5,
+           "igu_second_stage": "plain", "adaptive_init": "eva", "adaptive_calibration_samples": 8,
+           "adaptive_budget_unit": "ranks", "adaptive_min_rank": 2}  # fmt: skip
+
+
+def run_of(given, name, *own):
+    (arm,) = [arm for arm in choose_arms(["igu", "sensitivity", "by_type", "gora"], own, given) if arm.name == name]
+    return run_settings(given, arm, GridPoint(1.0), 0, None, [key for key in given if "_type" not in key])
+
+
+def test_an_arm_of_the_yamls_method_finds_its_own_ranks_and_has_its_own_start_and_unit():
+    assert run_of(BY_PLAN, GIVEN).items() >= BY_PLAN.items()
+    assert {key for key in run_of(BY_PLAN, "igu") if key in BY_PLAN} == {
+        "finetuning_type", "adaptive_method", "igu_beta1", "adaptive_min_rank"}  # fmt: skip
+    scored = {**BY_PLAN, "adaptive_method": "sensitivity", "adaptive_granularity": "layer"}
+    assert "adaptive_granularity" not in run_of(scored, "sensitivity")
+    assert run_of(scored, "sensitivity")["adaptive_calibration_samples"] == 8
+    assert run_of(scored, "by_type")["adaptive_granularity"] == "type"
+    assert run_of(scored, "gora")["adaptive_init"] == "gora"
+    mine = run_of(BY_PLAN, "mine", "mine:adaptive_method=igu,adaptive_plan=q.json")
+    assert (mine["adaptive_plan"], mine["igu_second_stage"]) == ("q.json", "plain")
+
+
+def test_a_key_at_its_default_makes_no_second_arm_of_the_same_runs():
+    given = {"finetuning_type": "adaptive", "adaptive_method": "igu", "adaptive_budget_unit": "params"}
+    own = [key for key in given if key != "finetuning_type"]
+    assert without_twins(choose_arms(["igu"], [], given), given, own)[1] == {GIVEN: "igu"}
+    assert of_yaml_alone(given) == []
+    assert of_yaml_alone(BY_PLAN) == ["adaptive_plan", "adaptive_init", "adaptive_budget_unit"]
+
+
 def test_variants_are_set_by_arms_alone():
     assert not {"use_dora", "loraplus_lr_ratio"} & set(settings(PLAIN))
     assert settings("dora")["use_dora"] is True
@@ -131,13 +164,22 @@ def test_a_run_has_its_own_rate_seed_and_steps_and_neither_evaluates_nor_saves_o
     assert settings(PLAIN)["max_steps"] == 100
     assert "lora_alpha" not in settings(PLAIN)
     assert (run["eval_strategy"], run["save_strategy"], run["report_to"]) == ("no", "no", "none")
-    assert not {"val_size", "output_dir", "data_seed", "use_swanlab", "swanlab_project", "hub_token"} & set(run)
+    assert not {
+        "val_size",
+        "output_dir",
+        "data_seed",
+        "eval_on_start",
+        "use_swanlab",
+        "swanlab_project",
+        "hub_token",
+    } & set(run)
     assert run["hf_hub_token"] == "hf_abc", "base model and data may need it"
 
 
 def test_settings_that_no_run_uses_are_listed():
     assert keys_without_effect({**YAML, "report_to": "none", "plot_loss": True, "do_train": True}) == [
-        "eval_strategy", "data_seed", "use_swanlab", "swanlab_project", "hub_token", "plot_loss"]  # fmt: skip
+        "eval_strategy", "data_seed", "use_swanlab", "swanlab_project", "hub_token", "eval_on_start",
+        "plot_loss"]  # fmt: skip
 
 
 def test_an_arm_of_ones_own_is_read_as_yaml():

@@ -27,6 +27,13 @@ def test_rates_lie_around_that_of_the_yaml():
     assert design_of(arguments("--rates", "1e-3,2e-3"), 1e-4).rates == (1e-3, 2e-3)
 
 
+def test_alphas_are_whole_numbers_as_adaptive_arms_take_no_others():
+    assert design_of(arguments("--alphas", "8,16"), 1e-4).alphas == (8.0, 16.0)
+    for text in ("8,12.5", "12.5", "0,8", "8,8"):
+        with pytest.raises(AdaptiveConfigError, match=r"^--alphas: .* must be positive whole numbers, each once"):
+            design_of(arguments("--alphas", text), 1e-4)
+
+
 @pytest.mark.parametrize("rate", ["fast", [1e-4], -1.0, 0, float("nan")])
 def test_a_rate_of_the_yaml_that_is_no_number_is_refused(rate):
     with pytest.raises(AdaptiveConfigError, match=r"learning_rate: .* is invalid: must be a positive number"):

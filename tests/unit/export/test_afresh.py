@@ -16,8 +16,21 @@ def test_the_command_has_the_adapter_s_strength_and_switches_rslora_off(rslora, 
     adapter = save_adapter(base, tmp_path / "adapter", r=4, lora_alpha=8, target_modules=["q_proj"], use_rslora=rslora)
     said = run_shrink(ShrinkRequest(adapter, tmp_path / "out", rank=2))
     assert (" use_rslora=false " in said) is rslora
+    assert " adaptive_budget_unit=params " in said, "my.yaml may count in ranks"
+    assert "differed" not in said
     alpha, rank = (int(re.search(rf" {key}=(\d+) ", said)[1]) for key in ("lora_alpha", "lora_rank"))
     assert alpha / rank == scale == load_plan(tmp_path / "out" / "adaptive_rank_plan.json").scale
+
+
+def test_where_modules_differed_the_command_has_the_strength_of_one_in_the_middle_and_says_so(base, tmp_path):
+    """PEFT's own default: one alpha over the rank of each module; q_proj has 2 * 64 parameters, down_proj 8 * 96."""
+    targets = {"q_proj": 2, "k_proj": 1, "v_proj": 1, "o_proj": 1, "down_proj": 8}
+    adapter = save_adapter(base, tmp_path / "adapter", r=1, lora_alpha=8, target_modules=list(targets),
+                           rank_pattern={kind: rank for kind, rank in targets.items() if rank > 1})  # fmt: skip
+    said = run_shrink(ShrinkRequest(adapter, tmp_path / "out", rank=1))
+    assert "alpha/r differed by module, 1 to 8; " in said
+    assert "trains all at 1\n" in said
+    assert load_plan(tmp_path / "out" / "adaptive_rank_plan.json").scale == 1
 
 
 @pytest.mark.parametrize(

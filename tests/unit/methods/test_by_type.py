@@ -1,8 +1,10 @@
 """Ranks by type, by hand: weights scaled to the exact budget, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 
-from llamafactory_adaptive.errors import AdaptiveConfigError
+from llamafactory_adaptive.errors import AdaptiveConfigError, InfeasibleBudgetError
 from llamafactory_adaptive.methods import Scores, ScoringContext
 from llamafactory_adaptive.methods.by_type import ByType, ByTypeOptions
 from llamafactory_adaptive.planning.planner import allocate_plan
@@ -33,6 +35,18 @@ def test_types_left_out_keep_the_lowest_rank_or_none_unless_a_packed_sibling_has
     assert ranks("down_proj:5") == [1, 1, 1, 13] * 2
     assert ranks("down_proj:5,o_proj:3", min_rank=0) == [0, 0, 6, 10] * 2
     assert ranks("q_proj:1", min_rank=0) == [15, 1, 0, 0] * 2, "k_proj gets 1"
+
+
+def test_types_that_cannot_hold_the_budget_are_refused_and_no_rest_goes_to_a_type_left_out():
+    with pytest.raises(
+        InfeasibleBudgetError, match=r"raise adaptive_max_rank .*; or name more types in by_type_ranks"
+    ):
+        ranks("down_proj:5", min_rank=0, max_rank=15)
+    wide = [replace(shape, in_features=100) if "down" in shape.name else shape for shape in SHAPES]
+    scores = ByType(ByTypeOptions("down_proj:1")).score({}, ScoringContext(tuple(wide), 4, 0))
+    plan = allocate_plan(plan_request("by_type", min_rank=0), wide, scores, {})
+    assert [module.rank for module in plan.modules] == [0, 0, 0, 10, 0, 0, 0, 9]
+    assert plan.budget()["left_parameters"] == 84, "a rank of q_proj has 64, one of down_proj 132"
 
 
 @pytest.mark.parametrize(

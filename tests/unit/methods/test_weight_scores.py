@@ -112,10 +112,10 @@ def test_modules_without_samples_of_their_own_and_without_gradients_are_named():
 
 def test_prilora_is_linear_over_the_layers_of_each_tower():
     names = [*(f"model.layers.{i}.mlp.up_proj" for i in (0, 1, 2, 10)), "visual.blocks.0.fc", "visual.blocks.1.fc",
-             "audio.0.fc", "score"]  # fmt: skip
+             "audio.0.fc", "score", "visual.merger.mlp.0", "visual.merger.mlp.2"]  # fmt: skip
     shapes = tuple(ModuleShape(name, 8, 8) for name in names)
     values = make_method("prilora", {}).score({}, ScoringContext(shapes, 8, 0)).values
     thirds = [1.0, 1.0 + 2 / 3, 1.0 + 4 / 3, 3.0]
-    assert list(values.values()) == pytest.approx([*thirds, 1.0, 3.0, 2.0, 2.0])
+    assert list(values.values()) == pytest.approx([*thirds, 1.0, 3.0, 2.0, 2.0, 2.0, 2.0])
     falling = make_method("prilora", {"last_to_first": 0.25}).score({}, ScoringContext(shapes[:4], 8, 0)).values
     assert list(falling.values()) == pytest.approx([1.0, 0.75, 0.5, 0.25])

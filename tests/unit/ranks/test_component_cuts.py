@@ -134,6 +134,15 @@ def test_components_that_are_zero_are_left_out_but_for_the_lowest_rank():
     assert spectrum((2, [1.0, 0.0]), (2, [0.0]), min_rank=0).cut(6).ranks == (1, 0)
 
 
+def test_the_smallest_budget_holds_a_component_that_is_not_zero():
+    adapter = spectrum((2, [0.0]), (6, [1.0, 0.5]), min_rank=0)
+    assert adapter.least == 6
+    assert adapter.cut(adapter.least).ranks == (0, 1)
+    assert adapter.budgets(3)[-1] == 6
+    group = packed(("l.q_proj", 4, [1.0]), ("l.k_proj", 2, [0.0]), ("l.v_proj", 2, [0.0]), ("l.o_proj", 2, [0.0]))
+    assert (group.least, group.cut(8).ranks) == (8, (1, 1, 1, 0))
+
+
 def test_budgets_fall_geometrically_from_the_whole_adapter():
     adapter = spectrum((10, [1.0] * 64), (30, [1.0] * 64))
     assert adapter.budgets(5) == [2560, 1280, 640, 320, 160]
