@@ -99,9 +99,10 @@ class Comparison:
         warmup = [] if math.isinf(shortest) else warmup_problems(self.given, int(shortest))
         refuse_all(*comparison_problems(self.given), *warmup)
         for arm in self.arms.values():
-            check_arm(arm, self._any_settings(arm.name), self.given)
+            check_arm(arm, self.settings_of(arm.name), self.given)
 
-    def _any_settings(self, arm: str) -> Args:
+    def settings_of(self, arm: str) -> Args:
+        """Build the settings of a run of an arm that judges, at the first point of the grid."""
         return self.settings(self.design.final(arm, self.design.grid[0])[0])
 
     def settings(self, run: Run) -> Args:
@@ -116,7 +117,7 @@ class Comparison:
             rows_folder(self.folder / ROWS, known),
             known_model(self.folder, self.given, known["model"], say),
         )
-        self._files = {name: named_files(self._any_settings(name)) for name in self.arms}
+        self._files = {name: named_files(self.settings_of(name)) for name in self.arms}
         for unfinished in self.rows.parent.glob(".*.tmp"):  # of a run that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
         if not (self.rows / COUNTS).is_file():

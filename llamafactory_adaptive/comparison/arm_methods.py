@@ -14,7 +14,8 @@ MIN_RANK, PLAN, METHOD = "adaptive_min_rank", "adaptive_plan", "adaptive_method"
 _BOUNDS = (MIN_RANK, "adaptive_max_rank")
 # What decides ranks or starts whatever the method is, and what a budget counts: with it from the YAML an arm would be
 # that of its method by name alone, or have another number of parameters than the others.
-_OF_YAML_ALONE = (PLAN, "adaptive_init", "adaptive_init_gamma", "adaptive_granularity", "adaptive_budget_unit")
+_OF_NO_METHOD = (PLAN, "adaptive_init", "adaptive_granularity", "adaptive_budget_unit")
+GAMMA = "adaptive_init_gamma"  # goes with adaptive_init, and is refused without it, also at its default
 
 
 def raised_min_rank(run: Mapping[str, Any]) -> int | None:
@@ -34,27 +35,24 @@ def keys_that_stay(given: Mapping[str, Any], arm: Mapping[str, Any], own_keys: I
     """Choose the adaptive keys of the YAML that hold for an arm, too.
 
     These are the bounds of ranks; calibration keys where the arm reads them; and where the YAML names the method of
-    the arm, all others but for those that the YAML's own arm alone has.
+    the arm, all others but for those of no method. Where the YAML gives the ranks, its keys were meant for them.
 
     Args:
         given: settings of the YAML.
         arm: settings of an adaptive arm, which need not be checked yet.
         own_keys: those of the YAML's keys that are the plugin's.
     """
-    stay = set(_BOUNDS)
-    if arm.get(METHOD) == given.get(METHOD):
-        stay |= set(own_keys) - {*of_yaml_alone(given), *CALIBRATION_KEYS}
-    run = {**{key: given[key] for key in stay if key in given}, **arm}
-    common, method = _chosen(run)
-    if method is not None and common[PLAN] is None:
-        stay -= {f"{common[METHOD]}_{option}" for option in method.traits.only_with_plan}
-    return stay | set(calibration_keys_of(run))
+    same = arm.get(METHOD) == given.get(METHOD) and (given.get(PLAN) is None or PLAN in arm)
+    if not same:
+        return {*_BOUNDS, *calibration_keys_of(arm)}
+    return {*own_keys} - {*keys_of_no_method(given)}
 
 
-def of_yaml_alone(given: Mapping[str, Any]) -> list[str]:
-    """List the keys of the YAML that no arm but the YAML's own has; one at its default means nothing anywhere."""
+def keys_of_no_method(given: Mapping[str, Any]) -> list[str]:
+    """List the keys that the YAML's own arm has, and others where they set them; none that changes nothing."""
     defaults, _ = check_fields(AdaptiveArguments, "", {})
-    return [key for key in _OF_YAML_ALONE if given.get(key, defaults[key]) != defaults[key]]
+    changed = [key for key in _OF_NO_METHOD if given.get(key, defaults[key]) != defaults[key]]
+    return [*changed, GAMMA] if given.get(GAMMA) is not None else changed
 
 
 def calibration_keys_of(run: Mapping[str, Any]) -> tuple[str, ...]:

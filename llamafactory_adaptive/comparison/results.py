@@ -198,4 +198,5 @@ def budget_words(entry: Settings, plain: Settings) -> str | None:
     if entry.get("equal_parameters") is not False:
         return None
     share = entry["parameters"] / plain["parameters"] - 1.0
-    return f"{entry['name']} saves {abs(share):.1%} {'more' if share > 0 else 'fewer'} parameters than plain LoRA"
+    by = f"{abs(share):.1%}" if abs(share) >= 0.0005 else "less than 0.1%"
+    return f"{entry['name']} saves {by} {'more' if share > 0 else 'fewer'} parameters than plain LoRA"

@@ -35,15 +35,20 @@ _REFUSED: dict[str, str] = {
     "alora_invocation_tokens": "activated LoRA starts in the middle of a text",
     "megatron_config": "it belongs to Megatron's parallel layers",
     "arrow_config": "routing between adapters is no single adapter",
+}
+# The same, of variants that PEFT has only since its version 0.19 or later: an older one loads such an adapter as plain
+# LoRA, with no more than a warning.
+_REFUSED_SINCE: dict[str, str] = {
     "use_bdlora": "BD-LoRA's factors are blocks of a diagonal",
     "kasa_config": "KaSA cuts the base's weights, and has a diagonal between its factors",
 }
 # PEFT names the switches of its variants so; these leave the meaning of A and B as it is, or are seen to elsewhere.
 _SWITCH = re.compile(r"use_\w+|\w+_config")
-_KNOWN_SWITCHES = (*_REFUSED, "use_rslora", "eva_config", "corda_config", "loftq_config", "lora_ga_config",
-                   "velora_config", "runtime_config")  # fmt: skip
+_KNOWN_SWITCHES = (*_REFUSED, *_REFUSED_SINCE, "use_rslora", "eva_config", "corda_config", "loftq_config",
+                   "lora_ga_config", "velora_config", "runtime_config")  # fmt: skip
 ELSEWHERE = "`llamafactory-cli export`, which merges through PEFT"
 _AGAIN = "saving the adapter again"
+_BY_ITS_PEFT = "plain LoRA, or merging it with the version of PEFT that it was trained with"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -73,9 +78,10 @@ def _problems(folder: Path, config: Mapping[str, Any]) -> list[Problem]:
         for key, why in _REFUSED.items()
         if config.get(key)
     ]
-    unknown = [key for key in config if _SWITCH.fullmatch(key) and config[key] and key not in _KNOWN_SWITCHES]
+    unknown = [key for key in config if _SWITCH.fullmatch(key) and key not in _KNOWN_SWITCHES]
     why = "a variant of LoRA that is not known here, and may change what the tensors mean"
-    problems += [Problem(key, _short(config[key]), why, "plain LoRA, or " + ELSEWHERE) for key in unknown[:3]]
+    newer = {**dict.fromkeys(unknown, why), **_REFUSED_SINCE}.items()
+    problems += [Problem(key, _short(config[key]), said, _BY_ITS_PEFT) for key, said in newer if config.get(key)]
     problems += [*_number_problems(config), *_name_problems(config), *_init_problems(config)]
     if (folder / STATE_JSON).is_file():
         why = "it is a checkpoint of an unfinished run"

@@ -41,7 +41,8 @@ class Scores:
         values: module name to a non-negative finite score; ideal ranks are proportional to it.
         metrics: column name to module name to a figure that the plan keeps (the method's own terms).
         zeros_stay: empty where modules of score 0 take what all others leave of the budget. Otherwise they keep their
-            lowest rank, and this tells what a user can change where the others cannot hold the budget.
+            lowest rank, or one more to use up the last of the budget, and this tells what a user can change where the
+            others cannot hold it.
     """
 
     values: Mapping[str, float]

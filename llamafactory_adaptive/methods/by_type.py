@@ -3,7 +3,8 @@
 ``ranks: "q_proj:4,down_proj:16"`` gives every module of a type the same number, taken as a weight: ideal ranks are
 proportional to the weights, at exactly the budget. A type that is left out has the weight 0: its modules keep
 ``adaptive_min_rank``, and where that is 0 get no adapter, but for members of a packed group (q, k, v; gate, up) beside
-one that has. Types that cannot hold the budget within ``adaptive_max_rank`` are refused.
+one that has. Of the last of the budget, too little for a rank of a type with a weight, others may have one rank more
+where they have an adapter. Types that cannot hold the budget within ``adaptive_max_rank`` are refused.
 
 Where the weights should come from scores, ``adaptive_granularity: type`` of another method is that: its scores, one
 mean for every type. No paper states this method; placement by type (MLP against attention) is what "LoRA Without

@@ -187,8 +187,12 @@ def _spend(
     costs = [shape.cost(config.budget_unit) for shape in shapes]
     upper = [min(config.max_rank, shape.largest_rank) for shape in shapes]
     lower = [min(config.min_rank, high) for high in upper]
-    if zeros_stay:
-        upper = [high if score else low for score, low, high in zip(scores, lower, upper, strict=True)]
     bounds = Bounds(costs, config.lora_rank * sum(costs), lower, upper)
     packed = packed_groups([shape.name for shape in shapes])
+    if zeros_stay:
+        stay = [high if score else low for score, low, high in zip(scores, lower, upper, strict=True)]
+        allocate_whole_groups(scores, replace(bounds, upper=stay), packed)  # refused where the others cannot hold it
+        # What rounding leaves is less than a rank of the others costs, and may fit where there is an adapter anyway.
+        one_more = [min(high, low + 1) if low else 0 for low, high in zip(lower, upper, strict=True)]
+        bounds = replace(bounds, upper=[max(pair) for pair in zip(stay, one_more, strict=True)])
     return allocate_whole_groups(scores, bounds, packed)

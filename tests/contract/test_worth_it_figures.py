@@ -66,40 +66,67 @@ def test_readme_says_what_the_comparison_was_and_what_came_of_it():
 
 
 CAPACITY = RESULTS["worth_it_capacity_limited"]
-AT_RANK_1 = {arm["name"]: arm for arm in CAPACITY["comparison"]["arms"]}
+CAPACITY_2 = RESULTS["worth_it_capacity_limited_rank2"]
+AT_RANK_1, AT_RANK_2 = ({arm["name"]: arm for arm in of["comparison"]["arms"]} for of in (CAPACITY, CAPACITY_2))
 
 
 def test_readme_and_methods_say_what_came_of_a_budget_of_rank_1():
     made = CAPACITY["comparison"]
     verdicts = {name: arm["verdicts"]["lora"] for name, arm in AT_RANK_1.items() if name != "lora"}
     assert {name: verdict["verdict"] for name, verdict in verdicts.items()} == dict.fromkeys(
-        ("random", "sensitivity", "igu"), "not decided"
+        ("random", "sensitivity", "igu", "svd"), "not decided"
     )
     over = {name: verdict["difference"]["relative"] for name, verdict in verdicts.items()}
-    assert not any(of["low"] > 0 for of in over.values())
     assert (made["settings"]["lora_rank"], made["settings"]["adaptive_min_rank"]) == (1, 0)
     value = {name: f"{100 * of['value']:+.2f} %" for name, of in over.items()}
     low, high = (f"{100 * over['igu'][end]:+.2f}" for end in ("low", "high"))
     assert says(
         README,
-        f"Three arms at rank {CAPACITY['rank']} on more rows (a module may have none, {CAPACITY['steps']} steps of "
+        f"Four arms at rank {CAPACITY['rank']} on more rows (a module may have none, {CAPACITY['steps']} steps of "
         f"{CAPACITY['batch_size']}, {made['design']['seeds']} seeds, {made['held_out_rows']['test']} rows that "
         f"judge): none is shown to be better, nothing is decided. `random` reaches {value['random']}, `sensitivity` "
-        f"{value['sensitivity']}, `igu` {value['igu']} ({low} % to {high} %)",
+        f"{value['sensitivity']}, `igu` {value['igu']} ({low} % to {high} %), `svd` {value['svd']}.",
     )
     assert says(METHODS, f"igu's held-out loss is {value['igu']} of plain LoRA's over {made['design']['seeds']} seeds "
-                         f"({low} to {high} %, not decided;")  # fmt: skip
+                         f"at rank 1 ({low} to {high} %, not decided)")  # fmt: skip
+
+
+def test_readme_and_methods_say_what_came_of_a_budget_of_rank_2_and_that_rank_is_short():
+    plain, settings, others = AT_RANK_2["lora"], CAPACITY_2["comparison"]["settings"], ["random", "igu"]
+    assert list(AT_RANK_2) == ["lora", *others]
+    assert (settings["lora_rank"], settings["adaptive_min_rank"]) == (2, 0)
+    assert [AT_RANK_2[name]["verdicts"]["lora"]["verdict"] for name in others] == ["not decided"] * 2
+    over_lora, over_random = (AT_RANK_2["igu"]["verdicts"][rival]["difference"]["relative"] for rival in
+                              ("lora", "random"))  # fmt: skip
+    value, low, high = (f"{100 * over_lora[key]:+.2f}" for key in ("value", "low", "high"))
+    verdicts = [arm["verdicts"]["random"]["verdict"] for name, held in RESULTS.items() if name.startswith("worth_it_")
+                for arm in held["comparison"]["arms"] if "random" in arm.get("verdicts", {})]  # fmt: skip
+    assert (AT_RANK_2["igu"]["verdicts"]["random"]["verdict"], verdicts.count("better")) == ("better", 1)
+    by, least, most = (f"{-100 * over_random[key]:.2f} %" for key in ("value", "high", "low"))
+    assert (plain["seeds"], CAPACITY_2["comparison"]["held_out_rows"]) == (
+        AT_RANK_1["lora"]["seeds"], CAPACITY["comparison"]["held_out_rows"])  # fmt: skip
+    less = f"{100 * (1 - plain['loss'] / AT_RANK_1['lora']['loss']):.1f} %"
+    assert says(
+        README,
+        f"Nor at rank 2, where `igu` reaches {value} % ({low} % to {high} %); it is better than `random` there, by "
+        f"{by} ({least} to {most}), the only one in {len(verdicts)} comparisons with random ranks. Rank is short: "
+        f"plain LoRA's loss is {less} lower at rank 2 than at rank 1.",
+    )
+    assert says(METHODS, f"(plain LoRA's loss is {less} lower at rank 2 than at 1)")
+    assert says(METHODS, f"and {value} % at rank 2 ({low} to {high} %, not decided;")
 
 
 def test_how_to_names_the_best_rates_at_rank_1():
     assert not any(arm["best_at_the_edge"] for arm in AT_RANK_1.values())
     assert CAPACITY["comparison"]["design"]["rate_seeds"] == 1
     rates = {name: arm["best"]["rate"] for name, arm in AT_RANK_1.items()}
-    assert rates == {"lora": 0.008, "random": 0.008, "sensitivity": 0.008, "igu": 0.016}
+    assert rates == {**dict.fromkeys(("lora", "random", "sensitivity", "svd"), 0.008), "igu": 0.016}
+    assert {arm["best"]["rate"] for arm in AT_RANK_2.values()} == {0.008}
+    assert not any(arm["best_at_the_edge"] for arm in AT_RANK_2.values())
     assert says(
         HOW_TO,
-        "At rank 1 with ranks from 0 and more rows they were 0.008 for plain LoRA, `random` and `sensitivity`, and "
-        "0.016 for `igu`.",
+        "At rank 1 with ranks from 0 and more rows they were 0.008 for plain LoRA, `random`, `sensitivity` and `svd`, "
+        "and 0.016 for `igu`; at rank 2 0.008 for plain LoRA, `random` and `igu`.",
     )
 
 
@@ -253,7 +280,7 @@ def test_ranks_grew_and_shrank_and_cost_at_most_plain_lora_as_readme_says():
 
 def test_alpha_was_twice_the_rank_in_all_of_them_and_adalora_half_as_strong_as_how_to_and_methods_say():
     untold = {"lora_alpha", "adalora_scale", "adaptive_init_rank"}
-    for made in (result["comparison"] for result in (WORTH_IT, CAPACITY, BOOLQ)):
+    for made in (held["comparison"] for name, held in RESULTS.items() if name.startswith("worth_it_")):
         assert made["design"]["alphas"] == [None], "not tuned"
         assert not untold & {key for of in (made, *made["arms"]) for key in of["settings"]}, "the defaults were taken"
     settings = {"finetuning_type": "adaptive", "lora_rank": 8, "stage": "sft", "do_train": True, "output_dir": "any",

@@ -81,6 +81,19 @@ def test_arms_that_need_a_higher_lowest_rank_than_the_yamls_have_it_and_are_told
     assert "5 arms, " in said
 
 
+def test_settings_of_the_yaml_that_are_of_no_method_are_told_with_the_arms_that_have_them(
+    yaml_settings, in_this_process, tmp_path, capsys
+):
+    more = ["adaptive_granularity=type", "adaptive_budget_unit=ranks", "--arms", "by_type", "--dry-run"]
+    assert cli.main([*command(yaml_settings, tmp_path), "finetuning_type=adaptive", *more]) == 0
+    said = "that these arms alone have: adaptive_granularity (by_type, yaml), adaptive_budget_unit (yaml)\n"
+    assert said in capsys.readouterr().err
+    assert cli.main([*command(yaml_settings, tmp_path), "use_dora=true", *more]) == 0
+    said = capsys.readouterr().err
+    assert "that these arms alone have: adaptive_granularity (by_type)\n" in said
+    assert re.search("that no run of a comparison uses: .*adaptive_budget_unit", said)
+
+
 def test_a_trial_that_diverges_gives_no_estimate_and_is_not_kept(yaml_settings, monkeypatch, tmp_path):
     outcomes = [{"status": "diverged"}, {"status": "done", "training_seconds": 4.0, "steps": 4}]
     monkeypatch.setattr(comparison, "run_in_own_process", lambda *arguments: outcomes.pop(0))

@@ -52,6 +52,15 @@ def test_a_model_that_is_changed_in_place_is_another_run(yaml_settings, in_this_
     assert compared(given, tmp_path)[1] != key
 
 
+def test_the_model_is_read_once_for_its_digest(yaml_settings, in_this_process, tmp_path):
+    said = []
+    for _ in range(2):
+        arms = choose_arms([], [], yaml_settings)
+        made = comparison.Comparison(yaml_settings, arms, Design((0.01,), seeds=1), tmp_path, 40)
+        made.prepare(said.append)
+    assert sum("reading the model's files" in line for line in said) == 1
+
+
 def test_a_model_that_is_copied_anew_is_the_same_and_a_large_file_with_other_bytes_another(
     yaml_settings, in_this_process, tmp_path
 ):

@@ -93,7 +93,7 @@ def read_decomposition(request: ShrinkRequest) -> Decomposition:
 
 
 def _middle_scale(adapter: SourceAdapter) -> float:
-    """Return the alpha/r up to which half of the adapter's parameters have theirs: where it is one, that."""
+    """Compute the median of alpha/r over the adapter's parameters."""
     by_scale = sorted((one.scale, one.rank * (one.in_features + one.out_features)) for one in adapter.modules)
     passed = list(accumulate(count for _, count in by_scale))
     return next(scale for (scale, _), so_far in zip(by_scale, passed, strict=True) if 2 * so_far >= passed[-1])

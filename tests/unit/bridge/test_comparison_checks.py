@@ -16,6 +16,7 @@ from llamafactory_adaptive.bridge.comparison_checks import (
 )
 from llamafactory_adaptive.cli.host import require_enabled
 from llamafactory_adaptive.comparison.arms import (
+    GIVEN,
     GridPoint,
     built_in_arms,
     choose_arms,
@@ -25,6 +26,7 @@ from llamafactory_adaptive.comparison.arms import (
 )
 from llamafactory_adaptive.errors import AdaptiveConfigError
 from tests.helpers.benchmarks import import_benchmarks
+from tests.helpers.plans import make_plan
 from tests.helpers.tiny import settings
 
 
@@ -144,6 +146,34 @@ def test_every_arm_of_a_regime_of_the_benchmark_can_run(regime, tiny_llama, data
     from_zero = given.get("adaptive_min_rank") == 0
     assert raised == ({"tsq_ranks": 1, "elalora": 1} if from_zero else {})
     assert (runs["igu"].get("adaptive_min_rank") == 0) == from_zero
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"adaptive_init": "gora", "adaptive_init_gamma": 0.05, "adaptive_granularity": "layer"},
+        {"adaptive_init": "eva", "adaptive_calibration_samples": 8, "adaptive_budget_unit": "ranks"},
+        {"adaptive_method": "uniform", "adaptive_calibration_samples": 8},
+    ],
+)
+def test_an_arm_of_the_yamls_own_method_can_run_beside_what_the_yaml_adds(more, tiny_llama, data_dir, tmp_path):
+    given = settings(tiny_llama, data_dir, tmp_path / "out", **{"adaptive_method": "sensitivity", **more})
+    runs, _ = checked_arms(given, [given["adaptive_method"], "gora", "by_type"])
+    assert runs[GIVEN].items() >= more.items()
+
+
+def test_arms_beside_a_given_plan_can_run(tiny_llama, data_dir, tmp_path):
+    plan = make_plan(ranks=(2, 2))
+    plan.write(path := tmp_path / "plan.json")
+    more = {
+        "adaptive_method": "igu",
+        "adaptive_plan": str(path),
+        "igu_second_stage": "triplet",
+        "adaptive_init_rank": 4,
+    }
+    given = settings(tiny_llama, data_dir, tmp_path / "out", **more)
+    given = {key: value for key, value in given.items() if not key.startswith("adaptive_calibration_")}
+    assert checked_arms(given, ["igu"])[0][GIVEN].items() >= more.items()
 
 
 def test_a_lowest_rank_that_an_arm_sets_by_itself_is_not_mended(tiny_llama, data_dir, tmp_path):

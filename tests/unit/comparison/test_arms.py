@@ -2,7 +2,7 @@
 
 import pytest
 
-from llamafactory_adaptive.comparison.arm_methods import of_yaml_alone
+from llamafactory_adaptive.comparison.arm_methods import keys_of_no_method
 from llamafactory_adaptive.comparison.arms import (
     CONTROL,
     GIVEN,
@@ -92,35 +92,48 @@ def test_a_start_from_data_is_an_arm_on_the_ranks_of_its_paper(name, method):
     assert (made["adaptive_method"], made["adaptive_init"], made["lora_rank"]) == (method, name, 8)
 
 
-BY_PLAN = {"finetuning_type": "adaptive", "adaptive_method": "igu", "adaptive_plan": "p.json", "igu_beta1": 0.5,
-           "igu_second_stage": "plain", "adaptive_init": "eva", "adaptive_calibration_samples": 8,
-           "adaptive_budget_unit": "ranks", "adaptive_min_rank": 2}  # fmt: skip
-
-
 def run_of(given, name, *own):
-    (arm,) = [arm for arm in choose_arms(["igu", "sensitivity", "by_type", "gora"], own, given) if arm.name == name]
-    return run_settings(given, arm, GridPoint(1.0), 0, None, [key for key in given if "_type" not in key])
+    names = ["igu", "sensitivity", "by_type", "gora", "gora_ranks", "uniform"]
+    (arm,) = [arm for arm in choose_arms(names, own, given) if arm.name == name]
+    return run_settings(given, arm, GridPoint(1.0), 0, None, list(ours(given)))
 
 
-def test_an_arm_of_the_yamls_method_finds_its_own_ranks_and_has_its_own_start_and_unit():
-    assert run_of(BY_PLAN, GIVEN).items() >= BY_PLAN.items()
-    assert {key for key in run_of(BY_PLAN, "igu") if key in BY_PLAN} == {
-        "finetuning_type", "adaptive_method", "igu_beta1", "adaptive_min_rank"}  # fmt: skip
-    scored = {**BY_PLAN, "adaptive_method": "sensitivity", "adaptive_granularity": "layer"}
-    assert "adaptive_granularity" not in run_of(scored, "sensitivity")
-    assert run_of(scored, "sensitivity")["adaptive_calibration_samples"] == 8
-    assert run_of(scored, "by_type")["adaptive_granularity"] == "type"
-    assert run_of(scored, "gora")["adaptive_init"] == "gora"
-    mine = run_of(BY_PLAN, "mine", "mine:adaptive_method=igu,adaptive_plan=q.json")
-    assert (mine["adaptive_plan"], mine["igu_second_stage"]) == ("q.json", "plain")
+def ours(run):
+    return {key: value for key, value in run.items() if key.split("_")[0] in ("adaptive", *methods())}
 
 
-def test_a_key_at_its_default_makes_no_second_arm_of_the_same_runs():
-    given = {"finetuning_type": "adaptive", "adaptive_method": "igu", "adaptive_budget_unit": "params"}
+PLANNED = {"finetuning_type": "adaptive", "adaptive_method": "igu", "adaptive_plan": "p.json", "igu_beta1": 0.5,
+           "igu_second_stage": "triplet", "adaptive_init_rank": 8, "adaptive_min_rank": 2}  # fmt: skip
+STARTED = {"finetuning_type": "adaptive", "adaptive_method": "sensitivity", "adaptive_init": "gora",
+           "adaptive_init_gamma": 0.05, "adaptive_granularity": "layer", "adaptive_budget_unit": "ranks",
+           "adaptive_calibration_samples": 8, "sensitivity_metric": "trace"}  # fmt: skip
+
+
+def test_an_arm_of_the_method_beside_a_plan_finds_its_own_ranks_with_its_defaults():
+    assert run_of(PLANNED, GIVEN).items() >= PLANNED.items()
+    assert ours(run_of(PLANNED, "igu")) == {"adaptive_method": "igu", "adaptive_min_rank": 2}
+    mine = ours(run_of(PLANNED, "mine", "mine:adaptive_method=igu,adaptive_plan=q.json"))
+    assert mine == {**ours(PLANNED), "adaptive_plan": "q.json"}, "its keys are for given ranks, too"
+
+
+def test_an_arm_of_the_yamls_method_has_its_own_start_scores_and_unit():
+    assert run_of(STARTED, GIVEN).items() >= STARTED.items()
+    kept = {"adaptive_method": "sensitivity", "adaptive_calibration_samples": 8, "sensitivity_metric": "trace"}
+    assert ours(run_of(STARTED, "sensitivity")) == kept
+    assert ours(run_of(STARTED, "by_type")) == {**kept, "adaptive_granularity": "type"}
+    assert ours(run_of(STARTED, "gora")) == {
+        "adaptive_method": "gora_ranks", "adaptive_init": "gora", "adaptive_calibration_samples": 8}  # fmt: skip
+
+
+def test_a_key_that_changes_nothing_makes_no_second_arm_of_the_same_runs():
+    given = {"finetuning_type": "adaptive", "adaptive_method": "uniform", "adaptive_budget_unit": "params",
+             "adaptive_calibration_samples": 64}  # fmt: skip
     own = [key for key in given if key != "finetuning_type"]
-    assert without_twins(choose_arms(["igu"], [], given), given, own)[1] == {GIVEN: "igu"}
-    assert of_yaml_alone(given) == []
-    assert of_yaml_alone(BY_PLAN) == ["adaptive_plan", "adaptive_init", "adaptive_budget_unit"]
+    assert without_twins(choose_arms(["uniform"], [], given), given, own)[1] == {GIVEN: "uniform"}
+    assert keys_of_no_method(given) == []
+    assert keys_of_no_method(PLANNED) == ["adaptive_plan"]
+    assert keys_of_no_method(STARTED) == [
+        "adaptive_init", "adaptive_granularity", "adaptive_budget_unit", "adaptive_init_gamma"]  # fmt: skip
 
 
 def test_variants_are_set_by_arms_alone():

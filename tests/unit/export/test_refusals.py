@@ -31,6 +31,7 @@ CONFIGS = [
     ({"peft_type": None}, "peft_type: None is invalid"),
     ({"use_dora": True}, "use_dora: True is invalid: DoRA normalises whole columns"),
     ({"use_bdlora": {"nblocks": 2}}, "use_bdlora: {'nblocks': 2} is invalid: BD-LoRA's factors are blocks"),
+    ({"kasa_config": {"beta": 1}}, "between its factors; try plain LoRA, or merging it with the version of PEFT that"),
     ({"use_nextlora": True}, "use_nextlora: True is invalid: a variant of LoRA that is not known here"),
     ({"next_config": {"a": 1}}, "next_config: {'a': 1} is invalid: a variant of LoRA that is not known here"),
     ({"bias": "all"}, "bias: 'all' is invalid: trained biases"),

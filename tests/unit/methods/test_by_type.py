@@ -44,9 +44,12 @@ def test_types_that_cannot_hold_the_budget_are_refused_and_no_rest_goes_to_a_typ
         ranks("down_proj:5", min_rank=0, max_rank=15)
     wide = [replace(shape, in_features=100) if "down" in shape.name else shape for shape in SHAPES]
     scores = ByType(ByTypeOptions("down_proj:1")).score({}, ScoringContext(tuple(wide), 4, 0))
-    plan = allocate_plan(plan_request("by_type", min_rank=0), wide, scores, {})
-    assert [module.rank for module in plan.modules] == [0, 0, 0, 10, 0, 0, 0, 9]
-    assert plan.budget()["left_parameters"] == 84, "a rank of q_proj has 64, one of down_proj 132"
+    plans = [allocate_plan(plan_request("by_type", min_rank=low), wide, scores, {}) for low in (0, 1)]
+    found = [[module.rank for module in plan.modules] for plan in plans]
+    assert found[0] == [0, 0, 0, 10, 0, 0, 0, 9]
+    assert plans[0].budget()["left_parameters"] == 84, "a rank of q_proj has 64, one of down_proj 132"
+    assert found[1] == [2, 1, 1, 8, 1, 1, 1, 8]
+    assert plans[1].budget()["left_parameters"] == 2592 - 7 * 64 - 16 * 132 == 32, "less than any rank"
 
 
 @pytest.mark.parametrize(
