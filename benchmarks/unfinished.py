@@ -2,8 +2,10 @@
 
 ``NAME.unfinished.jsonl`` holds runs of ours for whoever wants to go on from them, and is read with ``--go-on`` alone:
 without it every run of ``make worth-it`` is the user's own. No page and no figure is made of these files. One beside
-a recorded ledger (``NAME.ledger.jsonl``) holds more than that: runs of an arm that is not finished (``svd`` where rank
-is short), and settings in full, so that another arm can join runs that were made. Delete it where nobody will go on.
+a recorded ledger (``NAME.ledger.jsonl``) holds more than that: runs of arms that are not finished, and settings in
+full, so that another arm can join runs that were made. What was fixed at each start goes with it
+(``NAME.unfinished.starts.json``), so that a change after results were seen is told. Delete both where nobody will go
+on.
 
 A run is known by its settings, among them the paths of the comparison's folder and of the model. In the kept file two
 words stand in their place. Rows and model are known by what they hold as well, so that no others pass for them.
@@ -18,6 +20,7 @@ import record
 from shipped import change_texts
 
 from llamafactory_adaptive.comparison.ledger import LEDGER, Ledger
+from llamafactory_adaptive.comparison.starts import STARTS_FILE
 from llamafactory_adaptive.files import digest_of, write_atomically
 
 
@@ -28,6 +31,11 @@ Line = dict[str, Any]  # settings, and result
 def unfinished_file(name: str) -> Path:
     """Give the path of the kept ledger of a comparison."""
     return record.RESULTS / f"{name}.unfinished.jsonl"
+
+
+def starts_file(name: str) -> Path:
+    """Give the path of what was fixed at the starts of a comparison that is put away."""
+    return record.RESULTS / f"{name}.unfinished.starts.json"
 
 
 def put_away(name: str, folder: Path | None, places: Callable[[Path], Places]) -> int:
@@ -48,6 +56,10 @@ def put_away(name: str, folder: Path | None, places: Callable[[Path], Places]) -
         raise SystemExit(f"there is no run in {folder / LEDGER} that could be put away")
     held = [*_lines(unfinished_file(name), {}), *lines]
     texts = {json.dumps(line["settings"], sort_keys=True): json.dumps(line) for line in held}
+    if (starts := folder / STARTS_FILE).is_file():
+        noted = [{key: value for key, value in start.items() if key != "eval-data"}  # a path
+                 for start in json.loads(starts.read_text(encoding="utf-8"))]  # fmt: skip
+        write_atomically(starts_file(name), json.dumps(noted, indent=1) + "\n")
     write_atomically(unfinished_file(name), "".join(f"{text}\n" for text in texts.values()))
     return len(lines)
 
@@ -60,7 +72,9 @@ def bring_back(name: str, folder: Path, places: Places) -> int:
     """
     if not unfinished_file(name).is_file():
         raise SystemExit(f"--go-on: there is no {unfinished_file(name)} to go on from; leave --go-on out")
-    ledger = Ledger(folder / LEDGER)
+    ledger, starts = Ledger(folder / LEDGER), starts_file(name)
+    if starts.is_file() and not (folder / STARTS_FILE).exists():
+        write_atomically(folder / STARTS_FILE, starts.read_text(encoding="utf-8"))
     kept = _lines(unfinished_file(name), {word: str(path) for word, path in places.items()})
     new = [line for line in kept if line["settings"] not in ledger]
     for line in new:

@@ -9,7 +9,7 @@ from llamafactory_adaptive.bridge.arguments import check_config_file, command_li
 from llamafactory_adaptive.bridge.comparison import Comparison
 from llamafactory_adaptive.bridge.comparison_checks import cpu_threads, gpu_kinds, visible_devices
 from llamafactory_adaptive.bridge.comparison_tasks import TaskEvaluations
-from llamafactory_adaptive.comparison.arm_methods import keys_of_no_method
+from llamafactory_adaptive.comparison.arm_methods import keys_left_to_yaml
 from llamafactory_adaptive.comparison.arms import choose_arms, keys_without_effect, with_lowest_ranks, without_twins
 from llamafactory_adaptive.comparison.request import design_of, devices_in_words, devices_of
 from llamafactory_adaptive.comparison.secrets import redacted
@@ -45,7 +45,7 @@ def comparison_of(
         bounds = ", ".join(f"{name} ({low})" for name, low in raised.items())
         say(f"arms whose adaptive_min_rank is higher than the YAML's, as their methods need: {bounds}")
     having = {key: [arm.name for arm in arms if comparison.settings_of(arm.name).get(key) == given[key]]
-              for key in keys_of_no_method(given)}  # fmt: skip
+              for key in keys_left_to_yaml(given, own_keys)}  # fmt: skip
     if some := [f"{key} ({', '.join(names)})" for key, names in having.items() if names]:
         say(f"settings of the YAML that these arms alone have: {', '.join(some)}")
     if unused := [*keys_without_effect(given), *(key for key, names in having.items() if not names)]:

@@ -55,6 +55,12 @@ def keys_of_no_method(given: Mapping[str, Any]) -> list[str]:
     return [*changed, GAMMA] if given.get(GAMMA) is not None else changed
 
 
+def keys_left_to_yaml(given: Mapping[str, Any], own_keys: Iterable[str]) -> list[str]:
+    """List the adaptive keys of the YAML that not even arms of its own method take from it."""
+    stay = keys_that_stay(given, {METHOD: given.get(METHOD)}, own_keys)
+    return [key for key in own_keys if key not in stay and key != METHOD]
+
+
 def calibration_keys_of(run: Mapping[str, Any]) -> tuple[str, ...]:
     """List the calibration keys that a run reads: of rows where it draws some, of memory where it measures at all.
 

@@ -25,7 +25,7 @@ from llamafactory_adaptive.planning.cache import (
     read_statistics,
     statistics_path,
 )
-from llamafactory_adaptive.ranks.allocation import Allocation, Bounds
+from llamafactory_adaptive.ranks.allocation import Allocation, Bounds, spend_rest
 from llamafactory_adaptive.ranks.module_groups import allocate_whole_groups, group_name, packed_groups, pool_scores
 from llamafactory_adaptive.ranks.module_names import is_routed_expert, module_type
 from llamafactory_adaptive.ranks.plan import (
@@ -191,8 +191,6 @@ def _spend(
     packed = packed_groups([shape.name for shape in shapes])
     if zeros_stay:
         stay = [high if score else low for score, low, high in zip(scores, lower, upper, strict=True)]
-        allocate_whole_groups(scores, replace(bounds, upper=stay), packed)  # refused where the others cannot hold it
-        # What rounding leaves is less than a rank of the others costs, and may fit where there is an adapter anyway.
-        one_more = [min(high, low + 1) if low else 0 for low, high in zip(lower, upper, strict=True)]
-        bounds = replace(bounds, upper=[max(pair) for pair in zip(stay, one_more, strict=True)])
+        allocation = allocate_whole_groups(scores, replace(bounds, upper=stay), packed)
+        return spend_rest(allocation, bounds, [index for index, score in enumerate(scores) if not score])
     return allocate_whole_groups(scores, bounds, packed)

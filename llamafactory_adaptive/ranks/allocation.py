@@ -10,7 +10,7 @@ import bisect
 import heapq
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llamafactory_adaptive.errors import InfeasibleBudgetError
 
@@ -167,6 +167,22 @@ def _complete(ranks: list[int], ideal: Sequence[float], bounds: Bounds) -> int:
         if ranks[index] < upper[index]:
             heapq.heappush(heap, (gap + 1, index))
     return left
+
+
+def spend_rest(allocation: Allocation, bounds: Bounds, modules: Iterable[int]) -> Allocation:
+    """Give one rank more to those of some modules, in order, that have one, as long as what is left pays for it.
+
+    Args:
+        allocation: ranks that have left some of the budget.
+        bounds: budget and the largest ranks.
+        modules: their numbers.
+    """
+    ranks, spent = list(allocation.ranks), allocation.spent
+    for index in modules:
+        if 0 < ranks[index] < bounds.upper[index] and spent + bounds.costs[index] <= bounds.budget:
+            ranks[index] += 1
+            spent += bounds.costs[index]
+    return replace(allocation, ranks=tuple(ranks), spent=spent)
 
 
 def keep_components(scores: Sequence[Sequence[float]], bounds: Bounds) -> list[list[bool]]:

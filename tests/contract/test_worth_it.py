@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from llamafactory_adaptive.comparison.ledger import Ledger
+from llamafactory_adaptive.comparison.starts import changes, note_start
 from llamafactory_adaptive.files import digest_of
 from tests.helpers.benchmarks import import_benchmarks
 from tests.helpers.finished_comparison import OWN_KEYS, RIGHT, SPLIT, write_comparison
@@ -45,10 +46,12 @@ def test_another_machine_goes_on_from_a_ledger_that_was_put_away(benchmarks, res
         ledger.add(settings_on(here, seed), {"status": "done", "dev": [0.5], "adapter": f"{here}/kept/runs/{seed}"})
     with ledger.path.open("a") as file:
         file.write('{"settings": {"seed": 2}, "resu')  # cut short by a kill
+    note_start(here / "kept", {"arms": ["lora", "svd"], "eval-data": str(here / "data")})
     assert unfinished.put_away("x", here / "kept", lambda folder: places(here)) == 2
     text = (results / "x.unfinished.jsonl").read_text()
     assert f"{here}/kept/" not in text
     assert f"{here}/models" not in text
+    assert str(here) not in (results / "x.unfinished.starts.json").read_text()
 
     own = Ledger(there / "kept" / "ledger.jsonl")
     own.add(settings_on(there, 1), {"status": "done", "dev": [0.7]})
@@ -58,6 +61,8 @@ def test_another_machine_goes_on_from_a_ledger_that_was_put_away(benchmarks, res
     assert len(found.entries) == 2
     assert found.get(settings_on(there, 1))["dev"] == [0.7], "what a machine found itself stays"
     assert found.get(settings_on(there, 0))["adapter"] == f"{there}/kept/runs/0"
+    starts = note_start(there / "kept", {"arms": ["lora"], "eval-data": str(there / "data")})
+    assert changes(starts) == ["--arms was changed after the comparison had begun: lora,svd, then lora"]
 
 
 def test_nothing_was_put_away(benchmarks, results, tmp_path):

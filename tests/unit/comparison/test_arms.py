@@ -2,7 +2,7 @@
 
 import pytest
 
-from llamafactory_adaptive.comparison.arm_methods import keys_of_no_method
+from llamafactory_adaptive.comparison.arm_methods import keys_left_to_yaml, keys_of_no_method
 from llamafactory_adaptive.comparison.arms import (
     CONTROL,
     GIVEN,
@@ -112,6 +112,8 @@ STARTED = {"finetuning_type": "adaptive", "adaptive_method": "sensitivity", "ada
 def test_an_arm_of_the_method_beside_a_plan_finds_its_own_ranks_with_its_defaults():
     assert run_of(PLANNED, GIVEN).items() >= PLANNED.items()
     assert ours(run_of(PLANNED, "igu")) == {"adaptive_method": "igu", "adaptive_min_rank": 2}
+    assert keys_left_to_yaml(PLANNED, ours(PLANNED)) == [
+        "adaptive_plan", "igu_beta1", "igu_second_stage", "adaptive_init_rank"]  # fmt: skip
     mine = ours(run_of(PLANNED, "mine", "mine:adaptive_method=igu,adaptive_plan=q.json"))
     assert mine == {**ours(PLANNED), "adaptive_plan": "q.json"}, "its keys are for given ranks, too"
 
