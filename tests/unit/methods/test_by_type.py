@@ -56,7 +56,7 @@ def test_a_type_with_a_weight_never_loses_a_rank_to_one_left_out():
     shapes = [ModuleShape("a.q_proj", 80, 80), ModuleShape("a.o_proj", 64, 64), ModuleShape("a.down_proj", 150, 150)]
     scores = ByType(ByTypeOptions("q_proj:1,down_proj:1")).score({}, ScoringContext(tuple(shapes), 8, 0))
     plan = allocate_plan(plan_request("by_type"), shapes, scores, {})
-    assert [module.rank for module in plan.modules] == [6, 1, 4], "q_proj twice before o_proj, which 64 are too few for"
+    assert [module.rank for module in plan.modules] == [6, 1, 4], "q_proj comes twice before o_proj once"
     assert plan.budget()["left_parameters"] == 2352 - 6 * 160 - 128 - 4 * 300 == 64
 
 
