@@ -37,10 +37,11 @@ Made by `docs/make_worth_it_page.py` from `benchmarks/results/worth_it_*.json`, 
 anew from the ledgers beside them. Every part is one run of `make worth-it`, which is
 [`llamafactory-adaptive compare`](comparing.md) on SmolLM2-135M: one budget, the best learning rate of each arm chosen
 on one half of the held-out rows, other seeds and the other half for the verdict. Intervals are of 95 %, and those of
-losses cover that another seed might have chosen another rate. An arm is better with less loss, below 0 %, and with
-more right answers, above 0 points. `lora_alpha` is twice the rank everywhere and was not tuned. Parts differ in arms
-and rates, as each takes hours; they were made while this version was written, so that arms of one part may have run
-with different states of the code.
+losses cover that another seed might have chosen another rate. Verdicts are corrected for the number of arms of their
+part (Holm), not for that of parts: among so many, a single one may be chance. An arm is better with less loss, below
+0 %, and with more right answers, above 0 points. `lora_alpha` is twice the rank everywhere and was not tuned. Parts
+differ in arms and rates, as each takes hours; they were made while this version was written, so that arms of one part
+may have run with different states of the code.
 """
 Result = dict[str, Any]
 
