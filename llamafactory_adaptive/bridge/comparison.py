@@ -113,10 +113,8 @@ class Comparison:
     def prepare(self, say: Say, device: str | None = None) -> None:
         """Tokenise and split the rows, unless that was done with the same settings, data files and model."""
         known = rows_identity(self.given, self.held_out)
-        self.rows, self._model = (
-            rows_folder(self.folder / ROWS, known),
-            known_model(self.folder, self.given, known["model"], say),
-        )
+        self.rows = rows_folder(self.folder / ROWS, known)
+        self._model = known_model(self.folder, self.given, known["model"], say)
         self._files = {name: named_files(self.settings_of(name)) for name in self.arms}
         for unfinished in self.rows.parent.glob(".*.tmp"):  # of a run that was killed
             shutil.rmtree(unfinished, ignore_errors=True)

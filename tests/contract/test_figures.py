@@ -1,22 +1,13 @@
 """Pages quote what the result files hold, and the result files say how they came about."""
 
-import json
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from tests.helpers.benchmarks import import_benchmarks
+from tests.helpers.recorded import PAGE, README, RESULTS, ROOT
 from tests.helpers.sentences import says
-
-
-ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
-RESULTS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")}
-
-
-PAGE = (ROOT / "docs" / "benchmarks.md").read_text()
 
 
 def figures(text):

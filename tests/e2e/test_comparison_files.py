@@ -16,10 +16,10 @@ from llamafactory_adaptive.errors import AdaptiveConfigError
 pytestmark = pytest.mark.slow
 
 
-def compared(yaml_settings, folder):
+def compared(yaml_settings, folder, say=lambda said: None):
     arms = choose_arms([], [], yaml_settings)
     made = comparison.Comparison(yaml_settings, arms, Design((0.01,), seeds=1), folder, 40)
-    made.prepare(lambda said: None)
+    made.prepare(say)
     return made, json.dumps(made.key(made.design.final("lora", made.design.grid[0])[0]), sort_keys=True)
 
 
@@ -55,9 +55,7 @@ def test_a_model_that_is_changed_in_place_is_another_run(yaml_settings, in_this_
 def test_the_model_is_read_once_for_its_digest(yaml_settings, in_this_process, tmp_path):
     said = []
     for _ in range(2):
-        arms = choose_arms([], [], yaml_settings)
-        made = comparison.Comparison(yaml_settings, arms, Design((0.01,), seeds=1), tmp_path, 40)
-        made.prepare(said.append)
+        compared(yaml_settings, tmp_path, said.append)
     assert sum("reading the model's files" in line for line in said) == 1
 
 

@@ -37,7 +37,7 @@ def test_types_left_out_keep_the_lowest_rank_or_none_unless_a_packed_sibling_has
     assert ranks("q_proj:1", min_rank=0) == [15, 1, 0, 0] * 2, "k_proj gets 1"
 
 
-def test_types_that_cannot_hold_the_budget_are_refused_and_no_rest_goes_to_a_type_left_out():
+def test_types_that_cannot_hold_the_budget_are_refused_and_the_rest_goes_only_where_an_adapter_is():
     with pytest.raises(
         InfeasibleBudgetError, match=r"raise adaptive_max_rank .*; or name more types in by_type_ranks"
     ):
